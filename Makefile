@@ -1,0 +1,46 @@
+# Needs Python 3.11 and make. Everything is installed into .venv, nothing outside of it.
+#   make demo        train, quantize and verify a network for handwritten digits (under 2 minutes)
+#   make test        the fast tests           make test-slow   the others
+#   make lint        style and types          make check       all that CI runs
+#   make clean       remove what these made
+
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# More arguments for pytest: make test PYTEST_FLAGS="-n 2 -k numerics"
+PYTEST_FLAGS ?=
+COVERAGE := --cov=kqat --cov=tflite_export
+
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: demo test test-slow lint check clean
+
+demo: $(READY)
+	$(PY) -m recipes.digits --out out/digits
+
+test: $(READY)
+	$(PY) -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: $(READY)
+	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy kqat tflite_export recipes
+
+# Line coverage is that of both runs together, so only the second one can judge it.
+check: lint
+	$(MAKE) test PYTEST_FLAGS="$(PYTEST_FLAGS) $(COVERAGE) --cov-report="
+	$(MAKE) test-slow PYTEST_FLAGS="$(PYTEST_FLAGS) $(COVERAGE) --cov-append --cov-fail-under=90"
+
+clean:
+	rm -rf $(VENV) out build dist .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		*.egg-info
+
+$(READY): setup.py pyproject.toml
+	@echo "Installing kqat and its tools into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

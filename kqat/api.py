@@ -1,0 +1,105 @@
+"""The public functions: a float model in, a QAT model out."""
+
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+
+from kqat.calibration import calibrate
+from kqat.config import QuantizePolicy
+from kqat.errors import ModelError
+from kqat.planning import make_plan
+from kqat.reporting import Plan
+from kqat.tracing import Graph, trace
+from kqat.wrapping import is_quantized, wrap
+
+
+class PolicyWarning(UserWarning):
+    """A rule of a policy matched no layer."""
+
+
+class RangeWarning(UserWarning):
+    """Ranges will start from the first training batches."""
+
+
+def plan(model: keras.Model, policy: Any = "int8") -> Plan:
+    """Everything that `quantize_model` would do to `model`, before a weight is touched.
+
+    Args:
+        model: a built Sequential or Functional Keras 3 model.
+        policy: as for `quantize_model`.
+
+    Raises:
+        ModelError, UnsupportedLayerError, PolicyError: as `quantize_model`.
+    """
+    return _plan(_checked_graph(model), policy, model.name)
+
+
+def quantize_model(
+    model: keras.Model, policy: Any = "int8", *, calibration_data: Any = None
+) -> keras.Model:
+    """A QAT copy of `model`: compile it, `fit` it, `tflite_export.convert` it.
+
+    `model` is left alone. Inputs and outputs keep their order, names and structure.
+
+    Args:
+        model: a built Sequential or Functional Keras 3 model of fixed input shape.
+        policy: a preset (`"int8"`), a `QuantizeConfig` for all layers, a `QuantizePolicy`, or a
+            mapping from name patterns or layer classes to configs, presets or `None` (stay
+            float): `{"stem*": None, keras.layers.Dense: my_config}`; the rest is int8.
+        calibration_data: typical inputs, as for `kqat.calibration.calibrate`. Without, ranges
+            start from the first training batches.
+
+    Raises:
+        ModelError: if `model` is no such model, is quantized already, or holds NaN or infinity.
+        UnsupportedLayerError: if a layer has no integer form; names it and the way out.
+        PolicyError: if the policy asks for what cannot ship.
+        CalibrationError: if the data are empty, misshapen or not finite.
+
+    Reference: Jacob et al. 2018, section 3 (https://arxiv.org/abs/1712.05877).
+    """
+    graph = _checked_graph(model)
+    _check_weights(model)
+    decided = _plan(graph, policy, model.name)
+    for rule in decided.unused_rules:
+        warnings.warn(
+            f"The policy's rule {rule!r} matched no layer of '{model.name}'.",
+            PolicyWarning,
+            stacklevel=2,
+        )
+    qat = wrap(decided)
+    if calibration_data is not None:
+        calibrate(qat, calibration_data)
+    elif any(group.is_observed for group in decided.groups):
+        warnings.warn(
+            f"No calibration data: the ranges of '{model.name}' start from its first training "
+            "batches, and inference stays unrounded until then.",
+            RangeWarning,
+            stacklevel=2,
+        )
+    return qat
+
+
+def _plan(graph: Graph, policy: Any, name: str) -> Plan:
+    return make_plan(graph, QuantizePolicy.of(policy), name)
+
+
+def _checked_graph(model: Any) -> Graph:
+    graph = trace(model)
+    if is_quantized(model):
+        raise ModelError(
+            f"Expected a float model. Received: '{model.name}', which is quantized already. Go on "
+            "with fit, or start from the float model."
+        )
+    return graph
+
+
+def _check_weights(model: keras.Model) -> None:
+    for variable in model.weights:
+        value = np.asarray(variable)
+        if np.issubdtype(value.dtype, np.floating) and not np.all(np.isfinite(value)):
+            raise ModelError(
+                f"Expected finite weights. Received: NaN or infinity in '{variable.path}' of "
+                f"'{model.name}'. The float model is broken; train it again."
+            )

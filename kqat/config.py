@@ -1,0 +1,184 @@
+"""What the user asks for: a config for one layer, a policy for a model.
+
+A policy is a default config and ordered rules; the first rule that matches a layer decides.
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kqat.errors import PolicyError
+from kqat.quantizers import (
+    RANGE_METHODS,
+    MovingAverage,
+    RangeMethod,
+    range_method_from_dict,
+    range_method_to_dict,
+)
+from kqat.spec import INT8_ACTIVATION, INT8_WEIGHTS, QuantSpec
+
+WeightSpecs = QuantSpec | Mapping[str, QuantSpec] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """How one layer is quantized.
+
+    Args:
+        weights: the grid of the layer's weights. One `QuantSpec` serves every variable that the
+            registry names for the layer type; a mapping `{"kernel": QuantSpec(...)}` names
+            variables (attributes of the layer) itself, as a custom layer needs. Max-abs range.
+        activation: the grid of the layer's output.
+        activation_range: how the range of the output is found.
+
+    Raises:
+        PolicyError: if a field is of another type, or the bit widths cannot ship together.
+    """
+
+    weights: WeightSpecs = INT8_WEIGHTS
+    activation: QuantSpec = INT8_ACTIVATION
+    activation_range: RangeMethod = MovingAverage()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, Mapping):
+            object.__setattr__(self, "weights", dict(self.weights))
+        for name, spec in self.weight_items():
+            _check_weight_spec(name, spec)
+        if not isinstance(self.activation, QuantSpec):
+            raise PolicyError(
+                f"Expected activation to be a QuantSpec. Received: {self.activation!r}. "
+                "To leave a layer float, give None in place of the whole config."
+            )
+        if self.activation.axis is not None or self.activation.bits != 8:
+            raise PolicyError(
+                "Expected an activation grid of 8 bits and one scale per tensor, the only one "
+                f"that this release exports. Received: {self.activation}."
+            )
+        if self.activation.narrow_range:
+            raise PolicyError(
+                "Expected an activation grid with all 256 integers: integer kernels clamp at "
+                f"-128. Received: {self.activation}. Use narrow_range=False."
+            )
+        if type(self.activation_range) not in RANGE_METHODS.values():
+            raise PolicyError(
+                f"Expected activation_range to be one of {sorted(RANGE_METHODS)}. "
+                f"Received: {self.activation_range!r}."
+            )
+
+    def weight_items(self) -> Iterator[tuple[str, QuantSpec]]:
+        """Pairs of variable name and spec; the name is `"*"` for a spec that serves all."""
+        if isinstance(self.weights, Mapping):
+            yield from self.weights.items()
+        elif self.weights is not None:
+            yield "*", self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON types."""
+        weights = {name: spec.to_dict() for name, spec in self.weight_items()}
+        return {
+            "weights": weights,
+            "activation": self.activation.to_dict(),
+            "activation_range": range_method_to_dict(self.activation_range),
+        }
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "QuantizeConfig":
+        """The inverse of `to_dict`."""
+        weights: Any = {name: QuantSpec(**spec) for name, spec in config["weights"].items()}
+        if set(weights) == {"*"}:
+            weights = weights["*"]
+        return cls(
+            weights=weights or None,
+            activation=QuantSpec(**config["activation"]),
+            activation_range=range_method_from_dict(config["activation_range"]),
+        )
+
+
+def _check_weight_spec(name: str, spec: QuantSpec) -> None:
+    if not isinstance(spec, QuantSpec):
+        raise PolicyError(f"Expected weights[{name!r}] to be a QuantSpec. Received: {spec!r}.")
+    if not spec.symmetric:
+        raise PolicyError(
+            f"Expected a symmetric grid for weights[{name!r}]: integer kernels take no weight "
+            f"zero point. Received: {spec}. Use symmetric=True."
+        )
+    if spec.bits > 8:
+        raise PolicyError(
+            f"Expected at most 8 bits for weights[{name!r}], the widest that integer kernels "
+            f"take. Received: bits={spec.bits}."
+        )
+
+
+PRESETS: dict[str, QuantizeConfig] = {"int8": QuantizeConfig()}
+
+RuleKey = str | type
+ConfigLike = Any  # None, a preset's name, a QuantizeConfig, or a config that interop converts
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizePolicy:
+    """A default config and ordered rules for the layers that differ from it.
+
+    A rule's key is a name pattern (`"stem*"`, as in `fnmatch`) or a layer class; its value is a
+    config, the name of a preset, or `None` to leave the layer float. The first match decides.
+    """
+
+    default: QuantizeConfig | None = PRESETS["int8"]
+    rules: tuple[tuple[RuleKey, Any], ...] = ()
+
+    @classmethod
+    def of(cls, policy: Any) -> "QuantizePolicy":
+        """A policy from what users write: a preset's name, a config, a mapping, or a policy.
+
+        Raises:
+            PolicyError: if it is none of these.
+        """
+        if isinstance(policy, QuantizePolicy):
+            return policy
+        if isinstance(policy, Mapping):
+            return cls(rules=tuple((_key(k), resolve_config(v)) for k, v in policy.items()))
+        return cls(default=resolve_config(policy))
+
+    def match(self, name: str, layer: Any) -> int | None:
+        """Index of the first rule that matches, or `None` where the default serves."""
+        for index, (key, _) in enumerate(self.rules):
+            if isinstance(key, str):
+                matched = fnmatch.fnmatchcase(name, key)
+            else:
+                matched = isinstance(layer, key)
+            if matched:
+                return index
+        return None
+
+
+def resolve_config(value: ConfigLike) -> Any:
+    """A config from a preset's name; other configs pass through.
+
+    Raises:
+        PolicyError: if the name is no preset's, or the value is no config.
+    """
+    if isinstance(value, str):
+        if value not in PRESETS:
+            raise PolicyError(f"Expected one of the presets {sorted(PRESETS)}. Received: {value!r}.")
+        return PRESETS[value]
+    if value is None or isinstance(value, QuantizeConfig) or is_foreign_config(value):
+        return value
+    raise PolicyError(
+        f"Expected None, a preset's name, a QuantizeConfig or a tfmot QuantizeConfig. "
+        f"Received: {value!r}."
+    )
+
+
+def is_foreign_config(value: Any) -> bool:
+    """Whether `value` speaks tfmot's `QuantizeConfig` protocol; `kqat.interop.tfmot` reads it."""
+    methods = ("get_weights_and_quantizers", "get_output_quantizers")
+    return all(callable(getattr(value, method, None)) for method in methods)
+
+
+def _key(key: Any) -> RuleKey:
+    if isinstance(key, str | type):
+        return key
+    raise PolicyError(
+        f"Expected a rule's key to be a name pattern or a layer class. Received: {key!r}."
+    )

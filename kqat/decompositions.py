@@ -1,0 +1,203 @@
+"""Layers written as simpler layers, so that a quantizer can stand between the parts.
+
+Each function takes a built layer and the name that its parts go by, and returns a callable of the same inputs that computes the same
+values (in inference, bit for bit where the arithmetic allows), or `None` where the layer is
+simple already. The parts own copies of the weights.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from kqat.errors import UnsupportedLayerError
+
+Decomposed = Callable[..., Any]
+
+
+class Part:
+    """A layer that takes over given weights as soon as it is built; calls like the layer."""
+
+    def __init__(self, layer: keras.layers.Layer, weights: Sequence[np.ndarray] = ()):
+        self.layer = layer
+        self._pending: Sequence[np.ndarray] | None = weights
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        if self._pending is not None:
+            if self._pending:
+                self.layer.set_weights(self._pending)
+            self._pending = None
+        return output
+
+
+def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.Layer:
+    """An unbuilt layer of the same class and config, except for `changes`."""
+    config = {**layer.get_config(), **changes}
+    if name is not None:
+        config["name"] = name
+    copy = type(layer).from_config(config)
+    copy.trainable = layer.trainable
+    return copy
+
+
+def split_activation(layer: Any, name: str) -> Decomposed | None:
+    """`Conv(activation=f)` as `Conv` and `f`, so that the sum before `f` can have a range."""
+    if layer.activation is keras.activations.linear:
+        return None
+    linear = Part(clone(layer, name, activation="linear"), layer.get_weights())
+    activation = _activation(layer, name)
+    return lambda x: activation(linear(x))
+
+
+def _activation(layer: Any, name: str) -> keras.layers.Layer:
+    function = layer.activation
+    if isinstance(function, keras.layers.Layer):
+        return clone(function, name=f"{name}_{function.name}")
+    kind = keras.activations.serialize(function)
+    if not isinstance(kind, str):
+        raise UnsupportedLayerError(
+            f"Expected a built-in activation in layer '{name}'. Received: {function!r}. "
+            "Put it into a layer of its own and describe that with kqat.register_layer."
+        )
+    return layers.Activation(kind, name=f"{name}_{kind}")
+
+
+def separable(layer: Any, name: str) -> Decomposed:
+    """`SeparableConv` as `DepthwiseConv` and a pointwise `Conv`."""
+    one_d = isinstance(layer, layers.SeparableConv1D)
+    config = layer.get_config()
+    shared = {k: config[k] for k in ("data_format", "trainable", "dtype")}
+    depthwise = (layers.DepthwiseConv1D if one_d else layers.DepthwiseConv2D)(
+        kernel_size=config["kernel_size"],
+        strides=config["strides"],
+        padding=config["padding"],
+        dilation_rate=config["dilation_rate"],
+        depth_multiplier=config["depth_multiplier"],
+        use_bias=False,
+        depthwise_regularizer=config["depthwise_regularizer"],
+        depthwise_constraint=config["depthwise_constraint"],
+        name=f"{name}_depthwise",
+        **shared,
+    )
+    pointwise = (layers.Conv1D if one_d else layers.Conv2D)(
+        filters=config["filters"],
+        kernel_size=1,
+        use_bias=config["use_bias"],
+        kernel_regularizer=config["pointwise_regularizer"],
+        kernel_constraint=config["pointwise_constraint"],
+        bias_regularizer=config["bias_regularizer"],
+        bias_constraint=config["bias_constraint"],
+        name=name,
+        **shared,
+    )
+    weights = layer.get_weights()
+    first, second = Part(depthwise, weights[:1]), Part(pointwise, weights[1:])
+    if layer.activation is keras.activations.linear:
+        return lambda x: second(first(x))
+    activation = _activation(layer, name)
+    return lambda x: activation(second(first(x)))
+
+
+def relu(layer: Any, name: str) -> Decomposed | None:
+    """`ReLU` as one of the clamps that integer kernels fuse, or as `LeakyReLU`."""
+    slope, top, threshold = layer.negative_slope, layer.max_value, layer.threshold
+    if not slope and not threshold and top in (None, 6):
+        return layers.Activation("relu6" if top == 6 else "relu", name=name)
+    if slope and not threshold and top is None:
+        return layers.LeakyReLU(negative_slope=slope, name=name)
+    raise UnsupportedLayerError(
+        f"Expected max_value None or 6 and threshold 0, or a negative_slope alone, in layer "
+        f"'{name}' of type ReLU. Received: negative_slope={slope}, max_value={top}, "
+        f"threshold={threshold}. Use ReLU(6.0) or LeakyReLU."
+    )
+
+
+def silu(layer: Any, name: str) -> Decomposed:
+    """`silu(x) = x * sigmoid(x)`."""
+    gate = layers.Activation("sigmoid", name=f"{name}_sigmoid")
+    product = layers.Multiply(name=name)
+    return lambda x: product([x, gate(x)])
+
+
+def pairwise(layer: Any, name: str) -> Decomposed | None:
+    """`Add` or `Multiply` of many inputs as a chain of two-input ones: kernels take two."""
+    inputs = layer.input
+    count = len(inputs) if isinstance(inputs, list | tuple) else 1
+    if count == 2:
+        return None
+    if count == 1:
+        return layers.Identity(name=name)
+    names = [f"{name}_{i}" for i in range(1, count - 1)] + [name]
+    parts = [type(layer)(name=part_name) for part_name in names]
+
+    def chain(tensors: Sequence[Any]) -> Any:
+        total = tensors[0]
+        for part, tensor in zip(parts, tensors[1:], strict=True):
+            total = part([total, tensor])
+        return total
+
+    return chain
+
+
+def average(layer: Any, name: str) -> Decomposed:
+    """`Average` as a sum and a multiplication by one constant."""
+    count = len(layer.input)
+    total = layers.Add(name=f"{name}_sum")
+    # Adding pairwise here too: Add itself is decomposed only where a model holds it.
+    parts = [layers.Add(name=f"{name}_sum_{i}") for i in range(1, count - 1)] + [total]
+    mean = layers.Rescaling(1.0 / count, name=name)
+
+    def chain(tensors: Sequence[Any]) -> Any:
+        result = tensors[0]
+        for part, tensor in zip(parts, tensors[1:], strict=True):
+            result = part([result, tensor])
+        return mean(result)
+
+    return chain
+
+
+def upsample_2d(layer: Any, name: str) -> Decomposed:
+    """`UpSampling2D` as the resize that has an integer kernel, not as a chain of TILEs."""
+
+    def resize(x: Any) -> Any:
+        height, width = x.shape[1] * layer.size[0], x.shape[2] * layer.size[1]
+        return layers.Resizing(
+            height, width, interpolation=layer.interpolation, name=name
+        )(x)
+
+    return resize
+
+
+def pool_3d(layer: Any, name: str) -> Decomposed:
+    """`MaxPooling3D`/`AveragePooling3D` as two 2-D poolings: TFLite has no 3-D pooling.
+
+    Pooling is separable: over height and width with the depth among the samples, then over
+    the depth with height and width flattened.
+    """
+    depth, height, width = layer.pool_size
+    stride_d, stride_h, stride_w = layer.strides
+    average_pool = isinstance(layer, layers.AveragePooling3D)
+    pool = layers.AveragePooling2D if average_pool else layers.MaxPooling2D
+    plane = pool(
+        (height, width), (stride_h, stride_w), layer.padding, name=f"{name}_plane"
+    )
+    line = pool((depth, 1), (stride_d, 1), layer.padding, name=f"{name}_depth")
+
+    def pooled(x: Any) -> Any:
+        frames, channels = x.shape[1], x.shape[-1]
+        # Height stands where the plane is pooled, so depth moves behind it by way of the width:
+        # (D, H, W, C) -> pool needs 4-D; D joins the channels, which pooling leaves alone.
+        x = layers.Permute((2, 3, 1, 4), name=f"{name}_depth_in")(x)
+        x = layers.Reshape((*x.shape[1:3], frames * channels), name=f"{name}_merge")(x)
+        x = plane(x)
+        rows, columns = x.shape[1:3]
+        x = layers.Reshape((rows, columns, frames, channels), name=f"{name}_split")(x)
+        x = layers.Permute((3, 1, 2, 4), name=f"{name}_depth_out")(x)
+        x = layers.Reshape((frames, rows * columns, channels), name=f"{name}_flat")(x)
+        x = line(x)
+        return layers.Reshape((x.shape[1], rows, columns, channels), name=name)(x)
+
+    return pooled

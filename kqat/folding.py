@@ -1,0 +1,171 @@
+"""Layers with weights as they ship: BatchNormalization folded in, weights on their grid."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from kqat.decompositions import Part, clone
+from kqat.errors import UnsupportedLayerError
+from kqat.layers import QuantizeWrapper
+from kqat.registry import rule_for
+
+Frozen = tuple[list["FrozenWeight"], Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenWeight:
+    """One weight as it ships.
+
+    Invariants:
+      * `values == (integers * scale).astype(float32)`, of the Keras variable's shape
+      * `scale` has that shape with the axes that share a scale of size 1
+      * `abs(integers) <= 2**(bits - 1) - 1`
+    """
+
+    name: str
+    integers: np.ndarray
+    scale: np.ndarray
+    bits: int
+    per_channel: bool
+
+    @property
+    def values(self) -> np.ndarray:
+        """The float weights that the frozen model computes with."""
+        # Adding zero turns -0.0 into 0.0: weights are found again by their bytes.
+        return (self.integers.astype(np.float32) * self.scale + np.float32(0)).astype(np.float32)
+
+
+def freeze_layer(wrapper: QuantizeWrapper) -> Frozen:
+    """The frozen weights of a wrapped layer, and the float layer that computes with them.
+
+    A folded BatchNormalization multiplies channel scales, which leaves the trained integers as
+    they are (up to the sign of gamma), and joins the bias; both in float64.
+    """
+    layer, norm = wrapper.layer, wrapper.normalization
+    frozen = [_frozen(wrapper, name) for name in wrapper.weight_specs]
+    by_variable = {
+        id(getattr(layer, name)): weight.values
+        for name, weight in zip(wrapper.weight_specs, frozen, strict=True)
+    }
+    values = [by_variable.get(id(v), np.asarray(v)) for v in layer.weights]
+    changes: dict[str, Any] = {"dtype": "float32"}
+    if norm is not None:
+        factor, offset = _normalization(norm)
+        bias = np.asarray(layer.bias, np.float64) if layer.use_bias else 0.0
+        values = [values[0], (offset + bias * factor).astype(np.float32)]
+        changes["use_bias"] = True
+    return frozen, Part(clone(layer, **changes), values)
+
+
+def _frozen(wrapper: QuantizeWrapper, name: str) -> FrozenWeight:
+    spec = wrapper.weight_specs[name]
+    scale = np.asarray(wrapper.scale(name), np.float32)
+    integers = np.rint(np.asarray(wrapper.on_grid(name), np.float32) / scale)
+    if wrapper.normalization is not None:
+        factor = _normalization(wrapper.normalization)[0]
+        factor = factor.reshape(np.shape(wrapper.fold_factor(name)))
+        integers = integers * (np.abs(np.sign(factor)) if wrapper.folds_before(name) else np.sign(factor))
+        if not wrapper.folds_before(name):
+            scale = (scale.astype(np.float64) * np.abs(factor)).astype(np.float32)
+    # A channel without weights has no scale of its own; one is as good as any.
+    tiny = scale < np.finfo(np.float32).tiny
+    integers = np.where(tiny, 0.0, integers)
+    return FrozenWeight(
+        name=f"{wrapper.layer.name}/{name}",
+        integers=integers.astype(np.int8),
+        scale=np.where(tiny, np.float32(1), scale),
+        bits=spec.bits,
+        per_channel=spec.axis is not None,
+    )
+
+
+def _normalization(norm: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Factor and offset per channel of a BatchNormalization in inference, in float64."""
+    mean, variance = (
+        np.asarray(v, np.float64) for v in (norm.moving_mean, norm.moving_variance)
+    )
+    factor = 1.0 / np.sqrt(variance + norm.epsilon)
+    if norm.scale:
+        factor = factor * np.asarray(norm.gamma, np.float64)
+    offset = -mean * factor
+    if norm.center:
+        offset = offset + np.asarray(norm.beta, np.float64)
+    return factor, offset
+
+
+def channelwise(layer: Any) -> Frozen:
+    """`x * scale + offset` per channel as one integer operator with exact weights.
+
+    A 1x1 depthwise convolution has one weight per channel, which is ±127 steps of the channel's
+    own scale: no rounding error, and one rounding of the output where MUL and ADD would have two.
+    One scale for all without an offset is a multiplication by a constant.
+    """
+    factor, offset = _affine(layer)
+    if not np.any(offset) and np.all(factor == factor.flat[0]):
+        weight = _single_steps(layer.name, factor.reshape(-1)[:1].reshape(()), False)
+        return [weight], layers.Rescaling(float(weight.values), name=layer.name, dtype="float32")
+    state: dict[str, Any] = {}
+    frozen: list[FrozenWeight] = []
+
+    def call(x: Any) -> Any:
+        channels = x.shape[-1]
+        if not state:
+            weight = _single_steps(
+                layer.name, np.broadcast_to(factor, (channels,)).reshape(1, 1, channels, 1), True
+            )
+            frozen.append(weight)
+            bias = np.broadcast_to(offset, (channels,)).astype(np.float32)
+            depthwise = layers.DepthwiseConv2D(1, name=layer.name, dtype="float32")
+            state["part"] = Part(depthwise, [weight.values, bias])
+        return _as_image(state["part"], x, layer.name)
+
+    return frozen, call
+
+
+def _as_image(part: Part, x: Any, name: str) -> Any:
+    """Calls a 4-D layer that works channel by channel on a value of any rank."""
+    shape = tuple(x.shape[1:])
+    if len(shape) == 3:
+        return part(x)
+    rows = int(np.prod(shape[:-2], dtype=int)) if len(shape) > 2 else 1
+    columns = shape[-2] if len(shape) > 1 else 1
+    image = layers.Reshape((rows, columns, shape[-1]))(x)
+    return layers.Reshape(shape)(part(image))
+
+
+def _single_steps(name: str, factor: np.ndarray, per_channel: bool) -> FrozenWeight:
+    scale = (np.abs(factor) / 127.0).astype(np.float32)
+    scale = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(0))
+    integers = np.where(scale > 0, np.sign(factor) * 127, 0).astype(np.int8)
+    return FrozenWeight(
+        name=f"{name}/scale",
+        integers=integers,
+        scale=np.where(scale > 0, scale, np.float32(1)),
+        bits=8,
+        per_channel=per_channel,
+    )
+
+
+def _affine(layer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Factor and offset of an affine layer, float64, of shape `(channels,)` or `(1,)`."""
+    if isinstance(layer, layers.BatchNormalization):
+        return _normalization(layer)
+    if isinstance(layer, layers.Rescaling):
+        parts = np.broadcast_arrays(np.float64(layer.scale), np.float64(layer.offset))
+        return np.atleast_1d(parts[0]), np.atleast_1d(parts[1])
+    if isinstance(layer, layers.Normalization):
+        mean, variance = (
+            np.asarray(v, np.float64).reshape(-1) for v in (layer.mean, layer.variance)
+        )
+        deviation = np.maximum(np.sqrt(variance), keras.config.epsilon())
+        if layer.invert:
+            return deviation, mean
+        return 1.0 / deviation, -mean / deviation
+    raise UnsupportedLayerError(
+        f"Expected a layer that scales and shifts channels. Received: '{layer.name}' of type "
+        f"{type(layer).__name__}, registered with affine=True ({rule_for(layer).output.value})."
+    )

@@ -1,0 +1,252 @@
+"""QAT model to `FrozenModel`: BatchNorm folded, weights on their grid, ranges final.
+
+The frozen model is the only thing that `tflite_export` sees: a float Keras model whose weights
+are integers times scales, with a `Marker` after every value that is an integer in the file, and
+the tables that say what each marker and each weight stands for.
+"""
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+
+from kqat import numerics
+from kqat.decompositions import Part, clone
+from kqat.errors import FreezeError, ModelError
+from kqat.folding import FrozenWeight, channelwise, freeze_layer
+from kqat.layers import ActivationQuantizer, PrecisionBoundary, QuantizeWrapper
+from kqat.registry import Output, rule_for
+from kqat.tracing import Graph, Node, Ref, rebuild, trace
+from kqat.wrapping import is_quantized
+
+FENCE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One value that is an integer in the file.
+
+    Invariant: real value == (integer - zero_point) * scale. `shape` leaves the batch out.
+    """
+
+    name: str
+    scale: np.float32
+    zero_point: int
+    bits: int
+    shape: tuple[int, ...]
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Marker(keras.layers.Layer):
+    """Tells the exporter which site a value is, by way of a fake-quant op.
+
+    The converter keeps fake-quant ops as QUANTIZE/DEQUANTIZE pairs. The pair's scale encodes
+    `index`, not the site's real scale, so no rounding inside the converter can alter what was
+    trained, and any bit width travels the same way. `FENCE` marks a precision boundary.
+    """
+
+    STEP = 2.0**-10
+
+    def __init__(self, index: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.index = index
+
+    def call(self, x: Any) -> Any:
+        """`x`, rounded on a grid that nobody uses."""
+        if self.index == FENCE:
+            low, high = 0.0, 255.0 * self.STEP
+        else:
+            step = (self.index + 1) * self.STEP
+            low, high = -128.0 * step, 127.0 * step
+        return keras.quantizers.fake_quant_with_min_max_vars(x, low, high, num_bits=8)
+
+    @classmethod
+    def read(cls, scale: float, zero_point: int) -> int:
+        """The index that the parameters of a QUANTIZE op to uint8 encode."""
+        return FENCE if zero_point == 0 else round(scale / cls.STEP) - 1
+
+    def get_config(self) -> dict[str, Any]:
+        """The index, beside what every layer has."""
+        return {**super().get_config(), "index": self.index}
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenModel:
+    """A trained model, ready to be lowered.
+
+    Attributes:
+        model: float Keras model with `Marker(i)` after the value of `sites[i]`.
+        sites: every value that is an integer in the file.
+        weights: the integers and scales of every weight; weights are found by content.
+        input_names, output_names: those of the user's model, in its order.
+    """
+
+    model: keras.Model
+    sites: tuple[Site, ...]
+    weights: tuple[FrozenWeight, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+
+def freeze(qat: keras.Model) -> FrozenModel:
+    """Folds, bakes and marks a QAT model, which is left alone.
+
+    Raises:
+        ModelError: if `qat` is no QAT model.
+        FreezeError: if a range was never observed, or a weight is not finite.
+    """
+    graph = _checked(qat)
+    freezer = _Freezer(graph)
+    model = rebuild(graph, freezer.call, qat.name)
+    return FrozenModel(
+        model=model,
+        sites=tuple(freezer.sites),
+        weights=tuple(freezer.weights),
+        input_names=graph.input_names,
+        output_names=graph.output_names,
+    )
+
+
+def strip(qat: keras.Model) -> keras.Model:
+    """The float model inside a QAT model, with the weights that were trained.
+
+    Raises:
+        ModelError: if `qat` is no QAT model.
+    """
+    graph = _checked(qat)
+    copies: dict[int, Any] = {}
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        layer = node.layer
+        if isinstance(layer, ActivationQuantizer):
+            return layer.clamped(args[0])
+        if isinstance(layer, PrecisionBoundary) or _is_output_name(layer, graph.output_names):
+            return args[0]
+        if id(layer) not in copies:
+            copies[id(layer)] = _float_copies(layer, graph.output_names)
+        value = args[0] if len(args) == 1 else args
+        for part in copies[id(layer)]:
+            value = part(value, **kwargs)
+        return value
+
+    return rebuild(graph, call, qat.name, graph.output_names)
+
+
+def _float_copies(layer: Any, taken: tuple[str, ...]) -> list[Part]:
+    inner = [layer]
+    if isinstance(layer, QuantizeWrapper):
+        inner = [part for part in (layer.layer, layer.normalization) if part is not None]
+    names = [f"{part.name}_inner" if part.name in taken else part.name for part in inner]
+    return [
+        Part(clone(part, name), part.get_weights())
+        for part, name in zip(inner, names, strict=True)
+    ]
+
+
+def _is_output_name(layer: Any, output_names: tuple[str, ...]) -> bool:
+    return isinstance(layer, keras.layers.Identity) and layer.name in output_names
+
+
+def _checked(qat: Any) -> Graph:
+    graph = trace(qat)
+    if not is_quantized(qat):
+        raise ModelError(
+            f"Expected a QAT model. Received: '{qat.name}', which is float. Use "
+            "kqat.quantize_model first."
+        )
+    return graph
+
+
+class _Freezer:
+    """The working state of `freeze`."""
+
+    def __init__(self, graph: Graph):
+        self.consumers = graph.consumers()
+        self.producers = graph.producers()
+        self.sites: list[Site] = []
+        self.weights: list[FrozenWeight] = []
+        self.grids: dict[Ref, Site] = {}
+        self.copies: dict[int, Any] = {}
+        self.names: dict[str, int] = {}
+        self.fences = 0
+
+    def call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
+        """The node's frozen output value, symbolic; see `kqat.tracing.Graph.run`."""
+        layer, output = node.layer, node.outputs[0]
+        if isinstance(layer, ActivationQuantizer):
+            return self._quantizer(node, args[0])
+        if isinstance(layer, PrecisionBoundary):
+            self.fences += 1
+            return Marker(FENCE, name=f"fence_{self.fences}")(args[0])
+        if isinstance(layer, QuantizeWrapper):
+            kwargs = {k: v for k, v in kwargs.items() if k != "training"}
+            return self._cached(layer, self._freeze_wrapper)(*args, **kwargs)
+        grids = [self.grids[ref] for ref in node.inputs if ref in self.grids]
+        rule = rule_for(layer, node.name) if grids else None
+        if rule is not None and rule.output is Output.VANISHES:
+            self.grids[output] = grids[0]
+            return args[0]
+        value = self._cached(layer, lambda la: Part(clone(la, dtype="float32"), la.get_weights()))(
+            *args, **kwargs
+        )
+        if rule is None or rule.output is not Output.SAME:
+            return value
+        self._check_same(node, grids)
+        if any(isinstance(n.layer, ActivationQuantizer) for n in self.consumers[output]):
+            return value
+        return self._mark(output, node.name, value, grids[0])
+
+    def _cached(self, layer: Any, make: Any) -> Any:
+        if id(layer) not in self.copies:
+            self.copies[id(layer)] = make(layer)
+        return self.copies[id(layer)]
+
+    def _check_same(self, node: Node, grids: list[Site]) -> None:
+        distinct = {(grid.scale, grid.zero_point, grid.bits) for grid in grids}
+        if len(distinct) != 1 or len(grids) != len(node.inputs):
+            raise FreezeError(
+                f"Expected one scale for all inputs of '{node.name}'. Received: {distinct}. The "
+                "model was changed after kqat.quantize_model; quantize it anew."
+            )
+
+    def _quantizer(self, node: Node, x: Any) -> Any:
+        layer: ActivationQuantizer = node.layer
+        low, high = layer.range()
+        if not np.isfinite([low, high]).all():
+            raise FreezeError(
+                f"Expected a finite range. Received: [{low}, {high}] in '{layer.name}'."
+            )
+        scale, zero_point = numerics.nudge(np.float32(low), np.float32(high), layer.spec)
+        observes = node.kwargs.get("observe", True)
+        producer = self.producers.get(node.inputs[0])
+        if producer is None or (layer.sites == 1 and observes):
+            name = layer.name.removesuffix("_quantizer")
+        else:
+            name = producer.name.removeprefix("quant_")
+        grid = Site(name, np.float32(scale), int(zero_point), layer.spec.bits, ())
+        if layer.clamp and observes:
+            x = keras.layers.Activation(layer.clamp, name=f"{layer.clamp}_{len(self.sites)}")(x)
+        return self._mark(node.outputs[0], name, x, grid)
+
+    def _mark(self, ref: Ref, name: str, value: Any, grid: Site) -> Any:
+        self.names[name] = self.names.get(name, 0) + 1
+        unique = name if self.names[name] == 1 else f"{name}_{self.names[name]}"
+        site = dataclasses.replace(grid, name=unique, shape=tuple(value.shape[1:]))
+        self.grids[ref] = site
+        self.sites.append(site)
+        index = len(self.sites) - 1
+        return Marker(index, name=f"marker_{index}")(value)
+
+    def _freeze_wrapper(self, wrapper: QuantizeWrapper) -> Any:
+        if not wrapper.weight_specs:
+            frozen, layer = channelwise(wrapper.layer)
+        else:
+            frozen, layer = freeze_layer(wrapper)
+        for weight in frozen:
+            if not np.isfinite(weight.scale).all():
+                raise FreezeError(
+                    f"Expected finite weights. Received: NaN or infinity in '{weight.name}'."
+                )
+        self.weights.extend(frozen)
+        return layer

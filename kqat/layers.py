@@ -1,0 +1,323 @@
+"""The layers that quantize.
+
+`QuantizeWrapper` stands around a layer that computes on integers, `ActivationQuantizer` after a
+group, `PrecisionBoundary` where integers and floats meet. All are ordinary Keras layers, saved
+and loaded without a custom-object scope.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+from keras import ops
+
+from kqat import numerics
+from kqat.errors import FreezeError
+from kqat.quantizers import Fixed, RangeMethod, range_method_from_dict, range_method_to_dict
+from kqat.registry import rule_for
+from kqat.spec import QuantSpec
+
+
+@keras.saving.register_keras_serializable("kqat")
+class ActivationQuantizer(keras.layers.Layer):
+    """Rounds the values of one group to its integer grid; the gradient is straight-through.
+
+    In training it observes the batch and moves its range, unless `trainable` is `False`. Each
+    call site (`site`) has a range of its own, of which the group's range is the union:
+
+        low == min(site_low), high == max(site_high), low <= 0 <= high
+
+    Before any batch was seen, inference lets values pass unrounded.
+
+    Args:
+        spec: the grid, one scale per tensor.
+        range_method: how the range is found; `Fixed` is never observed.
+        clamp: `"relu"`, `"relu6"` or `None`: carried out by the rounding, as a range from 0
+            clips what lies below.
+        sites: number of call sites.
+    """
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        range_method: RangeMethod,
+        *,
+        clamp: str | None = None,
+        sites: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__(autocast=False, **kwargs)
+        self.spec = spec
+        self.range_method = range_method
+        self.clamp = clamp
+        self.sites = sites
+        self.supports_masking = True
+
+    def build(self, input_shape: Any) -> None:
+        """Creates the ranges, all zero: nothing seen."""
+        if isinstance(self.range_method, Fixed):
+            return
+
+        def ranges(name: str) -> keras.Variable:
+            return self.add_weight(
+                name=name,
+                shape=(self.sites,),
+                initializer="zeros",
+                dtype="float32",
+                trainable=False,
+                aggregation="mean",
+            )
+
+        self.site_low, self.site_high, self.count = map(ranges, ("low", "high", "count"))
+
+    def call(
+        self, x: Any, site: int = 0, observe: bool = True, training: bool | None = None
+    ) -> Any:
+        """`x` rounded; any shape. `site` and `observe` say which range `x` shapes, and whether."""
+        dtype = x.dtype
+        x = ops.cast(x, "float32")
+        if isinstance(self.range_method, Fixed):
+            rounded = numerics.fake_quantize(x, *self.fixed_range(), self.spec)
+            return ops.cast(rounded, dtype)
+        if training and observe and self.trainable:
+            low, high = self._observed(x, site)
+            return ops.cast(self._round(x, low, high), dtype)
+        rounded = self._round(x, self.site_low.value, self.site_high.value)
+        seen = ops.max(self.count.value) > 0.0
+        return ops.cast(ops.where(seen, rounded, self.clamped(x)), dtype)
+
+    def clamped(self, x: Any) -> Any:
+        """`x` after the clamp alone."""
+        if self.clamp == "relu":
+            return ops.relu(x)
+        return ops.relu6(x) if self.clamp == "relu6" else x
+
+    def observe(self, x: Any, site: int = 0) -> None:
+        """Lets `x` (any shape) shape the range of `site`, as a training batch does."""
+        if not isinstance(self.range_method, Fixed):
+            self._observed(ops.cast(x, "float32"), site)
+
+    def fixed_range(self) -> tuple[float, float]:
+        """The range that a `Fixed` method gives."""
+        assert isinstance(self.range_method, Fixed)
+        return self.range_method.low, self.range_method.high
+
+    def range(self) -> tuple[float, float]:
+        """The group's range `(low, high)` as the file will carry it.
+
+        Raises:
+            FreezeError: if no batch was ever seen.
+        """
+        if isinstance(self.range_method, Fixed):
+            return self.fixed_range()
+        if float(ops.max(self.count)) == 0.0:
+            raise FreezeError(
+                f"Expected ranges from data. Received: quantizer '{self.name}', which has seen "
+                "none. Give calibration_data to kqat.quantize_model, or train."
+            )
+        low, high = self._union(self.site_low.value, self.site_high.value)
+        return float(low), float(high)
+
+    def is_calibrated(self) -> bool:
+        """Whether the range is known."""
+        return isinstance(self.range_method, Fixed) or float(ops.max(self.count)) > 0.0
+
+    def _union(self, site_low: Any, site_high: Any) -> tuple[Any, Any]:
+        return numerics.widen(ops.min(site_low), ops.max(site_high))
+
+    def _round(self, x: Any, site_low: Any, site_high: Any) -> Any:
+        low, high = self._union(site_low, site_high)
+        return numerics.fake_quantize(x, low, high, self.spec)
+
+    def _observed(self, x: Any, site: int) -> tuple[Any, Any]:
+        """Updates the site's range by `x`; returns all sites' ranges."""
+        low, high, count = self.site_low.value, self.site_high.value, self.count.value
+        batch_low = ops.zeros(()) if self.clamp else ops.minimum(ops.min(x), 0.0)
+        batch_high = ops.maximum(ops.max(x), 0.0)
+        if self.clamp == "relu6":
+            batch_high = ops.minimum(batch_high, 6.0)
+        batch_low, batch_high = ops.stop_gradient(batch_low), ops.stop_gradient(batch_high)
+        new_low, new_high = self.range_method.update(
+            low[site], high[site], count[site], batch_low, batch_high
+        )
+        # One exploding batch must not poison the range for good.
+        finite = ops.logical_and(ops.isfinite(batch_low), ops.isfinite(batch_high))
+        here = ops.logical_and(ops.arange(self.sites) == site, finite)
+        low, high = ops.where(here, new_low, low), ops.where(here, new_high, high)
+        self.site_low.assign(low)
+        self.site_high.assign(high)
+        self.count.assign(ops.where(here, count + 1.0, count))
+        return low, high
+
+    def compute_output_shape(self, input_shape: Any, **kwargs: Any) -> Any:
+        """The input's shape."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Plain JSON types only, so that loading needs no custom objects."""
+        config = super().get_config()
+        config.pop("autocast", None)
+        return {
+            **config,
+            "spec": self.spec.to_dict(),
+            "range_method": range_method_to_dict(self.range_method),
+            "clamp": self.clamp,
+            "sites": self.sites,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ActivationQuantizer":
+        """The inverse of `get_config`."""
+        spec = QuantSpec(**config.pop("spec"))
+        method = range_method_from_dict(config.pop("range_method"))
+        return cls(spec, method, **config)
+
+
+@keras.saving.register_keras_serializable("kqat")
+class PrecisionBoundary(keras.layers.Layer):
+    """Marks where integers become floats or floats integers; computes nothing."""
+
+    def call(self, x: Any) -> Any:
+        """`x`, unchanged."""
+        return x
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
+
+
+@keras.saving.register_keras_serializable("kqat")
+class QuantizeWrapper(keras.layers.Layer):
+    """A layer that computes with fake-quantized weights; the layer itself is untouched.
+
+    During a call the weights named in `weights` are replaced by their rounded values
+    (`keras.StatelessScope`); gradients reach the float weights straight through. A
+    BatchNormalization that will fold into the layer follows inside. Per channel, folding
+    commutes with max-abs rounding. Per tensor it does not, so there the weights are rounded
+    *as folded*, with the moving variance, and unfolded again (Krishnamoorthi 2018, section
+    3.2.2, https://arxiv.org/abs/1806.08342).
+
+    Args:
+        layer: the wrapped layer.
+        weights: attribute of the layer -> grid.
+        normalization: the BatchNormalization that folds into the layer, or `None`.
+        freeze_statistics: whether BatchNormalization uses its moving statistics in training.
+    """
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        weights: Mapping[str, QuantSpec],
+        normalization: keras.layers.Layer | None = None,
+        *,
+        freeze_statistics: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.layer = layer
+        self.weight_specs = dict(weights)
+        self.normalization = normalization
+        self.freeze_statistics = freeze_statistics
+        self._takes_training = "training" in inspect.signature(layer.call).parameters
+
+    def build(self, input_shape: Any) -> None:
+        """Builds the layer and the BatchNormalization."""
+        if not self.layer.built:
+            self.layer.build(input_shape)
+        if self.normalization is not None and not self.normalization.built:
+            self.normalization.build(self.layer.compute_output_shape(input_shape))
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        """What the layer (and BatchNormalization) computes from `x` with rounded weights."""
+        statistics = training and not self.freeze_statistics
+        options = {"training": statistics} if self._takes_training else {}
+        if self.weight_specs:
+            y = self._call_rounded(x, options)
+        else:
+            y = self.layer(x, **options)
+        if self.normalization is None:
+            return y
+        return self.normalization(y, training=statistics)
+
+    def _call_rounded(self, x: Any, options: dict[str, Any]) -> Any:
+        variables = self.layer.variables
+        rounded = {id(self._variable(name)): self.rounded(name) for name in self.weight_specs}
+        mapping = [(v, rounded.get(id(v), v.value)) for v in variables]
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            y = self.layer(x, **options)
+        for variable in variables:
+            if not variable.trainable and (new := scope.get_current_value(variable)) is not None:
+                variable.assign(new)
+        return y
+
+    def _variable(self, name: str) -> keras.Variable:
+        return getattr(self.layer, name)
+
+    def rounded(self, name: str) -> Any:
+        """The rounded weight `name`, of the variable's shape: what the layer computes with."""
+        fold = self._fold_before(name)
+        on_grid = self.on_grid(name)
+        return on_grid if fold is None else on_grid / fold
+
+    def on_grid(self, name: str) -> Any:
+        """The rounded weight, integers times `scale(name)`; folded where `folds_before(name)`."""
+        folded = self._folded(name)
+        return numerics.fake_quantize_weight(folded, self.scale(name), self.weight_specs[name])
+
+    def scale(self, name: str) -> Any:
+        """The scale of weight `name`: its shape, with the axes that share a scale of size 1."""
+        spec = self.weight_specs[name]
+        return ops.stop_gradient(numerics.weight_scale(self._folded(name), spec))
+
+    def folds_before(self, name: str) -> bool:
+        """Whether the BatchNormalization is folded in before rounding: one scale per tensor."""
+        return self.normalization is not None and self.weight_specs[name].axis is None
+
+    def _fold_before(self, name: str) -> Any:
+        return ops.stop_gradient(self.fold_factor(name)) if self.folds_before(name) else None
+
+    def _folded(self, name: str) -> Any:
+        value = ops.cast(self._variable(name).value, "float32")
+        fold = self._fold_before(name)
+        return value if fold is None else value * fold
+
+    def fold_factor(self, name: str = "kernel") -> Any:
+        """`gamma / sqrt(moving_variance + epsilon)`, shaped to broadcast over weight `name`.
+
+        A factor of zero, which cannot be unfolded, is replaced by one; the layer's output is
+        multiplied by zero then in any case.
+        """
+        norm = self.normalization
+        factor = 1.0 / ops.sqrt(norm.moving_variance.value + norm.epsilon)
+        if norm.scale:
+            factor = factor * norm.gamma.value
+        factor = ops.where(factor == 0.0, ops.ones_like(factor), factor)
+        shape = self._variable(name).shape
+        axes = {a % len(shape) for a in rule_for(self.layer).weights[name]}
+        return ops.reshape(factor, [s if i in axes else 1 for i, s in enumerate(shape)])
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """That of the layer."""
+        return self.layer.compute_output_shape(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """Plain JSON types and the serialized layers."""
+        serialize = keras.saving.serialize_keras_object
+        norm = self.normalization
+        return {
+            **super().get_config(),
+            "layer": serialize(self.layer),
+            "weights": {name: spec.to_dict() for name, spec in self.weight_specs.items()},
+            "normalization": None if norm is None else serialize(norm),
+            "freeze_statistics": self.freeze_statistics,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "QuantizeWrapper":
+        """The inverse of `get_config`."""
+        restore = keras.saving.deserialize_keras_object
+        norm = config.pop("normalization")
+        layer = restore(config.pop("layer"))
+        weights = {name: QuantSpec(**spec) for name, spec in config.pop("weights").items()}
+        return cls(layer, weights, None if norm is None else restore(norm), **config)

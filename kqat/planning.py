@@ -1,0 +1,357 @@
+"""Graph and policy to `Plan`: who gets which quantizer, before a weight is touched.
+
+Three questions are answered once, from the graph's edges. *Fusion*: which BatchNormalization folds
+into which layer, which clamp into which producer. *Scales*: operators that demand the same scale
+for input and output (TFLite quantization specification) join their tensors into one group, which
+has one quantizer. *Precision*: where integers and floats meet, an explicit boundary stands.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kqat.config import QuantizeConfig, QuantizePolicy
+from kqat.errors import PolicyError
+from kqat.quantizers import Fixed, RangeMethod
+from kqat.registry import LayerRule, Output, rule_for
+from kqat.reporting import Group, LayerPlan, Plan, Rounding
+from kqat.spec import QuantSpec
+from kqat.tracing import Graph, Node, Ref, expand
+
+
+def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
+    """Decides about every layer of `graph`, the graph of a float model.
+
+    Raises:
+        UnsupportedLayerError: if a layer that is to be quantized has no integer form.
+        PolicyError: if the policy asks for what cannot ship.
+    """
+    configs, input_configs, unused = _assign_configs(graph, policy)
+    expanded, origins = expand(graph, lambda node: configs[node.name] is None, model_name)
+    planner = _Planner(
+        expanded, {name: configs[origin] for name, origin in origins.items()}, input_configs
+    )
+    planner.fuse()
+    planner.join_scales()
+    planner.place_roundings()
+    layers = tuple(planner.layer_plan(node, origins[node.layer.name]) for node in expanded.nodes)
+    return Plan(
+        model_name=model_name,
+        layers=layers,
+        groups=tuple(planner.groups.values()),
+        unused_rules=unused,
+        input_names=graph.input_names,
+        output_names=graph.output_names,
+        graph=expanded,
+        roundings=planner.roundings,
+    )
+
+
+def _assign_configs(
+    graph: Graph, policy: QuantizePolicy
+) -> tuple[dict[str, QuantizeConfig | None], dict[str, QuantizeConfig], tuple[str, ...]]:
+    """Configs of the nodes, configs that rules give to model inputs, and rules that matched none.
+
+    An input without a rule of its own takes the config of the first layer that reads it.
+    """
+    configs: dict[str, QuantizeConfig | None] = {}
+    used: set[int | None] = set()
+    by_layer: dict[int, tuple[str, QuantizeConfig | None]] = {}
+    for node in graph.nodes:
+        index = policy.match(node.name, node.layer)
+        used.add(index)
+        config = policy.default if index is None else policy.rules[index][1]
+        first, earlier = by_layer.setdefault(id(node.layer), (node.name, config))
+        if earlier != config:
+            raise PolicyError(
+                f"Expected one config for the calls '{first}' and '{node.name}' of one layer: its "
+                f"weights are quantized once. Received: {earlier} and {config}."
+            )
+        configs[node.name] = config
+    input_configs = {}
+    for name in graph.input_names:
+        index = policy.match(name, None)
+        if index is not None and policy.rules[index][1] is not None:
+            used.add(index)
+            input_configs[name] = policy.rules[index][1]
+    unused = tuple(str(key) for i, (key, _) in enumerate(policy.rules) if i not in used)
+    return configs, input_configs, unused
+
+
+class _Planner:
+    """The working state of one plan; each public method answers one question."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        configs: Mapping[str, QuantizeConfig | None],
+        input_configs: Mapping[str, QuantizeConfig],
+    ):
+        self.graph = graph
+        self.input_configs = input_configs
+        self.consumers = graph.consumers()
+        self.producers = graph.producers()
+        self.outputs = set(graph.outputs)
+        self.configs = {node.name: configs[node.layer.name] for node in graph.nodes}
+        self.rules: dict[Node, LayerRule | None] = {
+            node: None if self.configs[node.name] is None else rule_for(node.layer, node.name)
+            for node in graph.nodes
+        }
+        self.calls: dict[int, int] = {}
+        for node in graph.nodes:
+            self.calls[id(node.layer)] = self.calls.get(id(node.layer), 0) + 1
+        self.folded: dict[Node, Node] = {}  # BatchNormalization -> the layer it folds into
+        self.clamps: dict[Ref, Node] = {}  # value -> the clamp that a quantizer carries out
+        self.groups: dict[str, Group] = {}
+        self.roundings: dict[Ref, tuple[Rounding, ...]] = {}
+        self._joined: dict[Ref, Ref] = {}
+
+    def integer(self, node: Node) -> bool:
+        """Whether the node computes on integers; training-only layers are as their input is."""
+        rule = self.rules[node]
+        if rule is not None and rule.output is Output.VANISHES:
+            producer = self.producers.get(node.inputs[0])
+            return self.integer(producer) if producer else self.rounded_input(node.inputs[0])
+        return rule is not None
+
+    def rounded_input(self, ref: Ref) -> bool:
+        """Whether a model input becomes integers: some consumer computes on them."""
+        return any(
+            self.rules[node] is not None
+            and (self.rules[node].output is not Output.VANISHES or self._feeds_integer(node))
+            for node in self.consumers[ref]
+        )
+
+    def _feeds_integer(self, node: Node) -> bool:
+        return any(self.rounded_input(ref) for ref in node.outputs)
+
+    def fuse(self) -> None:
+        """Finds what folds: BatchNormalization into a layer with weights, clamps into quantizers."""
+        for node in self.graph.nodes:
+            rule = self.rules[node]
+            if rule is None:
+                continue
+            producer = self.producers.get(node.inputs[0])
+            alone = len(self.consumers[node.inputs[0]]) == 1 and not (
+                set(node.inputs) & self.outputs
+            )
+            source = self.rules.get(producer) if producer else None
+            if type(node.layer).__name__ == "BatchNormalization" and source and alone:
+                once = self.calls[id(node.layer)] == self.calls[id(producer.layer)] == 1
+                if source.takes_normalization and once:
+                    self.folded[node] = producer
+            if rule.clamp:
+                self.clamps[node.outputs[0]] = node
+
+    def fused_clamp(self, node: Node) -> Node | None:
+        """The producer whose kernel carries out the clamp `node`, if it has such a kernel."""
+        producer = self.producers.get(node.inputs[0])
+        if producer is None or len(self.consumers[node.inputs[0]]) != 1:
+            return None
+        if set(node.inputs) & self.outputs or not self.rules[producer]:
+            return None
+        return producer if self.rules[producer].takes_clamp else None
+
+    def transparent(self, ref: Ref) -> bool:
+        """Whether a value never exists as integers: it lies inside a fused kernel."""
+        readers = self.consumers[ref]
+        if len(readers) != 1 or ref in self.outputs:
+            return False
+        reader = readers[0]
+        if reader in self.folded:
+            return True
+        rule = self.rules[reader]
+        return bool(rule and rule.clamp and self.fused_clamp(reader))
+
+    def join_scales(self) -> None:
+        """Joins the values that must share one scale."""
+        for node in self.graph.nodes:
+            rule = self.rules[node]
+            if rule is None or rule.output not in (Output.SAME, Output.VANISHES):
+                continue
+            if rule.output is Output.VANISHES and not self.integer(node):
+                continue
+            for ref in node.inputs:
+                self._join(ref, node.outputs[0])
+
+    def _root(self, ref: Ref) -> Ref:
+        while ref in self._joined:
+            ref = self._joined[ref]
+        return ref
+
+    def _join(self, a: Ref, b: Ref) -> None:
+        a, b = self._root(a), self._root(b)
+        if a is not b:
+            self._joined[b] = a
+
+    def place_roundings(self) -> None:
+        """Makes the groups and puts a rounding after each value that becomes integers."""
+        members: dict[Ref, list[tuple[str, Ref, Node | None]]] = {}
+        for name, ref, node in self._sources():
+            members.setdefault(self._root(ref), []).append((name, ref, node))
+        for sources in members.values():
+            self._make_group(sources)
+        for node in self.graph.nodes:
+            rule = self.rules[node]
+            if rule and rule.output is Output.SAME and rule.rounds:
+                group = self._group_of(node.outputs[0])
+                self.roundings[node.outputs[0]] = (Rounding(group, 0, observe=False),)
+
+    def _sources(self) -> Iterable[tuple[str, Ref, Node | None]]:
+        """Values that bring a range of their own: name, ref and the node that makes them."""
+        for ref, name in zip(self.graph.inputs, self.graph.input_names, strict=True):
+            if self.rounded_input(ref):
+                yield name, ref, None
+        for node in self.graph.nodes:
+            rule = self.rules[node]
+            ref = node.outputs[0]
+            if rule is None or not self.integer(node):
+                if any(self.integer(reader) for reader in self.consumers[ref]):
+                    yield node.name, ref, node
+            elif rule.output in (Output.OWN, Output.FIXED) and not self.transparent(ref):
+                yield node.name, ref, node
+
+    def _group_of(self, ref: Ref) -> str:
+        return self._group_names[self._root(ref)]
+
+    @property
+    def _group_names(self) -> dict[Ref, str]:
+        names = {}
+        for ref, roundings in self.roundings.items():
+            names.setdefault(self._root(ref), roundings[-1].group)
+        return names
+
+    def _make_group(self, sources: list[tuple[str, Ref, Node | None]]) -> None:
+        fixed = [self._fixed_range(node) for _, _, node in sources]
+        common = fixed[0] if len(set(fixed)) == 1 else None
+        own = [source for source, range_ in zip(sources, fixed, strict=True) if range_ is None]
+        spec, method = self._agreed(own or sources)
+        if common is not None:
+            spec, method = QuantSpec(), Fixed(*common)
+        clamps = {self._clamp(ref) for _, ref, _ in sources}
+        clamp = clamps.pop() if len(clamps) == 1 and common is None else None
+        name = f"{sources[0][0]}_quantizer"
+        for site, ((own_name, ref, _), range_) in enumerate(zip(sources, fixed, strict=True)):
+            here = (Rounding(name, site, observe=True),)
+            if range_ is not None and common is None:
+                # The kernel's own scale first, then the group's: an explicit requantization.
+                kernel = f"{own_name}_kernel_quantizer"
+                self.groups[kernel] = Group(kernel, QuantSpec(), Fixed(*range_), None, 1, (own_name,))
+                here = (Rounding(kernel, 0, observe=True), *here)
+            self.roundings[ref] = here
+            if clamp is None:
+                self.clamps.pop(ref, None)
+        names = tuple(source[0] for source in sources)
+        self.groups[name] = Group(name, spec, method, clamp, len(sources), names)
+
+    def _fixed_range(self, node: Node | None) -> tuple[float, float] | None:
+        rule = self.rules[node] if node else None
+        return rule.fixed_range if rule else None
+
+    def _clamp(self, ref: Ref) -> str | None:
+        node = self.clamps.get(ref)
+        rule = self.rules[node] if node else None
+        return rule.clamp if rule else None
+
+    def _agreed(
+        self, sources: list[tuple[str, Ref, Node | None]]
+    ) -> tuple[QuantSpec, RangeMethod]:
+        """The one grid and range method that all sources of a group ask for."""
+        found = {}
+        for name, ref, node in sources:
+            config = self.configs[node.name] if node else self.input_configs.get(name)
+            if config is None:  # an input, or a float layer: its first integer reader decides
+                config = self._reader_config(ref)
+            found.setdefault((config.activation, config.activation_range), name)
+        if len(found) > 1:
+            (a, b), (first, second) = list(found)[:2], list(found.values())[:2]
+            raise PolicyError(
+                f"Expected one activation grid for '{first}' and '{second}', whose values meet in "
+                f"an operator that demands equal scales. Received: {a} and {b}."
+            )
+        return next(iter(found))
+
+    def _reader_config(self, ref: Ref) -> QuantizeConfig:
+        readers = [reader for reader in self.consumers[ref] if self.rules[reader] is not None]
+        config = self.configs[readers[0].name]
+        assert config is not None, "a node with a rule has a config"
+        return config
+
+    def layer_plan(self, node: Node, origin: str) -> LayerPlan:
+        """What the plan says about one node of the expanded graph."""
+        rule, config = self.rules[node], self.configs[node.name]
+        weights: dict[str, QuantSpec] = {}
+        ops: tuple[str, ...] = ()
+        if rule is None or config is None:
+            role, note = "float", "the policy leaves it float"
+        elif rule.output is Output.VANISHES:
+            role, note = "training only", "no operator in the file"
+        elif node in self.folded:
+            role, note = "folded", f"into {self.folded[node].name}"
+        elif node.outputs[0] in self.clamps or (rule.clamp and self.fused_clamp(node)):
+            into = self.fused_clamp(node)
+            role, note = "clamp", f"fused into {into.name}" if into else "operator of its own"
+            ops = () if into else rule.ops
+        else:
+            role = "integer"
+            weights = resolve_weights(node, rule, config)
+            ops, note = rule.ops, self._note(node)
+        roundings = self.roundings.get(node.outputs[0], ())
+        return LayerPlan(
+            name=node.name,
+            origin=origin,
+            kind=type(node.layer).__name__,
+            role=role,
+            weights=weights,
+            normalization=next((b.name for b, n in self.folded.items() if n is node), None),
+            group=roundings[-1].group if roundings else None,
+            ops=ops,
+            note=note,
+        )
+
+    def _note(self, node: Node) -> str:
+        roundings = self.roundings.get(node.outputs[0], ())
+        if len(roundings) > 1:
+            return "requantized: the kernel's fixed scale meets a group with another"
+        rule = self.rules[node]
+        return rule.output.value if rule else ""
+
+
+def resolve_weights(node: Node, rule: LayerRule, config: QuantizeConfig) -> dict[str, QuantSpec]:
+    """The grid of each weight of a layer, with concrete axes.
+
+    Raises:
+        PolicyError: if the config names no such variable, leaves one out, or asks for scales
+            along axes for which integer kernels have none.
+    """
+    if not rule.weights:
+        return {}
+    asked = dict(config.weight_items())
+    if "*" in asked:
+        asked = dict.fromkeys(rule.weights, asked["*"])
+    if set(asked) != set(rule.weights):
+        raise PolicyError(
+            f"Expected grids for the weights {sorted(rule.weights)} of layer '{node.name}' of type "
+            f"{type(node.layer).__name__}. Received: {sorted(asked)}. A layer with float weights "
+            "cannot compute on integers; to leave it float give None as its config."
+        )
+    resolved = {}
+    for name, spec in asked.items():
+        axes = rule.weights[name]
+        if spec.axis == "channel":
+            spec = dataclasses.replace(spec, axis=axes)
+        elif spec.axis is not None:
+            _check_axis(node, name, spec, axes)
+            spec = dataclasses.replace(spec, axis=axes)
+        resolved[name] = spec
+    return resolved
+
+
+def _check_axis(node: Node, name: str, spec: QuantSpec, axes: tuple[int, ...] | None) -> None:
+    rank = len(getattr(node.layer, name).shape)
+    given = (spec.axis,) if isinstance(spec.axis, int) else tuple(spec.axis or ())
+    if axes is None or {a % rank for a in given} != {a % rank for a in axes}:
+        raise PolicyError(
+            f"Expected scales of '{name}' of layer '{node.name}' per tensor or along axes {axes}, "
+            f"where integer kernels have them. Received: axis={spec.axis}. Use axis='channel'."
+        )

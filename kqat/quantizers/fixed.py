@@ -1,0 +1,27 @@
+"""A range known beforehand."""
+
+import dataclasses
+import math
+
+from kqat.errors import SpecError
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """Range `[low, high]` given by the user or demanded by an integer kernel.
+
+    Raises:
+        SpecError: if it is not finite, does not contain zero, or is empty.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            raise SpecError(f"Expected a finite range. Received: [{self.low}, {self.high}].")
+        if not self.low <= 0.0 <= self.high or self.low == self.high:
+            raise SpecError(
+                f"Expected low <= 0 <= high and low < high, so that zero is exact. "
+                f"Received: [{self.low}, {self.high}]."
+            )

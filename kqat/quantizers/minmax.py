@@ -1,0 +1,17 @@
+"""The smallest and the largest value ever seen."""
+
+import dataclasses
+
+from keras import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax:
+    """Range `[min, max]` over everything seen; nothing is clipped, outliers rule.
+
+    Reference: Krishnamoorthi 2018, section 3.1 (https://arxiv.org/abs/1806.08342).
+    """
+
+    def update(self, low, high, count, batch_low, batch_high):
+        """The range after one more batch; all arguments are float32 scalars."""
+        return ops.minimum(low, batch_low), ops.maximum(high, batch_high)

@@ -1,0 +1,37 @@
+"""Exponential moving average of batch ranges, without start-up bias."""
+
+import dataclasses
+
+from keras import ops
+
+from kqat.errors import SpecError
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingAverage:
+    """Range as the debiased exponential moving average of batch minima and maxima.
+
+    With `d = decay` and the `t`-th batch value `x_t`,
+
+        m_t = m_{t-1} + (1 - d) / (1 - d**t) * (x_t - m_{t-1}),
+
+    which is Adam's bias correction (Kingma & Ba 2015, section 3, https://arxiv.org/abs/1412.6980)
+    carried out at every step: `m_1 == x_1`, and no initial value ever remains.
+    Reference for the average itself: Jacob et al. 2018, section 3.1.
+
+    Raises:
+        SpecError: if `decay` is not inside (0, 1).
+    """
+
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.decay < 1.0:
+            raise SpecError(
+                f"Expected a decay inside (0, 1). Received: decay={self.decay!r}. Use 0.99."
+            )
+
+    def update(self, low, high, count, batch_low, batch_high):
+        """The range after one more batch, `count` of which came before; float32 scalars."""
+        weight = (1.0 - self.decay) / (1.0 - ops.power(self.decay, count + 1.0))
+        return low + weight * (batch_low - low), high + weight * (batch_high - high)

@@ -1,0 +1,261 @@
+"""The one table of what is known about Keras layers.
+
+A row says which variables are weights and along which axes their channels lie, how the scale of
+the output comes about, what fuses, and which TFLite operators the layer becomes. Layers without
+a row are refused by name; `register_layer` adds one.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+from keras import layers
+
+from kqat import decompositions
+from kqat.errors import UnsupportedLayerError
+
+
+class Output(enum.Enum):
+    """How the scale of a layer's output comes about."""
+
+    OWN = "own range"
+    SAME = "same scale as input"
+    FIXED = "fixed range"
+    VANISHES = "training only"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRule:
+    """One row of the table.
+
+    Args:
+        output: how the scale of the output comes about.
+        ops: the TFLite operators that the layer may become.
+        weights: name of each quantizable variable -> its channel axes (`None`: one scale only).
+        fixed_range: `(low, high)` that the integer kernel demands, for `Output.FIXED`.
+        rounds: whether a same-scale layer computes new values, which are rounded again.
+        clamp: `"relu"` or `"relu6"` for a layer that fuses into its producer.
+        takes_clamp: whether a following clamp fuses into this layer.
+        takes_normalization: whether a following BatchNormalization folds into this layer.
+        affine: whether the layer is `x * scale + offset`, one pair per channel.
+        decompose: layer and name -> a callable of the same inputs, made of simpler layers; or `None`.
+        refuse: layer -> why this very layer cannot ship and what to do instead, or `None`.
+    """
+
+    output: Output
+    ops: tuple[str, ...] = ()
+    weights: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
+    fixed_range: tuple[float, float] | None = None
+    rounds: bool = False
+    clamp: str | None = None
+    takes_clamp: bool = False
+    takes_normalization: bool = False
+    affine: bool = False
+    decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
+    refuse: Callable[[Any], str | None] | None = None
+
+
+def _channels_last(layer: Any) -> str | None:
+    if getattr(layer, "data_format", "channels_last") != "channels_last":
+        return "data_format='channels_first' has no TFLite kernel; build it channels_last"
+    return None
+
+
+def _last_axis(layer: Any) -> str | None:
+    axis = layer.axis
+    axis = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
+    rank = len(layer.input_spec.shape or ()) if getattr(layer, "input_spec", None) else 0
+    if axis not in ((-1,), (rank - 1,), (None,)):
+        return f"axis={layer.axis} is not the last; permute the input so that it is"
+    return None
+
+
+def _softmax(layer: Any) -> str | None:
+    if layer.axis not in (-1,):
+        return f"axis={layer.axis} is not -1; permute the input so that it is the last"
+    return None
+
+
+def _nearest_or_bilinear(layer: Any) -> str | None:
+    if layer.interpolation not in ("nearest", "bilinear"):
+        return (
+            f"interpolation={layer.interpolation!r} has no TFLite kernel; "
+            "use 'nearest' or 'bilinear'"
+        )
+    return _channels_last(layer)
+
+
+def _plain_resize(layer: Any) -> str | None:
+    if layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio or layer.antialias:
+        return "only plain resizing has a TFLite kernel; leave aspect ratio and antialias options"
+    return _nearest_or_bilinear(layer)
+
+
+def _conv(op: str, axes: tuple[int, ...], *extra: str) -> LayerRule:
+    return LayerRule(
+        output=Output.OWN,
+        ops=(op, *extra),
+        weights={"kernel": axes},
+        takes_clamp=True,
+        takes_normalization=True,
+        decompose=decompositions.split_activation,
+        refuse=_channels_last,
+    )
+
+
+def _own(*ops: str, **options: Any) -> LayerRule:
+    return LayerRule(output=Output.OWN, ops=ops, **options)
+
+
+def _same(*ops: str, **options: Any) -> LayerRule:
+    return LayerRule(output=Output.SAME, ops=ops, **options)
+
+
+def _affine(refuse: Callable[[Any], str | None] | None = None) -> LayerRule:
+    ops = ("RESHAPE", "DEPTHWISE_CONV_2D", "MUL")
+    return LayerRule(output=Output.OWN, ops=ops, takes_clamp=True, affine=True, refuse=refuse)
+
+
+_VANISHES = LayerRule(output=Output.VANISHES)
+_PAIRWISE = {"takes_clamp": True, "decompose": decompositions.pairwise}
+_POOL = {"refuse": _channels_last}
+
+# Fixed scales: TFLite quantization specification, SOFTMAX, LOGISTIC, TANH, LOG_SOFTMAX.
+_FIXED = {
+    "sigmoid": ("LOGISTIC", (0.0, 255 / 256)),
+    "softmax": ("SOFTMAX", (0.0, 255 / 256)),
+    "tanh": ("TANH", (-1.0, 127 / 128)),
+    "log_softmax": ("LOG_SOFTMAX", (-255 / 16, 0.0)),
+}
+
+ACTIVATIONS: dict[str, LayerRule] = {
+    "linear": _VANISHES,
+    "relu": _own("RELU", clamp="relu"),
+    "relu6": _own("RELU6", clamp="relu6"),
+    "leaky_relu": _own("LEAKY_RELU"),
+    "elu": _own("ELU"),
+    "hard_silu": _own("HARD_SWISH"),
+    "gelu": _own("GELU"),
+    "exponential": _own("EXP"),
+    "silu": _own("LOGISTIC", "MUL", decompose=decompositions.silu),
+    **{
+        name: LayerRule(output=Output.FIXED, ops=(op,), fixed_range=fixed_range)
+        for name, (op, fixed_range) in _FIXED.items()
+    },
+}
+
+LAYERS: dict[type, LayerRule] = {
+    layers.Dense: _conv("FULLY_CONNECTED", (-1,), "RESHAPE"),
+    layers.Conv1D: _conv("CONV_2D", (-1,), "RESHAPE", "PAD"),
+    layers.Conv2D: _conv("CONV_2D", (-1,)),
+    layers.DepthwiseConv1D: _conv("DEPTHWISE_CONV_2D", (-2, -1), "RESHAPE"),
+    layers.DepthwiseConv2D: _conv("DEPTHWISE_CONV_2D", (-2, -1)),
+    layers.Conv2DTranspose: _conv("TRANSPOSE_CONV", (-2,), "RELU", "RELU6"),
+    layers.SeparableConv1D: _own(
+        "DEPTHWISE_CONV_2D", "CONV_2D", "RESHAPE", decompose=decompositions.separable
+    ),
+    layers.SeparableConv2D: _own(
+        "DEPTHWISE_CONV_2D", "CONV_2D", decompose=decompositions.separable
+    ),
+    layers.BatchNormalization: _affine(_last_axis),
+    layers.Normalization: _affine(_last_axis),
+    layers.Rescaling: _affine(),
+    layers.ReLU: _own("RELU", "RELU6", decompose=decompositions.relu),
+    layers.LeakyReLU: _own("LEAKY_RELU"),
+    layers.ELU: _own("ELU"),
+    layers.PReLU: _own("PRELU", weights={"alpha": None}),
+    layers.Softmax: dataclasses.replace(ACTIVATIONS["softmax"], refuse=_softmax),
+    layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", **_POOL),
+    layers.MaxPooling2D: _same("MAX_POOL_2D", **_POOL),
+    layers.MaxPooling3D: _same("MAX_POOL_2D", "RESHAPE", decompose=decompositions.pool_3d),
+    layers.AveragePooling1D: _same("AVERAGE_POOL_2D", "RESHAPE", rounds=True, **_POOL),
+    layers.AveragePooling2D: _same("AVERAGE_POOL_2D", rounds=True, **_POOL),
+    layers.AveragePooling3D: _same(
+        "AVERAGE_POOL_2D", "RESHAPE", decompose=decompositions.pool_3d
+    ),
+    layers.GlobalAveragePooling1D: _own("MEAN", **_POOL),
+    layers.GlobalAveragePooling2D: _own("MEAN", **_POOL),
+    layers.GlobalAveragePooling3D: _own("MEAN", **_POOL),
+    layers.GlobalMaxPooling1D: _same("REDUCE_MAX", **_POOL),
+    layers.GlobalMaxPooling2D: _same("REDUCE_MAX", **_POOL),
+    layers.GlobalMaxPooling3D: _same("REDUCE_MAX", **_POOL),
+    layers.Add: _own("ADD", **_PAIRWISE),
+    layers.Subtract: _own("SUB", takes_clamp=True),
+    layers.Multiply: _own("MUL", **_PAIRWISE),
+    layers.Average: _own("ADD", "MUL", decompose=decompositions.average),
+    layers.Maximum: _same("MAXIMUM"),
+    layers.Minimum: _same("MINIMUM"),
+    layers.Concatenate: _same("CONCATENATION"),
+    layers.Flatten: _same("RESHAPE"),
+    layers.Reshape: _same("RESHAPE"),
+    layers.Permute: _same("TRANSPOSE"),
+    layers.RepeatVector: _same("RESHAPE", "TILE"),
+    layers.ZeroPadding1D: _same("PAD", **_POOL),
+    layers.ZeroPadding2D: _same("PAD", **_POOL),
+    layers.ZeroPadding3D: _same("PAD", **_POOL),
+    layers.Cropping1D: _same("STRIDED_SLICE", **_POOL),
+    layers.Cropping2D: _same("STRIDED_SLICE", **_POOL),
+    layers.Cropping3D: _same("STRIDED_SLICE", **_POOL),
+    layers.UpSampling1D: _same("RESHAPE", "TILE"),
+    layers.UpSampling2D: _same(
+        "RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR", refuse=_nearest_or_bilinear,
+        decompose=decompositions.upsample_2d,
+    ),
+    layers.Resizing: _same(
+        "RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR", refuse=_plain_resize, rounds=True
+    ),
+    layers.UpSampling3D: _same("RESHAPE", "TILE", **_POOL),
+    layers.Identity: _VANISHES,
+    layers.Dropout: _VANISHES,
+    layers.SpatialDropout1D: _VANISHES,
+    layers.SpatialDropout2D: _VANISHES,
+    layers.SpatialDropout3D: _VANISHES,
+    layers.AlphaDropout: _VANISHES,
+    layers.GaussianDropout: _VANISHES,
+    layers.GaussianNoise: _VANISHES,
+    layers.ActivityRegularization: _VANISHES,
+}
+
+
+def register_layer(layer_class: type, rule: LayerRule) -> None:
+    """Adds (or replaces) the row of a layer class, a user's own or a stock one."""
+    if not isinstance(rule, LayerRule):
+        raise UnsupportedLayerError(
+            f"Expected a LayerRule for {layer_class.__name__}. Received: {rule!r}."
+        )
+    LAYERS[layer_class] = rule
+
+
+def rule_for(layer: Any, name: str | None = None) -> LayerRule:
+    """The row of `layer`.
+
+    Args:
+        layer: a Keras layer or operation.
+        name: where it stands in the model, for the error message.
+
+    Raises:
+        UnsupportedLayerError: if there is none, or the row refuses this very layer.
+    """
+    where = f"layer '{name or layer.name}' of type {type(layer).__name__}"
+    rule = LAYERS.get(type(layer))
+    if isinstance(layer, layers.Activation):
+        activation = keras.activations.serialize(layer.activation)
+        rule = ACTIVATIONS.get(activation) if isinstance(activation, str) else None
+        where += f" with activation {activation!r}"
+    if rule is None:
+        raise UnsupportedLayerError(
+            f"Expected layers with an integer form. Received: {where}. Leave it float with "
+            f"policy={{'{name or layer.name}': None}}, use one of kqat.supported_layers(), or "
+            "describe it with kqat.register_layer."
+        )
+    problem = rule.refuse(layer) if rule.refuse else None
+    if problem:
+        raise UnsupportedLayerError(f"Received: {where}, which cannot ship: {problem}.")
+    return rule
+
+
+def supported_layers() -> tuple[str, ...]:
+    """Names of the layer classes that have a row, sorted."""
+    return tuple(sorted(cls.__name__ for cls in LAYERS))

@@ -1,0 +1,126 @@
+"""The plan as data: immutable, printable, JSON. What is decided here is decided in `planning`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from kqat.quantizers import Fixed, RangeMethod, range_method_to_dict
+from kqat.spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """One rounding of a value: by the quantizer of `group`, as its call site `site`.
+
+    Without `observe` the value is rounded on the group's grid but does not shape its range.
+    """
+
+    group: str
+    site: int
+    observe: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Values that share one quantizer: `sources` bring ranges, one call site each."""
+
+    name: str
+    spec: QuantSpec
+    range_method: RangeMethod
+    clamp: str | None
+    sites: int
+    sources: tuple[str, ...]
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether the range is found from data, not given."""
+        return not isinstance(self.range_method, Fixed)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer (`role`: integer, float, folded, clamp or training only)."""
+
+    name: str
+    origin: str
+    kind: str
+    role: str
+    weights: Mapping[str, QuantSpec]
+    normalization: str | None
+    group: str | None
+    ops: tuple[str, ...]
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Every decision about one model. `print(plan)` shows it; `plan.to_json()` keeps it.
+
+    `graph` and `roundings` are what `wrapping` builds from; they are left out of both.
+    """
+
+    model_name: str
+    layers: tuple[LayerPlan, ...]
+    groups: tuple[Group, ...]
+    unused_rules: tuple[str, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    graph: Any = dataclasses.field(repr=False, compare=False)
+    roundings: Any = dataclasses.field(repr=False, compare=False)
+
+    def float_layers(self) -> tuple[str, ...]:
+        """Names of the layers that stay float."""
+        return tuple(layer.name for layer in self.layers if layer.role == "float")
+
+    def to_json(self) -> str:
+        """The plan as JSON text, for keeping beside the `.tflite`."""
+        groups = [
+            {
+                "name": group.name,
+                "spec": group.spec.to_dict(),
+                "range": range_method_to_dict(group.range_method),
+                "clamp": group.clamp,
+                "sources": list(group.sources),
+            }
+            for group in self.groups
+        ]
+        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        table = {
+            "model": self.model_name,
+            "inputs": list(self.input_names),
+            "outputs": list(self.output_names),
+            "layers": layers,
+            "groups": groups,
+            "unused_rules": list(self.unused_rules),
+        }
+        return json.dumps(table, indent=1)
+
+    def __str__(self) -> str:
+        rows = [("layer", "type", "role", "weights", "output range", "note")]
+        rows += [
+            (
+                layer.name,
+                layer.kind,
+                layer.role,
+                ", ".join(_spec_text(spec) for spec in layer.weights.values()),
+                layer.group.removesuffix("_quantizer") if layer.group else "",
+                layer.note,
+            )
+            for layer in self.layers
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        shared = [group for group in self.groups if group.sites > 1]
+        lines += [f"one scale: {', '.join(group.sources)}" for group in shared]
+        lines += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
+        return "\n".join([f"plan of {self.model_name}", *lines])
+
+
+def _spec_text(spec: QuantSpec) -> str:
+    return f"int{spec.bits}" + ("" if spec.axis is None else " per channel")
+

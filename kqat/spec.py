@@ -1,0 +1,81 @@
+"""Value types that describe an integer grid; no Keras, no tensors.
+
+A grid of `bits` bits holds the integers `[qmin, qmax]`; a real value is
+`(q - zero_point) * scale`. Source: TFLite 8-bit quantization specification
+(https://ai.google.dev/edge/litert/models/quantization_spec) and Jacob et al. 2018,
+section 2.1 (https://arxiv.org/abs/1712.05877).
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from kqat.errors import SpecError
+
+MIN_BITS, MAX_BITS = 2, 16
+
+Axis = int | tuple[int, ...] | Literal["channel"] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """The integer grid of one tensor.
+
+    Invariants:
+      * `qmax - qmin == 2**bits - 1`, or one less with `narrow_range`
+      * `symmetric` implies `zero_point == 0`
+
+    Args:
+        bits: width of an integer, 2 to 16.
+        symmetric: whether real zero is integer zero.
+        narrow_range: whether the lowest integer is left out (−127 … 127 for 8 bits).
+        axis: `None` for one scale per tensor; an axis or a tuple of axes that each keep their
+            own scale; `"channel"` for the output-channel axis that the registry knows.
+
+    Raises:
+        SpecError: if the fields do not describe a grid.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    narrow_range: bool = False
+    axis: Axis = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
+            raise SpecError(f"Expected an integer number of bits. Received: bits={self.bits!r}.")
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise SpecError(
+                f"Expected {MIN_BITS} to {MAX_BITS} bits. Received: bits={self.bits}. "
+                "Use 8 for full-integer export."
+            )
+        if isinstance(self.axis, list):  # JSON has no tuples
+            object.__setattr__(self, "axis", tuple(self.axis))
+        if isinstance(self.axis, str) and self.axis != "channel":
+            raise SpecError(
+                f"Expected axis to be an int, a tuple, 'channel' or None. "
+                f"Received: axis={self.axis!r}."
+            )
+        if self.axis is not None and not self.symmetric:
+            raise SpecError(
+                f"Expected a symmetric grid where scales are per axis: integer kernels take no "
+                f"per-axis zero point. Received: symmetric=False, axis={self.axis!r}. "
+                "Use symmetric=True."
+            )
+
+    @property
+    def qmin(self) -> int:
+        """Lowest integer of the grid."""
+        return -(2 ** (self.bits - 1)) + int(self.narrow_range)
+
+    @property
+    def qmax(self) -> int:
+        """Highest integer of the grid."""
+        return 2 ** (self.bits - 1) - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types; `QuantSpec(**spec.to_dict()) == spec`."""
+        return dataclasses.asdict(self)
+
+
+INT8_WEIGHTS = QuantSpec(bits=8, symmetric=True, narrow_range=True, axis="channel")
+INT8_ACTIVATION = QuantSpec(bits=8)

@@ -1,0 +1,320 @@
+"""Any Keras model as one flat graph, and what walks it. The only room that knows Keras internals.
+
+A `Graph` lists calls in the order in which they run; a `Ref` stands for each value that flows
+between them. `Graph.run` gives meaning to a call, and so serves to rebuild a model, to calibrate
+it and to compare it with a runtime.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from kqat.decompositions import Part, clone
+from kqat.errors import ModelError
+from kqat.registry import rule_for
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ref:
+    """A value in a graph: `shape` has the batch size (often `None`) first."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """One call of one layer; `name` is unique in the graph.
+
+    `args` and `kwargs` are those of the call, with a `Ref` in place of each tensor; `inputs`
+    lists these refs in order.
+    """
+
+    name: str
+    layer: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Ref, ...]
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        """The values that the call reads, once per use."""
+        return _refs((self.args, self.kwargs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A flat functional graph; the structures are the model's own, with refs in them."""
+
+    nodes: tuple[Node, ...]
+    input_struct: Any
+    output_struct: Any
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        """The model's inputs in its order."""
+        return _refs(self.input_struct)
+
+    @property
+    def outputs(self) -> tuple[Ref, ...]:
+        """The model's outputs in its order."""
+        return _refs(self.output_struct)
+
+    def run(self, inputs: Sequence[Any], call: Callable[..., Any]) -> Any:
+        """Runs the graph; returns values in the model's output structure.
+
+        Args:
+            inputs: one value per model input.
+            call: `call(node, *args, **kwargs)` with values in place of refs; returns the node's
+                output value, or a list of them.
+        """
+        values: dict[Ref, Any] = dict(zip(self.inputs, inputs, strict=True))
+        for node in self.nodes:
+            args, kwargs = fill((node.args, node.kwargs), values.__getitem__)
+            results = keras.tree.flatten(call(node, *args, **kwargs))
+            values.update(zip(node.outputs, results, strict=True))
+        return fill(self.output_struct, values.__getitem__)
+
+    def consumers(self) -> dict[Ref, list[Node]]:
+        """The nodes that read each value, once per use."""
+        table: dict[Ref, list[Node]] = {ref: [] for ref in self.inputs}
+        for node in self.nodes:
+            table.update((ref, []) for ref in node.outputs)
+            for ref in node.inputs:
+                table[ref].append(node)
+        return table
+
+    def producers(self) -> dict[Ref, Node]:
+        """The node that writes each value; model inputs have none."""
+        return {ref: node for node in self.nodes for ref in node.outputs}
+
+
+def trace(model: Any) -> Graph:
+    """The graph of a built Sequential or Functional model, nested models opened up.
+
+    Raises:
+        ModelError: if `model` is not a built Keras model of fixed shape, or is a subclassed one.
+    """
+    function = _functional(model)
+    nodes: list[Node] = []
+    inputs = [Ref(tuple(t.shape), str(t.dtype)) for t in function.inputs]
+    by_tensor = {id(t): ref for t, ref in zip(function.inputs, inputs, strict=True)}
+    output_struct = _inline(function, dict(by_tensor), _Walk("", nodes, {}, {}))
+    return Graph(
+        nodes=tuple(nodes),
+        input_struct=_map_tensors(function.input, by_tensor),
+        output_struct=output_struct,
+        input_names=tuple(t.name for t in function.inputs),
+        output_names=tuple(model.output_names),
+    )
+
+
+def rebuild(
+    graph: Graph, call: Callable[..., Any], name: str, output_names: Sequence[str] = ()
+) -> keras.Model:
+    """A new functional model: fresh inputs of the same names, `call` for every node.
+
+    Args:
+        graph: what to rebuild.
+        call: as for `Graph.run`, with symbolic tensors.
+        name: the new model's name.
+        output_names: names of the new model's outputs; no layer that `call` makes may bear one.
+            Where empty, outputs bear the names of the layers that make them.
+    """
+    fresh = {
+        ref: keras.Input(batch_shape=ref.shape, dtype=ref.dtype, name=input_name)
+        for ref, input_name in zip(graph.inputs, graph.input_names, strict=True)
+    }
+    outputs = graph.run(list(fresh.values()), call)
+    if output_names:
+        flat = keras.tree.flatten(outputs)
+        named = [
+            keras.layers.Identity(name=output_name, dtype=tensor.dtype)(tensor)
+            for tensor, output_name in zip(flat, output_names, strict=True)
+        ]
+        outputs = keras.tree.pack_sequence_as(outputs, named)
+    return keras.Model(fill(graph.input_struct, fresh.__getitem__), outputs, name=name)
+
+
+def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph, dict[str, str]]:
+    """A float copy of `graph` in which every layer is one that the registry calls simple.
+
+    Fused activations are split off and composite layers decomposed; the copy computes the same
+    values and shares no variable with the original. A layer that is called twice stays one.
+
+    Args:
+        graph: of the user's model.
+        keep: whether a node stays as it is, needing no row in the registry (it will stay float).
+        name: of the model, for messages.
+
+    Returns:
+        The expanded graph, and for each of its layers' names the name of the original node.
+
+    Raises:
+        UnsupportedLayerError: if the registry has no row for a layer.
+    """
+    copies: dict[int, Callable[..., Any]] = {}
+    origins: dict[str, str] = {}
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        # Calls of one layer share its weights; a layer without any is made anew for each call.
+        key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
+        if key not in copies:
+            copies[key] = _simplify(node, keep(node))
+        outputs = copies[key](*args, **kwargs)
+        for operation in _operations_between((args, kwargs), outputs):
+            origins.setdefault(operation.name, node.name)
+        return outputs
+
+    return trace(rebuild(graph, call, name)), origins
+
+
+def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
+    tensors = [t for t in keras.tree.flatten(inputs) if isinstance(t, keras.KerasTensor)]
+    unique = list({id(t): t for t in tensors}.values())
+    function = keras.Function(unique, keras.tree.flatten(outputs))
+    return [op for op in function.operations if not isinstance(op, keras.layers.InputLayer)]
+
+
+def _simplify(node: Node, keep: bool) -> Callable[..., Any]:
+    layer = node.layer
+    if not isinstance(layer, keras.layers.Layer):
+        raise ModelError(
+            f"Expected a model of layers. Received: operation '{node.name}' of type "
+            f"{type(layer).__name__} (a keras.ops function or an operator on a tensor). Use the "
+            "layer of the same name, as keras.layers.Add for +."
+        )
+    if not keep:
+        rule = rule_for(layer, node.name)
+        simpler = rule.decompose(layer, node.name) if rule.decompose else None
+        if simpler is not None:
+            return simpler
+    return Part(clone(layer, name=node.name), layer.get_weights())
+
+
+def _functional(model: Any) -> Any:
+    if not isinstance(model, keras.Model):
+        legacy = any(base.__module__.startswith("tf_keras") for base in type(model).__mro__)
+        raise ModelError(
+            f"Expected a keras.Model (Keras 3). Received: {type(model).__module__}."
+            f"{type(model).__name__}."
+            + (" It is a Keras 2 (tf_keras) model: rebuild it with Keras 3." if legacy else "")
+        )
+    if not model.built:
+        raise ModelError(
+            f"Expected a built model. Received: '{model.name}', which has no weights yet. Begin "
+            "it with keras.Input(shape), or call it once on data."
+        )
+    function = _inner_function(model)
+    if function is None:
+        raise ModelError(
+            f"Expected a Sequential or Functional model. Received: '{model.name}' of type "
+            f"{type(model).__name__}. Use keras.Model(x, model.call(x)) with "
+            "x = keras.Input(shape)."
+        )
+    for tensor in function.inputs:
+        _check_input(tensor, model.name)
+    return function
+
+
+def _check_input(tensor: Any, model_name: str) -> None:
+    if any(size is None for size in tensor.shape[1:]):
+        raise ModelError(
+            f"Expected fixed input shapes in model '{model_name}': an integer file carries them. "
+            f"Received: input '{tensor.name}' of shape {tuple(tensor.shape)}. Rebuild the model "
+            "with a fixed shape."
+        )
+    if not str(tensor.dtype).startswith(("float", "bfloat")):
+        raise ModelError(
+            f"Expected float inputs in model '{model_name}'. Received: input '{tensor.name}' of "
+            f"dtype {tensor.dtype}. Declare it float32; "
+            "tflite_export.convert(inference_input_type='uint8') makes the file take bytes."
+        )
+
+
+def _inner_function(layer: Any) -> Any:
+    """The Functional inside a Sequential, or a Functional itself; `None` for anything else."""
+    function = getattr(layer, "_functional", None) or layer
+    return function if hasattr(function, "_nodes_by_depth") else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """Where an inlined model stands: name prefix, nodes so far, names used, forced call options."""
+
+    prefix: str
+    nodes: list[Node]
+    names: dict[str, int]
+    options: dict[str, Any]
+
+
+def _inline(function: Any, refs: dict[int, Ref], walk: _Walk) -> Any:
+    """Appends the calls of `function`; returns its output structure with refs in it.
+
+    `refs` maps the identity of the function's symbolic tensors to refs; it starts with its inputs.
+    """
+    for depth in sorted(function._nodes_by_depth, reverse=True):
+        for call in function._nodes_by_depth[depth]:
+            if call.is_input:
+                continue
+            layer = call.operation
+            args, kwargs = _map_tensors((call.arguments.args, call.arguments.kwargs), refs)
+            kwargs = _call_options(layer, kwargs, walk.options)
+            inner = _inner_function(layer)
+            if inner is None:
+                outputs = [Ref(tuple(t.shape), str(t.dtype)) for t in call.outputs]
+                name = _unique(walk.prefix + layer.name, walk.names)
+                walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
+            else:
+                given = _refs(args[0] if args else kwargs)
+                inner_refs = {id(t): r for t, r in zip(inner.inputs, given, strict=True)}
+                prefix = f"{walk.prefix}{layer.name}_"
+                options = {k: v for k, v in kwargs.items() if k == "training"}
+                deeper = _Walk(prefix, walk.nodes, walk.names, options)
+                outputs = list(_refs(_inline(inner, inner_refs, deeper)))
+            refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
+    return _map_tensors(function.output, refs)
+
+
+def _call_options(layer: Any, kwargs: dict[str, Any], forced: dict[str, Any]) -> dict[str, Any]:
+    """The call's options that say something; `training=False` of an outer model reaches inwards.
+
+    Raises:
+        ModelError: if a mask is passed.
+    """
+    if _refs(kwargs.get("mask")):
+        raise ModelError(
+            f"Expected a model without masks: integer kernels know none. Received: a mask for "
+            f"layer '{layer.name}'. Pad to a fixed length and leave Masking out."
+        )
+    said = {k: v for k, v in kwargs.items() if not (k in ("mask", "training") and v is None)}
+    if forced and "training" in inspect.signature(layer.call).parameters:
+        said = {**said, **forced}
+    return said
+
+
+def _unique(name: str, names: dict[str, int]) -> str:
+    names[name] = names.get(name, 0) + 1
+    return name if names[name] == 1 else f"{name}_call{names[name]}"
+
+
+def _map_tensors(structure: Any, refs: dict[int, Ref]) -> Any:
+    return keras.tree.map_structure(
+        lambda x: refs[id(x)] if isinstance(x, keras.KerasTensor) else x, structure
+    )
+
+
+def fill(structure: Any, function: Callable[[Ref], Any]) -> Any:
+    """`structure` with `function(ref)` in place of each ref."""
+    return keras.tree.map_structure(
+        lambda x: function(x) if isinstance(x, Ref) else x, structure
+    )
+
+
+def _refs(structure: Any) -> tuple[Ref, ...]:
+    return tuple(x for x in keras.tree.flatten(structure) if isinstance(x, Ref))

@@ -1,0 +1,129 @@
+"""Plan to QAT model: an ordinary Keras model whose layers quantize."""
+
+from typing import Any
+
+import keras
+
+from kqat.decompositions import Part, clone
+from kqat.layers import ActivationQuantizer, PrecisionBoundary, QuantizeWrapper
+from kqat.registry import rule_for
+from kqat.reporting import Group, LayerPlan, Plan, Rounding
+from kqat.tracing import Node, Ref, fill, rebuild
+
+
+def is_quantized(model: keras.Model) -> bool:
+    """Whether `wrap` made this model."""
+    kinds = (QuantizeWrapper, ActivationQuantizer)
+    return any(isinstance(layer, kinds) for layer in model.layers)
+
+
+def wrap(plan: Plan) -> keras.Model:
+    """The QAT model of a plan: the same inputs and outputs, by the same names.
+
+    Weights are copies; ranges are empty until calibration or training fills them.
+    """
+    assembly = _Assembly(plan)
+    return rebuild(plan.graph, assembly.call, plan.model_name, plan.output_names)
+
+
+class _Assembly:
+    """The working state of `wrap`.
+
+    The value that a node hands on is rounded if the node computes on integers. A reader of the
+    other kind gets the other form, which is made once, when first asked for.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.decisions: dict[str, LayerPlan] = {layer.name: layer for layer in plan.layers}
+        self.producers = plan.graph.producers()
+        self.integer = {
+            node: self.decisions[node.name].role != "float" for node in plan.graph.nodes
+        }
+        self.groups: dict[str, Group] = {group.name: group for group in plan.groups}
+        self.quantizers: dict[str, ActivationQuantizer] = {}
+        self.copies: dict[int, Any] = {}
+        self.forms: dict[tuple[Ref, bool], Any] = {}
+        self.boundaries = 0
+
+    def call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
+        """The node's output value, symbolic; see `kqat.tracing.Graph.run`."""
+        given = [t for t in keras.tree.flatten((args, kwargs)) if isinstance(t, keras.KerasTensor)]
+        values = {
+            ref: self._form(ref, tensor, self.integer[node])
+            for ref, tensor in zip(node.inputs, given, strict=True)
+        }
+        args, kwargs = fill((node.args, node.kwargs), values.__getitem__)
+        output = node.outputs[0]
+        decision = self.decisions[node.name]
+        if decision.role == "folded" or self._carried_out_by_quantizer(decision):
+            value = args[0]
+        else:
+            value = self._layer(node, decision)(*args, **kwargs)
+        return self._rounded(output, value) if self.integer[node] else value
+
+    def _carried_out_by_quantizer(self, decision: LayerPlan) -> bool:
+        group = self.groups.get(decision.group or "")
+        return decision.role == "clamp" and group is not None and group.clamp is not None
+
+    def _form(self, ref: Ref, tensor: Any, integer: bool) -> Any:
+        if (ref, integer) not in self.forms:
+            self.forms[ref, integer] = self._make_form(ref, tensor, integer)
+        return self.forms[ref, integer]
+
+    def _make_form(self, ref: Ref, tensor: Any, integer: bool) -> Any:
+        producer = self.producers.get(ref)
+        if producer is None:
+            if ref not in self.plan.roundings:
+                return tensor
+            rounded = self._form(ref, tensor, True) if not integer else self._rounded(ref, tensor)
+            return rounded if integer else self._boundary(rounded)
+        if self.integer[producer] == integer:
+            return tensor
+        crossed = self._boundary(tensor)
+        return self._rounded(ref, crossed) if integer else crossed
+
+    def _boundary(self, tensor: Any) -> Any:
+        self.boundaries += 1
+        return PrecisionBoundary(name=f"precision_boundary_{self.boundaries}")(tensor)
+
+    def _rounded(self, ref: Ref, tensor: Any) -> Any:
+        for rounding in self.plan.roundings.get(ref, ()):
+            tensor = self._quantizer(rounding)(
+                tensor, site=rounding.site, observe=rounding.observe
+            )
+        return tensor
+
+    def _quantizer(self, rounding: Rounding) -> ActivationQuantizer:
+        name = rounding.group
+        if name not in self.quantizers:
+            group = self.groups[name]
+            self.quantizers[name] = ActivationQuantizer(
+                group.spec, group.range_method, clamp=group.clamp, sites=group.sites, name=name
+            )
+        return self.quantizers[name]
+
+    def _layer(self, node: Node, decision: LayerPlan) -> Any:
+        key = id(node.layer)
+        if key not in self.copies:
+            self.copies[key] = self._copy(node, decision)
+        return self.copies[key]
+
+    def _copy(self, node: Node, decision: LayerPlan) -> Any:
+        layer = node.layer
+        affine = decision.role == "integer" and rule_for(layer).affine
+        if not decision.weights and not affine:
+            taken = node.name in self.plan.output_names
+            name = f"{node.name}_unrounded" if taken else node.name
+            return Part(clone(layer, name), layer.get_weights())
+        norm = self._node(decision.normalization).layer if decision.normalization else None
+        wrapper = QuantizeWrapper(
+            clone(layer),
+            decision.weights,
+            None if norm is None else clone(norm),
+            name=f"quant_{node.name}",
+        )
+        return Part(wrapper, [*layer.get_weights(), *(norm.get_weights() if norm else ())])
+
+    def _node(self, name: str) -> Node:
+        return next(node for node in self.plan.graph.nodes if node.name == name)

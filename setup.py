@@ -1,0 +1,50 @@
+"""Package metadata of kqat; the settings of its tools are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    # Released as development versions only: naming one in the bound is what lets pip take them.
+    "tflm": ["tflite-micro>=0.dev20261023"],
+    "ethos-u": ["ethos-u-vela>=5.2"],
+    "recipes": ["scikit-learn>=1.9", "pillow>=13.0", "rich>=15.0"],
+    "report": ["jinja2>=3.1", "matplotlib>=3.11"],
+    "test": ["pytest>=9.2", "pytest-cov>=7.1", "pytest-xdist>=3.8", "hypothesis>=6.170"],
+    # Exact, so that a new release of a linter never fails an old commit.
+    "lint": ["ruff==0.17.6", "mypy==2.4.1"],
+}
+EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+setup(
+    name="kqat",
+    version="0.1.0",
+    description="Quantization-aware training for Keras 3, shipped as a full-integer .tflite",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["kqat*", "tflite_export*", "recipes*"]),
+    package_data={"kqat": ["py.typed"], "tflite_export": ["py.typed"]},
+    install_requires=[
+        # The converter's output is read op by op, and tracing knows Keras's internals: a new minor
+        # version of either is let in when the tests have passed on it.
+        "tensorflow>=2.21,<2.22",
+        "keras>=3.15,<3.16",
+        "numpy>=2.4,<3",
+        "flatbuffers>=25.9",
+        "ai-edge-litert>=2.3,<3",
+        "tensorflow-model-optimization>=0.8.1,<0.9",
+        # What tensorflow-model-optimization runs on; its release must be TensorFlow's.
+        "tf-keras>=2.21,<2.22",
+    ],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,37 @@
+"""What every test starts from: a quiet TensorFlow, the same seed, float32, and the shared data."""
+
+import os
+from pathlib import Path
+
+# Both are read once, when TensorFlow is imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+import hypothesis
+import keras
+import pytest
+
+from recipes import data
+
+# The first call of a function pays for TensorFlow's tracing, which hypothesis would call too slow;
+# the same examples each time keep a failure in CI a failure here.
+hypothesis.settings.register_profile("kqat", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("kqat")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    """Seeds Python, NumPy and Keras, and undoes what an earlier test did to Keras's settings."""
+    # Without freeing memory, which takes longer than most tests.
+    keras.utils.clear_session(free_memory=False)
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of shared data and models; skips the test where it is not on this machine."""
+    if not data.available():
+        pytest.skip(f"no data/ and models/ in {data.root()}; KQAT_DATA names another folder")
+    return data.root()

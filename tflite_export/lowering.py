@@ -1,0 +1,76 @@
+"""`FrozenModel` to marked float flatbuffer, by the official TensorFlow converter.
+
+It goes through a SavedModel: converting concrete functions leaves variables and unfolded
+arithmetic behind.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import keras
+
+from kqat.freezing import FrozenModel
+from tflite_export import flatbuffer
+from kqat.errors import ExportError, LoweringError
+from tflite_export.flatbuffer import ModelT
+
+SIGNATURE = "serve"
+
+
+def lower(frozen: FrozenModel, batch_size: int = 1) -> ModelT:
+    """The float flatbuffer of `frozen`, with QUANTIZE/DEQUANTIZE pairs where markers stand.
+
+    The signature's inputs are named `input_0` …, its outputs `output_0` …, in the model's order.
+
+    Args:
+        frozen: the model.
+        batch_size: samples per invocation that the file will take.
+
+    Raises:
+        ExportError: if Keras does not run on TensorFlow.
+        LoweringError: if the converter fails.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise ExportError(
+            f"Expected the TensorFlow backend, on which the converter works. Received: "
+            f"'{keras.backend.backend()}'. Save the model and convert it in a process with "
+            "KERAS_BACKEND=tensorflow."
+        )
+    with tempfile.TemporaryDirectory(prefix="kqat_") as folder:
+        _save(frozen.model, folder, batch_size)
+        return flatbuffer.read(_convert(Path(folder), frozen.model.name))
+
+
+def _save(model: keras.Model, folder: str, batch_size: int) -> None:
+    import tensorflow as tf
+
+    def serve(*tensors):
+        inputs = keras.tree.pack_sequence_as(model.input, list(tensors))
+        outputs = keras.tree.flatten(model(inputs, training=False))
+        # A value that is an output twice, or an input too, needs an operator of its own.
+        return {f"output_{i}": tf.identity(t) for i, t in enumerate(outputs)}
+
+    signature = [
+        tf.TensorSpec((batch_size, *t.shape[1:]), t.dtype, name=f"input_{i}")
+        for i, t in enumerate(model.inputs)
+    ]
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint(SIGNATURE, serve, input_signature=signature)
+    archive.write_out(folder, verbose=False)
+
+
+def _convert(folder: Path, name: str) -> bytes:
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_saved_model(
+        os.fspath(folder), signature_keys=[SIGNATURE]
+    )
+    try:
+        return converter.convert()
+    except Exception as error:
+        raise LoweringError(
+            f"Expected '{name}' to convert. Received from the TensorFlow converter: "
+            f"{str(error).strip()[:2000]}"
+        ) from error

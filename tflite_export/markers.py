@@ -1,0 +1,127 @@
+"""Reads what the markers say and takes them out of a marked float flatbuffer."""
+
+import dataclasses
+
+from ai_edge_litert import schema_py_generated as schema
+
+from kqat.errors import LoweringError
+from kqat.freezing import FENCE, Marker, Site
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer import ModelT, OperatorT
+
+
+@dataclasses.dataclass
+class Labels:
+    """What each tensor of subgraph 0 is: an integer site, or a float.
+
+    `sites[t]` is the grid of tensor `t`; `named[t]` are the sites whose markers stood on it.
+    `floats` are tensors that a precision boundary made float.
+    """
+
+    sites: dict[int, Site] = dataclasses.field(default_factory=dict)
+    named: dict[int, list[Site]] = dataclasses.field(default_factory=dict)
+    floats: set[int] = dataclasses.field(default_factory=set)
+
+
+def take_markers(model: ModelT, sites: tuple[Site, ...]) -> Labels:
+    """Removes the QUANTIZE/DEQUANTIZE pairs of `model`, in place, and labels what they marked.
+
+    A pair on a float becomes a label. Where two labels with different grids, or a label and a
+    float, meet at a boundary, a real QUANTIZE or DEQUANTIZE stays.
+    """
+    reader = _MarkerReader(model, sites)
+    for operator in model.subgraphs[0].operators:
+        reader.visit(operator)
+    reader.finish()
+    return reader.labels
+
+
+def same_grid(a: Site, b: Site) -> bool:
+    """Whether two sites have the same integers for the same values."""
+    return (a.scale, a.zero_point, a.bits) == (b.scale, b.zero_point, b.bits)
+
+
+class _MarkerReader:
+    """One walk over the operators, in the order in which they run."""
+
+    def __init__(self, model: ModelT, sites: tuple[Site, ...]):
+        self.model = model
+        self.graph = model.subgraphs[0]
+        self.sites = sites
+        self.labels = Labels()
+        self.kept: list[OperatorT] = []
+        self.alias: dict[int, int] = {}
+        self.pending: dict[int, tuple[int, int]] = {}  # marked tensor -> its source and index
+        self.crossing: set[int] = set()  # floats that become integers at the next marker
+
+    def visit(self, operator: OperatorT) -> None:
+        operator.inputs = [self.alias.get(int(i), int(i)) for i in operator.inputs]
+        name = flatbuffer.op_name(self.model, operator)
+        if name == "QUANTIZE":
+            output = int(operator.outputs[0])
+            params = self.graph.tensors[output].quantization
+            index = Marker.read(float(params.scale[0]), int(params.zeroPoint[0]))
+            self.pending[output] = (operator.inputs[0], index)
+        elif name == "DEQUANTIZE" and operator.inputs[0] in self.pending:
+            source, index = self.pending[operator.inputs[0]]
+            self._marked(operator, source, int(operator.outputs[0]), index)
+        else:
+            self.kept.append(operator)
+
+    def _marked(self, operator: OperatorT, source: int, output: int, index: int) -> None:
+        if index == FENCE:
+            self._fence(source, output)
+            return
+        if not 0 <= index < len(self.sites):
+            raise LoweringError(f"Expected a marker below {len(self.sites)}. Received: {index}.")
+        site, known = self.sites[index], self.labels.sites.get(source)
+        if source in self.crossing or (known is not None and not same_grid(known, site)):
+            self._keep("QUANTIZE", source, output)
+            source = output
+        elif source != output:
+            self.alias[output] = source
+        self.labels.sites.setdefault(source, site)
+        self.labels.named.setdefault(source, []).append(site)
+
+    def _fence(self, source: int, output: int) -> None:
+        if source in self.labels.sites:
+            self._keep("DEQUANTIZE", source, output)
+            self.labels.floats.add(output)
+        else:
+            # The pair is gone; the marker that follows turns this very tensor into integers.
+            self.alias[output] = source
+            self.crossing.add(source)
+            self.labels.floats.add(source)
+
+    def _keep(self, name: str, source: int, output: int) -> None:
+        self.kept.append(new_operator(self.model, name, [source], [output]))
+
+    def finish(self) -> None:
+        graph = self.graph
+        graph.operators = self.kept
+        graph.outputs = [self.alias.get(int(i), int(i)) for i in graph.outputs]
+        for signature in self.model.signatureDefs:
+            for entry in signature.outputs:
+                entry.tensorIndex = self.alias.get(entry.tensorIndex, entry.tensorIndex)
+
+
+def new_operator(
+    model: ModelT, name: str, inputs: list[int], outputs: list[int], version: int = 1
+) -> OperatorT:
+    """An operator of subgraph 0 with no options; adds its code to the model where it is new."""
+    operator = schema.OperatorT()
+    operator.inputs, operator.outputs = inputs, outputs
+    operator.opcodeIndex = operator_code(model, getattr(schema.BuiltinOperator, name), version)
+    return operator
+
+
+def operator_code(model: ModelT, builtin: int, version: int) -> int:
+    """Index of the operator code `builtin` of `version`, added where it is new."""
+    for index, code in enumerate(model.operatorCodes):
+        if max(code.builtinCode, code.deprecatedBuiltinCode) == builtin and code.version == version:
+            return index
+    code = schema.OperatorCodeT()
+    code.builtinCode, code.version = builtin, version
+    code.deprecatedBuiltinCode = min(builtin, 127)
+    model.operatorCodes.append(code)
+    return len(model.operatorCodes) - 1

@@ -1,0 +1,110 @@
+"""The one table of what integer kernels demand of each TFLite operator.
+
+Sources: the TFLite 8-bit quantization specification
+(https://ai.google.dev/edge/litert/models/quantization_spec); versions from TensorFlow's
+`lite/tools/versioning/op_version.cc`; runtimes from what ran here
+(`tests/runtime/test_op_table.py` runs each row).
+"""
+
+import dataclasses
+from typing import Literal
+
+LITERT = frozenset({"litert_reference", "litert_builtin", "litert"})
+ALL = LITERT | {"tflite_micro"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpRule:
+    """One row of the table.
+
+    Args:
+        scales: `"own"`: the output has any scale; `"same"`: that of the inputs; `"fixed"`: that
+            of `fixed`.
+        version: lowest version of the operator that computes on int8.
+        activations: inputs that carry activations (or constants in their place); `None`: all.
+        weights: input that carries weights, or `None`.
+        keras_order: axes of the weights in the file, in the order that the Keras variable has.
+        channel_axis: axis of the weights in the file along which scales may differ.
+        bias: input that carries the bias, int32 of scale input × weights, or `None`.
+        fixed: `(scale, zero_point)` of the output where the kernel fixes it.
+        runtimes: the runtimes that have the int8 kernel.
+    """
+
+    scales: Literal["own", "same", "fixed"]
+    version: int = 1
+    activations: tuple[int, ...] | None = None
+    weights: int | None = None
+    keras_order: tuple[int, ...] = ()
+    channel_axis: int = 0
+    bias: int | None = None
+    fixed: tuple[float, int] | None = None
+    runtimes: frozenset[str] = ALL
+
+
+def _conv(version: int, order: tuple[int, ...], axis: int) -> OpRule:
+    return OpRule(
+        scales="own",
+        version=version,
+        activations=(0,),
+        weights=1,
+        keras_order=order,
+        channel_axis=axis,
+        bias=2,
+    )
+
+
+def _own(version: int = 2, **options) -> OpRule:
+    return OpRule(scales="own", version=version, **options)
+
+
+def _same(version: int = 2, first: bool = True, **options) -> OpRule:
+    return OpRule(scales="same", version=version, activations=(0,) if first else None, **options)
+
+
+def _fixed(scale: float, zero_point: int) -> OpRule:
+    return OpRule(scales="fixed", version=2, fixed=(scale, zero_point))
+
+
+OP_TABLE: dict[str, OpRule] = {
+    "CONV_2D": _conv(3, (1, 2, 3, 0), 0),
+    "DEPTHWISE_CONV_2D": _conv(3, (0, 1, 2, 3), 3),
+    "FULLY_CONNECTED": _conv(4, (1, 0), 0),
+    "TRANSPOSE_CONV": OpRule(
+        scales="own", version=2, activations=(2,), weights=1, keras_order=(1, 2, 0, 3), bias=3
+    ),
+    "ADD": _own(),
+    "SUB": _own(),
+    "MUL": _own(),
+    "RELU": _own(),
+    "RELU6": _own(),
+    "LEAKY_RELU": _own(),
+    "PRELU": OpRule(scales="own", activations=(0,), weights=1, keras_order=()),
+    "ELU": _own(1),
+    "HARD_SWISH": _own(1),
+    "GELU": _own(1, runtimes=LITERT),
+    "EXP": _own(1, runtimes=LITERT),
+    "MEAN": _own(activations=(0,)),
+    "SOFTMAX": _fixed(1 / 256, -128),
+    "LOGISTIC": _fixed(1 / 256, -128),
+    "TANH": _fixed(1 / 128, 0),
+    "LOG_SOFTMAX": _fixed(16 / 256, 127),
+    "MAX_POOL_2D": _same(),
+    "AVERAGE_POOL_2D": _same(),
+    "REDUCE_MAX": _same(),
+    "MAXIMUM": _same(first=False),
+    "MINIMUM": _same(first=False),
+    "CONCATENATION": _same(first=False),
+    "RESHAPE": _same(1),
+    "TRANSPOSE": _same(),
+    "PAD": _same(),
+    "STRIDED_SLICE": _same(),
+    "RESIZE_BILINEAR": _same(),
+    "RESIZE_NEAREST_NEIGHBOR": _same(),
+    "QUANTIZE": _own(1),
+    "DEQUANTIZE": _own(2),
+}
+
+
+def missing_kernels(ops: tuple[str, ...], runtime: str) -> tuple[str, ...]:
+    """The operators of `ops` whose int8 kernel `runtime` lacks."""
+    return tuple(op for op in ops if op not in OP_TABLE or runtime not in OP_TABLE[op].runtimes)

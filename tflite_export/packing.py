@@ -1,0 +1,68 @@
+"""Weights and biases in the file's layout."""
+
+import dataclasses
+
+import numpy as np
+
+from kqat.folding import FrozenWeight
+
+# Half of int32's range: the kernel adds the products to the bias in int32.
+BIAS_LIMIT = 2.0**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Integer weights in the file's axis order.
+
+    `scale` has one entry, or one per index of `axis`.
+    """
+
+    integers: np.ndarray
+    scale: np.ndarray
+    axis: int
+
+    @classmethod
+    def in_file(
+        cls, frozen: FrozenWeight, shape: tuple[int, ...], order: tuple[int, ...], axis: int
+    ) -> "Weights":
+        """`frozen` in a tensor of `shape`, whose axes taken in `order` are Keras's order."""
+        keras_shape = tuple(shape[a] for a in order)
+        integers = frozen.integers.reshape(keras_shape).transpose(np.argsort(order))
+        return cls(np.ascontiguousarray(integers), frozen.scale.reshape(-1), axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bias:
+    """Integer bias (int32) of scale input × weights, one scale per channel or one."""
+
+    integers: np.ndarray
+    scale: np.ndarray
+
+
+def fit_bias(weights: Weights, bias: np.ndarray, input_scale: np.float32) -> tuple[Weights, Bias]:
+    """The int32 bias, and the weights on a coarser grid in channels where it would overflow.
+
+    A channel whose weights are tiny beside its bias (a dead channel, often, after folding) has a
+    scale too fine for the bias to fit int32. There the scale is enlarged until the bias has
+    magnitude 2**30, and the weights are rounded anew: they move by half of `|bias| / 2**30` per
+    input step at the most, far below one output step.
+    """
+    product = np.float64(input_scale) * weights.scale.astype(np.float64)
+    needed = np.abs(bias.astype(np.float64)) / BIAS_LIMIT
+    if len(weights.scale) == 1:
+        needed = needed.max(keepdims=True)
+    if np.any(needed > product):
+        weights = _coarser(weights, np.maximum(product, needed) / np.float64(input_scale))
+        product = np.float64(input_scale) * weights.scale.astype(np.float64)
+    scale = product.astype(np.float32)
+    integers = np.rint(bias.astype(np.float64) / product)
+    return weights, Bias(integers.astype(np.int32), scale)
+
+
+def _coarser(weights: Weights, scale: np.ndarray) -> Weights:
+    scale = scale.astype(np.float32)
+    shape = [1] * weights.integers.ndim
+    if len(scale) > 1:
+        shape[weights.axis] = -1
+    ratio = (weights.scale.astype(np.float64) / scale.astype(np.float64)).reshape(shape)
+    return Weights(np.rint(weights.integers * ratio).astype(np.int8), scale, weights.axis)

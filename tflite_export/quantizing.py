@@ -1,0 +1,261 @@
+"""The integer pass: marked float flatbuffer to full-integer flatbuffer.
+
+Nothing is measured or guessed here: scales and zero points are those of the frozen model's sites,
+integer weights those that training used. Only the bias is made, on the int32 grid of input scale
+times weight scale that the TFLite quantization specification demands.
+"""
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from kqat.errors import LoweringError
+from kqat.folding import FrozenWeight
+from kqat.freezing import FrozenModel, Site
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
+from tflite_export.markers import Labels, operator_code, same_grid, take_markers
+from tflite_export.op_table import OP_TABLE, OpRule
+from tflite_export.packing import Bias, Weights, fit_bias
+
+_MOVES = ("RESHAPE", "TRANSPOSE")  # the converter may carry markers across these
+
+
+def quantize(marked: ModelT, frozen: FrozenModel) -> ModelT:
+    """The integer model of a marked float one, which is consumed.
+
+    Tensors bear the names of their sites.
+
+    Raises:
+        LoweringError: if an operator is not in `OP_TABLE`, a tensor that an integer operator
+            reads or writes was not marked, or weights are not those of the frozen model.
+    """
+    labels = take_markers(marked, frozen.sites)
+    integer_pass = _IntegerPass(marked, frozen, labels)
+    integer_pass.fuse_clamps()
+    integer_pass.spread_scales()
+    integer_pass.find_floats()
+    for operator in list(integer_pass.graph.operators):
+        integer_pass.convert(operator)
+    integer_pass.convert_tensors()
+    integer_pass.name_tensors()
+    return marked
+
+
+class _IntegerPass:
+    """The working state of `quantize`."""
+
+    def __init__(self, model: ModelT, frozen: FrozenModel, labels: Labels):
+        self.model = model
+        self.graph = model.subgraphs[0]
+        self.labels = labels
+        self.weights: dict[bytes, FrozenWeight] = {w.values.tobytes(): w for w in frozen.weights}
+        self.float_operators: set[int] = set()
+
+    def _rule(self, operator: OperatorT) -> OpRule:
+        name = flatbuffer.op_name(self.model, operator)
+        if name not in OP_TABLE:
+            raise LoweringError(
+                f"Expected operators of the op table. Received: {name}, which writes "
+                f"'{self._name(operator.outputs[0])}'. Leave the layer float, or add a row."
+            )
+        return OP_TABLE[name]
+
+    def _name(self, tensor: int) -> str:
+        return flatbuffer.tensor_name(self.graph.tensors[tensor])
+
+    def _is_constant(self, tensor: int) -> bool:
+        return flatbuffer.tensor_data(self.model, self.graph.tensors[tensor]) is not None
+
+    def _activations(self, operator: OperatorT, rule: OpRule) -> list[int]:
+        """The non-constant inputs that carry activations."""
+        chosen = range(len(operator.inputs)) if rule.activations is None else rule.activations
+        inputs = [int(operator.inputs[i]) for i in chosen]
+        return [t for t in inputs if t >= 0 and not self._is_constant(t)]
+
+    def _is_float(self, operator: OperatorT) -> bool:
+        return any(int(t) in self.labels.floats for t in operator.inputs)
+
+    def fuse_clamps(self) -> None:
+        """Folds a RELU or RELU6 into its producer where the value between was never marked.
+
+        The integer kernel clamps to the output's range in any case, which for a clamp begins
+        at zero; the option only says so.
+        """
+        producers = {int(o): op for op in self.graph.operators for o in op.outputs}
+        kept = []
+        for operator in self.graph.operators:
+            name = flatbuffer.op_name(self.model, operator)
+            source = int(operator.inputs[0]) if len(operator.inputs) else -1
+            producer = producers.get(source)
+            options = producer.builtinOptions if producer else None
+            inside = source not in self.labels.sites and source not in self.labels.floats
+            if name in ("RELU", "RELU6") and inside and hasattr(options, "fusedActivationFunction"):
+                options.fusedActivationFunction = getattr(schema.ActivationFunctionType, name)
+                producer.outputs = list(operator.outputs)
+                producers[int(operator.outputs[0])] = producer
+            else:
+                kept.append(operator)
+        self.graph.operators = kept
+
+    def spread_scales(self) -> None:
+        """Gives unmarked tensors the grid that same-scale operators hand on, both ways."""
+        sites = self.labels.sites
+        changed = True
+        while changed:
+            changed = False
+            for operator in self.graph.operators:
+                rule = OP_TABLE.get(flatbuffer.op_name(self.model, operator))
+                if rule is None or rule.scales != "same" or self._is_float(operator):
+                    continue
+                tensors = [*self._activations(operator, rule), *map(int, operator.outputs)]
+                known = [sites[t] for t in tensors if t in sites]
+                for tensor in tensors:
+                    if known and tensor not in sites:
+                        sites[tensor] = known[0]
+                        changed = True
+
+    def find_floats(self) -> None:
+        """Tells the operators that compute on floats: those that a float reaches."""
+        floats = self.labels.floats
+        floats.update(int(t) for t in self.graph.inputs if int(t) not in self.labels.sites)
+        for index, operator in enumerate(self.graph.operators):
+            name = flatbuffer.op_name(self.model, operator)
+            if name != "QUANTIZE" and self._is_float(operator):
+                self.float_operators.add(index)
+                floats.update(int(t) for t in operator.outputs)
+
+    def convert(self, operator: OperatorT) -> None:
+        """Makes one operator an integer one: version, weights, bias; checks its scales."""
+        index = next(i for i, op in enumerate(self.graph.operators) if op is operator)
+        if index in self.float_operators:
+            return
+        rule = self._rule(operator)
+        name = flatbuffer.op_name(self.model, operator)
+        if name not in ("QUANTIZE", "DEQUANTIZE"):
+            self._check_labels(operator, rule, name)
+        self._constants(operator, rule)
+        if rule.weights is not None:
+            self._weights_and_bias(operator, rule)
+        code = self.model.operatorCodes[operator.opcodeIndex]
+        builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
+        version = max(code.version, rule.version)
+        operator.opcodeIndex = operator_code(self.model, builtin, version)
+
+    def _check_labels(self, operator: OperatorT, rule: OpRule, name: str) -> None:
+        sites = self.labels.sites
+        tensors = [*self._activations(operator, rule), *map(int, operator.outputs)]
+        for tensor in tensors:
+            if tensor not in sites:
+                raise LoweringError(
+                    f"Expected a marked tensor. Received: '{self._name(tensor)}', which {name} "
+                    "reads or writes, without a marker: the converter split a layer in a way that "
+                    "the registry does not know. Leave the layer float and report this."
+                )
+        output = sites[int(operator.outputs[0])]
+        if rule.scales == "same" and not all(same_grid(sites[t], output) for t in tensors):
+            raise LoweringError(
+                f"Expected one scale around {name}. Received: "
+                f"{[(self._name(t), float(sites[t].scale)) for t in tensors]}."
+            )
+        if rule.fixed is not None and rule.fixed != (float(output.scale), output.zero_point):
+            raise LoweringError(
+                f"Expected scale and zero point {rule.fixed} from {name}. Received: "
+                f"{(float(output.scale), output.zero_point)} for '{output.name}'."
+            )
+
+    def _constants(self, operator: OperatorT, rule: OpRule) -> None:
+        """Quantizes constants that stand in an activation's place, as in MUL by a constant."""
+        chosen = range(len(operator.inputs)) if rule.activations is None else rule.activations
+        for position in chosen:
+            tensor = self.graph.tensors[int(operator.inputs[position])]
+            data = flatbuffer.tensor_data(self.model, tensor)
+            if data is not None and data.dtype == np.float32:
+                frozen = self._frozen(data, tensor)
+                operator.inputs[position] = self._add(
+                    tensor, frozen.integers.reshape(data.shape), frozen.scale.reshape(-1), 0
+                )
+
+    def _frozen(self, keras_order: np.ndarray, tensor: TensorT) -> FrozenWeight:
+        key = (np.ascontiguousarray(keras_order) + np.float32(0)).tobytes()
+        if key not in self.weights:
+            raise LoweringError(
+                f"Expected the frozen model's weights. Received: "
+                f"'{flatbuffer.tensor_name(tensor)}' of shape {keras_order.shape}, which the "
+                "converter changed."
+            )
+        return self.weights[key]
+
+    def _weights_and_bias(self, operator: OperatorT, rule: OpRule) -> None:
+        graph, sites = self.graph, self.labels.sites
+        tensor = graph.tensors[int(operator.inputs[rule.weights])]
+        data = flatbuffer.tensor_data(self.model, tensor)
+        if data is None:
+            raise LoweringError(
+                f"Expected constant weights. Received: '{flatbuffer.tensor_name(tensor)}'."
+            )
+        order = rule.keras_order or tuple(range(data.ndim))
+        frozen = self._frozen(data.transpose(order), tensor)
+        weights = Weights.in_file(frozen, data.shape, order, rule.channel_axis)
+        if rule.bias is not None and len(operator.inputs) > rule.bias:
+            position = int(operator.inputs[rule.bias])
+            if position >= 0:
+                bias_tensor = graph.tensors[position]
+                real = flatbuffer.tensor_data(self.model, bias_tensor)
+                input_scale = sites[int(operator.inputs[rule.activations[0]])].scale
+                weights, bias = fit_bias(weights, real, input_scale)
+                operator.inputs[rule.bias] = self._add_bias(bias_tensor, bias)
+        operator.inputs[rule.weights] = self._add(
+            tensor, weights.integers, weights.scale, weights.axis
+        )
+
+    def _add_bias(self, like: TensorT, bias: Bias) -> int:
+        return self._add(like, bias.integers, bias.scale, 0)
+
+    def _add(self, like: TensorT, data: np.ndarray, scale: np.ndarray, axis: int) -> int:
+        """A new constant; the old one may serve another operator with another scale."""
+        buffer = schema.BufferT()
+        buffer.data = np.frombuffer(np.ascontiguousarray(data).tobytes(), np.uint8)
+        self.model.buffers.append(buffer)
+        tensor = schema.TensorT()
+        tensor.name, tensor.shape = like.name, like.shape
+        tensor.buffer = len(self.model.buffers) - 1
+        tensor.type = schema.TensorType.INT8 if data.itemsize == 1 else schema.TensorType.INT32
+        tensor.quantization = quantization(scale, np.zeros(len(scale), np.int64), axis)
+        self.graph.tensors.append(tensor)
+        return len(self.graph.tensors) - 1
+
+    def convert_tensors(self) -> None:
+        """Gives every labelled tensor its type, scale and zero point."""
+        for index, site in self.labels.sites.items():
+            tensor = self.graph.tensors[index]
+            tensor.type = schema.TensorType.INT8
+            tensor.quantization = quantization([site.scale], [site.zero_point], 0)
+
+    def name_tensors(self) -> None:
+        """Names tensors after the sites whose values they hold.
+
+        A marker that the converter carried across a RESHAPE or TRANSPOSE names the tensor
+        before it.
+        """
+        producers = {int(o): op for op in self.graph.operators for o in op.outputs}
+        for index, named in self.labels.named.items():
+            for site in reversed(named):
+                target: int | None = index
+                if site is not named[-1] or self._shape(index) != site.shape:
+                    producer = producers.get(index)
+                    moved = producer and flatbuffer.op_name(self.model, producer) in _MOVES
+                    target = int(producer.inputs[0]) if producer and moved else None
+                if target is not None and self._shape(target) == site.shape:
+                    self.graph.tensors[target].name = site.name.encode()
+
+    def _shape(self, tensor: int) -> tuple[int, ...]:
+        return flatbuffer.tensor_shape(self.graph.tensors[tensor])[1:]
+
+
+def quantization(scale, zero_point, axis: int) -> schema.QuantizationParametersT:
+    """Quantization parameters as the schema has them."""
+    params = schema.QuantizationParametersT()
+    params.scale = np.asarray(scale, np.float32).reshape(-1)
+    params.zeroPoint = np.asarray(zero_point, np.int64).reshape(-1)
+    params.quantizedDimension = axis
+    return params

@@ -1,0 +1,49 @@
+"""What a device accepts: the runtime that it runs, and so the kernels that it has."""
+
+import dataclasses
+
+from kqat.errors import TargetError
+from kqat.freezing import FrozenModel, Marker
+from kqat.registry import rule_for
+from tflite_export.op_table import missing_kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kind of device: its name, its runtime, and what it is."""
+
+    name: str
+    runtime: str
+    description: str
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("litert", "litert", "phones and single-board computers, LiteRT with XNNPACK"),
+        Target("tflite_micro", "tflite_micro", "microcontrollers, TensorFlow Lite Micro"),
+    )
+}
+
+
+def check_target(frozen: FrozenModel, name: str) -> None:
+    """Names every layer whose operators the target's runtime lacks; nothing is converted.
+
+    Raises:
+        TargetError: if there is such a layer, or no such target.
+    """
+    if name not in TARGETS:
+        raise TargetError(f"Expected one of the targets {sorted(TARGETS)}. Received: {name!r}.")
+    runtime = TARGETS[name].runtime
+    lacking = []
+    for layer in frozen.model.layers:
+        if isinstance(layer, Marker) or not layer._inbound_nodes:
+            continue
+        missing = missing_kernels(rule_for(layer).ops, runtime)
+        if missing:
+            lacking.append(f"layer '{layer.name}' needs {', '.join(missing)}")
+    if lacking:
+        raise TargetError(
+            f"Expected operators that target '{name}' has int8 kernels for. Received: "
+            f"{'; '.join(lacking)}. Replace these layers, or choose another target."
+        )
