@@ -4,6 +4,7 @@
 those, and leaves the others float.
 """
 
+import inspect
 from typing import Any
 
 import keras
@@ -23,9 +24,10 @@ class QuantizeAnnotate(keras.layers.Wrapper):
         super().__init__(layer, **kwargs)
         self.config = resolve_config(config)
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
         """The layer's output."""
-        return self.layer(*args, **kwargs)
+        takes_training = "training" in inspect.signature(self.layer.call).parameters
+        return self.layer(inputs, **({"training": training} if takes_training else {}))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """That of the layer."""

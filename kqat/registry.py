@@ -66,7 +66,7 @@ def _channels_last(layer: Any) -> str | None:
 def _last_axis(layer: Any) -> str | None:
     axis = layer.axis
     axis = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
-    rank = len(layer.input_spec.shape or ()) if getattr(layer, "input_spec", None) else 0
+    rank = getattr(layer.input_spec, "ndim", None) or 0
     if axis not in ((-1,), (rank - 1,), (None,)):
         return f"axis={layer.axis} is not the last; permute the input so that it is"
     return None

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from kqat.quantizers import Fixed, RangeMethod, range_method_to_dict
+from kqat.saving import write_file
 from kqat.spec import QuantSpec
 
 
@@ -95,6 +97,10 @@ class Plan:
             "unused_rules": list(self.unused_rules),
         }
         return json.dumps(table, indent=1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the JSON to `path`, whole or not at all."""
+        write_file(path, self.to_json().encode())
 
     def __str__(self) -> str:
         rows = [("layer", "type", "role", "weights", "output range", "note")]

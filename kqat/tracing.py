@@ -110,7 +110,7 @@ def trace(model: Any) -> Graph:
         input_struct=_map_tensors(function.input, by_tensor),
         output_struct=output_struct,
         input_names=tuple(t.name for t in function.inputs),
-        output_names=tuple(model.output_names),
+        output_names=tuple(function.output_names),
     )
 
 

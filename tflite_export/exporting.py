@@ -1,5 +1,6 @@
 """QAT model to bytes: freeze, lower, quantize, give it the asked-for inputs and outputs."""
 
+import os
 from collections.abc import Mapping
 
 import keras
@@ -7,6 +8,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from kqat.errors import ExportError
 from kqat.freezing import FrozenModel, freeze
+from kqat.saving import write_file
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 from tflite_export.lowering import lower
@@ -55,6 +57,15 @@ def convert(
     model = quantize(lower(frozen, batch_size), frozen)
     _Interface(model, frozen).apply(input_types, output_types)
     return flatbuffer.write(flatbuffer.compact(model))
+
+
+def save(blob: bytes, path: str | os.PathLike[str]) -> None:
+    """Writes a file that `convert` made to `path`, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk.
+    """
+    write_file(path, blob)
 
 
 def _types(asked: IoType, names: tuple[str, ...], argument: str) -> list[str]:

@@ -83,14 +83,6 @@ class _Job:
         return tuple(map(int, self.model.subgraphs[0].outputs))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Seen:
-    """Arrays of shape (batches, *tensor shape), for the outputs and the watched tensors."""
-
-    outputs: list[np.ndarray]
-    watched: dict[int, np.ndarray]
-
-
 def supports(runtime: str) -> bool:
     """Returns whether the runtime, a name in `RUNTIMES`, is installed here.
 
@@ -137,15 +129,14 @@ def run(
     job = _Job(blob=bytes(blob), model=model, feeds=_batched(model, inputs), watched=watched)
     arena_bytes = None
     if runtime in _OP_RESOLVERS:
-        seen = _run_litert(job, runtime)
+        outputs, seen = _run_litert(job, runtime)
     else:
-        seen, arena_bytes = _run_micro(job, _FIRST_ARENA_BYTES)
-    arrays = dict(seen.watched)
-    if tensors == "all":
-        arrays |= {i: feed.copy() for i, feed in zip(job.inputs, job.feeds, strict=True)}
+        outputs, seen, arena_bytes = _run_micro(job, _FIRST_ARENA_BYTES)
+    fed = zip(job.inputs, job.feeds, strict=True) if tensors == "all" else ()
+    arrays = {index: feed.copy() for index, feed in fed} | seen
     batch_size, *_ = flatbuffer.tensor_shape(_inputs(model)[0]) or (1,)
     return RunResult(
-        outputs=tuple(_per_sample(array, batch_size) for array in seen.outputs),
+        outputs=tuple(_per_sample(array, batch_size) for array in outputs),
         tensors={index: _per_sample(arrays[index], batch_size) for index in sorted(arrays)},
         arena_bytes=arena_bytes,
     )
@@ -170,7 +161,7 @@ def tflite_micro_arena_bytes(blob: bytes, *, given_bytes: int = _FIRST_ARENA_BYT
     shape, dtype = flatbuffer.tensor_shape, flatbuffer.tensor_dtype
     zeros = [np.zeros(shape(tensor) or (1,), dtype(tensor)) for tensor in _inputs(model)]
     job = _Job(blob=bytes(blob), model=model, feeds=_batched(model, zeros))
-    return _run_micro(job, given_bytes)[1]
+    return _run_micro(job, given_bytes)[2]
 
 
 def _check_installed(runtime: str) -> None:
@@ -198,8 +189,7 @@ def _batched(model: flatbuffer.ModelT, inputs: Sequence[np.ndarray]) -> tuple[np
     counts = {name: len(feed) for name, feed in zip(names, feeds, strict=True)}
     if len(set(counts.values())) > 1:
         raise ExportError(
-            f"Expected as many samples for every model input. Received: batches={counts}. "
-            "Use arrays of equal length."
+            f"Expected as many samples for every model input. Received: batches={counts}."
         )
     return tuple(feeds)
 
@@ -213,11 +203,11 @@ def _batched_input(tensor: flatbuffer.TensorT, array: np.ndarray) -> np.ndarray:
         )
     shape = flatbuffer.tensor_shape(tensor)
     batch, *rest = shape or (1,)
-    if array.shape[1:] != tuple(rest) or not array.size or len(array) % batch:
+    whole = array.ndim and array.size and batch and len(array) % batch == 0
+    if array.shape[1:] != tuple(rest) or not whole:
         raise ExportError(
-            f"Expected shape (samples, {', '.join(map(str, rest))}) for model input {name!r}, "
-            f"samples a positive multiple of {batch}. Received: shape={array.shape}. "
-            "Use whole batches of the tensor's own shape."
+            f"Expected shape ({', '.join(map(str, ('samples', *rest)))}) for model input {name!r}, "
+            f"samples a positive multiple of {batch}. Received: shape={array.shape}."
         )
     if dtype.kind == "f" and np.isnan(array).any():
         raise ExportError(f"Expected numbers for model input {name!r}. Received: NaN.")
@@ -238,7 +228,8 @@ def _operator_results(model: flatbuffer.ModelT) -> tuple[int, ...]:
     return tuple(i for i in sorted(results) if flatbuffer.is_numeric(graph.tensors[i]))
 
 
-def _run_litert(job: _Job, runtime: str) -> _Seen:
+def _run_litert(job: _Job, runtime: str) -> tuple[list[np.ndarray], dict[int, np.ndarray]]:
+    """Returns outputs and watched tensors, arrays of shape (batches, *tensor shape)."""
     try:
         if runtime == "litert" and job.watched:
             # A delegate keeps its inner tensors to itself. More outputs could change how it
@@ -252,10 +243,8 @@ def _run_litert(job: _Job, runtime: str) -> _Seen:
     # LiteRT refuses with either of these.
     except (RuntimeError, ValueError) as error:
         raise _refusal(runtime, str(error)) from error
-    return _Seen(
-        outputs=[own[index] for index in job.outputs],
-        watched={index: own.get(index, seen[index]) for index in job.watched},
-    )
+    outputs = [own[index] for index in job.outputs]
+    return outputs, {index: own.get(index, seen[index]) for index in job.watched}
 
 
 def _invoke_litert(
@@ -293,7 +282,7 @@ def _invoke_litert(
 
 
 def _keeps_resources(model: flatbuffer.ModelT) -> bool:
-    """Whether invocations leave something behind that LiteRT's reset of variables leaves there."""
+    """Whether it has variables that LiteRT's reset keeps, and TFLite Micro's sets to 0."""
     operators = (operator for graph in model.subgraphs for operator in graph.operators)
     return any(flatbuffer.op_name(model, o) == "ASSIGN_VARIABLE" for o in operators)
 
@@ -305,12 +294,13 @@ def _with_watched_as_outputs(job: _Job) -> bytes:
     return flatbuffer.write(model)
 
 
-def _run_micro(job: _Job, arena_bytes: int) -> tuple[_Seen, int]:
-    """Runs the job in a child process, in ever larger arenas until one is large enough."""
+def _run_micro(job: _Job, arena_bytes: int) -> tuple[list[np.ndarray], dict[int, np.ndarray], int]:
+    """Does the same in a child, with arenas doubled until one suffices; adds the bytes used."""
     request = io.BytesIO()
     arrays: dict[str, Any] = {f"feed_{i}": feed for i, feed in enumerate(job.feeds)}
     arrays["counts"] = np.array([len(job.feeds), len(job.outputs)])
     arrays["watched"] = np.array(job.watched, int)
+    arrays["renew"] = np.array(_keeps_resources(job.model))
     np.savez(request, blob=np.frombuffer(job.blob, np.uint8), **arrays)
     while True:
         arena_bytes += -arena_bytes % _ARENA_ALIGNMENT
@@ -319,14 +309,14 @@ def _run_micro(job: _Job, arena_bytes: int) -> tuple[_Seen, int]:
         if child.returncode == 0:
             break
         if not _ARENA_IS_FULL.search(words) or arena_bytes >= _LARGEST_ARENA_BYTES:
-            raise _refusal("tflite_micro", f"{_exit_name(child.returncode)}: {words}")
+            raise _refusal("tflite_micro", f"{_exit_name(child.returncode)}, saying: {words}")
         arena_bytes *= 2
     if (total := _ARENA_TOTAL.search(words)) is None:
-        raise _refusal("tflite_micro", f"no arena total: {words}")
+        raise _refusal("tflite_micro", f"no arena total in its words: {words}")
     with np.load(io.BytesIO(child.stdout)) as answer:
         outputs = [answer[f"output_{position}"] for position in range(len(job.outputs))]
-        watched = {index: answer[f"tensor_{index}"] for index in job.watched}
-    return _Seen(outputs=outputs, watched=watched), int(total[1])
+        seen = {index: answer[f"tensor_{index}"] for index in job.watched}
+    return outputs, seen, int(total[1])
 
 
 def _micro_child(request: bytes, arena_bytes: int) -> subprocess.CompletedProcess[bytes]:
@@ -365,7 +355,7 @@ def _serve_micro() -> None:
     from tflite_micro.python.tflite_micro import runtime
 
     sys.excepthook = lambda kind, error, trace: print(error, file=sys.stderr)
-    # Kernels may print to stdout: keep the true one for the answer.
+    # Kernels may print to stdout.
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     job = dict(np.load(io.BytesIO(sys.stdin.buffer.read())))
@@ -385,10 +375,13 @@ def _serve_micro() -> None:
     recorder = start(modes.kAllocationRecording)
     invoke(recorder, 0)
     recorder.print_allocations()
-    reader = start(modes.kPreserveAllTensors) if job["watched"].size else recorder
+    mode = modes.kPreserveAllTensors if job["watched"].size else modes.kAllocationRecording
     rows: list[dict[str, Any]] = []
     for batch in range(len(feeds[0])):
-        reader.reset()
+        if batch == 0 or job["renew"]:
+            reader = start(mode)
+        else:
+            reader.reset()
         invoke(reader, batch)
         row = {f"output_{i}": reader.get_output(i).copy() for i in range(job["counts"][1])}
         for i in job["watched"]:

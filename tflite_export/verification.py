@@ -1,0 +1,262 @@
+"""Does the file compute what was trained? Lockstep comparison on every runtime.
+
+Each operator of the `.tflite` is fed the very integers that the runtime computed before it; its
+output is compared with what the frozen Keras model computes from the same values. Differences
+are stated in output steps, one unit of the output's integer grid. An integer kernel may round
+twice where the float graph rounds once, so a right export differs by at most one step, rarely.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from kqat.errors import ExportError, RuntimeUnavailableError
+from kqat.freezing import FENCE, FrozenModel, Marker, Site, freeze
+from kqat.tracing import Node, trace
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer import ModelT
+from tflite_export.report import OutputAgreement, Report, RuntimeReport, SiteDifference
+from tflite_export.runtimes import run, tflite_micro_arena_bytes
+
+DEFAULT_RUNTIMES = ("litert_reference", "litert", "tflite_micro")
+_INT8 = np.dtype(np.int8)
+
+
+def verify(
+    qat: keras.Model | FrozenModel,
+    blob: bytes,
+    data: Any,
+    *,
+    runtimes: Sequence[str] = DEFAULT_RUNTIMES,
+    samples: int = 64,
+) -> Report:
+    """Runs `blob` against the model that it was made of; raises nothing about what it finds.
+
+    Args:
+        qat: the QAT model, or the frozen one.
+        blob: the file that `convert` made of it.
+        data: inputs as the float model takes them: an array of shape `(n, …)`, or a list or
+            dict of them for many inputs.
+        runtimes: names from `tflite_export.runtimes.RUNTIMES`. One that is not installed, or
+            refuses the file, is reported as such.
+        samples: how many samples of `data` are compared.
+
+    Raises:
+        ExportError: if the file cannot be read, or `data` does not fit the model's inputs.
+    """
+    frozen = qat if isinstance(qat, FrozenModel) else freeze(qat)
+    model = flatbuffer.read(blob)
+    inputs = _inputs(data, frozen, samples)
+    reports = tuple(_verify_on(runtime, frozen, model, blob, inputs) for runtime in runtimes)
+    counts, float_ops = _count(model)
+    return Report(
+        model_name=frozen.model.name,
+        size_bytes=len(blob),
+        samples=len(inputs[0]),
+        operators=counts,
+        float_operators=float_ops,
+        runtimes=reports,
+    )
+
+
+def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:
+    names = frozen.input_names
+    if isinstance(data, Mapping):
+        data = [data.get(name) for name in names]
+    arrays = [np.asarray(x) for x in (data if isinstance(data, list | tuple) else [data])]
+    shapes = [tuple(t.shape[1:]) for t in frozen.model.inputs]
+    if [x.shape[1:] for x in arrays] != shapes or not all(len(x) for x in arrays):
+        raise ExportError(
+            f"Expected data of shapes {[('samples', *s) for s in shapes]} for the inputs "
+            f"{list(names)}. Received: {[x.shape for x in arrays]}."
+        )
+    return [x[:samples].astype(np.float32) for x in arrays]
+
+
+def _count(model: ModelT) -> tuple[dict[str, int], int]:
+    """Operators by name, and how many of them read or write a float."""
+    counts: dict[str, int] = {}
+    floats = 0
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            name = flatbuffer.op_name(model, operator)
+            counts[name] = counts.get(name, 0) + 1
+            used = [int(t) for t in [*operator.inputs, *operator.outputs] if t >= 0]
+            floats += any(
+                flatbuffer.tensor_dtype(graph.tensors[t]) == np.float32 for t in used
+            )
+    return dict(sorted(counts.items())), floats
+
+
+def _verify_on(
+    runtime: str, frozen: FrozenModel, model: ModelT, blob: bytes, inputs: list[np.ndarray]
+) -> RuntimeReport:
+    tensors = _Tensors(model, frozen)
+    try:
+        result = run(blob, tensors.feed(inputs), runtime=runtime, tensors="all")
+        arena = tflite_micro_arena_bytes(blob) if runtime == "tflite_micro" else None
+    except RuntimeUnavailableError as error:
+        return RuntimeReport(runtime=runtime, problem=str(error))
+    lockstep = _Lockstep(frozen, tensors, result.tensors)
+    lockstep.run(inputs)
+    outputs = tensors.agreement(frozen, inputs, result.outputs)
+    return RuntimeReport(
+        runtime=runtime,
+        sites=tuple(lockstep.differences),
+        unmatched=tuple(lockstep.unmatched),
+        outputs=outputs,
+        arena_bytes=arena,
+    )
+
+
+class _Tensors:
+    """Which tensor of the file holds which site's integers."""
+
+    def __init__(self, model: ModelT, frozen: FrozenModel):
+        self.model = model
+        self.graph = model.subgraphs[0]
+        self.producers = {
+            int(o): flatbuffer.op_name(model, op) for op in self.graph.operators for o in op.outputs
+        }
+        self.by_name: dict[str, list[int]] = {}
+        for index, tensor in enumerate(self.graph.tensors):
+            self.by_name.setdefault(flatbuffer.tensor_name(tensor), []).append(index)
+        self.output_names = dict(zip(_output_sites(frozen), frozen.output_names, strict=True))
+
+    def find(self, index: int, site: Site) -> int | None:
+        """The int8 tensor of `site`: it bears the site's name, or the model output's."""
+        names = [site.name]
+        if index in self.output_names:
+            names.append(self.output_names[index])
+        for name in names:
+            for tensor in self.by_name.get(name, ()):
+                if self._has_grid(tensor, site):
+                    return tensor
+        return None
+
+    def _has_grid(self, tensor: int, site: Site) -> bool:
+        found = self.graph.tensors[tensor]
+        if flatbuffer.tensor_dtype(found) != _INT8 or found.quantization is None:
+            return False
+        grid = (found.quantization.scale[0], found.quantization.zeroPoint[0])
+        return grid == (site.scale, site.zero_point)
+
+    def feed(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Float inputs as the file takes them."""
+        return [
+            _as_type(x, self.graph.tensors[int(t)])
+            for x, t in zip(inputs, self.graph.inputs, strict=True)
+        ]
+
+    def agreement(
+        self, frozen: FrozenModel, inputs: list[np.ndarray], outputs: Sequence[np.ndarray]
+    ) -> tuple[OutputAgreement, ...]:
+        """End to end: the rounded Keras model's outputs against the file's."""
+        expected = keras.tree.flatten(_rounded_outputs(frozen, inputs))
+        rows = []
+        for name, real, found, t in zip(
+            frozen.output_names, expected, outputs, self.graph.outputs, strict=True
+        ):
+            tensor = self.graph.tensors[int(t)]
+            step = 1.0 if tensor.type == 0 else float(tensor.quantization.scale[0])
+            value = _real(found, tensor)
+            steps = np.abs(np.rint((value - real) / step))
+            classes = value.ndim == 2 and value.shape[1] > 1
+            top1 = float(np.mean(value.argmax(-1) == real.argmax(-1))) if classes else None
+            rows.append(
+                OutputAgreement(
+                    name=name,
+                    max_steps=int(steps.max()),
+                    equal_fraction=float(np.mean(steps == 0)),
+                    top1_agreement=top1,
+                )
+            )
+        return tuple(rows)
+
+
+def _as_type(x: np.ndarray, tensor: flatbuffer.TensorT) -> np.ndarray:
+    dtype = flatbuffer.tensor_dtype(tensor)
+    if dtype == np.float32:
+        return x
+    limits = np.iinfo(dtype)
+    scale, zero = tensor.quantization.scale[0], int(tensor.quantization.zeroPoint[0])
+    return np.clip(np.floor(x / scale + 0.5) + zero, limits.min, limits.max).astype(dtype)
+
+
+def _real(x: np.ndarray, tensor: flatbuffer.TensorT) -> np.ndarray:
+    if x.dtype == np.float32:
+        return x
+    scale, zero = tensor.quantization.scale[0], int(tensor.quantization.zeroPoint[0])
+    return (x.astype(np.float32) - zero) * scale
+
+
+def _integers(x: np.ndarray, site: Site) -> np.ndarray:
+    low, high = -(2 ** (site.bits - 1)), 2 ** (site.bits - 1) - 1
+    return np.clip(np.floor(x / site.scale + np.float32(0.5)) + site.zero_point, low, high)
+
+
+def _output_sites(frozen: FrozenModel) -> list[int]:
+    """Index of the site of each output, -1 for a float one."""
+    graph = trace(frozen.model)
+    producers = graph.producers()
+    layers = [producers[ref].layer if ref in producers else None for ref in graph.outputs]
+    return [layer.index if isinstance(layer, Marker) else -1 for layer in layers]
+
+
+def _rounded_outputs(frozen: FrozenModel, inputs: list[np.ndarray]) -> Any:
+    """What the model computes in float arithmetic with every site rounded."""
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(node.layer, Marker):
+            return node.layer(*args, **kwargs)
+        if node.layer.index == FENCE:
+            return args[0]
+        site = frozen.sites[node.layer.index]
+        integers = _integers(np.asarray(args[0]), site)
+        return keras.ops.convert_to_tensor((integers - site.zero_point) * site.scale)
+
+    outputs = trace(frozen.model).run([keras.ops.convert_to_tensor(x) for x in inputs], call)
+    return keras.tree.map_structure(np.asarray, outputs)
+
+
+class _Lockstep:
+    """One walk over the frozen model, each node fed what the runtime computed before it."""
+
+    def __init__(self, frozen: FrozenModel, tensors: _Tensors, found: Mapping[int, np.ndarray]):
+        self.frozen = frozen
+        self.tensors = tensors
+        self.found = found
+        self.differences: list[SiteDifference] = []
+        self.unmatched: list[str] = []
+
+    def run(self, inputs: list[np.ndarray]) -> None:
+        trace(self.frozen.model).run(
+            [keras.ops.convert_to_tensor(x) for x in inputs], self._call
+        )
+
+    def _call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(node.layer, Marker):
+            return node.layer(*args, **kwargs)
+        index = node.layer.index
+        if index == FENCE:
+            return args[0]
+        site = self.frozen.sites[index]
+        expected = _integers(np.asarray(args[0]), site)
+        tensor = self.tensors.find(index, site)
+        if tensor is None or tensor not in self.found:
+            self.unmatched.append(site.name)
+            return keras.ops.convert_to_tensor((expected - site.zero_point) * site.scale)
+        actual = self.found[tensor].reshape(expected.shape).astype(np.float32)
+        steps = np.abs(actual - expected)
+        self.differences.append(
+            SiteDifference(
+                name=site.name,
+                operator=self.tensors.producers.get(tensor, "input"),
+                elements=steps.size,
+                max_steps=int(steps.max(initial=0)),
+                differing=int(np.count_nonzero(steps)),
+            )
+        )
+        return keras.ops.convert_to_tensor((actual - site.zero_point) * site.scale)
