@@ -9,10 +9,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 # More arguments for pytest: make test PYTEST_FLAGS="-n 2 -k numerics"
+# (-n 2 is not the default: worker processes write log lines behind pytest's last one.)
 PYTEST_FLAGS ?=
 COVERAGE := --cov=kqat --cov=tflite_export
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
+MAKEFLAGS += --no-print-directory
 
 .PHONY: demo test test-slow lint check clean
 

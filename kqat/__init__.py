@@ -26,7 +26,7 @@ from kqat.errors import (
 )
 from kqat.freezing import FrozenModel, freeze, strip
 from kqat.layers import ActivationQuantizer, PrecisionBoundary, QuantizeWrapper
-from kqat.quantizers import Fixed, MinMax, MovingAverage
+from kqat.quantizers import Fixed, LastValue, MinMax, MovingAverage
 from kqat.registry import LayerRule, Output, register_layer, supported_layers
 from kqat.reporting import Plan
 from kqat.schedule import FreezeBatchNorm, FreezeObservers
@@ -44,6 +44,7 @@ __all__ = [
     "FreezeObservers",
     "FrozenModel",
     "KqatError",
+    "LastValue",
     "LayerRule",
     "LoweringError",
     "MinMax",

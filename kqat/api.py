@@ -9,6 +9,7 @@ import numpy as np
 from kqat.calibration import calibrate
 from kqat.config import QuantizePolicy
 from kqat.errors import ModelError
+from kqat.interop.tfmot import translate_policy
 from kqat.planning import make_plan
 from kqat.reporting import Plan
 from kqat.tracing import Graph, trace
@@ -47,7 +48,8 @@ def quantize_model(
         model: a built Sequential or Functional Keras 3 model of fixed input shape.
         policy: a preset (`"int8"`), a `QuantizeConfig` for all layers, a `QuantizePolicy`, or a
             mapping from name patterns or layer classes to configs, presets or `None` (stay
-            float): `{"stem*": None, keras.layers.Dense: my_config}`; the rest is int8.
+            float): `{"stem*": None, keras.layers.Dense: my_config}`; the rest is int8. A tfmot
+            `QuantizeConfig` serves wherever ours does.
         calibration_data: typical inputs, as for `kqat.calibration.calibrate`. Without, ranges
             start from the first training batches.
 
@@ -68,6 +70,11 @@ def quantize_model(
             PolicyWarning,
             stacklevel=2,
         )
+    if not decided.groups:
+        raise ModelError(
+            f"Expected a layer to quantize. Received: '{model.name}', whose layers "
+            "the policy leaves float or which computes nothing."
+        )
     qat = wrap(decided)
     if calibration_data is not None:
         calibrate(qat, calibration_data)
@@ -82,7 +89,7 @@ def quantize_model(
 
 
 def _plan(graph: Graph, policy: Any, name: str) -> Plan:
-    return make_plan(graph, QuantizePolicy.of(policy), name)
+    return make_plan(graph, translate_policy(QuantizePolicy.of(policy), graph), name)
 
 
 def _checked_graph(model: Any) -> Graph:

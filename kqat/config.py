@@ -42,7 +42,7 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, Mapping):
-            object.__setattr__(self, "weights", dict(self.weights))
+            object.__setattr__(self, "weights", _single(self.weights))
         for name, spec in self.weight_items():
             _check_weight_spec(name, spec)
         if not isinstance(self.activation, QuantSpec):
@@ -54,6 +54,11 @@ class QuantizeConfig:
             raise PolicyError(
                 "Expected an activation grid of 8 bits and one scale per tensor, the only one "
                 f"that this release exports. Received: {self.activation}."
+            )
+        if self.activation.symmetric:
+            raise PolicyError(
+                "Expected an activation grid with a zero point of its own, the only one that "
+                f"this release trains. Received: {self.activation}. Use symmetric=False."
             )
         if self.activation.narrow_range:
             raise PolicyError(
@@ -95,6 +100,17 @@ class QuantizeConfig:
         )
 
 
+def _single(weights: Mapping[str, QuantSpec]) -> WeightSpecs:
+    """A mapping as `from_dict` gives it back: what serves all weights stands alone."""
+    if "*" not in weights:
+        return dict(weights) or None
+    if len(weights) > 1:
+        raise PolicyError(
+            f"Expected either '*' or names of variables. Received: weights={dict(weights)}."
+        )
+    return weights["*"]
+
+
 def _check_weight_spec(name: str, spec: QuantSpec) -> None:
     if not isinstance(spec, QuantSpec):
         raise PolicyError(f"Expected weights[{name!r}] to be a QuantSpec. Received: {spec!r}.")
@@ -122,10 +138,18 @@ class QuantizePolicy:
 
     A rule's key is a name pattern (`"stem*"`, as in `fnmatch`) or a layer class; its value is a
     config, the name of a preset, or `None` to leave the layer float. The first match decides.
+
+    Raises:
+        PolicyError: if a key or a value is none of these.
     """
 
     default: QuantizeConfig | None = PRESETS["int8"]
     rules: tuple[tuple[RuleKey, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        rules = tuple((_key(key), resolve_config(value)) for key, value in self.rules)
+        object.__setattr__(self, "default", resolve_config(self.default))
+        object.__setattr__(self, "rules", rules)
 
     @classmethod
     def of(cls, policy: Any) -> "QuantizePolicy":
@@ -137,8 +161,8 @@ class QuantizePolicy:
         if isinstance(policy, QuantizePolicy):
             return policy
         if isinstance(policy, Mapping):
-            return cls(rules=tuple((_key(k), resolve_config(v)) for k, v in policy.items()))
-        return cls(default=resolve_config(policy))
+            return cls(rules=tuple(policy.items()))
+        return cls(default=policy)
 
     def match(self, name: str, layer: Any) -> int | None:
         """Index of the first rule that matches, or `None` where the default serves."""

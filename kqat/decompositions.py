@@ -171,6 +171,66 @@ def upsample_2d(layer: Any, name: str) -> Decomposed:
     return resize
 
 
+def _nearest(x: Any, rows: int, columns: int, name: str) -> Any:
+    return layers.Resizing(rows, columns, interpolation="nearest", name=name)(x)
+
+
+def repeat_vector(layer: Any, name: str) -> Decomposed:
+    """`RepeatVector` as a resize: TFLite Micro has no TILE."""
+
+    def repeat(x: Any) -> Any:
+        image = layers.Reshape((1, 1, x.shape[-1]), name=f"{name}_image")(x)
+        image = _nearest(image, layer.n, 1, f"{name}_resize")
+        return layers.Reshape((layer.n, x.shape[-1]), name=name)(image)
+
+    return repeat
+
+
+def upsample_1d(layer: Any, name: str) -> Decomposed:
+    """`UpSampling1D` as a resize: TFLite Micro has no TILE."""
+
+    def resize(x: Any) -> Any:
+        steps, channels = x.shape[1:]
+        image = layers.Reshape((steps, 1, channels), name=f"{name}_image")(x)
+        image = _nearest(image, steps * layer.size, 1, f"{name}_resize")
+        return layers.Reshape((steps * layer.size, channels), name=name)(image)
+
+    return resize
+
+
+def upsample_3d(layer: Any, name: str) -> Decomposed:
+    """`UpSampling3D` as two resizes, of depth × height and of width."""
+
+    def resize(x: Any) -> Any:
+        depth, height, width, channels = x.shape[1:]
+        depth_by, height_by, width_by = layer.size
+        x = layers.Reshape((depth, height, width * channels), name=f"{name}_front")(x)
+        x = _nearest(x, depth * depth_by, height * height_by, f"{name}_front_resize")
+        rows = depth * depth_by * height * height_by
+        x = layers.Reshape((rows, width, channels), name=f"{name}_side")(x)
+        x = _nearest(x, rows, width * width_by, f"{name}_side_resize")
+        shape = (depth * depth_by, height * height_by, width * width_by, channels)
+        return layers.Reshape(shape, name=name)(x)
+
+    return resize
+
+
+def crop_3d(layer: Any, name: str) -> Decomposed:
+    """`Cropping3D` as two 2-D ones: TFLite Micro slices no more than four axes."""
+
+    def crop(x: Any) -> Any:
+        depth, height, width, channels = x.shape[1:]
+        front, top, left = layer.cropping
+        x = layers.Reshape((depth, height, width * channels), name=f"{name}_front")(x)
+        x = layers.Cropping2D((front, top), name=f"{name}_front_crop")(x)
+        depth, height = x.shape[1:3]
+        x = layers.Reshape((depth * height, width, channels), name=f"{name}_side")(x)
+        x = layers.Cropping2D(((0, 0), left), name=f"{name}_side_crop")(x)
+        return layers.Reshape((depth, height, x.shape[2], channels), name=name)(x)
+
+    return crop
+
+
 def pool_3d(layer: Any, name: str) -> Decomposed:
     """`MaxPooling3D`/`AveragePooling3D` as two 2-D poolings: TFLite has no 3-D pooling.
 
@@ -188,8 +248,7 @@ def pool_3d(layer: Any, name: str) -> Decomposed:
 
     def pooled(x: Any) -> Any:
         frames, channels = x.shape[1], x.shape[-1]
-        # Height stands where the plane is pooled, so depth moves behind it by way of the width:
-        # (D, H, W, C) -> pool needs 4-D; D joins the channels, which pooling leaves alone.
+        # Depth joins the channels, which pooling leaves alone.
         x = layers.Permute((2, 3, 1, 4), name=f"{name}_depth_in")(x)
         x = layers.Reshape((*x.shape[1:3], frames * channels), name=f"{name}_merge")(x)
         x = plane(x)

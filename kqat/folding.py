@@ -97,36 +97,29 @@ def _normalization(norm: Any) -> tuple[np.ndarray, np.ndarray]:
     return factor, offset
 
 
-def channelwise(layer: Any) -> Frozen:
+def channelwise(layer: Any, channels: int) -> Frozen:
     """`x * scale + offset` per channel as one integer operator with exact weights.
 
     A 1x1 depthwise convolution has one weight per channel, which is ±127 steps of the channel's
     own scale: no rounding error, and one rounding of the output where MUL and ADD would have two.
     One scale for all without an offset is a multiplication by a constant.
+
+    Args:
+        layer: an affine layer.
+        channels: size of the last axis of its input.
     """
     factor, offset = _affine(layer)
     if not np.any(offset) and np.all(factor == factor.flat[0]):
-        weight = _single_steps(layer.name, factor.reshape(-1)[:1].reshape(()), False)
+        weight = _single_steps(layer.name, factor.flat[:1].reshape(()), False)
         return [weight], layers.Rescaling(float(weight.values), name=layer.name, dtype="float32")
-    state: dict[str, Any] = {}
-    frozen: list[FrozenWeight] = []
-
-    def call(x: Any) -> Any:
-        channels = x.shape[-1]
-        if not state:
-            weight = _single_steps(
-                layer.name, np.broadcast_to(factor, (channels,)).reshape(1, 1, channels, 1), True
-            )
-            frozen.append(weight)
-            bias = np.broadcast_to(offset, (channels,)).astype(np.float32)
-            depthwise = layers.DepthwiseConv2D(1, name=layer.name, dtype="float32")
-            state["part"] = Part(depthwise, [weight.values, bias])
-        return _as_image(state["part"], x, layer.name)
-
-    return frozen, call
+    kernel = np.broadcast_to(factor, (channels,)).reshape(1, 1, channels, 1)
+    weight = _single_steps(layer.name, kernel, True)
+    bias = np.broadcast_to(offset, (channels,)).astype(np.float32)
+    part = Part(layers.DepthwiseConv2D(1, name=layer.name, dtype="float32"), [weight.values, bias])
+    return [weight], lambda x: _as_image(part, x)
 
 
-def _as_image(part: Part, x: Any, name: str) -> Any:
+def _as_image(part: Part, x: Any) -> Any:
     """Calls a 4-D layer that works channel by channel on a value of any rank."""
     shape = tuple(x.shape[1:])
     if len(shape) == 3:

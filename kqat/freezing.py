@@ -181,7 +181,10 @@ class _Freezer:
             return Marker(FENCE, name=f"fence_{self.fences}")(args[0])
         if isinstance(layer, QuantizeWrapper):
             kwargs = {k: v for k, v in kwargs.items() if k != "training"}
-            return self._cached(layer, self._freeze_wrapper)(*args, **kwargs)
+            channels = node.outputs[0].shape[-1]
+            return self._cached(layer, lambda la: self._freeze_wrapper(la, channels))(
+                *args, **kwargs
+            )
         grids = [self.grids[ref] for ref in node.inputs if ref in self.grids]
         rule = rule_for(layer, node.name) if grids else None
         if rule is not None and rule.output is Output.VANISHES:
@@ -238,9 +241,9 @@ class _Freezer:
         index = len(self.sites) - 1
         return Marker(index, name=f"marker_{index}")(value)
 
-    def _freeze_wrapper(self, wrapper: QuantizeWrapper) -> Any:
+    def _freeze_wrapper(self, wrapper: QuantizeWrapper, channels: int) -> Any:
         if not wrapper.weight_specs:
-            frozen, layer = channelwise(wrapper.layer)
+            frozen, layer = channelwise(wrapper.layer, channels)
         else:
             frozen, layer = freeze_layer(wrapper)
         for weight in frozen:

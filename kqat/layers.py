@@ -28,13 +28,14 @@ class ActivationQuantizer(keras.layers.Layer):
 
         low == min(site_low), high == max(site_high), low <= 0 <= high
 
+    or, on a symmetric grid, the least symmetric range around it.
     Before any batch was seen, inference lets values pass unrounded.
 
     Args:
         spec: the grid, one scale per tensor.
         range_method: how the range is found; `Fixed` is never observed.
-        clamp: `"relu"`, `"relu6"` or `None`: carried out by the rounding, as a range from 0
-            clips what lies below.
+        clamp: `"relu"`, `"relu6"` or `None`: carried out by the rounding where the range starts
+            at 0, which clips what lies below.
         sites: number of call sites.
     """
 
@@ -78,7 +79,7 @@ class ActivationQuantizer(keras.layers.Layer):
         dtype = x.dtype
         x = ops.cast(x, "float32")
         if isinstance(self.range_method, Fixed):
-            rounded = numerics.fake_quantize(x, *self.fixed_range(), self.spec)
+            rounded = numerics.fake_quantize(self.clamped(x), *self.fixed_range(), self.spec)
             return ops.cast(rounded, dtype)
         if training and observe and self.trainable:
             low, high = self._observed(x, site)
@@ -98,10 +99,10 @@ class ActivationQuantizer(keras.layers.Layer):
         if not isinstance(self.range_method, Fixed):
             self._observed(ops.cast(x, "float32"), site)
 
-    def fixed_range(self) -> tuple[float, float]:
-        """The range that a `Fixed` method gives."""
+    def fixed_range(self) -> tuple[Any, Any]:
+        """The range that a `Fixed` method gives, or the least symmetric one around it."""
         assert isinstance(self.range_method, Fixed)
-        return self.range_method.low, self.range_method.high
+        return self._symmetric(self.range_method.low, self.range_method.high)
 
     def range(self) -> tuple[float, float]:
         """The group's range `(low, high)` as the file will carry it.
@@ -110,7 +111,8 @@ class ActivationQuantizer(keras.layers.Layer):
             FreezeError: if no batch was ever seen.
         """
         if isinstance(self.range_method, Fixed):
-            return self.fixed_range()
+            low, high = self.fixed_range()
+            return float(low), float(high)
         if float(ops.max(self.count)) == 0.0:
             raise FreezeError(
                 f"Expected ranges from data. Received: quantizer '{self.name}', which has seen "
@@ -124,10 +126,15 @@ class ActivationQuantizer(keras.layers.Layer):
         return isinstance(self.range_method, Fixed) or float(ops.max(self.count)) > 0.0
 
     def _union(self, site_low: Any, site_high: Any) -> tuple[Any, Any]:
-        return numerics.widen(ops.min(site_low), ops.max(site_high))
+        return self._symmetric(*numerics.widen(ops.min(site_low), ops.max(site_high)))
+
+    def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
+        return numerics.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)
 
     def _round(self, x: Any, site_low: Any, site_high: Any) -> Any:
         low, high = self._union(site_low, site_high)
+        if self.spec.symmetric:  # A range on both sides of zero clamps nothing at zero.
+            x = self.clamped(x)
         return numerics.fake_quantize(x, low, high, self.spec)
 
     def _observed(self, x: Any, site: int) -> tuple[Any, Any]:

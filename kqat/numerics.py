@@ -20,15 +20,34 @@ from keras import ops
 
 from kqat.spec import QuantSpec
 
+# TensorFlow's kernels flush subnormal floats to zero and NumPy does not. Above this bound no
+# intermediate result that matters is subnormal: a step is 2**-116 at least.
+SMALLEST_RANGE = 2.0**-100
+# Below this bound `high - low` does not overflow.
+LARGEST_BOUND = 2.0**126
+
 
 def widen(low, high):
     """Makes a range usable: `low <= 0 <= high`, and one unit wide where it is only zero.
 
-    A constant zero activation has no range; on a grid of one unit it stays exactly zero.
+    A constant zero activation has no range; on a grid of one unit it stays exactly zero. "Only
+    zero" is what is narrower than `SMALLEST_RANGE`; bounds beyond `LARGEST_BOUND` are cut. NaN
+    stays NaN.
     """
-    low = ops.minimum(low, 0.0)
-    high = ops.maximum(high, 0.0)
-    return low, ops.where(high - low > 0.0, high, ops.ones_like(high))
+    low = ops.maximum(ops.minimum(low, 0.0), -LARGEST_BOUND)
+    high = ops.minimum(ops.maximum(high, 0.0), LARGEST_BOUND)
+    return low, ops.where(high - low < SMALLEST_RANGE, ops.ones_like(high), high)
+
+
+def symmetrize(low, high, spec: QuantSpec):
+    """The least range around `[low, high]` on whose grid real zero is integer zero.
+
+    Not `[-m, m]` but `low / qmin == high / qmax`: between 256 integers `[-m, m]` has its zero at
+    half a step, which rounds either way, and `m` itself is cut off.
+    """
+    ratio = spec.qmin / spec.qmax
+    high = ops.maximum(high, low * (1.0 / ratio))
+    return high * ratio, high
 
 
 def nudge(low: np.ndarray, high: np.ndarray, spec: QuantSpec):
@@ -41,19 +60,22 @@ def nudge(low: np.ndarray, high: np.ndarray, spec: QuantSpec):
     levels = np.float32(spec.qmax - spec.qmin)
     scale = (high - low) / levels
     # TensorFlow counts from 0 (1 if narrow); shifting keeps its float rounding identical.
-    first = np.float32(int(spec.narrow_range))
+    first = np.float32(spec.narrow_range)
     from_low = first - low / scale
-    zero = np.clip(np.floor(np.abs(from_low) + np.float32(0.5)) * np.sign(from_low), first, None)
-    zero = np.minimum(zero, first + levels)
+    # Not floor(from_low + 0.5), a sum that float32 rounds up to 1 for the number below 0.5.
+    down = np.floor(from_low)
+    zero = np.minimum(down + (from_low - down >= np.float32(0.5)), first + levels)
     return scale, (zero - first).astype(np.int32) + np.int32(spec.qmin)
 
 
 def fake_quantize(x, low, high, spec: QuantSpec):
     """Rounds `x` to the per-tensor grid over `[low, high]`, straight-through inside it.
 
+    Outside the range the gradient goes to the bound that cut `x`.
+
     Args:
         x: float32 tensor of any shape.
-        low, high: float32 scalars with `low <= 0 <= high`.
+        low, high: float32 scalars as `widen` leaves them.
         spec: the grid; its `axis` must be `None`.
     """
     if keras.backend.backend() == "tensorflow":
@@ -67,33 +89,37 @@ def fake_quantize(x, low, high, spec: QuantSpec):
 
 def _fake_quantize_ops(x, low, high, spec: QuantSpec):
     """The formula of the fused kernel in `keras.ops`; the float operations keep its order."""
-    levels = float(spec.qmax - spec.qmin)
     first = float(spec.narrow_range)
+    # A divisor that is a constant would be compiled to a multiplication by its reciprocal,
+    # which rounds differently.
+    levels = ops.where(high > low, float(spec.qmax - spec.qmin), 1.0)
     scale = (high - low) / levels
     from_low = first - low / scale
-    zero = ops.floor(ops.abs(from_low) + 0.5) * ops.sign(from_low)
-    zero = ops.clip(zero, first, first + levels)
+    down = ops.floor(from_low)
+    zero = ops.where(from_low - down >= 0.5, down + 1.0, down)
+    zero = ops.minimum(zero, first + levels)
     nudged_low, nudged_high = (first - zero) * scale, (first + levels - zero) * scale
-    inverse = 1.0 / scale
-    quant_zero = ops.floor(-nudged_low * inverse + 0.5)
-    # Clipping passes the gradient inside the range only; the rounding passes it unchanged.
-    clipped = ops.minimum(ops.maximum(x, nudged_low), nudged_high)
-    rounded = ops.floor((clipped - nudged_low) * inverse - quant_zero + 0.5) * scale
-    return clipped + ops.stop_gradient(rounded - clipped)
+    clipped = ops.maximum(ops.minimum(x, nudged_high), nudged_low)
+    steps = ops.floor((clipped - nudged_low) / scale - (zero - first) + 0.5)
+    passed = ops.where(x < nudged_low, low, ops.where(x > nudged_high, high, x))
+    # The difference is exactly zero; it carries the gradient.
+    return ops.stop_gradient(steps * scale) + (passed - ops.stop_gradient(passed))
 
 
 def weight_scale(weight, spec: QuantSpec):
     """Scale of a symmetric grid that just holds the largest magnitude of `weight`.
 
     Shape: `weight.shape` with every axis that is not in `spec.axis` reduced to 1. An all-zero
-    channel has scale 1, on which zero is exact.
+    channel has scale 1, on which zero is exact; so has one whose step would be below
+    `SMALLEST_RANGE`. NaN and infinity show in the scale.
     """
     kept = _kept_axes(spec, len(weight.shape))
     reduced = tuple(a for a in range(len(weight.shape)) if a not in kept)
     largest = ops.max(ops.abs(weight), axis=reduced, keepdims=True)
-    # Twice over twice: the same rounding as the fused kernels' (high - low) / (qmax - qmin).
-    scale = (2.0 * largest) / float(2 * spec.qmax)
-    return ops.where(scale > 0.0, scale, ops.ones_like(scale))
+    # Not a division: compilers turn a division by a constant into this, which rounds
+    # differently, and training would use other scales than freezing.
+    scale = largest * (1.0 / spec.qmax)
+    return ops.where(scale < SMALLEST_RANGE, ops.ones_like(scale), scale)
 
 
 def fake_quantize_weight(weight, scale, spec: QuantSpec):
@@ -109,9 +135,8 @@ def fake_quantize_weight(weight, scale, spec: QuantSpec):
     ratio = weight / scale
     rounded = ops.sign(ratio) * ops.floor(ops.abs(ratio) + 0.5)
     on_grid = ops.clip(rounded, -limit, limit) * scale
-    # The sum is exact: by Sterbenz' lemma on_grid - weight is, on_grid being 0 or within
-    # a factor of two of weight.
-    return weight + ops.stop_gradient(on_grid - weight)
+    # The difference is exactly zero; it carries the gradient.
+    return ops.stop_gradient(on_grid) + (weight - ops.stop_gradient(weight))
 
 
 def _kept_axes(spec: QuantSpec, rank: int) -> tuple[int, ...]:

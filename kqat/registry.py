@@ -67,7 +67,7 @@ def _last_axis(layer: Any) -> str | None:
     axis = layer.axis
     axis = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
     rank = getattr(layer.input_spec, "ndim", None) or 0
-    if axis not in ((-1,), (rank - 1,), (None,)):
+    if axis not in ((-1,), (rank - 1,), (None,), ()):
         return f"axis={layer.axis} is not the last; permute the input so that it is"
     return None
 
@@ -191,14 +191,20 @@ LAYERS: dict[type, LayerRule] = {
     layers.Flatten: _same("RESHAPE"),
     layers.Reshape: _same("RESHAPE"),
     layers.Permute: _same("TRANSPOSE"),
-    layers.RepeatVector: _same("RESHAPE", "TILE"),
+    layers.RepeatVector: _same(
+        "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.repeat_vector
+    ),
     layers.ZeroPadding1D: _same("PAD", **_POOL),
     layers.ZeroPadding2D: _same("PAD", **_POOL),
     layers.ZeroPadding3D: _same("PAD", **_POOL),
     layers.Cropping1D: _same("STRIDED_SLICE", **_POOL),
     layers.Cropping2D: _same("STRIDED_SLICE", **_POOL),
-    layers.Cropping3D: _same("STRIDED_SLICE", **_POOL),
-    layers.UpSampling1D: _same("RESHAPE", "TILE"),
+    layers.Cropping3D: _same(
+        "RESHAPE", "STRIDED_SLICE", decompose=decompositions.crop_3d, **_POOL
+    ),
+    layers.UpSampling1D: _same(
+        "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.upsample_1d
+    ),
     layers.UpSampling2D: _same(
         "RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR", refuse=_nearest_or_bilinear,
         decompose=decompositions.upsample_2d,
@@ -206,7 +212,9 @@ LAYERS: dict[type, LayerRule] = {
     layers.Resizing: _same(
         "RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR", refuse=_plain_resize, rounds=True
     ),
-    layers.UpSampling3D: _same("RESHAPE", "TILE", **_POOL),
+    layers.UpSampling3D: _same(
+        "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.upsample_3d, **_POOL
+    ),
     layers.Identity: _VANISHES,
     layers.Dropout: _VANISHES,
     layers.SpatialDropout1D: _VANISHES,

@@ -48,11 +48,14 @@ class QuantSpec:
                 f"Expected {MIN_BITS} to {MAX_BITS} bits. Received: bits={self.bits}. "
                 "Use 8 for full-integer export."
             )
+        for name in ("symmetric", "narrow_range"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise SpecError(f"Expected True or False. Received: {name}={value!r}.")
         if isinstance(self.axis, list):  # JSON has no tuples
             object.__setattr__(self, "axis", tuple(self.axis))
-        if isinstance(self.axis, str) and self.axis != "channel":
+        if not _is_axis(self.axis):
             raise SpecError(
-                f"Expected axis to be an int, a tuple, 'channel' or None. "
+                "Expected axis to be an int, a tuple of distinct ints, 'channel' or None. "
                 f"Received: axis={self.axis!r}."
             )
         if self.axis is not None and not self.symmetric:
@@ -75,6 +78,14 @@ class QuantSpec:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types; `QuantSpec(**spec.to_dict()) == spec`."""
         return dataclasses.asdict(self)
+
+
+def _is_axis(axis: object) -> bool:
+    if axis is None or axis == "channel":
+        return True
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    whole = all(isinstance(a, int) and not isinstance(a, bool) for a in axes)
+    return whole and 0 < len(set(axes)) == len(axes)
 
 
 INT8_WEIGHTS = QuantSpec(bits=8, symmetric=True, narrow_range=True, axis="channel")

@@ -1,6 +1,7 @@
 """Reads what the markers say and takes them out of a marked float flatbuffer."""
 
 import dataclasses
+import math
 
 from ai_edge_litert import schema_py_generated as schema
 
@@ -48,10 +49,12 @@ class _MarkerReader:
         self.model = model
         self.graph = model.subgraphs[0]
         self.sites = sites
+        self.batch_size = flatbuffer.tensor_shape(self.graph.tensors[self.graph.inputs[0]])[0]
         self.labels = Labels()
         self.kept: list[OperatorT] = []
         self.alias: dict[int, int] = {}
         self.pending: dict[int, tuple[int, int]] = {}  # marked tensor -> its source and index
+        self.first: dict[int, int] = {}  # marker -> the tensor on which it first stood
         self.crossing: set[int] = set()  # floats that become integers at the next marker
 
     def visit(self, operator: OperatorT) -> None:
@@ -75,6 +78,9 @@ class _MarkerReader:
         if not 0 <= index < len(self.sites):
             raise LoweringError(f"Expected a marker below {len(self.sites)}. Received: {index}.")
         site, known = self.sites[index], self.labels.sites.get(source)
+        if self._is_copy(index, source):
+            self.alias[output] = source
+            return
         if source in self.crossing or (known is not None and not same_grid(known, site)):
             self._keep("QUANTIZE", source, output)
             source = output
@@ -82,6 +88,17 @@ class _MarkerReader:
             self.alias[output] = source
         self.labels.sites.setdefault(source, site)
         self.labels.named.setdefault(source, []).append(site)
+
+    def _is_copy(self, index: int, source: int) -> bool:
+        """Whether the converter put this marker here itself.
+
+        It hands a pair on across MEAN and across moves with several readers. The tensor on which
+        an index first stands is the marked one; a copy has a size of its own, or comes later.
+        """
+        shape = flatbuffer.tensor_shape(self.graph.tensors[source])
+        if math.prod(shape) != self.batch_size * math.prod(self.sites[index].shape):
+            return True
+        return self.first.setdefault(index, source) != source
 
     def _fence(self, source: int, output: int) -> None:
         if source in self.labels.sites:

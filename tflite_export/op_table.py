@@ -26,6 +26,7 @@ class OpRule:
         keras_order: axes of the weights in the file, in the order that the Keras variable has.
         channel_axis: axis of the weights in the file along which scales may differ.
         bias: input that carries the bias, int32 of scale input × weights, or `None`.
+        ships_as: the operator that takes this one's place in the file.
         fixed: `(scale, zero_point)` of the output where the kernel fixes it.
         runtimes: the runtimes that have the int8 kernel.
     """
@@ -37,6 +38,7 @@ class OpRule:
     keras_order: tuple[int, ...] = ()
     channel_axis: int = 0
     bias: int | None = None
+    ships_as: str | None = None
     fixed: tuple[float, int] | None = None
     runtimes: frozenset[str] = ALL
 
@@ -76,10 +78,12 @@ OP_TABLE: dict[str, OpRule] = {
     "SUB": _own(),
     "MUL": _own(),
     "RELU": _own(),
-    "RELU6": _own(),
+    # TFLite Micro's RELU6 does not rescale. RELU does, and clamps to the output's range, which
+    # ends at 6.
+    "RELU6": _own(ships_as="RELU"),
     "LEAKY_RELU": _own(),
     "PRELU": OpRule(scales="own", activations=(0,), weights=1, keras_order=()),
-    "ELU": _own(1),
+    "ELU": _own(1, runtimes=ALL - {"litert_reference"}),
     "HARD_SWISH": _own(1),
     "GELU": _own(1, runtimes=LITERT),
     "EXP": _own(1, runtimes=LITERT),

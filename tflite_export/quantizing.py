@@ -138,6 +138,8 @@ class _IntegerPass:
             self._weights_and_bias(operator, rule)
         code = self.model.operatorCodes[operator.opcodeIndex]
         builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
+        if rule.ships_as is not None:
+            builtin = getattr(schema.BuiltinOperator, rule.ships_as)
         version = max(code.version, rule.version)
         operator.opcodeIndex = operator_code(self.model, builtin, version)
 
@@ -234,19 +236,25 @@ class _IntegerPass:
     def name_tensors(self) -> None:
         """Names tensors after the sites whose values they hold.
 
-        A marker that the converter carried across a RESHAPE or TRANSPOSE names the tensor
-        before it.
+        A chain of markers on one tensor stood between RESHAPEs and TRANSPOSEs that the converter
+        carried them across; walking back over those gives each its own tensor.
         """
         producers = {int(o): op for op in self.graph.operators for o in op.outputs}
         for index, named in self.labels.named.items():
+            tensor: int | None = index
             for site in reversed(named):
-                target: int | None = index
-                if site is not named[-1] or self._shape(index) != site.shape:
-                    producer = producers.get(index)
-                    moved = producer and flatbuffer.op_name(self.model, producer) in _MOVES
-                    target = int(producer.inputs[0]) if producer and moved else None
-                if target is not None and self._shape(target) == site.shape:
-                    self.graph.tensors[target].name = site.name.encode()
+                while tensor is not None and self._shape(tensor) != site.shape:
+                    tensor = self._before_move(tensor, producers)
+                if tensor is None:
+                    break
+                self.graph.tensors[tensor].name = site.name.encode()
+                tensor = self._before_move(tensor, producers)
+
+    def _before_move(self, tensor: int, producers: dict[int, OperatorT]) -> int | None:
+        producer = producers.get(tensor)
+        if producer is None or flatbuffer.op_name(self.model, producer) not in _MOVES:
+            return None
+        return int(producer.inputs[0])
 
     def _shape(self, tensor: int) -> tuple[int, ...]:
         return flatbuffer.tensor_shape(self.graph.tensors[tensor])[1:]

@@ -11,13 +11,18 @@ from kqat.saving import write_file
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteDifference:
-    """One value in lockstep: `differing` of its `elements` differ, by `max_steps` at most."""
+    """One value in lockstep: `differing` of its `elements` differ, by `max_steps` at most.
+
+    `ties` of the differing ones lie exactly between two steps in float arithmetic (an average of
+    two integers often does), where kernels choose either neighbour.
+    """
 
     name: str
     operator: str
     elements: int
     max_steps: int
     differing: int
+    ties: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,16 +55,12 @@ class RuntimeReport:
         """Largest difference of any value in lockstep."""
         return max((site.max_steps for site in self.sites), default=0)
 
-    def by_operator(self) -> dict[str, tuple[int, int, int]]:
-        """Operator -> elements, differing ones, largest difference in steps."""
-        table: dict[str, tuple[int, int, int]] = {}
+    def by_operator(self) -> dict[str, SiteDifference]:
+        """Operator -> the differences of all that it wrote, added up."""
+        table: dict[str, SiteDifference] = {}
         for site in self.sites:
-            elements, differing, steps = table.get(site.operator, (0, 0, 0))
-            table[site.operator] = (
-                elements + site.elements,
-                differing + site.differing,
-                max(steps, site.max_steps),
-            )
+            total = table.get(site.operator)
+            table[site.operator] = site if total is None else _sum(total, site)
         return dict(sorted(table.items()))
 
 
@@ -105,14 +106,28 @@ class Report:
         return "\n".join(lines)
 
 
+def _sum(a: SiteDifference, b: SiteDifference) -> SiteDifference:
+    return SiteDifference(
+        name=a.operator,
+        operator=a.operator,
+        elements=a.elements + b.elements,
+        max_steps=max(a.max_steps, b.max_steps),
+        differing=a.differing + b.differing,
+        ties=a.ties + b.ties,
+    )
+
+
 def _runtime_lines(part: RuntimeReport) -> list[str]:
     if part.problem is not None:
         return [f"  {part.runtime}: did not run", *_wrapped(part.problem, "    ")]
     arena = "" if part.arena_bytes is None else f", arena {part.arena_bytes:,} bytes"
     lines = [f"  {part.runtime}: at most {part.max_steps} in lockstep{arena}"]
-    for operator, (elements, differing, steps) in part.by_operator().items():
-        share = 100 * differing / elements if elements else 0.0
-        lines.append(f"    {operator:<24} max {steps}   {share:7.3f} % of {elements:,} differ")
+    for operator, row in part.by_operator().items():
+        share = 100 * row.differing / max(row.elements, 1)
+        ties = f", {100 * row.ties / row.differing:.0f} % ties" if row.ties else ""
+        lines.append(
+            f"    {operator:<24}max {row.max_steps} {share:7.3f} % of {row.elements:,} differ{ties}"
+        )
     if part.unmatched:
         lines += _wrapped("not compared: " + ", ".join(part.unmatched), "    ")
     for output in part.outputs:

@@ -3,8 +3,9 @@
 import dataclasses
 
 from kqat.errors import TargetError
-from kqat.freezing import FrozenModel, Marker
+from kqat.freezing import FENCE, FrozenModel, Marker
 from kqat.registry import rule_for
+from kqat.tracing import trace
 from tflite_export.op_table import missing_kernels
 
 
@@ -36,12 +37,16 @@ def check_target(frozen: FrozenModel, name: str) -> None:
         raise TargetError(f"Expected one of the targets {sorted(TARGETS)}. Received: {name!r}.")
     runtime = TARGETS[name].runtime
     lacking = []
-    for layer in frozen.model.layers:
-        if isinstance(layer, Marker) or not layer._inbound_nodes:
+    graph = trace(frozen.model)
+    producers = graph.producers()
+    for node in graph.nodes:
+        sources = [producers[ref].layer for ref in node.inputs if ref in producers]
+        integer = bool(sources) and all(isinstance(s, Marker) and s.index != FENCE for s in sources)
+        if isinstance(node.layer, Marker) or not integer:
             continue
-        missing = missing_kernels(rule_for(layer).ops, runtime)
+        missing = missing_kernels(rule_for(node.layer).ops, runtime)
         if missing:
-            lacking.append(f"layer '{layer.name}' needs {', '.join(missing)}")
+            lacking.append(f"layer '{node.name}' needs {', '.join(missing)}")
     if lacking:
         raise TargetError(
             f"Expected operators that target '{name}' has int8 kernels for. Received: "

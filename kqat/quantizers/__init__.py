@@ -7,22 +7,32 @@ from typing import Any
 
 from kqat.errors import SpecError
 from kqat.quantizers.fixed import Fixed
+from kqat.quantizers.last_value import LastValue
 from kqat.quantizers.minmax import MinMax
 from kqat.quantizers.moving_average import MovingAverage
 
-RangeMethod = MinMax | MovingAverage | Fixed
+RangeMethod = MinMax | MovingAverage | LastValue | Fixed
 
 RANGE_METHODS: dict[str, type] = {
     "minmax": MinMax,
     "moving_average": MovingAverage,
+    "last_value": LastValue,
     "fixed": Fixed,
 }
 
 
 def range_method_to_dict(method: RangeMethod) -> dict[str, Any]:
-    """`method` as plain JSON types."""
-    name = next(name for name, cls in RANGE_METHODS.items() if cls is type(method))
-    return {"name": name, **vars(method)}
+    """`method` as plain JSON types.
+
+    Raises:
+        SpecError: if its type is not in `RANGE_METHODS`.
+    """
+    for name, cls in RANGE_METHODS.items():
+        if cls is type(method):
+            return {"name": name, **vars(method)}
+    raise SpecError(
+        f"Expected one of {sorted(RANGE_METHODS)} as range method. Received: {method!r}."
+    )
 
 
 def range_method_from_dict(config: dict[str, Any]) -> RangeMethod:
@@ -32,7 +42,7 @@ def range_method_from_dict(config: dict[str, Any]) -> RangeMethod:
         SpecError: if the name is not in `RANGE_METHODS`.
     """
     options = dict(config)
-    name = options.pop("name")
+    name = options.pop("name", None)
     if name not in RANGE_METHODS:
         raise SpecError(
             f"Expected one of {sorted(RANGE_METHODS)} as range method. Received: {name!r}."
@@ -43,6 +53,7 @@ def range_method_from_dict(config: dict[str, Any]) -> RangeMethod:
 __all__ = [
     "RANGE_METHODS",
     "Fixed",
+    "LastValue",
     "MinMax",
     "MovingAverage",
     "RangeMethod",

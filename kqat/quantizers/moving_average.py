@@ -1,6 +1,7 @@
 """Exponential moving average of batch ranges, without start-up bias."""
 
 import dataclasses
+import math
 
 from keras import ops
 
@@ -33,5 +34,7 @@ class MovingAverage:
 
     def update(self, low, high, count, batch_low, batch_high):
         """The range after one more batch, `count` of which came before; float32 scalars."""
-        weight = (1.0 - self.decay) / (1.0 - ops.power(self.decay, count + 1.0))
+        # expm1, because 1 - d**t loses its digits where d is near one.
+        share = (1.0 - self.decay) / -ops.expm1((count + 1.0) * math.log(self.decay))
+        weight = ops.where(count > 0.0, share, 1.0)
         return low + weight * (batch_low - low), high + weight * (batch_high - high)

@@ -134,10 +134,12 @@ def test_write_then_read_gives_the_tree_back(small: bytes) -> None:
 
 def test_write_leaves_its_argument_alone() -> None:
     tree = _tree()
+    shape = tree.subgraphs[0].tensors[1].shape = np.array([1, 4])
     kept = copy.deepcopy(tree)
     flatbuffer.write(tree)
     flatbuffer.compact(tree)
     assert _plain(tree) == _plain(kept)
+    assert tree.subgraphs[0].tensors[1].shape is shape
 
 
 def test_rewritten_finished_files_compute_the_same(finished: bytes) -> None:
