@@ -15,13 +15,14 @@ FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "tests")
 # Lowest room first. A room may import those before it; a new room takes its place here.
 ROOMS = {
     "kqat": (
-        "errors", "spec", "numerics", "quantizers", "config", "decompositions", "registry",
-        "tracing", "reporting", "planning", "layers", "wrapping", "calibration", "schedule",
-        "freezing", "algorithms", "interop", "api", "__init__", "cli",
+        "errors", "saving", "spec", "numerics", "quantizers", "config", "decompositions",
+        "registry", "tracing", "reporting", "planning", "layers", "wrapping", "calibration",
+        "schedule", "folding", "freezing", "algorithms", "interop", "api", "annotating",
+        "__init__", "cli",
     ),
     "tflite_export": (
-        "flatbuffer", "op_table", "lowering", "packing", "quantizing", "lookup", "runtimes",
-        "verification", "report", "targets", "c_source", "__init__",
+        "flatbuffer", "op_table", "lowering", "markers", "packing", "quantizing", "lookup",
+        "runtimes", "report", "verification", "targets", "exporting", "c_source", "__init__",
     ),
 }  # fmt: skip
 # Who may import a package of ours, by folder or file.

@@ -8,6 +8,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from ai_edge_litert.interpreter import Interpreter
 from PIL import Image
 
 from recipes import data
@@ -197,6 +198,18 @@ def test_pretrained_models_are_made_of_stock_layers(name: str) -> None:
 def test_vendor_files_are_tflite(name: str) -> None:
     # The identifier of the TFLite schema lies behind the flatbuffer's root offset.
     assert data.vendor_tflite(name)[4:8] == b"TFL3"
+
+
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize(
+    "name", ["mlperf_tiny/ic", "mlperf_tiny/vww", "mltk_tinyml/image_classification"]
+)
+def test_pixels_fall_on_the_input_grid_of_the_vendors_file(name: str) -> None:
+    interpreter = Interpreter(model_content=data.vendor_tflite(name))
+    scale, zero_point = interpreter.get_input_details()[0]["quantization"]
+    pixels = np.arange(256, dtype=np.float32)
+    integers = np.round(data.model_input(name, pixels) / scale) + zero_point
+    np.testing.assert_array_equal(integers, pixels - 128)
 
 
 @pytest.mark.slow

@@ -132,6 +132,13 @@ def test_write_then_read_gives_the_tree_back(small: bytes) -> None:
     assert _plain(again) == _plain(tree)
 
 
+def test_absent_vectors_come_back_empty() -> None:
+    tree = schema.ModelT(subgraphs=[schema.SubGraphT()])
+    model = flatbuffer.read(flatbuffer.write(tree))
+    graph = model.subgraphs[0]
+    assert [graph.tensors, graph.operators, graph.inputs, model.buffers] == [[], [], [], []]
+
+
 def test_write_leaves_its_argument_alone() -> None:
     tree = _tree()
     shape = tree.subgraphs[0].tensors[1].shape = np.array([1, 4])
