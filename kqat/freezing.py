@@ -16,60 +16,10 @@ from kqat.decompositions import Part, clone
 from kqat.errors import FreezeError, ModelError
 from kqat.folding import FrozenWeight, channelwise, freeze_layer
 from kqat.layers import ActivationQuantizer, PrecisionBoundary, QuantizeWrapper
+from kqat.marking import Marker, Site, Tabulated
 from kqat.registry import Output, rule_for
 from kqat.tracing import Graph, Node, Ref, rebuild, trace
 from kqat.wrapping import is_quantized
-
-FENCE = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One value that is an integer in the file.
-
-    Invariant: real value == (integer - zero_point) * scale. `shape` leaves the batch out.
-    """
-
-    name: str
-    scale: np.float32
-    zero_point: int
-    bits: int
-    shape: tuple[int, ...]
-
-
-@keras.saving.register_keras_serializable("kqat")
-class Marker(keras.layers.Layer):
-    """Tells the exporter which site a value is, by way of a fake-quant op.
-
-    The converter keeps fake-quant ops as QUANTIZE/DEQUANTIZE pairs. The pair's scale encodes
-    `index`, not the site's real scale, so no rounding inside the converter can alter what was
-    trained, and any bit width travels the same way. `FENCE` marks a precision boundary.
-    """
-
-    STEP = 2.0**-10
-
-    def __init__(self, index: int, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.index = index
-
-    def call(self, x: Any) -> Any:
-        """`x`, rounded on a grid that nobody uses."""
-        if self.index == FENCE:
-            low, high = 0.0, 255.0 * self.STEP
-        else:
-            step = (self.index + 1) * self.STEP
-            low, high = -128.0 * step, 127.0 * step
-        return keras.quantizers.fake_quant_with_min_max_vars(x, low, high, num_bits=8)
-
-    @classmethod
-    def read(cls, scale: float, zero_point: int) -> int:
-        """The index that the parameters of a QUANTIZE op to uint8 encode."""
-        return FENCE if zero_point == 0 else round(scale / cls.STEP) - 1
-
-    def get_config(self) -> dict[str, Any]:
-        """The index, beside what every layer has."""
-        return {**super().get_config(), "index": self.index}
-
 
 @dataclasses.dataclass(frozen=True)
 class FrozenModel:
@@ -79,12 +29,14 @@ class FrozenModel:
         model: float Keras model with `Marker(i)` after the value of `sites[i]`.
         sites: every value that is an integer in the file.
         weights: the integers and scales of every weight; weights are found by content.
+        tables: the elementwise layers that may ship as tables, by their `Tabulated` index.
         input_names, output_names: those of the user's model, in its order.
     """
 
     model: keras.Model
     sites: tuple[Site, ...]
     weights: tuple[FrozenWeight, ...]
+    tables: tuple[Tabulated, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
 
@@ -103,6 +55,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
         model=model,
         sites=tuple(freezer.sites),
         weights=tuple(freezer.weights),
+        tables=tuple(freezer.tables),
         input_names=graph.input_names,
         output_names=graph.output_names,
     )
@@ -166,6 +119,7 @@ class _Freezer:
         self.producers = graph.producers()
         self.sites: list[Site] = []
         self.weights: list[FrozenWeight] = []
+        self.tables: list[Tabulated] = []
         self.grids: dict[Ref, Site] = {}
         self.copies: dict[int, Any] = {}
         self.names: dict[str, int] = {}
@@ -178,7 +132,7 @@ class _Freezer:
             return self._quantizer(node, args[0])
         if isinstance(layer, PrecisionBoundary):
             self.fences += 1
-            return Marker(FENCE, name=f"fence_{self.fences}")(args[0])
+            return Marker("fence", 0, name=f"fence_{self.fences}")(args[0])
         if isinstance(layer, QuantizeWrapper):
             kwargs = {k: v for k, v in kwargs.items() if k != "training"}
             channels = node.outputs[0].shape[-1]
@@ -190,6 +144,8 @@ class _Freezer:
         if rule is not None and rule.output is Output.VANISHES:
             self.grids[output] = grids[0]
             return args[0]
+        if rule is not None and rule.table:
+            return self._tabulated(layer, node.name)(args[0])
         value = self._cached(layer, lambda la: Part(clone(la, dtype="float32"), la.get_weights()))(
             *args, **kwargs
         )
@@ -199,6 +155,12 @@ class _Freezer:
         if any(isinstance(n.layer, ActivationQuantizer) for n in self.consumers[output]):
             return value
         return self._mark(output, node.name, value, grids[0])
+
+    def _tabulated(self, layer: Any, name: str) -> Tabulated:
+        index = len(self.tables)
+        copy = clone(layer, dtype="float32")
+        self.tables.append(Tabulated(copy, index, name=f"{name}_table_{index}"))
+        return self.tables[-1]
 
     def _cached(self, layer: Any, make: Any) -> Any:
         if id(layer) not in self.copies:
@@ -239,7 +201,7 @@ class _Freezer:
         self.grids[ref] = site
         self.sites.append(site)
         index = len(self.sites) - 1
-        return Marker(index, name=f"marker_{index}")(value)
+        return Marker("site", index, name=f"marker_{index}")(value)
 
     def _freeze_wrapper(self, wrapper: QuantizeWrapper, channels: int) -> Any:
         if not wrapper.weight_specs:

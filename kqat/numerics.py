@@ -89,19 +89,22 @@ def fake_quantize(x, low, high, spec: QuantSpec):
 
 def _fake_quantize_ops(x, low, high, spec: QuantSpec):
     """The formula of the fused kernel in `keras.ops`; the float operations keep its order."""
-    first = float(spec.narrow_range)
-    # A divisor that is a constant would be compiled to a multiplication by its reciprocal,
-    # which rounds differently.
-    levels = ops.where(high > low, float(spec.qmax - spec.qmin), 1.0)
+
+    def hidden(constant):
+        # A compiler that knows a constant divides by it by multiplying with its reciprocal, and
+        # adds it in another order: both round differently.
+        return ops.where(high > low, constant, 0.0)
+
+    first, levels, half = float(spec.narrow_range), hidden(float(spec.qmax - spec.qmin)), hidden(0.5)
     scale = (high - low) / levels
     from_low = first - low / scale
     down = ops.floor(from_low)
-    zero = ops.where(from_low - down >= 0.5, down + 1.0, down)
+    zero = ops.where(from_low - down >= half, down + 1.0, down)
     zero = ops.minimum(zero, first + levels)
     nudged_low, nudged_high = (first - zero) * scale, (first + levels - zero) * scale
     clipped = ops.maximum(ops.minimum(x, nudged_high), nudged_low)
-    steps = ops.floor((clipped - nudged_low) / scale - (zero - first) + 0.5)
-    passed = ops.where(x < nudged_low, low, ops.where(x > nudged_high, high, x))
+    steps = ops.floor((clipped - nudged_low) / scale - (zero - first) + half)
+    passed = ops.where(x >= nudged_low, ops.where(x <= nudged_high, x, high), low)
     # The difference is exactly zero; it carries the gradient.
     return ops.stop_gradient(steps * scale) + (passed - ops.stop_gradient(passed))
 

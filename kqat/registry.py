@@ -15,6 +15,7 @@ from keras import layers
 
 from kqat import decompositions
 from kqat.errors import UnsupportedLayerError
+from kqat.slicing import Slice
 
 
 class Output(enum.Enum):
@@ -39,6 +40,8 @@ class LayerRule:
         clamp: `"relu"` or `"relu6"` for a layer that fuses into its producer.
         takes_clamp: whether a following clamp fuses into this layer.
         takes_normalization: whether a following BatchNormalization folds into this layer.
+        table: whether the layer is an elementwise function that may ship as a table of 256
+            entries; `ops` then names its own operator, if there is one.
         affine: whether the layer is `x * scale + offset`, one pair per channel.
         decompose: layer and name -> a callable of the same inputs, made of simpler layers; or `None`.
         refuse: layer -> why this very layer cannot ship and what to do instead, or `None`.
@@ -52,6 +55,7 @@ class LayerRule:
     clamp: str | None = None
     takes_clamp: bool = False
     takes_normalization: bool = False
+    table: bool = False
     affine: bool = False
     decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
     refuse: Callable[[Any], str | None] | None = None
@@ -130,6 +134,13 @@ _FIXED = {
     "log_softmax": ("LOG_SOFTMAX", (-255 / 16, 0.0)),
 }
 
+# Elementwise functions without an int8 operator of their own.
+_TABULATED = (
+    "celu", "hard_shrink", "hard_sigmoid", "hard_tanh", "log_sigmoid", "mish", "selu",
+    "soft_shrink", "softplus", "softsign", "sparse_plus", "sparse_sigmoid", "squareplus",
+    "tanh_shrink",
+)
+
 ACTIVATIONS: dict[str, LayerRule] = {
     "linear": _VANISHES,
     "relu": _own("RELU", clamp="relu"),
@@ -137,8 +148,9 @@ ACTIVATIONS: dict[str, LayerRule] = {
     "leaky_relu": _own("LEAKY_RELU"),
     "elu": _own("ELU"),
     "hard_silu": _own("HARD_SWISH"),
-    "gelu": _own("GELU"),
-    "exponential": _own("EXP"),
+    "gelu": _own("GELU", table=True),
+    "exponential": _own("EXP", table=True),
+    **{name: _own(table=True) for name in _TABULATED},
     "silu": _own("LOGISTIC", "MUL", decompose=decompositions.silu),
     **{
         name: LayerRule(output=Output.FIXED, ops=(op,), fixed_range=fixed_range)
@@ -215,6 +227,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.UpSampling3D: _same(
         "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.upsample_3d, **_POOL
     ),
+    Slice: _same("STRIDED_SLICE"),
     layers.Identity: _VANISHES,
     layers.Dropout: _VANISHES,
     layers.SpatialDropout1D: _VANISHES,

@@ -7,6 +7,7 @@ it and to compare it with a runtime.
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import keras
 
 from kqat.decompositions import Part, clone
 from kqat.errors import ModelError
+from kqat.operations import as_layers
 from kqat.registry import rule_for
 
 
@@ -104,13 +106,16 @@ def trace(model: Any) -> Graph:
     nodes: list[Node] = []
     inputs = [Ref(tuple(t.shape), str(t.dtype)) for t in function.inputs]
     by_tensor = {id(t): ref for t, ref in zip(function.inputs, inputs, strict=True)}
-    output_struct = _inline(function, dict(by_tensor), _Walk("", nodes, {}, {}))
+    output_struct = _inline(function, dict(by_tensor), _Walk("", nodes, set(), {}))
+    # The layer's name is saved with a model; the tensor's is not.
+    input_names = [t._keras_history.operation.name for t in function.inputs]
+    taken = set(input_names)
     return Graph(
         nodes=tuple(nodes),
         input_struct=_map_tensors(function.input, by_tensor),
         output_struct=output_struct,
-        input_names=tuple(t.name for t in function.inputs),
-        output_names=tuple(function.output_names),
+        input_names=tuple(input_names),
+        output_names=tuple(unique_name(name, taken) for name in function.output_names),
     )
 
 
@@ -160,6 +165,8 @@ def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph
     """
     copies: dict[int, Callable[..., Any]] = {}
     origins: dict[str, str] = {}
+    taken = {*graph.input_names, *(node.name for node in graph.nodes)}
+    known: set[int] = set()
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         # Calls of one layer share its weights; a layer without any is made anew for each call.
@@ -168,6 +175,9 @@ def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph
             copies[key] = _simplify(node, keep(node))
         outputs = copies[key](*args, **kwargs)
         for operation in _operations_between((args, kwargs), outputs):
+            if id(operation) not in known and operation.name not in (node.name, node.layer.name):
+                operation.name = unique_name(operation.name, taken)
+            known.add(id(operation))
             origins.setdefault(operation.name, node.name)
         return outputs
 
@@ -184,11 +194,7 @@ def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
 def _simplify(node: Node, keep: bool) -> Callable[..., Any]:
     layer = node.layer
     if not isinstance(layer, keras.layers.Layer):
-        raise ModelError(
-            f"Expected a model of layers. Received: operation '{node.name}' of type "
-            f"{type(layer).__name__} (a keras.ops function or an operator on a tensor). Use the "
-            "layer of the same name, as keras.layers.Add for +."
-        )
+        return layer if keep else as_layers(layer, node.name)
     if not keep:
         rule = rule_for(layer, node.name)
         simpler = rule.decompose(layer, node.name) if rule.decompose else None
@@ -249,7 +255,7 @@ class _Walk:
 
     prefix: str
     nodes: list[Node]
-    names: dict[str, int]
+    names: set[str]
     options: dict[str, Any]
 
 
@@ -268,7 +274,7 @@ def _inline(function: Any, refs: dict[int, Ref], walk: _Walk) -> Any:
             inner = _inner_function(layer)
             if inner is None:
                 outputs = [Ref(tuple(t.shape), str(t.dtype)) for t in call.outputs]
-                name = _unique(walk.prefix + layer.name, walk.names)
+                name = unique_name(walk.prefix + layer.name, walk.names, "_call{}")
                 walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
             else:
                 given = _refs(args[0] if args else kwargs)
@@ -285,8 +291,13 @@ def _call_options(layer: Any, kwargs: dict[str, Any], forced: dict[str, Any]) ->
     """The call's options that say something; `training=False` of an outer model reaches inwards.
 
     Raises:
-        ModelError: if a mask is passed.
+        ModelError: if a mask is passed, or `training=True`.
     """
+    if kwargs.get("training"):
+        raise ModelError(
+            f"Expected layers that compute as inference does when they ship. Received: "
+            f"training=True in the call of '{layer.name}'. Call it without `training`."
+        )
     if _refs(kwargs.get("mask")):
         raise ModelError(
             f"Expected a model without masks: integer kernels know none. Received: a mask for "
@@ -298,9 +309,12 @@ def _call_options(layer: Any, kwargs: dict[str, Any], forced: dict[str, Any]) ->
     return said
 
 
-def _unique(name: str, names: dict[str, int]) -> str:
-    names[name] = names.get(name, 0) + 1
-    return name if names[name] == 1 else f"{name}_call{names[name]}"
+def unique_name(name: str, taken: set[str], ending: str = "_{}") -> str:
+    """`name`, or where it is taken with the first ending that is not; takes it."""
+    numbered = (name + ending.format(number) for number in itertools.count(2))
+    unique = next(n for n in itertools.chain([name], numbered) if n not in taken)
+    taken.add(unique)
+    return unique
 
 
 def _map_tensors(structure: Any, refs: dict[int, Ref]) -> Any:

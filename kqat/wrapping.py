@@ -8,7 +8,7 @@ from kqat.decompositions import Part, clone
 from kqat.layers import ActivationQuantizer, PrecisionBoundary, QuantizeWrapper
 from kqat.registry import rule_for
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
-from kqat.tracing import Node, Ref, fill, rebuild
+from kqat.tracing import Node, Ref, fill, rebuild, unique_name
 
 
 def is_quantized(model: keras.Model) -> bool:
@@ -44,7 +44,8 @@ class _Assembly:
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.copies: dict[int, Any] = {}
         self.forms: dict[tuple[Ref, bool], Any] = {}
-        self.boundaries = 0
+        names = (node.name for node in plan.graph.nodes)
+        self.names = {*plan.input_names, *plan.output_names, *names}
 
     def call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
         """The node's output value, symbolic; see `kqat.tracing.Graph.run`."""
@@ -84,8 +85,8 @@ class _Assembly:
         return self._rounded(ref, crossed) if integer else crossed
 
     def _boundary(self, tensor: Any) -> Any:
-        self.boundaries += 1
-        return PrecisionBoundary(name=f"precision_boundary_{self.boundaries}")(tensor)
+        name = unique_name("precision_boundary", self.names)
+        return PrecisionBoundary(name=name)(tensor)
 
     def _rounded(self, ref: Ref, tensor: Any) -> Any:
         for rounding in self.plan.roundings.get(ref, ()):
@@ -99,7 +100,11 @@ class _Assembly:
         if name not in self.quantizers:
             group = self.groups[name]
             self.quantizers[name] = ActivationQuantizer(
-                group.spec, group.range_method, clamp=group.clamp, sites=group.sites, name=name
+                group.spec,
+                group.range_method,
+                clamp=group.clamp,
+                sites=group.sites,
+                name=unique_name(name, self.names),
             )
         return self.quantizers[name]
 
@@ -113,15 +118,16 @@ class _Assembly:
         layer = node.layer
         affine = decision.role == "integer" and rule_for(layer).affine
         if not decision.weights and not affine:
-            taken = node.name in self.plan.output_names
-            name = f"{node.name}_unrounded" if taken else node.name
+            name = node.name
+            if name in self.plan.output_names:
+                name = unique_name(f"{name}_unrounded", self.names)
             return Part(clone(layer, name), layer.get_weights())
         norm = self._node(decision.normalization).layer if decision.normalization else None
         wrapper = QuantizeWrapper(
             clone(layer),
             decision.weights,
             None if norm is None else clone(norm),
-            name=f"quant_{node.name}",
+            name=unique_name(f"quant_{node.name}", self.names),
         )
         return Part(wrapper, [*layer.get_weights(), *(norm.get_weights() if norm else ())])
 

@@ -7,10 +7,13 @@ arithmetic behind.
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import keras
 
 from kqat.freezing import FrozenModel
+from kqat.marking import Marker, Tabulated
+from kqat.tracing import Node, rebuild, trace
 from tflite_export import flatbuffer
 from kqat.errors import ExportError, LoweringError
 from tflite_export.flatbuffer import ModelT
@@ -18,7 +21,9 @@ from tflite_export.flatbuffer import ModelT
 SIGNATURE = "serve"
 
 
-def lower(frozen: FrozenModel, batch_size: int = 1) -> ModelT:
+def lower(
+    frozen: FrozenModel, batch_size: int = 1, computed: frozenset[int] = frozenset()
+) -> ModelT:
     """The float flatbuffer of `frozen`, with QUANTIZE/DEQUANTIZE pairs where markers stand.
 
     The signature's inputs are named `input_0` …, its outputs `output_0` …, in the model's order.
@@ -26,6 +31,7 @@ def lower(frozen: FrozenModel, batch_size: int = 1) -> ModelT:
     Args:
         frozen: the model.
         batch_size: samples per invocation that the file will take.
+        computed: indexes of the tables that ship as an operator, not as a table.
 
     Raises:
         ExportError: if Keras does not run on TensorFlow.
@@ -38,8 +44,20 @@ def lower(frozen: FrozenModel, batch_size: int = 1) -> ModelT:
             "KERAS_BACKEND=tensorflow."
         )
     with tempfile.TemporaryDirectory(prefix="kqat_") as folder:
-        _save(frozen.model, folder, batch_size)
+        _save(_with_tables(frozen.model, computed), folder, batch_size)
         return flatbuffer.read(_convert(Path(folder), frozen.model.name))
+
+
+def _with_tables(model: keras.Model, computed: frozenset[int]) -> keras.Model:
+    """`model` with a marker in the place of each function that ships as a table."""
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        layer = node.layer
+        if isinstance(layer, Tabulated) and layer.index not in computed:
+            layer = Marker("table", layer.index, name=f"{layer.name}_marker")
+        return layer(*args, **kwargs)
+
+    return rebuild(trace(model), call, model.name)
 
 
 def _save(model: keras.Model, folder: str, batch_size: int) -> None:

@@ -6,7 +6,7 @@ import math
 from ai_edge_litert import schema_py_generated as schema
 
 from kqat.errors import LoweringError
-from kqat.freezing import FENCE, Marker, Site
+from kqat.marking import Marker, Site
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
 
@@ -16,12 +16,14 @@ class Labels:
     """What each tensor of subgraph 0 is: an integer site, or a float.
 
     `sites[t]` is the grid of tensor `t`; `named[t]` are the sites whose markers stood on it.
-    `floats` are tensors that a precision boundary made float.
+    `floats` are tensors that a precision boundary made float. `tables` pairs placeholder operators
+    with the index of the table that is to be looked up there.
     """
 
     sites: dict[int, Site] = dataclasses.field(default_factory=dict)
     named: dict[int, list[Site]] = dataclasses.field(default_factory=dict)
     floats: set[int] = dataclasses.field(default_factory=set)
+    tables: list[tuple[OperatorT, int]] = dataclasses.field(default_factory=list)
 
 
 def take_markers(model: ModelT, sites: tuple[Site, ...]) -> Labels:
@@ -53,8 +55,9 @@ class _MarkerReader:
         self.labels = Labels()
         self.kept: list[OperatorT] = []
         self.alias: dict[int, int] = {}
-        self.pending: dict[int, tuple[int, int]] = {}  # marked tensor -> its source and index
-        self.first: dict[int, int] = {}  # marker -> the tensor on which it first stood
+        # Marked tensor -> its source, and the marker's kind and index.
+        self.pending: dict[int, tuple[int, str, int]] = {}
+        self.first: dict[tuple[str, int], int] = {}  # marker -> the tensor on which it first stood
         self.crossing: set[int] = set()  # floats that become integers at the next marker
 
     def visit(self, operator: OperatorT) -> None:
@@ -63,22 +66,20 @@ class _MarkerReader:
         if name == "QUANTIZE":
             output = int(operator.outputs[0])
             params = self.graph.tensors[output].quantization
-            index = Marker.read(float(params.scale[0]), int(params.zeroPoint[0]))
-            self.pending[output] = (operator.inputs[0], index)
+            kind, index = Marker.read(float(params.scale[0]), int(params.zeroPoint[0]))
+            self.pending[output] = (operator.inputs[0], kind, index)
         elif name == "DEQUANTIZE" and operator.inputs[0] in self.pending:
-            source, index = self.pending[operator.inputs[0]]
-            self._marked(operator, source, int(operator.outputs[0]), index)
+            source, kind, index = self.pending[operator.inputs[0]]
+            take = {"fence": self._fence, "table": self._table, "site": self._site}[kind]
+            take(source, int(operator.outputs[0]), index)
         else:
             self.kept.append(operator)
 
-    def _marked(self, operator: OperatorT, source: int, output: int, index: int) -> None:
-        if index == FENCE:
-            self._fence(source, output)
-            return
+    def _site(self, source: int, output: int, index: int) -> None:
         if not 0 <= index < len(self.sites):
             raise LoweringError(f"Expected a marker below {len(self.sites)}. Received: {index}.")
         site, known = self.sites[index], self.labels.sites.get(source)
-        if self._is_copy(index, source):
+        if not self._has_size(source, site) or self._is_copy("site", index, source):
             self.alias[output] = source
             return
         if source in self.crossing or (known is not None and not same_grid(known, site)):
@@ -89,18 +90,25 @@ class _MarkerReader:
         self.labels.sites.setdefault(source, site)
         self.labels.named.setdefault(source, []).append(site)
 
-    def _is_copy(self, index: int, source: int) -> bool:
+    def _has_size(self, tensor: int, site: Site) -> bool:
+        shape = flatbuffer.tensor_shape(self.graph.tensors[tensor])
+        return math.prod(shape) == self.batch_size * math.prod(site.shape)
+
+    def _is_copy(self, kind: str, index: int, source: int) -> bool:
         """Whether the converter put this marker here itself.
 
         It hands a pair on across MEAN and across moves with several readers. The tensor on which
-        an index first stands is the marked one; a copy has a size of its own, or comes later.
+        an index first stands is the marked one; a copy comes later, or has a size of its own.
         """
-        shape = flatbuffer.tensor_shape(self.graph.tensors[source])
-        if math.prod(shape) != self.batch_size * math.prod(self.sites[index].shape):
-            return True
-        return self.first.setdefault(index, source) != source
+        return self.first.setdefault((kind, index), source) != source
 
-    def _fence(self, source: int, output: int) -> None:
+    def _table(self, source: int, output: int, index: int) -> None:
+        if self._is_copy("table", index, source):
+            self.alias[output] = source
+            return
+        self.labels.tables.append((self._keep("GATHER", source, output), index))
+
+    def _fence(self, source: int, output: int, index: int) -> None:
         if source in self.labels.sites:
             self._keep("DEQUANTIZE", source, output)
             self.labels.floats.add(output)
@@ -110,8 +118,9 @@ class _MarkerReader:
             self.crossing.add(source)
             self.labels.floats.add(source)
 
-    def _keep(self, name: str, source: int, output: int) -> None:
+    def _keep(self, name: str, source: int, output: int) -> OperatorT:
         self.kept.append(new_operator(self.model, name, [source], [output]))
+        return self.kept[-1]
 
     def finish(self) -> None:
         graph = self.graph

@@ -10,9 +10,11 @@ from ai_edge_litert import schema_py_generated as schema
 
 from kqat.errors import LoweringError
 from kqat.folding import FrozenWeight
-from kqat.freezing import FrozenModel, Site
+from kqat.freezing import FrozenModel
+from kqat.marking import Site
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
+from tflite_export.lookup import insert_tables
 from tflite_export.markers import Labels, operator_code, same_grid, take_markers
 from tflite_export.op_table import OP_TABLE, OpRule
 from tflite_export.packing import Bias, Weights, fit_bias
@@ -34,8 +36,9 @@ def quantize(marked: ModelT, frozen: FrozenModel) -> ModelT:
     integer_pass.fuse_clamps()
     integer_pass.spread_scales()
     integer_pass.find_floats()
-    for operator in list(integer_pass.graph.operators):
+    for operator in integer_pass.graph.operators:
         integer_pass.convert(operator)
+    insert_tables(marked, labels, frozen.tables)
     integer_pass.convert_tensors()
     integer_pass.name_tensors()
     return marked
@@ -50,6 +53,7 @@ class _IntegerPass:
         self.labels = labels
         self.weights: dict[bytes, FrozenWeight] = {w.values.tobytes(): w for w in frozen.weights}
         self.float_operators: set[int] = set()
+        self.placeholders = {id(placeholder) for placeholder, _ in labels.tables}
 
     def _rule(self, operator: OperatorT) -> OpRule:
         name = flatbuffer.op_name(self.model, operator)
@@ -127,7 +131,7 @@ class _IntegerPass:
     def convert(self, operator: OperatorT) -> None:
         """Makes one operator an integer one: version, weights, bias; checks its scales."""
         index = next(i for i, op in enumerate(self.graph.operators) if op is operator)
-        if index in self.float_operators:
+        if index in self.float_operators or id(operator) in self.placeholders:
             return
         rule = self._rule(operator)
         name = flatbuffer.op_name(self.model, operator)

@@ -3,7 +3,8 @@
 import dataclasses
 
 from kqat.errors import TargetError
-from kqat.freezing import FENCE, FrozenModel, Marker
+from kqat.freezing import FrozenModel
+from kqat.marking import Marker, Tabulated, is_marker
 from kqat.registry import rule_for
 from kqat.tracing import trace
 from tflite_export.op_table import missing_kernels
@@ -41,8 +42,8 @@ def check_target(frozen: FrozenModel, name: str) -> None:
     producers = graph.producers()
     for node in graph.nodes:
         sources = [producers[ref].layer for ref in node.inputs if ref in producers]
-        integer = bool(sources) and all(isinstance(s, Marker) and s.index != FENCE for s in sources)
-        if isinstance(node.layer, Marker) or not integer:
+        integer = bool(sources) and all(is_marker(source, "site") for source in sources)
+        if isinstance(node.layer, Marker | Tabulated) or not integer:
             continue
         missing = missing_kernels(rule_for(node.layer).ops, runtime)
         if missing:
@@ -52,3 +53,17 @@ def check_target(frozen: FrozenModel, name: str) -> None:
             f"Expected operators that target '{name}' has int8 kernels for. Received: "
             f"{'; '.join(lacking)}. Replace these layers, or choose another target."
         )
+
+
+def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
+    """The tables that the target need not look up: its runtime has the function's own kernel.
+
+    Without a target, the kernel must be on every target's runtime.
+    """
+    chosen = [TARGETS[target]] if target else list(TARGETS.values())
+    own = []
+    for table in frozen.tables:
+        ops = rule_for(table.layer).ops
+        if ops and not any(missing_kernels(ops, t.runtime) for t in chosen):
+            own.append(table.index)
+    return frozenset(own)

@@ -13,7 +13,8 @@ import keras
 import numpy as np
 
 from kqat.errors import ExportError, RuntimeUnavailableError
-from kqat.freezing import FENCE, FrozenModel, Marker, Site, freeze
+from kqat.freezing import FrozenModel, freeze
+from kqat.marking import Marker, Site, is_marker
 from kqat.tracing import Node, trace
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
@@ -192,17 +193,12 @@ def _real(x: np.ndarray, tensor: flatbuffer.TensorT) -> np.ndarray:
     return (x.astype(np.float32) - zero) * scale
 
 
-def _integers(x: np.ndarray, site: Site) -> np.ndarray:
-    low, high = -(2 ** (site.bits - 1)), 2 ** (site.bits - 1) - 1
-    return np.clip(np.floor(x / site.scale + np.float32(0.5)) + site.zero_point, low, high)
-
-
 def _output_sites(frozen: FrozenModel) -> list[int]:
     """Index of the site of each output, -1 for a float one."""
     graph = trace(frozen.model)
     producers = graph.producers()
     layers = [producers[ref].layer if ref in producers else None for ref in graph.outputs]
-    return [layer.index if isinstance(layer, Marker) else -1 for layer in layers]
+    return [layer.index if is_marker(layer, "site") else -1 for layer in layers]
 
 
 def _rounded_outputs(frozen: FrozenModel, inputs: list[np.ndarray]) -> Any:
@@ -211,11 +207,10 @@ def _rounded_outputs(frozen: FrozenModel, inputs: list[np.ndarray]) -> Any:
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(node.layer, Marker):
             return node.layer(*args, **kwargs)
-        if node.layer.index == FENCE:
+        if node.layer.kind != "site":
             return args[0]
         site = frozen.sites[node.layer.index]
-        integers = _integers(np.asarray(args[0]), site)
-        return keras.ops.convert_to_tensor((integers - site.zero_point) * site.scale)
+        return keras.ops.convert_to_tensor(site.reals(site.integers(np.asarray(args[0]))))
 
     outputs = trace(frozen.model).run([keras.ops.convert_to_tensor(x) for x in inputs], call)
     return keras.tree.map_structure(np.asarray, outputs)
@@ -240,15 +235,15 @@ class _Lockstep:
         if not isinstance(node.layer, Marker):
             return node.layer(*args, **kwargs)
         index = node.layer.index
-        if index == FENCE:
+        if node.layer.kind != "site":
             return args[0]
         site = self.frozen.sites[index]
         real = np.asarray(args[0])
-        expected = _integers(real, site)
+        expected = site.integers(real)
         tensor = self.tensors.find(index, site)
         if tensor is None or tensor not in self.found:
             self.unmatched.append(site.name)
-            return keras.ops.convert_to_tensor((expected - site.zero_point) * site.scale)
+            return keras.ops.convert_to_tensor(site.reals(expected))
         actual = self.found[tensor].reshape(expected.shape).astype(np.float32)
         steps = np.abs(actual - expected)
         # Float arithmetic on 24 bits leaves an exact tie of an 8-bit value this close to one.
@@ -264,4 +259,4 @@ class _Lockstep:
                 ties=int(np.count_nonzero(steps * tied)),
             )
         )
-        return keras.ops.convert_to_tensor((actual - site.zero_point) * site.scale)
+        return keras.ops.convert_to_tensor(site.reals(actual))

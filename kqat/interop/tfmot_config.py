@@ -94,7 +94,11 @@ def resolve(wish: Wish, *, fused: bool = False) -> QuantizeConfig | None:
             "leave the layer float."
         )
     spec, method = wish.output or (INT8_ACTIVATION, MovingAverage(DECAY))
-    return QuantizeConfig(weights=_fit(rule, wish), activation=spec, activation_range=method)
+    weights = _fit(rule, wish)
+    try:
+        return QuantizeConfig(weights=weights, activation=spec, activation_range=method)
+    except PolicyError as error:
+        raise PolicyError(f"{error} Asked by {wish.asker} for {wish.where}.") from error
 
 
 def _quantizes_nothing(layer: Any, fused: bool) -> QuantizeConfig | None:

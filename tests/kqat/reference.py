@@ -58,7 +58,11 @@ def fake_quantize(
 def passes_gradient(
     x: np.ndarray, low: np.float32, high: np.float32, bits: int, narrow: bool
 ) -> np.ndarray:
-    """Where the gradient with respect to `x` is one; it is zero elsewhere."""
+    """Where the gradient with respect to `x` is one; it is zero elsewhere.
+
+    TensorFlow reads subnormal `x` as zero, which a bound of zero does not exclude.
+    """
+    x = np.where(np.abs(x) < np.finfo(F).tiny, F(0), x)
     qmin, qmax = integers(bits, narrow)
     scale, zero_point = nudge(low, high, bits, narrow)
     return (x >= F(qmin - zero_point) * scale) & (x <= F(qmax - zero_point) * scale)

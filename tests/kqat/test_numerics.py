@@ -88,7 +88,7 @@ def tensors(*arrays: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("spec", GRIDS, ids=str)
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(data=st.data(), range_=ranges())
 def test_fake_quantize_is_the_reference(
     spec: QuantSpec, form: str, data: st.DataObject, range_: tuple[np.float32, np.float32]
@@ -101,10 +101,9 @@ def test_fake_quantize_is_the_reference(
     assert_same(y, expected)
     inside = reference.passes_gradient(x, *range_, *of(spec))
     np.testing.assert_array_equal(dx, np.where(inside, upstream, 0.0))
-    # Sums of small integers are exact in float32.
-    scale, zero_point = reference.nudge(*range_, *of(spec))
-    np.testing.assert_array_equal(dlow, upstream[x < (spec.qmin - zero_point) * scale].sum())
-    np.testing.assert_array_equal(dhigh, upstream[x > (spec.qmax - zero_point) * scale].sum())
+    # What is cut lies on one side of zero; sums of small integers are exact in float32.
+    assert dlow == upstream[~inside & (x < 0)].sum()
+    assert dhigh == upstream[~inside & (x > 0)].sum()
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec(bits=16)], ids=str)

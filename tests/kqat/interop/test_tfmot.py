@@ -1,122 +1,30 @@
-"""tfmot `QuantizeConfig`s of many kinds, read for Keras 3 layers, planned, trained and shipped."""
+"""One tfmot `QuantizeConfig` and one Keras 3 layer: what carries over, and what is refused."""
 
 import dataclasses
-import os
-import re
-import subprocess
-import sys
-import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import pytest
 from keras import layers
 
 import kqat
-import tflite_export
-from kqat import numerics
-from kqat.calibration import calibrate
-from kqat.errors import PolicyError, UnsupportedLayerError
-from kqat.interop.tfmot import INPUT_CONFIG, translate, translate_policy
-from kqat.tracing import trace
-from kqat.wrapping import wrap
-from tflite_export import flatbuffer
-
-with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-    # tfmot imports distutils, and sets TF_USE_LEGACY_KERAS for every process started from here.
-    warnings.simplefilter("ignore")
-    patch.delenv("TF_USE_LEGACY_KERAS", raising=False)
-    tfmot = pytest.importorskip("tensorflow_model_optimization")
-
-quantizers = tfmot.quantization.keras.quantizers
-Schema = Callable[..., Any]
-
-WEIGHTS = {"num_bits": 8, "per_axis": False, "symmetric": True, "narrow_range": True}
-OUTPUT = {"num_bits": 8, "per_axis": False, "symmetric": False, "narrow_range": False}
-
-
-def weight(**changes: Any) -> Any:
-    """The quantizer that tfmot gives kernels."""
-    return quantizers.LastValueQuantizer(**{**WEIGHTS, **changes})
-
-
-def average(**changes: Any) -> Any:
-    """The quantizer that tfmot gives activations."""
-    return quantizers.MovingAverageQuantizer(**{**OUTPUT, **changes})
-
-
-def fixed(low: float, high: float, **changes: Any) -> Any:
-    options = {"num_bits": 8, "narrow_range": False, **changes}
-    return quantizers.FixedQuantizer(init_min=low, init_max=high, **options)
-
-
-class DefaultDenseQuantizeConfig(tfmot.quantization.keras.QuantizeConfig):
-    """The example of tfmot's comprehensive guide; its 8-bit kernel has one scale."""
-
-    kernel_bits = 8
-
-    def get_weights_and_quantizers(self, layer: Any) -> list[Any]:
-        return [(layer.kernel, weight(num_bits=self.kernel_bits, narrow_range=False))]
-
-    def get_activations_and_quantizers(self, layer: Any) -> list[Any]:
-        return [(layer.activation, average())]
-
-    def set_quantize_weights(self, layer: Any, quantize_weights: list[Any]) -> None:
-        layer.kernel = quantize_weights[0]
-
-    def set_quantize_activations(self, layer: Any, quantize_activations: list[Any]) -> None:
-        layer.activation = quantize_activations[0]
-
-    def get_output_quantizers(self, layer: Any) -> list[Any]:
-        return []
-
-    def get_config(self) -> dict[str, Any]:
-        return {}
-
-
-class ModifiedDenseQuantizeConfig(DefaultDenseQuantizeConfig):
-    """The guide's second one: 4 bits instead of 8 for the kernel."""
-
-    kernel_bits = 4
-
-
-class Config(DefaultDenseQuantizeConfig):
-    """Answers with what it was made of; weights and activations by attribute of the layer."""
-
-    def __init__(
-        self,
-        weights: dict[str, Any] | None = None,
-        activations: dict[str, Any] | None = None,
-        output: tuple[Any, ...] = (),
-    ):
-        self.weights, self.activations, self.output = weights or {}, activations or {}, output
-
-    def get_weights_and_quantizers(self, layer: Any) -> list[Any]:
-        return [(getattr(layer, name), quantizer) for name, quantizer in self.weights.items()]
-
-    def get_activations_and_quantizers(self, layer: Any) -> list[Any]:
-        return [(getattr(layer, name), quantizer) for name, quantizer in self.activations.items()]
-
-    def get_output_quantizers(self, layer: Any) -> list[Any]:
-        return list(self.output)
-
-
-class AnyKernel(Config):
-    """For every layer of a model: its kernel, if it has one, and its output."""
-
-    def get_weights_and_quantizers(self, layer: Any) -> list[Any]:
-        return [(layer.kernel, weight(per_axis=True))] if hasattr(layer, "kernel") else []
-
-
-class OwnArithmetic(quantizers.LastValueQuantizer):
-    """A user's quantizer that rounds in its own way."""
-
-    def __call__(self, inputs: Any, training: Any, weights: Any, **kwargs: Any) -> Any:
-        return inputs
-
+from kqat.errors import PolicyError
+from kqat.interop.tfmot import translate
+from tests.kqat.interop.configs import (
+    NO_QUANTIZER,
+    OUTPUT,
+    WEIGHTS,
+    Config,
+    DefaultDenseQuantizeConfig,
+    ModifiedDenseQuantizeConfig,
+    OwnArithmetic,
+    average,
+    fixed,
+    quantizers,
+    tf_keras,
+    tfmot,
+    weight,
+)
 
 NOTHING = Config()
 SPEC8 = kqat.QuantSpec(bits=8, symmetric=True, narrow_range=True)
@@ -134,6 +42,12 @@ def ours(weights: Any, method: Any = AVERAGE, **activation: Any) -> kqat.Quantiz
     return kqat.QuantizeConfig(
         weights=weights, activation=kqat.QuantSpec(**activation), activation_range=method
     )
+
+
+def tfmot_default(kind: str, *args: Any) -> Any:
+    """What tfmot itself gives a Keras 2 layer."""
+    registry = tfmot.quantization.keras.default_8bit.Default8BitQuantizeRegistry()
+    return registry.get_quantize_config(getattr(tf_keras.layers, kind)(*args))
 
 
 @pytest.mark.parametrize(
@@ -183,6 +97,23 @@ def ours(weights: Any, method: Any = AVERAGE, **activation: Any) -> kqat.Quantiz
             ),
             ours(SPEC8),
         ),
+        (
+            layers.Conv2D(2, 3, activation="relu"),
+            tfmot_default("Conv2D", 2, 3),
+            ours({"kernel": CHANNELS}),
+        ),
+        (
+            layers.Conv2DTranspose(2, 3),
+            tfmot_default("Conv2DTranspose", 2, 3),
+            ours({"kernel": SPEC8}),
+        ),
+        (layers.Add(), tfmot_default("Add"), ours(None)),
+        (
+            layers.Dense(2),
+            Config({"kernel": weight()}, {"activation": NO_QUANTIZER}, (average(),)),
+            ours({"kernel": SPEC8}),
+        ),
+        (layers.Dense(2), Config({"kernel": NO_QUANTIZER}, output=(NO_QUANTIZER,)), None),
         # A kernel with one scale for input and output, or with a scale of its own, needs none.
         (layers.MaxPooling2D(), NOTHING, kqat.QuantizeConfig()),
         (layers.Softmax(), NOTHING, kqat.QuantizeConfig()),
@@ -285,6 +216,11 @@ def test_translation(layer: Any, config: Any, expected: kqat.QuantizeConfig | No
             layers.Dense(2, name="d"),
             Config({"kernel": weight()}, output=(average(narrow_range=True),)),
             "256 integers of 8 bits for the output of layer 'd'.*narrow_range=True",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight()}, output=(average(symmetric=True),)),
+            "zero point of its own.* Asked by Config for layer 'd'",
         ),
         (
             layers.Dense(2, name="d"),

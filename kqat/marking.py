@@ -1,0 +1,98 @@
+"""What travels through the TensorFlow converter beside the numbers: which value is which."""
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One value that is an integer in the file.
+
+    Invariant: real value == (integer - zero_point) * scale. `shape` leaves the batch out.
+    """
+
+    name: str
+    scale: np.float32
+    zero_point: int
+    bits: int
+    shape: tuple[int, ...]
+
+    def integers(self, real: np.ndarray) -> np.ndarray:
+        """The integers of real values, of their shape, as floats: floor(real / scale + 1/2)."""
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return np.clip(np.floor(real / self.scale + np.float32(0.5)) + self.zero_point, low, high)
+
+    def reals(self, integers: np.ndarray) -> np.ndarray:
+        """The real values of integers, float32."""
+        return (integers.astype(np.float32) - np.float32(self.zero_point)) * self.scale
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Marker(keras.layers.Layer):
+    """Tells the exporter what a value is, by way of a fake-quant op.
+
+    The converter keeps fake-quant ops as QUANTIZE/DEQUANTIZE pairs. The pair's scale encodes
+    `index`, not the site's real scale, so no rounding inside the converter can alter what was
+    trained, and any bit width travels the same way. The pair's zero point encodes `kind`.
+
+    Args:
+        kind: `"site"`: the value of `sites[index]`; `"table"`: an elementwise function, the one of
+            `tables[index]`, is to be applied here; `"fence"`: integers and floats meet here.
+        index: which one.
+    """
+
+    STEP = 2.0**-10
+    # Zero points on the converter's uint8 grid.
+    KINDS = {"fence": 0, "table": 64, "site": 128}  # noqa: RUF012 - a constant of the class
+
+    def __init__(self, kind: str, index: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.kind, self.index = kind, index
+
+    def call(self, x: Any) -> Any:
+        """`x`, rounded on a grid that nobody uses."""
+        step, zero = (self.index + 1) * self.STEP, self.KINDS[self.kind]
+        low, high = -zero * step, (255 - zero) * step
+        return keras.quantizers.fake_quant_with_min_max_vars(x, low, high, num_bits=8)
+
+    @classmethod
+    def read(cls, scale: float, zero_point: int) -> tuple[str, int]:
+        """The kind and index that the parameters of a QUANTIZE op to uint8 encode."""
+        kinds = {zero: kind for kind, zero in cls.KINDS.items()}
+        return kinds[zero_point], round(scale / cls.STEP) - 1
+
+    def get_config(self) -> dict[str, Any]:
+        """Kind and index, beside what every layer has."""
+        return {**super().get_config(), "kind": self.kind, "index": self.index}
+
+
+class Tabulated(keras.layers.Layer):
+    """An elementwise layer that an integer model can look up instead of computing.
+
+    Whether it does is the exporter's decision, for which `index` names it.
+    """
+
+    def __init__(self, layer: keras.layers.Layer, index: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.layer, self.index = layer, index
+
+    def call(self, x: Any) -> Any:
+        """The layer's output; any shape."""
+        return self.layer(x)
+
+    def lookup(self, source: Site, result: Site) -> np.ndarray:
+        """The table: entry `i` is the integer of `result` for integer `i - 128` of `source`.
+
+        Shape (256,), int8: every input that eight bits can hold.
+        """
+        real = source.reals(np.arange(-128, 128))
+        value = np.asarray(self.layer(keras.ops.convert_to_tensor(real[:, np.newaxis])))[:, 0]
+        return result.integers(value).astype(np.int8)
+
+
+def is_marker(layer: Any, kind: str) -> bool:
+    """Whether `layer` is a marker of this kind."""
+    return isinstance(layer, Marker) and layer.kind == kind

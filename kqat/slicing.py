@@ -1,0 +1,86 @@
+"""A slice of a tensor as a layer, for `x[:, 1:5]` in a functional model."""
+
+from typing import Any
+
+import keras
+from keras import layers
+
+from kqat.errors import UnsupportedLayerError
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Slice(layers.Layer):
+    """`x[:, begin:end:step, …]` with one triple per axis behind the batch.
+
+    Input shape `(batch, d1, d2, …)`; `steps` are positive.
+    """
+
+    def __init__(
+        self, begin: list[int], end: list[int], steps: list[int], **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.begin, self.end, self.steps = list(begin), list(end), list(steps)
+
+    @classmethod
+    def of(cls, x: Any, key: Any, name: str) -> Any:
+        """`x[key]` with a slice, and a Reshape where `key` drops or adds axes.
+
+        Raises:
+            UnsupportedLayerError: if `key` slices the batch, steps backwards, or is an array.
+        """
+        keys = list(key) if isinstance(key, tuple) else [key]
+        if Ellipsis in keys:
+            at = keys.index(Ellipsis)
+            given = sum(k is not None for k in keys) - 1
+            keys[at : at + 1] = [slice(None)] * (len(x.shape) - given)
+        axes = iter(x.shape)
+        triples, shape = [], []
+        for k in keys:
+            if k is None:
+                shape.append(1)
+                continue
+            size = next(axes)
+            triple = cls._triple(k, size, name, first=not triples)
+            triples.append(triple)
+            if isinstance(k, slice):
+                shape.append(None if size is None else len(range(*triple)))
+        rest = list(axes)
+        triples += [(0, size, 1) for size in rest]
+        shape += rest
+        begin, end, steps = (list(v) for v in zip(*triples[1:], strict=True))
+        plain = len(shape) == len(x.shape) and all(isinstance(k, slice) for k in keys)
+        sliced = cls(begin, end, steps, name=name if plain else f"{name}_slice")(x)
+        return sliced if plain else layers.Reshape(shape[1:], name=name)(sliced)
+
+    @staticmethod
+    def _triple(key: Any, size: int | None, name: str, first: bool) -> tuple[Any, Any, int]:
+        if first and key == slice(None):
+            return (0, None, 1)
+        if first or not isinstance(key, int | slice):
+            raise UnsupportedLayerError(
+                f"Expected slices and numbers behind the batch axis in '{name}'. "
+                f"Received: {key!r}."
+            )
+        if isinstance(key, int):
+            start = key % size
+            return (start, start + 1, 1)
+        begin, end, step = key.indices(size)
+        if step < 1:
+            raise UnsupportedLayerError(
+                f"Expected a forward slice in '{name}'. Received: step={step}."
+            )
+        return (begin, end, step)
+
+    def call(self, x: Any) -> Any:
+        """The slice."""
+        triples = zip(self.begin, self.end, self.steps, strict=True)
+        return x[(slice(None), *(slice(b, e, s) for b, e, s in triples))]
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """`(batch, …)` with each axis's number of picked positions."""
+        triples = zip(self.begin, self.end, self.steps, strict=True)
+        return (input_shape[0], *(len(range(b, e, s)) for b, e, s in triples))
+
+    def get_config(self) -> dict[str, Any]:
+        """The three lists, beside what every layer has."""
+        return {**super().get_config(), "begin": self.begin, "end": self.end, "steps": self.steps}

@@ -1,0 +1,107 @@
+"""Handwritten digits on a microcontroller: from a float network to a verified int8 `.tflite`.
+
+    python -m recipes.digits --out out/digits
+
+Trains a small network on scikit-learn's digits, quantizes it and ships it twice, to compare:
+
+PTQ  post-training quantization: some inputs show the range of every activation, nothing is trained;
+QAT  quantization-aware training: that model goes on training, with its rounding in place.
+
+Writes to --out: digits.tflite (QAT), digits.keras (its model, which can go on training), plan.json
+(what became of every layer), report.json (how digits.tflite was verified) and results.json.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+import kqat
+import tflite_export
+from recipes import data, running
+from recipes.data import Samples
+from recipes.models import digits_cnn
+
+BATCH_SIZE = 32
+CALIBRATION_SAMPLES = 512
+LEARNING_RATE = 3e-3
+# Low, since the weights need to move by a few steps of their grids only.
+QAT_LEARNING_RATE = 3e-4
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the recipe with command-line arguments; returns what results.json holds."""
+    options = _options(argv)
+    running.start(options)
+    train, test = _fake_digits() if options.smoke else data.digits()
+
+    model = digits_cnn()
+    print(f"Training '{model.name}', {model.count_params():,} parameters, in float")
+    _fit(model, train, options.epochs, LEARNING_RATE)
+    rows = [running.measure_float("FP32", model, test)]
+
+    print("PTQ: finding ranges")
+    qat = kqat.quantize_model(model, calibration_data=train[0][:CALIBRATION_SAMPLES])
+    blob = tflite_export.convert(qat)
+    row, _ = running.measure_integer("PTQ", qat, blob, test, lockstep_samples=len(test[0]))
+    rows.append(row)
+
+    print("QAT: training with the rounding in place")
+    # In the second half ranges and statistics hold still, so it trains the very numbers that ship.
+    half = options.qat_epochs // 2
+    freezing = [kqat.FreezeObservers(half), kqat.FreezeBatchNorm(half)]
+    _fit(qat, train, options.qat_epochs, QAT_LEARNING_RATE, freezing)
+    blob = tflite_export.convert(qat)
+    row, report = running.measure_integer("QAT", qat, blob, test, lockstep_samples=len(test[0]))
+    rows.append(row)
+
+    tflite_export.save(blob, options.out / "digits.tflite")
+    qat.save(options.out / "digits.keras")
+    kqat.plan(model).save(options.out / "plan.json")
+    report.save(options.out / "report.json")
+    running.show(f"{len(test[0])} images", rows)
+    print(f"\nWritten to {options.out}: digits.tflite and what belongs to it")
+    return running.save_results(
+        options, "digits", {"rows": {row.name: dataclasses.asdict(row) for row in rows}}
+    )
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = running.parser(__doc__, out="out/digits")
+    parser.add_argument("--epochs", type=int, default=15, help="in float (default 15)")
+    parser.add_argument("--qat-epochs", type=int, default=4, help="quantized (default 4)")
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.epochs = options.qat_epochs = 1
+    return options
+
+
+def _fit(
+    model: keras.Model,
+    train: Samples,
+    epochs: int,
+    learning_rate: float,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> None:
+    x, y = train
+    steps = epochs * -(-len(x) // BATCH_SIZE)
+    rate = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+    model.compile(
+        keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+    model.fit(x, y, batch_size=BATCH_SIZE, epochs=epochs, callbacks=list(callbacks), verbose=2)
+
+
+def _fake_digits() -> tuple[Samples, Samples]:
+    """One batch for training and one for testing."""
+    random = np.random.default_rng(0)
+    x = random.random((BATCH_SIZE, 8, 8, 1), np.float32)
+    samples = x, random.integers(0, 10, BATCH_SIZE)
+    return samples, samples
+
+
+if __name__ == "__main__":
+    main()

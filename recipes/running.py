@@ -1,0 +1,222 @@
+"""What the recipes share: their options, one measurement of a file, and how they print and save."""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import kqat
+import tflite_export
+from kqat.saving import write_file
+from recipes.data import Samples
+from tflite_export import flatbuffer
+from tflite_export.runtimes import run, supports, tflite_micro_arena_bytes
+
+# LiteRT's default CPU path is the fastest, so whole test sets run there.
+ACCURACY_RUNTIME = "litert"
+
+LEGEND = """\
+accuracy   of the .tflite itself, over the whole test set, on LiteRT (XNNPACK)
+arena      as TFLite Micro uses it on this 64-bit host
+lockstep   largest difference of any operator from the Keras model, in output
+           steps, on {runtimes}
+agreement  share of the test set on which the .tflite and the Keras model that
+           it was made of name the same class"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One file of a table; `None` where there is nothing to say.
+
+    Attributes:
+        accuracy: of the file itself on LiteRT, over the whole test split, 0..1.
+        arena_bytes: what TFLite Micro uses on this 64-bit host.
+        lockstep_steps: runtime -> largest difference of any value in lockstep, in output steps;
+            a runtime that did not run the file is left out.
+        top1_agreement: share of the test split on which the file and the Keras model that it
+            was made of name the same class.
+    """
+
+    name: str
+    accuracy: float
+    file_bytes: int
+    arena_bytes: int | None = None
+    lockstep_steps: Mapping[str, int] | None = None
+    top1_agreement: float | None = None
+
+
+def parser(description: str | None, *, out: str) -> argparse.ArgumentParser:
+    """The options of every recipe; `description` is its docstring, `out` its default folder."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--out", type=Path, default=Path(out), help="folder for what is written")
+    options.add_argument("--seed", type=int, default=0, help="of weights and batch order")
+    options.add_argument("--smoke", action="store_true", help="one step on made-up data")
+    return options
+
+
+def start(options: argparse.Namespace) -> None:
+    """Seeds everything, names the data folder and makes the output folder.
+
+    On a CPU, equal seeds then give equal bytes; a GPU also needs
+    `tf.config.experimental.enable_op_determinism()`, which nothing can switch off again.
+    """
+    keras.utils.set_random_seed(options.seed)
+    if getattr(options, "data", None) is not None:
+        os.environ["KQAT_DATA"] = str(options.data)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+
+def predict(
+    blob: bytes, inputs: Sequence[np.ndarray], *, runtime: str = ACCURACY_RUNTIME
+) -> list[np.ndarray]:
+    """A file's outputs as floats, for float inputs of shape (samples, …) in the file's order."""
+    graph = flatbuffer.read(blob).subgraphs[0]
+    feeds = [
+        _to_integers(x, graph.tensors[index]) for x, index in zip(inputs, graph.inputs, strict=True)
+    ]
+    outputs = run(blob, feeds, runtime=runtime).outputs
+    return [_to_floats(y, graph.tensors[i]) for y, i in zip(outputs, graph.outputs, strict=True)]
+
+
+def measure_float(name: str, model: keras.Model, test: Samples) -> Row:
+    """The row of a float model with one input and one output: its plainly converted `.tflite`."""
+    blob = float_tflite(model)
+    row = measure_file(name, blob, test)
+    return dataclasses.replace(row, top1_agreement=_agreement(model, blob, test[0]))
+
+
+def measure_file(name: str, blob: bytes, test: Samples) -> Row:
+    """The row of a file of which no Keras model is at hand."""
+    x, y = test
+    (outputs,) = predict(blob, [x])
+    micro = supports("tflite_micro")
+    return Row(
+        name=name,
+        accuracy=accuracy(outputs, y),
+        file_bytes=len(blob),
+        arena_bytes=tflite_micro_arena_bytes(blob) if micro else None,
+    )
+
+
+def measure_integer(
+    name: str, qat: keras.Model, blob: bytes, test: Samples, *, lockstep_samples: int = 64
+) -> tuple[Row, tflite_export.Report]:
+    """The row of `blob`, made of `qat`, and the report of its verification on three runtimes."""
+    report = tflite_export.verify(qat, blob, test[0], samples=lockstep_samples)
+    row = dataclasses.replace(
+        measure_file(name, blob, test),
+        lockstep_steps={p.runtime: p.max_steps for p in report.runtimes if p.problem is None},
+        top1_agreement=_agreement(qat, blob, test[0]),
+    )
+    return row, report
+
+
+def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Share of samples whose largest output, of shape (samples, classes), is the label's."""
+    return float(np.mean(outputs.argmax(-1) == labels))
+
+
+def float_tflite(model: keras.Model) -> bytes:
+    """`model` as TensorFlow converts it without any quantization, for one sample at a time."""
+    signature = [tf.TensorSpec((1, *t.shape[1:]), t.dtype, name=t.name) for t in model.inputs]
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serve", lambda *inputs: model(*inputs, training=False), signature)
+    with tempfile.TemporaryDirectory() as folder:
+        archive.write_out(folder, verbose=False)
+        return tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=["serve"]).convert()
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
+    """Prints the rows, and how to read them, in at most 80 columns."""
+    header = (title, "accuracy", "file bytes", "arena bytes", "lockstep", "agreement")
+    cells = [
+        (
+            row.name,
+            percent(row.accuracy),
+            f"{row.file_bytes:,}",
+            "-" if row.arena_bytes is None else f"{row.arena_bytes:,}",
+            "-" if row.lockstep_steps is None else steps(max(row.lockstep_steps.values())),
+            percent(row.top1_agreement),
+        )
+        for row in rows
+    ]
+    runtimes = dict.fromkeys(name for row in rows for name in row.lockstep_steps or ())
+    print(f"\n{table(header, cells)}\n\n{LEGEND.format(runtimes=', '.join(runtimes))}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns under a rule: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = [
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join([first, *others])
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def percent(share: float | None) -> str:
+    """0.9298 as "92.98 %"."""
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def steps(count: int) -> str:
+    """1 as "1 step"."""
+    return f"{count} step" if count == 1 else f"{count} steps"
+
+
+def save_results(
+    options: argparse.Namespace, recipe: str, results: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Writes results.json to the output folder, with what led to it; returns what it holds."""
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "data")}
+    whole = {
+        "recipe": recipe,
+        "options": settings,
+        "versions": {
+            "kqat": kqat.__version__,
+            "keras": keras.__version__,
+            "tensorflow": tf.__version__,
+            "python": platform.python_version(),
+        },
+        **results,
+    }
+    write_file(options.out / "results.json", json.dumps(whole, indent=1).encode())
+    return whole
+
+
+def _agreement(model: keras.Model, blob: bytes, x: np.ndarray) -> float:
+    ours = model.predict(x, batch_size=256, verbose=0).argmax(-1)
+    return accuracy(predict(blob, [x])[0], ours)
+
+
+def _to_integers(x: np.ndarray, tensor: Any) -> np.ndarray:
+    dtype = flatbuffer.tensor_dtype(tensor)
+    if dtype.kind == "f":
+        return np.asarray(x, dtype)
+    limits = np.iinfo(dtype)
+    scale, zero_point = tensor.quantization.scale[0], int(tensor.quantization.zeroPoint[0])
+    rounded = np.floor(np.asarray(x, np.float32) / scale + np.float32(0.5)) + zero_point
+    return np.clip(rounded, limits.min, limits.max).astype(dtype)
+
+
+def _to_floats(y: np.ndarray, tensor: Any) -> np.ndarray:
+    if y.dtype.kind == "f":
+        return y
+    scale, zero_point = tensor.quantization.scale[0], int(tensor.quantization.zeroPoint[0])
+    return (y.astype(np.float32) - zero_point) * np.float32(scale)
