@@ -4,15 +4,17 @@
 those, and leaves the others float.
 """
 
+import glob
 import inspect
 from typing import Any
 
 import keras
 
 from kqat.api import quantize_model
-from kqat.config import QuantizePolicy, resolve_config
+from kqat.config import QuantizeConfig, QuantizePolicy, resolve_config
+from kqat.decompositions import duplicate
 from kqat.errors import ModelError, PolicyError
-from kqat.tracing import Node, rebuild, trace
+from kqat.tracing import Node, rebuild, trace, unique_name
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -32,6 +34,27 @@ class QuantizeAnnotate(keras.layers.Wrapper):
     def compute_output_shape(self, input_shape: Any) -> Any:
         """That of the layer."""
         return self.layer.compute_output_shape(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer and its wish.
+
+        Raises:
+            PolicyError: if the wish is a tfmot config, which cannot be written down.
+        """
+        if not isinstance(self.config, QuantizeConfig):
+            raise PolicyError(
+                f"Expected a QuantizeConfig to save. Received: {type(self.config).__name__} for "
+                f"layer '{self.layer.name}'. Save the model before annotating it, or after "
+                "kqat.quantize_apply."
+            )
+        return {**super().get_config(), "config": self.config.to_dict()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "QuantizeAnnotate":
+        """The inverse of `get_config`."""
+        wish = QuantizeConfig.from_dict(config.pop("config"))
+        layer = keras.saving.deserialize_keras_object(config.pop("layer"), custom_objects)
+        return cls(layer, wish, **config)
 
 
 def quantize_annotate_layer(layer: keras.layers.Layer, config: Any = "int8") -> Any:
@@ -66,14 +89,22 @@ def quantize_apply(model: keras.Model, *, calibration_data: Any = None) -> keras
         Others as `kqat.quantize_model`.
     """
     graph = trace(model)
+    copies: dict[int, Any] = {}
+    taken: set[str] = set()
     rules: list[tuple[str, Any]] = []
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        if id(node.layer) not in copies:
+            copies[id(node.layer)] = plain_copy(node)
+        return copies[id(node.layer)](*args, **kwargs)
+
+    def plain_copy(node: Node) -> Any:
         layer = node.layer
-        if isinstance(layer, QuantizeAnnotate):
-            layer, config = layer.layer, layer.config
-            rules.append((layer.name, config))
-        return layer(*args, **kwargs)
+        if not isinstance(layer, QuantizeAnnotate):
+            return duplicate(layer, unique_name(node.name, taken))
+        name = unique_name(node.name.removesuffix(layer.name) + layer.layer.name, taken)
+        rules.append((glob.escape(name), layer.config))
+        return duplicate(layer.layer, name)
 
     plain = rebuild(graph, call, model.name)
     if not rules:

@@ -4,7 +4,6 @@ import warnings
 from typing import Any
 
 import keras
-import numpy as np
 
 from kqat.calibration import calibrate
 from kqat.config import QuantizePolicy
@@ -12,7 +11,7 @@ from kqat.errors import ModelError
 from kqat.interop.tfmot import translate_policy
 from kqat.planning import make_plan
 from kqat.reporting import Plan
-from kqat.tracing import Graph, trace
+from kqat.tracing import Graph, non_finite_variable, trace
 from kqat.wrapping import is_quantized, wrap
 
 
@@ -103,10 +102,9 @@ def _checked_graph(model: Any) -> Graph:
 
 
 def _check_weights(model: keras.Model) -> None:
-    for variable in model.weights:
-        value = np.asarray(variable)
-        if np.issubdtype(value.dtype, np.floating) and not np.all(np.isfinite(value)):
-            raise ModelError(
-                f"Expected finite weights. Received: NaN or infinity in '{variable.path}' of "
-                f"'{model.name}'. The float model is broken; train it again."
-            )
+    path = non_finite_variable(model)
+    if path is not None:
+        raise ModelError(
+            f"Expected finite weights. Received: NaN or infinity in '{path}' of "
+            f"'{model.name}'. The float model is broken; train it again."
+        )

@@ -6,9 +6,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.errors import CalibrationError
+from kqat.errors import CalibrationError, ModelError
 from kqat.layers import ActivationQuantizer
 from kqat.tracing import Graph, Node, trace
+from kqat.wrapping import is_quantized
 
 BATCH_SIZE = 32
 
@@ -22,22 +23,28 @@ def calibrate(model: keras.Model, data: Any) -> None:
     Args:
         model: a QAT model.
         data: an array of shape `(samples, …)`; a list or dict of such arrays for many inputs; or
-            an iterable of batches (a `tf.data.Dataset`, a generator), each a tensor, a list or
-            dict of tensors, or a tuple `(inputs, targets…)`.
+            an iterable of batches (a `tf.data.Dataset`, a generator) that ends. A batch is a
+            tensor, a list or dict of tensors, or a tuple `(inputs, targets…)` as in `fit`.
 
     Raises:
+        ModelError: if `model` is no QAT model.
         CalibrationError: if data are empty, misshapen or not finite, naming the input.
     """
     graph = trace(model)
-    batches = 0
+    if not is_quantized(model):
+        raise ModelError(
+            f"Expected a QAT model to calibrate. Received: '{model.name}', which is float. Use "
+            "kqat.quantize_model."
+        )
+    seen = False
     for batch in _batches(data, graph):
-        _check(batch, graph)
-        graph.run([keras.ops.convert_to_tensor(x) for x in batch], _observe)
-        batches += 1
-    if not batches:
+        if len(batch[0]):
+            graph.run(_tensors(batch, graph), _observe)
+            seen = True
+    if not seen:
         raise CalibrationError(
-            "Expected at least one sample of calibration data. Received: none. Give some hundred "
-            "typical inputs."
+            f"Expected at least one sample of calibration data for the inputs "
+            f"{list(graph.input_names)}. Received: none. Give some hundred typical inputs."
         )
 
 
@@ -51,74 +58,110 @@ def _observe(node: Node, *args: Any, **kwargs: Any) -> Any:
 
 
 def _batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
+    """Batches of one array per input, of the inputs' shapes."""
     arrays = _as_arrays(data, graph)
     if arrays is None:
         for batch in data:
-            one = batch[0] if isinstance(batch, tuple) else batch
-            found = _as_arrays(one, graph)
+            inputs = batch[0] if isinstance(batch, tuple) and batch else batch
+            # tf.data turns the lists of its elements into tuples.
+            inputs = list(inputs) if isinstance(inputs, tuple) else inputs
+            found = _as_arrays(inputs, graph)
             if found is None:
                 raise CalibrationError(
-                    f"Expected batches of arrays. Received: a batch of type {type(one).__name__}."
+                    f"Expected batches of arrays for the inputs {list(graph.input_names)}. "
+                    f"Received: a batch of type {type(inputs).__name__}."
                 )
-            yield found
+            yield _checked(found, graph)
         return
-    sizes = {len(x) if x.ndim else 0 for x in arrays}
-    if len(sizes) != 1:
-        raise CalibrationError(
-            f"Expected as many samples for every input. Received: {sorted(sizes)} samples."
-        )
-    for start in range(0, sizes.pop(), BATCH_SIZE):
-        yield [x[start : start + BATCH_SIZE] for x in arrays]
+    whole = _checked(arrays, graph)
+    for start in range(0, len(whole[0]), BATCH_SIZE):
+        yield [x[start : start + BATCH_SIZE] for x in whole]
 
 
-def _as_arrays(data: Any, graph: Graph) -> list[np.ndarray] | None:
-    """One array per model input, or `None` where `data` is an iterable of batches."""
+def _as_arrays(data: Any, graph: Graph) -> list[Any] | None:
+    """One array-like per model input, or `None` where `data` is an iterable of batches."""
+    names = list(graph.input_names)
     if isinstance(data, Mapping):
-        missing = set(graph.input_names) ^ set(data)
-        if missing:
+        if set(names) != set(data):
             raise CalibrationError(
-                f"Expected calibration data for the inputs {list(graph.input_names)}. "
-                f"Received: {sorted(data)}."
+                f"Expected calibration data for the inputs {names}. Received: {list(data)}."
             )
-        return [np.asarray(data[name]) for name in graph.input_names]
+        return [data[name] for name in names]
     if isinstance(data, list):
-        if len(data) != len(graph.inputs):
+        if len(data) != len(names):
             raise CalibrationError(
-                f"Expected a list of {len(graph.inputs)} arrays, one per input "
-                f"{list(graph.input_names)}. Received: {len(data)}."
+                f"Expected a list of {len(names)} arrays, one per input {names}. "
+                f"Received: {len(data)}."
             )
-        return [np.asarray(x) for x in data]
+        return data
     if hasattr(data, "__array__") and hasattr(data, "shape"):
-        if len(graph.inputs) != 1:
+        if len(names) != 1:
             raise CalibrationError(
-                f"Expected a list or dict of arrays for the inputs {list(graph.input_names)}. "
-                "Received: one array."
+                f"Expected a list or dict of arrays for the inputs {names}. Received: one array. "
+                "A tuple is taken as (inputs, targets)."
             )
-        return [np.asarray(data)]
+        return [data]
     if not isinstance(data, Iterable):
         raise CalibrationError(
             f"Expected an array, a list or dict of arrays, or an iterable of batches as "
-            f"calibration data. Received: {type(data).__name__}."
+            f"calibration data for the inputs {names}. Received: {type(data).__name__}."
         )
     return None
 
 
-def _check(batch: list[np.ndarray], graph: Graph) -> None:
-    for x, ref, name in zip(batch, graph.inputs, graph.input_names, strict=True):
-        if x.shape[1:] != ref.shape[1:] or x.ndim != len(ref.shape):
-            expected = ("samples", *ref.shape[1:])
-            raise CalibrationError(
-                f"Expected calibration data of shape {expected} for input '{name}'. "
-                f"Received: {x.shape}."
-            )
-        if not np.issubdtype(x.dtype, np.number):
-            raise CalibrationError(
-                f"Expected numbers for input '{name}'. Received: dtype {x.dtype}."
-            )
-        if not np.all(np.isfinite(x)):
+def _checked(batch: list[Any], graph: Graph) -> list[np.ndarray]:
+    """The inputs' values as arrays.
+
+    Raises:
+        CalibrationError: if shapes are not the inputs', or the numbers of samples differ.
+    """
+    arrays = [
+        _array(x, ref.shape, name)
+        for x, ref, name in zip(batch, graph.inputs, graph.input_names, strict=True)
+    ]
+    sizes = [len(x) for x in arrays]
+    if len(set(sizes)) != 1:
+        raise CalibrationError(
+            f"Expected as many samples for every input of {list(graph.input_names)}. "
+            f"Received: {sizes} samples."
+        )
+    return arrays
+
+
+def _array(x: Any, shape: tuple[int | None, ...], name: str) -> np.ndarray:
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise CalibrationError(
+            f"Expected an array for input '{name}'. Received: rows of different lengths ({error})."
+        ) from error
+    if array.ndim != len(shape) or array.shape[1:] != shape[1:]:
+        raise CalibrationError(
+            f"Expected calibration data of shape {('samples', *shape[1:])} for input '{name}'. "
+            f"Received: {array.shape}."
+        )
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise CalibrationError(
+            f"Expected real numbers for input '{name}'. Received: dtype {array.dtype}."
+        )
+    return array
+
+
+def _tensors(batch: list[np.ndarray], graph: Graph) -> list[Any]:
+    """The batch as the model takes it.
+
+    Raises:
+        CalibrationError: if it holds what is no finite float32.
+    """
+    tensors = []
+    for array, ref, name in zip(batch, graph.inputs, graph.input_names, strict=True):
+        with np.errstate(over="ignore"):
+            floats = array.astype(np.float32)
+        finite = np.isfinite(floats)
+        if not finite.all():
             raise CalibrationError(
                 f"Expected finite calibration data for input '{name}'. Received: NaN or infinity "
-                f"in {np.count_nonzero(~np.isfinite(x))} of {x.size} values. Clean the data."
+                f"in {np.count_nonzero(~finite)} of {array.size} values. Clean the data."
             )
-
-
+        tensors.append(keras.ops.convert_to_tensor(floats, ref.dtype))
+    return tensors

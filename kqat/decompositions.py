@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from kqat.errors import UnsupportedLayerError
+from kqat.errors import ModelError, UnsupportedLayerError
 
 Decomposed = Callable[..., Any]
 
@@ -34,13 +34,31 @@ class Part:
 
 
 def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.Layer:
-    """An unbuilt layer of the same class and config, except for `changes`."""
-    config = {**layer.get_config(), **changes}
+    """An unbuilt layer of the same class and config, except for `changes`.
+
+    Raises:
+        ModelError: if the class cannot be made from its config.
+    """
     if name is not None:
-        config["name"] = name
-    copy = type(layer).from_config(config)
+        changes["name"] = name
+    try:
+        copy = type(layer).from_config({**layer.get_config(), **changes})
+    except Exception as error:  # Whatever a user's own class raises.
+        raise ModelError(
+            f"Expected a layer that can be made anew from its config. Received: '{layer.name}' of "
+            f"type {type(layer).__name__}, which cannot: {error} Let get_config return every "
+            "argument of __init__, and register functions of your own with "
+            "keras.saving.register_keras_serializable."
+        ) from error
     copy.trainable = layer.trainable
     return copy
+
+
+def duplicate(layer: Any, name: str | None = None, **changes: Any) -> Callable[..., Any]:
+    """A copy that computes with the same weights; an operation, which has none, serves itself."""
+    if not isinstance(layer, keras.layers.Layer):
+        return layer
+    return Part(clone(layer, name, **changes), layer.get_weights())
 
 
 def split_activation(layer: Any, name: str) -> Decomposed | None:

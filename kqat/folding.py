@@ -11,6 +11,7 @@ from keras import layers
 from kqat.decompositions import Part, clone
 from kqat.errors import UnsupportedLayerError
 from kqat.layers import QuantizeWrapper
+from kqat.primitives import ChannelAffine
 from kqat.registry import rule_for
 
 Frozen = tuple[list["FrozenWeight"], Callable[..., Any]]
@@ -150,6 +151,8 @@ def _affine(layer: Any) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(layer, layers.Rescaling):
         parts = np.broadcast_arrays(np.float64(layer.scale), np.float64(layer.offset))
         return np.atleast_1d(parts[0]), np.atleast_1d(parts[1])
+    if isinstance(layer, ChannelAffine):
+        return np.asarray(layer.gamma, np.float64), np.asarray(layer.beta, np.float64)
     if isinstance(layer, layers.Normalization):
         mean, variance = (
             np.asarray(v, np.float64).reshape(-1) for v in (layer.mean, layer.variance)

@@ -12,13 +12,13 @@ import keras
 import numpy as np
 
 from kqat import numerics
-from kqat.decompositions import Part, clone
+from kqat.decompositions import clone, duplicate
 from kqat.errors import FreezeError, ModelError
 from kqat.folding import FrozenWeight, channelwise, freeze_layer
 from kqat.layers import ActivationQuantizer, PrecisionBoundary, QuantizeWrapper
 from kqat.marking import Marker, Site, Tabulated
 from kqat.registry import Output, rule_for
-from kqat.tracing import Graph, Node, Ref, rebuild, trace
+from kqat.tracing import Graph, Node, Ref, non_finite_variable, rebuild, trace, unique_name
 from kqat.wrapping import is_quantized
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,16 @@ def freeze(qat: keras.Model) -> FrozenModel:
 
     Raises:
         ModelError: if `qat` is no QAT model.
-        FreezeError: if a range was never observed, or a weight is not finite.
+        FreezeError: if a range was never observed, or a weight is not finite or overflows
+            where BatchNormalization folds into it.
     """
     graph = _checked(qat)
+    path = non_finite_variable(qat)
+    if path is not None:
+        raise FreezeError(
+            f"Expected finite weights and ranges. Received: NaN or infinity in '{path}' of "
+            f"'{qat.name}'. Its training diverged; go back to a checkpoint."
+        )
     freezer = _Freezer(graph)
     model = rebuild(graph, freezer.call, qat.name)
     return FrozenModel(
@@ -68,37 +75,8 @@ def strip(qat: keras.Model) -> keras.Model:
         ModelError: if `qat` is no QAT model.
     """
     graph = _checked(qat)
-    copies: dict[int, Any] = {}
-
-    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
-        layer = node.layer
-        if isinstance(layer, ActivationQuantizer):
-            return layer.clamped(args[0])
-        if isinstance(layer, PrecisionBoundary) or _is_output_name(layer, graph.output_names):
-            return args[0]
-        if id(layer) not in copies:
-            copies[id(layer)] = _float_copies(layer, graph.output_names)
-        value = args[0] if len(args) == 1 else args
-        for part in copies[id(layer)]:
-            value = part(value, **kwargs)
-        return value
-
-    return rebuild(graph, call, qat.name, graph.output_names)
-
-
-def _float_copies(layer: Any, taken: tuple[str, ...]) -> list[Part]:
-    inner = [layer]
-    if isinstance(layer, QuantizeWrapper):
-        inner = [part for part in (layer.layer, layer.normalization) if part is not None]
-    names = [f"{part.name}_inner" if part.name in taken else part.name for part in inner]
-    return [
-        Part(clone(part, name), part.get_weights())
-        for part, name in zip(inner, names, strict=True)
-    ]
-
-
-def _is_output_name(layer: Any, output_names: tuple[str, ...]) -> bool:
-    return isinstance(layer, keras.layers.Identity) and layer.name in output_names
+    stripper = _Stripper(graph)
+    return rebuild(graph, stripper.call, qat.name, graph.output_names)
 
 
 def _checked(qat: Any) -> Graph:
@@ -109,6 +87,57 @@ def _checked(qat: Any) -> Graph:
             "kqat.quantize_model first."
         )
     return graph
+
+
+def _is_plumbing(layer: Any, output_names: tuple[str, ...]) -> bool:
+    """Whether `wrap` put the layer there without an effect on float values."""
+    names_output = isinstance(layer, keras.layers.Identity) and layer.name in output_names
+    unclamped = isinstance(layer, ActivationQuantizer) and layer.clamp is None
+    return names_output or unclamped or isinstance(layer, PrecisionBoundary)
+
+
+class _Stripper:
+    """The working state of `strip`: the layer that makes an output bears the output's name."""
+
+    def __init__(self, graph: Graph):
+        self.output_names = graph.output_names
+        self.taken = {*graph.input_names, *graph.output_names}
+        self.names: dict[Ref, str] = {}
+        self.copies: dict[int, list[Any]] = {}
+        producers = graph.producers()
+        for ref, name in zip(graph.outputs, graph.output_names, strict=True):
+            while ref in producers and _is_plumbing(producers[ref].layer, self.output_names):
+                ref = producers[ref].inputs[0]
+            self.names.setdefault(ref, name)
+
+    def call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
+        """The node's float value, symbolic; see `kqat.tracing.Graph.run`."""
+        layer, output = node.layer, node.outputs[0]
+        if _is_plumbing(layer, self.output_names):
+            return args[0]
+        if isinstance(layer, ActivationQuantizer):
+            name = self._name(layer.name.removesuffix("_quantizer"), output)
+            return keras.layers.Activation(layer.clamp, name=name)(args[0])
+        if id(layer) not in self.copies:
+            self.copies[id(layer)] = self._float_parts(layer, output)
+        first, *rest = self.copies[id(layer)]
+        value = first(*args, **kwargs)
+        for part in rest:
+            value = part(value)
+        return value
+
+    def _name(self, name: str, output: Ref) -> str:
+        return self.names.get(output) or unique_name(name, self.taken)
+
+    def _float_parts(self, layer: Any, output: Ref) -> list[Any]:
+        if not isinstance(layer, QuantizeWrapper):
+            return [duplicate(layer, self._name(layer.name, output))]
+        if layer.normalization is None:
+            return [duplicate(layer.layer, self._name(layer.layer.name, output))]
+        return [
+            duplicate(layer.layer, unique_name(layer.layer.name, self.taken)),
+            duplicate(layer.normalization, self._name(layer.normalization.name, output)),
+        ]
 
 
 class _Freezer:
@@ -146,9 +175,7 @@ class _Freezer:
             return args[0]
         if rule is not None and rule.table:
             return self._tabulated(layer, node.name)(args[0])
-        value = self._cached(layer, lambda la: Part(clone(la, dtype="float32"), la.get_weights()))(
-            *args, **kwargs
-        )
+        value = self._cached(layer, lambda la: duplicate(la, dtype="float32"))(*args, **kwargs)
         if rule is None or rule.output is not Output.SAME:
             return value
         self._check_same(node, grids)
@@ -178,10 +205,6 @@ class _Freezer:
     def _quantizer(self, node: Node, x: Any) -> Any:
         layer: ActivationQuantizer = node.layer
         low, high = layer.range()
-        if not np.isfinite([low, high]).all():
-            raise FreezeError(
-                f"Expected a finite range. Received: [{low}, {high}] in '{layer.name}'."
-            )
         scale, zero_point = numerics.nudge(np.float32(low), np.float32(high), layer.spec)
         observes = node.kwargs.get("observe", True)
         producer = self.producers.get(node.inputs[0])
@@ -211,7 +234,8 @@ class _Freezer:
         for weight in frozen:
             if not np.isfinite(weight.scale).all():
                 raise FreezeError(
-                    f"Expected finite weights. Received: NaN or infinity in '{weight.name}'."
+                    f"Expected a finite scale. Received: infinity for '{weight.name}' with its "
+                    "BatchNormalization folded in. Give that a larger epsilon."
                 )
         self.weights.extend(frozen)
         return layer

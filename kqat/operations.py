@@ -12,7 +12,7 @@ import numpy as np
 from keras import layers
 
 from kqat.errors import UnsupportedLayerError
-from kqat.slicing import Slice
+from kqat.primitives import Matmul, Mean, Slice
 
 Row = Callable[[Any, str], Callable[..., Any]]
 

@@ -28,9 +28,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     """
     configs, input_configs, unused = _assign_configs(graph, policy)
     expanded, origins = expand(graph, lambda node: configs[node.name] is None, model_name)
-    planner = _Planner(
-        expanded, {name: configs[origin] for name, origin in origins.items()}, input_configs
-    )
+    planner = _Planner(expanded, origins, configs, input_configs)
     planner.fuse()
     planner.join_scales()
     planner.place_roundings()
@@ -52,7 +50,8 @@ def _assign_configs(
 ) -> tuple[dict[str, QuantizeConfig | None], dict[str, QuantizeConfig], tuple[str, ...]]:
     """Configs of the nodes, configs that rules give to model inputs, and rules that matched none.
 
-    An input without a rule of its own takes the config of the first layer that reads it.
+    An input without a rule of its own takes the config of the first layer that reads it, a later
+    call of a layer that of the first.
     """
     configs: dict[str, QuantizeConfig | None] = {}
     used: set[int | None] = set()
@@ -62,6 +61,8 @@ def _assign_configs(
         used.add(index)
         config = policy.default if index is None else policy.rules[index][1]
         first, earlier = by_layer.setdefault(id(node.layer), (node.name, config))
+        if index is None:
+            config = earlier
         if earlier != config:
             raise PolicyError(
                 f"Expected one config for the calls '{first}' and '{node.name}' of one layer: its "
@@ -84,6 +85,7 @@ class _Planner:
     def __init__(
         self,
         graph: Graph,
+        origins: Mapping[str, str],
         configs: Mapping[str, QuantizeConfig | None],
         input_configs: Mapping[str, QuantizeConfig],
     ):
@@ -92,9 +94,11 @@ class _Planner:
         self.consumers = graph.consumers()
         self.producers = graph.producers()
         self.outputs = set(graph.outputs)
-        self.configs = {node.name: configs[node.layer.name] for node in graph.nodes}
+        # Policies and messages know the names of the user's layers, not those of their parts.
+        user_names = {node: origins[node.layer.name] for node in graph.nodes}
+        self.configs = {node.name: configs[user_names[node]] for node in graph.nodes}
         self.rules: dict[Node, LayerRule | None] = {
-            node: None if self.configs[node.name] is None else rule_for(node.layer, node.name)
+            node: None if self.configs[node.name] is None else rule_for(node.layer, user_names[node])
             for node in graph.nodes
         }
         self.calls: dict[int, int] = {}

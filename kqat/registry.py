@@ -13,9 +13,9 @@ from typing import Any
 import keras
 from keras import layers
 
-from kqat import decompositions
+from kqat import attention, decompositions
 from kqat.errors import UnsupportedLayerError
-from kqat.slicing import Slice
+from kqat.primitives import ChannelAffine, Matmul, Mean, ReciprocalSquareRoot, Slice
 
 
 class Output(enum.Enum):
@@ -120,6 +120,10 @@ def _same(*ops: str, **options: Any) -> LayerRule:
 def _affine(refuse: Callable[[Any], str | None] | None = None) -> LayerRule:
     ops = ("RESHAPE", "DEPTHWISE_CONV_2D", "MUL")
     return LayerRule(output=Output.OWN, ops=ops, takes_clamp=True, affine=True, refuse=refuse)
+
+
+def _composite(decompose: Callable[[Any, str], Any], *ops: str) -> LayerRule:
+    return LayerRule(output=Output.OWN, ops=ops, decompose=decompose)
 
 
 _VANISHES = LayerRule(output=Output.VANISHES)
@@ -227,7 +231,24 @@ LAYERS: dict[type, LayerRule] = {
     layers.UpSampling3D: _same(
         "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.upsample_3d, **_POOL
     ),
+    layers.LayerNormalization: _composite(
+        attention.layer_normalization, "MEAN", "SUB", "MUL", "CAST", "ADD", "GATHER",
+        "DEPTHWISE_CONV_2D", "RESHAPE",
+    ),
+    layers.RMSNormalization: _composite(
+        attention.rms_normalization, "MEAN", "MUL", "CAST", "ADD", "GATHER", "RESHAPE",
+        "DEPTHWISE_CONV_2D",
+    ),
+    layers.EinsumDense: _composite(attention.einsum_dense, "FULLY_CONNECTED", "RESHAPE"),
+    layers.MultiHeadAttention: _composite(
+        attention.multi_head_attention, "FULLY_CONNECTED", "RESHAPE", "TRANSPOSE",
+        "BATCH_MATMUL", "SOFTMAX",
+    ),
     Slice: _same("STRIDED_SLICE"),
+    Mean: _own("MEAN"),
+    Matmul: _own("BATCH_MATMUL"),
+    ReciprocalSquareRoot: _own(table=True),
+    ChannelAffine: _affine(),
     layers.Identity: _VANISHES,
     layers.Dropout: _VANISHES,
     layers.SpatialDropout1D: _VANISHES,

@@ -11,7 +11,7 @@ import keras
 
 from kqat.errors import ModelError
 from kqat.layers import ActivationQuantizer, QuantizeWrapper
-from kqat.wrapping import is_quantized
+from kqat.wrapping import all_layers, is_quantized
 
 
 class _FreezeAt(keras.callbacks.Callback):
@@ -38,7 +38,7 @@ class _FreezeAt(keras.callbacks.Callback):
         """Freezes, once `epoch` is reached."""
         if epoch < self.epoch or self._frozen:
             return
-        for layer in self.model.layers:
+        for layer in all_layers(self.model):
             self._freeze(layer)
         self._frozen = True
         # The step was traced with the old flags.

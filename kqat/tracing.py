@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
-from kqat.decompositions import Part, clone
+from kqat.decompositions import duplicate
 from kqat.errors import ModelError
 from kqat.operations import as_layers
 from kqat.registry import rule_for
@@ -128,8 +129,9 @@ def rebuild(
         graph: what to rebuild.
         call: as for `Graph.run`, with symbolic tensors.
         name: the new model's name.
-        output_names: names of the new model's outputs; no layer that `call` makes may bear one.
-            Where empty, outputs bear the names of the layers that make them.
+        output_names: names of the new model's outputs; no layer that `call` makes may bear one,
+            save the layer that makes that output. Where empty, outputs bear the names of the
+            layers that make them.
     """
     fresh = {
         ref: keras.Input(batch_shape=ref.shape, dtype=ref.dtype, name=input_name)
@@ -139,7 +141,9 @@ def rebuild(
     if output_names:
         flat = keras.tree.flatten(outputs)
         named = [
-            keras.layers.Identity(name=output_name, dtype=tensor.dtype)(tensor)
+            tensor
+            if tensor._keras_history.operation.name == output_name
+            else keras.layers.Identity(name=output_name, dtype=tensor.dtype)(tensor)
             for tensor, output_name in zip(flat, output_names, strict=True)
         ]
         outputs = keras.tree.pack_sequence_as(outputs, named)
@@ -175,13 +179,23 @@ def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph
             copies[key] = _simplify(node, keep(node))
         outputs = copies[key](*args, **kwargs)
         for operation in _operations_between((args, kwargs), outputs):
-            if id(operation) not in known and operation.name not in (node.name, node.layer.name):
+            new = id(operation) not in known and operation is not node.layer
+            if new and operation.name != node.name:
                 operation.name = unique_name(operation.name, taken)
             known.add(id(operation))
             origins.setdefault(operation.name, node.name)
         return outputs
 
     return trace(rebuild(graph, call, name)), origins
+
+
+def non_finite_variable(model: keras.Model) -> str | None:
+    """Path of the first weight of `model` that holds NaN or infinity, if there is one."""
+    for variable in model.weights:
+        if str(variable.dtype).startswith(("float", "bfloat")):
+            if not np.isfinite(np.asarray(variable, np.float32)).all():
+                return variable.path
+    return None
 
 
 def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
@@ -193,14 +207,13 @@ def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
 
 def _simplify(node: Node, keep: bool) -> Callable[..., Any]:
     layer = node.layer
+    if keep:
+        return duplicate(layer, node.name)
     if not isinstance(layer, keras.layers.Layer):
-        return layer if keep else as_layers(layer, node.name)
-    if not keep:
-        rule = rule_for(layer, node.name)
-        simpler = rule.decompose(layer, node.name) if rule.decompose else None
-        if simpler is not None:
-            return simpler
-    return Part(clone(layer, name=node.name), layer.get_weights())
+        return as_layers(layer, node.name)
+    rule = rule_for(layer, node.name)
+    simpler = rule.decompose(layer, node.name) if rule.decompose else None
+    return duplicate(layer, node.name) if simpler is None else simpler
 
 
 def _functional(model: Any) -> Any:

@@ -1,20 +1,30 @@
 """Plan to QAT model: an ordinary Keras model whose layers quantize."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
-from kqat.decompositions import Part, clone
+from kqat.decompositions import Part, clone, duplicate
 from kqat.layers import ActivationQuantizer, PrecisionBoundary, QuantizeWrapper
 from kqat.registry import rule_for
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
 from kqat.tracing import Node, Ref, fill, rebuild, unique_name
 
 
+def all_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """The layers of `model` and of the models inside it."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from all_layers(layer)
+        else:
+            yield layer
+
+
 def is_quantized(model: keras.Model) -> bool:
-    """Whether `wrap` made this model."""
+    """Whether `wrap` made this model, or one inside it."""
     kinds = (QuantizeWrapper, ActivationQuantizer)
-    return any(isinstance(layer, kinds) for layer in model.layers)
+    return any(isinstance(layer, kinds) for layer in all_layers(model))
 
 
 def wrap(plan: Plan) -> keras.Model:
@@ -121,7 +131,7 @@ class _Assembly:
             name = node.name
             if name in self.plan.output_names:
                 name = unique_name(f"{name}_unrounded", self.names)
-            return Part(clone(layer, name), layer.get_weights())
+            return duplicate(layer, name)
         norm = self._node(decision.normalization).layer if decision.normalization else None
         wrapper = QuantizeWrapper(
             clone(layer),

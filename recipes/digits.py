@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     kqat.plan(model).save(options.out / "plan.json")
     report.save(options.out / "report.json")
     running.show(f"{len(test[0])} images", rows)
+    running.explain(rows)
     print(f"\nWritten to {options.out}: digits.tflite and what belongs to it")
     return running.save_results(
         options, "digits", {"rows": {row.name: dataclasses.asdict(row) for row in rows}}

@@ -23,6 +23,7 @@ from tflite_export.runtimes import run, supports, tflite_micro_arena_bytes
 
 # LiteRT's default CPU path is the fastest, so whole test sets run there.
 ACCURACY_RUNTIME = "litert"
+BATCH_SIZE = 256
 
 LEGEND = """\
 accuracy   of the .tflite itself, over the whole test set, on LiteRT (XNNPACK)
@@ -89,6 +90,13 @@ def predict(
     return [_to_floats(y, graph.tensors[i]) for y, i in zip(outputs, graph.outputs, strict=True)]
 
 
+def keras_outputs(model: keras.Model, x: np.ndarray) -> np.ndarray:
+    """What a model of one input and one output computes from `x`, batch by batch."""
+    # Not by `predict`, which traces anew for every model and for every last batch.
+    starts = range(0, len(x), BATCH_SIZE)
+    return np.concatenate([np.asarray(model(x[i : i + BATCH_SIZE], training=False)) for i in starts])
+
+
 def measure_float(name: str, model: keras.Model, test: Samples) -> Row:
     """The row of a float model with one input and one output: its plainly converted `.tflite`."""
     blob = float_tflite(model)
@@ -139,7 +147,7 @@ def float_tflite(model: keras.Model) -> bytes:
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
-    """Prints the rows, and how to read them, in at most 80 columns."""
+    """Prints the rows in at most 80 columns."""
     header = (title, "accuracy", "file bytes", "arena bytes", "lockstep", "agreement")
     cells = [
         (
@@ -152,8 +160,13 @@ def show(title: str, rows: Sequence[Row]) -> None:
         )
         for row in rows
     ]
+    print(f"\n{table(header, cells)}\n")
+
+
+def explain(rows: Sequence[Row]) -> None:
+    """Prints how to read what `show` printed."""
     runtimes = dict.fromkeys(name for row in rows for name in row.lockstep_steps or ())
-    print(f"\n{table(header, cells)}\n\n{LEGEND.format(runtimes=', '.join(runtimes))}")
+    print(LEGEND.format(runtimes=", ".join(runtimes)))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -201,8 +214,7 @@ def save_results(
 
 
 def _agreement(model: keras.Model, blob: bytes, x: np.ndarray) -> float:
-    ours = model.predict(x, batch_size=256, verbose=0).argmax(-1)
-    return accuracy(predict(blob, [x])[0], ours)
+    return accuracy(predict(blob, [x])[0], keras_outputs(model, x).argmax(-1))
 
 
 def _to_integers(x: np.ndarray, tensor: Any) -> np.ndarray:

@@ -15,13 +15,13 @@ FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "tests")
 # Lowest room first. A room may import those before it; a new room takes its place here.
 ROOMS = {
     "kqat": (
-        "errors", "saving", "spec", "numerics", "quantizers", "config", "decompositions",
-        "registry", "tracing", "reporting", "planning", "layers", "wrapping", "calibration",
-        "schedule", "folding", "freezing", "algorithms", "interop", "api", "annotating",
-        "__init__", "cli",
+        "errors", "saving", "spec", "numerics", "quantizers", "config", "primitives", "marking",
+        "decompositions", "attention", "registry", "operations", "tracing", "reporting", "planning",
+        "layers", "wrapping", "calibration", "schedule", "folding", "freezing", "algorithms",
+        "interop", "api", "annotating", "__init__", "cli",
     ),
     "tflite_export": (
-        "flatbuffer", "op_table", "lowering", "markers", "packing", "quantizing", "lookup",
+        "flatbuffer", "op_table", "lowering", "markers", "packing", "lookup", "quantizing",
         "runtimes", "report", "verification", "targets", "exporting", "c_source", "__init__",
     ),
 }  # fmt: skip

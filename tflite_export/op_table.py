@@ -87,6 +87,7 @@ OP_TABLE: dict[str, OpRule] = {
     "HARD_SWISH": _own(1),
     "GELU": _own(1, runtimes=LITERT),
     "EXP": _own(1, runtimes=LITERT),
+    "BATCH_MATMUL": _own(),
     "MEAN": _own(activations=(0,)),
     "SOFTMAX": _fixed(1 / 256, -128),
     "LOGISTIC": _fixed(1 / 256, -128),

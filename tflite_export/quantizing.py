@@ -5,6 +5,8 @@ integer weights those that training used. Only the bias is made, on the int32 gr
 times weight scale that the TFLite quantization specification demands.
 """
 
+import math
+
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
@@ -140,12 +142,24 @@ class _IntegerPass:
         self._constants(operator, rule)
         if rule.weights is not None:
             self._weights_and_bias(operator, rule)
+        self._drop_vast_clamp(operator)
         code = self.model.operatorCodes[operator.opcodeIndex]
         builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
         if rule.ships_as is not None:
             builtin = getattr(schema.BuiltinOperator, rule.ships_as)
         version = max(code.version, rule.version)
         operator.opcodeIndex = operator_code(self.model, builtin, version)
+
+    def _drop_vast_clamp(self, operator: OperatorT) -> None:
+        """RELU for a fused RELU6 whose 6 is no int32 on the output's grid: kernels refuse that.
+
+        The output's range ends below 6, so the two are the same.
+        """
+        options, kinds = operator.builtinOptions, schema.ActivationFunctionType
+        if getattr(options, "fusedActivationFunction", None) == kinds.RELU6:
+            scale = float(self.labels.sites[int(operator.outputs[0])].scale)
+            if 6.0 / scale >= 2.0**31:
+                options.fusedActivationFunction = kinds.RELU
 
     def _check_labels(self, operator: OperatorT, rule: OpRule, name: str) -> None:
         sites = self.labels.sites
@@ -247,7 +261,7 @@ class _IntegerPass:
         for index, named in self.labels.named.items():
             tensor: int | None = index
             for site in reversed(named):
-                while tensor is not None and self._shape(tensor) != site.shape:
+                while tensor is not None and not self._holds(tensor, site):
                     tensor = self._before_move(tensor, producers)
                 if tensor is None:
                     break
@@ -260,8 +274,12 @@ class _IntegerPass:
             return None
         return int(producer.inputs[0])
 
-    def _shape(self, tensor: int) -> tuple[int, ...]:
-        return flatbuffer.tensor_shape(self.graph.tensors[tensor])[1:]
+    def _holds(self, tensor: int, site: Site) -> bool:
+        """Whether the tensor has the site's shape, or its matrix form as FULLY_CONNECTED has it."""
+        shape = flatbuffer.tensor_shape(self.graph.tensors[tensor])
+        batch_size = flatbuffer.tensor_shape(self.graph.tensors[int(self.graph.inputs[0])])[0]
+        full = (batch_size, *site.shape)
+        return shape in (full, (math.prod(full[:-1]), *full[-1:]))
 
 
 def quantization(scale, zero_point, axis: int) -> schema.QuantizationParametersT:

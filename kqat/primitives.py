@@ -1,9 +1,9 @@
-"""A slice of a tensor as a layer, for `x[:, 1:5]` in a functional model."""
+"""Layers that Keras lacks: each is one TFLite operator, for what is decomposed to be made of."""
 
 from typing import Any
 
 import keras
-from keras import layers
+from keras import layers, ops
 
 from kqat.errors import UnsupportedLayerError
 
@@ -84,3 +84,72 @@ class Slice(layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """The three lists, beside what every layer has."""
         return {**super().get_config(), "begin": self.begin, "end": self.end, "steps": self.steps}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Mean(layers.Layer):
+    """The mean over one axis, which stays with size 1.
+
+    Input shape `(batch, d1, …)`; `axis` counts the batch as 0, or from the end.
+    """
+
+    def __init__(self, axis: int = -1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.axis = axis
+
+    def call(self, x: Any) -> Any:
+        """The mean."""
+        return ops.mean(x, axis=self.axis, keepdims=True)
+
+    def get_config(self) -> dict[str, Any]:
+        """The axis, beside what every layer has."""
+        return {**super().get_config(), "axis": self.axis}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Matmul(layers.Layer):
+    """The product of two batches of matrices, `[a, b] -> a @ b`.
+
+    Shapes `(…, m, k)` and `(…, k, n)`; result `(…, m, n)`.
+    """
+
+    def call(self, inputs: Any) -> Any:
+        """The product."""
+        a, b = inputs
+        return ops.matmul(a, b)
+
+
+@keras.saving.register_keras_serializable("kqat")
+class ReciprocalSquareRoot(layers.Layer):
+    """`1 / sqrt(x + epsilon)`, elementwise, for `x >= 0`."""
+
+    def __init__(self, epsilon: float = 1e-3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+
+    def call(self, x: Any) -> Any:
+        """The function's value; a rounding below zero counts as zero."""
+        return ops.rsqrt(ops.maximum(x, 0.0) + self.epsilon)
+
+    def get_config(self) -> dict[str, Any]:
+        """Epsilon, beside what every layer has."""
+        return {**super().get_config(), "epsilon": self.epsilon}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class ChannelAffine(layers.Layer):
+    """`x * gamma + beta`, one trainable pair per index of the last axis."""
+
+    def build(self, input_shape: Any) -> None:
+        """Creates gamma (ones) and beta (zeros), of shape `(channels,)`."""
+        shape = (input_shape[-1],)
+        self.gamma = self.add_weight(name="gamma", shape=shape, initializer="ones")
+        self.beta = self.add_weight(name="beta", shape=shape, initializer="zeros")
+
+    def call(self, x: Any) -> Any:
+        """The scaled and shifted value."""
+        return x * self.gamma + self.beta
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape

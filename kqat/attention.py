@@ -1,0 +1,181 @@
+"""Normalization over features and attention as layers with one integer operator each.
+
+Quantizers stand between the parts, so every intermediate value has a range of its own. Matrix
+products become FULLY_CONNECTED and BATCH_MATMUL, the reciprocal square root a table.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from kqat.decompositions import Decomposed, Part
+from kqat.errors import UnsupportedLayerError
+from kqat.primitives import ChannelAffine, Matmul, Mean, ReciprocalSquareRoot
+
+
+def layer_normalization(layer: Any, name: str) -> Decomposed:
+    """`(x - mean) / sqrt(variance + epsilon) * gamma + beta` over the last axis.
+
+    Reference: Ba et al. 2016, section 3 (https://arxiv.org/abs/1607.06450).
+    """
+    _check_last_axis(layer, name)
+    gamma, beta = _gamma_beta(layer)
+    affine = Part(ChannelAffine(name=name), [gamma, beta]) if gamma is not None else None
+
+    def call(x: Any) -> Any:
+        mean = Mean(name=f"{name}_mean")(x)
+        centered = layers.Subtract(name=f"{name}_centered")([x, mean])
+        return _scaled_to_unit(centered, layer.epsilon, affine, name)
+
+    return call
+
+
+def rms_normalization(layer: Any, name: str) -> Decomposed:
+    """`x / sqrt(mean(x**2) + epsilon) * gamma` over the last axis.
+
+    Reference: Zhang & Sennrich 2019, section 4 (https://arxiv.org/abs/1910.07467).
+    """
+    _check_last_axis(layer, name)
+    gamma = np.asarray(layer.scale)
+    affine = Part(ChannelAffine(name=name), [gamma, np.zeros_like(gamma)])
+    return lambda x: _scaled_to_unit(x, layer.epsilon, affine, name)
+
+
+def _scaled_to_unit(x: Any, epsilon: float, affine: Part | None, name: str) -> Any:
+    square = layers.Multiply(name=f"{name}_square")([x, x])
+    variance = Mean(name=f"{name}_variance")(square)
+    scale = ReciprocalSquareRoot(epsilon, name=f"{name}_rsqrt")(variance)
+    unit_name = f"{name}_unit" if affine else name
+    unit = layers.Multiply(name=unit_name)([x, scale])
+    return affine(unit) if affine else unit
+
+
+def _check_last_axis(layer: Any, name: str) -> None:
+    axis = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
+    rank = len(layer.input.shape)
+    if [a % rank for a in axis] != [rank - 1]:
+        raise UnsupportedLayerError(
+            f"Expected normalization over the last axis in layer '{name}'. Received: "
+            f"axis={layer.axis}. Permute the input."
+        )
+
+
+def _gamma_beta(layer: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if not layer.scale and not layer.center:
+        return None, None
+    size = np.shape(layer.gamma if layer.scale else layer.beta)
+    gamma = np.asarray(layer.gamma) if layer.scale else np.ones(size, np.float32)
+    beta = np.asarray(layer.beta) if layer.center else np.zeros(size, np.float32)
+    return gamma, beta
+
+
+def einsum_dense(layer: Any, name: str) -> Decomposed:
+    """`EinsumDense` as `Dense`, where its equation is a matrix product over trailing axes.
+
+    The kernel's leading axes are contracted with the input's trailing ones, in order; what
+    remains of the kernel are the output's trailing axes, and the bias covers just those.
+    """
+    inputs, rest = layer.equation.replace("...", "").split(",")
+    kernel, output = rest.split("->")
+    contracted = [c for c in kernel if c in inputs and c not in output]
+    count = len(contracted)
+    made = kernel[count:]
+    fits = (
+        kernel[:count] == inputs[-count:] == "".join(contracted)
+        and output == inputs[:-count] + made
+        and (layer.bias is None or tuple(layer.bias.shape) == tuple(layer.kernel.shape[count:]))
+    )
+    if not fits or not count:
+        raise UnsupportedLayerError(
+            f"Expected an equation that is a matrix product over the input's last axes in layer "
+            f"'{name}', as 'abc,cd->abd'. Received: {layer.equation!r}. Permute, or use Dense."
+        )
+    matrix = np.asarray(layer.kernel)
+    bias = None if layer.bias is None else np.asarray(layer.bias)
+    dense = _dense(matrix, bias, count, name)
+    activation = layer.activation
+    if activation is keras.activations.linear:
+        return dense
+    after = layers.Activation(activation, name=f"{name}_activation")
+    return lambda x: after(dense(x))
+
+
+def _dense(kernel: np.ndarray, bias: np.ndarray | None, count: int, name: str) -> Decomposed:
+    """A product over the last `count` axes, as a `Dense` between reshapes."""
+    made = kernel.shape[count:]
+    matrix = kernel.reshape(int(np.prod(kernel.shape[:count])), -1)
+    weights = [matrix] if bias is None else [matrix, bias.reshape(-1)]
+    reshaped = len(made) > 1
+    dense_name = f"{name}_product" if reshaped else name
+    units = matrix.shape[1]
+    part = Part(layers.Dense(units, use_bias=bias is not None, name=dense_name), weights)
+
+    def call(x: Any) -> Any:
+        kept = tuple(x.shape[1 : len(x.shape) - count])
+        if count > 1:
+            x = layers.Reshape((*kept, matrix.shape[0]), name=f"{name}_joined")(x)
+        y = part(x)
+        return layers.Reshape((*kept, *made), name=name)(y) if reshaped else y
+
+    return call
+
+
+def multi_head_attention(layer: Any, name: str) -> Decomposed:
+    """`softmax(q k^T / sqrt(d)) v` for each head, projected in and out.
+
+    `1 / sqrt(d)` is multiplied into the query projection. Reference: Vaswani et al. 2017,
+    section 3.2 (https://arxiv.org/abs/1706.03762).
+    """
+    config = layer.get_config()
+    if config["attention_axes"] not in (None, [1], (1,), 1):
+        raise UnsupportedLayerError(
+            f"Expected attention over one axis in layer '{name}'. Received: "
+            f"attention_axes={config['attention_axes']}. Reshape to (steps, features)."
+        )
+    arrays = {"/".join(v.path.split("/")[-2:]): np.asarray(v) for v in layer.weights}
+    scale = 1.0 / np.sqrt(config["key_dim"])
+    made = {
+        part: _projection(arrays, part, scale if part == "query" else 1.0, name)
+        for part in ("query", "key", "value")
+    }
+    out_kernel, out_bias = arrays["attention_output/kernel"], arrays.get("attention_output/bias")
+    output = _dense(out_kernel, out_bias, 2, name)
+    dropout = layers.Dropout(config["dropout"], name=f"{name}_dropout")
+
+    def call(query: Any, value: Any, key: Any = None, **options: Any) -> Any:
+        _check_options(options, name)
+        given = {"query": query, "key": value if key is None else key, "value": value}
+        # Keys are transposed once: to (heads, features, steps).
+        orders = {"query": (2, 1, 3), "key": (2, 3, 1), "value": (2, 1, 3)}
+        heads = {
+            part: layers.Permute(orders[part], name=f"{name}_{part}_heads")(made[part](x))
+            for part, x in given.items()
+        }
+        scores = Matmul(name=f"{name}_scores")([heads["query"], heads["key"]])
+        weights = layers.Softmax(name=f"{name}_weights")(scores)
+        if config["dropout"]:
+            weights = dropout(weights)
+        mixed = Matmul(name=f"{name}_mixed")([weights, heads["value"]])
+        return output(layers.Permute((2, 1, 3), name=f"{name}_steps")(mixed))
+
+    return call
+
+
+def _projection(
+    arrays: dict[str, np.ndarray], part: str, scale: float, name: str
+) -> Decomposed:
+    kernel, bias = arrays[f"{part}/kernel"] * scale, arrays.get(f"{part}/bias")
+    bias = None if bias is None else (bias * scale).astype(np.float32)
+    return _dense(kernel.astype(np.float32), bias, 1, f"{name}_{part}")
+
+
+def _check_options(options: dict[str, Any], name: str) -> None:
+    asked = {k: v for k, v in options.items() if v is not None and v is not False}
+    asked.pop("training", None)
+    if asked:
+        raise UnsupportedLayerError(
+            f"Expected plain attention in layer '{name}'. Received: {sorted(asked)}. Integer "
+            "kernels know no masks; pad to a fixed length and leave them out."
+        )

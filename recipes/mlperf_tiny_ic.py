@@ -1,0 +1,174 @@
+"""MLPerf Tiny's image classification: its pretrained ResNet-8 on CIFAR-10, by PTQ and by QAT.
+
+    python -m recipes.mlperf_tiny_ic --out out/mlperf_tiny_ic
+
+Two experiments, since the two sets of images here answer different questions.
+
+Lossless: 4,000 of CIFAR-10's training images. What does rounding cost? The pretrained network, its
+integer form after PTQ and the vendor's own integer file see the same images. Nothing is trained;
+ranges are found on other images. The network was trained on CIFAR-10 and may have seen these
+images, so the accuracy is no test accuracy; the differences count.
+
+JPEG: CIFAR-10 after JPEG compression, which the pretrained network never saw and does badly on.
+Does QAT beat PTQ? Training on such images shifts the domain for every network alike, so all are
+trained on them, and by the same number of steps: the pretrained network is first fine-tuned in
+float ("adapted"); from there one copy goes on in float and then gets PTQ, another goes on in QAT.
+Compare these rows with each other only, never with a lossless or published accuracy.
+
+Writes to --out: ic_ptq.tflite (lossless experiment), ic_qat.tflite, ic_qat.keras, plan.json, a
+report beside each .tflite, and results.json.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import kqat
+import tflite_export
+from recipes import data, running
+from recipes.data import Samples
+from recipes.models import resnet8
+from recipes.running import Row
+
+NAME = "mlperf_tiny/ic"
+BATCH_SIZE = 64
+CALIBRATION_SAMPLES = 512
+LEARNING_RATE = 3e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What both experiments run on: a network, its images, and the vendor's file if there is one.
+
+    `unlabelled` are the calibration images of the lossless experiment.
+    """
+
+    model: keras.Model
+    vendor: bytes | None
+    unlabelled: np.ndarray
+    lossless: Samples
+    train: Samples
+    test: Samples
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the recipe with command-line arguments; returns what results.json holds."""
+    options = _options(argv)
+    running.start(options)
+    inputs = _fake() if options.smoke else _real(options.train_images)
+    lossless = _post_training(inputs, options.out)
+    running.show(f"{len(inputs.lossless[0])} lossless images", lossless)
+    jpeg = _fine_tuning(inputs, options)
+    running.show(f"{len(inputs.test[0])} JPEG images", jpeg)
+    running.explain(jpeg)
+    return running.save_results(
+        options,
+        "mlperf_tiny_ic",
+        {
+            "lossless": {row.name: dataclasses.asdict(row) for row in lossless},
+            "jpeg": {row.name: dataclasses.asdict(row) for row in jpeg},
+        },
+    )
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = running.parser(__doc__, out="out/mlperf_tiny_ic")
+    parser.add_argument("--data", type=Path, help="folder of data/ and models/ (else KQAT_DATA)")
+    parser.add_argument("--epochs", type=int, default=2, help="of each fine-tuning (default 2)")
+    parser.add_argument(
+        "--train-images", type=int, default=10_000, help="JPEG images to train on (default 10000)"
+    )
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.epochs = 1
+    return options
+
+
+def _real(train_images: int) -> _Inputs:
+    return _Inputs(
+        model=data.pretrained(NAME),
+        vendor=data.vendor_tflite(NAME),
+        # The lossless images come from the training set, so none of them is among these.
+        unlabelled=data.cifar10_jpeg("test", count=CALIBRATION_SAMPLES)[0],
+        lossless=data.cifar10_lossless(),
+        train=data.cifar10_jpeg("train", count=train_images),
+        test=data.cifar10_jpeg("test"),
+    )
+
+
+def _fake() -> _Inputs:
+    """An untrained network and one batch of noise."""
+    random = np.random.default_rng(0)
+    x = random.integers(0, 256, (BATCH_SIZE, 32, 32, 3)).astype(np.float32)
+    batch = x, random.integers(0, 10, BATCH_SIZE)
+    return _Inputs(
+        model=resnet8(), vendor=None, unlabelled=x, lossless=batch, train=batch, test=batch
+    )
+
+
+def _post_training(inputs: _Inputs, out: Path) -> list[Row]:
+    """The lossless experiment."""
+    rows = [running.measure_float("FP32", inputs.model, inputs.lossless)]
+    if inputs.vendor is not None:
+        rows.append(running.measure_file("vendor's int8", inputs.vendor, inputs.lossless))
+    ptq = kqat.quantize_model(inputs.model, calibration_data=inputs.unlabelled)
+    kqat.plan(inputs.model).save(out / "plan.json")
+    rows.append(_ship("PTQ", ptq, inputs.lossless, out / "ic_ptq"))
+    return rows
+
+
+def _fine_tuning(inputs: _Inputs, options: argparse.Namespace) -> list[Row]:
+    """The JPEG experiment."""
+    images, epochs = inputs.train[0][:CALIBRATION_SAMPLES], options.epochs
+    rows = [running.measure_float("FP32 as it came", inputs.model, inputs.test)]
+    adapted = keras.models.clone_model(inputs.model)
+    adapted.set_weights(inputs.model.get_weights())
+    _fit(adapted, inputs.train, epochs)
+    rows.append(running.measure_float("FP32 adapted", adapted, inputs.test))
+
+    qat = kqat.quantize_model(adapted, calibration_data=images)
+    # In the second half ranges and statistics hold still, so it trains the very numbers that ship.
+    freezing = [kqat.FreezeObservers(epochs // 2), kqat.FreezeBatchNorm(epochs // 2)]
+    _fit(qat, inputs.train, epochs, freezing)
+    qat.save(options.out / "ic_qat.keras")
+
+    # QAT copied the weights, so this one may go on from where both stood.
+    _fit(adapted, inputs.train, epochs)
+    rows.append(running.measure_float("FP32 further", adapted, inputs.test))
+    ptq = kqat.quantize_model(adapted, calibration_data=images)
+    rows.append(_ship("PTQ of that", ptq, inputs.test))
+    rows.append(_ship("QAT of adapted", qat, inputs.test, options.out / "ic_qat"))
+    return rows
+
+
+def _ship(name: str, qat: keras.Model, test: Samples, path: Path | None = None) -> Row:
+    blob = tflite_export.convert(qat)
+    row, report = running.measure_integer(name, qat, blob, test)
+    if path is not None:
+        tflite_export.save(blob, path.with_suffix(".tflite"))
+        report.save(path.with_name(f"{path.name}_report.json"))
+    return row
+
+
+def _fit(
+    model: keras.Model,
+    train: Samples,
+    epochs: int,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> None:
+    x, y = train
+    rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, epochs * -(-len(x) // BATCH_SIZE))
+    model.compile(
+        keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+    print(f"Training '{model.name}'")
+    model.fit(x, y, batch_size=BATCH_SIZE, epochs=epochs, callbacks=list(callbacks), verbose=2)
+
+
+if __name__ == "__main__":
+    main()
