@@ -21,8 +21,8 @@ def layer_normalization(layer: Any, name: str) -> Decomposed:
     Reference: Ba et al. 2016, section 3 (https://arxiv.org/abs/1607.06450).
     """
     _check_last_axis(layer, name)
-    gamma, beta = _gamma_beta(layer)
-    affine = Part(ChannelAffine(name=name), [gamma, beta]) if gamma is not None else None
+    pair = _gamma_beta(layer)
+    affine = Part(ChannelAffine(name=name), pair) if pair else None
 
     def call(x: Any) -> Any:
         mean = Mean(name=f"{name}_mean")(x)
@@ -62,9 +62,9 @@ def _check_last_axis(layer: Any, name: str) -> None:
         )
 
 
-def _gamma_beta(layer: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+def _gamma_beta(layer: Any) -> tuple[np.ndarray, np.ndarray] | tuple[()]:
     if not layer.scale and not layer.center:
-        return None, None
+        return ()
     size = np.shape(layer.gamma if layer.scale else layer.beta)
     gamma = np.asarray(layer.gamma) if layer.scale else np.ones(size, np.float32)
     beta = np.asarray(layer.beta) if layer.center else np.zeros(size, np.float32)
@@ -163,9 +163,7 @@ def multi_head_attention(layer: Any, name: str) -> Decomposed:
     return call
 
 
-def _projection(
-    arrays: dict[str, np.ndarray], part: str, scale: float, name: str
-) -> Decomposed:
+def _projection(arrays: dict[str, np.ndarray], part: str, scale: float, name: str) -> Decomposed:
     kernel, bias = arrays[f"{part}/kernel"] * scale, arrays.get(f"{part}/bias")
     bias = None if bias is None else (bias * scale).astype(np.float32)
     return _dense(kernel.astype(np.float32), bias, 1, f"{name}_{part}")

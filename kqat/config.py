@@ -184,7 +184,9 @@ def resolve_config(value: ConfigLike) -> Any:
     """
     if isinstance(value, str):
         if value not in PRESETS:
-            raise PolicyError(f"Expected one of the presets {sorted(PRESETS)}. Received: {value!r}.")
+            raise PolicyError(
+                f"Expected one of the presets {sorted(PRESETS)}. Received: {value!r}."
+            )
         return PRESETS[value]
     if value is None or isinstance(value, QuantizeConfig) or is_foreign_config(value):
         return value

@@ -1,8 +1,8 @@
 """Layers written as simpler layers, so that a quantizer can stand between the parts.
 
-Each function takes a built layer and the name that its parts go by, and returns a callable of the same inputs that computes the same
-values (in inference, bit for bit where the arithmetic allows), or `None` where the layer is
-simple already. The parts own copies of the weights.
+Each function takes a built layer and the name that its parts go by, and returns a callable of the
+same inputs that computes the same values (in inference, bit for bit where the arithmetic allows),
+or `None` where the layer is simple already. The parts own copies of the weights.
 """
 
 from collections.abc import Callable, Sequence

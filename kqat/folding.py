@@ -69,8 +69,10 @@ def _frozen(wrapper: QuantizeWrapper, name: str) -> FrozenWeight:
     if wrapper.normalization is not None:
         factor = _normalization(wrapper.normalization)[0]
         factor = factor.reshape(np.shape(wrapper.fold_factor(name)))
-        integers = integers * (np.abs(np.sign(factor)) if wrapper.folds_before(name) else np.sign(factor))
-        if not wrapper.folds_before(name):
+        if wrapper.folds_before(name):
+            integers = np.where(factor == 0.0, 0.0, integers)
+        else:
+            integers = integers * np.sign(factor)
             scale = (scale.astype(np.float64) * np.abs(factor)).astype(np.float32)
     # A channel without weights has no scale of its own; one is as good as any.
     tiny = scale < np.finfo(np.float32).tiny

@@ -21,6 +21,7 @@ from kqat.registry import Output, rule_for
 from kqat.tracing import Graph, Node, Ref, non_finite_variable, rebuild, trace, unique_name
 from kqat.wrapping import is_quantized
 
+
 @dataclasses.dataclass(frozen=True)
 class FrozenModel:
     """A trained model, ready to be lowered.
@@ -164,7 +165,7 @@ class _Freezer:
             return Marker("fence", 0, name=f"fence_{self.fences}")(args[0])
         if isinstance(layer, QuantizeWrapper):
             kwargs = {k: v for k, v in kwargs.items() if k != "training"}
-            channels = node.outputs[0].shape[-1]
+            channels = node.outputs[0].shape[-1] or 0
             return self._cached(layer, lambda la: self._freeze_wrapper(la, channels))(
                 *args, **kwargs
             )

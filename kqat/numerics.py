@@ -14,6 +14,8 @@ so zero is always exactly representable. The gradient is the straight-through es
 Scheme: Jacob et al. 2018, sections 2.1 and 3 (https://arxiv.org/abs/1712.05877).
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -27,7 +29,7 @@ SMALLEST_RANGE = 2.0**-100
 LARGEST_BOUND = 2.0**126
 
 
-def widen(low, high):
+def widen(low: Any, high: Any) -> tuple[Any, Any]:
     """Makes a range usable: `low <= 0 <= high`, and one unit wide where it is only zero.
 
     A constant zero activation has no range; on a grid of one unit it stays exactly zero. "Only
@@ -39,7 +41,7 @@ def widen(low, high):
     return low, ops.where(high - low < SMALLEST_RANGE, ops.ones_like(high), high)
 
 
-def symmetrize(low, high, spec: QuantSpec):
+def symmetrize(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
     """The least range around `[low, high]` on whose grid real zero is integer zero.
 
     Not `[-m, m]` but `low / qmin == high / qmax`: between 256 integers `[-m, m]` has its zero at
@@ -50,7 +52,7 @@ def symmetrize(low, high, spec: QuantSpec):
     return high * ratio, high
 
 
-def nudge(low: np.ndarray, high: np.ndarray, spec: QuantSpec):
+def nudge(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
     """Scale (float32) and zero point (int32) of the grid over `[low, high]`.
 
     The rounding is that of TensorFlow's fake-quant kernels, so these are the very parameters
@@ -68,7 +70,7 @@ def nudge(low: np.ndarray, high: np.ndarray, spec: QuantSpec):
     return scale, (zero - first).astype(np.int32) + np.int32(spec.qmin)
 
 
-def fake_quantize(x, low, high, spec: QuantSpec):
+def fake_quantize(x: Any, low: Any, high: Any, spec: QuantSpec) -> Any:
     """Rounds `x` to the per-tensor grid over `[low, high]`, straight-through inside it.
 
     Outside the range the gradient goes to the bound that cut `x`.
@@ -87,15 +89,16 @@ def fake_quantize(x, low, high, spec: QuantSpec):
     return _fake_quantize_ops(x, low, high, spec)
 
 
-def _fake_quantize_ops(x, low, high, spec: QuantSpec):
+def _fake_quantize_ops(x: Any, low: Any, high: Any, spec: QuantSpec) -> Any:
     """The formula of the fused kernel in `keras.ops`; the float operations keep its order."""
 
-    def hidden(constant):
+    def hidden(constant: float) -> Any:
         # A compiler that knows a constant divides by it by multiplying with its reciprocal, and
         # adds it in another order: both round differently.
         return ops.where(high > low, constant, 0.0)
 
-    first, levels, half = float(spec.narrow_range), hidden(float(spec.qmax - spec.qmin)), hidden(0.5)
+    first = float(spec.narrow_range)
+    levels, half = hidden(float(spec.qmax - spec.qmin)), hidden(0.5)
     scale = (high - low) / levels
     from_low = first - low / scale
     down = ops.floor(from_low)
@@ -109,7 +112,7 @@ def _fake_quantize_ops(x, low, high, spec: QuantSpec):
     return ops.stop_gradient(steps * scale) + (passed - ops.stop_gradient(passed))
 
 
-def weight_scale(weight, spec: QuantSpec):
+def weight_scale(weight: Any, spec: QuantSpec) -> Any:
     """Scale of a symmetric grid that just holds the largest magnitude of `weight`.
 
     Shape: `weight.shape` with every axis that is not in `spec.axis` reduced to 1. An all-zero
@@ -125,7 +128,7 @@ def weight_scale(weight, spec: QuantSpec):
     return ops.where(scale < SMALLEST_RANGE, ops.ones_like(scale), scale)
 
 
-def fake_quantize_weight(weight, scale, spec: QuantSpec):
+def fake_quantize_weight(weight: Any, scale: Any, spec: QuantSpec) -> Any:
     """Rounds `weight` to the symmetric grid of step `scale`; the gradient passes unchanged.
 
     Rounds half away from zero, as the TensorFlow converter does. Nothing lies outside a

@@ -12,7 +12,7 @@ import numpy as np
 from keras import layers
 
 from kqat.errors import UnsupportedLayerError
-from kqat.primitives import Matmul, Mean, Slice
+from kqat.primitives import Slice
 
 Row = Callable[[Any, str], Callable[..., Any]]
 
@@ -48,9 +48,11 @@ def _constant(value: Any, name: str, channels: int) -> list[float]:
             f"Expected a number or one number per channel ({channels}) in operation '{name}'. "
             f"Received: a constant of shape {array.shape}. Put it into a layer of its own."
         )
-    return np.broadcast_to(array.reshape(-1), (channels,)).tolist() if array.size > 1 else [
-        float(array.reshape(()))
-    ]
+    return (
+        np.broadcast_to(array.reshape(-1), (channels,)).tolist()
+        if array.size > 1
+        else [float(array.reshape(()))]
+    )
 
 
 def _scaled(x: Any, scale: Any, offset: Any, name: str) -> Any:

@@ -8,7 +8,8 @@ has one quantizer. *Precision*: where integers and floats meet, an explicit boun
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+
+import keras
 
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import PolicyError
@@ -98,8 +99,8 @@ class _Planner:
         user_names = {node: origins[node.layer.name] for node in graph.nodes}
         self.configs = {node.name: configs[user_names[node]] for node in graph.nodes}
         self.rules: dict[Node, LayerRule | None] = {
-            node: None if self.configs[node.name] is None else rule_for(node.layer, user_names[node])
-            for node in graph.nodes
+            node: None if self.configs[node.name] is None else rule_for(node.layer, name)
+            for node, name in user_names.items()
         }
         self.calls: dict[int, int] = {}
         for node in graph.nodes:
@@ -120,41 +121,41 @@ class _Planner:
 
     def rounded_input(self, ref: Ref) -> bool:
         """Whether a model input becomes integers: some consumer computes on them."""
-        return any(
-            self.rules[node] is not None
-            and (self.rules[node].output is not Output.VANISHES or self._feeds_integer(node))
-            for node in self.consumers[ref]
-        )
+        return any(self._computes_on_integers(node) for node in self.consumers[ref])
 
-    def _feeds_integer(self, node: Node) -> bool:
-        return any(self.rounded_input(ref) for ref in node.outputs)
+    def _computes_on_integers(self, node: Node) -> bool:
+        rule = self.rules[node]
+        if rule is not None and rule.output is Output.VANISHES:
+            return any(self.rounded_input(ref) for ref in node.outputs)
+        return rule is not None
 
     def fuse(self) -> None:
-        """Finds what folds: BatchNormalization into a layer with weights, clamps into quantizers."""
+        """Finds what folds: BatchNormalization into layers with weights, clamps into quantizers."""
         for node in self.graph.nodes:
             rule = self.rules[node]
             if rule is None:
                 continue
-            producer = self.producers.get(node.inputs[0])
-            alone = len(self.consumers[node.inputs[0]]) == 1 and not (
-                set(node.inputs) & self.outputs
-            )
-            source = self.rules.get(producer) if producer else None
-            if type(node.layer).__name__ == "BatchNormalization" and source and alone:
-                once = self.calls[id(node.layer)] == self.calls[id(producer.layer)] == 1
-                if source.takes_normalization and once:
-                    self.folded[node] = producer
             if rule.clamp:
                 self.clamps[node.outputs[0]] = node
+            producer = self._only_reader_of(node)
+            if producer is None or not isinstance(node.layer, keras.layers.BatchNormalization):
+                continue
+            source = self.rules[producer]
+            once = self.calls[id(node.layer)] == self.calls[id(producer.layer)] == 1
+            if source is not None and source.takes_normalization and once:
+                self.folded[node] = producer
+
+    def _only_reader_of(self, node: Node) -> Node | None:
+        """The producer of the node's input, if nothing but the node reads that."""
+        ref = node.inputs[0]
+        alone = len(self.consumers[ref]) == 1 and ref not in self.outputs
+        return self.producers.get(ref) if alone else None
 
     def fused_clamp(self, node: Node) -> Node | None:
         """The producer whose kernel carries out the clamp `node`, if it has such a kernel."""
-        producer = self.producers.get(node.inputs[0])
-        if producer is None or len(self.consumers[node.inputs[0]]) != 1:
-            return None
-        if set(node.inputs) & self.outputs or not self.rules[producer]:
-            return None
-        return producer if self.rules[producer].takes_clamp else None
+        producer = self._only_reader_of(node)
+        rule = self.rules[producer] if producer else None
+        return producer if rule and rule.takes_clamp else None
 
     def transparent(self, ref: Ref) -> bool:
         """Whether a value never exists as integers: it lies inside a fused kernel."""
@@ -193,12 +194,11 @@ class _Planner:
         members: dict[Ref, list[tuple[str, Ref, Node | None]]] = {}
         for name, ref, node in self._sources():
             members.setdefault(self._root(ref), []).append((name, ref, node))
-        for sources in members.values():
-            self._make_group(sources)
+        names = {root: self._make_group(sources) for root, sources in members.items()}
         for node in self.graph.nodes:
             rule = self.rules[node]
             if rule and rule.output is Output.SAME and rule.rounds:
-                group = self._group_of(node.outputs[0])
+                group = names[self._root(node.outputs[0])]
                 self.roundings[node.outputs[0]] = (Rounding(group, 0, observe=False),)
 
     def _sources(self) -> Iterable[tuple[str, Ref, Node | None]]:
@@ -215,17 +215,7 @@ class _Planner:
             elif rule.output in (Output.OWN, Output.FIXED) and not self.transparent(ref):
                 yield node.name, ref, node
 
-    def _group_of(self, ref: Ref) -> str:
-        return self._group_names[self._root(ref)]
-
-    @property
-    def _group_names(self) -> dict[Ref, str]:
-        names = {}
-        for ref, roundings in self.roundings.items():
-            names.setdefault(self._root(ref), roundings[-1].group)
-        return names
-
-    def _make_group(self, sources: list[tuple[str, Ref, Node | None]]) -> None:
+    def _make_group(self, sources: list[tuple[str, Ref, Node | None]]) -> str:
         fixed = [self._fixed_range(node) for _, _, node in sources]
         common = fixed[0] if len(set(fixed)) == 1 else None
         own = [source for source, range_ in zip(sources, fixed, strict=True) if range_ is None]
@@ -236,17 +226,19 @@ class _Planner:
         clamp = clamps.pop() if len(clamps) == 1 and common is None else None
         name = f"{sources[0][0]}_quantizer"
         for site, ((own_name, ref, _), range_) in enumerate(zip(sources, fixed, strict=True)):
-            here = (Rounding(name, site, observe=True),)
+            here: tuple[Rounding, ...] = (Rounding(name, site, observe=True),)
             if range_ is not None and common is None:
                 # The kernel's own scale first, then the group's: an explicit requantization.
                 kernel = f"{own_name}_kernel_quantizer"
-                self.groups[kernel] = Group(kernel, QuantSpec(), Fixed(*range_), None, 1, (own_name,))
+                fixed_range = Fixed(*range_)
+                self.groups[kernel] = Group(kernel, QuantSpec(), fixed_range, None, 1, (own_name,))
                 here = (Rounding(kernel, 0, observe=True), *here)
             self.roundings[ref] = here
             if clamp is None:
                 self.clamps.pop(ref, None)
         names = tuple(source[0] for source in sources)
         self.groups[name] = Group(name, spec, method, clamp, len(sources), names)
+        return name
 
     def _fixed_range(self, node: Node | None) -> tuple[float, float] | None:
         rule = self.rules[node] if node else None
@@ -261,7 +253,7 @@ class _Planner:
         self, sources: list[tuple[str, Ref, Node | None]]
     ) -> tuple[QuantSpec, RangeMethod]:
         """The one grid and range method that all sources of a group ask for."""
-        found = {}
+        found: dict[tuple[QuantSpec, RangeMethod], str] = {}
         for name, ref, node in sources:
             config = self.configs[node.name] if node else self.input_configs.get(name)
             if config is None:  # an input, or a float layer: its first integer reader decides
@@ -345,17 +337,19 @@ def resolve_weights(node: Node, rule: LayerRule, config: QuantizeConfig) -> dict
         if spec.axis == "channel":
             spec = dataclasses.replace(spec, axis=axes)
         elif spec.axis is not None:
-            _check_axis(node, name, spec, axes)
+            given = spec.axis if isinstance(spec.axis, tuple) else (spec.axis,)
+            _check_axes(node, name, given, axes)
             spec = dataclasses.replace(spec, axis=axes)
         resolved[name] = spec
     return resolved
 
 
-def _check_axis(node: Node, name: str, spec: QuantSpec, axes: tuple[int, ...] | None) -> None:
+def _check_axes(
+    node: Node, name: str, given: tuple[int, ...], axes: tuple[int, ...] | None
+) -> None:
     rank = len(getattr(node.layer, name).shape)
-    given = (spec.axis,) if isinstance(spec.axis, int) else tuple(spec.axis or ())
     if axes is None or {a % rank for a in given} != {a % rank for a in axes}:
         raise PolicyError(
             f"Expected scales of '{name}' of layer '{node.name}' per tensor or along axes {axes}, "
-            f"where integer kernels have them. Received: axis={spec.axis}. Use axis='channel'."
+            f"where integer kernels have them. Received: axes {given}. Use axis='channel'."
         )

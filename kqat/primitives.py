@@ -15,9 +15,7 @@ class Slice(layers.Layer):
     Input shape `(batch, d1, d2, …)`; `steps` are positive.
     """
 
-    def __init__(
-        self, begin: list[int], end: list[int], steps: list[int], **kwargs: Any
-    ) -> None:
+    def __init__(self, begin: list[int], end: list[int], steps: list[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.begin, self.end, self.steps = list(begin), list(end), list(steps)
 
@@ -34,7 +32,8 @@ class Slice(layers.Layer):
             given = sum(k is not None for k in keys) - 1
             keys[at : at + 1] = [slice(None)] * (len(x.shape) - given)
         axes = iter(x.shape)
-        triples, shape = [], []
+        triples: list[tuple[Any, Any, int]] = []
+        shape: list[Any] = []
         for k in keys:
             if k is None:
                 shape.append(1)
@@ -53,13 +52,12 @@ class Slice(layers.Layer):
         return sliced if plain else layers.Reshape(shape[1:], name=name)(sliced)
 
     @staticmethod
-    def _triple(key: Any, size: int | None, name: str, first: bool) -> tuple[Any, Any, int]:
+    def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]:
         if first and key == slice(None):
             return (0, None, 1)
         if first or not isinstance(key, int | slice):
             raise UnsupportedLayerError(
-                f"Expected slices and numbers behind the batch axis in '{name}'. "
-                f"Received: {key!r}."
+                f"Expected slices and numbers behind the batch axis in '{name}'. Received: {key!r}."
             )
         if isinstance(key, int):
             start = key % size

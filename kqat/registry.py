@@ -43,7 +43,8 @@ class LayerRule:
         table: whether the layer is an elementwise function that may ship as a table of 256
             entries; `ops` then names its own operator, if there is one.
         affine: whether the layer is `x * scale + offset`, one pair per channel.
-        decompose: layer and name -> a callable of the same inputs, made of simpler layers; or `None`.
+        decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
+            `None` where the layer is simple already.
         refuse: layer -> why this very layer cannot ship and what to do instead, or `None`.
     """
 
@@ -140,8 +141,19 @@ _FIXED = {
 
 # Elementwise functions without an int8 operator of their own.
 _TABULATED = (
-    "celu", "hard_shrink", "hard_sigmoid", "hard_tanh", "log_sigmoid", "mish", "selu",
-    "soft_shrink", "softplus", "softsign", "sparse_plus", "sparse_sigmoid", "squareplus",
+    "celu",
+    "hard_shrink",
+    "hard_sigmoid",
+    "hard_tanh",
+    "log_sigmoid",
+    "mish",
+    "selu",
+    "soft_shrink",
+    "softplus",
+    "softsign",
+    "sparse_plus",
+    "sparse_sigmoid",
+    "squareplus",
     "tanh_shrink",
 )
 
@@ -188,9 +200,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.MaxPooling3D: _same("MAX_POOL_2D", "RESHAPE", decompose=decompositions.pool_3d),
     layers.AveragePooling1D: _same("AVERAGE_POOL_2D", "RESHAPE", rounds=True, **_POOL),
     layers.AveragePooling2D: _same("AVERAGE_POOL_2D", rounds=True, **_POOL),
-    layers.AveragePooling3D: _same(
-        "AVERAGE_POOL_2D", "RESHAPE", decompose=decompositions.pool_3d
-    ),
+    layers.AveragePooling3D: _same("AVERAGE_POOL_2D", "RESHAPE", decompose=decompositions.pool_3d),
     layers.GlobalAveragePooling1D: _own("MEAN", **_POOL),
     layers.GlobalAveragePooling2D: _own("MEAN", **_POOL),
     layers.GlobalAveragePooling3D: _own("MEAN", **_POOL),
@@ -215,14 +225,14 @@ LAYERS: dict[type, LayerRule] = {
     layers.ZeroPadding3D: _same("PAD", **_POOL),
     layers.Cropping1D: _same("STRIDED_SLICE", **_POOL),
     layers.Cropping2D: _same("STRIDED_SLICE", **_POOL),
-    layers.Cropping3D: _same(
-        "RESHAPE", "STRIDED_SLICE", decompose=decompositions.crop_3d, **_POOL
-    ),
+    layers.Cropping3D: _same("RESHAPE", "STRIDED_SLICE", decompose=decompositions.crop_3d, **_POOL),
     layers.UpSampling1D: _same(
         "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.upsample_1d
     ),
     layers.UpSampling2D: _same(
-        "RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR", refuse=_nearest_or_bilinear,
+        "RESIZE_NEAREST_NEIGHBOR",
+        "RESIZE_BILINEAR",
+        refuse=_nearest_or_bilinear,
         decompose=decompositions.upsample_2d,
     ),
     layers.Resizing: _same(
@@ -232,17 +242,34 @@ LAYERS: dict[type, LayerRule] = {
         "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.upsample_3d, **_POOL
     ),
     layers.LayerNormalization: _composite(
-        attention.layer_normalization, "MEAN", "SUB", "MUL", "CAST", "ADD", "GATHER",
-        "DEPTHWISE_CONV_2D", "RESHAPE",
+        attention.layer_normalization,
+        "MEAN",
+        "SUB",
+        "MUL",
+        "CAST",
+        "ADD",
+        "GATHER",
+        "DEPTHWISE_CONV_2D",
+        "RESHAPE",
     ),
     layers.RMSNormalization: _composite(
-        attention.rms_normalization, "MEAN", "MUL", "CAST", "ADD", "GATHER", "RESHAPE",
+        attention.rms_normalization,
+        "MEAN",
+        "MUL",
+        "CAST",
+        "ADD",
+        "GATHER",
+        "RESHAPE",
         "DEPTHWISE_CONV_2D",
     ),
     layers.EinsumDense: _composite(attention.einsum_dense, "FULLY_CONNECTED", "RESHAPE"),
     layers.MultiHeadAttention: _composite(
-        attention.multi_head_attention, "FULLY_CONNECTED", "RESHAPE", "TRANSPOSE",
-        "BATCH_MATMUL", "SOFTMAX",
+        attention.multi_head_attention,
+        "FULLY_CONNECTED",
+        "RESHAPE",
+        "TRANSPOSE",
+        "BATCH_MATMUL",
+        "SOFTMAX",
     ),
     Slice: _same("STRIDED_SLICE"),
     Mean: _own("MEAN"),

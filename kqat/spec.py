@@ -51,12 +51,14 @@ class QuantSpec:
         for name in ("symmetric", "narrow_range"):
             if not isinstance(value := getattr(self, name), bool):
                 raise SpecError(f"Expected True or False. Received: {name}={value!r}.")
-        if isinstance(self.axis, list):  # JSON has no tuples
-            object.__setattr__(self, "axis", tuple(self.axis))
-        if not _is_axis(self.axis):
+        axis: object = self.axis
+        if isinstance(axis, list):  # JSON has no tuples
+            axis = tuple(axis)
+            object.__setattr__(self, "axis", axis)
+        if not _is_axis(axis):
             raise SpecError(
                 "Expected axis to be an int, a tuple of distinct ints, 'channel' or None. "
-                f"Received: axis={self.axis!r}."
+                f"Received: axis={axis!r}."
             )
         if self.axis is not None and not self.symmetric:
             raise SpecError(

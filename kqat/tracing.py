@@ -306,7 +306,10 @@ def _call_options(layer: Any, kwargs: dict[str, Any], forced: dict[str, Any]) ->
     Raises:
         ModelError: if a mask is passed, or `training=True`.
     """
-    if kwargs.get("training"):
+    parameters = inspect.signature(layer.call).parameters
+    # Keras records the default of its preprocessing layers, which is True.
+    default = parameters["training"].default if "training" in parameters else None
+    if kwargs.get("training") and not default:
         raise ModelError(
             f"Expected layers that compute as inference does when they ship. Received: "
             f"training=True in the call of '{layer.name}'. Call it without `training`."
@@ -317,7 +320,7 @@ def _call_options(layer: Any, kwargs: dict[str, Any], forced: dict[str, Any]) ->
             f"layer '{layer.name}'. Pad to a fixed length and leave Masking out."
         )
     said = {k: v for k, v in kwargs.items() if not (k in ("mask", "training") and v is None)}
-    if forced and "training" in inspect.signature(layer.call).parameters:
+    if forced and "training" in parameters:
         said = {**said, **forced}
     return said
 

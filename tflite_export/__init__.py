@@ -1,8 +1,8 @@
 """From a trained QAT model to a verified full-integer `.tflite`.
 
-    blob = tflite_export.convert(qat)
-    print(tflite_export.verify(qat, blob, x_test))
-    tflite_export.save(blob, "model.tflite")
+blob = tflite_export.convert(qat)
+print(tflite_export.verify(qat, blob, x_test))
+tflite_export.save(blob, "model.tflite")
 """
 
 from tflite_export.exporting import convert, save

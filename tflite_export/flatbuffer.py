@@ -90,7 +90,7 @@ def write(model: ModelT) -> bytes:
     _check_references(model)
     try:
         packed = _copied(model)
-        packed.buffers = [_AlignedBuffer(data=b.data) for b in packed.buffers]
+        packed.buffers = [_AlignedBuffer(data=b.data) for b in _items(packed.buffers)]
         _set_vector_dtypes(packed)
         size_bytes = sum(len(_raw_bytes(b.data)) for b in packed.buffers if b.data is not None)
         builder = flatbuffers.Builder(size_bytes + 65536)

@@ -4,6 +4,8 @@ No runtime has an int8 table operator, but all have its parts: CAST to int32, AD
 table holds the function's value for every input that eight bits can hold, rounded as in training.
 """
 
+from typing import Any
+
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
@@ -60,7 +62,7 @@ def _lookup(
 
 
 def _tensor(
-    model: ModelT, name: bytes, shape, dtype: int, data: np.ndarray | np.int32 | None = None
+    model: ModelT, name: bytes, shape: Any, dtype: int, data: np.ndarray | np.int32 | None = None
 ) -> int:
     tensor = schema.TensorT()
     tensor.name, tensor.type, tensor.buffer = name, dtype, 0

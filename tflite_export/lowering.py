@@ -11,11 +11,11 @@ from typing import Any
 
 import keras
 
+from kqat.errors import ExportError, LoweringError
 from kqat.freezing import FrozenModel
 from kqat.marking import Marker, Tabulated
 from kqat.tracing import Node, rebuild, trace
 from tflite_export import flatbuffer
-from kqat.errors import ExportError, LoweringError
 from tflite_export.flatbuffer import ModelT
 
 SIGNATURE = "serve"
@@ -63,7 +63,7 @@ def _with_tables(model: keras.Model, computed: frozenset[int]) -> keras.Model:
 def _save(model: keras.Model, folder: str, batch_size: int) -> None:
     import tensorflow as tf
 
-    def serve(*tensors):
+    def serve(*tensors: Any) -> dict[str, Any]:
         inputs = keras.tree.pack_sequence_as(model.input, list(tensors))
         outputs = keras.tree.flatten(model(inputs, training=False))
         # A value that is an output twice, or an input too, needs an operator of its own.

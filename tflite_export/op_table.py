@@ -7,7 +7,7 @@ Sources: the TFLite 8-bit quantization specification
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 LITERT = frozenset({"litert_reference", "litert_builtin", "litert"})
 ALL = LITERT | {"tflite_micro"}
@@ -55,11 +55,11 @@ def _conv(version: int, order: tuple[int, ...], axis: int) -> OpRule:
     )
 
 
-def _own(version: int = 2, **options) -> OpRule:
+def _own(version: int = 2, **options: Any) -> OpRule:
     return OpRule(scales="own", version=version, **options)
 
 
-def _same(version: int = 2, first: bool = True, **options) -> OpRule:
+def _same(version: int = 2, first: bool = True, **options: Any) -> OpRule:
     return OpRule(scales="same", version=version, activations=(0,) if first else None, **options)
 
 

@@ -6,6 +6,7 @@ times weight scale that the TFLite quantization specification demands.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -19,7 +20,7 @@ from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
 from tflite_export.lookup import insert_tables
 from tflite_export.markers import Labels, operator_code, same_grid, take_markers
 from tflite_export.op_table import OP_TABLE, OpRule
-from tflite_export.packing import Bias, Weights, fit_bias
+from tflite_export.packing import Weights, fit_bias
 
 _MOVES = ("RESHAPE", "TRANSPOSE")  # the converter may carry markers across these
 
@@ -54,8 +55,8 @@ class _IntegerPass:
         self.graph = model.subgraphs[0]
         self.labels = labels
         self.weights: dict[bytes, FrozenWeight] = {w.values.tobytes(): w for w in frozen.weights}
-        self.float_operators: set[int] = set()
-        self.placeholders = {id(placeholder) for placeholder, _ in labels.tables}
+        # Identities of the operators that are no integer operators, or not yet.
+        self.untouched = {id(placeholder) for placeholder, _ in labels.tables}
 
     def _rule(self, operator: OperatorT) -> OpRule:
         name = flatbuffer.op_name(self.model, operator)
@@ -92,15 +93,15 @@ class _IntegerPass:
         for operator in self.graph.operators:
             name = flatbuffer.op_name(self.model, operator)
             source = int(operator.inputs[0]) if len(operator.inputs) else -1
-            producer = producers.get(source)
-            options = producer.builtinOptions if producer else None
+            producer: Any = producers.get(source)
             inside = source not in self.labels.sites and source not in self.labels.floats
-            if name in ("RELU", "RELU6") and inside and hasattr(options, "fusedActivationFunction"):
-                options.fusedActivationFunction = getattr(schema.ActivationFunctionType, name)
-                producer.outputs = list(operator.outputs)
-                producers[int(operator.outputs[0])] = producer
-            else:
+            if name not in ("RELU", "RELU6") or not inside or not _may_fuse(producer):
                 kept.append(operator)
+                continue
+            kind = getattr(schema.ActivationFunctionType, name)
+            producer.builtinOptions.fusedActivationFunction = kind
+            producer.outputs = list(operator.outputs)
+            producers[int(operator.outputs[0])] = producer
         self.graph.operators = kept
 
     def spread_scales(self) -> None:
@@ -124,24 +125,22 @@ class _IntegerPass:
         """Tells the operators that compute on floats: those that a float reaches."""
         floats = self.labels.floats
         floats.update(int(t) for t in self.graph.inputs if int(t) not in self.labels.sites)
-        for index, operator in enumerate(self.graph.operators):
+        for operator in self.graph.operators:
             name = flatbuffer.op_name(self.model, operator)
             if name != "QUANTIZE" and self._is_float(operator):
-                self.float_operators.add(index)
+                self.untouched.add(id(operator))
                 floats.update(int(t) for t in operator.outputs)
 
     def convert(self, operator: OperatorT) -> None:
         """Makes one operator an integer one: version, weights, bias; checks its scales."""
-        index = next(i for i, op in enumerate(self.graph.operators) if op is operator)
-        if index in self.float_operators or id(operator) in self.placeholders:
+        if id(operator) in self.untouched:
             return
         rule = self._rule(operator)
         name = flatbuffer.op_name(self.model, operator)
         if name not in ("QUANTIZE", "DEQUANTIZE"):
             self._check_labels(operator, rule, name)
         self._constants(operator, rule)
-        if rule.weights is not None:
-            self._weights_and_bias(operator, rule)
+        self._weights_and_bias(operator, rule)
         self._drop_vast_clamp(operator)
         code = self.model.operatorCodes[operator.opcodeIndex]
         builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
@@ -206,30 +205,33 @@ class _IntegerPass:
         return self.weights[key]
 
     def _weights_and_bias(self, operator: OperatorT, rule: OpRule) -> None:
-        graph, sites = self.graph, self.labels.sites
-        tensor = graph.tensors[int(operator.inputs[rule.weights])]
-        data = flatbuffer.tensor_data(self.model, tensor)
-        if data is None:
-            raise LoweringError(
-                f"Expected constant weights. Received: '{flatbuffer.tensor_name(tensor)}'."
-            )
+        if rule.weights is None:
+            return
+        tensor = self.graph.tensors[int(operator.inputs[rule.weights])]
+        data = self._constant(tensor)
         order = rule.keras_order or tuple(range(data.ndim))
         frozen = self._frozen(data.transpose(order), tensor)
         weights = Weights.in_file(frozen, data.shape, order, rule.channel_axis)
+        position = -1
         if rule.bias is not None and len(operator.inputs) > rule.bias:
             position = int(operator.inputs[rule.bias])
-            if position >= 0:
-                bias_tensor = graph.tensors[position]
-                real = flatbuffer.tensor_data(self.model, bias_tensor)
-                input_scale = sites[int(operator.inputs[rule.activations[0]])].scale
-                weights, bias = fit_bias(weights, real, input_scale)
-                operator.inputs[rule.bias] = self._add_bias(bias_tensor, bias)
+        if position >= 0:
+            like = self.graph.tensors[position]
+            source = self._activations(operator, rule)[0]
+            weights, bias = fit_bias(weights, self._constant(like), self.labels.sites[source].scale)
+            operator.inputs[rule.bias] = self._add(like, bias.integers, bias.scale, 0)
         operator.inputs[rule.weights] = self._add(
             tensor, weights.integers, weights.scale, weights.axis
         )
 
-    def _add_bias(self, like: TensorT, bias: Bias) -> int:
-        return self._add(like, bias.integers, bias.scale, 0)
+    def _constant(self, tensor: TensorT) -> np.ndarray:
+        data = flatbuffer.tensor_data(self.model, tensor)
+        if data is None:
+            raise LoweringError(
+                f"Expected constant weights. Received: '{flatbuffer.tensor_name(tensor)}', which "
+                "is computed."
+            )
+        return data
 
     def _add(self, like: TensorT, data: np.ndarray, scale: np.ndarray, axis: int) -> int:
         """A new constant; the old one may serve another operator with another scale."""
@@ -282,7 +284,11 @@ class _IntegerPass:
         return shape in (full, (math.prod(full[:-1]), *full[-1:]))
 
 
-def quantization(scale, zero_point, axis: int) -> schema.QuantizationParametersT:
+def _may_fuse(producer: OperatorT | None) -> bool:
+    return producer is not None and hasattr(producer.builtinOptions, "fusedActivationFunction")
+
+
+def quantization(scale: Any, zero_point: Any, axis: int) -> schema.QuantizationParametersT:
     """Quantization parameters as the schema has them."""
     params = schema.QuantizationParametersT()
     params.scale = np.asarray(scale, np.float32).reshape(-1)

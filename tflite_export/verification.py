@@ -85,9 +85,7 @@ def _count(model: ModelT) -> tuple[dict[str, int], int]:
             name = flatbuffer.op_name(model, operator)
             counts[name] = counts.get(name, 0) + 1
             used = [int(t) for t in [*operator.inputs, *operator.outputs] if t >= 0]
-            floats += any(
-                flatbuffer.tensor_dtype(graph.tensors[t]) == np.float32 for t in used
-            )
+            floats += any(flatbuffer.tensor_dtype(graph.tensors[t]) == np.float32 for t in used)
     return dict(sorted(counts.items())), floats
 
 
@@ -197,7 +195,9 @@ def _output_sites(frozen: FrozenModel) -> list[int]:
     """Index of the site of each output, -1 for a float one."""
     graph = trace(frozen.model)
     producers = graph.producers()
-    layers = [producers[ref].layer if ref in producers else None for ref in graph.outputs]
+    layers: list[Any] = [
+        producers[ref].layer if ref in producers else None for ref in graph.outputs
+    ]
     return [layer.index if is_marker(layer, "site") else -1 for layer in layers]
 
 
@@ -227,9 +227,7 @@ class _Lockstep:
         self.unmatched: list[str] = []
 
     def run(self, inputs: list[np.ndarray]) -> None:
-        trace(self.frozen.model).run(
-            [keras.ops.convert_to_tensor(x) for x in inputs], self._call
-        )
+        trace(self.frozen.model).run([keras.ops.convert_to_tensor(x) for x in inputs], self._call)
 
     def _call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(node.layer, Marker):

@@ -1,6 +1,7 @@
 """The smallest and the largest value ever seen."""
 
 import dataclasses
+from typing import Any
 
 from keras import ops
 
@@ -12,6 +13,8 @@ class MinMax:
     Reference: Krishnamoorthi 2018, section 3.1 (https://arxiv.org/abs/1806.08342).
     """
 
-    def update(self, low, high, count, batch_low, batch_high):
+    def update(
+        self, low: Any, high: Any, count: Any, batch_low: Any, batch_high: Any
+    ) -> tuple[Any, Any]:
         """The range after one more batch; all arguments are float32 scalars."""
         return ops.minimum(low, batch_low), ops.maximum(high, batch_high)

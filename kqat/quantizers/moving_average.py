@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from keras import ops
 
@@ -32,7 +33,9 @@ class MovingAverage:
                 f"Expected a decay inside (0, 1). Received: decay={self.decay!r}. Use 0.99."
             )
 
-    def update(self, low, high, count, batch_low, batch_high):
+    def update(
+        self, low: Any, high: Any, count: Any, batch_low: Any, batch_high: Any
+    ) -> tuple[Any, Any]:
         """The range after one more batch, `count` of which came before; float32 scalars."""
         # expm1, because 1 - d**t loses its digits where d is near one.
         share = (1.0 - self.decay) / -ops.expm1((count + 1.0) * math.log(self.decay))

@@ -211,5 +211,5 @@ def test_foreign_configs_speak_the_whole_protocol() -> None:
             return []
 
     assert not is_foreign_config(Half())
-    with pytest.raises(PolicyError, match="a tfmot QuantizeConfig. Received: <"):
+    with pytest.raises(PolicyError, match=r"a tfmot QuantizeConfig\. Received: <"):
         resolve_config(Half())

@@ -72,7 +72,7 @@ def test_reading_leaves_the_dict_alone() -> None:
 
 
 def test_foreign_methods_are_not_written() -> None:
-    with pytest.raises(SpecError, match="Expected one of .* Received: 'minmax'"):
+    with pytest.raises(SpecError, match=r"Expected one of .* Received: 'minmax'"):
         range_method_to_dict("minmax")  # type: ignore[arg-type]
 
 

@@ -36,6 +36,13 @@ def nested() -> keras.Model:
     return keras.Model(x, layers.Dense(2, name="dense")(block(x)), name="model")
 
 
+def base() -> keras.Model:
+    """A model, with a model inside, whose layers differ between training and inference."""
+    deep = image_model(layers.BatchNormalization(name="norm"), name="deep")
+    parts = layers.Conv2D(3, 1, name="conv"), deep, layers.Dropout(0.5, name="drop")
+    return image_model(*parts, name="base")
+
+
 def two_by_two() -> keras.Model:
     """Inputs and outputs in dicts."""
     inputs = {"b": keras.Input((6,), name="b"), "a": keras.Input((6,), name="a")}
@@ -129,8 +136,7 @@ def test_lists_stay_lists() -> None:
 def test_an_unnamed_input_bears_its_layers_name() -> None:
     # The tensor's own name counts all tensors of the process, and is not saved.
     model = keras.Sequential([keras.Input((6,)), layers.Dense(2)])
-    assert trace(model).input_names == (model.layers[0].name,) or not model.layers[0].name
-    assert trace(model).input_names[0].startswith("input_layer")
+    assert trace(model).input_names == ("input_layer",)
 
 
 def test_outputs_have_distinct_names() -> None:
@@ -147,12 +153,7 @@ def test_outputs_have_distinct_names() -> None:
 
 def test_training_false_reaches_inner_layers_that_take_it() -> None:
     x = keras.Input((6, 6, 3))
-    inner = image_model(
-        layers.Conv2D(2, 3, name="conv"),
-        image_model(layers.BatchNormalization(name="norm"), name="deep"),
-        name="base",
-    ) if False else _base()
-    graph = trace(keras.Model(x, inner(x, training=False)))
+    graph = trace(keras.Model(x, base()(x, training=False)))
     assert {node.name: node.kwargs for node in graph.nodes} == {
         "base_conv": {},
         "base_deep_norm": {"training": False},
@@ -160,18 +161,11 @@ def test_training_false_reaches_inner_layers_that_take_it() -> None:
     }
 
 
-def _base() -> keras.Model:
-    x = keras.Input((6, 6, 3))
-    y = layers.Conv2D(3, 1, name="conv")(x)
-    y = keras.Sequential([keras.Input((6, 6, 3)), layers.BatchNormalization(name="norm")], name="deep")(y)
-    return keras.Model(x, layers.Dropout(0.5, name="drop")(y), name="base")
-
-
 @pytest.mark.parametrize("outer", [True, False], ids=["model", "layer"])
 def test_training_true_is_refused(outer: bool) -> None:
     x = keras.Input((6, 6, 3))
-    y = _base()(x, training=True) if outer else layers.Dropout(0.5, name="base")(x, training=True)
-    with pytest.raises(ModelError, match=r"training=True in the call of 'base'.*without `training`"):
+    y = base()(x, training=True) if outer else layers.Dropout(0.5, name="base")(x, training=True)
+    with pytest.raises(ModelError, match=r"training=True in the call of 'base'.* without"):
         trace(keras.Model(x, y))
 
 
@@ -282,4 +276,4 @@ def test_the_first_broken_weight_is_named() -> None:
     model = image_model(layers.Conv2D(4, 3, name="conv"), layers.BatchNormalization(name="norm"))
     assert non_finite_variable(model) is None
     model.layers[1].moving_variance.assign([1.0, np.inf, 1.0, 1.0])
-    assert non_finite_variable(model) == "norm/moving_variance"
+    assert non_finite_variable(model) == "model/norm/moving_variance"

@@ -239,9 +239,7 @@ def test_gradient_reaches_everything_through_the_fold(spec: QuantSpec, freeze: b
     names = {v.name for v in wrapped.trainable_variables}
     assert names == {"kernel", "bias", "gamma", "beta"}
     x, upstream = normal(2, *shape), normal(2, 3, 3, 5, seed=3)
-    found = gradients(
-        lambda: wrapped(x, training=True), wrapped.trainable_variables, upstream
-    )
+    found = gradients(lambda: wrapped(x, training=True), wrapped.trainable_variables, upstream)
     for variable, gradient in zip(wrapped.trainable_variables, found, strict=True):
         # The mean over the batch takes away what a bias adds.
         assert np.all(gradient != 0) or (variable.name == "bias" and not freeze)
@@ -262,7 +260,8 @@ def test_config_comes_back(folded: bool) -> None:
     assert copy.get_config() == config
     assert copy.layer.dilation_rate == (2, 2)
     assert copy.weight_specs == {"kernel": per(-1)}
-    assert (copy.normalization.epsilon if copy.normalization else None) == (0.01 if folded else None)
+    assert (copy.normalization is not None) == folded
+    assert not folded or copy.normalization.epsilon == 0.01
     assert copy.freeze_statistics == folded
 
 
@@ -290,7 +289,7 @@ def test_fit_save_and_load_without_custom_objects(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_trains_the_integers_that_freezing_ships(policy: str) -> None:
-    """What the call computes with lies on the grid that `scale` and `on_grid` give outside of it."""
+    """Under Keras's autocasting, `rounded` is asked inside of a call and outside of one."""
     keras.config.set_dtype_policy(policy)
     wrapped = QuantizeWrapper(layers.Dense(64, use_bias=False), {"kernel": per(-1)})
     eye = np.eye(64, dtype=np.float32)

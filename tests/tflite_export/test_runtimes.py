@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert import interpreter as litert
 
 from kqat.errors import ExportError, RuntimeUnavailableError
 from tflite_export import flatbuffer, runtimes
@@ -168,6 +169,29 @@ def test_all_tensors_have_all_samples_and_leave_the_outputs_alone(
     np.testing.assert_array_equal(many.outputs[0], few.outputs[0])
     assert many.arena_bytes == few.arena_bytes
     assert (few.arena_bytes is None) == (runtime != "tflite_micro")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "resolver"),
+    [
+        ("litert_reference", "BUILTIN_REF"),
+        ("litert_builtin", "BUILTIN_WITHOUT_DEFAULT_DELEGATES"),
+        ("litert", "BUILTIN"),
+    ],
+)
+def test_litert_runs_the_kernels_that_were_named(
+    image: bytes, runtime: str, resolver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What the kernels compute depends on the CPU, so only the choice itself can be compared.
+    used, make = [], litert.Interpreter
+
+    def interpreter(**options: Any) -> litert.Interpreter:
+        used.append(options["experimental_op_resolver_type"])
+        return make(**options)
+
+    monkeypatch.setattr(litert, "Interpreter", interpreter)
+    runtimes.run(image, [_pixels(3)], runtime=runtime)
+    assert used == [litert.OpResolverType[resolver]]
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

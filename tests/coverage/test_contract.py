@@ -1,0 +1,236 @@
+"""The contract: what holds for every layer and every graph, from `quantize_model` to the file.
+
+Each case is quantized, trained for a step, saved, converted and verified once; the tests look at
+what came of it.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import kqat
+import tflite_export
+from kqat.registry import ACTIVATIONS, LAYERS, rule_for
+from kqat.reporting import Plan
+from kqat.tracing import Graph, trace
+from tests.coverage import graph_cases, layer_cases
+from tests.coverage.cases import Case, inputs_of
+from tflite_export.lookup import TABLE_OPS
+from tflite_export.op_table import OP_TABLE, missing_kernels
+from tflite_export.verification import DEFAULT_RUNTIMES
+
+CASES = (*layer_cases.CASES, *graph_cases.CASES)
+# One of each kind; the others are slow.
+FAST = ("conv2d_bn_relu6", "activation_gelu", "squeeze_excite", "dicts", "float_middle", "nested")
+SAMPLES = 64
+
+# Lockstep never finds more than one step, and that on no more than this share of an operator's
+# elements, exact ties left out (measured over all cases: 0.3 % at most) …
+USUAL_SHARE = 0.01
+# … except on these.
+SHARES: dict[tuple[str, str], float] = {}
+# A site of few elements says little about a share: that many may differ in any case.
+FEW = 3
+
+
+class Trial:
+    """One case on its way. Each station is reached once, when first asked for."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case, self.folder = case, folder
+
+    @functools.cached_property
+    def model(self) -> keras.Model:
+        """The float model."""
+        keras.utils.set_random_seed(0)
+        return self.case.model()
+
+    @functools.cached_property
+    def x(self) -> Any:
+        return inputs_of(self.model, SAMPLES)
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        return kqat.plan(self.model, self.case.policy)
+
+    @functools.cached_property
+    def trained(self) -> tuple[keras.Model, set[str]]:
+        """The QAT model after a step of training, and the paths of the variables that moved."""
+        qat = kqat.quantize_model(self.model, self.case.policy, calibration_data=self.x)
+        return qat, step(qat, self.x)
+
+    @property
+    def qat(self) -> keras.Model:
+        return self.trained[0]
+
+    @functools.cached_property
+    def frozen(self) -> kqat.FrozenModel:
+        return kqat.freeze(self.qat)
+
+    @functools.cached_property
+    def blob(self) -> bytes:
+        return tflite_export.convert(self.qat, **self.case.io)
+
+    @functools.cached_property
+    def report(self) -> tflite_export.Report:
+        return tflite_export.verify(self.frozen, self.blob, self.x, samples=SAMPLES)
+
+    def load(self) -> keras.Model:
+        """The model from its `.keras` file, without custom objects."""
+        path = self.folder / f"{self.case.name}.keras"
+        if not path.exists():
+            self.qat.save(path)
+        return keras.models.load_model(path)
+
+    def ops(self) -> set[str]:
+        """The integer operators of the file that compute; boundaries and tables left out."""
+        left_out = {"QUANTIZE", "DEQUANTIZE"}
+        if self.frozen.tables:
+            left_out |= set(TABLE_OPS)
+        return set(self.report.operators) - left_out
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(case, id=case.name, marks=() if case.name in FAST else pytest.mark.slow)
+        for case in CASES
+    ],
+)
+def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    return Trial(request.param, tmp_path_factory.mktemp("trial"))
+
+
+def step(qat: keras.Model, x: Any, *callbacks: keras.callbacks.Callback) -> set[str]:
+    """Trains for one step; returns the paths of the variables that moved."""
+    keras.utils.set_random_seed(1)
+    rng = np.random.default_rng(1)
+    y = keras.tree.map_structure(lambda t: rng.normal(size=(SAMPLES, *t.shape[1:])), qat.output)
+    before = {v.path: np.array(v) for v in qat.variables}
+    qat.compile(keras.optimizers.SGD(0.01), keras.tree.map_structure(lambda _: "mse", y))
+    nothing_to_train = (
+        contextlib.nullcontext()
+        if qat.trainable_weights
+        else pytest.warns(UserWarning, match="does not have any trainable weights")
+    )
+    with nothing_to_train:
+        qat.fit(x, y, batch_size=SAMPLES, verbose=0, callbacks=list(callbacks))
+    return {v.path for v in qat.variables if not np.array_equal(before[v.path], v)}
+
+
+def outputs(model: keras.Model, x: Any) -> list[np.ndarray]:
+    return [np.asarray(y) for y in keras.tree.flatten(model(x, training=False))]
+
+
+def quantizers(qat: keras.Model) -> Iterator[kqat.ActivationQuantizer]:
+    yield from (layer for layer in qat.layers if isinstance(layer, kqat.ActivationQuantizer))
+
+
+def ranges(qat: keras.Model) -> set[str]:
+    """Paths of the variables of all quantizers."""
+    return {v.path for layer in quantizers(qat) for v in layer.variables}
+
+
+def test_inputs_and_outputs_are_those_of_the_float_model(trial: Trial) -> None:
+    model, qat = trial.model, trial.qat
+    assert [t.name for t in qat.inputs] == [t.name for t in model.inputs]
+    assert qat.output_names == model.output_names
+    for ours, theirs in ((qat.input, model.input), (qat.output, model.output)):
+        keras.tree.assert_same_structure(ours, theirs)
+        assert [t.shape for t in keras.tree.flatten(ours)] == [
+            t.shape for t in keras.tree.flatten(theirs)
+        ]
+
+
+def test_a_step_of_training_moves_weights_and_ranges(trial: Trial) -> None:
+    qat, moved = trial.trained
+    normalized = {
+        layer.layer.bias.path
+        for layer in qat.layers
+        if isinstance(layer, kqat.QuantizeWrapper)
+        and layer.normalization is not None
+        and layer.layer.use_bias
+    }
+    # What BatchNormalization subtracts again has no gradient but the rounding errors of floats.
+    assert {v.path for v in qat.trainable_weights} - moved <= normalized
+    counts = {layer.count.path for layer in quantizers(qat) if layer.variables}
+    assert counts <= moved
+
+
+def test_the_saved_model_is_the_model(trial: Trial) -> None:
+    loaded = trial.load()
+    for ours, theirs in zip(outputs(loaded, trial.x), outputs(trial.qat, trial.x), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert tflite_export.convert(loaded, **trial.case.io) == trial.blob
+
+
+def test_frozen_ranges_stay(trial: Trial) -> None:
+    second = trial.load()
+    moved = step(second, trial.x, kqat.FreezeObservers(0))
+    assert moved & ranges(second) == set()
+    assert bool(moved) == bool(second.trainable_weights)
+
+
+def test_weights_go_through_a_file_of_their_own(trial: Trial) -> None:
+    path = trial.folder / "qat.weights.h5"
+    trial.qat.save_weights(path)
+    other = inputs_of(trial.model, 32, seed=2)
+    second = kqat.quantize_model(trial.case.model(), trial.case.policy, calibration_data=other)
+    second.load_weights(path)
+    for ours, theirs in zip(outputs(second, trial.x), outputs(trial.qat, trial.x), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_file_holds_the_operators_of_the_case(trial: Trial) -> None:
+    assert trial.report.operators == dict(sorted(trial.case.ops.items()))
+    assert trial.report.float_operators == trial.case.floats
+
+
+def test_the_registry_foresees_the_operators(trial: Trial) -> None:
+    assert trial.ops() - planned(trial.plan) == set()
+    if not trial.case.floats:
+        assert trial.ops() - foreseen(trace(trial.model), trial.plan) == set()
+
+
+def planned(plan: Plan) -> set[str]:
+    return {op for layer in plan.layers for op in layer.ops}
+
+
+def foreseen(graph: Graph, plan: Plan) -> set[str]:
+    """Operators in the rows of the user's layers, and of the layers that stand for `keras.ops`."""
+    ops = set()
+    for node in graph.nodes:
+        if isinstance(node.layer, keras.layers.Layer):
+            ops |= set(rule_for(node.layer, node.name).ops)
+            activation = keras.activations.serialize(getattr(node.layer, "activation", None))
+            ops |= set(ACTIVATIONS[activation].ops) if isinstance(activation, str) else set()
+        else:
+            ops |= {op for layer in plan.layers if layer.origin == node.name for op in layer.ops}
+    return ops
+
+
+@pytest.mark.parametrize("runtime", DEFAULT_RUNTIMES)
+def test_lockstep(trial: Trial, runtime: str) -> None:
+    part = trial.report.on(runtime)
+    missing = missing_kernels(tuple(trial.ops()), runtime)
+    if missing:
+        assert part.problem is not None and runtime in part.problem
+        return
+    assert part.problem is None
+    assert part.unmatched == ()
+    assert part.max_steps <= 1
+    for operator, row in part.by_operator().items():
+        share = SHARES.get((operator, runtime), USUAL_SHARE)
+        assert row.differing - row.ties <= max(FEW, share * row.elements), row
+
+
+def test_a_target_without_a_kernel_refuses_the_layer_before_converting(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one of the file's kernels, TFLite Micro cannot run it, and check_target says so."""
