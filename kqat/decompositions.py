@@ -70,6 +70,24 @@ def split_activation(layer: Any, name: str) -> Decomposed | None:
     return lambda x: activation(linear(x))
 
 
+def dense(layer: Any, name: str) -> Decomposed | None:
+    """As `split_activation`; on more than four axes as a `Dense` on two, between reshapes.
+
+    There the TensorFlow converter adds the bias apart, behind a RESHAPE.
+    """
+    split = split_activation(layer, name)
+    if len(layer.input.shape) <= 4:
+        return split
+    inner = split or duplicate(layer, name)
+
+    def call(x: Any) -> Any:
+        rows = layers.Reshape((int(np.prod(x.shape[1:-1])), x.shape[-1]), name=f"{name}_rows")(x)
+        y = inner(rows)
+        return layers.Reshape((*x.shape[1:-1], y.shape[-1]), name=f"{name}_shape")(y)
+
+    return call
+
+
 def _activation(layer: Any, name: str) -> keras.layers.Layer:
     function = layer.activation
     if isinstance(function, keras.layers.Layer):

@@ -160,7 +160,7 @@ _TABULATED = (
 ACTIVATIONS: dict[str, LayerRule] = {
     "linear": _VANISHES,
     "relu": _own("RELU", clamp="relu"),
-    "relu6": _own("RELU6", clamp="relu6"),
+    "relu6": _own("RELU", clamp="relu6"),
     "leaky_relu": _own("LEAKY_RELU"),
     "elu": _own("ELU"),
     "hard_silu": _own("HARD_SWISH"),
@@ -175,7 +175,9 @@ ACTIVATIONS: dict[str, LayerRule] = {
 }
 
 LAYERS: dict[type, LayerRule] = {
-    layers.Dense: _conv("FULLY_CONNECTED", (-1,), "RESHAPE"),
+    layers.Dense: dataclasses.replace(
+        _conv("FULLY_CONNECTED", (-1,), "RESHAPE"), decompose=decompositions.dense
+    ),
     layers.Conv1D: _conv("CONV_2D", (-1,), "RESHAPE", "PAD"),
     layers.Conv2D: _conv("CONV_2D", (-1,)),
     layers.DepthwiseConv1D: _conv("DEPTHWISE_CONV_2D", (-2, -1), "RESHAPE"),

@@ -134,7 +134,7 @@ def rebuild(
             layers that make them.
     """
     fresh = {
-        ref: keras.Input(batch_shape=ref.shape, dtype=ref.dtype, name=input_name)
+        ref: keras.Input(ref.shape[1:], dtype=ref.dtype, name=input_name)
         for ref, input_name in zip(graph.inputs, graph.input_names, strict=True)
     }
     outputs = graph.run(list(fresh.values()), call)

@@ -93,8 +93,9 @@ def predict(
 def keras_outputs(model: keras.Model, x: np.ndarray) -> np.ndarray:
     """What a model of one input and one output computes from `x`, batch by batch."""
     # Not by `predict`, which traces anew for every model and for every last batch.
-    starts = range(0, len(x), BATCH_SIZE)
-    return np.concatenate([np.asarray(model(x[i : i + BATCH_SIZE], training=False)) for i in starts])
+    batches = (x[start : start + BATCH_SIZE] for start in range(0, len(x), BATCH_SIZE))
+    outputs = [model(_packed(model, [batch]), training=False) for batch in batches]
+    return np.concatenate([np.asarray(y) for y in outputs])
 
 
 def measure_float(name: str, model: keras.Model, test: Samples) -> Row:
@@ -140,7 +141,9 @@ def float_tflite(model: keras.Model) -> bytes:
     signature = [tf.TensorSpec((1, *t.shape[1:]), t.dtype, name=t.name) for t in model.inputs]
     archive = keras.export.ExportArchive()
     archive.track(model)
-    archive.add_endpoint("serve", lambda *inputs: model(*inputs, training=False), signature)
+    archive.add_endpoint(
+        "serve", lambda *inputs: model(_packed(model, inputs), training=False), signature
+    )
     with tempfile.TemporaryDirectory() as folder:
         archive.write_out(folder, verbose=False)
         return tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=["serve"]).convert()
@@ -215,6 +218,11 @@ def save_results(
 
 def _agreement(model: keras.Model, blob: bytes, x: np.ndarray) -> float:
     return accuracy(predict(blob, [x])[0], keras_outputs(model, x).argmax(-1))
+
+
+def _packed(model: keras.Model, inputs: Sequence[Any]) -> Any:
+    """The inputs in the model's own structure: old files have a list of one, and Keras warns."""
+    return keras.tree.pack_sequence_as(model.input, list(inputs))
 
 
 def _to_integers(x: np.ndarray, tensor: Any) -> np.ndarray:

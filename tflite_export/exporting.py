@@ -129,7 +129,9 @@ class _Interface:
         tensor = self.graph.tensors[index]
         wanted = getattr(schema.TensorType, IO_TYPES[io_type])
         if tensor.type == wanted:
-            tensor.name = name.encode()
+            # An input that is an output too keeps its name; the signature has both.
+            if kind == "input" or index not in self.inputs:
+                tensor.name = name.encode()
             return index
         if tensor.type == schema.TensorType.FLOAT32:
             raise ExportError(

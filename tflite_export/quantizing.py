@@ -54,7 +54,9 @@ class _IntegerPass:
         self.model = model
         self.graph = model.subgraphs[0]
         self.labels = labels
-        self.weights: dict[bytes, FrozenWeight] = {w.values.tobytes(): w for w in frozen.weights}
+        self.weights: dict[bytes, list[FrozenWeight]] = {}
+        for weight in frozen.weights:
+            self.weights.setdefault(weight.values.tobytes(), []).append(weight)
         # Identities of the operators that are no integer operators, or not yet.
         self.untouched = {id(placeholder) for placeholder, _ in labels.tables}
 
@@ -189,20 +191,25 @@ class _IntegerPass:
             tensor = self.graph.tensors[int(operator.inputs[position])]
             data = flatbuffer.tensor_data(self.model, tensor)
             if data is not None and data.dtype == np.float32:
-                frozen = self._frozen(data, tensor)
+                frozen = self._frozen(data, tensor, 1)
                 operator.inputs[position] = self._add(
                     tensor, frozen.integers.reshape(data.shape), frozen.scale.reshape(-1), 0
                 )
 
-    def _frozen(self, keras_order: np.ndarray, tensor: TensorT) -> FrozenWeight:
+    def _frozen(self, keras_order: np.ndarray, tensor: TensorT, channels: int) -> FrozenWeight:
+        """The frozen weight of these very bytes, with one scale or one per channel.
+
+        Equal bytes are equal weights, but all-zero kernels of other shapes have them too.
+        """
         key = (np.ascontiguousarray(keras_order) + np.float32(0)).tobytes()
-        if key not in self.weights:
-            raise LoweringError(
-                f"Expected the frozen model's weights. Received: "
-                f"'{flatbuffer.tensor_name(tensor)}' of shape {keras_order.shape}, which the "
-                "converter changed."
-            )
-        return self.weights[key]
+        for weight in self.weights.get(key, ()):
+            if weight.scale.size in (1, channels):
+                return weight
+        raise LoweringError(
+            f"Expected the frozen model's weights. Received: "
+            f"'{flatbuffer.tensor_name(tensor)}' of shape {keras_order.shape}, which the "
+            "converter changed."
+        )
 
     def _weights_and_bias(self, operator: OperatorT, rule: OpRule) -> None:
         if rule.weights is None:
@@ -210,7 +217,8 @@ class _IntegerPass:
         tensor = self.graph.tensors[int(operator.inputs[rule.weights])]
         data = self._constant(tensor)
         order = rule.keras_order or tuple(range(data.ndim))
-        frozen = self._frozen(data.transpose(order), tensor)
+        channels = data.shape[rule.channel_axis] if data.ndim else 1
+        frozen = self._frozen(data.transpose(order), tensor, channels)
         weights = Weights.in_file(frozen, data.shape, order, rule.channel_axis)
         position = -1
         if rule.bias is not None and len(operator.inputs) > rule.bias:

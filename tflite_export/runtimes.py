@@ -310,7 +310,7 @@ def _run_micro(job: _Job, arena_bytes: int) -> tuple[list[np.ndarray], dict[int,
             break
         if not _ARENA_IS_FULL.search(words) or arena_bytes >= _LARGEST_ARENA_BYTES:
             raise _refusal("tflite_micro", f"{_exit_name(child.returncode)}, saying: {words}")
-        arena_bytes *= 2
+        arena_bytes = 2 * max(arena_bytes, _ARENA_ALIGNMENT)
     if (total := _ARENA_TOTAL.search(words)) is None:
         raise _refusal("tflite_micro", f"no arena total in its words: {words}")
     with np.load(io.BytesIO(child.stdout)) as answer:

@@ -14,8 +14,9 @@ import numpy as np
 
 from kqat.errors import ExportError, RuntimeUnavailableError
 from kqat.freezing import FrozenModel, freeze
-from kqat.marking import Marker, Site, is_marker
-from kqat.tracing import Node, trace
+from kqat.marking import Marker, Site, Tabulated, is_marker
+from kqat.registry import Output, rule_for
+from kqat.tracing import Node, Ref, trace
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 from tflite_export.report import OutputAgreement, Report, RuntimeReport, SiteDifference
@@ -116,9 +117,8 @@ class _Tensors:
     def __init__(self, model: ModelT, frozen: FrozenModel):
         self.model = model
         self.graph = model.subgraphs[0]
-        self.producers = {
-            int(o): flatbuffer.op_name(model, op) for op in self.graph.operators for o in op.outputs
-        }
+        self.producers = {int(o): op for op in self.graph.operators for o in op.outputs}
+        self.site_names = {site.name for site in frozen.sites}
         self.by_name: dict[str, list[int]] = {}
         for index, tensor in enumerate(self.graph.tensors):
             self.by_name.setdefault(flatbuffer.tensor_name(tensor), []).append(index)
@@ -134,6 +134,19 @@ class _Tensors:
                 if self._has_grid(tensor, site):
                     return tensor
         return None
+
+    def operator(self, tensor: int) -> str:
+        """The operator that computed a tensor; RESHAPEs that no layer asked for are passed over."""
+        producer = self.producers.get(tensor)
+        if producer is None:
+            return "input"
+        name, source = flatbuffer.op_name(self.model, producer), int(producer.inputs[0])
+        if name == "RESHAPE" and self._name(source) not in self.site_names:
+            return self.operator(source)
+        return name
+
+    def _name(self, tensor: int) -> str:
+        return flatbuffer.tensor_name(self.graph.tensors[tensor])
 
     def _has_grid(self, tensor: int, site: Site) -> bool:
         found = self.graph.tensors[tensor]
@@ -217,31 +230,51 @@ def _rounded_outputs(frozen: FrozenModel, inputs: list[np.ndarray]) -> Any:
 
 
 class _Lockstep:
-    """One walk over the frozen model, each node fed what the runtime computed before it."""
+    """One walk over the frozen model, each node fed what the runtime computed before it.
+
+    Layers that hand integers on as they are (Flatten, then Reshape) may share one tensor of the
+    file, which bears the last one's name. The earlier sites count as compared with that one.
+    """
 
     def __init__(self, frozen: FrozenModel, tensors: _Tensors, found: Mapping[int, np.ndarray]):
         self.frozen = frozen
         self.tensors = tensors
         self.found = found
         self.differences: list[SiteDifference] = []
-        self.unmatched: list[str] = []
+        self.missed: list[str] = []
+        self.waiting: dict[Ref, set[str]] = {}  # value -> missed sites whose integers it carries
+        self.compared: set[str] = set()  # missed sites that a later site stands for …
+        self.used: set[str] = set()  # … and those that were computed with before
+
+    @property
+    def unmatched(self) -> list[str]:
+        """The sites that were not compared."""
+        return [name for name in self.missed if name not in self.compared - self.used]
 
     def run(self, inputs: list[np.ndarray]) -> None:
         trace(self.frozen.model).run([keras.ops.convert_to_tensor(x) for x in inputs], self._call)
 
     def _call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(node.layer, Marker):
-            return node.layer(*args, **kwargs)
+        waiting = {name for ref in node.inputs for name in self.waiting.get(ref, ())}
+        if is_marker(node.layer, "site"):
+            return self._site(node, waiting, args[0])
+        if waiting and _hands_on(node):
+            self.waiting[node.outputs[0]] = waiting
+        else:
+            self.used |= waiting
+        return args[0] if isinstance(node.layer, Marker) else node.layer(*args, **kwargs)
+
+    def _site(self, node: Node, waiting: set[str], value: Any) -> Any:
         index = node.layer.index
-        if node.layer.kind != "site":
-            return args[0]
         site = self.frozen.sites[index]
-        real = np.asarray(args[0])
+        real = np.asarray(value)
         expected = site.integers(real)
         tensor = self.tensors.find(index, site)
         if tensor is None or tensor not in self.found:
-            self.unmatched.append(site.name)
+            self.missed.append(site.name)
+            self.waiting[node.outputs[0]] = waiting | {site.name}
             return keras.ops.convert_to_tensor(site.reals(expected))
+        self.compared |= waiting
         actual = self.found[tensor].reshape(expected.shape).astype(np.float32)
         steps = np.abs(actual - expected)
         # Float arithmetic on 24 bits leaves an exact tie of an 8-bit value this close to one.
@@ -250,7 +283,7 @@ class _Lockstep:
         self.differences.append(
             SiteDifference(
                 name=site.name,
-                operator=self.tensors.producers.get(tensor, "input"),
+                operator=self.tensors.operator(tensor),
                 elements=steps.size,
                 max_steps=int(steps.max(initial=0)),
                 differing=int(np.count_nonzero(steps)),
@@ -258,3 +291,11 @@ class _Lockstep:
             )
         )
         return keras.ops.convert_to_tensor(site.reals(actual))
+
+
+def _hands_on(node: Node) -> bool:
+    """Whether the node's output holds its inputs' integers as they are."""
+    if isinstance(node.layer, Marker | Tabulated):
+        return False
+    rule = rule_for(node.layer, node.name)
+    return rule.output is Output.SAME and not rule.rounds

@@ -31,9 +31,9 @@ import keras
 from kqat import decompositions
 from kqat.config import QuantizeConfig, QuantizePolicy, is_foreign_config
 from kqat.errors import PolicyError, UnsupportedLayerError
-from kqat.interop.tfmot_config import DECAY, Wish, read, resolve
+from kqat.interop.tfmot_config import DECAY, Wish, read, resolve, row
 from kqat.quantizers import Fixed, MovingAverage
-from kqat.registry import LayerRule, Output, rule_for
+from kqat.registry import LayerRule, Output
 from kqat.spec import QuantSpec
 from kqat.tracing import Graph, Node, Ref
 
@@ -197,7 +197,7 @@ def _fixed(config: QuantizeConfig) -> tuple[QuantSpec, Fixed | None]:
 
 def _rule(node: Node) -> LayerRule | None:
     try:
-        return rule_for(node.layer, node.name)
+        return row(node.layer)
     except UnsupportedLayerError:
         return None
 
@@ -205,4 +205,4 @@ def _rule(node: Node) -> LayerRule | None:
 def _is_clamp(layer: Any) -> bool:
     if isinstance(layer, keras.layers.ReLU):
         layer = decompositions.relu(layer, layer.name)
-    return rule_for(layer).clamp is not None
+    return row(layer).clamp is not None

@@ -83,7 +83,7 @@ def resolve(wish: Wish, *, fused: bool = False) -> QuantizeConfig | None:
     """
     if not wish.weights and wish.output is None:
         return _quantizes_nothing(wish.layer, fused)
-    rule = rule_for(wish.layer)
+    rule = row(wish.layer)
     if wish.output is not None:
         _check_output(wish.output, rule, wish, fused)
     elif rule.output is Output.OWN and not fused:
@@ -101,12 +101,18 @@ def resolve(wish: Wish, *, fused: bool = False) -> QuantizeConfig | None:
         raise PolicyError(f"{error} Asked by {wish.asker} for {wish.where}.") from error
 
 
+def row(layer: Any) -> LayerRule:
+    """The registry's row; an operation, which becomes layers later, has a range of its own."""
+    is_layer = isinstance(layer, keras.layers.Layer)
+    return rule_for(layer) if is_layer else LayerRule(output=Output.OWN)
+
+
 def _quantizes_nothing(layer: Any, fused: bool) -> QuantizeConfig | None:
     try:
-        rule = rule_for(layer)
+        rule = row(layer)
     except UnsupportedLayerError:
         return None
-    if layer.weights and not rule.affine:
+    if _weights_of(layer) and not rule.affine:
         return None
     return QuantizeConfig() if fused or rule.output is not Output.OWN else None
 
@@ -124,8 +130,12 @@ def _ask(config: Any, method: str, layer: Any, where: str) -> list[Any]:
         ) from error
 
 
+def _weights_of(layer: Any) -> list[Any]:
+    return getattr(layer, "weights", [])  # an operation has none
+
+
 def _attributes(layer: Any) -> list[str]:
-    names = [weight.name for weight in layer.weights]
+    names = [weight.name for weight in _weights_of(layer)]
     return [*names, "activation"] if hasattr(layer, "activation") else names
 
 
@@ -151,7 +161,7 @@ def _weights(config: Any, layer: Any, where: str) -> dict[str, QuantSpec]:
         if getattr(layer, name, None) is not weight:
             raise PolicyError(
                 f"Expected get_weights_and_quantizers to return weights of {where}: "
-                f"{[w.name for w in layer.weights]}. Received: {weight!r}."
+                f"{[w.name for w in _weights_of(layer)]}. Received: {weight!r}."
             )
         what = f"weight '{name}' of {where}"
         if _kind(quantizer, what) != NONE:
@@ -270,6 +280,8 @@ def _check_output(output: Grid, rule: LayerRule, wish: Wish, fused: bool) -> Non
     function = getattr(wish.layer, "activation", keras.activations.linear)
     activation = keras.activations.serialize(function)
     inside = "the next layer" if fused else f"its activation {activation}"
+    if not isinstance(wish.layer, keras.layers.Layer):
+        inside, fused = "another layer", True  # which ones an operation becomes is decided later
     if given and (fused or (wish.layer.weights and activation not in ONE_GRID)):
         raise PolicyError(
             f"Expected an observed range for the output of {wish.where}, as {inside} comes after "

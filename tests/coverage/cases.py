@@ -34,7 +34,8 @@ class Case:
         rng = np.random.default_rng(1)
         limits = {
             "bias": (-1.0, 1.0), "beta": (-1.0, 1.0), "moving_mean": (-1.0, 1.0),
-            "gamma": (-1.5, 1.5), "moving_variance": (0.5, 1.5), "alpha": (-0.3, 0.3),
+            "gamma": (-1.5, 1.5), "scale": (0.5, 1.5), "moving_variance": (0.5, 1.5),
+            "alpha": (-0.3, 0.3),
         }  # fmt: skip
         for weight in model.weights:
             if weight.name in limits:
@@ -45,8 +46,10 @@ class Case:
 def inputs_of(model: keras.Model, samples: int, seed: int = 0) -> Any:
     """Random values for the model's inputs, in its input structure."""
     rng = np.random.default_rng(seed)
+    # A Sequential model, which has one input, was never called and so has no `input`.
+    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
     return keras.tree.map_structure(
-        lambda t: rng.normal(scale=3, size=(samples, *t.shape[1:])).astype(np.float32), model.input
+        lambda t: rng.normal(scale=3, size=(samples, *t.shape[1:])).astype(np.float32), structure
     )
 
 

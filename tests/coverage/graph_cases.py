@@ -161,19 +161,38 @@ def _scale_chain(x: Any) -> Any:
     return L.Add()([both, L.Conv2D(8, 1)(cut)])
 
 
-def _operators(x: Any) -> Any:
-    """Operators on tensors and `keras.ops` functions."""
-    left, right = x[:, :4], x[:, 4:]
-    total = keras.ops.relu(left + right) * 0.5 - keras.ops.tanh(left)
-    return keras.ops.concatenate([total, -right], axis=-1)
+def _functions() -> keras.Model:
+    """Every elementwise function of `keras.ops` that the table of operations has."""
+    names = (
+        "relu", "relu6", "sigmoid", "tanh", "silu", "hard_silu", "hard_sigmoid", "hard_tanh",
+        "log_sigmoid", "selu", "softplus", "softsign", "exp", "softmax", "log_softmax",
+        "leaky_relu", "negative", "square",
+    )  # fmt: skip
+    x = keras.Input((8,), name="x")
+    return keras.Model(x, [getattr(keras.ops, name)(x) for name in names])
 
 
-def _shapes(x: Any) -> Any:
-    """`keras.ops` functions that move values, and two that reduce them."""
-    x = keras.ops.transpose(L.Conv2D(4, 1)(x), (0, 2, 1, 3))
-    rows = keras.ops.reshape(x, (-1, 16, 16))
-    mean, top = keras.ops.mean(rows, axis=1), keras.ops.max(rows, axis=1)
-    return keras.ops.maximum(mean, top)
+def _arithmetic() -> keras.Model:
+    """Operators on tensors, on a tensor and a constant, and the functions of two."""
+    x, y = keras.Input((8,), name="x"), keras.Input((8,), name="y")
+    ops = keras.ops
+    tensors = [x + y, x - y, x * y, ops.maximum(x, y), ops.minimum(x, y)]
+    constants = [x + 1.0, 2.0 - x, x * 0.5, x / 4.0, ops.divide(y, 3.0), ops.clip(y, 0, 6)]
+    return keras.Model([x, y], tensors + constants)
+
+
+def _moves() -> keras.Model:
+    """`keras.ops` functions that move, pick and reduce values."""
+    x = keras.Input((4, 6, 3), name="x")
+    ops = keras.ops
+    rows = ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, 6, 12))
+    columns = ops.swapaxes(rows, 1, 2)
+    one = ops.squeeze(ops.expand_dims(columns[:, 2:8], -1), -1)
+    image = ops.image.resize(x, (8, 12), interpolation="nearest")
+    pooled = ops.concatenate(
+        [ops.max_pool(image, 2, 2, "same"), ops.average_pool(image, 2, 2, "same")], axis=-1
+    )
+    return keras.Model(x, [ops.mean(rows, axis=1), ops.max(rows, axis=1), one, pooled])
 
 
 CASES = (
@@ -212,18 +231,9 @@ CASES = (
         CONCATENATION=1,
         ADD=1,
     ),
-    _graph(
-        "operators",
-        lambda: functional((8,), _operators),
-        STRIDED_SLICE=2,
-        ADD=1,
-        RELU=1,
-        MUL=2,
-        TANH=1,
-        SUB=1,
-        CONCATENATION=1,
-    ),
-    _image("shapes", _shapes, CONV_2D=1, TRANSPOSE=1, RESHAPE=1, MEAN=1, REDUCE_MAX=1, MAXIMUM=1),
+    _graph("functions", _functions, RELU=2),
+    _graph("arithmetic", _arithmetic, ADD=2),
+    _graph("moves", _moves, ADD=2),
     _island(
         "float_stem",
         {"stem": None},

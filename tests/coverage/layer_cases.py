@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from keras import layers as L
-from kqat.primitives import Slice
 
+from kqat.primitives import ChannelAffine, Matmul, Mean, ReciprocalSquareRoot, Slice
 from tests.coverage.cases import Case, functional
 
 VECTOR, ROWS, IMAGE, VOLUME = (8,), (8, 3), (8, 8, 3), (4, 6, 8, 3)
@@ -29,6 +29,7 @@ WEIGHTED = (
     _one(
         "dense_4d", (3, 5, 8), lambda x: L.Dense(4, use_bias=False)(x), FULLY_CONNECTED=1, RESHAPE=2
     ),
+    _one("dense_5d", VOLUME, lambda x: L.Dense(4, "relu")(x), FULLY_CONNECTED=1, RESHAPE=2),
     _one("dense_bn", VECTOR, lambda x: _bn(L.Dense(4)(x)), FULLY_CONNECTED=1),
     _one(
         "dense_relu_bn",
@@ -349,9 +350,26 @@ def _vanishing(shape: tuple[int, ...], make: Callable[[], Any]) -> Case:
         return L.Dense(3)(make()(L.Dense(x.shape[-1], "relu")(x)))
 
     name = type(make()).__name__
-    return _one(name, shape, call, FULLY_CONNECTED=2, RESHAPE=4)
+    return _one(name, shape, call, FULLY_CONNECTED=2, RESHAPE=2)
 
 
 VANISHING = tuple(_vanishing(shape, make) for shape, make in _TRAINING_ONLY)
 
-CASES = (*WEIGHTED, *AFFINE, *ACTIVATION, *POOL, *MERGE, *MOVE, *VANISHING)
+# What the registry decomposes into layers with one operator each, and those layers.
+COMPOSITE = (
+    _one("layer_normalization", (5, 8), lambda x: L.LayerNormalization()(x), MEAN=2),
+    _one("rms_normalization", (5, 8), lambda x: L.RMSNormalization()(x), MEAN=1),
+    _one(
+        "einsum_dense",
+        (5, 8),
+        lambda x: L.EinsumDense("abc,cd->abd", (None, 4), "relu", "d")(x),
+        FULLY_CONNECTED=1,
+    ),
+    _one("attention", (5, 8), lambda x: L.MultiHeadAttention(2, 4)(x, x), FULLY_CONNECTED=4),
+    _one("mean", (5, 8), lambda x: Mean(-1)(x), MEAN=1),
+    _one("matmul", (5, 8), lambda x: Matmul(transpose_b=True)([x, L.Dense(8)(x)]), BATCH_MATMUL=1),
+    _one("rsqrt", VECTOR, lambda x: ReciprocalSquareRoot()(L.ReLU()(x)), RELU=1, **TABLE),
+    _one("channel_affine", IMAGE, lambda x: ChannelAffine()(x), DEPTHWISE_CONV_2D=1),
+)
+
+CASES = (*WEIGHTED, *AFFINE, *ACTIVATION, *POOL, *MERGE, *MOVE, *COMPOSITE, *VANISHING)

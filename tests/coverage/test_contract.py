@@ -16,13 +16,13 @@ import pytest
 
 import kqat
 import tflite_export
-from kqat.registry import ACTIVATIONS, LAYERS, rule_for
+from kqat.registry import ACTIVATIONS, rule_for
 from kqat.reporting import Plan
 from kqat.tracing import Graph, trace
 from tests.coverage import graph_cases, layer_cases
 from tests.coverage.cases import Case, inputs_of
 from tflite_export.lookup import TABLE_OPS
-from tflite_export.op_table import OP_TABLE, missing_kernels
+from tflite_export.op_table import missing_kernels
 from tflite_export.verification import DEFAULT_RUNTIMES
 
 CASES = (*layer_cases.CASES, *graph_cases.CASES)

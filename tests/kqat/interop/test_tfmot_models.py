@@ -112,6 +112,21 @@ def test_a_default_speaks_about_every_layer() -> None:
     }
 
 
+def test_a_default_is_not_asked_about_layers_without_an_operator() -> None:
+    model = chain(layers.Dense(4), layers.Dropout(0.1), layers.Dense(3), shape=(8,))
+    assert kqat.plan(model, DefaultDenseQuantizeConfig()).float_layers() == ()
+
+
+def test_weights_without_a_quantizer_stay_float_whatever_follows() -> None:
+    model = chain(layers.Dense(4, name="d"), layers.ReLU(name="relu"), shape=(8,))
+    plan = kqat.plan(model, {"d": Config(), "relu": RANGE})
+    assert plan.float_layers() == ("d",)
+    # A sum has no weights: it joins the kernel that the quantized ReLU ends.
+    x = keras.Input((8,), name="x")
+    model = keras.Model(x, layers.ReLU(name="relu")(layers.Add(name="sum")([x, x])))
+    assert kqat.plan(model, {"sum": Config(), "relu": RANGE}).float_layers() == ()
+
+
 def test_a_kernel_of_several_layers_needs_one_quantizer_at_its_end() -> None:
     model = cnn()
     policy = {"conv": KERNEL, "norm": Config(), "relu": RANGE}
@@ -135,6 +150,20 @@ def test_layers_called_twice_do_not_fuse(shared: str) -> None:
     model = keras.Model(x, layers.ReLU(name="relu")(y))
     with pytest.raises(PolicyError, match=r"quantizer for the output of layer '(conv|other)'"):
         kqat.plan(model, {"conv": KERNEL, "other": KERNEL, "norm": RANGE})
+
+
+def test_operations_have_outputs_like_layers() -> None:
+    x = keras.Input((8,), name="x")
+    y = layers.Dense(8, name="d")(x)
+    model = keras.Model(x, keras.ops.relu(x + y))
+    plan = kqat.plan(model, AnyKernel(output=(average(),)))
+    assert plan.float_layers() == ()
+    assert ranges(plan)["relu"] == kqat.MovingAverage(0.999)
+    assert kqat.plan(model, Config()).float_layers() == ("d", "add", "relu")
+    with pytest.raises(PolicyError, match=r"layer 'add' of type Add, as another layer comes"):
+        kqat.plan(model, {"d": CONV, "add": Config(output=(fixed(0, 1),))})
+    with pytest.raises(PolicyError, match=r"layer 'relu' of type Relu has in Keras 3: neither"):
+        kqat.plan(model, DefaultDenseQuantizeConfig())
 
 
 def test_first_match_decides() -> None:

@@ -1,0 +1,118 @@
+"""Model to `.tflite`: kqat beside TensorFlow's float conversion and its post-training int8.
+
+    python -m benchmarks.convert --rounds 10 --out out/convert.json
+
+All three start from a Keras model in memory, go through a SavedModel of batch size 1 and end with
+the file's bytes. Only the post-training quantizer reads data meanwhile: kqat's ranges are trained.
+"""
+
+import argparse
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import kqat
+import tflite_export
+from benchmarks.networks import NETWORKS, Network
+from benchmarks.timing import Spread, print_table, ratio, take_turns, write_json
+
+SAMPLES = 100
+FLOAT = "float"
+CASES = (FLOAT, "kqat", "post-training int8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints a table and writes JSON."""
+    options = _parser().parse_args(arguments)
+    rounds, samples = (2, 2) if options.smoke else (options.rounds, SAMPLES)
+    results, rows = {}, []
+    for name in options.network:
+        seconds, sizes = measure(NETWORKS[name], rounds, samples)
+        ratios = {case: ratio(seconds, case, FLOAT) for case in CASES}
+        results[name] = {
+            "ratios_to_float": {case: dataclasses.asdict(r) for case, r in ratios.items()},
+            "size_bytes": sizes,
+            "seconds": seconds,
+        }
+        rows += [
+            (name, case, str(Spread.of(seconds[case])), str(ratios[case]), f"{sizes[case]:,}")
+            for case in CASES
+        ]
+    print_table(("network", "case", "seconds (quartiles)", "to float (quartiles)", "bytes"), rows)
+    if options.out:
+        write_json(options.out, {"rounds": rounds, "samples": samples, "networks": results})
+
+
+def measure(
+    network: Network, rounds: int, samples: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every case in every round, and the sizes of the files in bytes."""
+    keras.utils.set_random_seed(0)
+    generator = np.random.default_rng(0)
+    x = generator.uniform(-1.0, 1.0, (samples, *network.input_shape)).astype(np.float32)
+    model = network.build(keras)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    conversions: dict[str, Callable[[], bytes]] = {
+        FLOAT: lambda: _convert(model),
+        "kqat": lambda: tflite_export.convert(qat),
+        "post-training int8": lambda: _convert(model, x),
+    }
+    sizes: dict[str, int] = {}
+    cases = {name: _case(name, run, sizes) for name, run in conversions.items()}
+    return take_turns(cases, rounds, warmup=1), sizes
+
+
+def _case(name: str, run: Callable[[], bytes], sizes: dict[str, int]) -> Callable[[], float]:
+    def timed() -> float:
+        start = time.perf_counter()
+        blob = run()
+        seconds = time.perf_counter() - start
+        sizes[name] = len(blob)
+        return seconds
+
+    return timed
+
+
+def _convert(model: keras.Model, x: np.ndarray | None = None) -> bytes:
+    """The float file of `model`, or with data `x` the converter's own full-integer one."""
+    with tempfile.TemporaryDirectory() as folder:
+        archive = keras.export.ExportArchive()
+        archive.track(model)
+        spec = tf.TensorSpec((1, *model.input_shape[1:]), tf.float32)
+        archive.add_endpoint("serve", model.call, input_signature=[spec])
+        archive.write_out(folder, verbose=False)
+        converter = tf.lite.TFLiteConverter.from_saved_model(os.fspath(folder))
+        if x is not None:
+            _make_integer(converter, x)
+        return converter.convert()
+
+
+def _make_integer(converter: Any, x: np.ndarray) -> None:
+    def samples() -> Iterator[list[np.ndarray]]:
+        yield from ([sample[None]] for sample in x)
+
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = samples
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter.inference_input_type = converter.inference_output_type = tf.int8
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=10, help="runs of each conversion")
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--out", type=Path, help="where to write JSON")
+    parser.add_argument("--smoke", action="store_true", help="two samples, two rounds")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

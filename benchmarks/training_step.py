@@ -1,0 +1,139 @@
+"""One training step of `fit`: kqat and tfmot beside the float models that they start from.
+
+    python -m benchmarks.training_step --rounds 40 --out out/training_step.json
+
+All models of a network start from the same weights, see the same batches and take turns in one
+process. A ratio is taken within a round; a round's time is the median step of a short `fit`.
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from tensorflow_model_optimization.quantization.keras import quantize_model as tfmot_quantize_model
+
+import kqat
+from benchmarks.networks import CLASSES, NETWORKS, Network
+from benchmarks.timing import Spread, print_table, ratio, take_turns, write_json
+
+# TensorFlow takes each small operation for an expensive one, and hands it to another thread,
+# until about 90 steps have taught it better.
+WARMUP_STEPS = 100
+STEPS = 2
+
+# Case, and what it is divided by.
+RATIOS = (
+    ("kqat", "float (Keras 3)"),
+    ("tfmot", "float (tf_keras)"),
+    ("tfmot", "float (Keras 3)"),
+    ("float (tf_keras)", "float (Keras 3)"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints a table and writes JSON."""
+    options = _parser().parse_args(arguments)
+    rounds, warmup_steps = (2, 2) if options.smoke else (options.rounds, WARMUP_STEPS)
+    results, rows = {}, []
+    for name in options.network:
+        network = NETWORKS[name]
+        if options.smoke:
+            network = dataclasses.replace(network, batch_size=2)
+        seconds = measure(network, rounds, warmup_steps)
+        results[name] = summary(seconds)
+        rows += _rows(name, seconds)
+    print_table(("network", "case", "ms per step", "divided by", "ratio (quartiles)"), rows)
+    if options.out:
+        write_json(options.out, {"rounds": rounds, "networks": results})
+
+
+def measure(network: Network, rounds: int, warmup_steps: int) -> dict[str, list[float]]:
+    """Seconds of a training step, for every case in every round."""
+    keras.utils.set_random_seed(0)
+    batches = _batches(network)
+    cases = {
+        name: _case(module, model, batches) for name, (module, model) in _models(network).items()
+    }
+    return take_turns(cases, rounds, warmup=-(-warmup_steps // STEPS))
+
+
+def _models(network: Network) -> dict[str, tuple[ModuleType, Any]]:
+    """Each case's model, compiled, and its Keras."""
+    model, legacy = network.build(keras), network.build(tf_keras)
+    legacy.set_weights(model.get_weights())
+    calibration_data = next(iter(_batches(network)))[0].numpy()
+    models = {
+        "float (Keras 3)": (keras, model),
+        "kqat": (keras, kqat.quantize_model(model, calibration_data=calibration_data)),
+        "float (tf_keras)": (tf_keras, legacy),
+        "tfmot": (tf_keras, tfmot_quantize_model(legacy)),
+    }
+    for module, compiled in models.values():
+        compiled.compile(module.optimizers.Adam(1e-4), "sparse_categorical_crossentropy")
+    return models
+
+
+def _batches(network: Network) -> tf.data.Dataset:
+    generator = np.random.default_rng(0)
+    samples = STEPS * network.batch_size
+    x = generator.uniform(-1.0, 1.0, (samples, *network.input_shape)).astype(np.float32)
+    y = generator.integers(0, CLASSES, samples)
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(network.batch_size).cache()
+
+
+def _case(module: ModuleType, model: Any, batches: tf.data.Dataset) -> Callable[[], float]:
+    def run() -> float:
+        """Seconds of the median step of one `fit`, without what `fit` does around its steps."""
+        started: list[float] = []
+        ended: list[float] = []
+        clock = module.callbacks.LambdaCallback(
+            on_train_batch_begin=lambda batch, logs: started.append(time.perf_counter()),
+            on_train_batch_end=lambda batch, logs: ended.append(time.perf_counter()),
+        )
+        model.fit(batches, epochs=1, shuffle=False, verbose=0, callbacks=[clock])
+        return float(np.median(np.subtract(ended, started)))
+
+    return run
+
+
+def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """What the JSON says of one network: all seconds, and the ratios' quartiles."""
+    ratios = {
+        f"{case} / {reference}": dataclasses.asdict(ratio(seconds, case, reference))
+        for case, reference in RATIOS
+    }
+    return {"ratios": ratios, "seconds_per_step": seconds}
+
+
+def _rows(name: str, seconds: dict[str, list[float]]) -> list[tuple[str, ...]]:
+    return [
+        (
+            name,
+            case,
+            f"{1e3 * Spread.of(seconds[case]).median:.1f}",
+            reference,
+            str(ratio(seconds, case, reference)),
+        )
+        for case, reference in RATIOS
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40, help="runs of each model")
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--out", type=Path, help="where to write JSON")
+    parser.add_argument("--smoke", action="store_true", help="tiny batches, two rounds")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

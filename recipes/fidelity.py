@@ -1,0 +1,295 @@
+"""How true is the integer file to the float model? Five pretrained models, calibration only.
+
+    python -m recipes.fidelity --out out/fidelity [--only mlperf_tiny/ic]
+
+Nothing is trained: ranges are found on some inputs, the model is converted, and four things are
+said of each file:
+
+outputs    float and integer accuracy where there are labelled images; always the signal-to-noise
+           ratio (SQNR) of the outputs against the float model's, in dB,
+               10 log10(sum(float^2) / sum((float - integer)^2)),
+           and how often both name the same class. The vendor's integer file, where there is one,
+           is fed the same inputs.
+operators  all of them, and how many touch a float.
+lockstep   every operator is fed what the runtime computed before it; the largest difference from
+           the Keras model in output steps, and the share of equal values.
+file       bytes, beside the vendor's.
+
+What the inputs are (see also each case below): the images for `ic` and `resnet20` come from
+CIFAR-10's training set, which both models may have seen, so only differences between columns mean
+something. `vww` has no photographs here and gets CIFAR-10 enlarged to 96x96, which holds no person:
+its class agreement says little, its SQNR more. `ad` has one clip, so its ranges are fitted to that
+clip while the vendor's serve a whole data set. `sww` gets the 45 spectrograms on which the vendor
+found its ranges too.
+
+Writes to --out: results.json, and a .tflite and a report for each model.
+"""
+
+import argparse
+import dataclasses
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import kqat
+import tflite_export
+from recipes import data, running
+from recipes.models import digits_cnn
+from tflite_export import Report
+
+RUNTIMES = ("litert_reference", "tflite_micro")
+CALIBRATION_IMAGES = 512
+VWW_IMAGES = 500
+VWW_CALIBRATION_IMAGES = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A pretrained model, what its ranges are found on and what the files are compared on.
+
+    `about` describes `inputs`; `is_classifier` says whether a largest output means something.
+    """
+
+    model: keras.Model
+    about: str
+    calibration: np.ndarray
+    inputs: np.ndarray
+    labels: np.ndarray | None = None
+    vendor: bytes | None = None
+    is_classifier: bool = True
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the recipe with command-line arguments; returns what results.json holds."""
+    options = _options(argv)
+    running.start(options)
+    cases: dict[str, Callable[[], Case]] = {"smoke": _fake} if options.smoke else CASES
+    models = {}
+    for name in [options.only] if options.only else cases:
+        models[name] = _measure(name, cases[name](), options.out)
+        print(f"{_four_lines(name, models[name])}\n", flush=True)
+    print(f"{_table(models)}\n\nequal: the operator whose values equal the Keras model's least often")
+    return running.save_results(options, "fidelity", {"models": models})
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = running.parser(__doc__, out="out/fidelity")
+    parser.add_argument("--data", type=Path, help="folder of data/ and models/ (else KQAT_DATA)")
+    parser.add_argument("--only", choices=tuple(CASES), help="one model (default all)")
+    return parser.parse_args(argv)
+
+
+def _cifar(name: str, vendor: bytes | None) -> Case:
+    images, labels = data.cifar10_lossless()
+    # Of the test set, so that none of the images compared is among them.
+    calibration, _ = data.cifar10_jpeg("test", count=CALIBRATION_IMAGES)
+    return Case(
+        model=data.pretrained(name),
+        about=f"{len(images):,} lossless images of CIFAR-10's training set",
+        calibration=data.model_input(name, calibration),
+        inputs=data.model_input(name, images),
+        labels=labels,
+        vendor=vendor,
+    )
+
+
+def _ic() -> Case:
+    return _cifar("mlperf_tiny/ic", data.vendor_tflite("mlperf_tiny/ic"))
+
+
+def _resnet20() -> Case:
+    return _cifar("cifar_resnet_keras/resnet20", None)
+
+
+def _vww() -> Case:
+    name = "mlperf_tiny/vww"
+    images = data.cifar10_lossless()[0][:VWW_IMAGES]
+    calibration, _ = data.cifar10_jpeg("test", count=VWW_CALIBRATION_IMAGES)
+
+    def enlarged(pixels: np.ndarray) -> np.ndarray:
+        resized = keras.ops.image.resize(pixels, (96, 96), interpolation="bilinear")
+        return data.model_input(name, np.asarray(resized))
+
+    return Case(
+        model=data.pretrained(name),
+        about=f"{len(images)} lossless images of CIFAR-10, enlarged to 96x96",
+        calibration=enlarged(calibration),
+        inputs=enlarged(images),
+        vendor=data.vendor_tflite(name),
+    )
+
+
+def _ad() -> Case:
+    windows = data.ad01_windows()
+    return Case(
+        model=data.pretrained("mlperf_tiny/ad"),
+        about="every other window of one clip",
+        calibration=windows[::2],
+        inputs=windows[1::2],
+        vendor=data.vendor_tflite("mlperf_tiny/ad"),
+        is_classifier=False,
+    )
+
+
+def _sww() -> Case:
+    spectrograms, labels = data.sww_calibration()
+    return Case(
+        model=data.pretrained("mlperf_tiny/sww"),
+        about=f"the vendor's {len(spectrograms)} calibration spectrograms",
+        calibration=spectrograms,
+        inputs=spectrograms,
+        labels=labels,
+        vendor=data.vendor_tflite("mlperf_tiny/sww"),
+    )
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "mlperf_tiny/ic": _ic,
+    "mlperf_tiny/vww": _vww,
+    "mlperf_tiny/ad": _ad,
+    "mlperf_tiny/sww": _sww,
+    "cifar_resnet_keras/resnet20": _resnet20,
+}
+
+
+def _fake() -> Case:
+    """An untrained network and noise; its plain float file stands in for the vendor's."""
+    random = np.random.default_rng(0)
+    x = random.random((32, 8, 8, 1), np.float32)
+    model = digits_cnn()
+    return Case(
+        model=model,
+        about="32 images of noise",
+        calibration=x,
+        inputs=x,
+        labels=random.integers(0, 10, len(x)),
+        vendor=running.float_tflite(model),
+    )
+
+
+def _measure(name: str, case: Case, out: Path) -> dict[str, Any]:
+    """All that is said of one model, as plain JSON types."""
+    qat = kqat.quantize_model(case.model, calibration_data=case.calibration)
+    blob = tflite_export.convert(qat)
+    report = tflite_export.verify(qat, blob, case.inputs, runtimes=RUNTIMES)
+    path = out / name.replace("/", "_")
+    tflite_export.save(blob, path.with_suffix(".tflite"))
+    report.save(path.with_suffix(".json"))
+    expected = running.keras_outputs(case.model, case.inputs)
+    labels = case.labels
+    return {
+        "inputs": case.about,
+        "float_accuracy": None if labels is None else running.accuracy(expected, labels),
+        "kqat": _fidelity(case, blob, expected),
+        "vendor": None if case.vendor is None else _fidelity(case, case.vendor, expected),
+        "operators": report.operators,
+        "float_operators": report.float_operators,
+        "lockstep": {runtime: _lockstep(report, runtime) for runtime in RUNTIMES},
+    }
+
+
+def _fidelity(case: Case, blob: bytes, expected: np.ndarray) -> dict[str, Any]:
+    """One integer file against the float model's outputs."""
+    (found,) = running.predict(blob, [case.inputs])
+    noise = np.sum(np.square(expected - found), dtype=np.float64)
+    signal = np.sum(np.square(expected), dtype=np.float64)
+    labels, agrees = case.labels, running.accuracy(found, expected.argmax(-1))
+    return {
+        "accuracy": None if labels is None else running.accuracy(found, labels),
+        "sqnr_db": float(10 * np.log10(signal / noise)),
+        "top1_agreement": agrees if case.is_classifier else None,
+        "file_bytes": len(blob),
+    }
+
+
+def _lockstep(report: Report, runtime: str) -> dict[str, Any]:
+    part = report.on(runtime)
+    return {
+        "problem": part.problem,
+        "not_compared": list(part.unmatched),
+        "arena_bytes": part.arena_bytes,
+        "max_steps": part.max_steps,
+        "operators": {
+            operator: {"max_steps": steps, "equal_share": 1 - differing / elements}
+            for operator, (elements, differing, steps) in part.by_operator().items()
+        },
+    }
+
+
+def _four_lines(name: str, result: dict[str, Any]) -> str:
+    """The four things that the recipe says of a model, in at most 80 columns."""
+    ours, vendor = result["kqat"], result["vendor"]
+    outputs = f"SQNR {ours['sqnr_db']:.1f} dB" + (
+        "" if vendor is None else f", vendor's {vendor['sqnr_db']:.1f} dB"
+    )
+    if ours["accuracy"] is not None:
+        outputs = (
+            f"accuracy float {running.percent(result['float_accuracy'])}, "
+            f"int8 {running.percent(ours['accuracy'])}"
+            + ("" if vendor is None else f", vendor's {running.percent(vendor['accuracy'])}")
+            + f"; {outputs}"
+        )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in result["operators"].items())
+    size = f"{ours['file_bytes']:,} bytes" + (
+        "" if vendor is None else f", vendor's {vendor['file_bytes']:,}"
+    )
+    return "\n".join(
+        [
+            f"{name}: {result['inputs']}",
+            _line("outputs", outputs),
+            _line("operators", f"{result['float_operators']} float; {kinds}"),
+            *(_line("lockstep", _lockstep_text(*item)) for item in result["lockstep"].items()),
+            _line("file", size),
+        ]
+    )
+
+
+def _line(head: str, text: str) -> str:
+    indent = " " * 12
+    wrapped = textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=indent)
+    return f"  {head:<10}{wrapped[12:]}"
+
+
+def _lockstep_text(runtime: str, found: dict[str, Any]) -> str:
+    if found["problem"] is not None:
+        return f"{runtime}: did not run, {found['problem']}"
+    shares = ", ".join(
+        f"{operator} {100 * row['equal_share']:.2f}"
+        for operator, row in found["operators"].items()
+        if operator != "input"
+    )
+    missing = f"; not compared: {', '.join(found['not_compared'])}" * bool(found["not_compared"])
+    return f"{runtime}: at most {running.steps(found['max_steps'])}; equal, in %: {shares}{missing}"
+
+
+def _table(models: dict[str, dict[str, Any]]) -> str:
+    header = ("", "", "accuracy", "SQNR dB", "agreement", "bytes", "lockstep", "equal")
+    rows: list[tuple[str, ...]] = []
+    for name, result in models.items():
+        lockstep = [found for found in result["lockstep"].values() if found["problem"] is None]
+        shares = [row["equal_share"] for found in lockstep for row in found["operators"].values()]
+        worst = running.steps(max(found["max_steps"] for found in lockstep))
+        own = [("kqat", *_figures(result["kqat"]), worst, running.percent(min(shares)))]
+        if result["float_accuracy"] is not None:
+            own.insert(0, ("float", running.percent(result["float_accuracy"]), *["-"] * 5))
+        if result["vendor"] is not None:
+            own.append(("vendor's", *_figures(result["vendor"]), "-", "-"))
+        rows += [("" if n else name.split("/")[-1], *cells) for n, cells in enumerate(own)]
+    return running.table(header, rows)
+
+
+def _figures(file: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        running.percent(file["accuracy"]),
+        f"{file['sqnr_db']:.1f}",
+        running.percent(file["top1_agreement"]),
+        f"{file['file_bytes']:,}",
+    )
+
+
+if __name__ == "__main__":
+    main()
