@@ -7,10 +7,8 @@ the file's bytes. Only the post-training quantizer reads data meanwhile: kqat's 
 """
 
 import argparse
-import dataclasses
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,20 @@ import tensorflow as tf
 import kqat
 import tflite_export
 from benchmarks.networks import NETWORKS, Network
-from benchmarks.timing import Spread, print_table, ratio, take_turns, write_json
+from benchmarks.timing import (
+    Measured,
+    Seconds,
+    as_json,
+    print_table,
+    ratio,
+    spread,
+    take_turns,
+    write_json,
+)
 
 SAMPLES = 100
-FLOAT = "float"
-CASES = (FLOAT, "kqat", "post-training int8")
+FLOAT, KQAT, PTQ = "float", "kqat", "post-training int8"
+RATIOS = ((KQAT, FLOAT), (PTQ, FLOAT), (KQAT, PTQ))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,26 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rounds, samples = (2, 2) if options.smoke else (options.rounds, SAMPLES)
     results, rows = {}, []
     for name in options.network:
-        seconds, sizes = measure(NETWORKS[name], rounds, samples)
-        ratios = {case: ratio(seconds, case, FLOAT) for case in CASES}
-        results[name] = {
-            "ratios_to_float": {case: dataclasses.asdict(r) for case, r in ratios.items()},
-            "size_bytes": sizes,
-            "seconds": seconds,
-        }
+        measured, sizes = measure(NETWORKS[name], rounds, samples)
+        results[name] = {**as_json(measured, RATIOS), "size_bytes": sizes}
         rows += [
-            (name, case, str(Spread.of(seconds[case])), str(ratios[case]), f"{sizes[case]:,}")
-            for case in CASES
+            (
+                name,
+                case,
+                str(spread(measured, case)),
+                str(ratio(measured, case, FLOAT)),
+                str(ratio(measured, case, FLOAT, "processor")),
+                f"{size:,}",
+            )
+            for case, size in sizes.items()
         ]
-    print_table(("network", "case", "seconds (quartiles)", "to float (quartiles)", "bytes"), rows)
+    print_table(("network", "case", "seconds", "wall / float", "processor / float", "bytes"), rows)
     if options.out:
         write_json(options.out, {"rounds": rounds, "samples": samples, "networks": results})
 
 
-def measure(
-    network: Network, rounds: int, samples: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of every case in every round, and the sizes of the files in bytes."""
+def measure(network: Network, rounds: int, samples: int) -> tuple[Measured, dict[str, int]]:
+    """The seconds of every conversion in every round, and the sizes of the files in bytes."""
     keras.utils.set_random_seed(0)
     generator = np.random.default_rng(0)
     x = generator.uniform(-1.0, 1.0, (samples, *network.input_shape)).astype(np.float32)
@@ -62,21 +69,19 @@ def measure(
     qat = kqat.quantize_model(model, calibration_data=x)
     conversions: dict[str, Callable[[], bytes]] = {
         FLOAT: lambda: _convert(model),
-        "kqat": lambda: tflite_export.convert(qat),
-        "post-training int8": lambda: _convert(model, x),
+        KQAT: lambda: tflite_export.convert(qat),
+        PTQ: lambda: _convert(model, x),
     }
-    sizes: dict[str, int] = {}
-    cases = {name: _case(name, run, sizes) for name, run in conversions.items()}
-    return take_turns(cases, rounds, warmup=1), sizes
+    sizes = {name: len(run()) for name, run in conversions.items()}
+    cases = {name: _case(run) for name, run in conversions.items()}
+    return take_turns(cases, rounds, warmup=0), sizes
 
 
-def _case(name: str, run: Callable[[], bytes], sizes: dict[str, int]) -> Callable[[], float]:
-    def timed() -> float:
-        start = time.perf_counter()
-        blob = run()
-        seconds = time.perf_counter() - start
-        sizes[name] = len(blob)
-        return seconds
+def _case(run: Callable[[], bytes]) -> Callable[[], Seconds]:
+    def timed() -> Seconds:
+        start = Seconds.now()
+        run()
+        return Seconds.now().since(start)
 
     return timed
 

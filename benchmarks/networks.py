@@ -49,9 +49,7 @@ def resnet8(keras: ModuleType) -> Any:
 
 def mobilenet_v2(keras: ModuleType) -> Any:
     """Keras's own MobileNetV2, 0.35 wide, without pretrained weights."""
-    return keras.applications.MobileNetV2(
-        (96, 96, 3), alpha=0.35, weights=None, classes=CLASSES
-    )
+    return keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=CLASSES)
 
 
 NETWORKS = {

@@ -8,7 +8,6 @@ process. A ratio is taken within a round; a round's time is the median step of a
 
 import argparse
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +21,16 @@ from tensorflow_model_optimization.quantization.keras import quantize_model as t
 
 import kqat
 from benchmarks.networks import CLASSES, NETWORKS, Network
-from benchmarks.timing import Spread, print_table, ratio, take_turns, write_json
+from benchmarks.timing import (
+    Measured,
+    Seconds,
+    as_json,
+    print_table,
+    ratio,
+    spread,
+    take_turns,
+    write_json,
+)
 
 # TensorFlow takes each small operation for an expensive one, and hands it to another thread,
 # until about 90 steps have taught it better.
@@ -47,16 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network = NETWORKS[name]
         if options.smoke:
             network = dataclasses.replace(network, batch_size=2)
-        seconds = measure(network, rounds, warmup_steps)
-        results[name] = summary(seconds)
-        rows += _rows(name, seconds)
-    print_table(("network", "case", "ms per step", "divided by", "ratio (quartiles)"), rows)
+        measured = measure(network, rounds, warmup_steps)
+        results[name] = as_json(measured, RATIOS)
+        rows += _rows(name, measured)
+    print_table(("network", "case", "ms per step", "divided by", "wall", "processor"), rows)
     if options.out:
         write_json(options.out, {"rounds": rounds, "networks": results})
 
 
-def measure(network: Network, rounds: int, warmup_steps: int) -> dict[str, list[float]]:
-    """Seconds of a training step, for every case in every round."""
+def measure(network: Network, rounds: int, warmup_steps: int) -> Measured:
+    """The seconds of a training step, for every case in every round."""
     keras.utils.set_random_seed(0)
     batches = _batches(network)
     cases = {
@@ -89,38 +97,30 @@ def _batches(network: Network) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(network.batch_size).cache()
 
 
-def _case(module: ModuleType, model: Any, batches: tf.data.Dataset) -> Callable[[], float]:
-    def run() -> float:
-        """Seconds of the median step of one `fit`, without what `fit` does around its steps."""
-        started: list[float] = []
-        ended: list[float] = []
+def _case(module: ModuleType, model: Any, batches: tf.data.Dataset) -> Callable[[], Seconds]:
+    def run() -> Seconds:
+        """The median step of one `fit`, without what `fit` does around its steps."""
+        started: list[Seconds] = []
+        steps: list[Seconds] = []
         clock = module.callbacks.LambdaCallback(
-            on_train_batch_begin=lambda batch, logs: started.append(time.perf_counter()),
-            on_train_batch_end=lambda batch, logs: ended.append(time.perf_counter()),
+            on_train_batch_begin=lambda batch, logs: started.append(Seconds.now()),
+            on_train_batch_end=lambda batch, logs: steps.append(Seconds.now().since(started[-1])),
         )
         model.fit(batches, epochs=1, shuffle=False, verbose=0, callbacks=[clock])
-        return float(np.median(np.subtract(ended, started)))
+        return Seconds(*(float(s) for s in np.median(steps, axis=0)))
 
     return run
 
 
-def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """What the JSON says of one network: all seconds, and the ratios' quartiles."""
-    ratios = {
-        f"{case} / {reference}": dataclasses.asdict(ratio(seconds, case, reference))
-        for case, reference in RATIOS
-    }
-    return {"ratios": ratios, "seconds_per_step": seconds}
-
-
-def _rows(name: str, seconds: dict[str, list[float]]) -> list[tuple[str, ...]]:
+def _rows(name: str, measured: Measured) -> list[tuple[str, ...]]:
     return [
         (
             name,
             case,
-            f"{1e3 * Spread.of(seconds[case]).median:.1f}",
+            f"{1e3 * spread(measured, case).median:.1f}",
             reference,
-            str(ratio(seconds, case, reference)),
+            str(ratio(measured, case, reference)),
+            str(ratio(measured, case, reference, "processor")),
         )
         for case, reference in RATIOS
     ]

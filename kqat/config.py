@@ -55,11 +55,6 @@ class QuantizeConfig:
                 "Expected an activation grid of 8 bits and one scale per tensor, the only one "
                 f"that this release exports. Received: {self.activation}."
             )
-        if self.activation.symmetric:
-            raise PolicyError(
-                "Expected an activation grid with a zero point of its own, the only one that "
-                f"this release trains. Received: {self.activation}. Use symmetric=False."
-            )
         if self.activation.narrow_range:
             raise PolicyError(
                 "Expected an activation grid with all 256 integers: integer kernels clamp at "

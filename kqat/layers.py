@@ -145,6 +145,7 @@ class ActivationQuantizer(keras.layers.Layer):
         if self.clamp == "relu6":
             batch_high = ops.minimum(batch_high, 6.0)
         batch_low, batch_high = ops.stop_gradient(batch_low), ops.stop_gradient(batch_high)
+        assert not isinstance(self.range_method, Fixed), "a fixed range is never observed"
         new_low, new_high = self.range_method.update(
             low[site], high[site], count[site], batch_low, batch_high
         )

@@ -13,7 +13,7 @@ import keras
 
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import PolicyError
-from kqat.quantizers import Fixed, RangeMethod
+from kqat.quantizers import Fixed, MovingAverage, RangeMethod
 from kqat.registry import LayerRule, Output, rule_for
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
 from kqat.spec import QuantSpec
@@ -97,6 +97,7 @@ class _Planner:
         self.outputs = set(graph.outputs)
         # Policies and messages know the names of the user's layers, not those of their parts.
         user_names = {node: origins[node.layer.name] for node in graph.nodes}
+        self.user_names = user_names
         self.configs = {node.name: configs[user_names[node]] for node in graph.nodes}
         self.rules: dict[Node, LayerRule | None] = {
             node: None if self.configs[node.name] is None else rule_for(node.layer, name)
@@ -256,9 +257,14 @@ class _Planner:
         found: dict[tuple[QuantSpec, RangeMethod], str] = {}
         for name, ref, node in sources:
             config = self.configs[node.name] if node else self.input_configs.get(name)
+            inner = node is not None and self._is_inner(node)
             if config is None:  # an input, or a float layer: its first integer reader decides
-                config = self._reader_config(ref)
-            found.setdefault((config.activation, config.activation_range), name)
+                config, inner = self._reader_config(ref), True
+            method = config.activation_range
+            # A range that is given is that of the layer's own output, of nothing before it.
+            if inner and isinstance(method, Fixed):
+                method = MovingAverage()
+            found.setdefault((config.activation, method), name)
         if len(found) > 1:
             (a, b), (first, second) = list(found)[:2], list(found.values())[:2]
             raise PolicyError(
@@ -266,6 +272,12 @@ class _Planner:
                 f"an operator that demands equal scales. Received: {a} and {b}."
             )
         return next(iter(found))
+
+    def _is_inner(self, node: Node) -> bool:
+        """Whether the node is a part of a user's layer before the last one."""
+        name = self.user_names[node]
+        readers = self.consumers[node.outputs[0]]
+        return any(self.user_names[reader] == name for reader in readers)
 
     def _reader_config(self, ref: Ref) -> QuantizeConfig:
         readers = [reader for reader in self.consumers[ref] if self.rules[reader] is not None]

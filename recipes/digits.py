@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report.save(options.out / "report.json")
     running.show(f"{len(test[0])} images", rows)
     running.explain(rows)
-    print(f"\nWritten to {options.out}: digits.tflite and what belongs to it")
+    print(f"\nWritten to {options.out}")
     return running.save_results(
         options, "digits", {"rows": {row.name: dataclasses.asdict(row) for row in rows}}
     )

@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name in [options.only] if options.only else cases:
         models[name] = _measure(name, cases[name](), options.out)
         print(f"{_four_lines(name, models[name])}\n", flush=True)
-    print(f"{_table(models)}\n\nequal: the operator whose values equal the Keras model's least often")
+    print(
+        f"{_table(models)}\n\nequal: the operator whose values equal the Keras model's least often"
+    )
     return running.save_results(options, "fidelity", {"models": models})
 
 

@@ -128,11 +128,11 @@ def _post_training(inputs: _Inputs, out: Path) -> list[Row]:
 def _fine_tuning(inputs: _Inputs, options: argparse.Namespace) -> list[Row]:
     """The JPEG experiment."""
     images, epochs = inputs.train[0][:CALIBRATION_SAMPLES], options.epochs
-    rows = [running.measure_float("FP32 as it came", inputs.model, inputs.test)]
+    rows = [running.measure_keras("FP32 as it came", inputs.model, inputs.test)]
     adapted = keras.models.clone_model(inputs.model)
     adapted.set_weights(inputs.model.get_weights())
     _fit(adapted, inputs.train, epochs)
-    rows.append(running.measure_float("FP32 adapted", adapted, inputs.test))
+    rows.append(running.measure_keras("FP32 adapted", adapted, inputs.test))
 
     qat = kqat.quantize_model(adapted, calibration_data=images)
     # In the second half ranges and statistics hold still, so it trains the very numbers that ship.
@@ -142,7 +142,7 @@ def _fine_tuning(inputs: _Inputs, options: argparse.Namespace) -> list[Row]:
 
     # QAT copied the weights, so this one may go on from where both stood.
     _fit(adapted, inputs.train, epochs)
-    rows.append(running.measure_float("FP32 further", adapted, inputs.test))
+    rows.append(running.measure_keras("FP32 further", adapted, inputs.test))
     ptq = kqat.quantize_model(adapted, calibration_data=images)
     rows.append(_ship("PTQ of that", ptq, inputs.test))
     rows.append(_ship("QAT of adapted", qat, inputs.test, options.out / "ic_qat"))

@@ -26,7 +26,8 @@ ACCURACY_RUNTIME = "litert"
 BATCH_SIZE = 256
 
 LEGEND = """\
-accuracy   of the .tflite itself, over the whole test set, on LiteRT (XNNPACK)
+accuracy   of the .tflite itself, over the whole test set, on LiteRT (XNNPACK);
+           of the Keras model where no .tflite is shown
 arena      as TFLite Micro uses it on this 64-bit host
 lockstep   largest difference of any operator from the Keras model, in output
            steps, on {runtimes}
@@ -39,7 +40,8 @@ class Row:
     """One file of a table; `None` where there is nothing to say.
 
     Attributes:
-        accuracy: of the file itself on LiteRT, over the whole test split, 0..1.
+        accuracy: of the file itself on LiteRT, over the whole test split, 0..1; without a file,
+            of the Keras model.
         arena_bytes: what TFLite Micro uses on this 64-bit host.
         lockstep_steps: runtime -> largest difference of any value in lockstep, in output steps;
             a runtime that did not run the file is left out.
@@ -49,7 +51,7 @@ class Row:
 
     name: str
     accuracy: float
-    file_bytes: int
+    file_bytes: int | None = None
     arena_bytes: int | None = None
     lockstep_steps: Mapping[str, int] | None = None
     top1_agreement: float | None = None
@@ -98,8 +100,13 @@ def keras_outputs(model: keras.Model, x: np.ndarray) -> np.ndarray:
     return np.concatenate([np.asarray(y) for y in outputs])
 
 
+def measure_keras(name: str, model: keras.Model, test: Samples) -> Row:
+    """The row of a model of one input and one output that is not converted."""
+    return Row(name=name, accuracy=accuracy(keras_outputs(model, test[0]), test[1]))
+
+
 def measure_float(name: str, model: keras.Model, test: Samples) -> Row:
-    """The row of a float model with one input and one output: its plainly converted `.tflite`."""
+    """The row of a float model of one input and one output: its plainly converted `.tflite`."""
     blob = float_tflite(model)
     row = measure_file(name, blob, test)
     return dataclasses.replace(row, top1_agreement=_agreement(model, blob, test[0]))
@@ -156,8 +163,8 @@ def show(title: str, rows: Sequence[Row]) -> None:
         (
             row.name,
             percent(row.accuracy),
-            f"{row.file_bytes:,}",
-            "-" if row.arena_bytes is None else f"{row.arena_bytes:,}",
+            counted(row.file_bytes),
+            counted(row.arena_bytes),
             "-" if row.lockstep_steps is None else steps(max(row.lockstep_steps.values())),
             percent(row.top1_agreement),
         )
@@ -189,6 +196,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def percent(share: float | None) -> str:
     """0.9298 as "92.98 %"."""
     return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def counted(size: int | None) -> str:
+    """50108 as "50,108"."""
+    return "-" if size is None else f"{size:,}"
 
 
 def steps(count: int) -> str:

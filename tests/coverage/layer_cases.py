@@ -355,19 +355,33 @@ def _vanishing(shape: tuple[int, ...], make: Callable[[], Any]) -> Case:
 
 VANISHING = tuple(_vanishing(shape, make) for shape, make in _TRAINING_ONLY)
 
+
+def _product(x: Any) -> Any:
+    return Matmul()([x, L.Permute((2, 1))(L.Dense(8)(x))])
+
+
 # What the registry decomposes into layers with one operator each, and those layers.
+_REST = {"ADD": 1, "CAST": 1, "DEPTHWISE_CONV_2D": 1, "GATHER": 1, "MUL": 2, "RESHAPE": 2}
+_ATTENTION = {"BATCH_MATMUL": 2, "RESHAPE": 6, "SOFTMAX": 1, "TRANSPOSE": 4}
 COMPOSITE = (
-    _one("layer_normalization", (5, 8), lambda x: L.LayerNormalization()(x), MEAN=2),
-    _one("rms_normalization", (5, 8), lambda x: L.RMSNormalization()(x), MEAN=1),
+    _one("layer_norm", (5, 8), lambda x: L.LayerNormalization()(x), MEAN=2, SUB=1, **_REST),
+    _one("rms_norm", (5, 8), lambda x: L.RMSNormalization()(x), MEAN=1, **_REST),
     _one(
         "einsum_dense",
         (5, 8),
         lambda x: L.EinsumDense("abc,cd->abd", (None, 4), "relu", "d")(x),
         FULLY_CONNECTED=1,
+        RESHAPE=2,
     ),
-    _one("attention", (5, 8), lambda x: L.MultiHeadAttention(2, 4)(x, x), FULLY_CONNECTED=4),
+    _one(
+        "attention",
+        (5, 8),
+        lambda x: L.MultiHeadAttention(2, 4)(x, x),
+        FULLY_CONNECTED=4,
+        **_ATTENTION,
+    ),
     _one("mean", (5, 8), lambda x: Mean(-1)(x), MEAN=1),
-    _one("matmul", (5, 8), lambda x: Matmul(transpose_b=True)([x, L.Dense(8)(x)]), BATCH_MATMUL=1),
+    _one("matmul", (5, 8), _product, BATCH_MATMUL=1, FULLY_CONNECTED=1, RESHAPE=2, TRANSPOSE=1),
     _one("rsqrt", VECTOR, lambda x: ReciprocalSquareRoot()(L.ReLU()(x)), RELU=1, **TABLE),
     _one("channel_affine", IMAGE, lambda x: ChannelAffine()(x), DEPTHWISE_CONV_2D=1),
 )

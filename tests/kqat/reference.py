@@ -8,6 +8,7 @@ rounded as exact fractions.
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +20,15 @@ def integers(bits: int, narrow: bool = False) -> tuple[int, int]:
     return -(2 ** (bits - 1)) + int(narrow), 2 ** (bits - 1) - 1
 
 
+def flushed(x: Any) -> np.ndarray:
+    """`x` as TensorFlow reads it: subnormal floats are zero."""
+    return np.where(np.abs(x) < np.finfo(F).tiny, F(0), F(x))
+
+
 def widen(low: float, high: float) -> tuple[np.float32, np.float32]:
     """The range cut to `[-2**126, 2**126]` and to hold zero; `[low, 1]` where it has no width."""
-    low, high = F(max(min(low, 0.0), -(2.0**126))), F(min(max(high, 0.0), 2.0**126))
-    return low, high if high - low >= F(2.0**-100) else F(1)
+    below, above = F(max(min(low, 0.0), -(2.0**126))), F(min(max(high, 0.0), 2.0**126))
+    return F(flushed(below)), F(flushed(above)) if above - below >= F(2.0**-100) else F(1)
 
 
 def nudge(low: np.float32, high: np.float32, bits: int, narrow: bool) -> tuple[np.float32, int]:
@@ -58,11 +64,8 @@ def fake_quantize(
 def passes_gradient(
     x: np.ndarray, low: np.float32, high: np.float32, bits: int, narrow: bool
 ) -> np.ndarray:
-    """Where the gradient with respect to `x` is one; it is zero elsewhere.
-
-    TensorFlow reads subnormal `x` as zero, which a bound of zero does not exclude.
-    """
-    x = np.where(np.abs(x) < np.finfo(F).tiny, F(0), x)
+    """Where the gradient with respect to `x` is one; it is zero elsewhere."""
+    x = flushed(x)
     qmin, qmax = integers(bits, narrow)
     scale, zero_point = nudge(low, high, bits, narrow)
     return (x >= F(qmin - zero_point) * scale) & (x <= F(qmax - zero_point) * scale)

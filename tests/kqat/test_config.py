@@ -97,10 +97,6 @@ def test_config_keeps_no_hold_of_the_users_mapping() -> None:
             "one scale per tensor.* Received: .*axis=-1",
         ),
         (
-            {"activation": QuantSpec(symmetric=True)},
-            "zero point of its own.* Received: .* Use symmetric=False",
-        ),
-        (
             {"activation": QuantSpec(narrow_range=True)},
             "all 256 integers.* Received: .* Use narrow_range=False",
         ),

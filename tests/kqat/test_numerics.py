@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -139,7 +139,10 @@ def test_nan_stays_nan(form: str) -> None:
     np.testing.assert_array_equal(dx, [0.0, 1.0] * 20)
 
 
-@given(low=FINITE | st.just(0.0), high=FINITE | st.just(0.0))
+@example(low=0.0, high=0.0)
+@example(low=-3e38, high=3e38)
+@example(low=-1e-40, high=1e-35)
+@given(low=FINITE, high=FINITE)
 def test_widen_is_the_reference_and_makes_every_range_usable(low: float, high: float) -> None:
     widened = [np.float32(bound) for bound in numerics.widen(*tensors(low, high))]
     # As numbers, not as bits: the least of 0.0 and -0.0 is either, and does not matter.
@@ -215,8 +218,10 @@ def test_nudge_rounds_the_number_below_one_half_down(narrow_range: bool) -> None
     """`0.49999997 + 0.5` is 1 in float32; the kernel's `std::round` does not add."""
     spec = QuantSpec(narrow_range=narrow_range)
     half = np.nextafter(np.float32(0.5), np.float32(0))
-    high = np.float32(spec.qmax - spec.qmin)  # scale 1, up to the low end's share
+    high = np.float32(spec.qmax - spec.qmin) - np.float32(0.5)
     scale, zero_point = numerics.nudge(-half, high, spec)
+    assert scale == 1
+    assert zero_point == spec.qmin + int(narrow_range)  # 1 + 0.49999997 is 1.5 in float32.
     x = np.float32([-np.inf, np.inf])
     y = numerics.fake_quantize(*tensors(x, -half, high), spec).numpy()
     assert_same(y, np.float32([spec.qmin - zero_point, spec.qmax - zero_point]) * scale)

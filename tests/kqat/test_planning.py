@@ -122,7 +122,7 @@ def test_relu_fuses_only_as_the_one_reader() -> None:
 
 def test_relu_fuses_into_no_kernel_that_has_none() -> None:
     plan = image_plan(lambda x: relu(top=6.0)(layers.MaxPooling2D(2, name="pool")(x)))
-    assert layer(plan, "relu").ops == ("RELU6",)
+    assert layer(plan, "relu").ops == ("RELU",)  # RELU6 ships as RELU, see op_table
     assert groups(plan)["relu"].clamp == "relu6"
 
 
@@ -394,3 +394,16 @@ def test_planning_touches_nothing() -> None:
     assert first == second
     assert model.to_json() == before[0]
     np.testing.assert_equal(model.get_weights(), before[1])
+
+
+def test_a_given_range_is_that_of_the_layers_own_output() -> None:
+    inputs = keras.Input((4,), name="x")
+    outputs = keras.layers.Dense(3, activation="elu", name="dense")(inputs)
+    config = kqat.QuantizeConfig(activation_range=kqat.Fixed(-1.0, 3.0))
+    plan = kqat.plan(keras.Model(inputs, outputs), config)
+    methods = {group.name: group.range_method for group in plan.groups}
+    assert methods == {
+        "x_quantizer": kqat.MovingAverage(),
+        "dense_quantizer": kqat.MovingAverage(),
+        "dense_elu_quantizer": kqat.Fixed(-1.0, 3.0),
+    }

@@ -14,7 +14,7 @@ from kqat.errors import ModelError
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 4)).astype(np.float32)
-Y = X[:, :1] * X[:, 1:2]
+Y = X @ RNG.normal(size=(4, 8)).astype(np.float32)
 RANGES = ("/low", "/high", "/count")
 STATISTICS = ("/moving_mean", "/moving_variance")
 LEARNT = ("/kernel", "/gamma", "/beta")
@@ -29,15 +29,15 @@ def float_model() -> keras.Model:
             layers.BatchNormalization(name="folded", momentum=0.8),
             layers.ReLU(name="relu"),
             layers.BatchNormalization(name="alone", momentum=0.8),
-            layers.Dense(1, name="head"),
         ],
         name="model",
     )
 
 
-def quantized() -> keras.Model:
+def quantized(eager: bool = True) -> keras.Model:
+    """Eager steps cost no compilation; in compiled ones, freezing has to compile anew."""
     qat = kqat.quantize_model(float_model(), calibration_data=X[:8])
-    qat.compile(keras.optimizers.Adam(0.05), "mse")
+    qat.compile(keras.optimizers.SGD(0.05), "mse", run_eagerly=eager)
     return qat
 
 
@@ -61,7 +61,6 @@ class Recorder(keras.callbacks.Callback):
 
 def fit(model: keras.Model, *callbacks: Any, epochs: int = 3, **options: Any) -> Recorder:
     recorder = Recorder()
-    # A batch whose values grow within the epoch moves every range in every epoch.
     options = {"batch_size": 16, "verbose": 0, "shuffle": False, **options}
     model.fit(X, Y, epochs=epochs, callbacks=[*callbacks, recorder], **options)
     return recorder
@@ -73,33 +72,31 @@ def ending(moved: set[str], *endings: str) -> set[str]:
 
 def test_without_callbacks_everything_moves() -> None:
     moved = fit(quantized(), epochs=1).moved(0)
-    counts = ending(moved, "/count")
-    assert {path.split("/")[-2] for path in counts} == {
+    assert {path.split("/")[-2] for path in ending(moved, "/count")} == {
         "row_quantizer",
         "relu_quantizer",
         "alone_quantizer",
-        "head_quantizer",
     }
     assert len(ending(moved, *STATISTICS)) == 4
-    assert len(ending(moved, *LEARNT)) == 2 + 2 + 2
+    assert len(ending(moved, *LEARNT)) == 1 + 2 + 2
 
 
 def test_observers_stop_and_the_rest_goes_on() -> None:
-    recorder = fit(quantized(), FreezeObservers(1))
-    assert len(ending(recorder.moved(0), "/count")) == 4
+    recorder = fit(quantized(eager=False), FreezeObservers(1))
+    assert len(ending(recorder.moved(0), "/count")) == 3
     for epoch in (1, 2):
         assert ending(recorder.moved(epoch), *RANGES) == set()
         assert len(ending(recorder.moved(epoch), *STATISTICS)) == 4
-        assert len(ending(recorder.moved(epoch), *LEARNT)) == 6
+        assert len(ending(recorder.moved(epoch), *LEARNT)) == 5
 
 
 def test_statistics_stop_and_the_rest_goes_on() -> None:
-    recorder = fit(quantized(), FreezeBatchNorm(1))
+    recorder = fit(quantized(eager=False), FreezeBatchNorm(1))
     assert len(ending(recorder.moved(0), *STATISTICS)) == 4
     for epoch in (1, 2):
         assert ending(recorder.moved(epoch), *STATISTICS) == set()
-        assert len(ending(recorder.moved(epoch), "/count")) == 4
-        assert len(ending(recorder.moved(epoch), *LEARNT)) == 6
+        assert len(ending(recorder.moved(epoch), "/count")) == 3
+        assert len(ending(recorder.moved(epoch), *LEARNT)) == 5
 
 
 def test_frozen_statistics_are_what_training_computes_with() -> None:
@@ -107,14 +104,7 @@ def test_frozen_statistics_are_what_training_computes_with() -> None:
     qat = quantized()
     fit(qat, FreezeObservers(0), FreezeBatchNorm(0), epochs=1)
     inference = qat.evaluate(X, Y, batch_size=32, verbose=0)
-    training = qat.train_on_batch(X, Y)
-    # One float32 mean, summed in another order.
-    np.testing.assert_allclose(training, inference, rtol=1e-6)
-
-
-def test_epoch_zero_freezes_before_the_first_step() -> None:
-    recorder = fit(quantized(), FreezeObservers(0), FreezeBatchNorm(0), epochs=1)
-    assert ending(recorder.moved(0), *RANGES, *STATISTICS) == set()
+    assert qat.train_on_batch(X, Y) == inference
 
 
 def test_a_later_start_freezes_at_once() -> None:
@@ -129,24 +119,24 @@ def test_callbacks_serve_fit_after_fit() -> None:
     again = fit(first, *callbacks, epochs=1)
     assert ending(again.moved(0), *RANGES, *STATISTICS) == set()
     other = fit(second, *callbacks, epochs=2)
-    assert len(ending(other.moved(0), "/count", *STATISTICS)) == 8
+    assert len(ending(other.moved(0), "/count", *STATISTICS)) == 7
     assert ending(other.moved(1), *RANGES, *STATISTICS) == set()
 
 
 def test_what_was_frozen_stays_so_in_a_saved_model(tmp_path: Path) -> None:
     qat = quantized()
-    fit(qat, FreezeObservers(0), FreezeBatchNorm(0), epochs=1)
-    qat.save(tmp_path / "qat.keras")
-    loaded = keras.models.load_model(tmp_path / "qat.keras")
-    recorder = fit(loaded, epochs=1)
+    recorder = fit(qat, FreezeObservers(0), FreezeBatchNorm(0), epochs=1)
     assert ending(recorder.moved(0), *RANGES, *STATISTICS) == set()
-    assert len(ending(recorder.moved(0), *LEARNT)) == 6
+    qat.save(tmp_path / "qat.keras")
+    recorder = fit(keras.models.load_model(tmp_path / "qat.keras"), epochs=1)
+    assert ending(recorder.moved(0), *RANGES, *STATISTICS) == set()
+    assert len(ending(recorder.moved(0), *LEARNT)) == 5
 
 
 def test_a_model_around_a_quantized_one_is_frozen_too() -> None:
     x = keras.Input((4,))
     outer = keras.Model(x, quantized()(layers.Rescaling(1.0)(x)))
-    outer.compile("sgd", "mse")
+    outer.compile("sgd", "mse", run_eagerly=True)
     recorder = fit(outer, FreezeObservers(0), FreezeBatchNorm(0), epochs=1)
     assert ending(recorder.moved(0), *RANGES, *STATISTICS) == set()
 

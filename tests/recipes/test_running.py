@@ -77,10 +77,7 @@ def test_accuracy_counts_the_largest_outputs() -> None:
 
 def test_a_table_aligns_its_columns() -> None:
     assert running.table(("", "bytes"), [("FP32", "50,108"), ("A name", "7")]) == (
-        "         bytes\n"
-        "------  ------\n"
-        "FP32    50,108\n"
-        "A name       7"
+        "         bytes\n------  ------\nFP32    50,108\nA name       7"
     )
 
 
@@ -91,9 +88,7 @@ def test_percent(share: float | None, text: str) -> None:
     assert running.percent(share) == text
 
 
-def test_start_seeds_and_names_the_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_start_seeds_and_names_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KQAT_DATA", "/before")
     options = argparse.Namespace(seed=3, out=tmp_path / "a" / "b", data=tmp_path)
     draws = []

@@ -1,6 +1,5 @@
 """Models whose layers have tfmot `QuantizeConfig`s: planned, trained, shipped, beside tf_keras."""
 
-import dataclasses
 import subprocess
 import sys
 import warnings
@@ -16,12 +15,10 @@ from keras import layers
 import kqat
 import tflite_export
 from kqat import numerics
-from kqat.calibration import calibrate
 from kqat.errors import PolicyError
 from kqat.interop.tfmot import INPUT_CONFIG, translate_policy
 from kqat.layers import ActivationQuantizer
 from kqat.tracing import trace
-from kqat.wrapping import wrap
 from tests.kqat.interop.configs import (
     AnyKernel,
     Config,
@@ -102,14 +99,8 @@ def test_a_default_speaks_about_every_layer() -> None:
     plan = kqat.plan(cnn(), AnyKernel(output=(average(),)))
     assert plan.float_layers() == ()
     assert {layer.name for layer in plan.layers if layer.weights} == {"conv", "hidden", "head"}
-    average_range = kqat.MovingAverage(0.999)
-    assert ranges(plan) == {
-        "x": average_range,
-        "relu": average_range,
-        "hidden_relu": average_range,
-        "head": average_range,
-        "head_softmax": kqat.Fixed(0.0, 255 / 256),
-    }
+    observed = dict.fromkeys(("x", "relu", "hidden_relu", "head"), kqat.MovingAverage(0.999))
+    assert ranges(plan) == {**observed, "head_softmax": kqat.Fixed(0.0, 255 / 256)}
 
 
 def test_a_default_is_not_asked_about_layers_without_an_operator() -> None:
@@ -183,8 +174,7 @@ def test_first_match_decides() -> None:
 
 
 def test_a_policy_without_tfmot_stays_itself() -> None:
-    policy = kqat.QuantizePolicy()
-    assert translate_policy(policy, trace(cnn())) is policy
+    assert translate_policy(policy := kqat.QuantizePolicy(), trace(cnn())) is policy
 
 
 def test_model_inputs_have_a_quantizer_of_their_own() -> None:
@@ -250,11 +240,8 @@ def test_a_given_symmetric_range_has_its_zero_at_zero() -> None:
 
 
 def test_symmetric_activations_are_shipped_with_zero_point_zero() -> None:
-    plan = kqat.plan(cnn())
-    symmetric = kqat.QuantSpec(symmetric=True)
-    groups = [dataclasses.replace(g, spec=symmetric) if g.is_observed else g for g in plan.groups]
-    qat = wrap(dataclasses.replace(plan, groups=tuple(groups)))
-    calibrate(qat, IMAGES)
+    config = AnyKernel(output=(average(symmetric=True),))
+    qat = kqat.quantize_model(cnn(), config, calibration_data=IMAGES)
     sites = {site.name: site.zero_point for site in kqat.freeze(qat).sites}
     assert {name for name, zero in sites.items() if zero} == {"head_softmax"}
     blob = tflite_export.convert(qat)
@@ -298,5 +285,4 @@ def test_tfmot_rounds_weights_to_the_same_integers(bits: int) -> None:
 def test_tfmot_is_not_imported_with_kqat() -> None:
     code = "import sys, kqat; print({'tf_keras', 'tensorflow_model_optimization'} & {*sys.modules})"
     run = [sys.executable, "-c", code]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert subprocess.check_output(run, cwd=ROOT, text=True).strip() == "set()"
