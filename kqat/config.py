@@ -121,7 +121,12 @@ def _check_weight_spec(name: str, spec: QuantSpec) -> None:
         )
 
 
-PRESETS: dict[str, QuantizeConfig] = {"int8": QuantizeConfig()}
+INT4_WEIGHTS = QuantSpec(bits=4, symmetric=True, narrow_range=True, axis="channel")
+
+PRESETS: dict[str, QuantizeConfig] = {
+    "int8": QuantizeConfig(),
+    "w4a8": QuantizeConfig(weights=INT4_WEIGHTS),
+}
 
 RuleKey = str | type
 ConfigLike = Any  # None, a preset's name, a QuantizeConfig, or a config that interop converts

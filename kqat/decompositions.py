@@ -200,9 +200,7 @@ def upsample_2d(layer: Any, name: str) -> Decomposed:
 
     def resize(x: Any) -> Any:
         height, width = x.shape[1] * layer.size[0], x.shape[2] * layer.size[1]
-        return layers.Resizing(
-            height, width, interpolation=layer.interpolation, name=name
-        )(x)
+        return layers.Resizing(height, width, interpolation=layer.interpolation, name=name)(x)
 
     return resize
 
@@ -277,9 +275,7 @@ def pool_3d(layer: Any, name: str) -> Decomposed:
     stride_d, stride_h, stride_w = layer.strides
     average_pool = isinstance(layer, layers.AveragePooling3D)
     pool = layers.AveragePooling2D if average_pool else layers.MaxPooling2D
-    plane = pool(
-        (height, width), (stride_h, stride_w), layer.padding, name=f"{name}_plane"
-    )
+    plane = pool((height, width), (stride_h, stride_w), layer.padding, name=f"{name}_plane")
     line = pool((depth, 1), (stride_d, 1), layer.padding, name=f"{name}_depth")
 
     def pooled(x: Any) -> Any:

@@ -9,10 +9,14 @@ import numpy as np
 from keras import layers
 
 from kqat.decompositions import Part, clone
-from kqat.errors import UnsupportedLayerError
+from kqat.errors import FreezeError, UnsupportedLayerError
 from kqat.layers import QuantizeWrapper
 from kqat.primitives import ChannelAffine
 from kqat.registry import rule_for
+
+# A channel without weights has no scale of its own. Its bias counts in steps of it, so it is fine;
+# the exporter coarsens it to what int32 holds.
+EMPTY_SCALE = np.float32(2.0**-40)
 
 Frozen = tuple[list["FrozenWeight"], Callable[..., Any]]
 
@@ -45,6 +49,9 @@ def freeze_layer(wrapper: QuantizeWrapper) -> Frozen:
 
     A folded BatchNormalization multiplies channel scales, which leaves the trained integers as
     they are (up to the sign of gamma), and joins the bias; both in float64.
+
+    Raises:
+        FreezeError: if a folded weight or bias overflows float32.
     """
     layer, norm = wrapper.layer, wrapper.normalization
     frozen = [_frozen(wrapper, name) for name in wrapper.weight_specs]
@@ -57,7 +64,9 @@ def freeze_layer(wrapper: QuantizeWrapper) -> Frozen:
     if norm is not None:
         factor, offset = _normalization(norm)
         bias = np.asarray(layer.bias, np.float64) if layer.use_bias else 0.0
-        values = [values[0], (offset + bias * factor).astype(np.float32)]
+        bias = offset + bias * factor
+        _check_fits(bias, layer.name)
+        values = [values[0], bias.astype(np.float32)]
         changes["use_bias"] = True
     return frozen, Part(clone(layer, **changes), values)
 
@@ -73,28 +82,36 @@ def _frozen(wrapper: QuantizeWrapper, name: str) -> FrozenWeight:
             integers = np.where(factor == 0.0, 0.0, integers)
         else:
             integers = integers * np.sign(factor)
-            scale = (scale.astype(np.float64) * np.abs(factor)).astype(np.float32)
-    # A channel without weights has no scale of its own; one is as good as any.
+            folded = scale.astype(np.float64) * np.abs(factor)
+            _check_fits(folded * (2 ** (spec.bits - 1) - 1), wrapper.layer.name)
+            scale = folded.astype(np.float32)
     tiny = scale < np.finfo(np.float32).tiny
     integers = np.where(tiny, 0.0, integers)
     return FrozenWeight(
         name=f"{wrapper.layer.name}/{name}",
         integers=integers.astype(np.int8),
-        scale=np.where(tiny, np.float32(1), scale),
+        scale=np.where(tiny, EMPTY_SCALE, scale),
         bits=spec.bits,
         per_channel=spec.axis is not None,
     )
 
 
+def _check_fits(numbers: np.ndarray, layer_name: str) -> None:
+    if not np.all(np.abs(numbers) <= np.finfo(np.float32).max):
+        raise FreezeError(
+            f"Expected numbers that fit float32. Received: '{layer_name}', whose weights or bias "
+            "do not with its normalization folded in. Give that a larger epsilon."
+        )
+
+
 def _normalization(norm: Any) -> tuple[np.ndarray, np.ndarray]:
     """Factor and offset per channel of a BatchNormalization in inference, in float64."""
-    mean, variance = (
-        np.asarray(v, np.float64) for v in (norm.moving_mean, norm.moving_variance)
-    )
-    factor = 1.0 / np.sqrt(variance + norm.epsilon)
-    if norm.scale:
-        factor = factor * np.asarray(norm.gamma, np.float64)
-    offset = -mean * factor
+    mean, variance = (np.asarray(v, np.float64) for v in (norm.moving_mean, norm.moving_variance))
+    with np.errstate(divide="ignore", invalid="ignore"):  # `_check_fits` looks at it.
+        factor = 1.0 / np.sqrt(variance + norm.epsilon)
+        if norm.scale:
+            factor = factor * np.asarray(norm.gamma, np.float64)
+        offset = -mean * factor
     if norm.center:
         offset = offset + np.asarray(norm.beta, np.float64)
     return factor, offset
@@ -110,8 +127,12 @@ def channelwise(layer: Any, channels: int) -> Frozen:
     Args:
         layer: an affine layer.
         channels: size of the last axis of its input.
+
+    Raises:
+        FreezeError: if a factor or offset overflows float32.
     """
     factor, offset = _affine(layer)
+    _check_fits(np.concatenate([factor, offset]), layer.name)
     if not np.any(offset) and np.all(factor == factor.flat[0]):
         weight = _single_steps(layer.name, factor.flat[:1].reshape(()), False)
         return [weight], layers.Rescaling(float(weight.values), name=layer.name, dtype="float32")
@@ -140,7 +161,7 @@ def _single_steps(name: str, factor: np.ndarray, per_channel: bool) -> FrozenWei
     return FrozenWeight(
         name=f"{name}/scale",
         integers=integers,
-        scale=np.where(scale > 0, scale, np.float32(1)),
+        scale=np.where(scale > 0, scale, EMPTY_SCALE),
         bits=8,
         per_channel=per_channel,
     )

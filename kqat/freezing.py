@@ -90,11 +90,13 @@ def _checked(qat: Any) -> Graph:
     return graph
 
 
-def _is_plumbing(layer: Any, output_names: tuple[str, ...]) -> bool:
+def _is_plumbing(node: Node, output_names: tuple[str, ...]) -> bool:
     """Whether `wrap` put the layer there without an effect on float values."""
+    layer = node.layer
+    if isinstance(layer, ActivationQuantizer):
+        return layer.clamp is None or not node.kwargs.get("observe", True)
     names_output = isinstance(layer, keras.layers.Identity) and layer.name in output_names
-    unclamped = isinstance(layer, ActivationQuantizer) and layer.clamp is None
-    return names_output or unclamped or isinstance(layer, PrecisionBoundary)
+    return names_output or isinstance(layer, PrecisionBoundary)
 
 
 class _Stripper:
@@ -107,14 +109,14 @@ class _Stripper:
         self.copies: dict[int, list[Any]] = {}
         producers = graph.producers()
         for ref, name in zip(graph.outputs, graph.output_names, strict=True):
-            while ref in producers and _is_plumbing(producers[ref].layer, self.output_names):
+            while ref in producers and _is_plumbing(producers[ref], self.output_names):
                 ref = producers[ref].inputs[0]
             self.names.setdefault(ref, name)
 
     def call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
         """The node's float value, symbolic; see `kqat.tracing.Graph.run`."""
         layer, output = node.layer, node.outputs[0]
-        if _is_plumbing(layer, self.output_names):
+        if _is_plumbing(node, self.output_names):
             return args[0]
         if isinstance(layer, ActivationQuantizer):
             name = self._name(layer.name.removesuffix("_quantizer"), output)
@@ -232,11 +234,5 @@ class _Freezer:
             frozen, layer = channelwise(wrapper.layer, channels)
         else:
             frozen, layer = freeze_layer(wrapper)
-        for weight in frozen:
-            if not np.isfinite(weight.scale).all():
-                raise FreezeError(
-                    f"Expected a finite scale. Received: infinity for '{weight.name}' with its "
-                    "BatchNormalization folded in. Give that a larger epsilon."
-                )
         self.weights.extend(frozen)
         return layer

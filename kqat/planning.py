@@ -250,9 +250,7 @@ class _Planner:
         rule = self.rules[node] if node else None
         return rule.clamp if rule else None
 
-    def _agreed(
-        self, sources: list[tuple[str, Ref, Node | None]]
-    ) -> tuple[QuantSpec, RangeMethod]:
+    def _agreed(self, sources: list[tuple[str, Ref, Node | None]]) -> tuple[QuantSpec, RangeMethod]:
         """The one grid and range method that all sources of a group ask for."""
         found: dict[tuple[QuantSpec, RangeMethod], str] = {}
         for name, ref, node in sources:

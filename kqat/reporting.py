@@ -129,4 +129,3 @@ class Plan:
 
 def _spec_text(spec: QuantSpec) -> str:
     return f"int{spec.bits}" + ("" if spec.axis is None else " per channel")
-

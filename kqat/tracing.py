@@ -108,6 +108,11 @@ def trace(model: Any) -> Graph:
     inputs = [Ref(tuple(t.shape), str(t.dtype)) for t in function.inputs]
     by_tensor = {id(t): ref for t, ref in zip(function.inputs, inputs, strict=True)}
     output_struct = _inline(function, dict(by_tensor), _Walk("", nodes, set(), {}))
+    if set(inputs) & set(_refs(output_struct)):
+        raise ModelError(
+            f"Expected outputs that layers compute. Received: model '{model.name}', which hands an "
+            "input on as an output. Leave that out, or put keras.layers.Identity before it."
+        )
     # The layer's name is saved with a model; the tensor's is not.
     input_names = [t._keras_history.operation.name for t in function.inputs]
     taken = set(input_names)
@@ -341,9 +346,7 @@ def _map_tensors(structure: Any, refs: dict[int, Ref]) -> Any:
 
 def fill(structure: Any, function: Callable[[Ref], Any]) -> Any:
     """`structure` with `function(ref)` in place of each ref."""
-    return keras.tree.map_structure(
-        lambda x: function(x) if isinstance(x, Ref) else x, structure
-    )
+    return keras.tree.map_structure(lambda x: function(x) if isinstance(x, Ref) else x, structure)
 
 
 def _refs(structure: Any) -> tuple[Ref, ...]:

@@ -100,9 +100,7 @@ class _Assembly:
 
     def _rounded(self, ref: Ref, tensor: Any) -> Any:
         for rounding in self.plan.roundings.get(ref, ()):
-            tensor = self._quantizer(rounding)(
-                tensor, site=rounding.site, observe=rounding.observe
-            )
+            tensor = self._quantizer(rounding)(tensor, site=rounding.site, observe=rounding.observe)
         return tensor
 
     def _quantizer(self, rounding: Rounding) -> ActivationQuantizer:

@@ -12,7 +12,8 @@ outputs    float and integer accuracy where there are labelled images; always th
            is fed the same inputs.
 operators  all of them, and how many touch a float.
 lockstep   every operator is fed what the runtime computed before it; the largest difference from
-           the Keras model in output steps, and the share of equal values.
+           the Keras model in output steps, and the share of equal values. Ties are values that
+           lie exactly between two steps, where kernels choose either.
 file       bytes, beside the vendor's.
 
 What the inputs are (see also each case below): the images for `ic` and `resnet20` come from
@@ -43,6 +44,10 @@ from tflite_export import Report
 
 RUNTIMES = ("litert_reference", "tflite_micro")
 CALIBRATION_IMAGES = 512
+LEGEND = """\
+accuracy, SQNR and agreement with the float model: on LiteRT (XNNPACK)
+lockstep, equal: the operator that differs most, on LiteRT's reference kernels
+                 and on TFLite Micro"""
 VWW_IMAGES = 500
 VWW_CALIBRATION_IMAGES = 256
 
@@ -72,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name in [options.only] if options.only else cases:
         models[name] = _measure(name, cases[name](), options.out)
         print(f"{_four_lines(name, models[name])}\n", flush=True)
-    print(
-        f"{_table(models)}\n\nequal: the operator whose values equal the Keras model's least often"
-    )
+    print(f"{_table(models)}\n\n{LEGEND}")
     return running.save_results(options, "fidelity", {"models": models})
 
 
@@ -216,8 +219,12 @@ def _lockstep(report: Report, runtime: str) -> dict[str, Any]:
         "arena_bytes": part.arena_bytes,
         "max_steps": part.max_steps,
         "operators": {
-            operator: {"max_steps": steps, "equal_share": 1 - differing / elements}
-            for operator, (elements, differing, steps) in part.by_operator().items()
+            operator: {
+                "max_steps": found.max_steps,
+                "equal_share": 1 - found.differing / found.elements,
+                "tie_share": found.ties / found.elements,
+            }
+            for operator, found in part.by_operator().items()
         },
     }
 
@@ -261,6 +268,7 @@ def _lockstep_text(runtime: str, found: dict[str, Any]) -> str:
         return f"{runtime}: did not run, {found['problem']}"
     shares = ", ".join(
         f"{operator} {100 * row['equal_share']:.2f}"
+        + (f" (+ {100 * row['tie_share']:.2f} ties)" if row["tie_share"] else "")
         for operator, row in found["operators"].items()
         if operator != "input"
     )

@@ -14,7 +14,7 @@ from tflite_export.flatbuffer import ModelT
 from tflite_export.lowering import lower
 from tflite_export.markers import new_operator
 from tflite_export.quantizing import quantization, quantize
-from tflite_export.targets import check_target, computed
+from tflite_export.targets import check_target, computed, runtimes_of
 
 IO_TYPES = {"int8": "INT8", "uint8": "UINT8", "float32": "FLOAT32"}
 IoType = str | Mapping[str, str]
@@ -54,7 +54,8 @@ def convert(
     output_types = _types(inference_output_type, frozen.output_names, "inference_output_type")
     if target is not None:
         check_target(frozen, target)
-    model = quantize(lower(frozen, batch_size, computed(frozen, target)), frozen)
+    marked = lower(frozen, batch_size, computed(frozen, target))
+    model = quantize(marked, frozen, runtimes_of(target))
     _Interface(model, frozen).apply(input_types, output_types)
     return flatbuffer.write(flatbuffer.compact(model))
 

@@ -28,6 +28,10 @@ class OpRule:
         bias: input that carries the bias, int32 of scale input × weights, or `None`.
         ships_as: the operator that takes this one's place in the file.
         fixed: `(scale, zero_point)` of the output where the kernel fixes it.
+        int4: the runtimes whose kernel also takes weights of four bits, packed two a byte.
+        int4_per_tensor: the same for weights with one scale.
+        int4_version: lowest version of the operator that does.
+        least_input_scale: the input's scale must exceed it, or the kernel ends the process.
         runtimes: the runtimes that have the int8 kernel.
     """
 
@@ -40,10 +44,14 @@ class OpRule:
     bias: int | None = None
     ships_as: str | None = None
     fixed: tuple[float, int] | None = None
+    int4: frozenset[str] = frozenset()
+    int4_per_tensor: frozenset[str] = frozenset()
+    int4_version: int = 1
+    least_input_scale: float = 0.0
     runtimes: frozenset[str] = ALL
 
 
-def _conv(version: int, order: tuple[int, ...], axis: int) -> OpRule:
+def _conv(version: int, order: tuple[int, ...], axis: int, **options: Any) -> OpRule:
     return OpRule(
         scales="own",
         version=version,
@@ -52,6 +60,7 @@ def _conv(version: int, order: tuple[int, ...], axis: int) -> OpRule:
         keras_order=order,
         channel_axis=axis,
         bias=2,
+        **options,
     )
 
 
@@ -63,14 +72,20 @@ def _same(version: int = 2, first: bool = True, **options: Any) -> OpRule:
     return OpRule(scales="same", version=version, activations=(0,) if first else None, **options)
 
 
-def _fixed(scale: float, zero_point: int) -> OpRule:
-    return OpRule(scales="fixed", version=2, fixed=(scale, zero_point))
+def _fixed(scale: float, zero_point: int, least: float = 0.0) -> OpRule:
+    return OpRule(
+        scales="fixed", version=2, fixed=(scale, zero_point), least_input_scale=least
+    )
 
 
 OP_TABLE: dict[str, OpRule] = {
-    "CONV_2D": _conv(3, (1, 2, 3, 0), 0),
-    "DEPTHWISE_CONV_2D": _conv(3, (0, 1, 2, 3), 3),
-    "FULLY_CONNECTED": _conv(4, (1, 0), 0),
+    "CONV_2D": _conv(3, (1, 2, 3, 0), 0, int4=ALL, int4_per_tensor=ALL, int4_version=7),
+    "DEPTHWISE_CONV_2D": _conv(
+        3, (0, 1, 2, 3), 3, int4=ALL, int4_per_tensor=ALL, int4_version=7
+    ),
+    "FULLY_CONNECTED": _conv(
+        4, (1, 0), 0, int4=LITERT, int4_per_tensor=ALL, int4_version=10
+    ),
     "TRANSPOSE_CONV": OpRule(
         scales="own", version=2, activations=(2,), weights=1, keras_order=(1, 2, 0, 3), bias=3
     ),
@@ -89,10 +104,10 @@ OP_TABLE: dict[str, OpRule] = {
     "EXP": _own(1, runtimes=LITERT),
     "BATCH_MATMUL": _own(),
     "MEAN": _own(activations=(0,)),
-    "SOFTMAX": _fixed(1 / 256, -128),
+    "SOFTMAX": _fixed(1 / 256, -128, least=2.0**-26),
     "LOGISTIC": _fixed(1 / 256, -128),
     "TANH": _fixed(1 / 128, 0),
-    "LOG_SOFTMAX": _fixed(16 / 256, 127),
+    "LOG_SOFTMAX": _fixed(16 / 256, 127, least=2.0**-26),
     "MAX_POOL_2D": _same(),
     "AVERAGE_POOL_2D": _same(),
     "REDUCE_MAX": _same(),

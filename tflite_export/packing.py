@@ -20,6 +20,7 @@ class Weights:
     integers: np.ndarray
     scale: np.ndarray
     axis: int
+    bits: int = 8
 
     @classmethod
     def in_file(
@@ -28,7 +29,8 @@ class Weights:
         """`frozen` in a tensor of `shape`, whose axes taken in `order` are Keras's order."""
         keras_shape = tuple(shape[a] for a in order)
         integers = frozen.integers.reshape(keras_shape).transpose(np.argsort(order))
-        return cls(np.ascontiguousarray(integers), frozen.scale.reshape(-1), axis)
+        scale = frozen.scale.reshape(-1)
+        return cls(np.ascontiguousarray(integers), scale, axis, frozen.bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,4 +67,16 @@ def _coarser(weights: Weights, scale: np.ndarray) -> Weights:
     if len(scale) > 1:
         shape[weights.axis] = -1
     ratio = (weights.scale.astype(np.float64) / scale.astype(np.float64)).reshape(shape)
-    return Weights(np.rint(weights.integers * ratio).astype(np.int8), scale, weights.axis)
+    integers = np.rint(weights.integers * ratio).astype(np.int8)
+    return dataclasses.replace(weights, integers=integers, scale=scale)
+
+
+def pack_int4(integers: np.ndarray) -> np.ndarray:
+    """Two integers in −8 … 7 a byte, the first in the low half; flat, uint8.
+
+    An odd last one stands alone. Source: the TFLite schema, `TensorType.INT4`.
+    """
+    flat = integers.reshape(-1).astype(np.uint8) & 0x0F
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return flat[0::2] | (flat[1::2] << 4)

@@ -19,23 +19,31 @@ from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
 from tflite_export.lookup import insert_tables
 from tflite_export.markers import Labels, operator_code, same_grid, take_markers
-from tflite_export.op_table import OP_TABLE, OpRule
-from tflite_export.packing import Weights, fit_bias
+from tflite_export.op_table import ALL, OP_TABLE, OpRule
+from tflite_export.packing import Weights, fit_bias, pack_int4
 
 _MOVES = ("RESHAPE", "TRANSPOSE")  # the converter may carry markers across these
 
 
-def quantize(marked: ModelT, frozen: FrozenModel) -> ModelT:
+def quantize(
+    marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL
+) -> ModelT:
     """The integer model of a marked float one, which is consumed.
 
     Tensors bear the names of their sites.
+
+    Args:
+        marked: from `lowering.lower`.
+        frozen: what it was lowered from.
+        runtimes: those that must run it. Weights of four bits or fewer are packed two a byte
+            where all of them have the kernel, and stored as int8 where one does not.
 
     Raises:
         LoweringError: if an operator is not in `OP_TABLE`, a tensor that an integer operator
             reads or writes was not marked, or weights are not those of the frozen model.
     """
     labels = take_markers(marked, frozen.sites)
-    integer_pass = _IntegerPass(marked, frozen, labels)
+    integer_pass = _IntegerPass(marked, frozen, labels, runtimes)
     integer_pass.fuse_clamps()
     integer_pass.spread_scales()
     integer_pass.find_floats()
@@ -50,10 +58,13 @@ def quantize(marked: ModelT, frozen: FrozenModel) -> ModelT:
 class _IntegerPass:
     """The working state of `quantize`."""
 
-    def __init__(self, model: ModelT, frozen: FrozenModel, labels: Labels):
+    def __init__(
+        self, model: ModelT, frozen: FrozenModel, labels: Labels, runtimes: frozenset[str]
+    ):
         self.model = model
         self.graph = model.subgraphs[0]
         self.labels = labels
+        self.runtimes = runtimes
         self.weights: dict[bytes, list[FrozenWeight]] = {}
         for weight in frozen.weights:
             self.weights.setdefault(weight.values.tobytes(), []).append(weight)
@@ -149,6 +160,8 @@ class _IntegerPass:
         if rule.ships_as is not None:
             builtin = getattr(schema.BuiltinOperator, rule.ships_as)
         version = max(code.version, rule.version)
+        if any(self.graph.tensors[int(t)].type == schema.TensorType.INT4 for t in operator.inputs):
+            version = max(version, rule.int4_version)
         operator.opcodeIndex = operator_code(self.model, builtin, version)
 
     def _drop_vast_clamp(self, operator: OperatorT) -> None:
@@ -171,6 +184,14 @@ class _IntegerPass:
                     f"Expected a marked tensor. Received: '{self._name(tensor)}', which {name} "
                     "reads or writes, without a marker: the converter split a layer in a way that "
                     "the registry does not know. Leave the layer float and report this."
+                )
+        for tensor in tensors[:-1]:
+            if sites[tensor].scale <= rule.least_input_scale:
+                raise LoweringError(
+                    f"Expected a scale above {rule.least_input_scale:.3g} into {name}. Received: "
+                    f"{float(sites[tensor].scale):.3g} for '{sites[tensor].name}', whose values "
+                    "hardly differ: the model is untrained, or dead there. Train it, or scale "
+                    "the values up."
                 )
         output = sites[int(operator.outputs[0])]
         if rule.scales == "same" and not all(same_grid(sites[t], output) for t in tensors):
@@ -228,9 +249,16 @@ class _IntegerPass:
             source = self._activations(operator, rule)[0]
             weights, bias = fit_bias(weights, self._constant(like), self.labels.sites[source].scale)
             operator.inputs[rule.bias] = self._add(like, bias.integers, bias.scale, 0)
-        operator.inputs[rule.weights] = self._add(
-            tensor, weights.integers, weights.scale, weights.axis
-        )
+        index = self._add(tensor, weights.integers, weights.scale, weights.axis)
+        operator.inputs[rule.weights] = index
+        if weights.bits <= 4 and self._takes_int4(rule, weights):
+            packed = self.graph.tensors[index]
+            packed.type = schema.TensorType.INT4
+            self.model.buffers[packed.buffer].data = pack_int4(weights.integers)
+
+    def _takes_int4(self, rule: OpRule, weights: Weights) -> bool:
+        per_tensor = weights.scale.size == 1
+        return self.runtimes <= (rule.int4_per_tensor if per_tensor else rule.int4)
 
     def _constant(self, tensor: TensorT) -> np.ndarray:
         data = flatbuffer.tensor_data(self.model, tensor)

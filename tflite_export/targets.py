@@ -28,6 +28,12 @@ TARGETS: dict[str, Target] = {
 }
 
 
+def runtimes_of(target: str | None) -> frozenset[str]:
+    """The runtimes that a file for `target` must run on: without a target, all targets'."""
+    chosen = [TARGETS[target]] if target else TARGETS.values()
+    return frozenset(t.runtime for t in chosen)
+
+
 def check_target(frozen: FrozenModel, name: str) -> None:
     """Names every layer whose operators the target's runtime lacks; nothing is converted.
 
@@ -60,10 +66,9 @@ def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
 
     Without a target, the kernel must be on every target's runtime.
     """
-    chosen = [TARGETS[target]] if target else list(TARGETS.values())
     own = []
     for table in frozen.tables:
         ops = rule_for(table.layer).ops
-        if ops and not any(missing_kernels(ops, t.runtime) for t in chosen):
+        if ops and not any(missing_kernels(ops, runtime) for runtime in runtimes_of(target)):
             own.append(table.index)
     return frozenset(own)

@@ -10,7 +10,7 @@ from keras import layers
 
 from kqat import LayerRule, Output, QuantizeWrapper, QuantSpec, register_layer
 from kqat.errors import UnsupportedLayerError
-from kqat.folding import FrozenWeight, channelwise, freeze_layer
+from kqat.folding import EMPTY_SCALE, FrozenWeight, channelwise, freeze_layer
 from kqat.registry import LAYERS, rule_for
 from tests.kqat import reference
 
@@ -94,7 +94,7 @@ def test_a_fold_is_exact(make: Make, shape: tuple[int, ...], grid: Any) -> None:
         scale = reference.weight_scale(kernel, spec.axis, spec.bits)
         integers = reference.quantize_weight(kernel, scale, spec.bits) * np.sign(along)
         scale = (scale.astype(np.float64) * np.abs(along)).astype(np.float32)
-        scale = np.where(scale == 0, np.float32(1), scale)
+        scale = np.where(scale == 0, EMPTY_SCALE, scale)
     np.testing.assert_array_equal(weight.integers, integers)
     np.testing.assert_array_equal(weight.scale, scale)
     assert (weight.name, weight.bits) == ("layer/kernel", spec.bits)
@@ -141,14 +141,14 @@ def test_a_layer_alone_keeps_its_bias(bias: bool) -> None:
 
 @pytest.mark.parametrize("axis", [None, -1], ids=["per tensor", "per channel"])
 @pytest.mark.parametrize("kernel", [0.0, 1e-44, 1e-38], ids=["zero", "subnormal", "tiny"])
-def test_a_kernel_of_nothing_is_zeros_of_scale_one(kernel: float, axis: Any) -> None:
+def test_a_kernel_of_nothing_is_zeros_on_a_fine_grid(kernel: float, axis: Any) -> None:
     spec = QuantSpec(symmetric=True, narrow_range=True, axis=axis)
     wrapper = QuantizeWrapper(layers.Dense(4), {"kernel": spec})
     wrapper(np.zeros((1, 5), np.float32))
     wrapper.layer.kernel.assign(np.full((5, 4), kernel))
     (weight,), _ = freeze_layer(wrapper)
     assert not weight.integers.any()
-    assert np.all(weight.scale == 1.0)
+    assert np.all(weight.scale == EMPTY_SCALE)
     check_invariants(weight)
 
 

@@ -143,12 +143,18 @@ def test_outputs_have_distinct_names() -> None:
     x = keras.Input((6,), name="x")
     shared = layers.Dense(6, name="dense")
     first = shared(x)
-    model = keras.Model(x, [x, first, first, shared(first)])
+    model = keras.Model(x, [first, first, shared(first)])
     graph = trace(model)
-    assert graph.output_names == ("x_2", "dense", "dense_2", "dense_3")
+    assert graph.output_names == ("dense", "dense_2", "dense_3")
     rebuilt = rebuild(graph, lambda node, *args: node.layer(*args), "again", graph.output_names)
     assert rebuilt.output_names == list(graph.output_names)
     assert trace(rebuilt).output_names == graph.output_names
+
+
+def test_an_input_is_no_output() -> None:
+    x = keras.Input((6,), name="x")
+    with pytest.raises(ModelError, match=r"model 'model', which hands an input on.*Identity"):
+        trace(keras.Model(x, [x, layers.Dense(6)(x)], name="model"))
 
 
 def test_training_false_reaches_inner_layers_that_take_it() -> None:

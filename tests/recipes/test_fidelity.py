@@ -27,7 +27,7 @@ def test_an_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlperf_tiny/ad", "mlperf_tiny/sww"])
+@pytest.mark.parametrize("name", ["mlperf_tiny/vww", "mlperf_tiny/ad", "mlperf_tiny/sww"])
 def test_a_vendors_network_is_kept(shared: Path, tmp_path: Path, name: str) -> None:
     options = ["--only", name, "--data", str(shared), "--out", str(tmp_path)]
     result = fidelity.main(options)["models"][name]
