@@ -72,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the recipe with command-line arguments; returns what results.json holds."""
     options = _options(argv)
     running.start(options)
-    cases: dict[str, Callable[[], Case]] = {"smoke": _fake} if options.smoke else CASES
+    cases = {options.only: CASES[options.only]} if options.only else CASES
     models = {}
-    for name in [options.only] if options.only else cases:
-        models[name] = _measure(name, cases[name](), options.out)
+    for name, read in ({"smoke": _fake} if options.smoke else cases).items():
+        models[name] = _measure(name, read(), options.out)
         print(f"{_four_lines(name, models[name])}\n", flush=True)
     print(f"{_table(models)}\n\n{LEGEND}")
     return running.save_results(options, "fidelity", {"models": models})

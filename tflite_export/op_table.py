@@ -73,19 +73,14 @@ def _same(version: int = 2, first: bool = True, **options: Any) -> OpRule:
 
 
 def _fixed(scale: float, zero_point: int, least: float = 0.0) -> OpRule:
-    return OpRule(
-        scales="fixed", version=2, fixed=(scale, zero_point), least_input_scale=least
-    )
+    return OpRule(scales="fixed", version=2, fixed=(scale, zero_point), least_input_scale=least)
 
 
 OP_TABLE: dict[str, OpRule] = {
     "CONV_2D": _conv(3, (1, 2, 3, 0), 0, int4=ALL, int4_per_tensor=ALL, int4_version=7),
-    "DEPTHWISE_CONV_2D": _conv(
-        3, (0, 1, 2, 3), 3, int4=ALL, int4_per_tensor=ALL, int4_version=7
-    ),
-    "FULLY_CONNECTED": _conv(
-        4, (1, 0), 0, int4=LITERT, int4_per_tensor=ALL, int4_version=10
-    ),
+    # LiteRT's reference resolver computes on four bits but registers no version 7.
+    "DEPTHWISE_CONV_2D": _conv(3, (0, 1, 2, 3), 3, int4=ALL, int4_per_tensor=ALL),
+    "FULLY_CONNECTED": _conv(4, (1, 0), 0, int4=LITERT, int4_per_tensor=ALL, int4_version=10),
     "TRANSPOSE_CONV": OpRule(
         scales="own", version=2, activations=(2,), weights=1, keras_order=(1, 2, 0, 3), bias=3
     ),

@@ -1,0 +1,70 @@
+"""Four-bit weights: packed where the target's kernels take them, int8 where one does not."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from keras import layers
+
+import kqat
+import tflite_export
+from tflite_export import flatbuffer
+from tflite_export.op_table import OP_TABLE
+from tflite_export.packing import pack_int4
+
+ONE_SCALE = kqat.QuantizeConfig(
+    weights=kqat.QuantSpec(bits=4, symmetric=True, narrow_range=True, axis=None)
+)
+INT4, INT8 = schema.TensorType.INT4, schema.TensorType.INT8
+
+# Operator -> a layer that becomes it, and the shape of its input.
+LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "CONV_2D": (lambda: layers.Conv2D(5, 3, bias_initializer="ones"), (6, 6, 3)),
+    "DEPTHWISE_CONV_2D": (lambda: layers.DepthwiseConv2D(3, bias_initializer="ones"), (6, 6, 3)),
+    "FULLY_CONNECTED": (lambda: layers.Dense(5, bias_initializer="ones"), (17,)),
+}
+
+
+@given(hnp.arrays(np.int8, st.integers(0, 33), elements=st.integers(-8, 7)))
+def test_packing_keeps_every_integer(integers: np.ndarray) -> None:
+    packed = pack_int4(integers)
+    assert packed.size == (integers.size + 1) // 2
+    halves = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(-1).astype(np.int8)
+    unpacked = np.where(halves > 7, halves - 16, halves)[: integers.size]
+    np.testing.assert_array_equal(unpacked, integers)
+
+
+def test_every_row_with_int4_has_a_layer() -> None:
+    assert set(LAYERS) == {name for name, rule in OP_TABLE.items() if rule.int4_per_tensor}
+
+
+def _weights(blob: bytes) -> list[int]:
+    model = flatbuffer.read(blob)
+    tensors = model.subgraphs[0].tensors
+    return [
+        tensors[int(op.inputs[1])].type
+        for op in model.subgraphs[0].operators
+        if flatbuffer.op_name(model, op) in LAYERS
+    ]
+
+
+@pytest.mark.parametrize("operator", LAYERS)
+@pytest.mark.parametrize("config", ["w4a8", ONE_SCALE], ids=["per channel", "per tensor"])
+def test_packed_where_all_kernels_take_it(operator: str, config: Any) -> None:
+    make, shape = LAYERS[operator]
+    model = keras.Sequential([keras.Input(shape), make()])
+    x = np.random.default_rng(0).normal(size=(64, *shape)).astype(np.float32)
+    qat = kqat.quantize_model(model, config, calibration_data=x)
+    blob = tflite_export.convert(qat)
+    rule = OP_TABLE[operator]
+    everywhere = "tflite_micro" in (rule.int4 if config == "w4a8" else rule.int4_per_tensor)
+    assert _weights(blob) == [INT4 if everywhere else INT8]
+    assert _weights(tflite_export.convert(qat, target="litert")) == [INT4]
+    report = tflite_export.verify(qat, blob, x, runtimes=tflite_export.RUNTIMES)
+    # One step: kernels round twice where float arithmetic rounds once.
+    assert [(part.problem, part.max_steps <= 1) for part in report.runtimes] == [(None, True)] * 4
