@@ -85,12 +85,13 @@ def _frozen(wrapper: QuantizeWrapper, name: str) -> FrozenWeight:
             folded = scale.astype(np.float64) * np.abs(factor)
             _check_fits(folded * (2 ** (spec.bits - 1) - 1), wrapper.layer.name)
             scale = folded.astype(np.float32)
-    tiny = scale < np.finfo(np.float32).tiny
-    integers = np.where(tiny, 0.0, integers)
+    integers = np.where(scale < np.finfo(np.float32).tiny, 0.0, integers)
+    shared = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
+    empty = ~np.any(integers, axis=shared, keepdims=True)
     return FrozenWeight(
         name=f"{wrapper.layer.name}/{name}",
         integers=integers.astype(np.int8),
-        scale=np.where(tiny, EMPTY_SCALE, scale),
+        scale=np.where(empty, EMPTY_SCALE, scale),
         bits=spec.bits,
         per_channel=spec.axis is not None,
     )

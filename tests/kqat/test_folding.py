@@ -84,6 +84,7 @@ def test_a_fold_is_exact(make: Make, shape: tuple[int, ...], grid: Any) -> None:
     spec = wrapper.weight_specs["kernel"]
     kernel = wrapper.layer.kernel.numpy()
     factor, offset = statistics(wrapper)
+    norm_scale = wrapper.normalization.scale
     along = np.reshape(factor, wrapper.fold_factor().shape)
     if spec.axis is None:
         # The very float32 products that training rounded.
@@ -97,6 +98,7 @@ def test_a_fold_is_exact(make: Make, shape: tuple[int, ...], grid: Any) -> None:
         scale = np.where(scale == 0, EMPTY_SCALE, scale)
     np.testing.assert_array_equal(weight.integers, integers)
     np.testing.assert_array_equal(weight.scale, scale)
+    assert np.any(weight.scale == EMPTY_SCALE) == (spec.axis is not None and norm_scale)
     assert (weight.name, weight.bits) == ("layer/kernel", spec.bits)
     assert weight.per_channel == (spec.axis is not None)
     check_invariants(weight)
