@@ -9,7 +9,7 @@
 """
 
 from kqat.annotating import quantize_annotate_layer, quantize_apply
-from kqat.api import PolicyWarning, RangeWarning, plan, quantize_model
+from kqat.api import PolicyWarning, RangeWarning, TrainerWarning, plan, quantize_model
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import (
     CalibrationError,
@@ -63,6 +63,7 @@ __all__ = [
     "RuntimeUnavailableError",
     "SpecError",
     "TargetError",
+    "TrainerWarning",
     "UnsupportedLayerError",
     "freeze",
     "plan",

@@ -23,6 +23,13 @@ class RangeWarning(UserWarning):
     """Ranges will start from the first training batches."""
 
 
+class TrainerWarning(UserWarning):
+    """The model's own training step does not come along."""
+
+
+_TRAINER_METHODS = ("train_step", "test_step", "compute_loss")
+
+
 def plan(model: keras.Model, policy: Any = "int8") -> Plan:
     """Everything that `quantize_model` would do to `model`, before a weight is touched.
 
@@ -67,6 +74,14 @@ def quantize_model(
         warnings.warn(
             f"The policy's rule {rule!r} matched no layer of '{model.name}'.",
             PolicyWarning,
+            stacklevel=2,
+        )
+    own = [m for m in _TRAINER_METHODS if getattr(type(model), m) is not getattr(keras.Model, m)]
+    if own:
+        warnings.warn(
+            f"'{model.name}' of type {type(model).__name__} has {' and '.join(own)} of its own; "
+            "the QAT model is a plain keras.Model and trains without. Write the loop around it.",
+            TrainerWarning,
             stacklevel=2,
         )
     if not decided.groups:

@@ -21,8 +21,11 @@ def layer_normalization(layer: Any, name: str) -> Decomposed:
     Reference: Ba et al. 2016, section 3 (https://arxiv.org/abs/1607.06450).
     """
     _check_last_axis(layer, name)
-    pair = _gamma_beta(layer)
-    affine = Part(ChannelAffine(name=name), pair) if pair else None
+    if layer.get_config().get("rms_scaling"):
+        raise UnsupportedLayerError(
+            f"Expected rms_scaling=False in layer '{name}'. Received: True. Use RMSNormalization."
+        )
+    affine = _channel_affine(layer, name, layer.scale, layer.center)
 
     def call(x: Any) -> Any:
         mean = Mean(name=f"{name}_mean")(x)
@@ -38,8 +41,7 @@ def rms_normalization(layer: Any, name: str) -> Decomposed:
     Reference: Zhang & Sennrich 2019, section 4 (https://arxiv.org/abs/1910.07467).
     """
     _check_last_axis(layer, name)
-    gamma = np.asarray(layer.scale)
-    affine = Part(ChannelAffine(name=name), [gamma, np.zeros_like(gamma)])
+    affine = _channel_affine(layer, name, True, False)
     return lambda x: _scaled_to_unit(x, layer.epsilon, affine, name)
 
 
@@ -52,6 +54,24 @@ def _scaled_to_unit(x: Any, epsilon: float, affine: Part | None, name: str) -> A
     return affine(unit) if affine else unit
 
 
+def _channel_affine(layer: Any, name: str, scale: bool, center: bool) -> Part | None:
+    """The layer's own gamma and beta, as far as it has them."""
+    if not scale and not center:
+        return None
+    config = layer.get_config()
+    options = {
+        key: config.get(key)
+        for key in (
+            "gamma_regularizer",
+            "beta_regularizer",
+            "gamma_constraint",
+            "beta_constraint",
+        )
+    }
+    affine = ChannelAffine(scale, center, name=name, trainable=layer.trainable, **options)
+    return Part(affine, layer.get_weights())
+
+
 def _check_last_axis(layer: Any, name: str) -> None:
     axis = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
     rank = len(layer.input.shape)
@@ -60,15 +80,6 @@ def _check_last_axis(layer: Any, name: str) -> None:
             f"Expected normalization over the last axis in layer '{name}'. Received: "
             f"axis={layer.axis}. Permute the input."
         )
-
-
-def _gamma_beta(layer: Any) -> tuple[np.ndarray, np.ndarray] | tuple[()]:
-    if not layer.scale and not layer.center:
-        return ()
-    size = np.shape(layer.gamma if layer.scale else layer.beta)
-    gamma = np.asarray(layer.gamma) if layer.scale else np.ones(size, np.float32)
-    beta = np.asarray(layer.beta) if layer.center else np.zeros(size, np.float32)
-    return gamma, beta
 
 
 def einsum_dense(layer: Any, name: str) -> Decomposed:
@@ -94,7 +105,7 @@ def einsum_dense(layer: Any, name: str) -> Decomposed:
         )
     matrix = np.asarray(layer.kernel)
     bias = None if layer.bias is None else np.asarray(layer.bias)
-    dense = _dense(matrix, bias, count, name)
+    dense = _dense(matrix, bias, count, name, _options(layer, name))
     activation = layer.activation
     if activation is keras.activations.linear:
         return dense
@@ -102,15 +113,35 @@ def einsum_dense(layer: Any, name: str) -> Decomposed:
     return lambda x: after(dense(x))
 
 
-def _dense(kernel: np.ndarray, bias: np.ndarray | None, count: int, name: str) -> Decomposed:
-    """A product over the last `count` axes, as a `Dense` between reshapes."""
+def _options(layer: Any, name: str) -> dict[str, Any]:
+    """What the `Dense` layers that a layer becomes take over from it.
+
+    Raises:
+        UnsupportedLayerError: if a constraint is among it: kernels change their shape.
+    """
+    config = layer.get_config()
+    constrained = [k for k in ("kernel_constraint", "bias_constraint") if config.get(k)]
+    if constrained:
+        raise UnsupportedLayerError(
+            f"Expected no {' or '.join(constrained)} in layer '{name}', whose kernels change their "
+            "shape when it is opened up. Use a regularizer, or train without."
+        )
+    kept = ("kernel_regularizer", "bias_regularizer")
+    return {"trainable": layer.trainable, **{k: config.get(k) for k in kept}}
+
+
+def _dense(
+    kernel: np.ndarray, bias: np.ndarray | None, count: int, name: str, options: dict[str, Any]
+) -> Decomposed:
+    """A product over the last `count` axes, as a `Dense` with `options` between reshapes."""
     made = kernel.shape[count:]
     matrix = kernel.reshape(int(np.prod(kernel.shape[:count])), -1)
     weights = [matrix] if bias is None else [matrix, bias.reshape(-1)]
     reshaped = len(made) > 1
     dense_name = f"{name}_product" if reshaped else name
     units = matrix.shape[1]
-    part = Part(layers.Dense(units, use_bias=bias is not None, name=dense_name), weights)
+    layer = layers.Dense(units, use_bias=bias is not None, name=dense_name, **options)
+    part = Part(layer, weights)
 
     def call(x: Any) -> Any:
         kept = tuple(x.shape[1 : len(x.shape) - count])
@@ -135,13 +166,14 @@ def multi_head_attention(layer: Any, name: str) -> Decomposed:
             f"attention_axes={config['attention_axes']}. Reshape to (steps, features)."
         )
     arrays = {"/".join(v.path.split("/")[-2:]): np.asarray(v) for v in layer.weights}
+    options = _options(layer, name)
     scale = 1.0 / np.sqrt(config["key_dim"])
     made = {
-        part: _projection(arrays, part, scale if part == "query" else 1.0, name)
+        part: _projection(arrays, part, 1.0 if part != "query" else scale, name, options)
         for part in ("query", "key", "value")
     }
     out_kernel, out_bias = arrays["attention_output/kernel"], arrays.get("attention_output/bias")
-    output = _dense(out_kernel, out_bias, 2, name)
+    output = _dense(out_kernel, out_bias, 2, name, options)
     dropout = layers.Dropout(config["dropout"], name=f"{name}_dropout")
 
     def call(query: Any, value: Any, key: Any = None, **options: Any) -> Any:
@@ -163,10 +195,17 @@ def multi_head_attention(layer: Any, name: str) -> Decomposed:
     return call
 
 
-def _projection(arrays: dict[str, np.ndarray], part: str, scale: float, name: str) -> Decomposed:
+def _projection(
+    arrays: dict[str, np.ndarray], part: str, scale: float, name: str, options: dict[str, Any]
+) -> Decomposed:
     kernel, bias = arrays[f"{part}/kernel"] * scale, arrays.get(f"{part}/bias")
     bias = None if bias is None else (bias * scale).astype(np.float32)
-    return _dense(kernel.astype(np.float32), bias, 1, f"{name}_{part}")
+    if scale != 1.0 and options["kernel_regularizer"]:
+        raise UnsupportedLayerError(
+            f"Expected no kernel_regularizer in attention layer '{name}': 1/sqrt(key_dim) is "
+            "multiplied into its query kernel. Train without."
+        )
+    return _dense(kernel.astype(np.float32), bias, 1, f"{name}_{part}", options)
 
 
 def _check_options(options: dict[str, Any], name: str) -> None:

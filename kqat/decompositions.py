@@ -29,8 +29,15 @@ class Part:
         if self._pending is not None:
             if self._pending:
                 self.layer.set_weights(self._pending)
+                finalize(self.layer)
             self._pending = None
         return output
+
+
+def finalize(layer: Any) -> None:
+    """Lets a Normalization compute with the weights that it was just given."""
+    if isinstance(layer, layers.Normalization) and layer.input_mean is None:
+        layer.finalize_state()
 
 
 def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.Layer:
@@ -65,7 +72,8 @@ def split_activation(layer: Any, name: str) -> Decomposed | None:
     """`Conv(activation=f)` as `Conv` and `f`, so that the sum before `f` can have a range."""
     if layer.activation is keras.activations.linear:
         return None
-    linear = Part(clone(layer, name, activation="linear"), layer.get_weights())
+    changes = {"activation": "linear", "activity_regularizer": None}
+    linear = Part(clone(layer, name, **changes), layer.get_weights())
     activation = _activation(layer, name)
     return lambda x: activation(linear(x))
 
@@ -90,6 +98,7 @@ def dense(layer: Any, name: str) -> Decomposed | None:
 
 def _activation(layer: Any, name: str) -> keras.layers.Layer:
     function = layer.activation
+    regularizer = layer.activity_regularizer
     if isinstance(function, keras.layers.Layer):
         return clone(function, name=f"{name}_{function.name}")
     kind = keras.activations.serialize(function)
@@ -98,7 +107,7 @@ def _activation(layer: Any, name: str) -> keras.layers.Layer:
             f"Expected a built-in activation in layer '{name}'. Received: {function!r}. "
             "Put it into a layer of its own and describe that with kqat.register_layer."
         )
-    return layers.Activation(kind, name=f"{name}_{kind}")
+    return layers.Activation(kind, activity_regularizer=regularizer, name=f"{name}_{kind}")
 
 
 def separable(layer: Any, name: str) -> Decomposed:

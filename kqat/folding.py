@@ -151,8 +151,10 @@ def _as_image(part: Part, x: Any) -> Any:
         return part(x)
     rows = int(np.prod(shape[:-2], dtype=int)) if len(shape) > 2 else 1
     columns = shape[-2] if len(shape) > 1 else 1
-    image = layers.Reshape((rows, columns, shape[-1]))(x)
-    return layers.Reshape(shape)(part(image))
+    name = f"kqat_{part.layer.name}"
+    options = {"dtype": "float32"}
+    image = layers.Reshape((rows, columns, shape[-1]), name=f"{name}_image", **options)(x)
+    return layers.Reshape(shape, name=f"{name}_shape", **options)(part(image))
 
 
 def _single_steps(name: str, factor: np.ndarray, per_channel: bool) -> FrozenWeight:
@@ -176,7 +178,9 @@ def _affine(layer: Any) -> tuple[np.ndarray, np.ndarray]:
         parts = np.broadcast_arrays(np.float64(layer.scale), np.float64(layer.offset))
         return np.atleast_1d(parts[0]), np.atleast_1d(parts[1])
     if isinstance(layer, ChannelAffine):
-        return np.asarray(layer.gamma, np.float64), np.asarray(layer.beta, np.float64)
+        gamma = np.ones(1) if layer.gamma is None else np.asarray(layer.gamma, np.float64)
+        beta = np.zeros(1) if layer.beta is None else np.asarray(layer.beta, np.float64)
+        return np.broadcast_arrays(gamma, beta)[0], np.broadcast_arrays(gamma, beta)[1]
     if isinstance(layer, layers.Normalization):
         mean, variance = (
             np.asarray(v, np.float64).reshape(-1) for v in (layer.mean, layer.variance)

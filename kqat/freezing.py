@@ -164,7 +164,7 @@ class _Freezer:
             return self._quantizer(node, args[0])
         if isinstance(layer, PrecisionBoundary):
             self.fences += 1
-            return Marker("fence", 0, name=f"fence_{self.fences}")(args[0])
+            return Marker("fence", 0, name=f"kqat_fence_{self.fences}")(args[0])
         if isinstance(layer, QuantizeWrapper):
             kwargs = {k: v for k, v in kwargs.items() if k != "training"}
             channels = node.outputs[0].shape[-1] or 0
@@ -217,7 +217,8 @@ class _Freezer:
             name = producer.name.removeprefix("quant_")
         grid = Site(name, np.float32(scale), int(zero_point), layer.spec.bits, ())
         if layer.clamp and observes:
-            x = keras.layers.Activation(layer.clamp, name=f"{layer.clamp}_{len(self.sites)}")(x)
+            clamp = f"kqat_clamp_{len(self.sites)}"
+            x = keras.layers.Activation(layer.clamp, name=clamp, dtype="float32")(x)
         return self._mark(node.outputs[0], name, x, grid)
 
     def _mark(self, ref: Ref, name: str, value: Any, grid: Site) -> Any:
@@ -227,7 +228,7 @@ class _Freezer:
         self.grids[ref] = site
         self.sites.append(site)
         index = len(self.sites) - 1
-        return Marker("site", index, name=f"marker_{index}")(value)
+        return Marker("site", index, name=f"kqat_marker_{index}")(value)
 
     def _freeze_wrapper(self, wrapper: QuantizeWrapper, channels: int) -> Any:
         if not wrapper.weight_specs:

@@ -13,6 +13,7 @@ import keras
 from keras import ops
 
 from kqat import numerics
+from kqat.decompositions import finalize
 from kqat.errors import FreezeError
 from kqat.quantizers import Fixed, RangeMethod, range_method_from_dict, range_method_to_dict
 from kqat.registry import rule_for
@@ -140,7 +141,7 @@ class ActivationQuantizer(keras.layers.Layer):
     def _observed(self, x: Any, site: int) -> tuple[Any, Any]:
         """Updates the site's range by `x`; returns all sites' ranges."""
         low, high, count = self.site_low.value, self.site_high.value, self.count.value
-        batch_low = ops.zeros(()) if self.clamp else ops.minimum(ops.min(x), 0.0)
+        batch_low = ops.zeros((), "float32") if self.clamp else ops.minimum(ops.min(x), 0.0)
         batch_high = ops.maximum(ops.max(x), 0.0)
         if self.clamp == "relu6":
             batch_high = ops.minimum(batch_high, 6.0)
@@ -236,6 +237,11 @@ class QuantizeWrapper(keras.layers.Layer):
         if self.normalization is not None and not self.normalization.built:
             self.normalization.build(self.layer.compute_output_shape(input_shape))
 
+    def set_weights(self, weights: Any) -> None:
+        """As every layer's; a Normalization inside computes with them at once."""
+        super().set_weights(weights)
+        finalize(self.layer)
+
     def call(self, x: Any, training: bool | None = None) -> Any:
         """What the layer (and BatchNormalization) computes from `x` with rounded weights."""
         statistics = training and not self.freeze_statistics
@@ -252,10 +258,15 @@ class QuantizeWrapper(keras.layers.Layer):
         variables = self.layer.variables
         rounded = {id(self._variable(name)): self.rounded(name) for name in self.weight_specs}
         mapping = [(v, rounded.get(id(v), v.value)) for v in variables]
-        with keras.StatelessScope(state_mapping=mapping) as scope:
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
             y = self.layer(x, **options)
+        for loss in scope.losses:
+            self.add_loss(loss)
         for variable in variables:
-            if not variable.trainable and (new := scope.get_current_value(variable)) is not None:
+            # A weight that is not trained was replaced too, and must not stay rounded.
+            if variable.trainable or id(variable) in rounded:
+                continue
+            if (new := scope.get_current_value(variable)) is not None:
                 variable.assign(new)
         return y
 
@@ -296,13 +307,13 @@ class QuantizeWrapper(keras.layers.Layer):
         A factor of zero, which cannot be unfolded, is replaced by one; the layer's output is
         multiplied by zero then in any case.
         """
-        norm = self.normalization
+        norm: Any = self.normalization
         factor = 1.0 / ops.sqrt(norm.moving_variance.value + norm.epsilon)
         if norm.scale:
             factor = factor * norm.gamma.value
         factor = ops.where(factor == 0.0, ops.ones_like(factor), factor)
         shape = self._variable(name).shape
-        axes = {a % len(shape) for a in rule_for(self.layer).weights[name]}
+        axes = {a % len(shape) for a in rule_for(self.layer).weights[name] or ()}
         return ops.reshape(factor, [s if i in axes else 1 for i, s in enumerate(shape)])
 
     def compute_output_shape(self, input_shape: Any) -> Any:

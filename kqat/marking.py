@@ -49,7 +49,7 @@ class Marker(keras.layers.Layer):
     KINDS = {"fence": 0, "table": 64, "site": 128}  # noqa: RUF012 - a constant of the class
 
     def __init__(self, kind: str, index: int, **kwargs: Any):
-        super().__init__(**kwargs)
+        super().__init__(**{"dtype": "float32", **kwargs})
         self.kind, self.index = kind, index
 
     def call(self, x: Any) -> Any:
@@ -76,7 +76,7 @@ class Tabulated(keras.layers.Layer):
     """
 
     def __init__(self, layer: keras.layers.Layer, index: int, **kwargs: Any):
-        super().__init__(**kwargs)
+        super().__init__(dtype="float32", **kwargs)
         self.layer, self.index = layer, index
 
     def call(self, x: Any) -> Any:

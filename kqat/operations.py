@@ -156,20 +156,14 @@ def _reduced(operation: Any, name: str, pools: dict[int, type]) -> Callable[...,
     def call(x: Any) -> Any:
         rank = len(x.shape)
         axis = operation.axis
-        axes = {a % rank for a in (axis if isinstance(axis, list | tuple) else [axis])}
-        if axis is None or rank not in pools or axes != set(range(1, rank - 1)):
+        given = range(rank) if axis is None else axis
+        axes = {a % rank for a in ([given] if isinstance(given, int) else given)}
+        if rank not in pools or axes != set(range(1, rank - 1)):
             raise UnsupportedLayerError(
                 f"Expected a reduction over all axes between batch and channels in operation "
                 f"'{name}'. Received: axis={axis} of shape {tuple(x.shape)}. Permute or reshape."
             )
         return pools[rank](keepdims=operation.keepdims, name=name)(x)
-
-    return call
-
-
-def _reshape(operation: Any, name: str) -> Callable[..., Any]:
-    def call(x: Any) -> Any:
-        return layers.Reshape(operation.newshape[1:], name=name)(x)
 
     return call
 
@@ -234,13 +228,25 @@ def _softmax(function: str) -> Row:
 
 
 def _resize(operation: Any, name: str) -> Callable[..., Any]:
-    return layers.Resizing(*operation.size, interpolation=operation.interpolation, name=name)
-
-
-def _pool(pool: type) -> Row:
-    return lambda operation, name: pool(
-        operation.pool_size, operation.strides, operation.padding, name=name
+    options = ("antialias", "crop_to_aspect_ratio", "pad_to_aspect_ratio", "data_format")
+    return layers.Resizing(
+        *operation.size,
+        interpolation=operation.interpolation,
+        name=name,
+        **{option: getattr(operation, option) for option in options},
     )
+
+
+def _pool(pools: dict[int, type]) -> Row:
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            options = {"data_format": operation.data_format, "name": name}
+            pool = pools[len(x.shape)]
+            return pool(operation.pool_size, operation.strides, operation.padding, **options)(x)
+
+        return call
+
+    return row
 
 
 OPERATIONS: dict[str, Row] = {
@@ -272,7 +278,7 @@ OPERATIONS: dict[str, Row] = {
     "LeakyRelu": lambda operation, name: layers.LeakyReLU(operation.negative_slope, name=name),
     "Mean": _mean,
     "Max": _max,
-    "Reshape": _reshape,
+    "Reshape": _to_output_shape,
     "Squeeze": _to_output_shape,
     "ExpandDims": _to_output_shape,
     "Transpose": _permuted(_transpose_axes),
@@ -280,6 +286,8 @@ OPERATIONS: dict[str, Row] = {
     "Concatenate": _concatenate,
     "GetItem": _get_item,
     "Resize": _resize,
-    "MaxPool": _pool(layers.MaxPooling2D),
-    "AveragePool": _pool(layers.AveragePooling2D),
+    "MaxPool": _pool({3: layers.MaxPooling1D, 4: layers.MaxPooling2D, 5: layers.MaxPooling3D}),
+    "AveragePool": _pool(
+        {3: layers.AveragePooling1D, 4: layers.AveragePooling2D, 5: layers.AveragePooling3D}
+    ),
 }

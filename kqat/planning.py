@@ -136,7 +136,7 @@ class _Planner:
             rule = self.rules[node]
             if rule is None:
                 continue
-            if rule.clamp:
+            if rule.clamp and node.layer.activity_regularizer is None:
                 self.clamps[node.outputs[0]] = node
             producer = self._only_reader_of(node)
             if producer is None or not isinstance(node.layer, keras.layers.BatchNormalization):
@@ -211,8 +211,9 @@ class _Planner:
             rule = self.rules[node]
             ref = node.outputs[0]
             if rule is None or not self.integer(node):
-                if any(self.integer(reader) for reader in self.consumers[ref]):
-                    yield node.name, ref, node
+                for index, value in enumerate(node.outputs):
+                    if any(self.integer(reader) for reader in self.consumers[value]):
+                        yield f"{node.name}_{index}" if index else node.name, value, node
             elif rule.output in (Output.OWN, Output.FIXED) and not self.transparent(ref):
                 yield node.name, ref, node
 
@@ -226,6 +227,13 @@ class _Planner:
         clamps = {self._clamp(ref) for _, ref, _ in sources}
         clamp = clamps.pop() if len(clamps) == 1 and common is None else None
         name = f"{sources[0][0]}_quantizer"
+        if isinstance(method, Fixed) and method.high > 6.0:
+            for own_name, ref, _ in sources:
+                if self._stands_alone(ref, "relu6"):
+                    raise PolicyError(
+                        f"Expected a range that ends at 6 or below for '{own_name}', which clamps "
+                        f"at 6. Received: {method}."
+                    )
         for site, ((own_name, ref, _), range_) in enumerate(zip(sources, fixed, strict=True)):
             here: tuple[Rounding, ...] = (Rounding(name, site, observe=True),)
             if range_ is not None and common is None:
@@ -234,11 +242,24 @@ class _Planner:
                 fixed_range = Fixed(*range_)
                 self.groups[kernel] = Group(kernel, QuantSpec(), fixed_range, None, 1, (own_name,))
                 here = (Rounding(kernel, 0, observe=True), *here)
+            elif clamp is None and self._stands_alone(ref, "relu6"):
+                # An operator of its own has to end at 6; the group's grid may go beyond.
+                here = (Rounding(self._clamped_group(own_name, spec, method), 0, True), *here)
             self.roundings[ref] = here
-            if clamp is None:
+            if clamp is None and len(here) == 1:
                 self.clamps.pop(ref, None)
         names = tuple(source[0] for source in sources)
         self.groups[name] = Group(name, spec, method, clamp, len(sources), names)
+        return name
+
+    def _stands_alone(self, ref: Ref, clamp: str) -> bool:
+        """Whether `ref` is made by this clamp as an operator of its own."""
+        node = self.clamps.get(ref)
+        return node is not None and self._clamp(ref) == clamp and self.fused_clamp(node) is None
+
+    def _clamped_group(self, source: str, spec: QuantSpec, method: RangeMethod) -> str:
+        name = f"{source}_clamp_quantizer"
+        self.groups[name] = Group(name, spec, method, "relu6", 1, (source,))
         return name
 
     def _fixed_range(self, node: Node | None) -> tuple[float, float] | None:
@@ -331,6 +352,12 @@ def resolve_weights(node: Node, rule: LayerRule, config: QuantizeConfig) -> dict
             along axes for which integer kernels have none.
     """
     if not rule.weights:
+        if isinstance(config.weights, Mapping):
+            raise PolicyError(
+                f"Expected no grids by name for layer '{node.name}' of type "
+                f"{type(node.layer).__name__}, which has no quantizable weights. Received: "
+                f"{sorted(config.weights)}."
+            )
         return {}
     asked = dict(config.weight_items())
     if "*" in asked:

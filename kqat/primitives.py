@@ -136,18 +136,59 @@ class ReciprocalSquareRoot(layers.Layer):
 
 @keras.saving.register_keras_serializable("kqat")
 class ChannelAffine(layers.Layer):
-    """`x * gamma + beta`, one trainable pair per index of the last axis."""
+    """`x * gamma + beta`, one trainable pair per index of the last axis.
+
+    Without `scale` gamma is one, without `center` beta is zero, and no variable. The
+    regularizers and constraints are those of Keras's normalization layers.
+    """
+
+    def __init__(
+        self,
+        scale: bool = True,
+        center: bool = True,
+        *,
+        gamma_regularizer: Any = None,
+        beta_regularizer: Any = None,
+        gamma_constraint: Any = None,
+        beta_constraint: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.scale, self.center = scale, center
+        self.options = {
+            "gamma_regularizer": keras.regularizers.get(gamma_regularizer),
+            "beta_regularizer": keras.regularizers.get(beta_regularizer),
+            "gamma_constraint": keras.constraints.get(gamma_constraint),
+            "beta_constraint": keras.constraints.get(beta_constraint),
+        }
 
     def build(self, input_shape: Any) -> None:
         """Creates gamma (ones) and beta (zeros), of shape `(channels,)`."""
-        shape = (input_shape[-1],)
-        self.gamma = self.add_weight(name="gamma", shape=shape, initializer="ones")
-        self.beta = self.add_weight(name="beta", shape=shape, initializer="zeros")
+        channels = input_shape[-1]
+        self.gamma = self._weight("gamma", "ones", channels) if self.scale else None
+        self.beta = self._weight("beta", "zeros", channels) if self.center else None
+
+    def _weight(self, name: str, initializer: str, channels: int) -> Any:
+        return self.add_weight(
+            name=name,
+            shape=(channels,),
+            initializer=initializer,
+            regularizer=self.options[f"{name}_regularizer"],
+            constraint=self.options[f"{name}_constraint"],
+        )
 
     def call(self, x: Any) -> Any:
         """The scaled and shifted value."""
-        return x * self.gamma + self.beta
+        x = x if self.gamma is None else x * self.gamma
+        return x if self.beta is None else x + self.beta
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The input's shape."""
         return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """The options, serialized, beside what every layer has."""
+        serialize = keras.saving.serialize_keras_object
+        options = {k: None if v is None else serialize(v) for k, v in self.options.items()}
+        own = {"scale": self.scale, "center": self.center}
+        return {**super().get_config(), **own, **options}

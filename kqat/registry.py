@@ -77,6 +77,18 @@ def _last_axis(layer: Any) -> str | None:
     return None
 
 
+def _plain_elu(layer: Any) -> str | None:
+    if layer.alpha != 1.0:
+        return f"alpha={layer.alpha} has no TFLite kernel; use alpha=1, or LeakyReLU"
+    return None
+
+
+def _not_dilated(layer: Any) -> str | None:
+    if any(rate != 1 for rate in layer.dilation_rate):
+        return f"dilation_rate={layer.dilation_rate} has no TFLite kernel; use 1"
+    return _channels_last(layer)
+
+
 def _softmax(layer: Any) -> str | None:
     if layer.axis not in (-1,):
         return f"axis={layer.axis} is not -1; permute the input so that it is the last"
@@ -182,7 +194,9 @@ LAYERS: dict[type, LayerRule] = {
     layers.Conv2D: _conv("CONV_2D", (-1,)),
     layers.DepthwiseConv1D: _conv("DEPTHWISE_CONV_2D", (-2, -1), "RESHAPE"),
     layers.DepthwiseConv2D: _conv("DEPTHWISE_CONV_2D", (-2, -1)),
-    layers.Conv2DTranspose: _conv("TRANSPOSE_CONV", (-2,), "RELU", "RELU6"),
+    layers.Conv2DTranspose: dataclasses.replace(
+        _conv("TRANSPOSE_CONV", (-2,), "RELU"), refuse=_not_dilated
+    ),
     layers.SeparableConv1D: _own(
         "DEPTHWISE_CONV_2D", "CONV_2D", "RESHAPE", decompose=decompositions.separable
     ),
@@ -194,15 +208,19 @@ LAYERS: dict[type, LayerRule] = {
     layers.Rescaling: _affine(),
     layers.ReLU: _own("RELU", "RELU6", decompose=decompositions.relu),
     layers.LeakyReLU: _own("LEAKY_RELU"),
-    layers.ELU: _own("ELU"),
+    layers.ELU: _own("ELU", refuse=_plain_elu),
     layers.PReLU: _own("PRELU", weights={"alpha": None}),
     layers.Softmax: dataclasses.replace(ACTIVATIONS["softmax"], refuse=_softmax),
     layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", **_POOL),
     layers.MaxPooling2D: _same("MAX_POOL_2D", **_POOL),
-    layers.MaxPooling3D: _same("MAX_POOL_2D", "RESHAPE", decompose=decompositions.pool_3d),
+    layers.MaxPooling3D: _same(
+        "MAX_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=decompositions.pool_3d, **_POOL
+    ),
     layers.AveragePooling1D: _same("AVERAGE_POOL_2D", "RESHAPE", rounds=True, **_POOL),
     layers.AveragePooling2D: _same("AVERAGE_POOL_2D", rounds=True, **_POOL),
-    layers.AveragePooling3D: _same("AVERAGE_POOL_2D", "RESHAPE", decompose=decompositions.pool_3d),
+    layers.AveragePooling3D: _same(
+        "AVERAGE_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=decompositions.pool_3d, **_POOL
+    ),
     layers.GlobalAveragePooling1D: _own("MEAN", **_POOL),
     layers.GlobalAveragePooling2D: _own("MEAN", **_POOL),
     layers.GlobalAveragePooling3D: _own("MEAN", **_POOL),

@@ -63,7 +63,8 @@ class FreezeObservers(_FreezeAt):
 class FreezeBatchNorm(_FreezeAt):
     """Has BatchNormalization use its moving statistics from epoch `epoch` (0 is the first) on.
 
-    The statistics stop; gamma and beta go on learning.
+    The statistics stop; gamma and beta go on learning. BatchNormalization that the plan leaves
+    float is left alone.
 
     Raises:
         ModelError: if `epoch` is no such number, or the model in `fit` is not a QAT model.

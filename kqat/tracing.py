@@ -107,7 +107,7 @@ def trace(model: Any) -> Graph:
     nodes: list[Node] = []
     inputs = [Ref(tuple(t.shape), str(t.dtype)) for t in function.inputs]
     by_tensor = {id(t): ref for t, ref in zip(function.inputs, inputs, strict=True)}
-    output_struct = _inline(function, dict(by_tensor), _Walk("", nodes, set(), {}))
+    output_struct = _inline(function, dict(by_tensor), _Walk("", nodes, set()))
     if set(inputs) & set(_refs(output_struct)):
         raise ModelError(
             f"Expected outputs that layers compute. Received: model '{model.name}', which hands an "
@@ -172,6 +172,24 @@ def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph
     Raises:
         UnsupportedLayerError: if the registry has no row for a layer.
     """
+    kept = {node.name for node in graph.nodes if keep(node)}
+    expanded, origins = _expand_once(graph, kept, name)
+    # A part may be composite itself, as the activation of Dense(activation="silu").
+    while any(_is_composite(n) for n in expanded.nodes if origins[n.layer.name] not in kept):
+        still = {n.name for n in expanded.nodes if origins[n.layer.name] in kept}
+        further, parts = _expand_once(expanded, still, name)
+        layer_names = {node.name: node.layer.name for node in expanded.nodes}
+        origins = {part: origins[layer_names[node]] for part, node in parts.items()}
+        expanded = further
+    return expanded, origins
+
+
+def _is_composite(node: Node) -> bool:
+    rule = rule_for(node.layer, node.name)
+    return bool(rule.decompose and rule.decompose(node.layer, node.name) is not None)
+
+
+def _expand_once(graph: Graph, kept: set[str], name: str) -> tuple[Graph, dict[str, str]]:
     copies: dict[int, Callable[..., Any]] = {}
     origins: dict[str, str] = {}
     taken = {*graph.input_names, *(node.name for node in graph.nodes)}
@@ -181,7 +199,7 @@ def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph
         # Calls of one layer share its weights; a layer without any is made anew for each call.
         key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
         if key not in copies:
-            copies[key] = _simplify(node, keep(node))
+            copies[key] = _simplify(node, node.name in kept)
         outputs = copies[key](*args, **kwargs)
         for operation in _operations_between((args, kwargs), outputs):
             new = id(operation) not in known and operation is not node.layer
@@ -269,12 +287,11 @@ def _inner_function(layer: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Where an inlined model stands: name prefix, nodes so far, names used, forced call options."""
+    """Where an inlined model stands: name prefix, nodes so far, names used."""
 
     prefix: str
     nodes: list[Node]
     names: set[str]
-    options: dict[str, Any]
 
 
 def _inline(function: Any, refs: dict[int, Ref], walk: _Walk) -> Any:
@@ -288,7 +305,7 @@ def _inline(function: Any, refs: dict[int, Ref], walk: _Walk) -> Any:
                 continue
             layer = call.operation
             args, kwargs = _map_tensors((call.arguments.args, call.arguments.kwargs), refs)
-            kwargs = _call_options(layer, kwargs, walk.options)
+            args, kwargs = _call_options(layer, args, kwargs)
             inner = _inner_function(layer)
             if inner is None:
                 outputs = [Ref(tuple(t.shape), str(t.dtype)) for t in call.outputs]
@@ -298,15 +315,18 @@ def _inline(function: Any, refs: dict[int, Ref], walk: _Walk) -> Any:
                 given = _refs(args[0] if args else kwargs)
                 inner_refs = {id(t): r for t, r in zip(inner.inputs, given, strict=True)}
                 prefix = f"{walk.prefix}{layer.name}_"
-                options = {k: v for k, v in kwargs.items() if k == "training"}
-                deeper = _Walk(prefix, walk.nodes, walk.names, options)
+                deeper = _Walk(prefix, walk.nodes, walk.names)
                 outputs = list(_refs(_inline(inner, inner_refs, deeper)))
             refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
     return _map_tensors(function.output, refs)
 
 
-def _call_options(layer: Any, kwargs: dict[str, Any], forced: dict[str, Any]) -> dict[str, Any]:
-    """The call's options that say something; `training=False` of an outer model reaches inwards.
+def _call_options(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments: the first by position, and of the rest those that say something.
+
+    `training=False` is left out: Keras itself overrides it in `fit`.
 
     Raises:
         ModelError: if a mask is passed, or `training=True`.
@@ -324,10 +344,11 @@ def _call_options(layer: Any, kwargs: dict[str, Any], forced: dict[str, Any]) ->
             f"Expected a model without masks: integer kernels know none. Received: a mask for "
             f"layer '{layer.name}'. Pad to a fixed length and leave Masking out."
         )
-    said = {k: v for k, v in kwargs.items() if not (k in ("mask", "training") and v is None)}
-    if forced and "training" in parameters:
-        said = {**said, **forced}
-    return said
+    said = {k: v for k, v in kwargs.items() if k != "training" and (k, v) != ("mask", None)}
+    first = next(iter(parameters), None)
+    if not args and first in said:
+        args = (said.pop(first),)
+    return args, said
 
 
 def unique_name(name: str, taken: set[str], ending: str = "_{}") -> str:

@@ -67,15 +67,16 @@ class _Assembly:
         args, kwargs = fill((node.args, node.kwargs), values.__getitem__)
         output = node.outputs[0]
         decision = self.decisions[node.name]
-        if decision.role == "folded" or self._carried_out_by_quantizer(decision):
+        if decision.role == "folded" or self._carried_out_by_quantizer(node, decision):
             value = args[0]
         else:
             value = self._layer(node, decision)(*args, **kwargs)
         return self._rounded(output, value) if self.integer[node] else value
 
-    def _carried_out_by_quantizer(self, decision: LayerPlan) -> bool:
-        group = self.groups.get(decision.group or "")
-        return decision.role == "clamp" and group is not None and group.clamp is not None
+    def _carried_out_by_quantizer(self, node: Node, decision: LayerPlan) -> bool:
+        roundings = self.plan.roundings.get(node.outputs[0], ())
+        clamps = [self.groups[rounding.group].clamp for rounding in roundings[:1]]
+        return decision.role == "clamp" and clamps not in ([], [None])
 
     def _form(self, ref: Ref, tensor: Any, integer: bool) -> Any:
         if (ref, integer) not in self.forms:

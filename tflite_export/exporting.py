@@ -38,7 +38,8 @@ def convert(
         inference_input_type: `"int8"`, `"uint8"` or `"float32"`, for all inputs, or a mapping
             from input names.
         inference_output_type: the same for outputs.
-        target: a name from `tflite_export.targets.TARGETS`; its runtime must have all kernels.
+        target: a name from `tflite_export.targets.TARGETS`; its runtime must have the int8 kernels
+            (operators that the plan leaves float are not checked).
         batch_size: samples per invocation.
 
     Raises:

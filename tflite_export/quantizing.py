@@ -5,6 +5,7 @@ integer weights those that training used. Only the bias is made, on the int32 gr
 times weight scale that the TFLite quantization specification demands.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -18,16 +19,20 @@ from kqat.marking import Site
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
 from tflite_export.lookup import insert_tables
-from tflite_export.markers import Labels, operator_code, same_grid, take_markers
+from tflite_export.markers import (
+    Labels,
+    new_operator,
+    operator_code,
+    same_grid,
+    take_markers,
+)
 from tflite_export.op_table import ALL, OP_TABLE, OpRule
 from tflite_export.packing import Weights, fit_bias, pack_int4
 
 _MOVES = ("RESHAPE", "TRANSPOSE")  # the converter may carry markers across these
 
 
-def quantize(
-    marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL
-) -> ModelT:
+def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL) -> ModelT:
     """The integer model of a marked float one, which is consumed.
 
     Tensors bear the names of their sites.
@@ -45,6 +50,7 @@ def quantize(
     labels = take_markers(marked, frozen.sites)
     integer_pass = _IntegerPass(marked, frozen, labels, runtimes)
     integer_pass.fuse_clamps()
+    integer_pass.split_clamps()
     integer_pass.spread_scales()
     integer_pass.find_floats()
     for operator in integer_pass.graph.operators:
@@ -108,13 +114,46 @@ class _IntegerPass:
             source = int(operator.inputs[0]) if len(operator.inputs) else -1
             producer: Any = producers.get(source)
             inside = source not in self.labels.sites and source not in self.labels.floats
-            if name not in ("RELU", "RELU6") or not inside or not _may_fuse(producer):
+            if name not in ("RELU", "RELU6") or not inside or not self._may_fuse(producer, source):
                 kept.append(operator)
                 continue
             kind = getattr(schema.ActivationFunctionType, name)
             producer.builtinOptions.fusedActivationFunction = kind
             producer.outputs = list(operator.outputs)
             producers[int(operator.outputs[0])] = producer
+        self.graph.operators = kept
+
+    def _may_fuse(self, producer: OperatorT | None, value: int) -> bool:
+        """Whether the clamp is the one reader of a kernel that clamps and scales as it likes."""
+        if producer is None or not hasattr(producer.builtinOptions, "fusedActivationFunction"):
+            return False
+        rule = OP_TABLE.get(flatbuffer.op_name(self.model, producer))
+        readers = [op for op in self.graph.operators if value in map(int, op.inputs)]
+        marked = [int(t) for t in producer.inputs if int(t) in self.labels.sites]
+        shown = value in map(int, self.graph.outputs)
+        return bool(rule and rule.scales == "own" and len(readers) == 1 and marked and not shown)
+
+    def split_clamps(self) -> None:
+        """Takes a clamp out of a same-scale operator, into which the converter fused it.
+
+        Behind the clamp the scale may be another, which such an operator cannot give.
+        """
+        kinds = schema.ActivationFunctionType
+        names = {kinds.RELU: "RELU", kinds.RELU6: "RELU6"}
+        kept: list[OperatorT] = []
+        for operator in self.graph.operators:
+            kept.append(operator)
+            rule = OP_TABLE.get(flatbuffer.op_name(self.model, operator))
+            fused = getattr(operator.builtinOptions, "fusedActivationFunction", kinds.NONE)
+            if rule is None or rule.scales != "same" or fused not in names:
+                continue
+            operator.builtinOptions.fusedActivationFunction = kinds.NONE
+            output = int(operator.outputs[0])
+            between = copy.copy(self.graph.tensors[output])
+            between.name = flatbuffer.tensor_name(between).encode() + b"/unclamped"
+            self.graph.tensors.append(between)
+            operator.outputs = [len(self.graph.tensors) - 1]
+            kept.append(new_operator(self.model, names[fused], list(operator.outputs), [output]))
         self.graph.operators = kept
 
     def spread_scales(self) -> None:
@@ -152,6 +191,7 @@ class _IntegerPass:
         name = flatbuffer.op_name(self.model, operator)
         if name not in ("QUANTIZE", "DEQUANTIZE"):
             self._check_labels(operator, rule, name)
+        self._check_six(operator, rule, name)
         self._constants(operator, rule)
         self._weights_and_bias(operator, rule)
         self._drop_vast_clamp(operator)
@@ -163,6 +203,17 @@ class _IntegerPass:
         if any(self.graph.tensors[int(t)].type == schema.TensorType.INT4 for t in operator.inputs):
             version = max(version, rule.int4_version)
         operator.opcodeIndex = operator_code(self.model, builtin, version)
+
+    def _check_six(self, operator: OperatorT, rule: OpRule, name: str) -> None:
+        """Raises where RELU in the place of RELU6 would not clamp at 6."""
+        if name == "RELU6" and rule.ships_as == "RELU":
+            site = self.labels.sites[int(operator.outputs[0])]
+            top = (127 - site.zero_point) * float(site.scale)
+            if top > 6.0 + float(site.scale) / 2:
+                raise LoweringError(
+                    f"Expected a range that ends at 6 behind RELU6. Received: {top:.3g} for "
+                    f"'{site.name}'. Quantize the float model anew."
+                )
 
     def _drop_vast_clamp(self, operator: OperatorT) -> None:
         """RELU for a fused RELU6 whose 6 is no int32 on the output's grid: kernels refuse that.
@@ -318,10 +369,6 @@ class _IntegerPass:
         batch_size = flatbuffer.tensor_shape(self.graph.tensors[int(self.graph.inputs[0])])[0]
         full = (batch_size, *site.shape)
         return shape in (full, (math.prod(full[:-1]), *full[-1:]))
-
-
-def _may_fuse(producer: OperatorT | None) -> bool:
-    return producer is not None and hasattr(producer.builtinOptions, "fusedActivationFunction")
 
 
 def quantization(scale: Any, zero_point: Any, axis: int) -> schema.QuantizationParametersT:

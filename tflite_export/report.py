@@ -29,6 +29,8 @@ class SiteDifference:
 class OutputAgreement:
     """One output end to end: steps between the rounded Keras model and the file.
 
+    For an output that is float by the plan, a step is 1/255 of the spread of its values.
+
     `top1_agreement` is the share of samples with the same largest class, `None` where the
     output is not a vector of classes.
     """
@@ -96,9 +98,12 @@ class Report:
         count = sum(self.operators.values())
         kinds = ", ".join(f"{number} {name}" for name, number in self.operators.items())
         lines = [
-            f"{self.model_name}: {self.size_bytes:,} bytes, {count} operators, "
-            f"{self.float_operators} of them float",
-            *_wrapped(kinds),
+            *_wrapped(
+                f"{self.model_name}: {self.size_bytes:,} bytes, {count} operators, "
+                f"{self.float_operators} of them float",
+                "",
+            ),
+            *_wrapped(kinds, "  "),
             f"lockstep over {self.samples} samples, in output steps:",
         ]
         for part in self.runtimes:
@@ -125,20 +130,23 @@ def _runtime_lines(part: RuntimeReport) -> list[str]:
     for operator, row in part.by_operator().items():
         share = 100 * row.differing / max(row.elements, 1)
         ties = f", {100 * row.ties / row.differing:.0f} % ties" if row.ties else ""
-        lines.append(
-            f"    {operator:<24}max {row.max_steps} {share:7.3f} % of {row.elements:,} differ{ties}"
+        lines += _wrapped(
+            f"{operator:<24}max {row.max_steps} {share:7.3f} % of {row.elements:,} differ{ties}",
+            "    ",
         )
     if part.unmatched:
         lines += _wrapped("not compared: " + ", ".join(part.unmatched), "    ")
     for output in part.outputs:
         top1: Any = output.top1_agreement
-        lines.append(
-            f"    output {output.name!r} end to end: max {output.max_steps}, "
+        lines += _wrapped(
+            f"output {output.name!r} end to end: max {output.max_steps}, "
             f"{100 * output.equal_fraction:.1f} % equal"
-            + ("" if top1 is None else f", top-1 agreement {100 * top1:.1f} %")
+            + ("" if top1 is None else f", top-1 agreement {100 * top1:.1f} %"),
+            "    ",
         )
     return lines
 
 
-def _wrapped(text: str, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=indent)
+def _wrapped(text: str, indent: str) -> list[str]:
+    """`text` in lines of 80 characters; those that go on stand further in."""
+    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=f"{indent}  ")

@@ -162,6 +162,16 @@ class _Tensors:
             for x, t in zip(inputs, self.graph.inputs, strict=True)
         ]
 
+    def _step(self, index: int, real: np.ndarray) -> float:
+        """One unit of an output: its grid's, or for a float 1/255 of the values' spread."""
+        names = {int(o): op for op in self.graph.operators for o in op.outputs}
+        if index in names and flatbuffer.op_name(self.model, names[index]) == "DEQUANTIZE":
+            index = int(names[index].inputs[0])
+        grid = self.graph.tensors[index].quantization
+        if grid is not None and grid.scale is not None and len(grid.scale):
+            return float(grid.scale[0])
+        return float(real.max() - real.min()) / 255 or 1.0
+
     def agreement(
         self, frozen: FrozenModel, inputs: list[np.ndarray], outputs: Sequence[np.ndarray]
     ) -> tuple[OutputAgreement, ...]:
@@ -172,7 +182,7 @@ class _Tensors:
             frozen.output_names, expected, outputs, self.graph.outputs, strict=True
         ):
             tensor = self.graph.tensors[int(t)]
-            step = 1.0 if tensor.type == 0 else float(tensor.quantization.scale[0])
+            step = self._step(int(t), real)
             value = _real(found, tensor)
             steps = np.abs(np.rint((value - real) / step))
             classes = value.ndim == 2 and value.shape[1] > 1

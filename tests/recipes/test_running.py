@@ -72,7 +72,7 @@ def test_old_models_with_a_list_of_one_input_do_not_warn() -> None:
 
 def test_accuracy_counts_the_largest_outputs() -> None:
     outputs = np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
-    assert running.accuracy(outputs, np.array([1, 0, 0, 1])) == 0.5
+    assert running.accuracy(outputs, np.array([1, 0, 1, 1])) == 0.75
 
 
 def test_a_table_aligns_its_columns() -> None:

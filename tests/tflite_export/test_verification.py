@@ -176,7 +176,7 @@ def test_a_runtime_that_is_absent_is_reported(net: Net, monkeypatch: pytest.Monk
 
 
 def test_names_of_runtimes_are_checked(net: Net) -> None:
-    with pytest.raises(ExportError, match="a runtime in .*Received: runtime='tflite'"):
+    with pytest.raises(ExportError, match=r"a runtime in .*Received: runtime='tflite'"):
         tflite_export.verify(net.frozen, net.blob, net.x, runtimes=["tflite"])
 
 
@@ -263,8 +263,8 @@ def test_the_report_fits_a_terminal() -> None:
     )  # fmt: skip
     refused = RuntimeReport(runtime=REFERENCE, problem="Expected a runtime. " * 20)
     report = Report(
-        model_name=name, size_bytes=1 << 30, samples=64, operators={f"OP_{i}": 9 for i in range(40)},
-        float_operators=12, runtimes=(part, refused),
+        model_name=name, size_bytes=1 << 30, samples=64, float_operators=12,
+        operators={f"OP_{i}": 9 for i in range(40)}, runtimes=(part, refused),
     )  # fmt: skip
     lines = str(report).splitlines()
     assert max(map(len, lines)) <= 80

@@ -1,0 +1,82 @@
+"""The benchmarks run, and compare what they say they compare. No test looks at a time."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tf_keras
+
+from benchmarks import convert, training_step
+from benchmarks.networks import NETWORKS
+from benchmarks.timing import Seconds, Spread, ratio, spread, take_turns
+from recipes.models import resnet8
+
+
+def test_cases_take_turns_and_warm_up_does_not_count() -> None:
+    order: list[str] = []
+
+    def case(name: str) -> Callable[[], Seconds]:
+        def run() -> Seconds:
+            order.append(name)
+            return Seconds(float(len(order)), 0.0)
+
+        return run
+
+    measured = take_turns({"a": case("a"), "b": case("b")}, rounds=2, warmup=1)
+    assert order == ["b", "a", "a", "b", "b", "a"]
+    assert [s.wall for s in measured["a"]] == [3.0, 6.0]
+    assert [s.wall for s in measured["b"]] == [4.0, 5.0]
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    measured = {
+        "slow": [Seconds(2.0, 8.0), Seconds(20.0, 4.0), Seconds(30.0, 1.0)],
+        "fast": [Seconds(1.0, 1.0), Seconds(10.0, 1.0), Seconds(10.0, 1.0)],
+    }
+    assert ratio(measured, "slow", "fast") == Spread(lower=2.0, median=2.0, upper=2.5)
+    assert ratio(measured, "slow", "fast", "processor").median == 4.0
+    assert spread(measured, "slow").median == 20.0
+
+
+def test_resnet8_is_that_of_the_recipes() -> None:
+    mine, recipe = NETWORKS["resnet8"].build(keras), resnet8()
+    mine.set_weights(recipe.get_weights())
+    x = np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype(np.float32)
+    # The same operations on the same weights: equal to the bit.
+    np.testing.assert_array_equal(mine.predict(x, verbose=0), recipe.predict(x, verbose=0))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_both_keras_build_the_same_network(name: str) -> None:
+    network = NETWORKS[name]
+    new, old = network.build(keras), network.build(tf_keras)
+    generator = np.random.default_rng(0)
+    weights = [w + generator.uniform(0.0, 0.1, w.shape) for w in new.get_weights()]
+    new.set_weights(weights)
+    old.set_weights(weights)
+    x = generator.uniform(-1.0, 1.0, (2, *network.input_shape)).astype(np.float32)
+    # BatchNormalization multiplies in another order in Keras 2: some ulps of float32 per layer.
+    np.testing.assert_allclose(
+        new.predict(x, verbose=0), old.predict(x, verbose=0), rtol=1e-3, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("main", [training_step.main, convert.main])
+def test_benchmark_measures_both_clocks(
+    main: Callable[[Sequence[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "measured.json"
+    main(["--smoke", "--network", "resnet8", "--out", str(out)])
+    content = json.loads(out.read_text())
+    assert content["machine"]["cores"] > 0
+    for clock in ("wall", "processor"):
+        measured = content["networks"]["resnet8"][clock]
+        assert {len(sample) for sample in measured["seconds"].values()} == {content["rounds"]}
+        assert any(name.startswith("kqat / float") for name in measured["ratios"])
+        assert all(r["lower"] <= r["median"] <= r["upper"] for r in measured["ratios"].values())
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("network  case")
+    assert any(line.startswith("resnet8  kqat") for line in table)
