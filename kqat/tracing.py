@@ -175,7 +175,7 @@ def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph
     kept = {node.name for node in graph.nodes if keep(node)}
     expanded, origins = _expand_once(graph, kept, name)
     # A part may be composite itself, as the activation of Dense(activation="silu").
-    while any(_is_composite(n) for n in expanded.nodes if origins[n.layer.name] not in kept):
+    while any(_is_composite(n, origins[n.layer.name], kept) for n in expanded.nodes):
         still = {n.name for n in expanded.nodes if origins[n.layer.name] in kept}
         further, parts = _expand_once(expanded, still, name)
         layer_names = {node.name: node.layer.name for node in expanded.nodes}
@@ -184,8 +184,10 @@ def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph
     return expanded, origins
 
 
-def _is_composite(node: Node) -> bool:
-    rule = rule_for(node.layer, node.name)
+def _is_composite(node: Node, origin: str, kept: set[str]) -> bool:
+    if origin in kept:
+        return False
+    rule = rule_for(node.layer, origin)
     return bool(rule.decompose and rule.decompose(node.layer, node.name) is not None)
 
 

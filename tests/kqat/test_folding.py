@@ -220,6 +220,9 @@ def test_only_layers_that_scale_and_shift_may_be_called_affine() -> None:
 
 def test_what_was_trained_in_half_precision_ships_in_float32() -> None:
     keras.config.set_dtype_policy("mixed_bfloat16")
-    wrapper = wrapped(*FOLDING["dense"], GRIDS["per channel"])
+    try:
+        wrapper = wrapped(*FOLDING["dense"], GRIDS["per channel"])
+    finally:
+        keras.config.set_dtype_policy("float32")
     _, layer = freeze_layer(wrapper)
     assert as_model(layer, (5,))(normal(2, 5)).dtype == "float32"

@@ -196,8 +196,8 @@ def test_an_untrained_model_strips_to_the_same_function(build: Any, policy: Any)
 
 def test_islands_stand_between_fences() -> None:
     _, qat = untrained(islands, {"float*": None, "sort": None})
-    names = [node.name for node in trace(freeze(qat).model).nodes]
-    fences = [name for name in names if name.startswith("fence")]
+    nodes = trace(freeze(qat).model).nodes
+    fences = [node for node in nodes if is_marker(node.layer, "fence")]
     # Out of `conv`, back in behind the attention, and out of the sum.
     assert len(fences) == 3
 
