@@ -49,7 +49,9 @@ class ActivationQuantizer(keras.layers.Layer):
         sites: int = 1,
         **kwargs: Any,
     ):
-        super().__init__(autocast=False, **kwargs)
+        # Ranges are float32 under every policy. Only where the layer's own policy is float32 too
+        # does Keras leave its variables alone.
+        super().__init__(autocast=False, **{"dtype": "float32", **kwargs})
         self.spec = spec
         self.range_method = range_method
         self.clamp = clamp
@@ -85,9 +87,12 @@ class ActivationQuantizer(keras.layers.Layer):
         if training and observe and self.trainable:
             low, high = self._observed(x, site)
             return ops.cast(self._round(x, low, high), dtype)
-        rounded = self._round(x, self.site_low.value, self.site_high.value)
-        seen = ops.max(self.count.value) > 0.0
-        return ops.cast(ops.where(seen, rounded, self.clamped(x)), dtype)
+        low, high, count = self.site_low.value, self.site_high.value, self.count.value
+        # Not ops.where: it would compute both, and send gradients through both.
+        rounded = ops.cond(
+            ops.max(count) > 0.0, lambda: self._round(x, low, high), lambda: self.clamped(x)
+        )
+        return ops.cast(rounded, dtype)
 
     def clamped(self, x: Any) -> Any:
         """`x` after the clamp alone."""
@@ -163,6 +168,10 @@ class ActivationQuantizer(keras.layers.Layer):
         """The input's shape."""
         return input_shape
 
+    def compute_output_spec(self, x: Any, **kwargs: Any) -> Any:
+        """The input's shape and dtype."""
+        return keras.KerasTensor(x.shape, dtype=x.dtype)
+
     def get_config(self) -> dict[str, Any]:
         """Plain JSON types only, so that loading needs no custom objects."""
         config = super().get_config()
@@ -223,7 +232,8 @@ class QuantizeWrapper(keras.layers.Layer):
         freeze_statistics: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        # The layer inside casts by its own policy; here weights are rounded, in float32.
+        super().__init__(autocast=False, **{"dtype": "float32", **kwargs})
         self.layer = layer
         self.weight_specs = dict(weights)
         self.normalization = normalization
@@ -320,12 +330,19 @@ class QuantizeWrapper(keras.layers.Layer):
         """That of the layer."""
         return self.layer.compute_output_shape(input_shape)
 
+    def compute_output_spec(self, x: Any, training: bool | None = None) -> Any:
+        """The layer's output shape and dtype."""
+        shape = self.compute_output_shape(x.shape)
+        return keras.KerasTensor(shape, dtype=self.layer.compute_dtype)
+
     def get_config(self) -> dict[str, Any]:
         """Plain JSON types and the serialized layers."""
         serialize = keras.saving.serialize_keras_object
         norm = self.normalization
+        config = super().get_config()
+        config.pop("autocast", None)
         return {
-            **super().get_config(),
+            **config,
             "layer": serialize(self.layer),
             "weights": {name: spec.to_dict() for name, spec in self.weight_specs.items()},
             "normalization": None if norm is None else serialize(norm),

@@ -352,12 +352,6 @@ def resolve_weights(node: Node, rule: LayerRule, config: QuantizeConfig) -> dict
             along axes for which integer kernels have none.
     """
     if not rule.weights:
-        if isinstance(config.weights, Mapping):
-            raise PolicyError(
-                f"Expected no grids by name for layer '{node.name}' of type "
-                f"{type(node.layer).__name__}, which has no quantizable weights. Received: "
-                f"{sorted(config.weights)}."
-            )
         return {}
     asked = dict(config.weight_items())
     if "*" in asked:

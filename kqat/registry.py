@@ -206,7 +206,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.BatchNormalization: _affine(_last_axis),
     layers.Normalization: _affine(_last_axis),
     layers.Rescaling: _affine(),
-    layers.ReLU: _own("RELU", "RELU6", decompose=decompositions.relu),
+    layers.ReLU: _own("RELU", "LEAKY_RELU", decompose=decompositions.relu),
     layers.LeakyReLU: _own("LEAKY_RELU"),
     layers.ELU: _own("ELU", refuse=_plain_elu),
     layers.PReLU: _own("PRELU", weights={"alpha": None}),

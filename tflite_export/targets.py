@@ -6,7 +6,7 @@ from kqat.errors import TargetError
 from kqat.freezing import FrozenModel
 from kqat.marking import Marker, Tabulated, is_marker
 from kqat.registry import rule_for
-from kqat.tracing import trace
+from kqat.tracing import Ref, trace
 from tflite_export.op_table import missing_kernels
 
 
@@ -44,13 +44,16 @@ def check_target(frozen: FrozenModel, name: str) -> None:
         raise TargetError(f"Expected one of the targets {sorted(TARGETS)}. Received: {name!r}.")
     runtime = TARGETS[name].runtime
     lacking = []
-    graph = trace(frozen.model)
-    producers = graph.producers()
-    for node in graph.nodes:
-        sources = [producers[ref].layer for ref in node.inputs if ref in producers]
-        integer = bool(sources) and all(is_marker(source, "site") for source in sources)
-        if isinstance(node.layer, Marker | Tabulated) or not integer:
+    integers: set[Ref] = set()
+    for node in trace(frozen.model).nodes:
+        if isinstance(node.layer, Marker | Tabulated):
+            if not is_marker(node.layer, "fence"):
+                integers.update(node.outputs)
             continue
+        if not node.inputs or not integers.issuperset(node.inputs):
+            continue
+        # A layer may stand between two markers with others, all of them integer.
+        integers.update(node.outputs)
         missing = missing_kernels(rule_for(node.layer).ops, runtime)
         if missing:
             lacking.append(f"layer '{node.name}' needs {', '.join(missing)}")

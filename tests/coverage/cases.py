@@ -43,13 +43,20 @@ class Case:
         return model
 
 
+def ends(model: keras.Model) -> tuple[Any, Any]:
+    """The model's inputs and outputs in its structures."""
+    # A Sequential model, which has one of each, was never called and so has no `input`.
+    if isinstance(model, keras.Sequential):
+        return model.inputs[0], model.outputs[0]
+    return model.input, model.output
+
+
 def inputs_of(model: keras.Model, samples: int, seed: int = 0) -> Any:
     """Random values for the model's inputs, in its input structure."""
     rng = np.random.default_rng(seed)
-    # A Sequential model, which has one input, was never called and so has no `input`.
-    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
     return keras.tree.map_structure(
-        lambda t: rng.normal(scale=3, size=(samples, *t.shape[1:])).astype(np.float32), structure
+        lambda t: rng.normal(scale=3, size=(samples, *t.shape[1:])).astype(np.float32),
+        ends(model)[0],
     )
 
 

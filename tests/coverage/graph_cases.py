@@ -43,7 +43,7 @@ def _conv_bn(x: Any, filters: int = 3, name: str | None = None) -> Any:
 def _sequential() -> keras.Model:
     return keras.Sequential(
         [
-            keras.Input(IMAGE),
+            keras.Input(IMAGE, name="image"),
             L.Conv2D(4, 3),
             L.BatchNormalization(),
             L.ReLU(),
@@ -126,7 +126,7 @@ def _output_twice() -> keras.Model:
 
 def _input_is_output() -> keras.Model:
     x = keras.Input((8,), name="x")
-    return keras.Model(x, [L.Dense(4, name="y")(x), x])
+    return keras.Model(x, [L.Dense(4, name="y")(x), L.Identity(name="same")(x)])
 
 
 def _branches(x: Any) -> Any:
@@ -164,19 +164,22 @@ def _scale_chain(x: Any) -> Any:
 def _functions() -> keras.Model:
     """Every elementwise function of `keras.ops` that the table of operations has."""
     names = (
-        "relu", "relu6", "sigmoid", "tanh", "silu", "hard_silu", "hard_sigmoid", "hard_tanh",
+        "relu", "relu6", "sigmoid", "tanh", "hard_silu", "hard_sigmoid", "hard_tanh",
         "log_sigmoid", "selu", "softplus", "softsign", "exp", "softmax", "log_softmax",
         "leaky_relu", "negative", "square",
     )  # fmt: skip
     x = keras.Input((8,), name="x")
-    return keras.Model(x, [getattr(keras.ops, name)(x) for name in names])
+    outputs = [getattr(keras.ops, name)(x) for name in names]
+    # On another value: the converter computes one sigmoid where it finds two of a value.
+    return keras.Model(x, [*outputs, keras.ops.silu(outputs[-1])])
 
 
 def _arithmetic() -> keras.Model:
     """Operators on tensors, on a tensor and a constant, and the functions of two."""
     x, y = keras.Input((8,), name="x"), keras.Input((8,), name="y")
     ops = keras.ops
-    tensors = [x + y, x - y, x * y, ops.maximum(x, y), ops.minimum(x, y)]
+    a, b = L.Dense(8)(x), L.Dense(8)(y)
+    tensors = [x + y, x - y, x * y, ops.maximum(a, b), ops.minimum(a, b)]
     constants = [x + 1.0, 2.0 - x, x * 0.5, x / 4.0, ops.divide(y, 3.0), ops.clip(y, 0, 6)]
     return keras.Model([x, y], tensors + constants)
 
@@ -196,12 +199,12 @@ def _moves() -> keras.Model:
 
 
 _FUNCTION_OPS = {
-    "ADD": 7, "CAST": 7, "GATHER": 7, "HARD_SWISH": 1, "LEAKY_RELU": 1, "LOGISTIC": 1,
+    "ADD": 7, "CAST": 7, "GATHER": 7, "HARD_SWISH": 1, "LEAKY_RELU": 1, "LOGISTIC": 2,
     "LOG_SOFTMAX": 1, "MUL": 3, "RELU": 2, "SOFTMAX": 1, "TANH": 1,
 }  # fmt: skip
 _ARITHMETIC_OPS = {
-    "ADD": 1, "DEPTHWISE_CONV_2D": 2, "MAXIMUM": 1, "MINIMUM": 1, "MUL": 4, "RELU": 1,
-    "RESHAPE": 4, "SUB": 1,
+    "ADD": 1, "DEPTHWISE_CONV_2D": 2, "FULLY_CONNECTED": 2, "MAXIMUM": 1, "MINIMUM": 1, "MUL": 4,
+    "RELU": 1, "RESHAPE": 4, "SUB": 1,
 }  # fmt: skip
 _MOVE_OPS = {
     "AVERAGE_POOL_2D": 1, "CONCATENATION": 1, "MAX_POOL_2D": 1, "MEAN": 1, "REDUCE_MAX": 1,

@@ -369,7 +369,7 @@ COMPOSITE = (
     _one(
         "einsum_dense",
         (5, 8),
-        lambda x: L.EinsumDense("abc,cd->abd", (None, 4), "relu", "d")(x),
+        lambda x: L.EinsumDense("abc,cd->abd", (5, 4), "relu", "d")(x),
         FULLY_CONNECTED=1,
         RESHAPE=2,
     ),
@@ -381,7 +381,7 @@ COMPOSITE = (
         **_ATTENTION,
     ),
     _one("mean", (5, 8), lambda x: Mean(-1)(x), MEAN=1),
-    _one("matmul", (5, 8), _product, BATCH_MATMUL=1, FULLY_CONNECTED=1, RESHAPE=2, TRANSPOSE=1),
+    _one("matmul", (5, 8), _product, BATCH_MATMUL=1, FULLY_CONNECTED=1, TRANSPOSE=1),
     _one("rsqrt", VECTOR, lambda x: ReciprocalSquareRoot()(L.ReLU()(x)), RELU=1, **TABLE),
     _one("channel_affine", IMAGE, lambda x: ChannelAffine()(x), DEPTHWISE_CONV_2D=1),
 )

@@ -87,8 +87,11 @@ def test_a_transformer_block_ships_full_integer() -> None:
     qat.compile("adam", "mse")
     before = [w.copy() for w in qat.get_weights()]
     qat.fit(x_data, model.predict(x_data, verbose=0), verbose=0)
-    assert all(v.trainable is False or not np.array_equal(v, b) for v, b in zip(
-        qat.weights, before, strict=True) if "bias" not in v.path)
+    assert all(
+        v.trainable is False or not np.array_equal(v, b)
+        for v, b in zip(qat.weights, before, strict=True)
+        if "bias" not in v.path
+    )
     report = tflite_export.verify(qat, tflite_export.convert(qat), x_data)
     assert report.is_full_integer
     for runtime in report.runtimes:

@@ -89,6 +89,11 @@ def test_range_always_holds_zero() -> None:
     negative(np.float32([-3, -2]), training=True)
     assert positive.range() == (0, 3)
     assert negative.range() == (-3, 0)
+    # Already the batch's range does, so that a batch above zero pulls no average up to it.
+    average = quantizer(MovingAverage(0.5))
+    average(np.float32([2, 3]), training=True)
+    average(np.float32([-3, 3]), training=True)
+    assert average.range() == (np.float32(-2), 3)
 
 
 def test_constant_zero_is_seen_and_stays_zero() -> None:

@@ -132,6 +132,17 @@ def test_other_variables_and_state_stay_the_layers_own() -> None:
     assert int(wrapped.layer.calls) == 1
 
 
+def test_frozen_weights_are_rounded_for_the_call_only() -> None:
+    wrapped, x = QuantizeWrapper(Gain(), {"gain": FOUR_BITS}), normal(5, 4)
+    wrapped.build(x.shape)
+    wrapped.trainable = False
+    gain = normal(4)
+    wrapped.layer.gain.assign(gain)
+    wrapped.layer.offset.assign(np.zeros(4))
+    np.testing.assert_array_equal(wrapped(x), x * on_grid(gain, FOUR_BITS))
+    np.testing.assert_array_equal(wrapped.layer.gain, gain)
+
+
 def test_without_grids_the_layer_is_called_as_it_is() -> None:
     layer, x = layers.BatchNormalization(), normal(5, 4)
     wrapped = QuantizeWrapper(layer, {})

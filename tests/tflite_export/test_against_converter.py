@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert import schema_py_generated as schema
 from keras import layers as L
 
 import kqat
@@ -107,7 +108,12 @@ class Pair:
                     yield x, y
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name == "cnn" else pytest.mark.slow) for name in NETWORKS
+    ],
+)
 def pair(request: pytest.FixtureRequest) -> Pair:
     return Pair(*NETWORKS[request.param])
 
@@ -178,7 +184,7 @@ def test_scales_of_constants_are_equal(pair: Pair) -> None:
         for ours, theirs in pair.constants(position):
             assert len(ours.quantization.scale) == len(theirs.quantization.scale)
             # A bias has the product of two scales, each of which may differ.
-            limit = pair.ulps + (ULPS if ours.type == theirs.type == 2 else 0)
+            limit = pair.ulps + (ULPS if ours.type == schema.TensorType.INT32 else 0)
             assert ulps(ours, theirs) <= limit, flatbuffer.tensor_name(ours)
 
 

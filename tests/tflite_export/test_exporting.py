@@ -208,7 +208,8 @@ def test_a_float_end_stays_float(policy: dict[str, None], argument: str) -> None
     qat, _ = quantized((8,), call, policy)
     with pytest.raises(ExportError, match=f"as the plan leaves.*{argument}='float32'"):
         tflite_export.convert(qat)
-    model = flatbuffer.read(tflite_export.convert(qat, **{argument: "float32"}))
+    options: dict[str, Any] = {argument: "float32"}
+    model = flatbuffer.read(tflite_export.convert(qat, **options))
     assert sorted(operators(model))[-1] == ("QUANTIZE" if "stem" in policy else "FULLY_CONNECTED")
 
 

@@ -50,7 +50,7 @@ class Marked:
         shape = flatbuffer.tensor_shape(self.graph.tensors[source])
         middle = self.op("QUANTIZE", source, shape)
         params = schema.QuantizationParametersT()
-        params.scale = np.float32([(index + 1) * Marker.STEP])
+        params.scale = np.array([(index + 1) * Marker.STEP], np.float32)
         params.zeroPoint = np.array([Marker.KINDS[kind]])
         self.graph.tensors[middle].quantization = params
         return self.op("DEQUANTIZE", middle, shape)

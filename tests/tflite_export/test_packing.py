@@ -23,6 +23,10 @@ QUOTIENT = Fraction(1, 2**23)
 LARGEST = Fraction(BIAS_LIMIT) * (1 + Fraction(1, 2**24)) + 1
 
 
+def f32(values: list[float]) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[Weights, np.ndarray, np.float32]:
     """Weights of shape (channels, inputs), one scale per channel or one, bias, input scale."""
@@ -77,35 +81,35 @@ def test_weights_move_by_half_a_step_and_only_where_the_bias_would_overflow(
 
 
 def test_a_channel_that_would_overflow_gets_a_coarser_grid() -> None:
-    weights = Weights(np.array([[100], [100]], np.int8), np.float32([2**-40, 2**-8]), 0)
-    fitted, bias = fit_bias(weights, np.float32([1.0, 1.0]), np.float32(2**-8))
+    weights = Weights(np.array([[100], [100]], np.int8), f32([2**-40, 2**-8]), 0)
+    fitted, bias = fit_bias(weights, f32([1.0, 1.0]), np.float32(2**-8))
     # 2**-30 is the finest product on which a bias of 1 fits; 100 * 2**-40 is 0.02 of 2**-22.
-    np.testing.assert_array_equal(fitted.scale, np.float32([2**-22, 2**-8]))
+    np.testing.assert_array_equal(fitted.scale, f32([2**-22, 2**-8]))
     np.testing.assert_array_equal(fitted.integers, [[0], [100]])
     np.testing.assert_array_equal(bias.integers, [2**30, 2**16])
-    np.testing.assert_array_equal(bias.scale, np.float32([2**-30, 2**-16]))
-    np.testing.assert_array_equal(weights.scale, np.float32([2**-40, 2**-8]))  # left alone
+    np.testing.assert_array_equal(bias.scale, f32([2**-30, 2**-16]))
+    np.testing.assert_array_equal(weights.scale, f32([2**-40, 2**-8]))  # left alone
 
 
 def test_one_scale_for_all_is_coarse_enough_for_the_largest_bias() -> None:
-    weights = Weights(np.array([[64], [-128 + 1]], np.int8), np.float32([2**-30]), 0)
-    fitted, bias = fit_bias(weights, np.float32([0.25, -1.0]), np.float32(2**-2))
-    np.testing.assert_array_equal(fitted.scale, np.float32([2**-28]))
+    weights = Weights(np.array([[64], [-128 + 1]], np.int8), f32([2**-30]), 0)
+    fitted, bias = fit_bias(weights, f32([0.25, -1.0]), np.float32(2**-2))
+    np.testing.assert_array_equal(fitted.scale, f32([2**-28]))
     np.testing.assert_array_equal(fitted.integers, [[16], [-32]])  # -31.75
     np.testing.assert_array_equal(bias.integers, [2**28, -(2**30)])
 
 
 def test_zero_weights_keep_their_zeros() -> None:
-    weights = Weights(np.zeros((2, 3), np.int8), np.float32([1.0, 2**-60]), 0)
-    fitted, bias = fit_bias(weights, np.float32([3.0, 0.0]), np.float32(0.5))
+    weights = Weights(np.zeros((2, 3), np.int8), f32([1.0, 2**-60]), 0)
+    fitted, bias = fit_bias(weights, f32([3.0, 0.0]), np.float32(0.5))
     np.testing.assert_array_equal(fitted.integers, np.zeros((2, 3)))
     np.testing.assert_array_equal(bias.integers, [6, 0])
 
 
 @pytest.mark.parametrize("integer", [-3, -2, 2, 3])
 def test_ties_go_to_the_even_integer(integer: int) -> None:
-    weights = Weights(np.ones((1, 1), np.int8), np.float32([1.0]), 0)
-    _, bias = fit_bias(weights, np.float32([integer + 0.5]), np.float32(1.0))
+    weights = Weights(np.ones((1, 1), np.int8), f32([1.0]), 0)
+    _, bias = fit_bias(weights, f32([integer + 0.5]), np.float32(1.0))
     assert bias.integers[0] == np.rint(integer + 0.5)
 
 

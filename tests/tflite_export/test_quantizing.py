@@ -133,7 +133,8 @@ def test_a_float_island_stays_as_the_converter_made_it() -> None:
 def test_a_dead_channel_ships() -> None:
     """Gamma is zero, so the channel is its bias alone, whatever the weights were."""
     qat, x = quantized(IMAGE, lambda x: L.BatchNormalization()(L.Conv2D(4, 3)(x)))
-    norm = next(la for la in qat.layers if isinstance(la, kqat.QuantizeWrapper)).normalization
+    wrapper = next(la for la in qat.layers if isinstance(la, kqat.QuantizeWrapper))
+    norm: Any = wrapper.normalization
     norm.gamma.assign([0.0, 1.0, -1.0, 1e-30])
     norm.beta.assign([0.5, 0.5, 0.5, 0.5])
     report = tflite_export.verify(qat, tflite_export.convert(qat), x)

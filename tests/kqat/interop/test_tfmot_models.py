@@ -67,11 +67,18 @@ def kernels(blob: bytes) -> list[np.ndarray]:
     """The integers of the weights of the dense layers, in order."""
     model = flatbuffer.read(blob)
     graph = model.subgraphs[0]
-    return [
+    stored = [
         flatbuffer.tensor_data(model, graph.tensors[operator.inputs[1]])
         for operator in graph.operators
         if flatbuffer.op_name(model, operator) == "FULLY_CONNECTED"
     ]
+    return [unpacked(data) if data.dtype == np.uint8 else data for data in stored]
+
+
+def unpacked(data: np.ndarray) -> np.ndarray:
+    """Four-bit integers, two a byte and the first in the low half, as int8."""
+    halves = np.stack([data & 0x0F, data >> 4], axis=-1).reshape(-1).astype(np.int8)
+    return np.where(halves > 7, halves - 16, halves)
 
 
 def test_the_guide_from_annotation_to_file() -> None:
