@@ -21,8 +21,8 @@ ROOMS = {
         "interop", "api", "annotating", "__init__", "cli",
     ),
     "tflite_export": (
-        "flatbuffer", "op_table", "lowering", "markers", "packing", "lookup", "quantizing",
-        "runtimes", "report", "verification", "targets", "exporting", "c_source", "__init__",
+        "sharing", "flatbuffer", "op_table", "lowering", "markers", "packing", "lookup",
+        "quantizing", "runtimes", "report", "verification", "targets", "exporting", "c_source", "__init__",
     ),
 }  # fmt: skip
 # Who may import a package of ours, by folder or file.

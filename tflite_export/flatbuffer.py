@@ -17,6 +17,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.schema_py_generated import ModelT, OperatorT, SubGraphT, TensorT
 
 from kqat.errors import ExportError
+from tflite_export.sharing import share_vectors
 
 _IDENTIFIER = b"TFL3"
 # schema.fbs gives Buffer.data force_align: 16, so that an MCU may read int32 and int64 in place.
@@ -92,6 +93,7 @@ def write(model: ModelT) -> bytes:
         packed = _copied(model)
         packed.buffers = [_AlignedBuffer(data=b.data) for b in _items(packed.buffers)]
         _set_vector_dtypes(packed)
+        share_vectors(packed)
         size_bytes = sum(len(_raw_bytes(b.data)) for b in packed.buffers if b.data is not None)
         builder = flatbuffers.Builder(size_bytes + 65536)
         builder.Finish(packed.Pack(builder), _IDENTIFIER)
