@@ -40,8 +40,7 @@ class FrozenWeight:
     @property
     def values(self) -> np.ndarray:
         """The float weights that the frozen model computes with."""
-        # Adding zero turns -0.0 into 0.0: weights are found again by their bytes.
-        return (self.integers.astype(np.float32) * self.scale + np.float32(0)).astype(np.float32)
+        return self.integers.astype(np.float32) * self.scale
 
 
 def freeze_layer(wrapper: QuantizeWrapper) -> Frozen:

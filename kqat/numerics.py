@@ -75,6 +75,9 @@ def fake_quantize(x: Any, low: Any, high: Any, spec: QuantSpec) -> Any:
 
     Outside the range the gradient goes to the bound that cut `x`.
 
+    XLA, by which Keras compiles on GPUs, has a formula of its own for the fused kernel: outputs
+    are off the grid by float roundings, and ties can fall the other way.
+
     Args:
         x: float32 tensor of any shape.
         low, high: float32 scalars as `widen` leaves them.

@@ -22,7 +22,8 @@ ROOMS = {
     ),
     "tflite_export": (
         "sharing", "flatbuffer", "op_table", "lowering", "markers", "packing", "lookup",
-        "quantizing", "runtimes", "report", "verification", "targets", "exporting", "c_source", "__init__",
+        "quantizing", "runtimes", "report", "verification", "targets", "exporting", "c_source",
+        "__init__",
     ),
 }  # fmt: skip
 # Who may import a package of ours, by folder or file.

@@ -198,21 +198,23 @@ def test_folded_inference_is_the_layer_with_rounded_folded_weights(
     assert np.abs(wrapped(x) - expected).max() < 1e-3 * step
 
 
-def test_per_channel_grids_commute_with_folding_and_per_tensor_grids_do_not() -> None:
-    """FACTS 9."""
-    make, shape, spec = CASES[4]
-    for grid, commutes in ((spec, True), (PER_TENSOR, False)):
-        wrapped = folding(make, shape, grid)
-        factor, _ = normalization_factor(wrapped.normalization)
-        kernel = wrapped.layer.kernel.numpy()
-        axes = grid.axis if isinstance(grid.axis, tuple) else ()
+@pytest.mark.parametrize("spec", [per(-1), PER_TENSOR], ids=["channel", "tensor"])
+def test_integers_are_those_of_the_folded_weights(spec: QuantSpec) -> None:
+    """Per channel they are those of the weights before folding too, but for gamma's sign."""
+    make, shape, _ = CASES[4]
+    wrapped = folding(make, shape, spec)
+    factor, _ = normalization_factor(wrapped.normalization)
+    kernel = wrapped.layer.kernel.numpy()
+    scale = np.asarray(wrapped.scale("kernel"))
+    integers = np.rint(np.asarray(wrapped.on_grid("kernel")) / scale)
+    shipped = integers if wrapped.folds_before("kernel") else integers * np.sign(factor)
 
-        def integers(weight: np.ndarray, axes: tuple[int, ...] = axes) -> np.ndarray:
-            return reference.quantize_weight(weight, reference.weight_scale(weight, axes, 8), 8)
+    def expected(weight: np.ndarray) -> np.ndarray:
+        axes = spec.axis if isinstance(spec.axis, tuple) else ()
+        return reference.quantize_weight(weight, reference.weight_scale(weight, axes, 8), 8)
 
-        before = integers((kernel * factor).astype(np.float32))
-        after = integers(kernel) * np.sign(factor).astype(int)
-        assert np.array_equal(before, after) == commutes
+    np.testing.assert_array_equal(shipped, expected((kernel * factor).astype(np.float32)))
+    assert np.array_equal(integers, expected(kernel)) == (spec.axis is not None)
 
 
 @pytest.mark.parametrize("spec", [per(-1), PER_TENSOR], ids=["channel", "tensor"])

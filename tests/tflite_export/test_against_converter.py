@@ -198,6 +198,13 @@ def test_activations_have_equal_grids(pair: Pair) -> None:
         assert list(ours.quantization.zeroPoint) == list(theirs.quantization.zeroPoint)
 
 
+def test_operators_have_equal_versions(pair: Pair) -> None:
+    codes = pair.ours.operatorCodes, pair.theirs.operatorCodes
+    for name, a, b in pair.operators():
+        ours, theirs = codes[0][a.opcodeIndex].version, codes[1][b.opcodeIndex].version
+        assert ours == theirs, name
+
+
 def test_outputs_are_equal(pair: Pair) -> None:
     source = pair.ours.subgraphs[0].tensors[pair.ours.subgraphs[0].inputs[0]]
     scale, zero = source.quantization.scale[0], source.quantization.zeroPoint[0]

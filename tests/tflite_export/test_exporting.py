@@ -118,11 +118,12 @@ def test_order_and_names_are_those_of_the_model(net: Net, io_type: str) -> None:
     )
     model = flatbuffer.read(blob)
     graph, (signature,) = model.subgraphs[0], model.signatureDefs
-    for tensors, entries, names in (
-        (graph.inputs, signature.inputs, INPUTS),
-        (graph.outputs, signature.outputs, OUTPUTS),
+    for tensors, entries, names, shapes in (
+        (graph.inputs, signature.inputs, INPUTS, [(1, 6, 6, 3), (1, 4)]),
+        (graph.outputs, signature.outputs, OUTPUTS, [(1, 1), (1, 3), (1, 2)]),
     ):
         assert tuple(flatbuffer.tensor_name(graph.tensors[i]) for i in tensors) == names
+        assert [flatbuffer.tensor_shape(graph.tensors[i]) for i in tensors] == shapes
         assert tuple(entry.name.decode() for entry in entries) == names
         assert [entry.tensorIndex for entry in entries] == list(tensors)
 

@@ -73,23 +73,46 @@ def test_biases_have_the_product_of_scales() -> None:
 
 
 def test_versions_are_those_of_the_int8_kernels() -> None:
+    """As in TensorFlow's `lite/tools/versioning/op_version.cc`."""
     _, model = frozen_and_file(IMAGE, small)
-    for code in model.operatorCodes:
-        name = next(k for k, v in vars(schema.BuiltinOperator).items() if v == code.builtinCode)
-        assert code.version >= OP_TABLE[name].version
+    versions = [model.operatorCodes[op.opcodeIndex].version for op in model.subgraphs[0].operators]
+    assert dict(zip(operators(model), versions, strict=True)) == {
+        "CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "RESHAPE": 1, "FULLY_CONNECTED": 4
+    }  # fmt: skip
+
+
+def dense(x: Any) -> Any:
+    return L.Dense(4)(x)
+
+
+def transposed(x: Any) -> Any:
+    return L.Conv2DTranspose(4, 3)(x)
 
 
 @pytest.mark.parametrize(
-    ("clamp", "fused", "alone"), [("relu", "RELU", "RELU"), ("relu6", "RELU6", "RELU")]
+    ("clamp", "shape", "producer", "operator"),
+    [
+        ("relu", (8,), dense, "FULLY_CONNECTED"),
+        ("relu6", (8,), dense, "FULLY_CONNECTED"),
+        ("relu", IMAGE, transposed, "TRANSPOSE_CONV"),  # which the converter does not fuse
+        ("relu6", IMAGE, transposed, "TRANSPOSE_CONV"),
+    ],
 )
-def test_clamps_fuse_into_the_producer_or_ship_as_relu(clamp: str, fused: str, alone: str) -> None:
-    _, model = frozen_and_file((8,), lambda x: L.Activation(clamp)(L.Dense(4)(x)))
-    assert operators(model) == ["FULLY_CONNECTED"]
+def test_clamps_fuse_into_the_producer(
+    clamp: str, shape: tuple[int, ...], producer: Callable[[Any], Any], operator: str
+) -> None:
+    _, model = frozen_and_file(shape, lambda x: L.Activation(clamp)(producer(x)))
+    assert operators(model) == [operator]
     options = model.subgraphs[0].operators[0].builtinOptions
-    wanted = getattr(schema.ActivationFunctionType, fused)
-    assert options.fusedActivationFunction == wanted
+    kind = getattr(schema.ActivationFunctionType, clamp.upper())
+    assert options.fusedActivationFunction == kind
+
+
+@pytest.mark.parametrize("clamp", ["relu", "relu6"])
+def test_a_clamp_alone_ships_as_relu(clamp: str) -> None:
+    """TFLite Micro's RELU6 does not rescale; RELU clamps to the output's range, which ends at 6."""
     _, model = frozen_and_file((8,), lambda x: L.Activation(clamp)(x))
-    assert operators(model) == [alone]
+    assert operators(model) == ["RELU"]
 
 
 def test_moves_before_and_after_a_marker_have_its_grid() -> None:
