@@ -149,6 +149,7 @@ class _Freezer:
     def __init__(self, graph: Graph):
         self.consumers = graph.consumers()
         self.producers = graph.producers()
+        self.input_names = dict(zip(graph.inputs, graph.input_names, strict=True))
         self.sites: list[Site] = []
         self.weights: list[FrozenWeight] = []
         self.tables: list[Tabulated] = []
@@ -211,7 +212,9 @@ class _Freezer:
         scale, zero_point = numerics.nudge(np.float32(low), np.float32(high), layer.spec)
         observes = node.kwargs.get("observe", True)
         producer = self.producers.get(node.inputs[0])
-        if producer is None or (layer.sites == 1 and observes):
+        if producer is None:
+            name = self.input_names[node.inputs[0]]
+        elif layer.sites == 1 and observes:
             name = layer.name.removesuffix("_quantizer")
         else:
             name = producer.name.removeprefix("quant_")

@@ -216,7 +216,6 @@ def test_lists_and_dicts_serve_models_of_many_inputs() -> None:
     assert rows[0].outputs[0].max_steps <= 1
 
 
-@pytest.mark.xfail(strict=True, reason="freeze names both sites after the first input")
 def test_two_inputs_of_one_scale_are_told_apart() -> None:
     x, y = keras.Input((4,), name="x"), keras.Input((4,), name="y")
     model = keras.Model([x, y], [L.Maximum()([x, y]), L.Rescaling(2.0)(y)])
