@@ -149,12 +149,6 @@ def test_channel_axes_follow_the_layer_type(build: Callable[[Any], Any], axes: A
     assert layer(image_plan(build), "layer").weights["kernel"].axis == axes
 
 
-def test_grids_by_name_for_a_layer_without_weights_are_refused() -> None:
-    policy = {"pool": QuantizeConfig(weights={"kernel": W4})}
-    with pytest.raises(PolicyError, match=r"no grids by name for layer 'pool'.*\['kernel'\]"):
-        image_plan(lambda x: layers.MaxPooling2D(2, name="pool")(x), policy)
-
-
 def test_a_given_range_is_that_of_the_layers_own_output() -> None:
     """Not of the input before it, nor of the sum inside it."""
     policy = {"conv": QuantizeConfig(activation_range=Fixed(0.0, 4.0))}
