@@ -42,6 +42,7 @@ RATIOS = (
     ("kqat", "float (Keras 3)"),
     ("tfmot", "float (tf_keras)"),
     ("tfmot", "float (Keras 3)"),
+    ("kqat", "tfmot"),
     ("float (tf_keras)", "float (Keras 3)"),
 )
 

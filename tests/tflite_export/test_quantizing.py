@@ -94,7 +94,7 @@ def transposed(x: Any) -> Any:
     [
         ("relu", (8,), dense, "FULLY_CONNECTED"),
         ("relu6", (8,), dense, "FULLY_CONNECTED"),
-        ("relu", IMAGE, transposed, "TRANSPOSE_CONV"),  # which the converter does not fuse
+        ("relu", IMAGE, transposed, "TRANSPOSE_CONV"),
         ("relu6", IMAGE, transposed, "TRANSPOSE_CONV"),
     ],
 )
