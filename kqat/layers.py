@@ -13,6 +13,7 @@ import keras
 from keras import ops
 
 from kqat import numerics
+from kqat.batchnorm import normalize
 from kqat.decompositions import finalize
 from kqat.errors import FreezeError
 from kqat.quantizers import Fixed, RangeMethod, range_method_from_dict, range_method_to_dict
@@ -262,7 +263,7 @@ class QuantizeWrapper(keras.layers.Layer):
             y = self.layer(x, **options)
         if self.normalization is None:
             return y
-        return self.normalization(y, training=statistics)
+        return normalize(self.normalization, y, statistics)
 
     def _call_rounded(self, x: Any, options: dict[str, Any]) -> Any:
         variables = self.layer.variables

@@ -15,10 +15,10 @@ FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "tests")
 # Lowest room first. A room may import those before it; a new room takes its place here.
 ROOMS = {
     "kqat": (
-        "errors", "saving", "spec", "numerics", "quantizers", "config", "primitives", "marking",
-        "decompositions", "attention", "registry", "operations", "tracing", "reporting", "planning",
-        "layers", "wrapping", "calibration", "schedule", "folding", "freezing", "algorithms",
-        "interop", "api", "annotating", "__init__", "cli",
+        "errors", "saving", "spec", "numerics", "batchnorm", "quantizers", "config", "primitives",
+        "marking", "decompositions", "attention", "registry", "operations", "tracing", "reporting",
+        "planning", "layers", "wrapping", "calibration", "schedule", "folding", "freezing",
+        "algorithms", "interop", "api", "annotating", "__init__", "cli",
     ),
     "tflite_export": (
         "sharing", "flatbuffer", "op_table", "lowering", "markers", "packing", "lookup",
