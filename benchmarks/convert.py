@@ -19,7 +19,7 @@ import tensorflow as tf
 
 import kqat
 import tflite_export
-from benchmarks.networks import NETWORKS, Network
+from benchmarks.networks import NETWORKS, Network, settle
 from benchmarks.timing import (
     Measured,
     Seconds,
@@ -66,7 +66,7 @@ def measure(network: Network, rounds: int, samples: int) -> tuple[Measured, dict
     generator = np.random.default_rng(0)
     x = generator.uniform(-1.0, 1.0, (samples, *network.input_shape)).astype(np.float32)
     model = network.build(keras)
-    _settle(model, x)
+    settle(model, x)
     qat = kqat.quantize_model(model, calibration_data=x)
     conversions: dict[str, Callable[[], bytes]] = {
         FLOAT: lambda: _convert(model),
@@ -76,18 +76,6 @@ def measure(network: Network, rounds: int, samples: int) -> tuple[Measured, dict
     sizes = {name: len(run()) for name, run in conversions.items()}
     cases = {name: _case(run) for name, run in conversions.items()}
     return take_turns(cases, rounds, warmup=0), sizes
-
-
-def _settle(model: keras.Model, x: np.ndarray) -> None:
-    """Gives BatchNormalization the statistics of `x`.
-
-    With its initial ones the outputs of a deep untrained network hardly depend on the input, and
-    no integer file can be made of them.
-    """
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.0
-    model(x, training=True)
 
 
 def _case(run: Callable[[], bytes]) -> Callable[[], Seconds]:

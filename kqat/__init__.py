@@ -8,6 +8,7 @@
 `kqat` trains; the package `tflite_export` ships.
 """
 
+from kqat import algorithms
 from kqat.annotating import quantize_annotate_layer, quantize_apply
 from kqat.api import PolicyWarning, RangeWarning, TrainerWarning, plan, quantize_model
 from kqat.config import QuantizeConfig, QuantizePolicy
@@ -65,6 +66,7 @@ __all__ = [
     "TargetError",
     "TrainerWarning",
     "UnsupportedLayerError",
+    "algorithms",
     "freeze",
     "plan",
     "quantize_annotate_layer",

@@ -37,7 +37,7 @@ def calibrate(model: keras.Model, data: Any) -> None:
             "kqat.quantize_model."
         )
     seen = False
-    for batch in _batches(data, graph):
+    for batch in batches(data, graph):
         if len(batch[0]):
             graph.run(_tensors(batch, graph), _observe)
             seen = True
@@ -57,8 +57,12 @@ def _observe(node: Node, *args: Any, **kwargs: Any) -> Any:
     return node.layer.clamped(x)
 
 
-def _batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
-    """Batches of one array per input, of the inputs' shapes."""
+def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
+    """Batches of one array per input, of the inputs' shapes; `data` as for `calibrate`.
+
+    Raises:
+        CalibrationError: if data are misshapen, naming the input.
+    """
     arrays = _as_arrays(data, graph)
     if arrays is None:
         for batch in data:

@@ -106,6 +106,12 @@ class ActivationQuantizer(keras.layers.Layer):
         if not isinstance(self.range_method, Fixed):
             self._observed(ops.cast(x, "float32"), site)
 
+    def reset(self) -> None:
+        """Forgets what was observed."""
+        if not isinstance(self.range_method, Fixed):
+            for variable in (self.site_low, self.site_high, self.count):
+                variable.assign(ops.zeros_like(variable))
+
     def fixed_range(self) -> tuple[Any, Any]:
         """The range that a `Fixed` method gives, or the least symmetric one around it."""
         assert isinstance(self.range_method, Fixed)

@@ -162,6 +162,12 @@ AFFINE = (
         lambda x: L.Normalization(mean=[1.0, 2, 3], variance=[1.0, 2, 3])(x),
         DEPTHWISE_CONV_2D=1,
     ),
+    _one(  # as keras.applications writes it
+        "normalization_axis",
+        IMAGE,
+        lambda x: L.Normalization(axis=3, mean=[1.0, 2, 3], variance=[1.0, 2, 3])(x),
+        DEPTHWISE_CONV_2D=1,
+    ),
     _one(
         "normalization_scalar",
         (4,),

@@ -136,6 +136,22 @@ def test_sites_that_share_a_tensor_are_compared_there() -> None:
     assert part.max_steps <= 1
 
 
+def test_sites_that_compute_the_same_are_compared_at_the_one_that_is_left() -> None:
+    """The converter makes one operator of two equal ones, as NASNet has them."""
+
+    def twice(x: Any) -> Any:
+        x = L.Conv2D(4, 3, name="conv")(x)
+        return L.Multiply(name="last")([L.Activation("tanh", name=name)(x) for name in "ab"])
+
+    qat, x = quantized((8, 8, 3), twice)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), x, runtimes=[REFERENCE])
+    assert report.operators == {"CONV_2D": 1, "MUL": 1, "TANH": 1}
+    part = report.on(REFERENCE)
+    assert part.unmatched == ()
+    assert [site.name for site in part.sites] == ["x", "conv", "a", "b", "last"]
+    assert part.max_steps <= 1
+
+
 def test_the_operator_is_the_one_that_computed() -> None:
     """Dense on three axes ends in a RESHAPE that no layer asked for."""
     qat, x = quantized((5, 8), lambda x: L.Dense(4, name="dense")(x))
