@@ -8,7 +8,7 @@
 `kqat` trains; the package `tflite_export` ships.
 """
 
-from kqat import algorithms
+from kqat import algorithms as algorithms
 from kqat.annotating import quantize_annotate_layer, quantize_apply
 from kqat.api import PolicyWarning, RangeWarning, TrainerWarning, plan, quantize_model
 from kqat.config import QuantizeConfig, QuantizePolicy
@@ -66,7 +66,6 @@ __all__ = [
     "TargetError",
     "TrainerWarning",
     "UnsupportedLayerError",
-    "algorithms",
     "freeze",
     "plan",
     "quantize_annotate_layer",
