@@ -26,7 +26,17 @@ from kqat.errors import (
 )
 from kqat.freezing import FrozenModel, freeze, strip
 from kqat.layers import ActivationQuantizer, PrecisionBoundary, QuantizeWrapper
-from kqat.quantizers import Fixed, LastValue, MinMax, MovingAverage
+from kqat.quantizers import (
+    Binary,
+    Fixed,
+    LastValue,
+    LearnedStep,
+    LeastSquares,
+    MaxAbs,
+    MinMax,
+    MovingAverage,
+    Ternary,
+)
 from kqat.registry import LayerRule, Output, register_layer, supported_layers
 from kqat.reporting import Plan
 from kqat.schedule import FreezeBatchNorm, FreezeObservers
@@ -36,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationQuantizer",
+    "Binary",
     "CalibrationError",
     "ExportError",
     "Fixed",
@@ -46,7 +57,10 @@ __all__ = [
     "KqatError",
     "LastValue",
     "LayerRule",
+    "LearnedStep",
+    "LeastSquares",
     "LoweringError",
+    "MaxAbs",
     "MinMax",
     "ModelError",
     "MovingAverage",
@@ -63,6 +77,7 @@ __all__ = [
     "RuntimeUnavailableError",
     "SpecError",
     "TargetError",
+    "Ternary",
     "TrainerWarning",
     "UnsupportedLayerError",
     "freeze",
