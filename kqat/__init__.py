@@ -26,8 +26,19 @@ from kqat.errors import (
     UnsupportedLayerError,
 )
 from kqat.freezing import FrozenModel, freeze, strip
-from kqat.layers import ActivationQuantizer, PrecisionBoundary, QuantizeWrapper
-from kqat.quantizers import Fixed, LastValue, MinMax, MovingAverage
+from kqat.layers import ActivationQuantizer, QuantizeWrapper
+from kqat.marking import PrecisionBoundary
+from kqat.quantizers import (
+    Binary,
+    Fixed,
+    LastValue,
+    LearnedStep,
+    LeastSquares,
+    MaxAbs,
+    MinMax,
+    MovingAverage,
+    Ternary,
+)
 from kqat.registry import LayerRule, Output, register_layer, supported_layers
 from kqat.reporting import Plan
 from kqat.schedule import FreezeBatchNorm, FreezeObservers
@@ -37,6 +48,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationQuantizer",
+    "Binary",
     "CalibrationError",
     "ExportError",
     "Fixed",
@@ -47,7 +59,10 @@ __all__ = [
     "KqatError",
     "LastValue",
     "LayerRule",
+    "LearnedStep",
+    "LeastSquares",
     "LoweringError",
+    "MaxAbs",
     "MinMax",
     "ModelError",
     "MovingAverage",
@@ -64,6 +79,7 @@ __all__ = [
     "RuntimeUnavailableError",
     "SpecError",
     "TargetError",
+    "Ternary",
     "TrainerWarning",
     "UnsupportedLayerError",
     "freeze",

@@ -11,10 +11,18 @@ from typing import Any
 from kqat.errors import PolicyError
 from kqat.quantizers import (
     RANGE_METHODS,
+    STEP_METHODS,
+    Binary,
+    LearnedStep,
+    MaxAbs,
     MovingAverage,
     RangeMethod,
+    StepMethod,
+    Ternary,
     range_method_from_dict,
     range_method_to_dict,
+    step_method_from_dict,
+    step_method_to_dict,
 )
 from kqat.spec import INT8_ACTIVATION, INT8_WEIGHTS, QuantSpec
 
@@ -28,23 +36,32 @@ class QuantizeConfig:
     Args:
         weights: the grid of the layer's weights. One `QuantSpec` serves every variable that the
             registry names for the layer type; a mapping `{"kernel": QuantSpec(...)}` names
-            variables (attributes of the layer) itself, as a custom layer needs. Max-abs range.
+            variables (attributes of the layer) itself, as a custom layer needs.
+        weight_step: how the step of each of these grids is found.
         activation: the grid of the layer's output.
         activation_range: how the range of the output is found.
 
     Raises:
         PolicyError: if a field is of another type, or the bit widths cannot ship together.
+        SpecError: if a weight's grid is none for `weight_step`.
     """
 
     weights: WeightSpecs = INT8_WEIGHTS
+    weight_step: StepMethod = MaxAbs()
     activation: QuantSpec = INT8_ACTIVATION
     activation_range: RangeMethod = MovingAverage()
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, Mapping):
             object.__setattr__(self, "weights", _single(self.weights))
+        if type(self.weight_step) not in STEP_METHODS.values():
+            raise PolicyError(
+                f"Expected weight_step to be one of {sorted(STEP_METHODS)}. "
+                f"Received: {self.weight_step!r}."
+            )
         for name, spec in self.weight_items():
             _check_weight_spec(name, spec)
+            self.weight_step.check(spec)
         if not isinstance(self.activation, QuantSpec):
             raise PolicyError(
                 f"Expected activation to be a QuantSpec. Received: {self.activation!r}. "
@@ -78,6 +95,7 @@ class QuantizeConfig:
         weights = {name: spec.to_dict() for name, spec in self.weight_items()}
         return {
             "weights": weights,
+            "weight_step": step_method_to_dict(self.weight_step),
             "activation": self.activation.to_dict(),
             "activation_range": range_method_to_dict(self.activation_range),
         }
@@ -90,6 +108,7 @@ class QuantizeConfig:
             weights = weights["*"]
         return cls(
             weights=weights or None,
+            weight_step=step_method_from_dict(config["weight_step"]),
             activation=QuantSpec(**config["activation"]),
             activation_range=range_method_from_dict(config["activation_range"]),
         )
@@ -121,11 +140,17 @@ def _check_weight_spec(name: str, spec: QuantSpec) -> None:
         )
 
 
-INT4_WEIGHTS = QuantSpec(bits=4, symmetric=True, narrow_range=True, axis="channel")
+def _weights(bits: int) -> QuantSpec:
+    return QuantSpec(bits=bits, symmetric=True, narrow_range=bits > 1, axis="channel")
+
 
 PRESETS: dict[str, QuantizeConfig] = {
     "int8": QuantizeConfig(),
-    "w4a8": QuantizeConfig(weights=INT4_WEIGHTS),
+    "w4a8": QuantizeConfig(weights=_weights(4)),
+    "w3a8": QuantizeConfig(weights=_weights(3), weight_step=LearnedStep()),
+    "w2a8": QuantizeConfig(weights=_weights(2), weight_step=LearnedStep()),
+    "ternary": QuantizeConfig(weights=_weights(2), weight_step=Ternary()),
+    "binary": QuantizeConfig(weights=_weights(1), weight_step=Binary()),
 }
 
 RuleKey = str | type

@@ -28,7 +28,7 @@ class FrozenWeight:
     Invariants:
       * `values == (integers * scale).astype(float32)`, of the Keras variable's shape
       * `scale` has that shape with the axes that share a scale of size 1
-      * `abs(integers) <= 2**(bits - 1) - 1`
+      * `abs(integers) <= QuantSpec(bits=bits, symmetric=True).qmax`
     """
 
     name: str
@@ -82,7 +82,7 @@ def _frozen(wrapper: QuantizeWrapper, name: str) -> FrozenWeight:
         else:
             integers = integers * np.sign(factor)
             folded = scale.astype(np.float64) * np.abs(factor)
-            _check_fits(folded * (2 ** (spec.bits - 1) - 1), wrapper.layer.name)
+            _check_fits(folded * spec.qmax, wrapper.layer.name)
             scale = folded.astype(np.float32)
     integers = np.where(scale < np.finfo(np.float32).tiny, 0.0, integers)
     shared = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)

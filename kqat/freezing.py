@@ -15,8 +15,8 @@ from kqat import numerics
 from kqat.decompositions import clone, duplicate
 from kqat.errors import FreezeError, ModelError
 from kqat.folding import FrozenWeight, channelwise, freeze_layer
-from kqat.layers import ActivationQuantizer, PrecisionBoundary, QuantizeWrapper
-from kqat.marking import Marker, Site, Tabulated
+from kqat.layers import ActivationQuantizer, QuantizeWrapper
+from kqat.marking import Marker, PrecisionBoundary, Site, Tabulated
 from kqat.registry import Output, rule_for
 from kqat.tracing import Graph, Node, Ref, non_finite_variable, rebuild, trace, unique_name
 from kqat.wrapping import is_quantized

@@ -1,8 +1,7 @@
 """The layers that quantize.
 
 `QuantizeWrapper` stands around a layer that computes on integers, `ActivationQuantizer` after a
-group, `PrecisionBoundary` where integers and floats meet. All are ordinary Keras layers, saved
-and loaded without a custom-object scope.
+group. Both are ordinary Keras layers, saved and loaded without a custom-object scope.
 """
 
 import inspect
@@ -16,7 +15,17 @@ from kqat import numerics
 from kqat.batchnorm import normalize
 from kqat.decompositions import finalize
 from kqat.errors import FreezeError
-from kqat.quantizers import Fixed, RangeMethod, range_method_from_dict, range_method_to_dict
+from kqat.quantizers import (
+    Fixed,
+    LearnedStep,
+    MaxAbs,
+    RangeMethod,
+    StepMethod,
+    range_method_from_dict,
+    range_method_to_dict,
+    step_method_from_dict,
+    step_method_to_dict,
+)
 from kqat.registry import rule_for
 from kqat.spec import QuantSpec
 
@@ -200,33 +209,21 @@ class ActivationQuantizer(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("kqat")
-class PrecisionBoundary(keras.layers.Layer):
-    """Marks where integers become floats or floats integers; computes nothing."""
-
-    def call(self, x: Any) -> Any:
-        """`x`, unchanged."""
-        return x
-
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        """The input's shape."""
-        return input_shape
-
-
-@keras.saving.register_keras_serializable("kqat")
 class QuantizeWrapper(keras.layers.Layer):
     """A layer that computes with fake-quantized weights; the layer itself is untouched.
 
     During a call the weights named in `weights` are replaced by their rounded values
     (`keras.StatelessScope`); gradients reach the float weights straight through. A
     BatchNormalization that will fold into the layer follows inside. Per channel, folding
-    commutes with max-abs rounding. Per tensor it does not, so there the weights are rounded
-    *as folded*, with the moving variance, and unfolded again (Krishnamoorthi 2018, section
-    3.2.2, https://arxiv.org/abs/1806.08342).
+    commutes with rounding. Per tensor it does not, so there the weights are rounded *as
+    folded*, with the moving variance, and unfolded again (Krishnamoorthi 2018, section 3.2.2,
+    https://arxiv.org/abs/1806.08342).
 
     Args:
         layer: the wrapped layer.
         weights: attribute of the layer -> grid.
         normalization: the BatchNormalization that folds into the layer, or `None`.
+        weight_step: how the step of each grid is found; a learned one is a variable here.
         freeze_statistics: whether BatchNormalization uses its moving statistics in training.
     """
 
@@ -236,6 +233,7 @@ class QuantizeWrapper(keras.layers.Layer):
         weights: Mapping[str, QuantSpec],
         normalization: keras.layers.Layer | None = None,
         *,
+        weight_step: StepMethod = MaxAbs(),
         freeze_statistics: bool = False,
         **kwargs: Any,
     ):
@@ -244,15 +242,38 @@ class QuantizeWrapper(keras.layers.Layer):
         self.layer = layer
         self.weight_specs = dict(weights)
         self.normalization = normalization
+        self.weight_step = weight_step
+        self.steps: dict[str, keras.Variable] = {}
         self.freeze_statistics = freeze_statistics
         self._takes_training = "training" in inspect.signature(layer.call).parameters
 
     def build(self, input_shape: Any) -> None:
-        """Builds the layer and the BatchNormalization."""
+        """Builds the layer and the BatchNormalization, and learned steps, which are one."""
         if not self.layer.built:
             self.layer.build(input_shape)
         if self.normalization is not None and not self.normalization.built:
             self.normalization.build(self.layer.compute_output_shape(input_shape))
+        if isinstance(self.weight_step, LearnedStep):
+            self.steps = {name: self._new_step(name) for name in self.weight_specs}
+
+    def _new_step(self, name: str) -> keras.Variable:
+        variable = self._variable(name)
+        shared = numerics.shared_axes(variable, self.weight_specs[name])
+        shape = tuple(1 if a in shared else n for a, n in enumerate(variable.shape))
+        return self.add_weight(name=f"{name}_step", shape=shape, initializer="ones", autocast=False)
+
+    def take_over(self, weights: Any, normalization: Any = ()) -> None:
+        """Assigns the layer's and the BatchNormalization's weights; learned steps start there."""
+        self.layer.set_weights(weights)
+        finalize(self.layer)
+        if self.normalization is not None:
+            self.normalization.set_weights(normalization)
+        self.start_steps()
+
+    def start_steps(self) -> None:
+        """Puts learned steps where they start for the weights as they are."""
+        for name, step in self.steps.items():
+            step.assign(self.weight_step.step(self._folded(name), self.weight_specs[name]))
 
     def set_weights(self, weights: Any) -> None:
         """As every layer's; a Normalization inside computes with them at once."""
@@ -298,13 +319,17 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def on_grid(self, name: str) -> Any:
         """The rounded weight, integers times `scale(name)`; folded where `folds_before(name)`."""
-        folded = self._folded(name)
-        return numerics.fake_quantize_weight(folded, self.scale(name), self.weight_specs[name])
+        folded, spec = self._folded(name), self.weight_specs[name]
+        return self.weight_step.fake_quantize(folded, self._step(name, folded), spec)
 
     def scale(self, name: str) -> Any:
         """The scale of weight `name`: its shape, with the axes that share a scale of size 1."""
-        spec = self.weight_specs[name]
-        return ops.stop_gradient(numerics.weight_scale(self._folded(name), spec))
+        return ops.stop_gradient(self._step(name, self._folded(name)))
+
+    def _step(self, name: str, folded: Any) -> Any:
+        if isinstance(self.weight_step, LearnedStep):
+            return self.weight_step.scale(self.steps[name].value)
+        return ops.stop_gradient(self.weight_step.step(folded, self.weight_specs[name]))
 
     def folds_before(self, name: str) -> bool:
         """Whether the BatchNormalization is folded in before rounding: one scale per tensor."""
@@ -353,6 +378,7 @@ class QuantizeWrapper(keras.layers.Layer):
             "layer": serialize(self.layer),
             "weights": {name: spec.to_dict() for name, spec in self.weight_specs.items()},
             "normalization": None if norm is None else serialize(norm),
+            "weight_step": step_method_to_dict(self.weight_step),
             "freeze_statistics": self.freeze_statistics,
         }
 
@@ -363,4 +389,6 @@ class QuantizeWrapper(keras.layers.Layer):
         norm = config.pop("normalization")
         layer = restore(config.pop("layer"))
         weights = {name: QuantSpec(**spec) for name, spec in config.pop("weights").items()}
-        return cls(layer, weights, None if norm is None else restore(norm), **config)
+        method = step_method_from_dict(config.pop("weight_step"))
+        norm = None if norm is None else restore(norm)
+        return cls(layer, weights, norm, weight_step=method, **config)

@@ -1,4 +1,4 @@
-"""What travels through the TensorFlow converter beside the numbers: which value is which."""
+"""Which value is which: what stands in a model beside the numbers, and what the exporter reads."""
 
 import dataclasses
 from typing import Any
@@ -67,6 +67,19 @@ class Marker(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Kind and index, beside what every layer has."""
         return {**super().get_config(), "kind": self.kind, "index": self.index}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class PrecisionBoundary(keras.layers.Layer):
+    """Marks where integers become floats or floats integers; computes nothing."""
+
+    def call(self, x: Any) -> Any:
+        """`x`, unchanged."""
+        return x
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
 
 
 class Tabulated(keras.layers.Layer):

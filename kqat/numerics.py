@@ -122,13 +122,20 @@ def weight_scale(weight: Any, spec: QuantSpec) -> Any:
     channel has scale 1, on which zero is exact; so has one whose step would be below
     `SMALLEST_RANGE`. NaN and infinity show in the scale.
     """
-    kept = _kept_axes(spec, len(weight.shape))
-    reduced = tuple(a for a in range(len(weight.shape)) if a not in kept)
-    largest = ops.max(ops.abs(weight), axis=reduced, keepdims=True)
+    largest = ops.max(ops.abs(weight), axis=shared_axes(weight, spec), keepdims=True)
     # Not a division: compilers turn a division by a constant into this, which rounds
     # differently, and training would use other scales than freezing.
-    scale = largest * (1.0 / spec.qmax)
+    return usable_scale(largest * (1.0 / spec.qmax))
+
+
+def usable_scale(scale: Any) -> Any:
+    """`scale`, but 1 where it is below `SMALLEST_RANGE`: there is nothing there but zero."""
     return ops.where(scale < SMALLEST_RANGE, ops.ones_like(scale), scale)
+
+
+def mean_magnitude(weight: Any, spec: QuantSpec) -> Any:
+    """Mean of `|weight|` over the weights that share a scale; shape as `weight_scale`."""
+    return ops.mean(ops.abs(weight), axis=shared_axes(weight, spec), keepdims=True)
 
 
 def fake_quantize_weight(weight: Any, scale: Any, spec: QuantSpec) -> Any:
@@ -140,15 +147,26 @@ def fake_quantize_weight(weight: Any, scale: Any, spec: QuantSpec) -> Any:
 
     `output == q * scale` exactly, with integers `q` in `[-qmax, qmax]`.
     """
+    return straight_through(round_weight(weight, scale, spec) * scale, weight)
+
+
+def round_weight(weight: Any, scale: Any, spec: QuantSpec) -> Any:
+    """The integers that `weight` becomes, as floats in `[-qmax, qmax]`; half away from zero."""
     limit = float(spec.qmax)
     ratio = weight / scale
     rounded = ops.sign(ratio) * ops.floor(ops.abs(ratio) + 0.5)
-    on_grid = ops.clip(rounded, -limit, limit) * scale
+    return ops.clip(rounded, -limit, limit)
+
+
+def straight_through(value: Any, source: Any) -> Any:
+    """`value` to the bit, with the gradient of `source`."""
     # The difference is exactly zero; it carries the gradient.
-    return ops.stop_gradient(on_grid) + (weight - ops.stop_gradient(weight))
+    return ops.stop_gradient(value) + (source - ops.stop_gradient(source))
 
 
-def _kept_axes(spec: QuantSpec, rank: int) -> tuple[int, ...]:
+def shared_axes(weight: Any, spec: QuantSpec) -> tuple[int, ...]:
+    """The axes of `weight` along which all weights share a scale."""
+    rank = len(weight.shape)
     axes = () if spec.axis is None else spec.axis
-    axes = (axes,) if isinstance(axes, int) else axes
-    return tuple(int(a) % rank for a in axes)
+    kept = {int(a) % rank for a in ((axes,) if isinstance(axes, int) else axes)}
+    return tuple(a for a in range(rank) if a not in kept)

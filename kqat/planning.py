@@ -13,7 +13,7 @@ import keras
 
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import PolicyError
-from kqat.quantizers import Fixed, MovingAverage, RangeMethod
+from kqat.quantizers import Fixed, MaxAbs, MovingAverage, RangeMethod
 from kqat.registry import LayerRule, Output, rule_for
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
 from kqat.spec import QuantSpec
@@ -330,6 +330,7 @@ class _Planner:
             kind=type(node.layer).__name__,
             role=role,
             weights=weights,
+            weight_step=config.weight_step if config else MaxAbs(),
             normalization=next((b.name for b, n in self.folded.items() if n is node), None),
             group=roundings[-1].group if roundings else None,
             ops=ops,

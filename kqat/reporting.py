@@ -6,7 +6,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from kqat.quantizers import Fixed, RangeMethod, range_method_to_dict
+from kqat.quantizers import (
+    Fixed,
+    MaxAbs,
+    RangeMethod,
+    StepMethod,
+    range_method_to_dict,
+    step_method_to_dict,
+)
 from kqat.saving import write_file
 from kqat.spec import QuantSpec
 
@@ -49,6 +56,7 @@ class LayerPlan:
     kind: str
     role: str
     weights: Mapping[str, QuantSpec]
+    weight_step: StepMethod
     normalization: str | None
     group: str | None
     ops: tuple[str, ...]
@@ -87,7 +95,10 @@ class Plan:
             }
             for group in self.groups
         ]
-        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        layers = [
+            {**dataclasses.asdict(layer), "weight_step": step_method_to_dict(layer.weight_step)}
+            for layer in self.layers
+        ]
         table = {
             "model": self.model_name,
             "inputs": list(self.input_names),
@@ -109,7 +120,7 @@ class Plan:
                 layer.name,
                 layer.kind,
                 layer.role,
-                ", ".join(_spec_text(spec) for spec in layer.weights.values()),
+                ", ".join(_weight_text(s, layer.weight_step) for s in layer.weights.values()),
                 layer.group.removesuffix("_quantizer") if layer.group else "",
                 layer.note,
             )
@@ -121,11 +132,17 @@ class Plan:
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
+        if any(spec.bits <= 4 for layer in self.layers for spec in layer.weights.values()):
+            lines.append("int4: two a byte where the target has such kernels, else in int8")
         shared = [group for group in self.groups if group.sites > 1]
         lines += [f"one scale: {', '.join(group.sources)}" for group in shared]
         lines += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
         return "\n".join([f"plan of {self.model_name}", *lines])
 
 
-def _spec_text(spec: QuantSpec) -> str:
-    return f"int{spec.bits}" + ("" if spec.axis is None else " per channel")
+def _weight_text(spec: QuantSpec, step: StepMethod) -> str:
+    storage = 4 if spec.bits <= 4 else 8
+    text = f"int{storage}" if spec.bits == storage else f"{spec.bits}-bit grid in int{storage}"
+    if spec.axis is not None:
+        text += " per channel"
+    return text if step == MaxAbs() else f"{text} {step_method_to_dict(step)['name']}"

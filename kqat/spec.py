@@ -23,9 +23,10 @@ class QuantSpec:
     Invariants:
       * `qmax - qmin == 2**bits - 1`, or one less with `narrow_range`
       * `symmetric` implies `zero_point == 0`
+      * one bit is the grid of −1 and 1, which has no zero and no integer to leave out
 
     Args:
-        bits: width of an integer, 2 to 16.
+        bits: width of an integer, 2 to 16; 1 on a symmetric grid.
         symmetric: whether real zero is integer zero.
         narrow_range: whether the lowest integer is left out (−127 … 127 for 8 bits).
         axis: `None` for one scale per tensor; an axis or a tuple of axes that each keep their
@@ -43,14 +44,19 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
             raise SpecError(f"Expected an integer number of bits. Received: bits={self.bits!r}.")
-        if not MIN_BITS <= self.bits <= MAX_BITS:
+        if not MIN_BITS <= self.bits <= MAX_BITS and (self.bits != 1 or self.symmetric is not True):
             raise SpecError(
                 f"Expected {MIN_BITS} to {MAX_BITS} bits. Received: bits={self.bits}. "
-                "Use 8 for full-integer export."
+                "Use 8 for full-integer export, or bits=1 with symmetric=True for −1 and 1."
             )
         for name in ("symmetric", "narrow_range"):
             if not isinstance(value := getattr(self, name), bool):
                 raise SpecError(f"Expected True or False. Received: {name}={value!r}.")
+        if self.bits == 1 and self.narrow_range:
+            raise SpecError(
+                "Expected a grid of one bit, −1 and 1, to be whole. Received: narrow_range=True. "
+                "Use narrow_range=False, or bits=2 for −1, 0 and 1."
+            )
         axis: object = self.axis
         if isinstance(axis, list):  # JSON has no tuples
             axis = tuple(axis)
@@ -75,7 +81,7 @@ class QuantSpec:
     @property
     def qmax(self) -> int:
         """Highest integer of the grid."""
-        return 2 ** (self.bits - 1) - 1
+        return 1 if self.bits == 1 else 2 ** (self.bits - 1) - 1
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types; `QuantSpec(**spec.to_dict()) == spec`."""

@@ -5,8 +5,9 @@ from typing import Any
 
 import keras
 
-from kqat.decompositions import Part, clone, duplicate
-from kqat.layers import ActivationQuantizer, PrecisionBoundary, QuantizeWrapper
+from kqat.decompositions import clone, duplicate
+from kqat.layers import ActivationQuantizer, QuantizeWrapper
+from kqat.marking import PrecisionBoundary
 from kqat.registry import rule_for
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
 from kqat.tracing import Node, Ref, fill, rebuild, unique_name
@@ -34,6 +35,22 @@ def wrap(plan: Plan) -> keras.Model:
     """
     assembly = _Assembly(plan)
     return rebuild(plan.graph, assembly.call, plan.model_name, plan.output_names)
+
+
+class _Wrapped:
+    """A wrapper that takes over the weights of float layers when first called; calls like it."""
+
+    def __init__(self, wrapper: QuantizeWrapper, layer: Any, normalization: Any):
+        self.wrapper = wrapper
+        norm = normalization.get_weights() if normalization else ()
+        self._pending: tuple[Any, Any] | None = layer.get_weights(), norm
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.wrapper(*args, **kwargs)
+        if self._pending is not None:
+            self.wrapper.take_over(*self._pending)
+            self._pending = None
+        return output
 
 
 class _Assembly:
@@ -136,9 +153,10 @@ class _Assembly:
             clone(layer),
             decision.weights,
             None if norm is None else clone(norm),
+            weight_step=decision.weight_step,
             name=unique_name(f"quant_{node.name}", self.names),
         )
-        return Part(wrapper, [*layer.get_weights(), *(norm.get_weights() if norm else ())])
+        return _Wrapped(wrapper, layer, norm)
 
     def _node(self, name: str) -> Node:
         return next(node for node in self.plan.graph.nodes if node.name == name)

@@ -7,7 +7,6 @@ import numpy as np
 
 from kqat.algorithms.scaling import Pair, Statistics, input_axis, rescaled
 from kqat.layers import QuantizeWrapper
-from kqat.numerics import fake_quantize_weight, weight_scale
 
 # Exponents that are tried; the paper's grid.
 EXPONENTS = tuple(step / 20 for step in range(21))
@@ -64,7 +63,8 @@ def _error(consumer: QuantizeWrapper, scale: np.ndarray, products: np.ndarray) -
     factor = scale.reshape(shape).astype(np.float32)
     spec = consumer.weight_specs["kernel"]
     scaled = kernel * factor
-    rounded = np.asarray(fake_quantize_weight(scaled, weight_scale(scaled, spec), spec))
+    method = consumer.weight_step
+    rounded = np.asarray(method.fake_quantize(scaled, method.step(scaled, spec), spec))
     difference = np.moveaxis(rounded / factor - kernel, axis, 0)
     columns = difference.reshape(kernel.shape[axis], -1)
     return float(np.sum(columns * (products @ columns)))

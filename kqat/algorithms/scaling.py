@@ -99,6 +99,8 @@ class Pair:
             shape = [1] * len(kernel.shape)
             shape[input_axis(consumer)] = -1
             kernel.assign(np.asarray(kernel) * factor.reshape(shape))
+        for wrapper in (self.producer, *self.consumers):
+            wrapper.start_steps()
 
 
 def pairs(graph: Graph) -> list[Pair]:

@@ -1,23 +1,39 @@
-"""Ways to find the range of a tensor, one file each; all frozen, all plain data.
+"""Ways to find the range of an activation or the step of a weight, one file each.
 
-`RANGE_METHODS` is the table that a saved model is read back through.
+All are frozen and plain data. `RANGE_METHODS` and `STEP_METHODS` are the tables that a saved model
+is read back through.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from kqat.errors import SpecError
+from kqat.quantizers.binary import Binary
 from kqat.quantizers.fixed import Fixed
 from kqat.quantizers.last_value import LastValue
+from kqat.quantizers.lsq import LearnedStep
+from kqat.quantizers.max_abs import MaxAbs
 from kqat.quantizers.minmax import MinMax
 from kqat.quantizers.moving_average import MovingAverage
+from kqat.quantizers.mse import LeastSquares
+from kqat.quantizers.ternary import Ternary
 
 RangeMethod = MinMax | MovingAverage | LastValue | Fixed
+StepMethod = MaxAbs | LearnedStep | LeastSquares | Ternary | Binary
 
 RANGE_METHODS: dict[str, type] = {
     "minmax": MinMax,
     "moving_average": MovingAverage,
     "last_value": LastValue,
     "fixed": Fixed,
+}
+
+STEP_METHODS: dict[str, type] = {
+    "max_abs": MaxAbs,
+    "lsq": LearnedStep,
+    "mse": LeastSquares,
+    "ternary": Ternary,
+    "binary": Binary,
 }
 
 
@@ -27,36 +43,67 @@ def range_method_to_dict(method: RangeMethod) -> dict[str, Any]:
     Raises:
         SpecError: if its type is not in `RANGE_METHODS`.
     """
-    for name, cls in RANGE_METHODS.items():
-        if cls is type(method):
-            return {"name": name, **vars(method)}
-    raise SpecError(
-        f"Expected one of {sorted(RANGE_METHODS)} as range method. Received: {method!r}."
-    )
+    return _to_dict(method, RANGE_METHODS, "range")
 
 
-def range_method_from_dict(config: dict[str, Any]) -> RangeMethod:
+def range_method_from_dict(config: Mapping[str, Any]) -> RangeMethod:
     """The inverse of `range_method_to_dict`.
 
     Raises:
         SpecError: if the name is not in `RANGE_METHODS`.
     """
+    return _from_dict(config, RANGE_METHODS, "range")
+
+
+def step_method_to_dict(method: StepMethod) -> dict[str, Any]:
+    """`method` as plain JSON types.
+
+    Raises:
+        SpecError: if its type is not in `STEP_METHODS`.
+    """
+    return _to_dict(method, STEP_METHODS, "step")
+
+
+def step_method_from_dict(config: Mapping[str, Any]) -> StepMethod:
+    """The inverse of `step_method_to_dict`.
+
+    Raises:
+        SpecError: if the name is not in `STEP_METHODS`.
+    """
+    return _from_dict(config, STEP_METHODS, "step")
+
+
+def _to_dict(method: Any, table: dict[str, type], kind: str) -> dict[str, Any]:
+    for name, cls in table.items():
+        if cls is type(method):
+            return {"name": name, **vars(method)}
+    raise SpecError(f"Expected one of {sorted(table)} as {kind} method. Received: {method!r}.")
+
+
+def _from_dict(config: Mapping[str, Any], table: dict[str, type], kind: str) -> Any:
     options = dict(config)
     name = options.pop("name", None)
-    if name not in RANGE_METHODS:
-        raise SpecError(
-            f"Expected one of {sorted(RANGE_METHODS)} as range method. Received: {name!r}."
-        )
-    return RANGE_METHODS[name](**options)
+    if name not in table:
+        raise SpecError(f"Expected one of {sorted(table)} as {kind} method. Received: {name!r}.")
+    return table[name](**options)
 
 
 __all__ = [
     "RANGE_METHODS",
+    "STEP_METHODS",
+    "Binary",
     "Fixed",
     "LastValue",
+    "LearnedStep",
+    "LeastSquares",
+    "MaxAbs",
     "MinMax",
     "MovingAverage",
     "RangeMethod",
+    "StepMethod",
+    "Ternary",
     "range_method_from_dict",
     "range_method_to_dict",
+    "step_method_from_dict",
+    "step_method_to_dict",
 ]

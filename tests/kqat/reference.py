@@ -88,3 +88,53 @@ def quantize_weight(weight: np.ndarray, scale: np.ndarray, bits: int) -> np.ndar
 def fake_quantize_weight(weight: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
     """The real values of `quantize_weight(weight, …)`; float32."""
     return quantize_weight(weight, scale, bits).astype(F) * scale
+
+
+def shared_axes(weight: np.ndarray, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of `weight` that are not in `axes`."""
+    kept = {axis % weight.ndim for axis in axes}
+    return tuple(axis for axis in range(weight.ndim) if axis not in kept)
+
+
+def learned_start(weight: np.ndarray, axes: tuple[int, ...], bits: int) -> np.ndarray:
+    """Where LSQ's step starts, in float64; Esser et al. 2020, section 2.1."""
+    mean = np.abs(np.float64(weight)).mean(axis=shared_axes(weight, axes), keepdims=True)
+    return np.where(mean == 0, 1.0, 2 * mean / math.sqrt(integers(bits)[1]))
+
+
+def learned_gradients(
+    weight: np.ndarray, step: np.ndarray, axes: tuple[int, ...], bits: int, upstream: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """LSQ's gradients with respect to weight and step, in float64: equations 3 and 5 there."""
+    qmax = integers(bits)[1]
+    ratio = np.float64(weight) / np.float64(step)
+    inside = np.abs(ratio) <= qmax
+    shared = shared_axes(weight, axes)
+    slope = np.where(inside, quantize_weight(weight, step, bits) - ratio, np.sign(ratio) * qmax)
+    sharing = math.prod(weight.shape[axis] for axis in shared)
+    total = np.sum(slope * upstream, axis=shared, keepdims=True) / math.sqrt(sharing * qmax)
+    return upstream * inside, total * np.sign(step)
+
+
+def squared_error(
+    weight: np.ndarray, step: np.ndarray, axes: tuple[int, ...], bits: int
+) -> np.ndarray:
+    """What rounding to multiples of `step` loses per scale, in float64."""
+    lost = np.float64(weight) - quantize_weight(weight, step, bits) * np.float64(step)
+    return np.sum(lost**2, axis=shared_axes(weight, axes), keepdims=True)
+
+
+def ternary(weight: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Step and integers of a ternary weight network, step in float64; Li et al. 2016, section 2."""
+    shared = shared_axes(weight, axes)
+    magnitude = np.abs(np.float64(weight))
+    kept = magnitude > 0.7 * magnitude.mean(axis=shared, keepdims=True)
+    count = np.maximum(kept.sum(axis=shared, keepdims=True), 1)
+    step = np.sum(magnitude * kept, axis=shared, keepdims=True) / count
+    return np.where(step == 0, 1.0, step), np.sign(weight).astype(np.int64) * kept
+
+
+def binary(weight: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Step and integers of a binary weight network, in float64; Rastegari 2016, section 3.1."""
+    mean = np.abs(np.float64(weight)).mean(axis=shared_axes(weight, axes), keepdims=True)
+    return np.maximum(mean, 2.0**-100), np.where(weight < 0, -1, 1)

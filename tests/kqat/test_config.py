@@ -148,7 +148,7 @@ def test_presets_in_rules_resolve_however_the_policy_is_made() -> None:
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("int7", r"Expected one of the presets \['int8'.*\]. Received: 'int7'"),
+        ("int7", r"Expected one of the presets \['binary'.*\]. Received: 'int7'"),
         ({"head": "int7"}, r"Expected one of the presets .* Received: 'int7'"),
         (8, "Expected None, a preset's name, a QuantizeConfig .* Received: 8"),
         ({"head": INT8_WEIGHTS}, "Expected None, a preset's name.* Received: QuantSpec"),

@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from kqat import numerics
 from kqat.errors import FreezeError
-from kqat.layers import ActivationQuantizer, PrecisionBoundary
+from kqat.layers import ActivationQuantizer
+from kqat.marking import PrecisionBoundary
 from kqat.quantizers import Fixed, MinMax, MovingAverage, RangeMethod
 from kqat.spec import QuantSpec
 

@@ -37,6 +37,11 @@ def test_integers_of_a_grid(bits: int, narrow_range: bool, expected: tuple[int, 
     assert (spec.qmin, spec.qmax) == expected
 
 
+def test_one_bit_is_minus_one_and_one() -> None:
+    spec = QuantSpec(bits=1, symmetric=True, axis="channel")
+    assert (spec.qmin, spec.qmax) == (-1, 1)
+
+
 @pytest.mark.parametrize("bits", range(MIN_BITS, MAX_BITS + 1))
 def test_narrow_range_leaves_one_integer_out(bits: int) -> None:
     full, narrow = QuantSpec(bits=bits), QuantSpec(bits=bits, narrow_range=True)
@@ -52,6 +57,10 @@ def test_narrow_range_leaves_one_integer_out(bits: int) -> None:
         ({"bits": "8"}, "Expected an integer number of bits. Received: bits='8'"),
         ({"bits": True}, "Expected an integer number of bits. Received: bits=True"),
         ({"bits": 1}, "Expected 2 to 16 bits. Received: bits=1. Use 8"),
+        (
+            {"bits": 1, "symmetric": True, "narrow_range": True},
+            "grid of one bit, −1 and 1, to be whole. Received: narrow_range=True. Use",
+        ),
         ({"bits": 17}, "Expected 2 to 16 bits. Received: bits=17"),
         ({"symmetric": 1}, "Expected True or False. Received: symmetric=1"),
         ({"narrow_range": "no"}, "Expected True or False. Received: narrow_range='no'"),

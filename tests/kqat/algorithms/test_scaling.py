@@ -79,6 +79,17 @@ def test_awq_makes_four_bits_round_better(block: tuple[keras.Model, np.ndarray])
     assert noise(algorithms.awq(qat, data), model, data) < noise(qat, model, data) / 2
 
 
+def test_learned_steps_start_anew(block: tuple[keras.Model, np.ndarray]) -> None:
+    model, data = block
+    scaled = algorithms.smooth_quant(
+        kqat.quantize_model(model, "w2a8", calibration_data=data), data
+    )
+    anew = kqat.quantize_model(kqat.strip(scaled), "w2a8", calibration_data=data)
+    for name in ("quant_wide", "quant_narrow"):
+        found, expected = scaled.get_layer(name), anew.get_layer(name)
+        np.testing.assert_array_equal(found.scale("kernel"), expected.scale("kernel"))
+
+
 def test_smooth_quant_is_the_papers_formula(block: tuple[keras.Model, np.ndarray]) -> None:
     """Equation 4, in NumPy."""
     model, data = block

@@ -1,0 +1,52 @@
+"""The step that training finds: learned step size quantization (LSQ)."""
+
+import dataclasses
+import math
+from typing import Any
+
+from keras import ops
+
+from kqat import numerics
+from kqat.quantizers.widths import check_bits
+from kqat.spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedStep:
+    """Step `s` as a trainable variable; the loss decides what is clipped.
+
+    With `v = clip(w / s, -qmax, qmax)`, where `N` weights share a step,
+
+        output    = round(v) * s
+        d out/d w = 1 where |w / s| <= qmax, else 0
+        d out/d s = (round(v) - w / s if |w / s| <= qmax, else ±qmax) / sqrt(N * qmax)
+
+    and the step starts at `2 * mean|w| / sqrt(qmax)`. A step that training takes below zero
+    counts by its magnitude.
+
+    Reference: Esser et al. 2020, section 2 (https://arxiv.org/abs/1902.08153); there the lowest
+    integer is `-qmax - 1`, which integer kernels' symmetric weights do not have.
+    """
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raises `SpecError` if the grid is none for this method."""
+        check_bits(self, spec, 2, 8)
+
+    def step(self, weight: Any, spec: QuantSpec) -> Any:
+        """Where the step of `weight` starts: its shape, axes that share one of size 1."""
+        mean = numerics.mean_magnitude(weight, spec)
+        return numerics.usable_scale(mean * (2.0 / math.sqrt(spec.qmax)))
+
+    def scale(self, step: Any) -> Any:
+        """The scale that the variable `step` stands for: above zero."""
+        return ops.maximum(ops.abs(step), numerics.SMALLEST_RANGE)
+
+    def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:
+        """`weight` rounded to multiples of `step`; gradients reach both."""
+        sharing = math.prod(weight.shape[a] for a in numerics.shared_axes(weight, spec))
+        gain = 1.0 / math.sqrt(sharing * spec.qmax)
+        step = numerics.straight_through(step, step * gain)
+        limit = float(spec.qmax)
+        clipped = ops.clip(weight / step, -limit, limit)
+        integers = numerics.round_weight(weight, ops.stop_gradient(step), spec)
+        return numerics.straight_through(integers, clipped) * step
