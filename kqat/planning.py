@@ -6,7 +6,6 @@ for input and output (TFLite quantization specification) join their tensors into
 has one quantizer. *Precision*: where integers and floats meet, an explicit boundary stands.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 
 import keras
@@ -18,6 +17,7 @@ from kqat.registry import LayerRule, Output, rule_for
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
 from kqat.spec import QuantSpec
 from kqat.tracing import Graph, Node, Ref, expand
+from kqat.weight_grids import resolve_weights
 
 
 def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
@@ -33,6 +33,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     planner.fuse()
     planner.join_scales()
     planner.place_roundings()
+    planner.check_given_ranges()
     layers = tuple(planner.layer_plan(node, origins[node.layer.name]) for node in expanded.nodes)
     return Plan(
         model_name=model_name,
@@ -111,6 +112,7 @@ class _Planner:
         self.groups: dict[str, Group] = {}
         self.roundings: dict[Ref, tuple[Rounding, ...]] = {}
         self._joined: dict[Ref, Ref] = {}
+        self._group_names: dict[Ref, str] = {}  # first of joined values -> their group
 
     def integer(self, node: Node) -> bool:
         """Whether the node computes on integers; training-only layers are as their input is."""
@@ -196,6 +198,7 @@ class _Planner:
         for name, ref, node in self._sources():
             members.setdefault(self._root(ref), []).append((name, ref, node))
         names = {root: self._make_group(sources) for root, sources in members.items()}
+        self._group_names = names
         for node in self.graph.nodes:
             rule = self.rules[node]
             if rule and rule.output is Output.SAME and rule.rounds:
@@ -292,6 +295,35 @@ class _Planner:
             )
         return next(iter(found))
 
+    def check_given_ranges(self) -> None:
+        """Refuses a config whose fixed range is that of no value in the file.
+
+        Raises:
+            PolicyError: naming its first layer.
+        """
+        given: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            config = self.configs[node.name]
+            if config is not None and isinstance(config.activation_range, Fixed):
+                given.setdefault(id(config), []).append(node)
+        for nodes in given.values():
+            config = self.configs[nodes[0].name]
+            if config and config.activation_range not in map(self._shipped_range, nodes):
+                raise PolicyError(
+                    f"Expected a fixed range for a layer whose output has a range of its own. "
+                    f"Received: {config.activation_range} for '{self.user_names[nodes[0]]}', whose "
+                    "values lie inside a kernel or take their scale from another layer. Give it "
+                    "to the layer that ends the kernel, as the activation, or to that other one."
+                )
+
+    def _shipped_range(self, node: Node) -> RangeMethod | None:
+        """The range of the value that the node's kernel ends with."""
+        ref = node.outputs[0]
+        while self.transparent(ref):
+            ref = self.consumers[ref][0].outputs[0]
+        group = self._group_names.get(self._root(ref))
+        return self.groups[group].range_method if group else None
+
     def _is_inner(self, node: Node) -> bool:
         """Whether the node is a part of a user's layer before the last one."""
         name = self.user_names[node]
@@ -321,7 +353,7 @@ class _Planner:
             ops = () if into else rule.ops
         else:
             role = "integer"
-            weights = resolve_weights(node, rule, config)
+            weights = resolve_weights(node.name, node.layer, rule, config)
             ops, note = rule.ops, self._note(node)
         roundings = self.roundings.get(node.outputs[0], ())
         return LayerPlan(
@@ -343,45 +375,3 @@ class _Planner:
             return "requantized: the kernel's fixed scale meets a group with another"
         rule = self.rules[node]
         return rule.output.value if rule else ""
-
-
-def resolve_weights(node: Node, rule: LayerRule, config: QuantizeConfig) -> dict[str, QuantSpec]:
-    """The grid of each weight of a layer, with concrete axes.
-
-    Raises:
-        PolicyError: if the config names no such variable, leaves one out, or asks for scales
-            along axes for which integer kernels have none.
-    """
-    if not rule.weights:
-        return {}
-    asked = dict(config.weight_items())
-    if "*" in asked:
-        asked = dict.fromkeys(rule.weights, asked["*"])
-    if set(asked) != set(rule.weights):
-        raise PolicyError(
-            f"Expected grids for the weights {sorted(rule.weights)} of layer '{node.name}' of type "
-            f"{type(node.layer).__name__}. Received: {sorted(asked)}. A layer with float weights "
-            "cannot compute on integers; to leave it float give None as its config."
-        )
-    resolved = {}
-    for name, spec in asked.items():
-        axes = rule.weights[name]
-        if spec.axis == "channel":
-            spec = dataclasses.replace(spec, axis=axes)
-        elif spec.axis is not None:
-            given = spec.axis if isinstance(spec.axis, tuple) else (spec.axis,)
-            _check_axes(node, name, given, axes)
-            spec = dataclasses.replace(spec, axis=axes)
-        resolved[name] = spec
-    return resolved
-
-
-def _check_axes(
-    node: Node, name: str, given: tuple[int, ...], axes: tuple[int, ...] | None
-) -> None:
-    rank = len(getattr(node.layer, name).shape)
-    if axes is None or {a % rank for a in given} != {a % rank for a in axes}:
-        raise PolicyError(
-            f"Expected scales of '{name}' of layer '{node.name}' per tensor or along axes {axes}, "
-            f"where integer kernels have them. Received: axes {given}. Use axis='channel'."
-        )

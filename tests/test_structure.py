@@ -17,8 +17,8 @@ ROOMS = {
     "kqat": (
         "errors", "saving", "spec", "numerics", "batchnorm", "quantizers", "config", "primitives",
         "marking", "decompositions", "attention", "registry", "operations", "tracing", "reporting",
-        "planning", "layers", "wrapping", "calibration", "schedule", "folding", "freezing",
-        "algorithms", "interop", "api", "annotating", "__init__", "cli",
+        "weight_grids", "planning", "layers", "wrapping", "calibration", "schedule", "folding",
+        "freezing", "algorithms", "interop", "api", "annotating", "__init__", "cli",
     ),
     "tflite_export": (
         "sharing", "flatbuffer", "op_table", "lowering", "markers", "packing", "lookup",

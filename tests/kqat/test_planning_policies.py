@@ -162,3 +162,23 @@ def test_a_given_range_is_that_of_the_layers_own_output() -> None:
         "conv_elu": Fixed(0.0, 4.0),
         "after": MovingAverage(),
     }
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda x: layers.ReLU()(conv("inside")(x)), "inside"),
+        (lambda x: layers.MaxPooling2D(name="pool")(conv("conv")(x)), "pool"),
+        (lambda x: layers.Softmax(name="kernel")(layers.Flatten()(x)), "kernel"),
+    ],
+)
+def test_a_given_range_that_decides_nothing_is_refused(build: Any, name: str) -> None:
+    policy = {name: QuantizeConfig(activation_range=Fixed(-1.0, 1.0))}
+    with pytest.raises(PolicyError, match=rf"Fixed\(low=-1.0, high=1.0\) for '{name}', whose"):
+        image_plan(build, policy)
+
+
+def test_a_given_range_for_all_decides_where_it_can() -> None:
+    config = QuantizeConfig(activation_range=Fixed(-1.0, 1.0))
+    plan = image_plan(lambda x: layers.ReLU(name="relu")(conv("conv")(x)), config)
+    assert groups(plan)["relu"].range_method == Fixed(-1.0, 1.0)

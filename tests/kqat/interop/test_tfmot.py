@@ -167,7 +167,7 @@ def test_translation(layer: Any, config: Any, expected: kqat.QuantizeConfig | No
         (
             layers.Dense(2, name="d"),
             Config({"kernel": weight(num_bits=1)}, output=(average(),)),
-            "2 to 16 bits. Received: bits=1. .* Asked by Config for layer 'd'",
+            "grid of one bit, .* Asked by Config for layer 'd'",
         ),
         (
             layers.PReLU(name="p"),
