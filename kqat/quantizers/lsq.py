@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 from keras import ops
 
 from kqat import numerics
+from kqat.errors import SpecError
+from kqat.quantizers.mse import LeastSquares
 from kqat.quantizers.widths import check_bits
 from kqat.spec import QuantSpec
 
@@ -21,12 +23,25 @@ class LearnedStep:
         d out/d w = 1 where |w / s| <= qmax, else 0
         d out/d s = (round(v) - w / s if |w / s| <= qmax, else ±qmax) / sqrt(N * qmax)
 
-    and the step starts at `2 * mean|w| / sqrt(qmax)`. A step that training takes below zero
-    counts by its magnitude.
+    A step that training takes below zero counts by its magnitude.
+
+    Args:
+        start: where the step starts: at the least squared error (`"mse"`, as `LeastSquares`), or
+            at the paper's `2 * mean|w| / sqrt(qmax)` (`"mean"`), which loses more of weights that
+            are trained already.
+
+    Raises:
+        SpecError: if `start` is neither.
 
     Reference: Esser et al. 2020, section 2 (https://arxiv.org/abs/1902.08153); there the lowest
     integer is `-qmax - 1`, which integer kernels' symmetric weights do not have.
     """
+
+    start: Literal["mse", "mean"] = "mse"
+
+    def __post_init__(self) -> None:
+        if self.start not in ("mse", "mean"):
+            raise SpecError(f"Expected start 'mse' or 'mean'. Received: start={self.start!r}.")
 
     def check(self, spec: QuantSpec) -> None:
         """Raises `SpecError` if the grid is none for this method."""
@@ -34,6 +49,8 @@ class LearnedStep:
 
     def step(self, weight: Any, spec: QuantSpec) -> Any:
         """Where the step of `weight` starts: its shape, axes that share one of size 1."""
+        if self.start == "mse":
+            return LeastSquares().step(weight, spec)
         mean = numerics.mean_magnitude(weight, spec)
         return numerics.usable_scale(mean * (2.0 / math.sqrt(spec.qmax)))
 

@@ -10,7 +10,7 @@ from kqat.spec import QuantSpec
 # One method or more for every row of the table, with the widths that it takes.
 METHODS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "max_abs": (MaxAbs(), (2, 3, 4, 8)),
-    "lsq": (LearnedStep(), (2, 3, 4, 8)),
+    "lsq": (LearnedStep(start="mean"), (2, 3, 4, 8)),
     "mse": (LeastSquares(), (2, 3, 4, 8)),
     "ternary": (Ternary(), (2,)),
     "binary": (Binary(), (1,)),

@@ -49,7 +49,9 @@ def test_every_row_of_the_table_is_tested() -> None:
     assert {name: type(method) for name, (method, _) in METHODS.items()} == STEP_METHODS
 
 
-@pytest.mark.parametrize("method", [*(m for m, _ in METHODS.values()), LeastSquares(7)], ids=str)
+@pytest.mark.parametrize(
+    "method", [*(m for m, _ in METHODS.values()), LeastSquares(7), LearnedStep()], ids=str
+)
 def test_dict_comes_back_through_json(method: StepMethod) -> None:
     assert step_method_from_dict(json.loads(json.dumps(step_method_to_dict(method)))) == method
     hash(method)
@@ -90,10 +92,18 @@ def test_lsq_starts_and_rounds_as_the_reference(
     shape: tuple[int, ...], axes: tuple[int, ...], bits: int
 ) -> None:
     weight = normal(shape)
-    step, integers = found(LearnedStep(), weight, grid(bits, axes))
+    step, integers = found(LearnedStep(start="mean"), weight, grid(bits, axes))
     expected = reference.learned_start(weight, axes, bits)
     np.testing.assert_allclose(step, expected, rtol=MEAN_ERROR)
     np.testing.assert_array_equal(integers, reference.quantize_weight(weight, step, bits))
+
+
+def test_lsq_starts_at_the_least_squared_error() -> None:
+    weight, spec = normal((9, 3)), grid(3)
+    start, best = (m.step(tf.constant(weight), spec) for m in (LearnedStep(), LeastSquares()))
+    np.testing.assert_array_equal(start, best)
+    with pytest.raises(SpecError, match=r"Expected start 'mse' or 'mean'. Received: start='max'"):
+        LearnedStep(start="max")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("shape", "axes"), SHAPES)

@@ -161,7 +161,7 @@ def test_plan_says_how_steps_are_found_and_stored() -> None:
     rows = {
         row["name"]: row for row in json.loads(kqat.plan(network(), policy).to_json())["layers"]
     }
-    assert rows["head"]["weight_step"] == {"name": "lsq"}
+    assert rows["head"]["weight_step"] == {"name": "lsq", "start": "mse"}
     assert rows["pool"]["weight_step"] == {"name": "max_abs"}
     assert "int4" not in str(kqat.plan(network()))
     six = QuantSpec(bits=6, symmetric=True, narrow_range=True)
