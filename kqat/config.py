@@ -146,7 +146,7 @@ def _weights(bits: int) -> QuantSpec:
 
 PRESETS: dict[str, QuantizeConfig] = {
     "int8": QuantizeConfig(),
-    "w4a8": QuantizeConfig(weights=_weights(4)),
+    "w4a8": QuantizeConfig(weights=_weights(4), weight_step=LearnedStep()),
     "w3a8": QuantizeConfig(weights=_weights(3), weight_step=LearnedStep()),
     "w2a8": QuantizeConfig(weights=_weights(2), weight_step=LearnedStep()),
     "ternary": QuantizeConfig(weights=_weights(2), weight_step=Ternary()),
