@@ -123,9 +123,10 @@ def weight_scale(weight: Any, spec: QuantSpec) -> Any:
     `SMALLEST_RANGE`. NaN and infinity show in the scale.
     """
     largest = ops.max(ops.abs(weight), axis=shared_axes(weight, spec), keepdims=True)
-    # Not a division: compilers turn a division by a constant into this, which rounds
-    # differently, and training would use other scales than freezing.
-    return usable_scale(largest * (1.0 / spec.qmax))
+    # A compiler that knows the divisor multiplies by its reciprocal, which rounds differently:
+    # training would use other scales than freezing. So it is hidden; NaN stays NaN.
+    qmax = ops.where(largest >= 0.0, float(spec.qmax), 0.0)
+    return usable_scale(largest / qmax)
 
 
 def usable_scale(scale: Any) -> Any:

@@ -75,7 +75,7 @@ def weight_scale(weight: np.ndarray, axes: tuple[int, ...], bits: int) -> np.nda
     """Scale of the symmetric max-abs grid, one for each index along `axes`."""
     kept = {axis % weight.ndim for axis in axes}
     reduced = tuple(axis for axis in range(weight.ndim) if axis not in kept)
-    scale = np.max(np.abs(weight), axis=reduced, keepdims=True) * F(1 / integers(bits)[1])
+    scale = np.max(np.abs(weight), axis=reduced, keepdims=True) / F(integers(bits)[1])
     return np.where(scale < F(2.0**-100), F(1), scale)
 
 
