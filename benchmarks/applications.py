@@ -84,7 +84,7 @@ def run(name: str) -> Outcome:
     settle(model, x)
     quantize, qat = _timed(lambda: kqat.quantize_model(model, calibration_data=x))
     before = [w.numpy() for w in qat.trainable_weights]
-    qat.compile(keras.optimizers.SGD(1e-3), "sparse_categorical_crossentropy")
+    qat.compile(keras.optimizers.SGD(1e-5), "sparse_categorical_crossentropy")
     step, _ = _timed(lambda: qat.train_on_batch(x, y))
     moved = [np.any(w.numpy() != b) for w, b in zip(qat.trainable_weights, before, strict=True)]
     convert, blob = _timed(lambda: tflite_export.convert(qat))

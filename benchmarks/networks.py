@@ -61,10 +61,13 @@ def settle(model: keras3.Model, x: np.ndarray) -> None:
     With its initial ones the outputs of a deep untrained network hardly depend on the input, and
     no integer file can be made of them.
     """
-    for layer in model.layers:
-        if isinstance(layer, keras3.layers.BatchNormalization):
-            layer.momentum = 0.0
+    kind = keras3.layers.BatchNormalization
+    momenta = {layer: layer.momentum for layer in model.layers if isinstance(layer, kind)}
+    for layer in momenta:
+        layer.momentum = 0.0
     model(x, training=True)
+    for layer, momentum in momenta.items():
+        layer.momentum = momentum
 
 
 NETWORKS = {
