@@ -49,7 +49,7 @@ def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.L
     if name is not None:
         changes["name"] = name
     try:
-        copy = type(layer).from_config({**layer.get_config(), **changes})
+        copy = _made_anew(layer, {**layer.get_config(), **changes})
     except Exception as error:  # Whatever a user's own class raises.
         raise ModelError(
             f"Expected a layer that can be made anew from its config. Received: '{layer.name}' of "
@@ -59,6 +59,17 @@ def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.L
         ) from error
     copy.trainable = layer.trainable
     return copy
+
+
+def _made_anew(layer: Any, config: dict[str, Any]) -> keras.layers.Layer:
+    """A layer of this config; a function of the user's, which no config can name, is shared."""
+    if isinstance(layer, layers.Lambda):
+        own = {"arguments": layer.arguments, "mask": layer.mask}
+        kept = {key: config[key] for key in ("name", "dtype", "trainable")}
+        return layers.Lambda(layer.function, **own, **kept)
+    if isinstance(layer, layers.Activation):
+        config = {**config, "activation": layer.activation}
+    return type(layer).from_config(config)
 
 
 def duplicate(layer: Any, name: str | None = None, **changes: Any) -> Callable[..., Any]:
@@ -102,12 +113,10 @@ def _activation(layer: Any, name: str) -> keras.layers.Layer:
     if isinstance(function, keras.layers.Layer):
         return clone(function, name=f"{name}_{function.name}")
     kind = keras.activations.serialize(function)
+    options = {"activity_regularizer": regularizer}
     if not isinstance(kind, str):
-        raise UnsupportedLayerError(
-            f"Expected a built-in activation in layer '{name}'. Received: {function!r}. "
-            "Put it into a layer of its own and describe that with kqat.register_layer."
-        )
-    return layers.Activation(kind, activity_regularizer=regularizer, name=f"{name}_{kind}")
+        return layers.Activation(function, name=f"{name}_activation", **options)
+    return layers.Activation(kind, name=f"{name}_{kind}", **options)
 
 
 def separable(layer: Any, name: str) -> Decomposed:

@@ -12,12 +12,12 @@ import keras
 
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import PolicyError
-from kqat.quantizers import Fixed, MaxAbs, MovingAverage, RangeMethod
+from kqat.expanding import expand
+from kqat.quantizers import Fixed, MovingAverage, RangeMethod
 from kqat.registry import LayerRule, Output, rule_for
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
 from kqat.spec import QuantSpec
-from kqat.tracing import Graph, Node, Ref, expand
-from kqat.weight_grids import resolve_weights
+from kqat.tracing import Graph, Node, Ref
 
 
 def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:

@@ -14,6 +14,7 @@ import keras
 from keras import layers
 
 from kqat import attention, decompositions
+from kqat.elementwise import Elementwise
 from kqat.errors import UnsupportedLayerError
 from kqat.primitives import ChannelAffine, Matmul, Mean, ReciprocalSquareRoot, Slice
 
@@ -45,6 +46,7 @@ class LayerRule:
         affine: whether the layer is `x * scale + offset`, one pair per channel.
         decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
             `None` where the layer is simple already.
+        opens: whether the layer is opened up by tracing its own `call`.
         refuse: layer -> why this very layer cannot ship and what to do instead, or `None`.
     """
 
@@ -59,6 +61,7 @@ class LayerRule:
     table: bool = False
     affine: bool = False
     decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
+    opens: bool = False
     refuse: Callable[[Any], str | None] | None = None
 
 
@@ -191,7 +194,13 @@ ACTIVATIONS: dict[str, LayerRule] = {
     },
 }
 
+# A function of the user's own, and a layer of the user's own without a row.
+FUNCTION = _own(table=True, opens=True)
+OPENED = _own(opens=True)
+
 LAYERS: dict[type, LayerRule] = {
+    layers.Lambda: FUNCTION,
+    Elementwise: _own(table=True),
     layers.Dense: dataclasses.replace(
         _conv("FULLY_CONNECTED", (-1,), "RESHAPE"), decompose=decompositions.dense
     ),
@@ -322,8 +331,14 @@ def register_layer(layer_class: type, rule: LayerRule) -> None:
     LAYERS[layer_class] = rule
 
 
+def is_custom(layer: Any) -> bool:
+    """Whether `layer` is of a class that neither Keras nor the table knows."""
+    stock = getattr(layers, type(layer).__name__, None) is type(layer)
+    return isinstance(layer, layers.Layer) and type(layer) not in LAYERS and not stock
+
+
 def rule_for(layer: Any, name: str | None = None) -> LayerRule:
-    """The row of `layer`.
+    """The row of `layer`; custom layers, which have none, are opened up.
 
     Args:
         layer: a Keras layer or operation.
@@ -336,8 +351,10 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     rule = LAYERS.get(type(layer))
     if isinstance(layer, layers.Activation):
         activation = keras.activations.serialize(layer.activation)
-        rule = ACTIVATIONS.get(activation) if isinstance(activation, str) else None
+        rule = ACTIVATIONS.get(activation) if isinstance(activation, str) else FUNCTION
         where += f" with activation {activation!r}"
+    elif rule is None and is_custom(layer):
+        rule = OPENED
     if rule is None:
         raise UnsupportedLayerError(
             f"Expected layers with an integer form. Received: {where}. Leave it float with "

@@ -1,4 +1,4 @@
-"""Any Keras model as one flat graph, and what walks it. The only room that knows Keras internals.
+"""Any Keras model as one flat graph, and what walks it. With `opening` it knows Keras internals.
 
 A `Graph` lists calls in the order in which they run; a `Ref` stands for each value that flows
 between them. `Graph.run` gives meaning to a call, and so serves to rebuild a model, to calibrate
@@ -14,10 +14,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.decompositions import duplicate
 from kqat.errors import ModelError
-from kqat.operations import as_layers
-from kqat.registry import rule_for
+from kqat.opening import Opened, inner_function, open_call, open_model, typed_inputs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,16 +96,21 @@ class Graph:
 
 
 def trace(model: Any) -> Graph:
-    """The graph of a built Sequential or Functional model, nested models opened up.
+    """The graph of a built Keras model, nested and subclassed models opened up.
 
     Raises:
-        ModelError: if `model` is not a built Keras model of fixed shape, or is a subclassed one.
+        ModelError: if `model` is not a built Keras model of fixed shape, or one whose `call`
+            cannot be traced.
     """
-    function = _functional(model)
-    nodes: list[Node] = []
-    inputs = [Ref(tuple(t.shape), str(t.dtype)) for t in function.inputs]
+    opened = open_model(model)
+    function = opened.function
+    inputs = [Ref(tuple(t.shape), dtype) for t, dtype in typed_inputs(function)]
+    for tensor in function.inputs:
+        _check_input(tensor, model.name)
     by_tensor = {id(t): ref for t, ref in zip(function.inputs, inputs, strict=True)}
-    output_struct = _inline(function, dict(by_tensor), _Walk("", nodes, set()))
+    nodes: list[Node] = []
+    walk = _Walk("", nodes, set(), opened.learned)
+    output_struct = _inline(function, opened.output, dict(by_tensor), walk)
     if set(inputs) & set(_refs(output_struct)):
         raise ModelError(
             f"Expected outputs that layers compute. Received: model '{model.name}', which hands an "
@@ -115,14 +118,31 @@ def trace(model: Any) -> Graph:
         )
     # The layer's name is saved with a model; the tensor's is not.
     input_names = [t._keras_history.operation.name for t in function.inputs]
+    output_names = [t._keras_history.operation.name for t in keras.tree.flatten(opened.output)]
     taken = set(input_names)
     return Graph(
         nodes=tuple(nodes),
-        input_struct=_map_tensors(function.input, by_tensor),
+        input_struct=_map_tensors(opened.input, by_tensor),
         output_struct=output_struct,
         input_names=tuple(input_names),
-        output_names=tuple(unique_name(name, taken) for name in function.output_names),
+        output_names=tuple(unique_name(name, taken) for name in output_names),
     )
+
+
+def trace_call(layer: Any, args: Any, kwargs: Any, name: str) -> Graph:
+    """The graph of `layer.call` for symbolic arguments, its parts named after `name`.
+
+    Raises:
+        ModelError: if it cannot be traced.
+    """
+    given = [t for t in keras.tree.flatten((args, kwargs)) if isinstance(t, keras.KerasTensor)]
+    fresh = {id(t): keras.Input(batch_shape=t.shape, dtype=t.dtype) for t in given}
+    opened = open_call(layer, *_replace((args, kwargs), fresh))
+    refs = {id(t): Ref(tuple(t.shape), str(t.dtype)) for t in fresh.values()}
+    walk = _Walk(f"{name}_", [], set(), opened.learned)
+    inputs = list(refs.values())
+    output_struct = _inline(opened.function, opened.output, refs, walk)
+    return Graph(tuple(walk.nodes), inputs, output_struct, (), ())
 
 
 def rebuild(
@@ -155,65 +175,6 @@ def rebuild(
     return keras.Model(fill(graph.input_struct, fresh.__getitem__), outputs, name=name)
 
 
-def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph, dict[str, str]]:
-    """A float copy of `graph` in which every layer is one that the registry calls simple.
-
-    Fused activations are split off and composite layers decomposed; the copy computes the same
-    values and shares no variable with the original. A layer that is called twice stays one.
-
-    Args:
-        graph: of the user's model.
-        keep: whether a node stays as it is, needing no row in the registry (it will stay float).
-        name: of the model, for messages.
-
-    Returns:
-        The expanded graph, and for each of its layers' names the name of the original node.
-
-    Raises:
-        UnsupportedLayerError: if the registry has no row for a layer.
-    """
-    kept = {node.name for node in graph.nodes if keep(node)}
-    expanded, origins = _expand_once(graph, kept, name)
-    # A part may be composite itself, as the activation of Dense(activation="silu").
-    while any(_is_composite(n, origins[n.layer.name], kept) for n in expanded.nodes):
-        still = {n.name for n in expanded.nodes if origins[n.layer.name] in kept}
-        further, parts = _expand_once(expanded, still, name)
-        layer_names = {node.name: node.layer.name for node in expanded.nodes}
-        origins = {part: origins[layer_names[node]] for part, node in parts.items()}
-        expanded = further
-    return expanded, origins
-
-
-def _is_composite(node: Node, origin: str, kept: set[str]) -> bool:
-    if origin in kept:
-        return False
-    rule = rule_for(node.layer, origin)
-    return bool(rule.decompose and rule.decompose(node.layer, node.name) is not None)
-
-
-def _expand_once(graph: Graph, kept: set[str], name: str) -> tuple[Graph, dict[str, str]]:
-    copies: dict[int, Callable[..., Any]] = {}
-    origins: dict[str, str] = {}
-    taken = {*graph.input_names, *(node.name for node in graph.nodes)}
-    known: set[int] = set()
-
-    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
-        # Calls of one layer share its weights; a layer without any is made anew for each call.
-        key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
-        if key not in copies:
-            copies[key] = _simplify(node, node.name in kept)
-        outputs = copies[key](*args, **kwargs)
-        for operation in _operations_between((args, kwargs), outputs):
-            new = id(operation) not in known and operation is not node.layer
-            if new and operation.name != node.name:
-                operation.name = unique_name(operation.name, taken)
-            known.add(id(operation))
-            origins.setdefault(operation.name, node.name)
-        return outputs
-
-    return trace(rebuild(graph, call, name)), origins
-
-
 def non_finite_variable(model: keras.Model) -> str | None:
     """Path of the first weight of `model` that holds NaN or infinity, if there is one."""
     for variable in model.weights:
@@ -221,49 +182,6 @@ def non_finite_variable(model: keras.Model) -> str | None:
             if not np.isfinite(np.asarray(variable, np.float32)).all():
                 return variable.path
     return None
-
-
-def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
-    tensors = [t for t in keras.tree.flatten(inputs) if isinstance(t, keras.KerasTensor)]
-    unique = list({id(t): t for t in tensors}.values())
-    function = keras.Function(unique, keras.tree.flatten(outputs))
-    return [op for op in function.operations if not isinstance(op, keras.layers.InputLayer)]
-
-
-def _simplify(node: Node, keep: bool) -> Callable[..., Any]:
-    layer = node.layer
-    if keep:
-        return duplicate(layer, node.name)
-    if not isinstance(layer, keras.layers.Layer):
-        return as_layers(layer, node.name)
-    rule = rule_for(layer, node.name)
-    simpler = rule.decompose(layer, node.name) if rule.decompose else None
-    return duplicate(layer, node.name) if simpler is None else simpler
-
-
-def _functional(model: Any) -> Any:
-    if not isinstance(model, keras.Model):
-        legacy = any(base.__module__.startswith("tf_keras") for base in type(model).__mro__)
-        raise ModelError(
-            f"Expected a keras.Model (Keras 3). Received: {type(model).__module__}."
-            f"{type(model).__name__}."
-            + (" It is a Keras 2 (tf_keras) model: rebuild it with Keras 3." if legacy else "")
-        )
-    if not model.built:
-        raise ModelError(
-            f"Expected a built model. Received: '{model.name}', which has no weights yet. Begin "
-            "it with keras.Input(shape), or call it once on data."
-        )
-    function = _inner_function(model)
-    if function is None:
-        raise ModelError(
-            f"Expected a Sequential or Functional model. Received: '{model.name}' of type "
-            f"{type(model).__name__}. Use keras.Model(x, model.call(x)) with "
-            "x = keras.Input(shape)."
-        )
-    for tensor in function.inputs:
-        _check_input(tensor, model.name)
-    return function
 
 
 def _check_input(tensor: Any, model_name: str) -> None:
@@ -281,26 +199,22 @@ def _check_input(tensor: Any, model_name: str) -> None:
         )
 
 
-def _inner_function(layer: Any) -> Any:
-    """The Functional inside a Sequential, or a Functional itself; `None` for anything else."""
-    function = getattr(layer, "_functional", None) or layer
-    return function if hasattr(function, "_nodes_by_depth") else None
-
-
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Where an inlined model stands: name prefix, nodes so far, names used."""
+    """Where an inlined model stands: name prefix, nodes so far, names used, hidden variables."""
 
     prefix: str
     nodes: list[Node]
     names: set[str]
+    learned: tuple[Any, ...] = ()
 
 
-def _inline(function: Any, refs: dict[int, Ref], walk: _Walk) -> Any:
-    """Appends the calls of `function`; returns its output structure with refs in it.
+def _inline(function: Any, output: Any, refs: dict[int, Ref], walk: _Walk) -> Any:
+    """Appends the calls of `function`; returns its `output` structure with refs in it.
 
     `refs` maps the identity of the function's symbolic tensors to refs; it starts with its inputs.
     """
+    found: set[int] = set()
     for depth in sorted(function._nodes_by_depth, reverse=True):
         for call in function._nodes_by_depth[depth]:
             if call.is_input:
@@ -308,19 +222,59 @@ def _inline(function: Any, refs: dict[int, Ref], walk: _Walk) -> Any:
             layer = call.operation
             args, kwargs = _map_tensors((call.arguments.args, call.arguments.kwargs), refs)
             args, kwargs = _call_options(layer, args, kwargs)
-            inner = _inner_function(layer)
+            inner = _inner_model(layer, args, kwargs)
             if inner is None:
+                args, kwargs = _with_learned((args, kwargs), walk.learned, found)
                 outputs = [Ref(tuple(t.shape), str(t.dtype)) for t in call.outputs]
                 name = unique_name(walk.prefix + layer.name, walk.names, "_call{}")
                 walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
             else:
-                given = _refs(args[0] if args else kwargs)
-                inner_refs = {id(t): r for t, r in zip(inner.inputs, given, strict=True)}
+                given = _refs((args, kwargs))
+                tensors = inner.function.inputs
+                inner_refs = {id(t): r for t, r in zip(tensors, given, strict=True)}
                 prefix = f"{walk.prefix}{layer.name}_"
-                deeper = _Walk(prefix, walk.nodes, walk.names)
-                outputs = list(_refs(_inline(inner, inner_refs, deeper)))
+                deeper = _Walk(prefix, walk.nodes, walk.names, inner.learned)
+                outputs = list(_refs(_inline(inner.function, inner.output, inner_refs, deeper)))
             refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
-    return _map_tensors(function.output, refs)
+    lost = [v.path for v in walk.learned if id(v) not in found]
+    if lost:
+        raise ModelError(
+            f"Expected a call that uses its variables on symbolic tensors. Received: "
+            f"{', '.join(lost)}, of which only computed constants are seen. Use the variables "
+            "themselves, or look positions up in an Embedding and add its rows as they are."
+        )
+    return _map_tensors(output, refs)
+
+
+def _with_learned(structure: Any, learned: tuple[Any, ...], found: set[int]) -> Any:
+    """`structure` with a variable for each constant that holds the first rows of a hidden one.
+
+    `Embedding(n, d)(arange(n))` runs at once and leaves but numbers, which have to be trained.
+    """
+
+    def named(value: Any) -> Any:
+        if not learned or not keras.ops.is_tensor(value) or isinstance(value, keras.KerasTensor):
+            return value
+        array = np.asarray(value)
+        for variable in learned:
+            rows = np.asarray(variable).reshape(-1)[: array.size]
+            if array.ndim and np.array_equal(rows, array.reshape(-1)):
+                found.add(id(variable))
+                return keras.Variable(array, trainable=variable.trainable, name=variable.name)
+        return value
+
+    return keras.tree.map_structure(named, structure)
+
+
+def _inner_model(layer: Any, args: Any, kwargs: Any) -> Opened | None:
+    """A model inside a model, opened; `None` for a layer."""
+    function = inner_function(layer)
+    if function is not None:
+        return Opened(function, function.input, function.output)
+    if not isinstance(layer, keras.Model):
+        return None
+    fresh = {id(r): keras.Input(batch_shape=r.shape, dtype=r.dtype) for r in _refs((args, kwargs))}
+    return open_call(layer, *fill((args, kwargs), lambda ref: fresh[id(ref)]))
 
 
 def _call_options(
@@ -365,6 +319,10 @@ def _map_tensors(structure: Any, refs: dict[int, Ref]) -> Any:
     return keras.tree.map_structure(
         lambda x: refs[id(x)] if isinstance(x, keras.KerasTensor) else x, structure
     )
+
+
+def _replace(structure: Any, tensors: dict[int, Any]) -> Any:
+    return keras.tree.map_structure(lambda x: tensors.get(id(x), x), structure)
 
 
 def fill(structure: Any, function: Callable[[Ref], Any]) -> Any:

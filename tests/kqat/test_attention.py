@@ -10,7 +10,8 @@ from keras import layers
 
 import kqat
 import tflite_export
-from kqat.tracing import expand, rebuild, trace
+from kqat.expanding import expand
+from kqat.tracing import rebuild, trace
 
 
 def _expanded(model: keras.Model) -> keras.Model:

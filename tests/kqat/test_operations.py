@@ -10,8 +10,9 @@ import pytest
 from keras import ops
 
 import kqat
+from kqat.expanding import expand
 from kqat.operations import OPERATIONS
-from kqat.tracing import expand, rebuild, trace
+from kqat.tracing import rebuild, trace
 
 CHANNELS = np.array([0.5, -1.0, 2.0], np.float32)
 

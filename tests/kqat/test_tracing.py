@@ -9,7 +9,8 @@ import pytest
 from keras import layers
 
 from kqat.errors import ModelError
-from kqat.tracing import Graph, Node, expand, non_finite_variable, rebuild, trace
+from kqat.expanding import expand
+from kqat.tracing import Graph, Node, non_finite_variable, rebuild, trace
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(4, 6, 6, 3)).astype(np.float32)

@@ -1,0 +1,160 @@
+"""A graph in layers that the registry calls simple: one integer operator each, or none.
+
+Fused activations are split off, composite layers decomposed, functions and custom layers opened
+up by tracing their own `call`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from kqat.decompositions import clone, duplicate
+from kqat.elementwise import Elementwise, is_elementwise
+from kqat.errors import ModelError, UnsupportedLayerError
+from kqat.operations import as_layers
+from kqat.registry import rule_for
+from kqat.tracing import Graph, Node, Ref, fill, rebuild, trace, trace_call, unique_name
+
+
+def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph, dict[str, str]]:
+    """A float copy of `graph` in which every layer is one that the registry calls simple.
+
+    Fused activations are split off and composite layers decomposed; the copy computes the same
+    values and shares no variable with the original. A layer that is called twice stays one.
+
+    Args:
+        graph: of the user's model.
+        keep: whether a node stays as it is, needing no row in the registry (it will stay float).
+        name: of the model, for messages.
+
+    Returns:
+        The expanded graph, and for each of its layers' names the name of the original node.
+
+    Raises:
+        UnsupportedLayerError: if the registry has no row for a layer.
+    """
+    kept = {node.name for node in graph.nodes if keep(node)}
+    expanded, origins = _expand_once(graph, kept, name)
+    # A part may be composite itself, as the activation of Dense(activation="silu").
+    while any(_is_composite(n, origins[n.layer.name], kept) for n in expanded.nodes):
+        still = {n.name for n in expanded.nodes if origins[n.layer.name] in kept}
+        further, parts = _expand_once(expanded, still, name)
+        layer_names = {node.name: node.layer.name for node in expanded.nodes}
+        origins = {part: origins[layer_names[node]] for part, node in parts.items()}
+        expanded = further
+    return expanded, origins
+
+
+def _is_composite(node: Node, origin: str, kept: set[str]) -> bool:
+    return origin not in kept and _simpler(node, origin) is not None
+
+
+def _simpler(node: Node, origin: str) -> Callable[..., Any] | None:
+    """What computes the node with simpler layers; `None` where it is simple already."""
+    layer = node.layer
+    if not isinstance(layer, keras.layers.Layer):
+        return as_layers(layer, node.name)
+    rule = rule_for(layer, origin)
+    if rule.opens:
+        return _opened_function(node) if rule.table else _opened_layer(node)
+    return rule.decompose(layer, node.name) if rule.decompose else None
+
+
+def _opened_function(node: Node) -> Callable[..., Any] | None:
+    """A function of the user's as one table, as its parts, or (`None`) as it is, for a table.
+
+    Raises:
+        UnsupportedLayerError: if it is no function of each number alone, nor made of `keras.ops`.
+    """
+    layer, name = node.layer, node.name
+    shape = node.inputs[0].shape
+    single = len(node.inputs) == 1
+    elementwise = single and is_elementwise(layer, shape)
+    try:
+        graph = trace_call(layer, *fill((node.args, node.kwargs), _symbolic), name)
+    except ModelError as error:
+        if elementwise:
+            return None
+        raise UnsupportedLayerError(
+            f"Expected a function of each number alone, or one made of keras.ops. Received: layer "
+            f"'{name}' of type {type(layer).__name__}, which is neither. {error}"
+        ) from error
+    if elementwise and len(graph.nodes) > 1:
+        return Elementwise.of(layer.call, name=name)
+    return _inlined(graph, name)
+
+
+def _opened_layer(node: Node) -> Callable[..., Any]:
+    """A custom layer as its parts, which are copies."""
+    layer, name = node.layer, node.name
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        copy = clone(layer, name)
+        copy(*args, **kwargs)
+        copy.set_weights(layer.get_weights())
+        try:
+            graph = trace_call(copy, args, kwargs, name)
+        except ModelError as error:
+            raise UnsupportedLayerError(
+                f"{error} Or name its weights: policy={{'{name}': kqat.QuantizeConfig(weights="
+                "{'kernel': kqat.QuantSpec(...)})}."
+            ) from error
+        return _inlined(graph, name)(*args, **kwargs)
+
+    return call
+
+
+def _symbolic(ref: Ref) -> Any:
+    return keras.KerasTensor(ref.shape, ref.dtype)
+
+
+def _inlined(graph: Graph, name: str) -> Callable[..., Any]:
+    """A callable that runs `graph`, whose last part takes over `name`."""
+    last = set(graph.outputs)
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        is_last = len(last) == 1 and last <= set(node.outputs)
+        node.layer.name = name if is_last else node.name
+        return node.layer(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = keras.tree.flatten((args, kwargs))
+        return graph.run([t for t in given if isinstance(t, keras.KerasTensor)], call)
+
+    return run
+
+
+def _expand_once(graph: Graph, kept: set[str], name: str) -> tuple[Graph, dict[str, str]]:
+    copies: dict[int, Callable[..., Any]] = {}
+    origins: dict[str, str] = {}
+    taken = {*graph.input_names, *(node.name for node in graph.nodes)}
+    known: set[int] = set()
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        # Calls of one layer share its weights; a layer without any is made anew for each call.
+        key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
+        if key not in copies:
+            copies[key] = _simplify(node, node.name in kept)
+        outputs = copies[key](*args, **kwargs)
+        for operation in _operations_between((args, kwargs), outputs):
+            new = id(operation) not in known and operation is not node.layer
+            if new and operation.name != node.name:
+                operation.name = unique_name(operation.name, taken)
+            known.add(id(operation))
+            origins.setdefault(operation.name, node.name)
+        return outputs
+
+    return trace(rebuild(graph, call, name)), origins
+
+
+def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
+    tensors = [t for t in keras.tree.flatten(inputs) if isinstance(t, keras.KerasTensor)]
+    unique = list({id(t): t for t in tensors}.values())
+    function = keras.Function(unique, keras.tree.flatten(outputs))
+    return [op for op in function.operations if not isinstance(op, keras.layers.InputLayer)]
+
+
+def _simplify(node: Node, keep: bool) -> Callable[..., Any]:
+    simpler = None if keep else _simpler(node, node.name)
+    return duplicate(node.layer, node.name) if simpler is None else simpler
