@@ -6,13 +6,13 @@ products become FULLY_CONNECTED and BATCH_MATMUL, the reciprocal square root a t
 
 from typing import Any
 
-import keras
 import numpy as np
 from keras import layers
 
+from kqat import products
 from kqat.decompositions import Decomposed, Part
 from kqat.errors import UnsupportedLayerError
-from kqat.primitives import ChannelAffine, Matmul, Mean, ReciprocalSquareRoot
+from kqat.primitives import ChannelAffine, Matmul, ReciprocalSquareRoot, Reduce
 
 
 def layer_normalization(layer: Any, name: str) -> Decomposed:
@@ -28,7 +28,7 @@ def layer_normalization(layer: Any, name: str) -> Decomposed:
     affine = _channel_affine(layer, name, layer.scale, layer.center)
 
     def call(x: Any) -> Any:
-        mean = Mean(name=f"{name}_mean")(x)
+        mean = Reduce("mean", [len(x.shape) - 1], name=f"{name}_mean")(x)
         centered = layers.Subtract(name=f"{name}_centered")([x, mean])
         return _scaled_to_unit(centered, layer.epsilon, affine, name)
 
@@ -47,7 +47,7 @@ def rms_normalization(layer: Any, name: str) -> Decomposed:
 
 def _scaled_to_unit(x: Any, epsilon: float, affine: Part | None, name: str) -> Any:
     square = layers.Multiply(name=f"{name}_square")([x, x])
-    variance = Mean(name=f"{name}_variance")(square)
+    variance = Reduce("mean", [len(x.shape) - 1], name=f"{name}_variance")(square)
     scale = ReciprocalSquareRoot(epsilon, name=f"{name}_rsqrt")(variance)
     unit_name = f"{name}_unit" if affine else name
     unit = layers.Multiply(name=unit_name)([x, scale])
@@ -82,77 +82,6 @@ def _check_last_axis(layer: Any, name: str) -> None:
         )
 
 
-def einsum_dense(layer: Any, name: str) -> Decomposed:
-    """`EinsumDense` as `Dense`, where its equation is a matrix product over trailing axes.
-
-    The kernel's leading axes are contracted with the input's trailing ones, in order; what
-    remains of the kernel are the output's trailing axes, and the bias covers just those.
-    """
-    inputs, rest = layer.equation.replace("...", "").split(",")
-    kernel, output = rest.split("->")
-    contracted = [c for c in kernel if c in inputs and c not in output]
-    count = len(contracted)
-    made = kernel[count:]
-    fits = (
-        kernel[:count] == inputs[-count:] == "".join(contracted)
-        and output == inputs[:-count] + made
-        and (layer.bias is None or tuple(layer.bias.shape) == tuple(layer.kernel.shape[count:]))
-    )
-    if not fits or not count:
-        raise UnsupportedLayerError(
-            f"Expected an equation that is a matrix product over the input's last axes in layer "
-            f"'{name}', as 'abc,cd->abd'. Received: {layer.equation!r}. Permute, or use Dense."
-        )
-    matrix = np.asarray(layer.kernel)
-    bias = None if layer.bias is None else np.asarray(layer.bias)
-    dense = _dense(matrix, bias, count, name, _options(layer, name))
-    activation = layer.activation
-    if activation is keras.activations.linear:
-        return dense
-    after = layers.Activation(activation, name=f"{name}_activation")
-    return lambda x: after(dense(x))
-
-
-def _options(layer: Any, name: str) -> dict[str, Any]:
-    """What the `Dense` layers that a layer becomes take over from it.
-
-    Raises:
-        UnsupportedLayerError: if a constraint is among it: kernels change their shape.
-    """
-    config = layer.get_config()
-    constrained = [k for k in ("kernel_constraint", "bias_constraint") if config.get(k)]
-    if constrained:
-        raise UnsupportedLayerError(
-            f"Expected no {' or '.join(constrained)} in layer '{name}', whose kernels change their "
-            "shape when it is opened up. Use a regularizer, or train without."
-        )
-    kept = ("kernel_regularizer", "bias_regularizer")
-    return {"trainable": layer.trainable, **{k: config.get(k) for k in kept}}
-
-
-def _dense(
-    kernel: np.ndarray, bias: np.ndarray | None, count: int, name: str, options: dict[str, Any]
-) -> Decomposed:
-    """A product over the last `count` axes, as a `Dense` with `options` between reshapes."""
-    made = kernel.shape[count:]
-    matrix = kernel.reshape(int(np.prod(kernel.shape[:count])), -1)
-    weights = [matrix] if bias is None else [matrix, bias.reshape(-1)]
-    reshaped = len(made) > 1
-    dense_name = f"{name}_product" if reshaped else name
-    units = matrix.shape[1]
-    layer = layers.Dense(units, use_bias=bias is not None, name=dense_name, **options)
-    part = Part(layer, weights)
-
-    def call(x: Any) -> Any:
-        kept = tuple(x.shape[1 : len(x.shape) - count])
-        if count > 1:
-            x = layers.Reshape((*kept, matrix.shape[0]), name=f"{name}_joined")(x)
-        y = part(x)
-        return layers.Reshape((*kept, *made), name=name)(y) if reshaped else y
-
-    return call
-
-
 def multi_head_attention(layer: Any, name: str) -> Decomposed:
     """`softmax(q k^T / sqrt(d)) v` for each head, projected in and out.
 
@@ -166,14 +95,14 @@ def multi_head_attention(layer: Any, name: str) -> Decomposed:
             f"attention_axes={config['attention_axes']}. Reshape to (steps, features)."
         )
     arrays = {"/".join(v.path.split("/")[-2:]): np.asarray(v) for v in layer.weights}
-    options = _options(layer, name)
+    options = products.options(layer, name)
     scale = 1.0 / np.sqrt(config["key_dim"])
     made = {
         part: _projection(arrays, part, 1.0 if part != "query" else scale, name, options)
         for part in ("query", "key", "value")
     }
     out_kernel, out_bias = arrays["attention_output/kernel"], arrays.get("attention_output/bias")
-    output = _dense(out_kernel, out_bias, 2, name, options)
+    output = products.dense(out_kernel, out_bias, 2, name, options)
     dropout = layers.Dropout(config["dropout"], name=f"{name}_dropout")
 
     def call(query: Any, value: Any, key: Any = None, **options: Any) -> Any:
@@ -205,7 +134,7 @@ def _projection(
             f"Expected no kernel_regularizer in attention layer '{name}': 1/sqrt(key_dim) is "
             "multiplied into its query kernel. Train without."
         )
-    return _dense(kernel.astype(np.float32), bias, 1, f"{name}_{part}", options)
+    return products.dense(kernel.astype(np.float32), bias, 1, f"{name}_{part}", options)
 
 
 def _check_options(options: dict[str, Any], name: str) -> None:

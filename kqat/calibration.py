@@ -151,6 +151,14 @@ def _array(x: Any, shape: tuple[int | None, ...], name: str) -> np.ndarray:
     return array
 
 
+def _whole(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+        raise CalibrationError(
+            f"Expected whole numbers for input '{name}'. Received: fractions. Give indexes."
+        )
+    return array
+
+
 def _tensors(batch: list[np.ndarray], graph: Graph) -> list[Any]:
     """The batch as the model takes it.
 
@@ -159,6 +167,9 @@ def _tensors(batch: list[np.ndarray], graph: Graph) -> list[Any]:
     """
     tensors = []
     for array, ref, name in zip(batch, graph.inputs, graph.input_names, strict=True):
+        if ref.counts:
+            tensors.append(keras.ops.convert_to_tensor(_whole(array, name), ref.dtype))
+            continue
         with np.errstate(over="ignore"):
             floats = array.astype(np.float32)
         finite = np.isfinite(floats)

@@ -200,7 +200,7 @@ class _Freezer:
 
     def _check_same(self, node: Node, grids: list[Site]) -> None:
         distinct = {(grid.scale, grid.zero_point, grid.bits) for grid in grids}
-        if len(distinct) != 1 or len(grids) != len(node.inputs):
+        if len(distinct) != 1 or len(grids) != sum(not ref.counts for ref in node.inputs):
             raise FreezeError(
                 f"Expected one scale for all inputs of '{node.name}'. Received: {distinct}. The "
                 "model was changed after kqat.quantize_model; quantize it anew."

@@ -364,7 +364,7 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def compute_output_spec(self, x: Any, training: bool | None = None) -> Any:
         """The layer's output shape and dtype."""
-        shape = self.compute_output_shape(x.shape)
+        shape = self.layer.compute_output_spec(x).shape
         return keras.KerasTensor(shape, dtype=self.layer.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:

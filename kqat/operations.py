@@ -7,14 +7,14 @@ operation's own arguments. Constants join in: `x + 3.0` is a Rescaling.
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
+from kqat import products
 from kqat.errors import UnsupportedLayerError
-from kqat.primitives import Slice
-
-Row = Callable[[Any, str], Callable[..., Any]]
+from kqat.operands import BINARY, Row, counts, function, is_number, is_tensor, scaled
+from kqat.primitives import Matmul, Reduce
+from kqat.rearranging import REARRANGING, axes_of
 
 
 def as_layers(operation: Any, name: str) -> Callable[..., Any]:
@@ -37,194 +37,43 @@ def _activation(function: str) -> Row:
     return lambda operation, name: layers.Activation(function, name=name)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, keras.KerasTensor)
-
-
-def _constant(value: Any, name: str, channels: int) -> list[float]:
-    array = np.asarray(value, np.float64)
-    if array.size not in (1, channels) or (array.ndim and array.shape[-1] != array.size):
-        raise UnsupportedLayerError(
-            f"Expected a number or one number per channel ({channels}) in operation '{name}'. "
-            f"Received: a constant of shape {array.shape}. Put it into a layer of its own."
-        )
-    return (
-        np.broadcast_to(array.reshape(-1), (channels,)).tolist()
-        if array.size > 1
-        else [float(array.reshape(()))]
-    )
-
-
-def _scaled(x: Any, scale: Any, offset: Any, name: str) -> Any:
-    channels = x.shape[-1]
-    scale, offset = (_constant(v, name, channels) for v in (scale, offset))
-    if len(scale) == len(offset) == 1:
-        return layers.Rescaling(scale[0], offset[0], name=name)(x)
-    return layers.Rescaling(scale, offset, name=name)(x)
-
-
-def _check_rank(x: Any, y: Any, name: str) -> None:
-    if len(x.shape) != len(y.shape):
-        raise UnsupportedLayerError(
-            f"Expected operands of equal rank in operation '{name}'. Received: shapes "
-            f"{tuple(x.shape)} and {tuple(y.shape)}. Reshape one of them."
-        )
-
-
-def _binary(merge: type, constant: Callable[[Any, Any, bool, str], Any]) -> Row:
-    """A row for a function of two; `constant(x, c, c_first, name)` serves where one is constant."""
-
-    def row(operation: Any, name: str) -> Callable[..., Any]:
-        def call(a: Any, b: Any) -> Any:
-            if _is_tensor(a) and _is_tensor(b):
-                _check_rank(a, b, name)
-                return merge(name=name)([a, b])
-            return constant(a, b, False, name) if _is_tensor(a) else constant(b, a, True, name)
-
-        return call
-
-    return row
-
-
-def _add(x: Any, c: Any, first: bool, name: str) -> Any:
-    return _scaled(x, 1.0, c, name)
-
-
-def _subtract(x: Any, c: Any, first: bool, name: str) -> Any:
-    return _scaled(x, -1.0, c, name) if first else _scaled(x, 1.0, np.negative(c), name)
-
-
-def _multiply(x: Any, c: Any, first: bool, name: str) -> Any:
-    return _scaled(x, c, 0.0, name)
-
-
-def _divide(operation: Any, name: str) -> Callable[..., Any]:
-    def call(a: Any, b: Any) -> Any:
-        if _is_tensor(b):
-            raise UnsupportedLayerError(
-                f"Expected division by a constant in operation '{name}'. Received: a tensor as "
-                "divisor; TFLite has no int8 DIV. Multiply by a constant, or leave it float."
-            )
-        return _scaled(a, np.divide(1.0, b), 0.0, name)
-
-    return call
-
-
-def _bound(merge: type) -> Row:
-    def constant(x: Any, c: Any, first: bool, name: str) -> Any:
-        value = float(np.asarray(c))
-        if merge is layers.Maximum and value == 0.0:
-            return layers.Activation("relu", name=name)(x)
-        raise UnsupportedLayerError(
-            f"Expected two tensors, or maximum(x, 0), in operation '{name}'. Received: the "
-            f"constant {value}. Use keras.ops.clip(x, 0, 6), relu or relu6."
-        )
-
-    return _binary(merge, constant)
-
-
 def _clip(operation: Any, name: str) -> Callable[..., Any]:
-    if (operation.x_min, operation.x_max) != (0, 6):
-        raise UnsupportedLayerError(
-            f"Expected clip(x, 0, 6) in operation '{name}', which is ReLU6. Received: bounds "
-            f"{operation.x_min} and {operation.x_max}. Use relu6, or leave it float."
-        )
-    return layers.Activation("relu6", name=name)
+    if (operation.x_min, operation.x_max) == (0, 6):
+        return layers.Activation("relu6", name=name)
+    return function(operation, name)
 
 
-def _mean(operation: Any, name: str) -> Callable[..., Any]:
-    return _reduced(
-        operation,
-        name,
-        {
-            3: layers.GlobalAveragePooling1D,
-            4: layers.GlobalAveragePooling2D,
-            5: layers.GlobalAveragePooling3D,
-        },
-    )
+def _elu(operation: Any, name: str) -> Callable[..., Any]:
+    if operation.alpha == 1:
+        return layers.Activation("elu", name=name)
+    return function(operation, name)
 
 
-def _max(operation: Any, name: str) -> Callable[..., Any]:
-    return _reduced(
-        operation,
-        name,
-        {3: layers.GlobalMaxPooling1D, 4: layers.GlobalMaxPooling2D, 5: layers.GlobalMaxPooling3D},
-    )
-
-
-def _reduced(operation: Any, name: str, pools: dict[int, type]) -> Callable[..., Any]:
-    def call(x: Any) -> Any:
-        rank = len(x.shape)
-        axis = operation.axis
-        given = range(rank) if axis is None else axis
-        axes = {a % rank for a in ([given] if isinstance(given, int) else given)}
-        if rank not in pools or axes != set(range(1, rank - 1)):
-            raise UnsupportedLayerError(
-                f"Expected a reduction over all axes between batch and channels in operation "
-                f"'{name}'. Received: axis={axis} of shape {tuple(x.shape)}. Permute or reshape."
-            )
-        return pools[rank](keepdims=operation.keepdims, name=name)(x)
-
-    return call
-
-
-def _to_output_shape(operation: Any, name: str) -> Callable[..., Any]:
-    def call(x: Any) -> Any:
-        shape = operation.compute_output_spec(x).shape
-        if shape[0] != x.shape[0]:
-            raise UnsupportedLayerError(
-                f"Expected operation '{name}' to keep the batch axis first. Received: {x.shape} "
-                f"-> {shape}."
-            )
-        return layers.Reshape(shape[1:], name=name)(x)
-
-    return call
-
-
-def _permuted(axes_of: Callable[[Any, int], tuple[int, ...]]) -> Row:
+def _softmax(kind: str) -> Row:
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any) -> Any:
-            axes = axes_of(operation, len(x.shape))
-            if axes[0] != 0:
-                raise UnsupportedLayerError(
-                    f"Expected operation '{name}' to keep the batch axis first. Received: axes "
-                    f"{axes}."
-                )
-            return layers.Permute(axes[1:], name=name)(x)
+            rank = len(x.shape)
+            (axis,) = axes_of(operation.axis, rank, name)
+            last = layers.Activation(kind, name=name)
+            if axis == rank - 1:
+                return last(x)
+            order = [*range(1, rank)]
+            order[axis - 1], order[-1] = order[-1], order[axis - 1]
+            moved = last(layers.Permute(order, name=f"{name}_moved")(x))
+            return layers.Permute(order, name=f"{name}_back")(moved)
 
         return call
 
     return row
 
 
-def _transpose_axes(operation: Any, rank: int) -> tuple[int, ...]:
-    return tuple(operation.axes) if operation.axes else tuple(reversed(range(rank)))
+def _power(operation: Any, name: str) -> Callable[..., Any]:
+    def call(a: Any, b: Any) -> Any:
+        if is_tensor(a) and is_number(b) and float(np.asarray(b)) == 2.0:
+            return layers.Multiply(name=name)([a, a])
+        return function(operation, name)(a, b)
 
-
-def _swap_axes(operation: Any, rank: int) -> tuple[int, ...]:
-    axes = list(range(rank))
-    a, b = operation.axis1 % rank, operation.axis2 % rank
-    axes[a], axes[b] = axes[b], axes[a]
-    return tuple(axes)
-
-
-def _concatenate(operation: Any, name: str) -> Callable[..., Any]:
-    return layers.Concatenate(axis=operation.axis, name=name)
-
-
-def _get_item(operation: Any, name: str) -> Callable[..., Any]:
-    return lambda x, key: Slice.of(x, key, name)
-
-
-def _softmax(function: str) -> Row:
-    def row(operation: Any, name: str) -> Callable[..., Any]:
-        if operation.axis != -1:
-            raise UnsupportedLayerError(
-                f"Expected axis=-1 in operation '{name}'. Received: axis={operation.axis}. Permute."
-            )
-        return layers.Activation(function, name=name)
-
-    return row
+    return call
 
 
 def _resize(operation: Any, name: str) -> Callable[..., Any]:
@@ -237,11 +86,11 @@ def _resize(operation: Any, name: str) -> Callable[..., Any]:
     )
 
 
-def _pool(pools: dict[int, type]) -> Row:
+def _pool(kind: str) -> Row:
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any) -> Any:
             options = {"data_format": operation.data_format, "name": name}
-            pool = pools[len(x.shape)]
+            pool = getattr(layers, f"{kind}Pooling{len(x.shape) - 2}D")
             return pool(operation.pool_size, operation.strides, operation.padding, **options)(x)
 
         return call
@@ -249,16 +98,137 @@ def _pool(pools: dict[int, type]) -> Row:
     return row
 
 
+def _matmul(operation: Any, name: str) -> Callable[..., Any]:
+    def call(a: Any, b: Any) -> Any:
+        shapes = tuple(a.shape), tuple(b.shape)
+        ranks = len(shapes[0]), len(shapes[1])
+        if is_tensor(a) and is_tensor(b):
+            if ranks[0] == ranks[1] >= 3:
+                return Matmul(name=name)([a, b])
+        elif is_tensor(a) and ranks[1] == 2:
+            return products.einsum("...y,yz->...z", a, b, name)
+        elif is_tensor(b) and ranks[0] == 2 and ranks[1] == 3:
+            return products.einsum("xy,byz->bxz", a, b, name)
+        raise UnsupportedLayerError(
+            f"Expected matrices for each sample, or one constant matrix, in operation '{name}'. "
+            f"Received: shapes {shapes[0]} and {shapes[1]}. Reshape so that the ranks are equal."
+        )
+
+    return call
+
+
+def _einsum(operation: Any, name: str) -> Callable[..., Any]:
+    def call(*operands: Any) -> Any:
+        if len(operands) != 2:
+            raise UnsupportedLayerError(
+                f"Expected an equation of two operands in operation '{name}'. Received: "
+                f"{operation.subscripts!r}. Multiply two at a time."
+            )
+        return products.einsum(operation.subscripts, *operands, name)
+
+    return call
+
+
+_LETTERS = "abcdefghijklmnopqrstuvw"
+
+
+def _tensordot(operation: Any, name: str) -> Callable[..., Any]:
+    def call(a: Any, b: Any) -> Any:
+        ranks, axes = (len(a.shape), len(b.shape)), operation.axes
+        if isinstance(axes, int):
+            axes = [[*range(ranks[0] - axes, ranks[0])], [*range(axes)]]
+        ours, theirs = (
+            [int(i) % rank for i in np.reshape(part, -1)]
+            for part, rank in zip(axes, ranks, strict=True)
+        )
+        return _contracted(a, b, ours, theirs, name)
+
+    return call
+
+
+def _dot(operation: Any, name: str) -> Callable[..., Any]:
+    def call(a: Any, b: Any) -> Any:
+        theirs = max(len(b.shape) - 2, 0)
+        return _contracted(a, b, [len(a.shape) - 1], [theirs], name)
+
+    return call
+
+
+def _contracted(a: Any, b: Any, ours: list[int], theirs: list[int], name: str) -> Any:
+    first = _LETTERS[: len(a.shape)]
+    more = iter(_LETTERS[len(a.shape) :])
+    pairs = dict(zip(theirs, ours, strict=True))
+    second = "".join(first[pairs[i]] if i in pairs else next(more) for i in range(len(b.shape)))
+    rest = [c for c in first + second if not (c in first and c in second)]
+    return products.einsum(f"{first},{second}->{''.join(rest)}", a, b, name)
+
+
+def _logsumexp(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        axes = axes_of(operation.axis, len(x.shape), name)
+        total = Reduce("sum", axes, operation.keepdims, name=f"{name}_sum")(ops.exp(x))
+        return ops.log(total)
+
+    return call
+
+
+def _norm(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        axes = axes_of(operation.axis, len(x.shape), name)
+        if operation.ord not in (None, "fro", 2) or (operation.ord == 2 and len(axes) > 1):
+            raise UnsupportedLayerError(
+                f"Expected the Euclidean norm in operation '{name}'. Received: ord="
+                f"{operation.ord!r}. Compose another of sums and powers."
+            )
+        square = layers.Multiply(name=f"{name}_square")([x, x])
+        return ops.sqrt(Reduce("sum", axes, operation.keepdims, name=f"{name}_sum")(square))
+
+    return call
+
+
+def _glu(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        value, gate = ops.split(x, 2, axis=operation.axis)
+        return layers.Multiply(name=name)([value, ops.sigmoid(gate)])
+
+    return call
+
+
+def _square(operation: Any, name: str) -> Callable[..., Any]:
+    return lambda x: layers.Multiply(name=name)([x, x])
+
+
+def _cast(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        to_float = str(operation.dtype).startswith(("float", "bfloat"))
+        if counts(x) == to_float:
+            raise UnsupportedLayerError(
+                f"Expected a cast between kinds of floats, or of whole numbers, in operation "
+                f"'{name}'. Received: {x.dtype} -> {operation.dtype}. An index is no quantity; "
+                "use one_hot or an Embedding."
+            )
+        return layers.Identity(name=name)(x)
+
+    return call
+
+
+# Functions of one number without an int8 operator of their own on every runtime.
+_TABLES = (
+    "Abs", "Absolute", "Angle", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctan2",
+    "Arctanh", "Cbrt", "Ceil", "Celu", "Cos", "Cosh", "Deg2rad", "Erf", "Erfc", "Erfinv", "Exp2",
+    "Expm1", "Fabs", "Floor", "FloorDivide", "Fmax", "Fmin", "Fmod", "HardShrink", "Heaviside",
+    "Hypot", "I0", "Log", "Log10", "Log1p", "Log2", "Logaddexp", "Logaddexp2", "Mod", "NanToNum",
+    "Rad2deg", "Reciprocal", "Round", "Rsqrt", "Sign", "Sin", "Sinc", "Sinh", "SoftShrink",
+    "SparsePlus", "SparseSigmoid", "Sqrt", "Squareplus", "Tan", "TanhShrink", "Threshold", "Trunc",
+)  # fmt: skip
+
 OPERATIONS: dict[str, Row] = {
-    "Add": _binary(layers.Add, _add),
-    "Subtract": _binary(layers.Subtract, _subtract),
-    "Multiply": _binary(layers.Multiply, _multiply),
-    "Divide": _divide,
-    "TrueDivide": _divide,
-    "Negative": lambda operation, name: lambda x: _scaled(x, -1.0, 0.0, name),
-    "Square": lambda operation, name: lambda x: layers.Multiply(name=name)([x, x]),
-    "Maximum": _bound(layers.Maximum),
-    "Minimum": _bound(layers.Minimum),
+    **BINARY,
+    **REARRANGING,
+    **dict.fromkeys(_TABLES, function),
+    "Negative": lambda operation, name: lambda x: scaled(x, -1.0, 0.0, name),
+    "Square": _square,
+    "Power": _power,
     "Clip": _clip,
     "Relu": _activation("relu"),
     "Relu6": _activation("relu6"),
@@ -273,21 +243,22 @@ OPERATIONS: dict[str, Row] = {
     "Softplus": _activation("softplus"),
     "Softsign": _activation("softsign"),
     "Exp": _activation("exponential"),
+    "Elu": _elu,
+    "Gelu": function,
+    "Glu": _glu,
     "Softmax": _softmax("softmax"),
     "LogSoftmax": _softmax("log_softmax"),
     "LeakyRelu": lambda operation, name: layers.LeakyReLU(operation.negative_slope, name=name),
-    "Mean": _mean,
-    "Max": _max,
-    "Reshape": _to_output_shape,
-    "Squeeze": _to_output_shape,
-    "ExpandDims": _to_output_shape,
-    "Transpose": _permuted(_transpose_axes),
-    "Swapaxes": _permuted(_swap_axes),
-    "Concatenate": _concatenate,
-    "GetItem": _get_item,
+    "Logsumexp": _logsumexp,
+    "Norm": _norm,
     "Resize": _resize,
-    "MaxPool": _pool({3: layers.MaxPooling1D, 4: layers.MaxPooling2D, 5: layers.MaxPooling3D}),
-    "AveragePool": _pool(
-        {3: layers.AveragePooling1D, 4: layers.AveragePooling2D, 5: layers.AveragePooling3D}
-    ),
+    "MaxPool": _pool("Max"),
+    "AveragePool": _pool("Average"),
+    "Matmul": _matmul,
+    "Einsum": _einsum,
+    "Tensordot": _tensordot,
+    "Dot": _dot,
+    "Cast": _cast,
+    "StopGradient": lambda operation, name: layers.Identity(name=name),
+    "Copy": lambda operation, name: layers.Identity(name=name),
 }

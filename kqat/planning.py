@@ -14,7 +14,7 @@ from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import PolicyError
 from kqat.expanding import expand
 from kqat.quantizers import Fixed, MovingAverage, RangeMethod
-from kqat.registry import LayerRule, Output, rule_for
+from kqat.registry import LayerRule, Output, row_for, stays_whole
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
 from kqat.spec import QuantSpec
 from kqat.tracing import Graph, Node, Ref
@@ -28,7 +28,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
         PolicyError: if the policy asks for what cannot ship.
     """
     configs, input_configs, unused = _assign_configs(graph, policy)
-    expanded, origins = expand(graph, lambda node: configs[node.name] is None, model_name)
+    expanded, origins = expand(graph, lambda n: stays_whole(n.layer, configs[n.name]), model_name)
     planner = _Planner(expanded, origins, configs, input_configs)
     planner.fuse()
     planner.join_scales()
@@ -101,7 +101,7 @@ class _Planner:
         self.user_names = user_names
         self.configs = {node.name: configs[user_names[node]] for node in graph.nodes}
         self.rules: dict[Node, LayerRule | None] = {
-            node: None if self.configs[node.name] is None else rule_for(node.layer, name)
+            node: row_for(node.layer, name, self.configs[node.name])
             for node, name in user_names.items()
         }
         self.calls: dict[int, int] = {}
@@ -124,7 +124,7 @@ class _Planner:
 
     def rounded_input(self, ref: Ref) -> bool:
         """Whether a model input becomes integers: some consumer computes on them."""
-        return any(self._computes_on_integers(node) for node in self.consumers[ref])
+        return not ref.counts and any(self._computes_on_integers(n) for n in self.consumers[ref])
 
     def _computes_on_integers(self, node: Node) -> bool:
         rule = self.rules[node]
@@ -180,7 +180,8 @@ class _Planner:
             if rule.output is Output.VANISHES and not self.integer(node):
                 continue
             for ref in node.inputs:
-                self._join(ref, node.outputs[0])
+                if not ref.counts and not node.outputs[0].counts:
+                    self._join(ref, node.outputs[0])
 
     def _root(self, ref: Ref) -> Ref:
         while ref in self._joined:
@@ -213,6 +214,8 @@ class _Planner:
         for node in self.graph.nodes:
             rule = self.rules[node]
             ref = node.outputs[0]
+            if ref.counts:
+                continue
             if rule is None or not self.integer(node):
                 for index, value in enumerate(node.outputs):
                     if any(self.integer(reader) for reader in self.consumers[value]):
@@ -375,3 +378,46 @@ class _Planner:
             return "requantized: the kernel's fixed scale meets a group with another"
         rule = self.rules[node]
         return rule.output.value if rule else ""
+
+
+def resolve_weights(node: Node, rule: LayerRule, config: QuantizeConfig) -> dict[str, QuantSpec]:
+    """The grid of each weight of a layer, with concrete axes.
+
+    Raises:
+        PolicyError: if the config names no such variable, leaves one out, or asks for scales
+            along axes for which integer kernels have none.
+    """
+    if not rule.weights:
+        return {}
+    asked = dict(config.weight_items())
+    if "*" in asked:
+        asked = dict.fromkeys(rule.weights, asked["*"])
+    if set(asked) != set(rule.weights):
+        raise PolicyError(
+            f"Expected grids for the weights {sorted(rule.weights)} of layer '{node.name}' of type "
+            f"{type(node.layer).__name__}. Received: {sorted(asked)}. A layer with float weights "
+            "cannot compute on integers; to leave it float give None as its config."
+        )
+    resolved = {}
+    for name, spec in asked.items():
+        axes = rule.weights[name]
+        if spec.axis == "channel":
+            spec = dataclasses.replace(spec, axis=axes)
+        elif spec.axis is not None:
+            given = spec.axis if isinstance(spec.axis, tuple) else (spec.axis,)
+            _check_axes(node, name, given, axes)
+            spec = dataclasses.replace(spec, axis=axes)
+        if spec.bits < 8 or not rule.table_of_rows:
+            resolved[name] = spec
+    return resolved
+
+
+def _check_axes(
+    node: Node, name: str, given: tuple[int, ...], axes: tuple[int, ...] | None
+) -> None:
+    rank = len(getattr(node.layer, name).shape)
+    if axes is None or {a % rank for a in given} != {a % rank for a in axes}:
+        raise PolicyError(
+            f"Expected scales of '{name}' of layer '{node.name}' per tensor or along axes {axes}, "
+            f"where integer kernels have them. Received: axes {given}. Use axis='channel'."
+        )

@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 from kqat.errors import UnsupportedLayerError
@@ -85,23 +86,108 @@ class Slice(layers.Layer):
 
 
 @keras.saving.register_keras_serializable("kqat")
-class Mean(layers.Layer):
-    """The mean over one axis, which stays with size 1.
+class Reduce(layers.Layer):
+    """The sum, mean, max, min or prod (`kind`) over axes.
 
-    Input shape `(batch, d1, …)`; `axis` counts the batch as 0, or from the end.
+    Input shape `(batch, d1, …)`; `axes` count the batch as 0, and leave it out.
     """
 
-    def __init__(self, axis: int = -1, **kwargs: Any) -> None:
+    def __init__(self, kind: str, axes: list[int], keepdims: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.axis = axis
+        self.kind, self.axes, self.keepdims = kind, list(axes), keepdims
 
     def call(self, x: Any) -> Any:
-        """The mean."""
-        return ops.mean(x, axis=self.axis, keepdims=True)
+        """The reduced tensor."""
+        return getattr(ops, self.kind)(x, axis=tuple(self.axes), keepdims=self.keepdims)
 
     def get_config(self) -> dict[str, Any]:
-        """The axis, beside what every layer has."""
-        return {**super().get_config(), "axis": self.axis}
+        """The arguments, beside what every layer has."""
+        own = {"kind": self.kind, "axes": self.axes, "keepdims": self.keepdims}
+        return {**super().get_config(), **own}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Take(layers.Layer):
+    """The entries `indices` along one axis, in that order; an entry may come more than once.
+
+    Input shape `(batch, d1, …)`; `axis` is at least 1.
+    """
+
+    def __init__(self, indices: list[int], axis: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.indices, self.axis = [int(i) for i in indices], axis
+
+    def call(self, x: Any) -> Any:
+        """The entries."""
+        return ops.take(x, ops.convert_to_tensor(self.indices, "int32"), axis=self.axis)
+
+    def get_config(self) -> dict[str, Any]:
+        """The indices and the axis, beside what every layer has."""
+        return {**super().get_config(), "indices": self.indices, "axis": self.axis}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Count(layers.Layer):
+    """A function of `keras.ops` whose result is no quantity: an index, or true or false.
+
+    Args:
+        kind: the function's name: `"argmax"`, `"greater"` ….
+        options: its other arguments by name, plain JSON types.
+    """
+
+    def __init__(self, kind: str, options: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.kind, self.options = kind, dict(options or {})
+
+    def call(self, x: Any) -> Any:
+        """The function's value of a tensor, or of a list of them."""
+        tensors = x if isinstance(x, list | tuple) else [x]
+        result = getattr(ops, self.kind)(*tensors, **self.options)
+        return ops.cast(result, "int32") if self.kind in ("argmax", "argmin") else result
+
+    def get_config(self) -> dict[str, Any]:
+        """The function and its options, beside what every layer has."""
+        config = super().get_config()
+        config.pop("autocast", None)
+        return {**config, "kind": self.kind, "options": self.options}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Select(layers.Layer):
+    """`where(condition, a, b)` of `[condition, a, b]`; shapes broadcast."""
+
+    def call(self, inputs: Any) -> Any:
+        """The selection."""
+        return ops.where(*inputs)
+
+
+@keras.saving.register_keras_serializable("kqat")
+class WithConstant(layers.Layer):
+    """`x + value` or `x * value` (`kind` `"add"` or `"multiply"`); `value` may be trained.
+
+    `value` has the given shape, which broadcasts with that of `x`.
+    """
+
+    def __init__(self, kind: str, shape: list[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kind, self.shape = kind, list(shape)
+
+    def build(self, input_shape: Any) -> None:
+        """Creates the value, zero."""
+        self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros")
+
+    def call(self, x: Any) -> Any:
+        """The sum or product."""
+        return getattr(ops, self.kind)(x, self.value)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The shape after broadcasting."""
+        fixed = (1, *input_shape[1:])
+        return (input_shape[0], *np.broadcast_shapes(fixed, tuple(self.shape))[1:])
+
+    def get_config(self) -> dict[str, Any]:
+        """Kind and shape, beside what every layer has."""
+        return {**super().get_config(), "kind": self.kind, "shape": self.shape}
 
 
 @keras.saving.register_keras_serializable("kqat")

@@ -6,116 +6,28 @@ a row are refused by name; `register_layer` adds one.
 """
 
 import dataclasses
-import enum
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 from keras import layers
 
-from kqat import attention, decompositions
+from kqat import attention, decompositions, products, rules
+from kqat.config import QuantizeConfig
 from kqat.elementwise import Elementwise
 from kqat.errors import UnsupportedLayerError
-from kqat.primitives import ChannelAffine, Matmul, Mean, ReciprocalSquareRoot, Slice
-
-
-class Output(enum.Enum):
-    """How the scale of a layer's output comes about."""
-
-    OWN = "own range"
-    SAME = "same scale as input"
-    FIXED = "fixed range"
-    VANISHES = "training only"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerRule:
-    """One row of the table.
-
-    Args:
-        output: how the scale of the output comes about.
-        ops: the TFLite operators that the layer may become.
-        weights: name of each quantizable variable -> its channel axes (`None`: one scale only).
-        fixed_range: `(low, high)` that the integer kernel demands, for `Output.FIXED`.
-        rounds: whether a same-scale layer computes new values, which are rounded again.
-        clamp: `"relu"` or `"relu6"` for a layer that fuses into its producer.
-        takes_clamp: whether a following clamp fuses into this layer.
-        takes_normalization: whether a following BatchNormalization folds into this layer.
-        table: whether the layer is an elementwise function that may ship as a table of 256
-            entries; `ops` then names its own operator, if there is one.
-        affine: whether the layer is `x * scale + offset`, one pair per channel.
-        decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
-            `None` where the layer is simple already.
-        opens: whether the layer is opened up by tracing its own `call`.
-        refuse: layer -> why this very layer cannot ship and what to do instead, or `None`.
-    """
-
-    output: Output
-    ops: tuple[str, ...] = ()
-    weights: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
-    fixed_range: tuple[float, float] | None = None
-    rounds: bool = False
-    clamp: str | None = None
-    takes_clamp: bool = False
-    takes_normalization: bool = False
-    table: bool = False
-    affine: bool = False
-    decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
-    opens: bool = False
-    refuse: Callable[[Any], str | None] | None = None
-
-
-def _channels_last(layer: Any) -> str | None:
-    if getattr(layer, "data_format", "channels_last") != "channels_last":
-        return "data_format='channels_first' has no TFLite kernel; build it channels_last"
-    return None
-
-
-def _built_rank(layer: Any) -> int:
-    """Number of axes of the input that `layer` was built for; 0 where it was built for none."""
-    return len((layer.get_build_config() or {}).get("input_shape") or ())
-
-
-def _last_axis(layer: Any) -> str | None:
-    axis = layer.axis
-    axis = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
-    rank = getattr(layer.input_spec, "ndim", None) or _built_rank(layer)
-    if axis not in ((-1,), (rank - 1,), (None,), ()):
-        return f"axis={layer.axis} is not the last; permute the input so that it is"
-    return None
-
-
-def _plain_elu(layer: Any) -> str | None:
-    if layer.alpha != 1.0:
-        return f"alpha={layer.alpha} has no TFLite kernel; use alpha=1, or LeakyReLU"
-    return None
-
-
-def _not_dilated(layer: Any) -> str | None:
-    if any(rate != 1 for rate in layer.dilation_rate):
-        return f"dilation_rate={layer.dilation_rate} has no TFLite kernel; use 1"
-    return _channels_last(layer)
-
-
-def _softmax(layer: Any) -> str | None:
-    if layer.axis not in (-1,):
-        return f"axis={layer.axis} is not -1; permute the input so that it is the last"
-    return None
-
-
-def _nearest_or_bilinear(layer: Any) -> str | None:
-    if layer.interpolation not in ("nearest", "bilinear"):
-        return (
-            f"interpolation={layer.interpolation!r} has no TFLite kernel; "
-            "use 'nearest' or 'bilinear'"
-        )
-    return _channels_last(layer)
-
-
-def _plain_resize(layer: Any) -> str | None:
-    if layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio or layer.antialias:
-        return "only plain resizing has a TFLite kernel; leave aspect ratio and antialias options"
-    return _nearest_or_bilinear(layer)
+from kqat.primitives import (
+    ChannelAffine,
+    Count,
+    Matmul,
+    ReciprocalSquareRoot,
+    Reduce,
+    Select,
+    Slice,
+    Take,
+    WithConstant,
+)
+from kqat.rules import LayerRule, Output
 
 
 def _conv(op: str, axes: tuple[int, ...], *extra: str) -> LayerRule:
@@ -126,7 +38,7 @@ def _conv(op: str, axes: tuple[int, ...], *extra: str) -> LayerRule:
         takes_clamp=True,
         takes_normalization=True,
         decompose=decompositions.split_activation,
-        refuse=_channels_last,
+        refuse=rules.channels_last,
     )
 
 
@@ -138,6 +50,10 @@ def _same(*ops: str, **options: Any) -> LayerRule:
     return LayerRule(output=Output.SAME, ops=ops, **options)
 
 
+def _index(*ops: str) -> LayerRule:
+    return LayerRule(output=Output.INDEX, ops=ops)
+
+
 def _affine(refuse: Callable[[Any], str | None] | None = None) -> LayerRule:
     ops = ("RESHAPE", "DEPTHWISE_CONV_2D", "MUL")
     return LayerRule(output=Output.OWN, ops=ops, takes_clamp=True, affine=True, refuse=refuse)
@@ -147,9 +63,10 @@ def _composite(decompose: Callable[[Any, str], Any], *ops: str) -> LayerRule:
     return LayerRule(output=Output.OWN, ops=ops, decompose=decompose)
 
 
+_LOGICAL = ("and", "or", "not")
 _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": decompositions.pairwise}
-_POOL = {"refuse": _channels_last}
+_POOL = {"refuse": rules.channels_last}
 
 # Fixed scales: TFLite quantization specification, SOFTMAX, LOGISTIC, TANH, LOG_SOFTMAX.
 _FIXED = {
@@ -209,7 +126,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.DepthwiseConv1D: _conv("DEPTHWISE_CONV_2D", (-2, -1), "RESHAPE"),
     layers.DepthwiseConv2D: _conv("DEPTHWISE_CONV_2D", (-2, -1)),
     layers.Conv2DTranspose: dataclasses.replace(
-        _conv("TRANSPOSE_CONV", (-2,), "RELU"), refuse=_not_dilated
+        _conv("TRANSPOSE_CONV", (-2,), "RELU"), refuse=rules.not_dilated
     ),
     layers.SeparableConv1D: _own(
         "DEPTHWISE_CONV_2D", "CONV_2D", "RESHAPE", decompose=decompositions.separable
@@ -217,14 +134,14 @@ LAYERS: dict[type, LayerRule] = {
     layers.SeparableConv2D: _own(
         "DEPTHWISE_CONV_2D", "CONV_2D", decompose=decompositions.separable
     ),
-    layers.BatchNormalization: _affine(_last_axis),
-    layers.Normalization: _affine(_last_axis),
+    layers.BatchNormalization: _affine(rules.last_axis),
+    layers.Normalization: _affine(rules.last_axis),
     layers.Rescaling: _affine(),
     layers.ReLU: _own("RELU", "LEAKY_RELU", decompose=decompositions.relu),
     layers.LeakyReLU: _own("LEAKY_RELU"),
-    layers.ELU: _own("ELU", refuse=_plain_elu),
+    layers.ELU: _own("ELU", refuse=rules.plain_elu),
     layers.PReLU: _own("PRELU", weights={"alpha": None}),
-    layers.Softmax: dataclasses.replace(ACTIVATIONS["softmax"], refuse=_softmax),
+    layers.Softmax: dataclasses.replace(ACTIVATIONS["softmax"], refuse=rules.softmax),
     layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", **_POOL),
     layers.MaxPooling2D: _same("MAX_POOL_2D", **_POOL),
     layers.MaxPooling3D: _same(
@@ -266,11 +183,11 @@ LAYERS: dict[type, LayerRule] = {
     layers.UpSampling2D: _same(
         "RESIZE_NEAREST_NEIGHBOR",
         "RESIZE_BILINEAR",
-        refuse=_nearest_or_bilinear,
+        refuse=rules.nearest_or_bilinear,
         decompose=decompositions.upsample_2d,
     ),
     layers.Resizing: _same(
-        "RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR", refuse=_plain_resize, rounds=True
+        "RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR", refuse=rules.plain_resize, rounds=True
     ),
     layers.UpSampling3D: _same(
         "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.upsample_3d, **_POOL
@@ -296,7 +213,9 @@ LAYERS: dict[type, LayerRule] = {
         "RESHAPE",
         "DEPTHWISE_CONV_2D",
     ),
-    layers.EinsumDense: _composite(attention.einsum_dense, "FULLY_CONNECTED", "RESHAPE"),
+    layers.EinsumDense: _composite(
+        products.einsum_dense, "FULLY_CONNECTED", "RESHAPE", "TRANSPOSE"
+    ),
     layers.MultiHeadAttention: _composite(
         attention.multi_head_attention,
         "FULLY_CONNECTED",
@@ -305,8 +224,11 @@ LAYERS: dict[type, LayerRule] = {
         "BATCH_MATMUL",
         "SOFTMAX",
     ),
+    layers.Embedding: _own("GATHER", weights={"embeddings": None}, table_of_rows=True),
     Slice: _same("STRIDED_SLICE"),
-    Mean: _own("MEAN"),
+    Take: _same("GATHER"),
+    Select: _same("SELECT_V2"),
+    WithConstant: _own("ADD", "MUL", weights={"value": None}, takes_clamp=True),
     Matmul: _own("BATCH_MATMUL"),
     ReciprocalSquareRoot: _own(table=True),
     ChannelAffine: _affine(),
@@ -319,6 +241,26 @@ LAYERS: dict[type, LayerRule] = {
     layers.GaussianDropout: _VANISHES,
     layers.GaussianNoise: _VANISHES,
     layers.ActivityRegularization: _VANISHES,
+}
+
+
+# Layers that are functions by name: the class, and the function's name.
+KINDS: dict[tuple[type, str], LayerRule] = {
+    (Reduce, "mean"): _own("MEAN"),
+    (Reduce, "sum"): _own("SUM"),
+    (Reduce, "max"): _same("REDUCE_MAX"),
+    (Reduce, "min"): _same("REDUCE_MIN"),
+    (Reduce, "prod"): _own("REDUCE_PROD"),
+    (Count, "argmax"): _index("ARG_MAX"),
+    (Count, "argmin"): _index("ARG_MIN"),
+    (Count, "add"): _index("ADD"),
+    (Count, "subtract"): _index("SUB"),
+    (Count, "multiply"): _index("MUL"),
+    **{
+        (Count, kind): _index(kind.upper())
+        for kind in ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")
+    },
+    **{(Count, f"logical_{kind}"): _index(f"LOGICAL_{kind.upper()}") for kind in _LOGICAL},
 }
 
 
@@ -353,6 +295,8 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
         activation = keras.activations.serialize(layer.activation)
         rule = ACTIVATIONS.get(activation) if isinstance(activation, str) else FUNCTION
         where += f" with activation {activation!r}"
+    elif (type(layer), getattr(layer, "kind", "")) in KINDS:
+        rule = KINDS[type(layer), layer.kind]
     elif rule is None and is_custom(layer):
         rule = OPENED
     if rule is None:
@@ -365,6 +309,29 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     if problem:
         raise UnsupportedLayerError(f"Received: {where}, which cannot ship: {problem}.")
     return rule
+
+
+def stays_whole(layer: Any, config: QuantizeConfig | None) -> bool:
+    """Whether a layer is not opened up: it is float, or a custom one with its weights named."""
+    return config is None or (is_custom(layer) and isinstance(config.weights, Mapping))
+
+
+def row_for(layer: Any, name: str, config: QuantizeConfig | None) -> LayerRule | None:
+    """The row of `layer` under its config; `None` where it is float.
+
+    The scales per channel of a custom layer that stays whole lie along the last axis of its
+    weights, where their specs say no other.
+    """
+    if config is None or not stays_whole(layer, config):
+        return None if config is None else rule_for(layer, name)
+    weights = {weight: _axes(spec.axis) for weight, spec in config.weight_items()}
+    return LayerRule(output=Output.OWN, weights=weights)
+
+
+def _axes(axis: Any) -> tuple[int, ...] | None:
+    if axis is None or isinstance(axis, tuple):
+        return axis
+    return (-1,) if axis == "channel" else (axis,)
 
 
 def supported_layers() -> tuple[str, ...]:

@@ -25,6 +25,11 @@ class Ref:
     shape: tuple[int | None, ...]
     dtype: str
 
+    @property
+    def counts(self) -> bool:
+        """Whether it is no quantity, which has no scale: an index, or a truth value."""
+        return not keras.backend.is_float_dtype(self.dtype)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
@@ -191,11 +196,12 @@ def _check_input(tensor: Any, model_name: str) -> None:
             f"Received: input '{tensor.name}' of shape {tuple(tensor.shape)}. Rebuild the model "
             "with a fixed shape."
         )
-    if not str(tensor.dtype).startswith(("float", "bfloat")):
+    if not str(tensor.dtype).startswith(("float", "bfloat", "int32")):
         raise ModelError(
-            f"Expected float inputs in model '{model_name}'. Received: input '{tensor.name}' of "
-            f"dtype {tensor.dtype}. Declare it float32; "
-            "tflite_export.convert(inference_input_type='uint8') makes the file take bytes."
+            f"Expected inputs of floats, or of int32 that count, in model '{model_name}'. "
+            f"Received: input '{tensor.name}' of dtype {tensor.dtype}. Declare indexes int32 and "
+            "quantities float32; tflite_export.convert(inference_input_type='uint8') makes the "
+            "file take bytes."
         )
 
 

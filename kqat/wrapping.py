@@ -96,6 +96,8 @@ class _Assembly:
         return decision.role == "clamp" and clamps not in ([], [None])
 
     def _form(self, ref: Ref, tensor: Any, integer: bool) -> Any:
+        if ref.counts:
+            return tensor
         if (ref, integer) not in self.forms:
             self.forms[ref, integer] = self._make_form(ref, tensor, integer)
         return self.forms[ref, integer]

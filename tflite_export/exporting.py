@@ -130,7 +130,8 @@ class _Interface:
     def _typed(self, index: int, io_type: str, name: str, kind: str) -> int:
         tensor = self.graph.tensors[index]
         wanted = getattr(schema.TensorType, IO_TYPES[io_type])
-        if tensor.type == wanted:
+        counted = (schema.TensorType.INT32, schema.TensorType.INT64, schema.TensorType.BOOL)
+        if tensor.type == wanted or tensor.type in counted:
             # An input that is an output too keeps its name; the signature has both.
             if kind == "input" or index not in self.inputs:
                 tensor.name = name.encode()

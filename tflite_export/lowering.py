@@ -14,6 +14,7 @@ import keras
 from kqat.errors import ExportError, LoweringError
 from kqat.freezing import FrozenModel
 from kqat.marking import Marker, Tabulated
+from kqat.primitives import Count
 from kqat.tracing import Node, rebuild, trace
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
@@ -55,9 +56,37 @@ def _with_tables(model: keras.Model, computed: frozenset[int]) -> keras.Model:
         layer = node.layer
         if isinstance(layer, Tabulated) and layer.index not in computed:
             layer = Marker("table", layer.index, name=f"{layer.name}_marker")
+        elif isinstance(layer, keras.layers.Embedding | Count):
+            layer = _Plain(layer, name=f"{layer.name}_plain")
         return layer(*args, **kwargs)
 
     return rebuild(trace(model), call, model.name)
+
+
+class _Plain(keras.layers.Layer):
+    """An index layer in TensorFlow's own words.
+
+    Keras lets `take` count from the end and `argmax` know minus zero, in operators of their own.
+    """
+
+    def __init__(self, layer: keras.layers.Layer, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.layer = layer
+
+    def call(self, x: Any) -> Any:
+        import tensorflow as tf
+
+        layer: Any = self.layer
+        if isinstance(layer, keras.layers.Embedding):
+            return tf.gather(layer.embeddings.value, x)
+        if layer.kind not in ("argmax", "argmin"):
+            return layer(x)
+        axis = layer.options["axis"]
+        index = getattr(tf.math, layer.kind)(x, axis, output_type=tf.int32)
+        return tf.expand_dims(index, axis) if layer.options["keepdims"] else index
+
+    def compute_output_spec(self, x: Any) -> Any:
+        return self.layer.compute_output_spec(x)
 
 
 def _save(model: keras.Model, folder: str, batch_size: int) -> None:

@@ -19,7 +19,7 @@ class OpRule:
 
     Args:
         scales: `"own"`: the output has any scale; `"same"`: that of the inputs; `"fixed"`: that
-            of `fixed`.
+            of `fixed`; `"none"`: it has none, being an index or a truth value.
         version: lowest version of the operator that computes on int8.
         activations: inputs that carry activations (or constants in their place); `None`: all.
         weights: input that carries weights, or `None`.
@@ -35,7 +35,7 @@ class OpRule:
         runtimes: the runtimes that have the int8 kernel.
     """
 
-    scales: Literal["own", "same", "fixed"]
+    scales: Literal["own", "same", "fixed", "none"]
     version: int = 1
     activations: tuple[int, ...] | None = None
     weights: int | None = None
@@ -76,6 +76,12 @@ def _fixed(scale: float, zero_point: int, least: float = 0.0) -> OpRule:
     return OpRule(scales="fixed", version=2, fixed=(scale, zero_point), least_input_scale=least)
 
 
+def _none(version: int, **options: Any) -> OpRule:
+    return OpRule(scales="none", version=version, **options)
+
+
+_COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
+
 OP_TABLE: dict[str, OpRule] = {
     "CONV_2D": _conv(3, (1, 2, 3, 0), 0, int4=ALL, int4_per_tensor=ALL, int4_version=7),
     # LiteRT's reference resolver computes on four bits but registers no version 7.
@@ -115,6 +121,16 @@ OP_TABLE: dict[str, OpRule] = {
     "STRIDED_SLICE": _same(),
     "RESIZE_BILINEAR": _same(),
     "RESIZE_NEAREST_NEIGHBOR": _same(),
+    # The table of an Embedding is a constant in the activation's place.
+    "GATHER": _same(),
+    "SELECT_V2": OpRule(scales="same", version=1, activations=(1, 2)),
+    "SELECT": OpRule(scales="same", version=1, activations=(1, 2), ships_as="SELECT_V2"),
+    "SUM": _own(activations=(0,)),
+    "REDUCE_MIN": _same(),
+    "REDUCE_PROD": _own(activations=(0,), runtimes=LITERT),
+    "ARG_MAX": _none(2, activations=(0,)),
+    "ARG_MIN": _none(2, activations=(0,)),
+    **{name: _none(2) for name in _COMPARISONS},
     "QUANTIZE": _own(1),
     "DEQUANTIZE": _own(2),
 }

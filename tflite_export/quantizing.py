@@ -96,7 +96,11 @@ class _IntegerPass:
         """The non-constant inputs that carry activations."""
         chosen = range(len(operator.inputs)) if rule.activations is None else rule.activations
         inputs = [int(operator.inputs[i]) for i in chosen]
-        return [t for t in inputs if t >= 0 and not self._is_constant(t)]
+        return [t for t in inputs if t >= 0 and self._is_quantity(t) and not self._is_constant(t)]
+
+    def _is_quantity(self, tensor: int) -> bool:
+        """Whether the tensor was a float: no index, shape or truth value."""
+        return self.graph.tensors[tensor].type == schema.TensorType.FLOAT32
 
     def _is_float(self, operator: OperatorT) -> bool:
         return any(int(t) in self.labels.floats for t in operator.inputs)
@@ -176,9 +180,12 @@ class _IntegerPass:
     def find_floats(self) -> None:
         """Tells the operators that compute on floats: those that a float reaches."""
         floats = self.labels.floats
-        floats.update(int(t) for t in self.graph.inputs if int(t) not in self.labels.sites)
+        inputs = [int(t) for t in self.graph.inputs if self._is_quantity(int(t))]
+        floats.update(t for t in inputs if t not in self.labels.sites)
         for operator in self.graph.operators:
             name = flatbuffer.op_name(self.model, operator)
+            if not any(self._is_quantity(int(t)) for t in [*operator.inputs, *operator.outputs]):
+                self.untouched.add(id(operator))
             if name != "QUANTIZE" and self._is_float(operator):
                 self.untouched.add(id(operator))
                 floats.update(int(t) for t in operator.outputs)
@@ -228,7 +235,8 @@ class _IntegerPass:
 
     def _check_labels(self, operator: OperatorT, rule: OpRule, name: str) -> None:
         sites = self.labels.sites
-        tensors = [*self._activations(operator, rule), *map(int, operator.outputs)]
+        written = [] if rule.scales == "none" else list(map(int, operator.outputs))
+        tensors = [*self._activations(operator, rule), *written]
         for tensor in tensors:
             if tensor not in sites:
                 raise LoweringError(
@@ -244,7 +252,9 @@ class _IntegerPass:
                     "hardly differ: the model is untrained, or dead there. Train it, or scale "
                     "the values up."
                 )
-        output = sites[int(operator.outputs[0])]
+        if not written:
+            return
+        output = sites[written[0]]
         if rule.scales == "same" and not all(same_grid(sites[t], output) for t in tensors):
             raise LoweringError(
                 f"Expected one scale around {name}. Received: "
@@ -262,11 +272,21 @@ class _IntegerPass:
         for position in chosen:
             tensor = self.graph.tensors[int(operator.inputs[position])]
             data = flatbuffer.tensor_data(self.model, tensor)
-            if data is not None and data.dtype == np.float32:
+            if data is None or data.dtype != np.float32:
+                continue
+            if rule.scales == "same":
+                # As GATHER's table: what is handed on has the output's grid.
+                site = self.labels.sites[int(operator.outputs[0])]
+                integers, scale, zero = site.integers(data), site.scale, site.zero_point
+            elif rule.scales == "none":
+                # A number that is compared with.
+                scale, zero = np.abs(data).max() / np.float32(127) or np.float32(1), 0
+                integers = np.rint(data / scale)
+            else:
                 frozen = self._frozen(data, tensor, 1)
-                operator.inputs[position] = self._add(
-                    tensor, frozen.integers.reshape(data.shape), frozen.scale.reshape(-1), 0
-                )
+                integers, scale, zero = frozen.integers.reshape(data.shape), frozen.scale, 0
+            index = self._add(tensor, integers.astype(np.int8), np.reshape(scale, -1), 0, zero)
+            operator.inputs[position] = index
 
     def _frozen(self, keras_order: np.ndarray, tensor: TensorT, channels: int) -> FrozenWeight:
         """The frozen weight of these very bytes, with one scale or one per channel.
@@ -320,7 +340,9 @@ class _IntegerPass:
             )
         return data
 
-    def _add(self, like: TensorT, data: np.ndarray, scale: np.ndarray, axis: int) -> int:
+    def _add(
+        self, like: TensorT, data: np.ndarray, scale: np.ndarray, axis: int, zero_point: int = 0
+    ) -> int:
         """A new constant; the old one may serve another operator with another scale."""
         buffer = schema.BufferT()
         buffer.data = np.frombuffer(np.ascontiguousarray(data).tobytes(), np.uint8)
@@ -329,7 +351,7 @@ class _IntegerPass:
         tensor.name, tensor.shape = like.name, like.shape
         tensor.buffer = len(self.model.buffers) - 1
         tensor.type = schema.TensorType.INT8 if data.itemsize == 1 else schema.TensorType.INT32
-        tensor.quantization = quantization(scale, np.zeros(len(scale), np.int64), axis)
+        tensor.quantization = quantization(scale, np.full(len(scale), zero_point), axis)
         self.graph.tensors.append(tensor)
         return len(self.graph.tensors) - 1
 

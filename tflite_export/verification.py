@@ -75,7 +75,9 @@ def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:
             f"Expected data of shapes {[('samples', *s) for s in shapes]} for the inputs "
             f"{list(names)}. Received: {[x.shape for x in arrays]}."
         )
-    return [x[:samples].astype(np.float32) for x in arrays]
+    dtypes = [keras.backend.standardize_dtype(t.dtype) for t in frozen.model.inputs]
+    kinds = [np.float32 if keras.backend.is_float_dtype(d) else d for d in dtypes]
+    return [x[:samples].astype(kind) for x, kind in zip(arrays, kinds, strict=True)]
 
 
 def _count(model: ModelT) -> tuple[dict[str, int], int]:
@@ -168,9 +170,10 @@ class _Tensors:
         names = {int(o): op for op in self.graph.operators for o in op.outputs}
         if index in names and flatbuffer.op_name(self.model, names[index]) == "DEQUANTIZE":
             index = int(names[index].inputs[0])
-        grid = self.graph.tensors[index].quantization
-        if grid is not None and grid.scale is not None and len(grid.scale):
-            return float(grid.scale[0])
+        if _has_scale(self.graph.tensors[index]):
+            return float(self.graph.tensors[index].quantization.scale[0])
+        if not np.issubdtype(real.dtype, np.floating):
+            return 1.0
         return float(real.max() - real.min()) / 255 or 1.0
 
     def agreement(
@@ -185,7 +188,7 @@ class _Tensors:
             tensor = self.graph.tensors[int(t)]
             step = self._step(int(t), real)
             value = _real(found, tensor)
-            steps = np.abs(np.rint((value - real) / step))
+            steps = np.abs(np.rint((value.astype(np.float32) - real.astype(np.float32)) / step))
             classes = value.ndim == 2 and value.shape[1] > 1
             top1 = float(np.mean(value.argmax(-1) == real.argmax(-1))) if classes else None
             rows.append(
@@ -199,9 +202,14 @@ class _Tensors:
         return tuple(rows)
 
 
+def _has_scale(tensor: flatbuffer.TensorT) -> bool:
+    grid = tensor.quantization
+    return grid is not None and grid.scale is not None and len(grid.scale) > 0
+
+
 def _as_type(x: np.ndarray, tensor: flatbuffer.TensorT) -> np.ndarray:
     dtype = flatbuffer.tensor_dtype(tensor)
-    if dtype == np.float32:
+    if dtype == np.float32 or not np.issubdtype(x.dtype, np.floating):
         return x
     limits = np.iinfo(dtype)
     scale, zero = tensor.quantization.scale[0], int(tensor.quantization.zeroPoint[0])
@@ -209,7 +217,7 @@ def _as_type(x: np.ndarray, tensor: flatbuffer.TensorT) -> np.ndarray:
 
 
 def _real(x: np.ndarray, tensor: flatbuffer.TensorT) -> np.ndarray:
-    if x.dtype == np.float32:
+    if x.dtype == np.float32 or not _has_scale(tensor):
         return x
     scale, zero = tensor.quantization.scale[0], int(tensor.quantization.zeroPoint[0])
     return (x.astype(np.float32) - zero) * scale

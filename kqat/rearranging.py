@@ -1,0 +1,333 @@
+"""Functions that move, pick and reduce values, as layers of the registry; the batch stays first."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from keras import layers, ops
+
+from kqat.decompositions import Part
+from kqat.errors import UnsupportedLayerError
+from kqat.operands import Row, counts, is_number, is_tensor
+from kqat.primitives import Count, Reduce, Slice, Take
+
+
+def axes_of(axis: Any, rank: int, name: str) -> list[int]:
+    """Axes as positive numbers, sorted; `None` is all of them.
+
+    Raises:
+        UnsupportedLayerError: if the batch is among them.
+    """
+    given = range(rank) if axis is None else axis
+    axes = sorted(int(a) % rank for a in ([given] if np.ndim(given) == 0 else given))
+    if 0 in axes:
+        raise UnsupportedLayerError(
+            f"Expected operation '{name}' to leave the batch axis alone. Received: axis={axis} of "
+            f"a tensor of rank {rank}. Name the axes behind the batch."
+        )
+    return axes
+
+
+def _pools(kind: str) -> dict[int, type]:
+    names = {"mean": "GlobalAveragePooling", "max": "GlobalMaxPooling"}
+    return {rank: getattr(layers, f"{names[kind]}{rank - 2}D") for rank in (3, 4, 5)}
+
+
+def reduction(kind: str) -> Row:
+    """A row for `sum`, `mean`, `max`, `min` or `prod`."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            rank = len(x.shape)
+            axes, keepdims = axes_of(operation.axis, rank, name), operation.keepdims
+            if kind in ("mean", "max") and rank in (3, 4, 5) and axes == [*range(1, rank - 1)]:
+                return _pools(kind)[rank](keepdims=keepdims, name=name)(x)
+            _check_plain(operation, ("initial", "dtype"), name)
+            return Reduce(kind, axes, keepdims, name=name)(x)
+
+        return call
+
+    return row
+
+
+def _check_plain(operation: Any, options: tuple[str, ...], name: str) -> None:
+    given = {o: getattr(operation, o, None) for o in options}
+    asked = {option: value for option, value in given.items() if value is not None}
+    if asked:
+        raise UnsupportedLayerError(
+            f"Expected operation '{name}' without {' or '.join(asked)}. Received: {asked}."
+        )
+
+
+def variance(root: bool) -> Row:
+    """`var` and `std`: the mean of the squared distance to the mean."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            axes = axes_of(operation.axis, len(x.shape), name)
+            mean = Reduce("mean", axes, name=f"{name}_mean")(x)
+            centered = layers.Subtract(name=f"{name}_centered")([x, mean])
+            square = layers.Multiply(name=f"{name}_square")([centered, centered])
+            last = f"{name}_variance" if root else name
+            result = Reduce("mean", axes, operation.keepdims, name=last)(square)
+            return ops.sqrt(result) if root else result
+
+        return call
+
+    return row
+
+
+def index_of(kind: str) -> Row:
+    """`argmax` and `argmin`, over one axis."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            (axis,) = axes_of(-1 if operation.axis is None else operation.axis, len(x.shape), name)
+            if operation.axis is None and len(x.shape) > 2:
+                raise UnsupportedLayerError(
+                    f"Expected one axis in operation '{name}'. Received: axis=None of shape "
+                    f"{tuple(x.shape)}. Name it."
+                )
+            options = {"axis": axis, "keepdims": operation.keepdims}
+            return Count(kind, options, name=name)(x)
+
+        return call
+
+    return row
+
+
+def to_output_shape(operation: Any, name: str) -> Callable[..., Any]:
+    """A Reshape to whatever shape the operation gives."""
+
+    def call(x: Any) -> Any:
+        shape = operation.compute_output_spec(x).shape
+        if shape[0] != x.shape[0]:
+            raise UnsupportedLayerError(
+                f"Expected operation '{name}' to keep the batch axis first. Received: {x.shape} "
+                f"-> {shape}."
+            )
+        return layers.Reshape(shape[1:], name=name)(x)
+
+    return call
+
+
+def permuted(order: Callable[[Any, int], tuple[int, ...]]) -> Row:
+    """A row for what reorders axes; `order(operation, rank)` gives it."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            axes = order(operation, len(x.shape))
+            if axes[0] != 0:
+                raise UnsupportedLayerError(
+                    f"Expected operation '{name}' to keep the batch axis first. Received: axes "
+                    f"{axes}."
+                )
+            return layers.Permute(axes[1:], name=name)(x)
+
+        return call
+
+    return row
+
+
+def _transposed(operation: Any, rank: int) -> tuple[int, ...]:
+    return tuple(operation.axes) if operation.axes else tuple(reversed(range(rank)))
+
+
+def _swapped(operation: Any, rank: int) -> tuple[int, ...]:
+    axes = list(range(rank))
+    a, b = operation.axis1 % rank, operation.axis2 % rank
+    axes[a], axes[b] = axes[b], axes[a]
+    return tuple(axes)
+
+
+def _moved(operation: Any, rank: int) -> tuple[int, ...]:
+    # The sizes of an array without elements tell its axes apart.
+    return np.moveaxis(np.empty(range(rank)), operation.source, operation.destination).shape
+
+
+def _concatenate(operation: Any, name: str) -> Callable[..., Any]:
+    def call(tensors: Any) -> Any:
+        if not all(is_tensor(t) for t in tensors):
+            raise UnsupportedLayerError(
+                f"Expected tensors in operation '{name}'. Received: a constant. Make a variable of "
+                "a layer, or an input, of it."
+            )
+        return layers.Concatenate(axis=operation.axis, name=name)(tensors)
+
+    return call
+
+
+def _stack(operation: Any, name: str) -> Callable[..., Any]:
+    def call(tensors: Any) -> Any:
+        rank = len(tensors[0].shape) + 1
+        (axis,) = axes_of(operation.axis, rank, name)
+        shape = list(tensors[0].shape[1:])
+        shape.insert(axis - 1, 1)
+        rows = [
+            layers.Reshape(shape, name=f"{name}_row_{i}")(tensor)
+            for i, tensor in enumerate(tensors)
+        ]
+        return layers.Concatenate(axis=axis, name=name)(rows)
+
+    return call
+
+
+def _split(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        (axis,) = axes_of(operation.axis, len(x.shape), name)
+        size, where = x.shape[axis], operation.indices_or_sections
+        if isinstance(where, int):
+            where = [size // where * i for i in range(1, where)]
+        edges = [0, *(int(w) for w in where), size]
+        keys = [
+            (*[slice(None)] * axis, slice(begin, end)) for begin, end in itertools.pairwise(edges)
+        ]
+        return [Slice.of(x, key, f"{name}_{i}") for i, key in enumerate(keys)]
+
+    return call
+
+
+def _unstack(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        (axis,) = axes_of(operation.axis, len(x.shape), name)
+        before = [slice(None)] * axis
+        return [Slice.of(x, (*before, i), f"{name}_{i}") for i in range(x.shape[axis])]
+
+    return call
+
+
+def _get_item(operation: Any, name: str) -> Callable[..., Any]:
+    return lambda x, key: Slice.of(x, key, name)
+
+
+def _picked(pick: Callable[[Any, np.ndarray], np.ndarray], axis_of: Callable[[Any], Any]) -> Row:
+    """A row for what is NumPy's `pick(operation, indices)` along axes, one after another."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            axes = axes_of(axis_of(operation), len(x.shape), name)
+            for i, axis in enumerate(axes):
+                indices = pick(operation, np.arange(x.shape[axis]))
+                part = name if i == len(axes) - 1 else f"{name}_{i}"
+                x = Take(indices.tolist(), axis, name=part)(x)
+            return x
+
+        return call
+
+    return row
+
+
+def _tile(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        repeats = [1] * (len(x.shape) - len(operation.repeats)) + list(operation.repeats)
+        if repeats[0] != 1 or len(repeats) > len(x.shape):
+            raise UnsupportedLayerError(
+                f"Expected operation '{name}' to leave the batch axis alone. Received: repeats="
+                f"{operation.repeats}."
+            )
+        tiled = [axis for axis, times in enumerate(repeats) if times != 1]
+        for axis in tiled:
+            indices = np.tile(np.arange(x.shape[axis]), repeats[axis]).tolist()
+            part = name if axis == tiled[-1] else f"{name}_{axis}"
+            x = Take(indices, axis, name=part)(x)
+        return x if tiled else layers.Identity(name=name)(x)
+
+    return call
+
+
+def _take(operation: Any, name: str) -> Callable[..., Any]:
+    """`take`: constant indices of a tensor, or rows of a constant at a tensor of indices."""
+
+    def call(x: Any, indices: Any) -> Any:
+        if is_tensor(x) and not is_tensor(indices):
+            (axis,) = axes_of(operation.axis, len(x.shape), name)
+            flat = np.asarray(indices, np.int64) % x.shape[axis]
+            taken = Take(flat.reshape(-1).tolist(), axis, name=name)(x)
+            if flat.ndim == 1:
+                return taken
+            shape = (*x.shape[1:axis], *flat.shape, *x.shape[axis + 1 :])
+            return layers.Reshape(shape, name=f"{name}_shape")(taken)
+        if is_tensor(indices) and counts(indices) and not is_tensor(x) and np.ndim(x) == 2:
+            return rows(np.asarray(x, np.float32), indices, name, getattr(x, "trainable", False))
+        raise UnsupportedLayerError(
+            f"Expected constant indices, or rows of a constant matrix, in operation '{name}' of "
+            "type Take. Received: tensors for both, or another rank. TFLite's GATHER has no "
+            "batches of its own on every runtime."
+        )
+
+    return call
+
+
+def rows(table: np.ndarray, indices: Any, name: str, trained: bool) -> Any:
+    """The rows of a matrix at `indices`, a tensor of whole numbers."""
+    layer = layers.Embedding(*table.shape, name=name, trainable=trained)
+    return Part(layer, [table])(indices)
+
+
+def _one_hot(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        if operation.axis not in (-1, len(x.shape)):
+            raise UnsupportedLayerError(
+                f"Expected axis=-1 in operation '{name}'. Received: axis={operation.axis}. Permute."
+            )
+        return rows(np.eye(operation.num_classes, dtype=np.float32), x, name, False)
+
+    return call
+
+
+def _pad(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any, constant_values: Any = None) -> Any:
+        width = [tuple(pair) for pair in operation.pad_width]
+        plain = operation.mode == "constant" and (
+            constant_values is None or (is_number(constant_values) and not constant_values)
+        )
+        spatial = width[1:-1]
+        if not plain or width[0] != (0, 0) or len(width) > 5 or len(width) < 2:
+            raise UnsupportedLayerError(
+                f"Expected zeros around axes behind the batch in operation '{name}'. Received: "
+                f"pad_width={operation.pad_width}, mode={operation.mode!r}. Slice and concatenate."
+            )
+        if width[-1] != (0, 0) or not 1 <= len(spatial) <= 3:
+            # One more axis makes the last one a spatial one.
+            shape = tuple(x.shape[1:])
+            grown = (*shape, 1)
+            spatial = width[1:]
+            x = layers.Reshape(grown, name=f"{name}_grown")(x)
+            padded = _zeros_around(spatial, f"{name}_padded")(x)
+            return layers.Reshape(padded.shape[1:-1], name=name)(padded)
+        return _zeros_around(spatial, name)(x)
+
+    return call
+
+
+def _zeros_around(spatial: list[tuple[int, int]], name: str) -> Any:
+    kind = {1: layers.ZeroPadding1D, 2: layers.ZeroPadding2D, 3: layers.ZeroPadding3D}
+    return kind[len(spatial)](spatial[0] if len(spatial) == 1 else tuple(spatial), name=name)
+
+
+REARRANGING: dict[str, Row] = {
+    **{kind.capitalize(): reduction(kind) for kind in ("sum", "mean", "max", "min", "prod")},
+    "Amax": reduction("max"),
+    "Amin": reduction("min"),
+    "Var": variance(False),
+    "Std": variance(True),
+    "Argmax": index_of("argmax"),
+    "Argmin": index_of("argmin"),
+    **dict.fromkeys(("Reshape", "Squeeze", "ExpandDims", "Ravel"), to_output_shape),
+    "Transpose": permuted(_transposed),
+    "Swapaxes": permuted(_swapped),
+    "Moveaxis": permuted(_moved),
+    "Concatenate": _concatenate,
+    "Stack": _stack,
+    "Split": _split,
+    "Unstack": _unstack,
+    "GetItem": _get_item,
+    "Flip": _picked(lambda _, indices: indices[::-1], lambda o: o.axis),
+    "Roll": _picked(lambda o, indices: np.roll(indices, o.shift), lambda o: o.axis),
+    "Repeat": _picked(lambda o, indices: np.repeat(indices, o.repeats), lambda o: o.axis),
+    "Tile": _tile,
+    "Take": _take,
+    "OneHot": _one_hot,
+    "Pad": _pad,
+}

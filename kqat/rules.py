@@ -1,0 +1,112 @@
+"""What a row of the registry says, and why some layers of a class cannot ship."""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Output(enum.Enum):
+    """How the scale of a layer's output comes about."""
+
+    OWN = "own range"
+    SAME = "same scale as input"
+    FIXED = "fixed range"
+    INDEX = "index or truth value"
+    VANISHES = "training only"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRule:
+    """One row of the table.
+
+    Args:
+        output: how the scale of the output comes about.
+        ops: the TFLite operators that the layer may become.
+        weights: name of each quantizable variable -> its channel axes (`None`: one scale only).
+        fixed_range: `(low, high)` that the integer kernel demands, for `Output.FIXED`.
+        rounds: whether a same-scale layer computes new values, which are rounded again.
+        clamp: `"relu"` or `"relu6"` for a layer that fuses into its producer.
+        takes_clamp: whether a following clamp fuses into this layer.
+        takes_normalization: whether a following BatchNormalization folds into this layer.
+        table: whether the layer is an elementwise function that may ship as a table of 256
+            entries; `ops` then names its own operator, if there is one.
+        table_of_rows: whether the layer's one weight is a table of which it hands on rows: the
+            table ships on the output's grid, since GATHER cannot rescale. Weights of eight bits
+            then need no rounding of their own.
+        affine: whether the layer is `x * scale + offset`, one pair per channel.
+        decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
+            `None` where the layer is simple already.
+        opens: whether the layer is opened up by tracing its own `call`.
+        refuse: layer -> why this very layer cannot ship and what to do instead, or `None`.
+    """
+
+    output: Output
+    ops: tuple[str, ...] = ()
+    weights: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
+    fixed_range: tuple[float, float] | None = None
+    rounds: bool = False
+    clamp: str | None = None
+    takes_clamp: bool = False
+    takes_normalization: bool = False
+    table: bool = False
+    table_of_rows: bool = False
+    affine: bool = False
+    decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
+    opens: bool = False
+    refuse: Callable[[Any], str | None] | None = None
+
+
+def channels_last(layer: Any) -> str | None:
+    """Refuses channels first."""
+    if getattr(layer, "data_format", "channels_last") != "channels_last":
+        return "data_format='channels_first' has no TFLite kernel; build it channels_last"
+    return None
+
+
+def last_axis(layer: Any) -> str | None:
+    """Refuses an axis that is not the last."""
+    axis = layer.axis
+    axis = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
+    rank = getattr(layer.input_spec, "ndim", None) or 0
+    if axis not in ((-1,), (rank - 1,), (None,), ()):
+        return f"axis={layer.axis} is not the last; permute the input so that it is"
+    return None
+
+
+def plain_elu(layer: Any) -> str | None:
+    """Refuses an alpha other than 1."""
+    if layer.alpha != 1.0:
+        return f"alpha={layer.alpha} has no TFLite kernel; use alpha=1, or LeakyReLU"
+    return None
+
+
+def not_dilated(layer: Any) -> str | None:
+    """Refuses dilation, and channels first."""
+    if any(rate != 1 for rate in layer.dilation_rate):
+        return f"dilation_rate={layer.dilation_rate} has no TFLite kernel; use 1"
+    return channels_last(layer)
+
+
+def softmax(layer: Any) -> str | None:
+    """Refuses an axis that is not the last."""
+    if layer.axis not in (-1,):
+        return f"axis={layer.axis} is not -1; permute the input so that it is the last"
+    return None
+
+
+def nearest_or_bilinear(layer: Any) -> str | None:
+    """Refuses other interpolations, and channels first."""
+    if layer.interpolation not in ("nearest", "bilinear"):
+        return (
+            f"interpolation={layer.interpolation!r} has no TFLite kernel; "
+            "use 'nearest' or 'bilinear'"
+        )
+    return channels_last(layer)
+
+
+def plain_resize(layer: Any) -> str | None:
+    """Refuses options that more than resize."""
+    if layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio or layer.antialias:
+        return "only plain resizing has a TFLite kernel; leave aspect ratio and antialias options"
+    return nearest_or_bilinear(layer)
