@@ -12,7 +12,15 @@ from keras import layers
 from kqat import products
 from kqat.decompositions import Decomposed, Part
 from kqat.errors import UnsupportedLayerError
-from kqat.primitives import ChannelAffine, Matmul, ReciprocalSquareRoot, Reduce
+from kqat.primitives import (
+    ChannelAffine,
+    Matmul,
+    ReciprocalSquareRoot,
+    Reduce,
+    Take,
+    WithConstant,
+    total,
+)
 
 
 def layer_normalization(layer: Any, name: str) -> Decomposed:
@@ -25,14 +33,21 @@ def layer_normalization(layer: Any, name: str) -> Decomposed:
         raise UnsupportedLayerError(
             f"Expected rms_scaling=False in layer '{name}'. Received: True. Use RMSNormalization."
         )
-    affine = _channel_affine(layer, name, layer.scale, layer.center)
+    affine = channel_affine(layer, name, layer.scale, layer.center)
 
     def call(x: Any) -> Any:
         mean = Reduce("mean", [len(x.shape) - 1], name=f"{name}_mean")(x)
         centered = layers.Subtract(name=f"{name}_centered")([x, mean])
-        return _scaled_to_unit(centered, layer.epsilon, affine, name)
+        return _unit(centered, layer.epsilon, affine, name)
 
     return call
+
+
+def _unit(x: Any, epsilon: float, affine: Part | None, name: str) -> Any:
+    axes = [len(x.shape) - 1]
+    if affine is None:
+        return scaled_to_unit(x, epsilon, name, axes)
+    return affine(scaled_to_unit(x, epsilon, f"{name}_unit", axes))
 
 
 def rms_normalization(layer: Any, name: str) -> Decomposed:
@@ -41,21 +56,20 @@ def rms_normalization(layer: Any, name: str) -> Decomposed:
     Reference: Zhang & Sennrich 2019, section 4 (https://arxiv.org/abs/1910.07467).
     """
     _check_last_axis(layer, name)
-    affine = _channel_affine(layer, name, True, False)
-    return lambda x: _scaled_to_unit(x, layer.epsilon, affine, name)
+    affine = channel_affine(layer, name, True, False)
+    return lambda x: _unit(x, layer.epsilon, affine, name)
 
 
-def _scaled_to_unit(x: Any, epsilon: float, affine: Part | None, name: str) -> Any:
+def scaled_to_unit(x: Any, epsilon: float, name: str, axes: list[int]) -> Any:
+    """`x / sqrt(mean(x**2) + epsilon)`, the mean over `axes`."""
     square = layers.Multiply(name=f"{name}_square")([x, x])
-    variance = Reduce("mean", [len(x.shape) - 1], name=f"{name}_variance")(square)
+    variance = Reduce("mean", axes, name=f"{name}_variance")(square)
     scale = ReciprocalSquareRoot(epsilon, name=f"{name}_rsqrt")(variance)
-    unit_name = f"{name}_unit" if affine else name
-    unit = layers.Multiply(name=unit_name)([x, scale])
-    return affine(unit) if affine else unit
+    return layers.Multiply(name=name)([x, scale])
 
 
-def _channel_affine(layer: Any, name: str, scale: bool, center: bool) -> Part | None:
-    """The layer's own gamma and beta, as far as it has them."""
+def channel_affine(layer: Any, name: str, scale: bool, center: bool) -> Part | None:
+    """A layer's own gamma and beta, as far as it has them."""
     if not scale and not center:
         return None
     config = layer.get_config()
@@ -94,34 +108,117 @@ def multi_head_attention(layer: Any, name: str) -> Decomposed:
             f"Expected attention over one axis in layer '{name}'. Received: "
             f"attention_axes={config['attention_axes']}. Reshape to (steps, features)."
         )
+    return _multi_head(layer, name, config["key_dim"], 1)
+
+
+def group_query_attention(layer: Any, name: str) -> Decomposed:
+    """As `multi_head_attention`, with several query heads to each head of keys and values.
+
+    Reference: Ainslie et al. 2023, section 2.2 (https://arxiv.org/abs/2305.13245).
+    """
+    config = layer.get_config()
+    sharing = config["num_query_heads"] // config["num_key_value_heads"]
+    return _multi_head(layer, name, config["head_dim"], sharing)
+
+
+def _multi_head(layer: Any, name: str, size: int, sharing: int) -> Decomposed:
+    """Attention with heads of `size` features, `sharing` query heads to each key head."""
     arrays = {"/".join(v.path.split("/")[-2:]): np.asarray(v) for v in layer.weights}
     options = products.options(layer, name)
-    scale = 1.0 / np.sqrt(config["key_dim"])
+    scale = 1.0 / np.sqrt(size)
     made = {
         part: _projection(arrays, part, 1.0 if part != "query" else scale, name, options)
         for part in ("query", "key", "value")
     }
     out_kernel, out_bias = arrays["attention_output/kernel"], arrays.get("attention_output/bias")
     output = products.dense(out_kernel, out_bias, 2, name, options)
-    dropout = layers.Dropout(config["dropout"], name=f"{name}_dropout")
+
+    def heads(part: str, x: Any) -> Any:
+        # Keys are transposed once: to (heads, features, steps).
+        order = (2, 3, 1) if part == "key" else (2, 1, 3)
+        y = layers.Permute(order, name=f"{name}_{part}_heads")(made[part](x))
+        if sharing == 1 or part == "query":
+            return y
+        indices = np.repeat(np.arange(y.shape[1]), sharing).tolist()
+        return Take(indices, 1, name=f"{name}_{part}_shared")(y)
 
     def call(query: Any, value: Any, key: Any = None, **options: Any) -> Any:
         _check_options(options, name)
-        given = {"query": query, "key": value if key is None else key, "value": value}
-        # Keys are transposed once: to (heads, features, steps).
-        orders = {"query": (2, 1, 3), "key": (2, 3, 1), "value": (2, 1, 3)}
-        heads = {
-            part: layers.Permute(orders[part], name=f"{name}_{part}_heads")(made[part](x))
-            for part, x in given.items()
-        }
-        scores = Matmul(name=f"{name}_scores")([heads["query"], heads["key"]])
-        weights = layers.Softmax(name=f"{name}_weights")(scores)
-        if config["dropout"]:
-            weights = dropout(weights)
-        mixed = Matmul(name=f"{name}_mixed")([weights, heads["value"]])
+        keys = heads("key", value if key is None else key)
+        scores = Matmul(name=f"{name}_scores")([heads("query", query), keys])
+        mixed = _mixed(layer, scores, heads("value", value), name, f"{name}_mixed")
         return output(layers.Permute((2, 1, 3), name=f"{name}_steps")(mixed))
 
     return call
+
+
+def _mixed(layer: Any, scores: Any, value: Any, name: str, last: str) -> Any:
+    weights = layers.Softmax(name=f"{name}_weights")(scores)
+    if layer.dropout:
+        weights = layers.Dropout(layer.dropout, name=f"{name}_dropout")(weights)
+    return Matmul(name=last)([weights, value])
+
+
+def attention(layer: Any, name: str) -> Decomposed:
+    """`softmax(scores(q, k)) v` without projections: Luong's scores, or `Attention`'s others.
+
+    Reference: Luong et al. 2015, section 3.1 (https://arxiv.org/abs/1508.04025).
+    """
+
+    def call(inputs: Any, **options: Any) -> Any:
+        _check_options(options, name)
+        query, value = inputs[:2]
+        key = inputs[2] if len(inputs) == 3 else value
+        if layer.score_mode == "dot":
+            turned = layers.Permute((2, 1), name=f"{name}_key")(key)
+            scores = Matmul(name=f"{name}_scores")([query, turned])
+            scores = _times(scores, layer.scale, f"{name}_scaled")
+        else:
+            pairs = _times(_sums(query, key, name), layer.scale, f"{name}_scaled")
+            bent = layers.Activation("tanh", name=f"{name}_tanh")(pairs)
+            scores = total(bent, [3], False, f"{name}_scores")
+            scores = _times(scores, layer.concat_score_weight, f"{name}_weighted")
+        return _mixed(layer, scores, value, name, name)
+
+    return call
+
+
+def additive_attention(layer: Any, name: str) -> Decomposed:
+    """`softmax(sum(scale * tanh(q + k))) v`.
+
+    Reference: Bahdanau et al. 2015, appendix A.1.2 (https://arxiv.org/abs/1409.0473).
+    """
+
+    def call(inputs: Any, **options: Any) -> Any:
+        _check_options(options, name)
+        query, value = inputs[:2]
+        key = inputs[2] if len(inputs) == 3 else value
+        bent = layers.Activation("tanh", name=f"{name}_tanh")(_sums(query, key, name))
+        if layer.scale is None:
+            scores = total(bent, [3], False, f"{name}_scores")
+        else:
+            kernel = np.asarray(layer.scale).reshape(-1, 1)
+            options = {"trainable": layer.trainable}
+            product = products.dense(kernel, None, 1, f"{name}_product", options)(bent)
+            scores = layers.Reshape(product.shape[1:3], name=f"{name}_scores")(product)
+        return _mixed(layer, scores, value, name, name)
+
+    return call
+
+
+def _sums(query: Any, key: Any, name: str) -> Any:
+    """`q + k` for each pair of steps: (queries, keys, features)."""
+    rows = layers.Reshape((query.shape[1], 1, query.shape[2]), name=f"{name}_query_rows")(query)
+    columns = layers.Reshape((1, *key.shape[1:]), name=f"{name}_key_columns")(key)
+    return layers.Add(name=f"{name}_pairs")([rows, columns])
+
+
+def _times(x: Any, variable: Any, name: str) -> Any:
+    """`x` times a variable of one number, which stays trained; `None` is one."""
+    if variable is None:
+        return x
+    factor = WithConstant("multiply", [], name=name, trainable=variable.trainable)
+    return Part(factor, [np.asarray(variable, np.float32).reshape(())])(x)
 
 
 def _projection(

@@ -246,6 +246,7 @@ class QuantizeWrapper(keras.layers.Layer):
         self.steps: dict[str, keras.Variable] = {}
         self.freeze_statistics = freeze_statistics
         self._takes_training = "training" in inspect.signature(layer.call).parameters
+        self.supports_masking = layer.supports_masking
 
     def build(self, input_shape: Any) -> None:
         """Builds the layer and the BatchNormalization, and learned steps, which are one."""

@@ -13,7 +13,7 @@ from keras import layers, ops
 from kqat import products
 from kqat.errors import UnsupportedLayerError
 from kqat.operands import BINARY, Row, counts, function, is_number, is_tensor, scaled
-from kqat.primitives import Matmul, Reduce
+from kqat.primitives import Matmul, total
 from kqat.rearranging import REARRANGING, axes_of
 
 
@@ -166,8 +166,7 @@ def _contracted(a: Any, b: Any, ours: list[int], theirs: list[int], name: str) -
 def _logsumexp(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
         axes = axes_of(operation.axis, len(x.shape), name)
-        total = Reduce("sum", axes, operation.keepdims, name=f"{name}_sum")(ops.exp(x))
-        return ops.log(total)
+        return ops.log(total(ops.exp(x), axes, operation.keepdims, f"{name}_sum"))
 
     return call
 
@@ -181,7 +180,7 @@ def _norm(operation: Any, name: str) -> Callable[..., Any]:
                 f"{operation.ord!r}. Compose another of sums and powers."
             )
         square = layers.Multiply(name=f"{name}_square")([x, x])
-        return ops.sqrt(Reduce("sum", axes, operation.keepdims, name=f"{name}_sum")(square))
+        return ops.sqrt(total(square, axes, operation.keepdims, f"{name}_sum"))
 
     return call
 
@@ -214,7 +213,7 @@ def _cast(operation: Any, name: str) -> Callable[..., Any]:
 
 # Functions of one number without an int8 operator of their own on every runtime.
 _TABLES = (
-    "Abs", "Absolute", "Angle", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctan2",
+    "Absolute", "Angle", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctan2",
     "Arctanh", "Cbrt", "Ceil", "Celu", "Cos", "Cosh", "Deg2rad", "Erf", "Erfc", "Erfinv", "Exp2",
     "Expm1", "Fabs", "Floor", "FloorDivide", "Fmax", "Fmin", "Fmod", "HardShrink", "Heaviside",
     "Hypot", "I0", "Log", "Log10", "Log1p", "Log2", "Logaddexp", "Logaddexp2", "Mod", "NanToNum",

@@ -87,7 +87,7 @@ class Slice(layers.Layer):
 
 @keras.saving.register_keras_serializable("kqat")
 class Reduce(layers.Layer):
-    """The sum, mean, max, min or prod (`kind`) over axes.
+    """The mean, max, min or prod (`kind`) over axes.
 
     Input shape `(batch, d1, …)`; `axes` count the batch as 0, and leave it out.
     """
@@ -104,6 +104,13 @@ class Reduce(layers.Layer):
         """The arguments, beside what every layer has."""
         own = {"kind": self.kind, "axes": self.axes, "keepdims": self.keepdims}
         return {**super().get_config(), **own}
+
+
+def total(x: Any, axes: list[int], keepdims: bool, name: str) -> Any:
+    """The sum over axes, as a multiple of the mean: LiteRT's reference SUM does not rescale."""
+    count = float(np.prod([x.shape[axis] for axis in axes]))
+    mean = Reduce("mean", axes, keepdims, name=f"{name}_mean")(x)
+    return layers.Rescaling(count, name=name)(mean)
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -178,7 +185,8 @@ class WithConstant(layers.Layer):
 
     def call(self, x: Any) -> Any:
         """The sum or product."""
-        return getattr(ops, self.kind)(x, self.value)
+        # The value first: Keras has ways of its own to add a vector that comes second.
+        return getattr(ops, self.kind)(self.value, x)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The shape after broadcasting."""

@@ -9,7 +9,7 @@ from keras import layers
 
 from kqat.decompositions import Decomposed, Part
 from kqat.errors import UnsupportedLayerError
-from kqat.primitives import Matmul, Reduce
+from kqat.primitives import Matmul, total
 
 
 def einsum(subscripts: str, a: Any, b: Any, name: str) -> Any:
@@ -88,7 +88,7 @@ def _spelled(first: str, output: str, rank: int) -> tuple[str, str]:
 def _summed(x: Any, letters: str, others: str, name: str) -> tuple[Any, str]:
     axes = [i for i, c in enumerate(letters) if c not in others]
     if axes:
-        x = Reduce("sum", axes, False, name=f"{name}_sum")(x)
+        x = total(x, axes, False, f"{name}_sum")
     return x, "".join(c for c in letters if c in others)
 
 
@@ -107,6 +107,31 @@ def _matrix(x: Any, letters: str, parts: Sequence[str], sizes: dict[str, Any], n
     if tuple(x.shape[1:]) != tuple(shape):
         x = layers.Reshape(shape, name=f"{name}_matrix")(x)
     return x
+
+
+def dot(layer: Any, name: str) -> Decomposed:
+    """`Dot` as a product of matrices for each sample; normalized, of unit vectors."""
+
+    def call(inputs: Any) -> Any:
+        a, b = inputs
+        ranks = len(a.shape), len(b.shape)
+        axes = (layer.axes,) * 2 if isinstance(layer.axes, int) else tuple(layer.axes)
+        ours, theirs = (axis % rank for axis, rank in zip(axes, ranks, strict=True))
+        if layer.normalize:
+            unit = layers.UnitNormalization
+            last = ours - ranks[0], theirs - ranks[1]
+            a = unit(axis=last[0], name=f"{name}_left_unit")(a)
+            b = unit(axis=last[1], name=f"{name}_right_unit")(b)
+        first = "zabcdefgh"[: ranks[0]]
+        second = list("zijklmnop"[: ranks[1]])
+        second[theirs] = first[ours]
+        rest = "".join(c for c in [*first[1:], *second[1:]] if c != first[ours])
+        result = einsum(f"{first},{''.join(second)}->z{rest}", a, b, name)
+        if rest:
+            return result
+        return layers.Reshape((1,), name=f"{name}_column")(result)
+
+    return call
 
 
 def einsum_dense(layer: Any, name: str) -> Decomposed:

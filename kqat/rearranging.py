@@ -10,7 +10,7 @@ from keras import layers, ops
 from kqat.decompositions import Part
 from kqat.errors import UnsupportedLayerError
 from kqat.operands import Row, counts, is_number, is_tensor
-from kqat.primitives import Count, Reduce, Slice, Take
+from kqat.primitives import Count, Reduce, Slice, Take, total
 
 
 def axes_of(axis: Any, rank: int, name: str) -> list[int]:
@@ -44,6 +44,8 @@ def reduction(kind: str) -> Row:
             if kind in ("mean", "max") and rank in (3, 4, 5) and axes == [*range(1, rank - 1)]:
                 return _pools(kind)[rank](keepdims=keepdims, name=name)(x)
             _check_plain(operation, ("initial", "dtype"), name)
+            if kind == "sum":
+                return total(x, axes, keepdims, name)
             return Reduce(kind, axes, keepdims, name=name)(x)
 
         return call

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from keras import layers
 
-from kqat import attention, decompositions, products, rules
+from kqat import attention, decompositions, normalization, products, rules, sequences
 from kqat.config import QuantizeConfig
 from kqat.elementwise import Elementwise
 from kqat.errors import UnsupportedLayerError
@@ -63,6 +63,11 @@ def _composite(decompose: Callable[[Any, str], Any], *ops: str) -> LayerRule:
     return LayerRule(output=Output.OWN, ops=ops, decompose=decompose)
 
 
+_NORMALIZING = (
+    "MEAN", "SUB", "MUL", "CAST", "ADD", "GATHER", "DEPTHWISE_CONV_2D", "RESHAPE",
+)  # fmt: skip
+_ATTENDING = ("RESHAPE", "TRANSPOSE", "BATCH_MATMUL", "SOFTMAX")
+_STEPS = ("RESHAPE", "STRIDED_SLICE", "CONCATENATION")
 _LOGICAL = ("and", "or", "not")
 _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": decompositions.pairwise}
@@ -192,39 +197,45 @@ LAYERS: dict[type, LayerRule] = {
     layers.UpSampling3D: _same(
         "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.upsample_3d, **_POOL
     ),
-    layers.LayerNormalization: _composite(
-        attention.layer_normalization,
-        "MEAN",
-        "SUB",
-        "MUL",
-        "CAST",
-        "ADD",
-        "GATHER",
-        "DEPTHWISE_CONV_2D",
-        "RESHAPE",
-    ),
-    layers.RMSNormalization: _composite(
-        attention.rms_normalization,
-        "MEAN",
-        "MUL",
-        "CAST",
-        "ADD",
-        "GATHER",
-        "RESHAPE",
-        "DEPTHWISE_CONV_2D",
-    ),
+    layers.LayerNormalization: _composite(attention.layer_normalization, *_NORMALIZING),
+    layers.RMSNormalization: _composite(attention.rms_normalization, *_NORMALIZING),
     layers.EinsumDense: _composite(
         products.einsum_dense, "FULLY_CONNECTED", "RESHAPE", "TRANSPOSE"
     ),
     layers.MultiHeadAttention: _composite(
-        attention.multi_head_attention,
-        "FULLY_CONNECTED",
-        "RESHAPE",
-        "TRANSPOSE",
-        "BATCH_MATMUL",
-        "SOFTMAX",
+        attention.multi_head_attention, *_ATTENDING, "FULLY_CONNECTED"
     ),
     layers.Embedding: _own("GATHER", weights={"embeddings": None}, table_of_rows=True),
+    layers.GroupNormalization: _composite(normalization.group_normalization, *_NORMALIZING),
+    layers.UnitNormalization: LayerRule(
+        output=Output.FIXED,
+        ops=("L2_NORMALIZATION",),
+        fixed_range=(-1.0, 127 / 128),
+        refuse=rules.last_axis,
+    ),
+    layers.GroupQueryAttention: _composite(
+        attention.group_query_attention, *_ATTENDING, "FULLY_CONNECTED", "GATHER"
+    ),
+    layers.Attention: _composite(attention.attention, *_ATTENDING, "ADD", "TANH", "MEAN", "MUL"),
+    layers.AdditiveAttention: _composite(
+        attention.additive_attention, *_ATTENDING, "ADD", "TANH", "MEAN", "MUL", "FULLY_CONNECTED"
+    ),
+    layers.Dot: _composite(
+        products.dot, "BATCH_MATMUL", "RESHAPE", "TRANSPOSE", "L2_NORMALIZATION"
+    ),
+    layers.Conv3D: _composite(
+        sequences.conv_3d,
+        "CONV_2D",
+        "RESHAPE",
+        "TRANSPOSE",
+        "STRIDED_SLICE",
+        "CONCATENATION",
+        "PAD",
+    ),
+    layers.Conv1DTranspose: _composite(
+        sequences.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU"
+    ),
+    layers.TimeDistributed: _composite(sequences.time_distributed, *_STEPS),
     Slice: _same("STRIDED_SLICE"),
     Take: _same("GATHER"),
     Select: _same("SELECT_V2"),
@@ -247,7 +258,6 @@ LAYERS: dict[type, LayerRule] = {
 # Layers that are functions by name: the class, and the function's name.
 KINDS: dict[tuple[type, str], LayerRule] = {
     (Reduce, "mean"): _own("MEAN"),
-    (Reduce, "sum"): _own("SUM"),
     (Reduce, "max"): _same("REDUCE_MAX"),
     (Reduce, "min"): _same("REDUCE_MIN"),
     (Reduce, "prod"): _own("REDUCE_PROD"),

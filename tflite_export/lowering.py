@@ -56,7 +56,7 @@ def _with_tables(model: keras.Model, computed: frozenset[int]) -> keras.Model:
         layer = node.layer
         if isinstance(layer, Tabulated) and layer.index not in computed:
             layer = Marker("table", layer.index, name=f"{layer.name}_marker")
-        elif isinstance(layer, keras.layers.Embedding | Count):
+        elif isinstance(layer, keras.layers.Embedding | keras.layers.UnitNormalization | Count):
             layer = _Plain(layer, name=f"{layer.name}_plain")
         return layer(*args, **kwargs)
 
@@ -64,9 +64,9 @@ def _with_tables(model: keras.Model, computed: frozenset[int]) -> keras.Model:
 
 
 class _Plain(keras.layers.Layer):
-    """An index layer in TensorFlow's own words.
+    """A layer in the TensorFlow words that the converter knows as one operator.
 
-    Keras lets `take` count from the end and `argmax` know minus zero, in operators of their own.
+    Keras lets `take` count from the end and `argmax` know minus zero, in further operators.
     """
 
     def __init__(self, layer: keras.layers.Layer, **kwargs: Any) -> None:
@@ -79,6 +79,8 @@ class _Plain(keras.layers.Layer):
         layer: Any = self.layer
         if isinstance(layer, keras.layers.Embedding):
             return tf.gather(layer.embeddings.value, x)
+        if isinstance(layer, keras.layers.UnitNormalization):
+            return tf.math.l2_normalize(x, layer.axis)
         if layer.kind not in ("argmax", "argmin"):
             return layer(x)
         axis = layer.options["axis"]
