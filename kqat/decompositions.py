@@ -310,3 +310,72 @@ def pool_3d(layer: Any, name: str) -> Decomposed:
         return layers.Reshape((x.shape[1], rows, columns, channels), name=name)(x)
 
     return pooled
+
+
+def adaptive_pool(layer: Any, name: str) -> Decomposed:
+    """Pooling to a given size, where that divides the input's."""
+    size = layer.input.shape[1:-1]
+    wanted = tuple(np.broadcast_to(layer.output_size, len(size)).tolist())
+    if any(given % asked for given, asked in zip(size, wanted, strict=True)):
+        raise UnsupportedLayerError(
+            f"Expected a size that divides {size} in layer '{name}'. Received: output_size="
+            f"{wanted}. TFLite pools windows of one size; resize the input first."
+        )
+    window = tuple(given // asked for given, asked in zip(size, wanted, strict=True))
+    kind = type(layer).__name__.removeprefix("Adaptive")
+    return getattr(layers, kind)(window, name=name)
+
+
+def center_crop(layer: Any, name: str) -> Decomposed:
+    """The middle of an image, cut out where the image is larger."""
+    size = layer.input.shape[1:3]
+    spare = [given - asked for given, asked in zip(size, (layer.height, layer.width), strict=True)]
+    if min(spare) < 0:
+        raise UnsupportedLayerError(
+            f"Expected images of at least {(layer.height, layer.width)} in layer '{name}'. "
+            f"Received: {size}. Resize them before."
+        )
+    edges = [(extra // 2, extra - extra // 2) for extra in spare]
+    return layers.Cropping2D(tuple(edges), name=name)
+
+
+def spectral(layer: Any, name: str) -> Decomposed:
+    """The layer inside a `SpectralNormalization`, whose kernel stays of spectral norm one.
+
+    The wrapper divides the kernel by an estimate of its norm in each step of training; here a
+    constraint does, after each step. Reference: Miyato et al. 2018, section 2.1
+    (https://arxiv.org/abs/1802.05957).
+    """
+    inner = layer.layer
+    constraint = SpectralNorm(layer.power_iterations)
+    weights = [np.asarray(v) for v in layer.weights if v is not layer.vector_u]
+    key = "embeddings_constraint" if isinstance(inner, layers.Embedding) else "kernel_constraint"
+    if key not in inner.get_config():
+        raise UnsupportedLayerError(
+            f"Expected a layer with a {key} inside '{name}'. Received: {type(inner).__name__}. "
+            "Use its layer without SpectralNormalization."
+        )
+    return Part(clone(inner, name, **{key: constraint}), weights)
+
+
+@keras.saving.register_keras_serializable("kqat")
+class SpectralNorm(keras.constraints.Constraint):
+    """Divides a kernel by its largest singular value, found by power iteration from ones."""
+
+    def __init__(self, power_iterations: int = 1):
+        # The wrapper goes on from the last step's vector; this starts anew, and so needs more.
+        self.power_iterations = max(power_iterations, 10)
+
+    def __call__(self, w: Any) -> Any:
+        """The kernel, its columns being the last axis."""
+        matrix = keras.ops.reshape(w, (-1, w.shape[-1]))
+        u = keras.ops.ones((1, w.shape[-1]), w.dtype)
+        for _ in range(self.power_iterations):
+            v = keras.ops.normalize(keras.ops.matmul(u, keras.ops.transpose(matrix)), order=2)
+            u = keras.ops.normalize(keras.ops.matmul(v, matrix), order=2)
+        norm = keras.ops.sum(keras.ops.matmul(v, matrix) * u)
+        return w / keras.ops.maximum(norm, keras.config.epsilon())
+
+    def get_config(self) -> dict[str, Any]:
+        """The number of iterations."""
+        return {"power_iterations": self.power_iterations}

@@ -72,7 +72,8 @@ def _opened_function(node: Node) -> Callable[..., Any] | None:
     single = len(node.inputs) == 1
     elementwise = single and is_elementwise(layer, shape)
     try:
-        graph = trace_call(layer, *fill((node.args, node.kwargs), _symbolic), name)
+        args, kwargs = fill((node.args, node.kwargs), _symbolic)
+        graph = trace_call(layer, args, kwargs, name)
     except ModelError as error:
         if elementwise:
             return None

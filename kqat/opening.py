@@ -128,7 +128,7 @@ def _is_float(variable: Any) -> bool:
 
 def _where(error: Exception) -> str:
     """The last line of the user's own code that led to `error`."""
-    inside = {str(Path(module.__file__).parent) for module in (keras, np)}
+    inside = {str(Path(str(module.__file__)).parent) for module in (keras, np)}
     inside |= {str(Path(__file__).parent)}
     frames = [
         frame

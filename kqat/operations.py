@@ -4,17 +4,21 @@ A row takes the operation and the name that its layers go by, and returns a call
 operation's own arguments. Constants join in: `x + 3.0` is a Rescaling.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from keras import layers, ops
+from keras import layers
 
 from kqat import products
 from kqat.errors import UnsupportedLayerError
+from kqat.networks import NETWORKS
 from kqat.operands import BINARY, Row, counts, function, is_number, is_tensor, scaled
-from kqat.primitives import Matmul, total
-from kqat.rearranging import REARRANGING, axes_of
+from kqat.primitives import Matmul
+from kqat.rearranging import REARRANGING
+from kqat.reducing import REDUCING
+from kqat.refusals import OPERATION_REASONS, reason
 
 
 def as_layers(operation: Any, name: str) -> Callable[..., Any]:
@@ -27,10 +31,15 @@ def as_layers(operation: Any, name: str) -> Callable[..., Any]:
     if kind not in OPERATIONS:
         raise UnsupportedLayerError(
             f"Expected operations with an integer form. Received: operation '{name}' of type "
-            f"{kind}. Leave it float with policy={{'{name}': None}}, or use one of "
-            f"{', '.join(sorted(OPERATIONS))}."
+            f"{kind}. Leave it float with policy={{'{name}': None}}, or compose it of others."
+            f"{reason(_function_name(kind), OPERATION_REASONS)}"
         )
     return OPERATIONS[kind](operation, name)
+
+
+def _function_name(kind: str) -> str:
+    """`nan_to_num` for `NanToNum`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
 
 
 def _activation(function: str) -> Row:
@@ -49,24 +58,6 @@ def _elu(operation: Any, name: str) -> Callable[..., Any]:
     return function(operation, name)
 
 
-def _softmax(kind: str) -> Row:
-    def row(operation: Any, name: str) -> Callable[..., Any]:
-        def call(x: Any) -> Any:
-            rank = len(x.shape)
-            (axis,) = axes_of(operation.axis, rank, name)
-            last = layers.Activation(kind, name=name)
-            if axis == rank - 1:
-                return last(x)
-            order = [*range(1, rank)]
-            order[axis - 1], order[-1] = order[-1], order[axis - 1]
-            moved = last(layers.Permute(order, name=f"{name}_moved")(x))
-            return layers.Permute(order, name=f"{name}_back")(moved)
-
-        return call
-
-    return row
-
-
 def _power(operation: Any, name: str) -> Callable[..., Any]:
     def call(a: Any, b: Any) -> Any:
         if is_tensor(a) and is_number(b) and float(np.asarray(b)) == 2.0:
@@ -74,28 +65,6 @@ def _power(operation: Any, name: str) -> Callable[..., Any]:
         return function(operation, name)(a, b)
 
     return call
-
-
-def _resize(operation: Any, name: str) -> Callable[..., Any]:
-    options = ("antialias", "crop_to_aspect_ratio", "pad_to_aspect_ratio", "data_format")
-    return layers.Resizing(
-        *operation.size,
-        interpolation=operation.interpolation,
-        name=name,
-        **{option: getattr(operation, option) for option in options},
-    )
-
-
-def _pool(kind: str) -> Row:
-    def row(operation: Any, name: str) -> Callable[..., Any]:
-        def call(x: Any) -> Any:
-            options = {"data_format": operation.data_format, "name": name}
-            pool = getattr(layers, f"{kind}Pooling{len(x.shape) - 2}D")
-            return pool(operation.pool_size, operation.strides, operation.padding, **options)(x)
-
-        return call
-
-    return row
 
 
 def _matmul(operation: Any, name: str) -> Callable[..., Any]:
@@ -154,6 +123,10 @@ def _dot(operation: Any, name: str) -> Callable[..., Any]:
     return call
 
 
+def _inner(operation: Any, name: str) -> Callable[..., Any]:
+    return lambda a, b: _contracted(a, b, [len(a.shape) - 1], [len(b.shape) - 1], name)
+
+
 def _contracted(a: Any, b: Any, ours: list[int], theirs: list[int], name: str) -> Any:
     first = _LETTERS[: len(a.shape)]
     more = iter(_LETTERS[len(a.shape) :])
@@ -161,36 +134,6 @@ def _contracted(a: Any, b: Any, ours: list[int], theirs: list[int], name: str) -
     second = "".join(first[pairs[i]] if i in pairs else next(more) for i in range(len(b.shape)))
     rest = [c for c in first + second if not (c in first and c in second)]
     return products.einsum(f"{first},{second}->{''.join(rest)}", a, b, name)
-
-
-def _logsumexp(operation: Any, name: str) -> Callable[..., Any]:
-    def call(x: Any) -> Any:
-        axes = axes_of(operation.axis, len(x.shape), name)
-        return ops.log(total(ops.exp(x), axes, operation.keepdims, f"{name}_sum"))
-
-    return call
-
-
-def _norm(operation: Any, name: str) -> Callable[..., Any]:
-    def call(x: Any) -> Any:
-        axes = axes_of(operation.axis, len(x.shape), name)
-        if operation.ord not in (None, "fro", 2) or (operation.ord == 2 and len(axes) > 1):
-            raise UnsupportedLayerError(
-                f"Expected the Euclidean norm in operation '{name}'. Received: ord="
-                f"{operation.ord!r}. Compose another of sums and powers."
-            )
-        square = layers.Multiply(name=f"{name}_square")([x, x])
-        return ops.sqrt(total(square, axes, operation.keepdims, f"{name}_sum"))
-
-    return call
-
-
-def _glu(operation: Any, name: str) -> Callable[..., Any]:
-    def call(x: Any) -> Any:
-        value, gate = ops.split(x, 2, axis=operation.axis)
-        return layers.Multiply(name=name)([value, ops.sigmoid(gate)])
-
-    return call
 
 
 def _square(operation: Any, name: str) -> Callable[..., Any]:
@@ -224,6 +167,8 @@ _TABLES = (
 OPERATIONS: dict[str, Row] = {
     **BINARY,
     **REARRANGING,
+    **REDUCING,
+    **NETWORKS,
     **dict.fromkeys(_TABLES, function),
     "Negative": lambda operation, name: lambda x: scaled(x, -1.0, 0.0, name),
     "Square": _square,
@@ -244,19 +189,12 @@ OPERATIONS: dict[str, Row] = {
     "Exp": _activation("exponential"),
     "Elu": _elu,
     "Gelu": function,
-    "Glu": _glu,
-    "Softmax": _softmax("softmax"),
-    "LogSoftmax": _softmax("log_softmax"),
     "LeakyRelu": lambda operation, name: layers.LeakyReLU(operation.negative_slope, name=name),
-    "Logsumexp": _logsumexp,
-    "Norm": _norm,
-    "Resize": _resize,
-    "MaxPool": _pool("Max"),
-    "AveragePool": _pool("Average"),
     "Matmul": _matmul,
     "Einsum": _einsum,
     "Tensordot": _tensordot,
     "Dot": _dot,
+    "Inner": _inner,
     "Cast": _cast,
     "StopGradient": lambda operation, name: layers.Identity(name=name),
     "Copy": lambda operation, name: layers.Identity(name=name),

@@ -134,6 +134,40 @@ class Take(layers.Layer):
 
 
 @keras.saving.register_keras_serializable("kqat")
+class DepthToSpace(layers.Layer):
+    """Blocks of `block_size` by `block_size` pixels out of channels, as `keras.ops` has it."""
+
+    def __init__(self, block_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.block_size = block_size
+
+    def call(self, x: Any) -> Any:
+        """The image."""
+        return ops.depth_to_space(x, self.block_size, data_format="channels_last")
+
+    def get_config(self) -> dict[str, Any]:
+        """The block's size, beside what every layer has."""
+        return {**super().get_config(), "block_size": self.block_size}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class SpaceToDepth(layers.Layer):
+    """Channels out of blocks of `block_size` by `block_size` pixels, as `keras.ops` has it."""
+
+    def __init__(self, block_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.block_size = block_size
+
+    def call(self, x: Any) -> Any:
+        """The image."""
+        return ops.space_to_depth(x, self.block_size, data_format="channels_last")
+
+    def get_config(self) -> dict[str, Any]:
+        """The block's size, beside what every layer has."""
+        return {**super().get_config(), "block_size": self.block_size}
+
+
+@keras.saving.register_keras_serializable("kqat")
 class Count(layers.Layer):
     """A function of `keras.ops` whose result is no quantity: an index, or true or false.
 

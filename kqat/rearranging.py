@@ -1,4 +1,4 @@
-"""Functions that move, pick and reduce values, as layers of the registry; the batch stays first."""
+"""Functions that move and pick values, as layers of the registry; the batch stays first."""
 
 import itertools
 from collections.abc import Callable
@@ -7,96 +7,11 @@ from typing import Any
 import numpy as np
 from keras import layers, ops
 
-from kqat.decompositions import Part
+from kqat.encoding import multi_hot, one_hot, rows
 from kqat.errors import UnsupportedLayerError
 from kqat.operands import Row, counts, is_number, is_tensor
-from kqat.primitives import Count, Reduce, Slice, Take, total
-
-
-def axes_of(axis: Any, rank: int, name: str) -> list[int]:
-    """Axes as positive numbers, sorted; `None` is all of them.
-
-    Raises:
-        UnsupportedLayerError: if the batch is among them.
-    """
-    given = range(rank) if axis is None else axis
-    axes = sorted(int(a) % rank for a in ([given] if np.ndim(given) == 0 else given))
-    if 0 in axes:
-        raise UnsupportedLayerError(
-            f"Expected operation '{name}' to leave the batch axis alone. Received: axis={axis} of "
-            f"a tensor of rank {rank}. Name the axes behind the batch."
-        )
-    return axes
-
-
-def _pools(kind: str) -> dict[int, type]:
-    names = {"mean": "GlobalAveragePooling", "max": "GlobalMaxPooling"}
-    return {rank: getattr(layers, f"{names[kind]}{rank - 2}D") for rank in (3, 4, 5)}
-
-
-def reduction(kind: str) -> Row:
-    """A row for `sum`, `mean`, `max`, `min` or `prod`."""
-
-    def row(operation: Any, name: str) -> Callable[..., Any]:
-        def call(x: Any) -> Any:
-            rank = len(x.shape)
-            axes, keepdims = axes_of(operation.axis, rank, name), operation.keepdims
-            if kind in ("mean", "max") and rank in (3, 4, 5) and axes == [*range(1, rank - 1)]:
-                return _pools(kind)[rank](keepdims=keepdims, name=name)(x)
-            _check_plain(operation, ("initial", "dtype"), name)
-            if kind == "sum":
-                return total(x, axes, keepdims, name)
-            return Reduce(kind, axes, keepdims, name=name)(x)
-
-        return call
-
-    return row
-
-
-def _check_plain(operation: Any, options: tuple[str, ...], name: str) -> None:
-    given = {o: getattr(operation, o, None) for o in options}
-    asked = {option: value for option, value in given.items() if value is not None}
-    if asked:
-        raise UnsupportedLayerError(
-            f"Expected operation '{name}' without {' or '.join(asked)}. Received: {asked}."
-        )
-
-
-def variance(root: bool) -> Row:
-    """`var` and `std`: the mean of the squared distance to the mean."""
-
-    def row(operation: Any, name: str) -> Callable[..., Any]:
-        def call(x: Any) -> Any:
-            axes = axes_of(operation.axis, len(x.shape), name)
-            mean = Reduce("mean", axes, name=f"{name}_mean")(x)
-            centered = layers.Subtract(name=f"{name}_centered")([x, mean])
-            square = layers.Multiply(name=f"{name}_square")([centered, centered])
-            last = f"{name}_variance" if root else name
-            result = Reduce("mean", axes, operation.keepdims, name=last)(square)
-            return ops.sqrt(result) if root else result
-
-        return call
-
-    return row
-
-
-def index_of(kind: str) -> Row:
-    """`argmax` and `argmin`, over one axis."""
-
-    def row(operation: Any, name: str) -> Callable[..., Any]:
-        def call(x: Any) -> Any:
-            (axis,) = axes_of(-1 if operation.axis is None else operation.axis, len(x.shape), name)
-            if operation.axis is None and len(x.shape) > 2:
-                raise UnsupportedLayerError(
-                    f"Expected one axis in operation '{name}'. Received: axis=None of shape "
-                    f"{tuple(x.shape)}. Name it."
-                )
-            options = {"axis": axis, "keepdims": operation.keepdims}
-            return Count(kind, options, name=name)(x)
-
-        return call
-
-    return row
+from kqat.primitives import DepthToSpace, Slice, SpaceToDepth, Take
+from kqat.reducing import axes_of
 
 
 def to_output_shape(operation: Any, name: str) -> Callable[..., Any]:
@@ -177,10 +92,13 @@ def _stack(operation: Any, name: str) -> Callable[..., Any]:
 
 def _split(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
-        (axis,) = axes_of(operation.axis, len(x.shape), name)
+        kind = type(operation).__name__
+        given = {"Hsplit": 1, "Dsplit": 2}.get(kind) or operation.axis
+        (axis,) = axes_of(given, len(x.shape), name)
         size, where = x.shape[axis], operation.indices_or_sections
         if isinstance(where, int):
-            where = [size // where * i for i in range(1, where)]
+            # As NumPy's array_split: the first parts are one longer where it does not divide.
+            where = [size // where * i + min(i, size % where) for i in range(1, where)]
         edges = [0, *(int(w) for w in where), size]
         keys = [
             (*[slice(None)] * axis, slice(begin, end)) for begin, end in itertools.pairwise(edges)
@@ -261,19 +179,70 @@ def _take(operation: Any, name: str) -> Callable[..., Any]:
     return call
 
 
-def rows(table: np.ndarray, indices: Any, name: str, trained: bool) -> Any:
-    """The rows of a matrix at `indices`, a tensor of whole numbers."""
-    layer = layers.Embedding(*table.shape, name=name, trainable=trained)
-    return Part(layer, [table])(indices)
-
-
 def _one_hot(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
         if operation.axis not in (-1, len(x.shape)):
             raise UnsupportedLayerError(
                 f"Expected axis=-1 in operation '{name}'. Received: axis={operation.axis}. Permute."
             )
-        return rows(np.eye(operation.num_classes, dtype=np.float32), x, name, False)
+        return one_hot(x, operation.num_classes, name)
+
+    return call
+
+
+def _multi_hot(operation: Any, name: str) -> Callable[..., Any]:
+    return lambda x: multi_hot(x, operation.num_classes, name)
+
+
+def _blocks(kind: type) -> Row:
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        if operation.data_format == "channels_first":
+            raise UnsupportedLayerError(
+                f"Expected data_format='channels_last' in operation '{name}'. Received: "
+                "channels_first. Permute."
+            )
+        return kind(operation.block_size, name=name)
+
+    return row
+
+
+def _broadcast_to(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        shape = tuple(operation.shape)
+        if len(shape) != len(x.shape) or shape[0] != x.shape[0]:
+            raise UnsupportedLayerError(
+                f"Expected operation '{name}' to leave the batch axis alone. Received: {x.shape} "
+                f"-> {shape}. Broadcasting operators need no copies."
+            )
+        axes = [i for i, size in enumerate(shape) if size != x.shape[i]]
+        for axis in axes:
+            x = Take([0] * shape[axis], axis, name=name if axis == axes[-1] else None)(x)
+        return x if axes else layers.Identity(name=name)(x)
+
+    return call
+
+
+def _triangle(keep: Callable[..., np.ndarray]) -> Row:
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            mask = keep(np.ones(x.shape[-2:], np.float32), operation.k)
+            return ops.multiply(x, mask)
+
+        return call
+
+    return row
+
+
+def _joined(axis: int) -> Row:
+    return lambda operation, name: layers.Concatenate(axis=axis, name=name)
+
+
+def _slice(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any, start: Any, shape: Any = None) -> Any:
+        shape = getattr(operation, "shape", None) if shape is None else shape
+        key = [slice(int(b), int(b) + int(n)) for b, n in zip(start, shape, strict=True)]
+        whole = key[0].start == 0 and shape[0] in (x.shape[0], None, -1)
+        return Slice.of(x, (slice(None) if whole else key[0], *key[1:]), name)
 
     return call
 
@@ -309,13 +278,6 @@ def _zeros_around(spatial: list[tuple[int, int]], name: str) -> Any:
 
 
 REARRANGING: dict[str, Row] = {
-    **{kind.capitalize(): reduction(kind) for kind in ("sum", "mean", "max", "min", "prod")},
-    "Amax": reduction("max"),
-    "Amin": reduction("min"),
-    "Var": variance(False),
-    "Std": variance(True),
-    "Argmax": index_of("argmax"),
-    "Argmin": index_of("argmin"),
     **dict.fromkeys(("Reshape", "Squeeze", "ExpandDims", "Ravel"), to_output_shape),
     "Transpose": permuted(_transposed),
     "Swapaxes": permuted(_swapped),
@@ -323,6 +285,9 @@ REARRANGING: dict[str, Row] = {
     "Concatenate": _concatenate,
     "Stack": _stack,
     "Split": _split,
+    "ArraySplit": _split,
+    "Hsplit": _split,
+    "Dsplit": _split,
     "Unstack": _unstack,
     "GetItem": _get_item,
     "Flip": _picked(lambda _, indices: indices[::-1], lambda o: o.axis),
@@ -331,5 +296,16 @@ REARRANGING: dict[str, Row] = {
     "Tile": _tile,
     "Take": _take,
     "OneHot": _one_hot,
+    "MultiHot": _multi_hot,
+    "DepthToSpace": _blocks(DepthToSpace),
+    "SpaceToDepth": _blocks(SpaceToDepth),
+    "BroadcastTo": _broadcast_to,
+    "Tril": _triangle(np.tril),
+    "Triu": _triangle(np.triu),
+    "Hstack": _joined(1),
+    "Dstack": _joined(2),
+    "Append": lambda operation, name: lambda *x: _concatenate(operation, name)(list(x)),
+    "Fliplr": lambda operation, name: lambda x: ops.flip(x, axis=1),
+    "Slice": _slice,
     "Pad": _pad,
 }

@@ -12,21 +12,24 @@ from typing import Any
 import keras
 from keras import layers
 
-from kqat import attention, decompositions, normalization, products, rules, sequences
+from kqat import attention, decompositions, encoding, normalization, products, rules, sequences
 from kqat.config import QuantizeConfig
 from kqat.elementwise import Elementwise
 from kqat.errors import UnsupportedLayerError
 from kqat.primitives import (
     ChannelAffine,
     Count,
+    DepthToSpace,
     Matmul,
     ReciprocalSquareRoot,
     Reduce,
     Select,
     Slice,
+    SpaceToDepth,
     Take,
     WithConstant,
 )
+from kqat.refusals import LAYER_REASONS, reason
 from kqat.rules import LayerRule, Output
 
 
@@ -68,6 +71,17 @@ _NORMALIZING = (
 )  # fmt: skip
 _ATTENDING = ("RESHAPE", "TRANSPOSE", "BATCH_MATMUL", "SOFTMAX")
 _STEPS = ("RESHAPE", "STRIDED_SLICE", "CONCATENATION")
+# Image augmentation: in inference these hand images on as they are.
+_AUGMENTING = [
+    getattr(layers, name)
+    for name in (
+        "AugMix CutMix MixUp RandAugment RandomBrightness RandomColorDegeneration "
+        "RandomColorJitter RandomContrast RandomElasticTransform RandomErasing RandomFlip "
+        "RandomGaussianBlur RandomGrayscale RandomHue RandomInvert RandomPerspective "
+        "RandomPosterization RandomRotation RandomSaturation RandomSharpness RandomShear RandomTranslation RandomZoom "
+        "Solarization"
+    ).split()
+]
 _LOGICAL = ("and", "or", "not")
 _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": decompositions.pairwise}
@@ -176,6 +190,18 @@ LAYERS: dict[type, LayerRule] = {
     layers.RepeatVector: _same(
         "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.repeat_vector
     ),
+    **{
+        getattr(layers, f"Adaptive{kind}Pooling{n}D"): _same(
+            op, "RESHAPE", "TRANSPOSE", decompose=decompositions.adaptive_pool, **_POOL
+        )
+        for kind, op in (("Average", "AVERAGE_POOL_2D"), ("Max", "MAX_POOL_2D"))
+        for n in (1, 2, 3)
+    },
+    layers.CenterCrop: _same("STRIDED_SLICE", decompose=decompositions.center_crop, **_POOL),
+    layers.CategoryEncoding: _composite(
+        encoding.category_encoding, "GATHER", "REDUCE_MAX", "MEAN", "MUL", "RESHAPE"
+    ),
+    layers.SpectralNormalization: _composite(decompositions.spectral),
     layers.ZeroPadding1D: _same("PAD", **_POOL),
     layers.ZeroPadding2D: _same("PAD", **_POOL),
     layers.ZeroPadding3D: _same("PAD", **_POOL),
@@ -238,11 +264,14 @@ LAYERS: dict[type, LayerRule] = {
     layers.TimeDistributed: _composite(sequences.time_distributed, *_STEPS),
     Slice: _same("STRIDED_SLICE"),
     Take: _same("GATHER"),
+    DepthToSpace: _same("DEPTH_TO_SPACE"),
+    SpaceToDepth: _same("SPACE_TO_DEPTH"),
     Select: _same("SELECT_V2"),
     WithConstant: _own("ADD", "MUL", weights={"value": None}, takes_clamp=True),
     Matmul: _own("BATCH_MATMUL"),
     ReciprocalSquareRoot: _own(table=True),
     ChannelAffine: _affine(),
+    **dict.fromkeys(_AUGMENTING, _VANISHES),
     layers.Identity: _VANISHES,
     layers.Dropout: _VANISHES,
     layers.SpatialDropout1D: _VANISHES,
@@ -310,10 +339,11 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     elif rule is None and is_custom(layer):
         rule = OPENED
     if rule is None:
+        why = reason(type(layer).__name__, LAYER_REASONS)
         raise UnsupportedLayerError(
             f"Expected layers with an integer form. Received: {where}. Leave it float with "
             f"policy={{'{name or layer.name}': None}}, use one of kqat.supported_layers(), or "
-            "describe it with kqat.register_layer."
+            f"describe it with kqat.register_layer.{why}"
         )
     problem = rule.refuse(layer) if rule.refuse else None
     if problem:

@@ -16,11 +16,11 @@ FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "tests")
 ROOMS = {
     "kqat": (
         "errors", "saving", "spec", "numerics", "batchnorm", "quantizers", "config", "primitives",
-        "elementwise", "marking", "decompositions", "products", "attention", "normalization",
-        "sequences", "rules", "registry", "operands", "rearranging", "operations", "opening",
-        "tracing", "expanding", "reporting", "planning", "layers", "wrapping", "calibration",
-        "schedule", "folding", "freezing", "algorithms", "interop", "api", "annotating",
-        "__init__", "cli",
+        "elementwise", "marking", "decompositions", "encoding", "products", "attention",
+        "normalization", "sequences", "refusals", "rules", "registry", "operands", "reducing",
+        "rearranging", "networks", "operations", "opening", "tracing", "expanding", "reporting",
+        "planning", "layers", "wrapping", "calibration", "schedule", "folding", "freezing",
+        "algorithms", "interop", "api", "annotating", "__init__", "cli",
     ),
     "tflite_export": (
         "sharing", "flatbuffer", "op_table", "lowering", "markers", "packing", "lookup",

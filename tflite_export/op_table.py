@@ -117,6 +117,8 @@ OP_TABLE: dict[str, OpRule] = {
     "MINIMUM": _same(first=False),
     "CONCATENATION": _same(first=False),
     "RESHAPE": _same(1),
+    "DEPTH_TO_SPACE": _same(1),
+    "SPACE_TO_DEPTH": _same(1),
     "TRANSPOSE": _same(),
     "PAD": _same(),
     "STRIDED_SLICE": _same(),

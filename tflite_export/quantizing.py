@@ -99,7 +99,7 @@ class _IntegerPass:
         return [t for t in inputs if t >= 0 and self._is_quantity(t) and not self._is_constant(t)]
 
     def _is_quantity(self, tensor: int) -> bool:
-        """Whether the tensor was a float: no index, shape or truth value."""
+        """Whether it was a float: no index, shape or truth value."""
         return self.graph.tensors[tensor].type == schema.TensorType.FLOAT32
 
     def _is_float(self, operator: OperatorT) -> bool:
@@ -274,6 +274,7 @@ class _IntegerPass:
             data = flatbuffer.tensor_data(self.model, tensor)
             if data is None or data.dtype != np.float32:
                 continue
+            scale: Any
             if rule.scales == "same":
                 # As GATHER's table: what is handed on has the output's grid.
                 site = self.labels.sites[int(operator.outputs[0])]
