@@ -19,13 +19,13 @@ def _softmax(kind: str) -> Row:
         def call(x: Any) -> Any:
             rank = len(x.shape)
             (axis,) = axes_of(operation.axis, rank, name)
-            last = layers.Activation(kind, name=name)
             if axis == rank - 1:
-                return last(x)
+                return layers.Activation(kind, name=name)(x)
             order = [*range(1, rank)]
             order[axis - 1], order[-1] = order[-1], order[axis - 1]
-            moved = last(layers.Permute(order, name=f"{name}_moved")(x))
-            return layers.Permute(order, name=f"{name}_back")(moved)
+            moved = layers.Permute(order, name=f"{name}_moved")(x)
+            values = layers.Activation(kind, name=f"{name}_values")(moved)
+            return layers.Permute(order, name=name)(values)
 
         return call
 
@@ -120,10 +120,11 @@ def _normalize(operation: Any, name: str) -> Callable[..., Any]:
 def _dot_product_attention(operation: Any, name: str) -> Callable[..., Any]:
     def call(query: Any, key: Any, value: Any, scale: Any = None, **options: Any) -> Any:
         options.pop("flash_attention", None)  # another way to compute the same
-        if any(option is not None and option is not False for option in options.values()):
+        own = (operation.is_causal, operation.attn_logits_soft_cap)
+        if any(option not in (None, False) for option in (*own, *options.values())):
             raise UnsupportedLayerError(
-                f"Expected plain attention in operation '{name}'. Received: a bias or a mask. "
-                "Integer kernels know no masks; pad to a fixed length and leave it out."
+                f"Expected plain attention in operation '{name}'. Received: a bias, a cap "
+                "or a mask. Integer kernels know no masks; pad to a fixed length and leave it out."
             )
         scale = scale or 1.0 / float(np.sqrt(query.shape[-1]))
         scores = products.einsum("bqhd,bkhd->bhqk", query, key, f"{name}_scores")

@@ -156,7 +156,7 @@ def _cast(operation: Any, name: str) -> Callable[..., Any]:
 
 # Functions of one number without an int8 operator of their own on every runtime.
 _TABLES = (
-    "Absolute", "Angle", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctan2",
+    "Absolute", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctan2",
     "Arctanh", "Cbrt", "Ceil", "Celu", "Cos", "Cosh", "Deg2rad", "Erf", "Erfc", "Erfinv", "Exp2",
     "Expm1", "Fabs", "Floor", "FloorDivide", "Fmax", "Fmin", "Fmod", "HardShrink", "Heaviside",
     "Hypot", "I0", "Log", "Log10", "Log1p", "Log2", "Logaddexp", "Logaddexp2", "Mod", "NanToNum",

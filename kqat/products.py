@@ -71,10 +71,11 @@ def _with_constant(letters: tuple[str, str, str], x: Any, constant: Any, name: s
     kernel = np.einsum(f"{second}->{gone}{made}", np.asarray(constant, np.float32))
     x = _permuted(x, first, kept + gone, f"{name}_moved")
     final = kept + made == output
-    product_name = name if final else f"{name}_product"
+    product_name = name if final and made else f"{name}_product"
     y = dense(kernel, None, len(gone), product_name, {"trainable": trained})(x)
     if not made:
-        y = layers.Reshape(tuple(y.shape[1:-1]), name=f"{name}_squeezed")(y)
+        last = name if final else f"{name}_squeezed"
+        y = layers.Reshape(tuple(y.shape[1:-1]), name=last)(y)
     return y if final else _permuted(y, kept + made, output, name)
 
 

@@ -163,11 +163,12 @@ def _take(operation: Any, name: str) -> Callable[..., Any]:
         if is_tensor(x) and not is_tensor(indices):
             (axis,) = axes_of(operation.axis, len(x.shape), name)
             flat = np.asarray(indices, np.int64) % x.shape[axis]
-            taken = Take(flat.reshape(-1).tolist(), axis, name=name)(x)
+            part = name if flat.ndim == 1 else f"{name}_flat"
+            taken = Take(flat.reshape(-1).tolist(), axis, name=part)(x)
             if flat.ndim == 1:
                 return taken
             shape = (*x.shape[1:axis], *flat.shape, *x.shape[axis + 1 :])
-            return layers.Reshape(shape, name=f"{name}_shape")(taken)
+            return layers.Reshape(shape, name=name)(taken)
         if is_tensor(indices) and counts(indices) and not is_tensor(x) and np.ndim(x) == 2:
             return rows(np.asarray(x, np.float32), indices, name, getattr(x, "trainable", False))
         raise UnsupportedLayerError(
@@ -240,9 +241,13 @@ def _joined(axis: int) -> Row:
 def _slice(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any, start: Any, shape: Any = None) -> Any:
         shape = getattr(operation, "shape", None) if shape is None else shape
-        key = [slice(int(b), int(b) + int(n)) for b, n in zip(start, shape, strict=True)]
-        whole = key[0].start == 0 and shape[0] in (x.shape[0], None, -1)
-        return Slice.of(x, (slice(None) if whole else key[0], *key[1:]), name)
+        if start[0] != 0 or shape[0] not in (x.shape[0], -1):
+            raise UnsupportedLayerError(
+                f"Expected operation '{name}' to leave the batch axis alone. Received: start="
+                f"{start}, shape={shape}."
+            )
+        parts = zip(start[1:], shape[1:], strict=True)
+        return Slice.of(x, (slice(None), *(slice(int(b), int(b) + int(n)) for b, n in parts)), name)
 
     return call
 

@@ -72,14 +72,14 @@ _NORMALIZING = (
 _ATTENDING = ("RESHAPE", "TRANSPOSE", "BATCH_MATMUL", "SOFTMAX")
 _STEPS = ("RESHAPE", "STRIDED_SLICE", "CONCATENATION")
 # Image augmentation: in inference these hand images on as they are.
-_AUGMENTING = [
+AUGMENTING = [
     getattr(layers, name)
     for name in (
         "AugMix CutMix MixUp RandAugment RandomBrightness RandomColorDegeneration "
         "RandomColorJitter RandomContrast RandomElasticTransform RandomErasing RandomFlip "
         "RandomGaussianBlur RandomGrayscale RandomHue RandomInvert RandomPerspective "
-        "RandomPosterization RandomRotation RandomSaturation RandomSharpness RandomShear RandomTranslation RandomZoom "
-        "Solarization"
+        "RandomPosterization RandomRotation RandomSaturation RandomSharpness RandomShear "
+        "RandomTranslation RandomZoom Solarization"
     ).split()
 ]
 _LOGICAL = ("and", "or", "not")
@@ -267,11 +267,10 @@ LAYERS: dict[type, LayerRule] = {
     DepthToSpace: _same("DEPTH_TO_SPACE"),
     SpaceToDepth: _same("SPACE_TO_DEPTH"),
     Select: _same("SELECT_V2"),
-    WithConstant: _own("ADD", "MUL", weights={"value": None}, takes_clamp=True),
     Matmul: _own("BATCH_MATMUL"),
     ReciprocalSquareRoot: _own(table=True),
     ChannelAffine: _affine(),
-    **dict.fromkeys(_AUGMENTING, _VANISHES),
+    **dict.fromkeys(AUGMENTING, _VANISHES),
     layers.Identity: _VANISHES,
     layers.Dropout: _VANISHES,
     layers.SpatialDropout1D: _VANISHES,
@@ -286,6 +285,8 @@ LAYERS: dict[type, LayerRule] = {
 
 # Layers that are functions by name: the class, and the function's name.
 KINDS: dict[tuple[type, str], LayerRule] = {
+    (WithConstant, "add"): _own("ADD", weights={"value": None}, takes_clamp=True),
+    (WithConstant, "multiply"): _own("MUL", weights={"value": None}, takes_clamp=True),
     (Reduce, "mean"): _own("MEAN"),
     (Reduce, "max"): _same("REDUCE_MAX"),
     (Reduce, "min"): _same("REDUCE_MIN"),

@@ -13,7 +13,8 @@ from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 from tflite_export.lowering import lower
 from tflite_export.markers import new_operator
-from tflite_export.quantizing import quantization, quantize
+from tflite_export.packing import quantization
+from tflite_export.quantizing import quantize
 from tflite_export.targets import check_target, computed, runtimes_of
 
 IO_TYPES = {"int8": "INT8", "uint8": "UINT8", "float32": "FLOAT32"}

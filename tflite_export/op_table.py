@@ -7,6 +7,7 @@ Sources: the TFLite 8-bit quantization specification
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 LITERT = frozenset({"litert_reference", "litert_builtin", "litert"})
@@ -32,6 +33,7 @@ class OpRule:
         int4_per_tensor: the same for weights with one scale.
         int4_version: lowest version of the operator that does.
         least_input_scale: the input's scale must exceed it, or the kernel ends the process.
+        input_scale_below: the inputs' scales must lie below it, for the same reason.
         runtimes: the runtimes that have the int8 kernel.
     """
 
@@ -48,6 +50,7 @@ class OpRule:
     int4_per_tensor: frozenset[str] = frozenset()
     int4_version: int = 1
     least_input_scale: float = 0.0
+    input_scale_below: float = math.inf
     runtimes: frozenset[str] = ALL
 
 
@@ -132,7 +135,7 @@ OP_TABLE: dict[str, OpRule] = {
     "REDUCE_PROD": _own(activations=(0,), runtimes=LITERT),
     "ARG_MAX": _none(2, activations=(0,)),
     "ARG_MIN": _none(2, activations=(0,)),
-    **{name: _none(2) for name in _COMPARISONS},
+    **{name: _none(2, input_scale_below=1.0) for name in _COMPARISONS},
     "QUANTIZE": _own(1),
     "DEQUANTIZE": _own(2),
 }

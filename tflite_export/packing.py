@@ -1,10 +1,14 @@
 """Weights and biases in the file's layout."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
 
+from kqat.errors import LoweringError
 from kqat.folding import FrozenWeight
+from kqat.marking import Site
 
 # Half of int32's range: the kernel adds the products to the bias in int32.
 BIAS_LIMIT = 2.0**30
@@ -80,3 +84,35 @@ def pack_int4(integers: np.ndarray) -> np.ndarray:
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
     return flat[0::2] | (flat[1::2] << 4)
+
+
+def constant_on_grid(data: np.ndarray, site: Site | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """Integers, scale and zero point of a constant in an activation's place.
+
+    Args:
+        data: its float32 values.
+        site: the grid that it must have; `None`: it is one number that values are compared with,
+            and has a grid of its own.
+
+    Raises:
+        LoweringError: if the number is too large for a comparison's kernel.
+    """
+    if site is not None:
+        return site.integers(data), np.asarray(site.scale), site.zero_point
+    size = float(np.abs(data).max())
+    if size >= 127.0:
+        raise LoweringError(
+            f"Expected numbers below 127 to compare with, which int8 kernels take. Received: "
+            f"{size:.3g}. Scale both sides down."
+        )
+    scale = np.float32(size / 127.0 or 2.0**-7)
+    return np.rint(data / scale), np.asarray(scale), 0
+
+
+def quantization(scale: Any, zero_point: Any, axis: int) -> schema.QuantizationParametersT:
+    """Quantization parameters as the schema has them."""
+    params = schema.QuantizationParametersT()
+    params.scale = np.asarray(scale, np.float32).reshape(-1)
+    params.zeroPoint = np.asarray(zero_point, np.int64).reshape(-1)
+    params.quantizedDimension = axis
+    return params

@@ -27,7 +27,7 @@ from tflite_export.markers import (
     take_markers,
 )
 from tflite_export.op_table import ALL, OP_TABLE, OpRule
-from tflite_export.packing import Weights, fit_bias, pack_int4
+from tflite_export.packing import Weights, constant_on_grid, fit_bias, pack_int4, quantization
 
 _MOVES = ("RESHAPE", "TRANSPOSE")  # the converter may carry markers across these
 
@@ -97,6 +97,9 @@ class _IntegerPass:
         chosen = range(len(operator.inputs)) if rule.activations is None else rule.activations
         inputs = [int(operator.inputs[i]) for i in chosen]
         return [t for t in inputs if t >= 0 and self._is_quantity(t) and not self._is_constant(t)]
+
+    def _is_unmarked(self, tensor: int) -> bool:
+        return self._is_quantity(tensor) and tensor not in self.labels.sites
 
     def _is_quantity(self, tensor: int) -> bool:
         """Whether it was a float: no index, shape or truth value."""
@@ -180,8 +183,7 @@ class _IntegerPass:
     def find_floats(self) -> None:
         """Tells the operators that compute on floats: those that a float reaches."""
         floats = self.labels.floats
-        inputs = [int(t) for t in self.graph.inputs if self._is_quantity(int(t))]
-        floats.update(t for t in inputs if t not in self.labels.sites)
+        floats.update(t for t in map(int, self.graph.inputs) if self._is_unmarked(t))
         for operator in self.graph.operators:
             name = flatbuffer.op_name(self.model, operator)
             if not any(self._is_quantity(int(t)) for t in [*operator.inputs, *operator.outputs]):
@@ -235,8 +237,9 @@ class _IntegerPass:
 
     def _check_labels(self, operator: OperatorT, rule: OpRule, name: str) -> None:
         sites = self.labels.sites
-        written = [] if rule.scales == "none" else list(map(int, operator.outputs))
-        tensors = [*self._activations(operator, rule), *written]
+        read = self._activations(operator, rule)
+        written = [] if rule.scales == "none" else [int(operator.outputs[0])]
+        tensors = [*read, *written]
         for tensor in tensors:
             if tensor not in sites:
                 raise LoweringError(
@@ -244,7 +247,12 @@ class _IntegerPass:
                     "reads or writes, without a marker: the converter split a layer in a way that "
                     "the registry does not know. Leave the layer float and report this."
                 )
-        for tensor in tensors[:-1]:
+        for tensor in read:
+            if sites[tensor].scale >= rule.input_scale_below:
+                raise LoweringError(
+                    f"Expected a scale below {rule.input_scale_below} into {name}. Received: "
+                    f"{sites[tensor].scale} for '{sites[tensor].name}'. Scale it down."
+                )
             if sites[tensor].scale <= rule.least_input_scale:
                 raise LoweringError(
                     f"Expected a scale above {rule.least_input_scale:.3g} into {name}. Received: "
@@ -274,18 +282,13 @@ class _IntegerPass:
             data = flatbuffer.tensor_data(self.model, tensor)
             if data is None or data.dtype != np.float32:
                 continue
-            scale: Any
-            if rule.scales == "same":
-                # As GATHER's table: what is handed on has the output's grid.
-                site = self.labels.sites[int(operator.outputs[0])]
-                integers, scale, zero = site.integers(data), site.scale, site.zero_point
-            elif rule.scales == "none":
-                # A number that is compared with.
-                scale, zero = np.abs(data).max() / np.float32(127) or np.float32(1), 0
-                integers = np.rint(data / scale)
-            else:
+            if rule.scales == "own":
                 frozen = self._frozen(data, tensor, 1)
                 integers, scale, zero = frozen.integers.reshape(data.shape), frozen.scale, 0
+            else:
+                # As GATHER's table: what is handed on has the output's grid.
+                site = self.labels.sites.get(int(operator.outputs[0]))
+                integers, scale, zero = constant_on_grid(data, site)
             index = self._add(tensor, integers.astype(np.int8), np.reshape(scale, -1), 0, zero)
             operator.inputs[position] = index
 
@@ -392,12 +395,3 @@ class _IntegerPass:
         batch_size = flatbuffer.tensor_shape(self.graph.tensors[int(self.graph.inputs[0])])[0]
         full = (batch_size, *site.shape)
         return shape in (full, (math.prod(full[:-1]), *full[-1:]))
-
-
-def quantization(scale: Any, zero_point: Any, axis: int) -> schema.QuantizationParametersT:
-    """Quantization parameters as the schema has them."""
-    params = schema.QuantizationParametersT()
-    params.scale = np.asarray(scale, np.float32).reshape(-1)
-    params.zeroPoint = np.asarray(zero_point, np.int64).reshape(-1)
-    params.quantizedDimension = axis
-    return params

@@ -50,7 +50,7 @@ def check_target(frozen: FrozenModel, name: str) -> None:
             if not is_marker(node.layer, "fence"):
                 integers.update(node.outputs)
             continue
-        if not node.inputs or not integers.issuperset(node.inputs):
+        if not node.inputs or not all(ref.counts or ref in integers for ref in node.inputs):
             continue
         # A layer may stand between two markers with others, all of them integer.
         integers.update(node.outputs)

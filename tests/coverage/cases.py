@@ -7,6 +7,11 @@ from typing import Any
 import keras
 import numpy as np
 
+from kqat.opening import open_model
+
+# Inputs of whole numbers count below this.
+INDEXES = 10
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
@@ -48,19 +53,26 @@ def ends(model: keras.Model) -> tuple[Any, Any]:
     # A Sequential model, which has one of each, was never called and so has no `input`.
     if isinstance(model, keras.Sequential):
         return model.inputs[0], model.outputs[0]
-    return model.input, model.output
+    opened = open_model(model)
+    return opened.input, opened.output
 
 
 def inputs_of(model: keras.Model, samples: int, seed: int = 0) -> Any:
     """Random values for the model's inputs, in its input structure."""
     rng = np.random.default_rng(seed)
-    return keras.tree.map_structure(
-        lambda t: rng.normal(scale=3, size=(samples, *t.shape[1:])).astype(np.float32),
-        ends(model)[0],
-    )
+
+    def values(tensor: Any) -> np.ndarray:
+        size = (samples, *tensor.shape[1:])
+        if str(tensor.dtype) == "int32":
+            return rng.integers(0, INDEXES, size=size).astype(np.int32)
+        return rng.normal(scale=3, size=size).astype(np.float32)
+
+    return keras.tree.map_structure(values, ends(model)[0])
 
 
-def functional(shape: tuple[int, ...], call: Callable[[Any], Any]) -> keras.Model:
+def functional(
+    shape: tuple[int, ...], call: Callable[[Any], Any], dtype: str = "float32"
+) -> keras.Model:
     """The model of one input `x` that computes `call(x)`."""
-    x = keras.Input(shape, name="x")
+    x = keras.Input(shape, dtype=dtype, name="x")
     return keras.Model(x, call(x), name="net")

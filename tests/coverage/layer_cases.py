@@ -5,7 +5,7 @@ from typing import Any
 
 from keras import layers as L
 
-from kqat.primitives import ChannelAffine, Matmul, Mean, ReciprocalSquareRoot, Slice
+from kqat.primitives import ChannelAffine, Matmul, ReciprocalSquareRoot, Slice
 from tests.coverage.cases import Case, functional
 
 VECTOR, ROWS, IMAGE, VOLUME = (8,), (8, 3), (8, 8, 3), (4, 6, 8, 3)
@@ -386,7 +386,6 @@ COMPOSITE = (
         FULLY_CONNECTED=4,
         **_ATTENTION,
     ),
-    _one("mean", (5, 8), lambda x: Mean(-1)(x), MEAN=1),
     _one("matmul", (5, 8), _product, BATCH_MATMUL=1, FULLY_CONNECTED=1, TRANSPOSE=1),
     _one("rsqrt", VECTOR, lambda x: ReciprocalSquareRoot()(L.ReLU()(x)), RELU=1, **TABLE),
     _one("channel_affine", IMAGE, lambda x: ChannelAffine()(x), DEPTHWISE_CONV_2D=1),
