@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from kqat.elementwise import Elementwise
 from kqat.errors import ModelError, UnsupportedLayerError
 
 Decomposed = Callable[..., Any]
@@ -156,17 +157,18 @@ def separable(layer: Any, name: str) -> Decomposed:
 
 
 def relu(layer: Any, name: str) -> Decomposed | None:
-    """`ReLU` as one of the clamps that integer kernels fuse, or as `LeakyReLU`."""
+    """`ReLU` as one of the clamps that integer kernels fuse, as `LeakyReLU`, or as a table."""
     slope, top, threshold = layer.negative_slope, layer.max_value, layer.threshold
     if not slope and not threshold and top in (None, 6):
         return layers.Activation("relu6" if top == 6 else "relu", name=name)
     if slope and not threshold and top is None:
         return layers.LeakyReLU(negative_slope=slope, name=name)
-    raise UnsupportedLayerError(
-        f"Expected max_value None or 6 and threshold 0, or a negative_slope alone, in layer "
-        f"'{name}' of type ReLU. Received: negative_slope={slope}, max_value={top}, "
-        f"threshold={threshold}. Use ReLU(6.0) or LeakyReLU."
-    )
+    return Elementwise.of(layer.call, name=name)
+
+
+def elu(layer: Any, name: str) -> Decomposed | None:
+    """`ELU`, whose kernel knows alpha = 1 alone; with another as a table."""
+    return None if layer.alpha == 1.0 else Elementwise.of(layer.call, name=name)
 
 
 def silu(layer: Any, name: str) -> Decomposed:

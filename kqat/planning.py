@@ -13,11 +13,12 @@ import keras
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import PolicyError
 from kqat.expanding import expand
-from kqat.quantizers import Fixed, MovingAverage, RangeMethod
+from kqat.quantizers import Fixed, MaxAbs, MovingAverage, RangeMethod
 from kqat.registry import LayerRule, Output, row_for, stays_whole
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
 from kqat.spec import QuantSpec
 from kqat.tracing import Graph, Node, Ref
+from kqat.weight_grids import resolve_weights
 
 
 def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
@@ -378,46 +379,3 @@ class _Planner:
             return "requantized: the kernel's fixed scale meets a group with another"
         rule = self.rules[node]
         return rule.output.value if rule else ""
-
-
-def resolve_weights(node: Node, rule: LayerRule, config: QuantizeConfig) -> dict[str, QuantSpec]:
-    """The grid of each weight of a layer, with concrete axes.
-
-    Raises:
-        PolicyError: if the config names no such variable, leaves one out, or asks for scales
-            along axes for which integer kernels have none.
-    """
-    if not rule.weights:
-        return {}
-    asked = dict(config.weight_items())
-    if "*" in asked:
-        asked = dict.fromkeys(rule.weights, asked["*"])
-    if set(asked) != set(rule.weights):
-        raise PolicyError(
-            f"Expected grids for the weights {sorted(rule.weights)} of layer '{node.name}' of type "
-            f"{type(node.layer).__name__}. Received: {sorted(asked)}. A layer with float weights "
-            "cannot compute on integers; to leave it float give None as its config."
-        )
-    resolved = {}
-    for name, spec in asked.items():
-        axes = rule.weights[name]
-        if spec.axis == "channel":
-            spec = dataclasses.replace(spec, axis=axes)
-        elif spec.axis is not None:
-            given = spec.axis if isinstance(spec.axis, tuple) else (spec.axis,)
-            _check_axes(node, name, given, axes)
-            spec = dataclasses.replace(spec, axis=axes)
-        if spec.bits < 8 or not rule.table_of_rows:
-            resolved[name] = spec
-    return resolved
-
-
-def _check_axes(
-    node: Node, name: str, given: tuple[int, ...], axes: tuple[int, ...] | None
-) -> None:
-    rank = len(getattr(node.layer, name).shape)
-    if axes is None or {a % rank for a in given} != {a % rank for a in axes}:
-        raise PolicyError(
-            f"Expected scales of '{name}' of layer '{node.name}' per tensor or along axes {axes}, "
-            f"where integer kernels have them. Received: axes {given}. Use axis='channel'."
-        )

@@ -158,7 +158,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.Rescaling: _affine(),
     layers.ReLU: _own("RELU", "LEAKY_RELU", decompose=decompositions.relu),
     layers.LeakyReLU: _own("LEAKY_RELU"),
-    layers.ELU: _own("ELU", refuse=rules.plain_elu),
+    layers.ELU: _own("ELU", decompose=decompositions.elu),
     layers.PReLU: _own("PRELU", weights={"alpha": None}),
     layers.Softmax: dataclasses.replace(ACTIVATIONS["softmax"], refuse=rules.softmax),
     layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", **_POOL),

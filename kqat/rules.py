@@ -74,13 +74,6 @@ def last_axis(layer: Any) -> str | None:
     return None
 
 
-def plain_elu(layer: Any) -> str | None:
-    """Refuses an alpha other than 1."""
-    if layer.alpha != 1.0:
-        return f"alpha={layer.alpha} has no TFLite kernel; use alpha=1, or LeakyReLU"
-    return None
-
-
 def not_dilated(layer: Any) -> str | None:
     """Refuses dilation, and channels first."""
     if any(rate != 1 for rate in layer.dilation_rate):

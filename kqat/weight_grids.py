@@ -38,7 +38,8 @@ def resolve_weights(
             given = spec.axis if isinstance(spec.axis, tuple) else (spec.axis,)
             _check_axes(f"'{name}' of layer '{layer_name}'", getattr(layer, name), given, axes)
             spec = dataclasses.replace(spec, axis=axes)
-        resolved[name] = spec
+        if spec.bits < 8 or not rule.table_of_rows:
+            resolved[name] = spec
     return resolved
 
 

@@ -19,8 +19,8 @@ ROOMS = {
         "elementwise", "marking", "decompositions", "encoding", "products", "attention",
         "normalization", "sequences", "refusals", "rules", "registry", "operands", "reducing",
         "rearranging", "networks", "operations", "opening", "tracing", "expanding", "reporting",
-        "planning", "layers", "wrapping", "calibration", "schedule", "folding", "freezing",
-        "algorithms", "interop", "api", "annotating", "__init__", "cli",
+        "weight_grids", "planning", "layers", "wrapping", "calibration", "schedule", "folding",
+        "freezing", "algorithms", "interop", "api", "annotating", "__init__", "cli",
     ),
     "tflite_export": (
         "sharing", "flatbuffer", "op_table", "lowering", "markers", "packing", "lookup",

@@ -30,9 +30,7 @@ def _operation(function: str) -> str:
 
 
 def test_every_layer_has_a_row_or_a_reason() -> None:
-    classes = {
-        value.__name__ for value in _public(keras.layers).values() if inspect.isclass(value)
-    }
+    classes = {value.__name__ for value in _public(keras.layers).values() if inspect.isclass(value)}
     rows = {cls.__name__ for cls in LAYERS} | BESIDE
     assert classes - rows - set(LAYER_REASONS) == set()
     assert rows & set(LAYER_REASONS) == set()
