@@ -35,11 +35,11 @@ def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph
         UnsupportedLayerError: if the registry has no row for a layer.
     """
     kept = {node.name for node in graph.nodes if keep(node)}
-    expanded, origins = _expand_once(graph, kept, name)
+    expanded, origins = _expand_once(graph, kept, name, {})
     # A part may be composite itself, as the activation of Dense(activation="silu").
     while any(_is_composite(n, origins[n.layer.name], kept) for n in expanded.nodes):
         still = {n.name for n in expanded.nodes if origins[n.layer.name] in kept}
-        further, parts = _expand_once(expanded, still, name)
+        further, parts = _expand_once(expanded, still, name, origins)
         layer_names = {node.name: node.layer.name for node in expanded.nodes}
         origins = {part: origins[layer_names[node]] for part, node in parts.items()}
         expanded = further
@@ -57,11 +57,11 @@ def _simpler(node: Node, origin: str) -> Callable[..., Any] | None:
         return as_layers(layer, node.name)
     rule = rule_for(layer, origin)
     if rule.opens:
-        return _opened_function(node) if rule.table else _opened_layer(node)
+        return _opened_function(node, origin) if rule.table else _opened_layer(node, origin)
     return rule.decompose(layer, node.name) if rule.decompose else None
 
 
-def _opened_function(node: Node) -> Callable[..., Any] | None:
+def _opened_function(node: Node, origin: str) -> Callable[..., Any] | None:
     """A function of the user's as one table, as its parts, or (`None`) as it is, for a table.
 
     Raises:
@@ -79,14 +79,15 @@ def _opened_function(node: Node) -> Callable[..., Any] | None:
             return None
         raise UnsupportedLayerError(
             f"Expected a function of each number alone, or one made of keras.ops. Received: layer "
-            f"'{name}' of type {type(layer).__name__}, which is neither. {error}"
+            f"'{origin}' of type {type(layer).__name__}, which is neither. {error} To do that use "
+            f"policy={{'{origin}': None}}."
         ) from error
     if elementwise and len(graph.nodes) > 1:
         return Elementwise.of(layer.call, name=name)
     return _inlined(graph, name)
 
 
-def _opened_layer(node: Node) -> Callable[..., Any]:
+def _opened_layer(node: Node, origin: str) -> Callable[..., Any]:
     """A custom layer as its parts, which are copies."""
     layer, name = node.layer, node.name
 
@@ -98,8 +99,9 @@ def _opened_layer(node: Node) -> Callable[..., Any]:
             graph = trace_call(copy, args, kwargs, name)
         except ModelError as error:
             raise UnsupportedLayerError(
-                f"{error} Or name its weights: policy={{'{name}': kqat.QuantizeConfig(weights="
-                "{'kernel': kqat.QuantSpec(...)})}."
+                f"Received: layer '{origin}' of type {type(layer).__name__}. Leave it float with "
+                f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
+                f"describe it with kqat.register_layer. {error}"
             ) from error
         return _inlined(graph, name)(*args, **kwargs)
 
@@ -126,7 +128,10 @@ def _inlined(graph: Graph, name: str) -> Callable[..., Any]:
     return run
 
 
-def _expand_once(graph: Graph, kept: set[str], name: str) -> tuple[Graph, dict[str, str]]:
+def _expand_once(
+    graph: Graph, kept: set[str], name: str, users: dict[str, str]
+) -> tuple[Graph, dict[str, str]]:
+    """One round; `users` maps names of layers to those of the user's layers that they are of."""
     copies: dict[int, Callable[..., Any]] = {}
     origins: dict[str, str] = {}
     taken = {*graph.input_names, *(node.name for node in graph.nodes)}
@@ -136,7 +141,8 @@ def _expand_once(graph: Graph, kept: set[str], name: str) -> tuple[Graph, dict[s
         # Calls of one layer share its weights; a layer without any is made anew for each call.
         key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
         if key not in copies:
-            copies[key] = _simplify(node, node.name in kept)
+            user = users.get(getattr(node.layer, "name", node.name), node.name)
+            copies[key] = _simplify(node, user, node.name in kept)
         outputs = copies[key](*args, **kwargs)
         for operation in _operations_between((args, kwargs), outputs):
             new = id(operation) not in known and operation is not node.layer
@@ -156,6 +162,6 @@ def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
     return [op for op in function.operations if not isinstance(op, keras.layers.InputLayer)]
 
 
-def _simplify(node: Node, keep: bool) -> Callable[..., Any]:
-    simpler = None if keep else _simpler(node, node.name)
+def _simplify(node: Node, origin: str, keep: bool) -> Callable[..., Any]:
+    simpler = None if keep else _simpler(node, origin)
     return duplicate(node.layer, node.name) if simpler is None else simpler

@@ -95,8 +95,8 @@ def open_call(layer: Any, args: Any, kwargs: Any) -> Opened:
         raise ModelError(
             f"Expected a call made of layers and keras.ops that runs on symbolic tensors. "
             f"Received: '{layer.name}' of type {type(layer).__name__}, where {_where(error)}: "
-            f"{error} Use keras.ops.where or keras.ops.cond in place of Python's control flow, "
-            "or leave the layer float."
+            f"{str(error).strip().splitlines()[0]} Use keras.ops throughout, and keras.ops.where "
+            "in place of Python's control flow on values."
         ) from error
     tensors = [t for t in keras.tree.flatten((args, kwargs)) if isinstance(t, keras.KerasTensor)]
     flat = keras.tree.flatten(output)

@@ -207,22 +207,6 @@ def _blocks(kind: type) -> Row:
     return row
 
 
-def _broadcast_to(operation: Any, name: str) -> Callable[..., Any]:
-    def call(x: Any) -> Any:
-        shape = tuple(operation.shape)
-        if len(shape) != len(x.shape) or shape[0] != x.shape[0]:
-            raise UnsupportedLayerError(
-                f"Expected operation '{name}' to leave the batch axis alone. Received: {x.shape} "
-                f"-> {shape}. Broadcasting operators need no copies."
-            )
-        axes = [i for i, size in enumerate(shape) if size != x.shape[i]]
-        for axis in axes:
-            x = Take([0] * shape[axis], axis, name=name if axis == axes[-1] else None)(x)
-        return x if axes else layers.Identity(name=name)(x)
-
-    return call
-
-
 def _triangle(keep: Callable[..., np.ndarray]) -> Row:
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any) -> Any:
@@ -236,20 +220,6 @@ def _triangle(keep: Callable[..., np.ndarray]) -> Row:
 
 def _joined(axis: int) -> Row:
     return lambda operation, name: layers.Concatenate(axis=axis, name=name)
-
-
-def _slice(operation: Any, name: str) -> Callable[..., Any]:
-    def call(x: Any, start: Any, shape: Any = None) -> Any:
-        shape = getattr(operation, "shape", None) if shape is None else shape
-        if start[0] != 0 or shape[0] not in (x.shape[0], -1):
-            raise UnsupportedLayerError(
-                f"Expected operation '{name}' to leave the batch axis alone. Received: start="
-                f"{start}, shape={shape}."
-            )
-        parts = zip(start[1:], shape[1:], strict=True)
-        return Slice.of(x, (slice(None), *(slice(int(b), int(b) + int(n)) for b, n in parts)), name)
-
-    return call
 
 
 def _pad(operation: Any, name: str) -> Callable[..., Any]:
@@ -283,7 +253,7 @@ def _zeros_around(spatial: list[tuple[int, int]], name: str) -> Any:
 
 
 REARRANGING: dict[str, Row] = {
-    **dict.fromkeys(("Reshape", "Squeeze", "ExpandDims", "Ravel"), to_output_shape),
+    **dict.fromkeys(("Reshape", "Squeeze", "ExpandDims"), to_output_shape),
     "Transpose": permuted(_transposed),
     "Swapaxes": permuted(_swapped),
     "Moveaxis": permuted(_moved),
@@ -304,13 +274,11 @@ REARRANGING: dict[str, Row] = {
     "MultiHot": _multi_hot,
     "DepthToSpace": _blocks(DepthToSpace),
     "SpaceToDepth": _blocks(SpaceToDepth),
-    "BroadcastTo": _broadcast_to,
     "Tril": _triangle(np.tril),
     "Triu": _triangle(np.triu),
     "Hstack": _joined(1),
     "Dstack": _joined(2),
     "Append": lambda operation, name: lambda *x: _concatenate(operation, name)(list(x)),
     "Fliplr": lambda operation, name: lambda x: ops.flip(x, axis=1),
-    "Slice": _slice,
     "Pad": _pad,
 }

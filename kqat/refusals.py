@@ -125,7 +125,7 @@ OPERATION_REASONS: dict[str, str] = {
         ).split(),
         _BITS,
     ),
-    **dict.fromkeys("flipud meshgrid rot90 vander vdot vsplit vstack".split(), _BATCH),
+    **dict.fromkeys("broadcast_to flipud meshgrid ravel rot90 slice vander vdot vsplit vstack".split(), _BATCH),
     **dict.fromkeys(
         (
             "nonzero scatter scatter_update segment_max segment_min segment_prod segment_sum "
@@ -136,7 +136,7 @@ OPERATION_REASONS: dict[str, str] = {
     **dict.fromkeys(
         (
             "cdist conv_transpose cross cumprod diag diagflat diagonal diff divide_no_nan "
-            "extract_sequences fold isclose isin kron ldexp nextafter outer ptp rearrange select "
+            "extract_sequences fold heaviside hypot isclose isin kron ldexp nextafter outer ptp rearrange select "
             "sparsemax trace trapezoid unfold"
         ).split(),
         _COMPOSE,

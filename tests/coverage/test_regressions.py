@@ -120,11 +120,9 @@ def test_a_frozen_layer_keeps_its_weights_and_losses_come_out() -> None:
 @pytest.mark.parametrize(
     ("shape", "build", "message"),
     [
-        (VECTOR, lambda x: layers.ELU(0.5)(x), "alpha=0.5"),
-        (VECTOR, lambda x: layers.Dense(3, activation=layers.ReLU(3.0))(x), "max_value=3"),
         (IMAGE, lambda x: layers.Conv2DTranspose(3, 3, dilation_rate=2)(x), "dilation_rate"),
         (IMAGE, lambda x: ops.image.resize(x, (12, 12), antialias=True), "plain resizing"),
-        (IMAGE, lambda x: ops.mean(x), "all axes between batch and channels"),
+        (IMAGE, lambda x: ops.mean(x), "leave the batch axis alone"),
         ((4, 4, 4, 3), lambda x: layers.MaxPooling3D(data_format="channels_first")(x), "channels"),
     ],
 )

@@ -42,6 +42,10 @@ def _model(layer: Any, calls: int = 1) -> keras.Model:
         (layers.EinsumDense("abc,cd->abd", (None, 5), bias_axes="d"), 1),
         (layers.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="de", activation="relu"), 1),
         (layers.EinsumDense("...c,cd->...d", 5), 1),
+        (layers.EinsumDense("abc,cd->adb", (5, 6)), 1),
+        (layers.EinsumDense("abc,bd->adc", (4, 8), bias_axes="d"), 1),
+        (layers.GroupNormalization(4), 1),
+        (layers.GroupQueryAttention(4, 4, 2), 2),
         (layers.MultiHeadAttention(2, 4), 2),
         (layers.MultiHeadAttention(3, 4, value_dim=5, use_bias=False, output_shape=7), 3),
         (layers.MultiHeadAttention(2, 4, dropout=0.5), 2),
@@ -58,7 +62,7 @@ def test_parts_compute_what_the_layer_computes(layer: Any, calls: int) -> None:
     ("layer", "calls", "message"),
     [
         (layers.LayerNormalization(axis=1), 1, "over the last axis in layer 'layer_normalization"),
-        (layers.EinsumDense("abc,cd->adb", (5, 6)), 1, "matrix product over the input's last axes"),
+        (layers.EinsumDense("abc,bcd->abd", (6, 5)), 1, "matrix product for each sample in"),
     ],
 )
 def test_other_forms_are_refused_by_name(layer: Any, calls: int, message: str) -> None:
