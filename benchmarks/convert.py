@@ -20,7 +20,7 @@ import tensorflow as tf
 import kqat
 import tflite_export
 from benchmarks.networks import NETWORKS, Network, settle
-from benchmarks.timing import (
+from recipes.timing import (
     Measured,
     Seconds,
     as_json,

@@ -11,7 +11,7 @@ import tf_keras
 
 from benchmarks import convert, training_step
 from benchmarks.networks import NETWORKS
-from benchmarks.timing import Seconds, Spread, ratio, spread, take_turns
+from recipes.timing import Seconds, Spread, ratio, spread, take_turns
 from recipes.models import resnet8
 
 
