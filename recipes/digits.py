@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     qat.save(options.out / "digits.keras")
     kqat.plan(model).save(options.out / "plan.json")
     report.save(options.out / "report.json")
-    running.show(f"{len(test[0])} images", rows)
+    running.show(running.row_table(f"{len(test[0])} images", rows))
     running.explain(rows)
     print(f"\nWritten to {options.out}")
     return running.save_results(

@@ -38,7 +38,7 @@ import numpy as np
 
 import kqat
 import tflite_export
-from recipes import data, running
+from recipes import converter, data, running
 from recipes.models import digits_cnn
 from tflite_export import Report
 
@@ -172,7 +172,7 @@ def _fake() -> Case:
         calibration=x,
         inputs=x,
         labels=random.integers(0, 10, len(x)),
-        vendor=running.float_tflite(model),
+        vendor=converter.float_tflite(model),
     )
 
 

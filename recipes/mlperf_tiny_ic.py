@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     running.start(options)
     inputs = _fake() if options.smoke else _real(options.train_images)
     lossless = _post_training(inputs, options.out)
-    running.show(f"{len(inputs.lossless[0])} lossless images", lossless)
+    running.show(running.row_table(f"{len(inputs.lossless[0])} lossless images", lossless))
     jpeg = _fine_tuning(inputs, options)
-    running.show(f"{len(inputs.test[0])} JPEG images", jpeg)
+    running.show(running.row_table(f"{len(inputs.test[0])} JPEG images", jpeg))
     running.explain(jpeg)
     return running.save_results(
         options,

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 import kqat
+from tflite_export import flatbuffer
 
 # Small kernels carry few of the weights and much of the accuracy: stems and depthwise kernels.
 SMALLEST_KERNEL = 1000
@@ -52,6 +53,23 @@ def zeros_are_kept(sparse: keras.Model, later: keras.Model) -> bool:
     """Whether all that is zero in `sparse` is zero in `later`, made of it."""
     pairs = zip(kernels(sparse), kernels(later), strict=True)
     return all(not np.array(after)[np.array(before) == 0].any() for before, after in pairs)
+
+
+def zero_share_of_file(blob: bytes) -> float:
+    """Share of zeros among the weights of the same kernels in a `.tflite`, whatever made it."""
+    model = flatbuffer.read(blob)
+    zeros = elements = 0
+    for tensor in model.subgraphs[0].tensors:
+        shape = flatbuffer.tensor_shape(tensor)
+        values = flatbuffer.tensor_data(model, tensor)
+        # A depthwise kernel is (1, height, width, channels), any other has its filters in front.
+        if values is None or len(shape) < 2 or shape[0] == 1 or np.prod(shape) < SMALLEST_KERNEL:
+            continue
+        if values.ndim == 1:  # Two weights of four bits a byte.
+            values = np.stack([values & 15, values >> 4])
+        zeros += int((values == 0).sum())
+        elements += values.size
+    return zeros / elements
 
 
 class _Masked(keras.constraints.Constraint):

@@ -6,7 +6,6 @@ checkpoint holds, and a run that was killed goes on as if it had not been.
 """
 
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -148,9 +147,10 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def forget(folder: Path) -> None:
-    """Removes a folder of checkpoints and all that is in it, for training anew."""
-    shutil.rmtree(folder, ignore_errors=True)
+def drop_checkpoints(folder: Path) -> None:
+    """Removes the checkpoint of a training that is finished and whose model is saved."""
+    for path in folder.glob("epoch_*.weights.h5"):
+        path.unlink()
 
 
 class _Epochs(keras.utils.PyDataset):

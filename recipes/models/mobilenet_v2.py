@@ -33,6 +33,7 @@ def mobilenet_v2(
     *,
     width: float = 0.35,
     strides: tuple[int, ...] = STRIDES,
+    stages: tuple[tuple[int, int, int], ...] = STAGES,
     framework: ModuleType = keras,
 ) -> Any:
     """MobileNetV2 with `width` times the paper's channels, rounded to multiples of eight.
@@ -44,7 +45,7 @@ def mobilenet_v2(
     inputs = framework.Input(input_shape)
     x = build.conv_bn(inputs, _channels(STEM_CHANNELS, width), kernel_size=3, strides=strides[0])
     x = build.relu6(x)
-    for (expansion, filters, blocks), stride in zip(STAGES, strides[1:], strict=True):
+    for (expansion, filters, blocks), stride in zip(stages, strides[1:], strict=True):
         for block in range(blocks):
             x = build.inverted_residual(
                 x, _channels(filters, width), expansion, strides=stride if block == 0 else 1
@@ -74,9 +75,7 @@ class _Builder:
         y = x
         if expansion > 1:
             y = self.relu6(self.conv_bn(y, expansion * x.shape[-1]))
-        depthwise = self.layers.DepthwiseConv2D(
-            3, strides=strides, padding="same", use_bias=False
-        )
+        depthwise = self.layers.DepthwiseConv2D(3, strides=strides, padding="same", use_bias=False)
         y = self.relu6(self.layers.BatchNormalization()(depthwise(y)))
         y = self.conv_bn(y, filters)
         if strides == 1 and x.shape[-1] == filters:

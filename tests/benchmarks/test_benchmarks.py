@@ -11,8 +11,8 @@ import tf_keras
 
 from benchmarks import convert, training_step
 from benchmarks.networks import NETWORKS
-from recipes.timing import Seconds, Spread, ratio, spread, take_turns
 from recipes.models import resnet8
+from recipes.timing import Seconds, Spread, ratio, spread, take_turns
 
 
 def test_cases_take_turns_and_warm_up_does_not_count() -> None:
