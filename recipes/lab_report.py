@@ -1,2 +1,2 @@
-def html(r, t):
+def html(results: dict, tables: list) -> str:
     return ""

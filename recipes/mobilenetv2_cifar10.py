@@ -57,6 +57,9 @@ CONVERTER = "PTQ int8, TensorFlow"
 TFMOT = "QAT int8, tfmot"
 SMOKE_STAGES = 2
 LATENCY_ROUNDS = 60
+# What may be given as an option, and is otherwise this.
+USUAL = {"epochs": 10, "prune_epochs": 3, "qat_epochs": 3, "width": 0.35, "train_images": 50_000}
+SMALL = {"epochs": 1, "prune_epochs": 1, "qat_epochs": 1, "width": 0.1, "train_images": 32}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -157,7 +160,7 @@ class _Lab:
         self.train, test = _samples(options)
         self.batches = training.Batches(self.train, seed=options.seed)
         self.test = training.scaled(test[0]), test[1]
-        self.validation = tuple(part[:VALIDATION_SAMPLES] for part in self.test)
+        self.validation = self.test[0][:VALIDATION_SAMPLES], self.test[1][:VALIDATION_SAMPLES]
         self.calibration = training.scaled(self.train[0][:CALIBRATION_SAMPLES])
         self.rows: dict[str, dict[str, Any]] = {}
 
@@ -368,8 +371,8 @@ def _samples(options: argparse.Namespace) -> tuple[Samples, Samples]:
     if options.smoke:
         random = np.random.default_rng(0)
         images = random.integers(0, 256, (options.train_images, 32, 32, 3)).astype(np.uint8)
-        noise = images, random.integers(0, 10, options.train_images)
-        return noise, tuple(part[:32] for part in noise)
+        labels = random.integers(0, 10, options.train_images)
+        return (images, labels), (images[:32], labels[:32])
     x, y = data.cifar10_jpeg("train", count=options.train_images)
     x_test, y_test = data.cifar10_jpeg("test")
     return (x.astype(np.uint8), y), (x_test.astype(np.uint8), y_test)

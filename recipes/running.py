@@ -147,7 +147,7 @@ class Table(NamedTuple):
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def row_table(title: str, rows: Iterable[Row]) -> Table:
