@@ -80,16 +80,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         options,
         "mobilenetv2_cifar10",
         {
-            "parameters": {FLOAT: sparse.count_params(), "width 1": _full_size(lab.network)},
+            "parameters": {"narrow": sparse.count_params(), "full": _full_size(lab.network)},
             "test_images": len(lab.test[1]),
             "rows": lab.rows,
             "latency": lab.latency(),
             "history": lab.history(),
         },
     )
-    for shown in tables(results):
-        running.show(shown)
-    print(LEGEND)
+    running.show(tables(results))
     write_file(options.out / "report.html", lab_report.html(results, tables(results)).encode())
     print(f"\nWritten to {options.out}; report.html explains it")
     return results
@@ -115,11 +113,13 @@ def tables(results: dict[str, Any]) -> list[Table]:
             f"Accuracy on {results['test_images']:,} test images",
             ("", "accuracy", "gap", "zeros", "epochs", "minutes", "lockstep"),
             [_accuracy_cells(name, row, rows[SPARSE]) for name, row in rows.items()],
+            LEGEND,
         ),
         Table(
             "Size and speed of the files",
             ("", "bytes", "zipped", "arena bytes", "latency"),
             [_size_cells(name, row, latency[name]) for name, row in rows.items()],
+            LEGEND,
         ),
     ]
 
@@ -205,10 +205,7 @@ class _Lab:
         model = calibrated()
         self.measure(name, lambda: tflite_export.convert(model), model)
         name, epochs = f"QAT {policy}", self.options.qat_epochs
-        # In the second half ranges and statistics hold still, so it trains the very numbers that
-        # ship.
-        half = epochs // 2
-        freezing = [kqat.FreezeObservers(half), kqat.FreezeBatchNorm(half)]
+        freezing = training.freezing(epochs)
         model = self.trained(name, calibrated, epochs, TUNING_LEARNING_RATE, freezing)
         self._check_zeros(sparse, model)
         self.measure(name, lambda: tflite_export.convert(model), model)
@@ -325,7 +322,6 @@ class _Lab:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = running.parser(__doc__, out="out/mobilenetv2_cifar10")
-    parser.add_argument("--data", type=Path, help="folder of data/ and models/ (else KQAT_DATA)")
     parser.add_argument("--epochs", type=int, help="in float (default 10)")
     parser.add_argument("--prune-epochs", type=int, help="after pruning (default 3)")
     parser.add_argument("--qat-epochs", type=int, help="of each QAT, and the control (default 3)")

@@ -56,12 +56,18 @@ class Row:
     top1_agreement: float | None = None
 
 
-def parser(description: str | None, *, out: str) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, *, out: str, reads_data: bool = True
+) -> argparse.ArgumentParser:
     """The options of every recipe; `description` is its docstring, `out` its default folder."""
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--out", type=Path, default=Path(out), help="folder for what is written")
+    if reads_data:
+        options.add_argument(
+            "--data", type=Path, help="folder of data/ and models/ (else KQAT_DATA)"
+        )
     options.add_argument("--seed", type=int, default=0, help="of weights and batch order")
     options.add_argument("--smoke", action="store_true", help="one step on made-up data")
     return options
@@ -142,17 +148,27 @@ def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(outputs.argmax(-1) == labels))
 
 
+def sqnr_db(expected: np.ndarray, found: np.ndarray) -> float:
+    """Signal-to-noise ratio of `found` against `expected`, of one shape, in dB."""
+    noise = np.sum(np.square(expected - found), dtype=np.float64)
+    signal = np.sum(np.square(expected), dtype=np.float64)
+    return float(10 * np.log10(signal / noise))
+
+
 class Table(NamedTuple):
-    """A table of text: what is printed, and what RESULTS.md holds."""
+    """A table of text: what is printed, and what RESULTS.md holds; `legend` explains it."""
 
     title: str
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+    legend: str = ""
 
 
-def row_table(title: str, rows: Iterable[Row]) -> Table:
-    """The rows as text."""
+def row_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Name -> `Row`, as results.json holds them, as text."""
     header = ("", "accuracy", "file bytes", "arena bytes", "lockstep", "agreement")
+    read = [Row(**row) for row in rows.values()]
+    runtimes = dict.fromkeys(name for row in read for name in row.lockstep_steps or ())
     cells = [
         (
             row.name,
@@ -162,20 +178,23 @@ def row_table(title: str, rows: Iterable[Row]) -> Table:
             "-" if row.lockstep_steps is None else steps(max(row.lockstep_steps.values())),
             percent(row.top1_agreement),
         )
-        for row in rows
+        for row in read
     ]
-    return Table(title, header, cells)
+    return Table(title, header, cells, LEGEND.format(runtimes=", ".join(runtimes)))
 
 
-def show(shown: Table) -> None:
-    """Prints a table under its title."""
-    print(f"\n{shown.title}\n{table(shown.header, shown.rows)}\n")
+def show(tables: Iterable[Table]) -> None:
+    """Prints tables, each under its title, and how to read them."""
+    shown = list(tables)
+    for one in shown:
+        print(f"\n{one.title}\n{table(one.header, one.rows)}\n")
+    for legend in dict.fromkeys(one.legend for one in shown if one.legend):
+        print(legend)
 
 
-def explain(rows: Sequence[Row]) -> None:
-    """Prints how to read what `show` printed."""
-    runtimes = dict.fromkeys(name for row in rows for name in row.lockstep_steps or ())
-    print(LEGEND.format(runtimes=", ".join(runtimes)))
+def as_json(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Name -> the row, as plain JSON types."""
+    return {row.name: dataclasses.asdict(row) for row in rows}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with np.load(request["samples"]) as file:
         batches = Batches((file["images"], file["labels"]), seed=request["seed"])
     _train(qat, batches, folder, request["epochs"], request["learning_rate"])
-    write_file(folder / "model.tflite", _converted(qat))
+    write_file(folder / "model.tflite", convert(qat))
 
 
 def _quantized(model: Any) -> Any:
@@ -97,8 +97,8 @@ def _stream(batches: Batches, first: int, epochs: int) -> Iterator[Samples]:
             yield batches.batch(epoch, index)
 
 
-def _converted(model: Any) -> bytes:
-    """As tfmot's guide converts, with integers at both ends."""
+def convert(model: Any) -> bytes:
+    """A trained model of tfmot's as its guide converts it, with integers at both ends."""
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.inference_input_type = converter.inference_output_type = tf.int8

@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
+import kqat
 from kqat.saving import write_file
 from recipes.data import Samples
 
@@ -114,10 +115,7 @@ def train(
 
     Adam; the learning rate falls to zero along a cosine.
     """
-    rate = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * len(batches))
-    model.compile(
-        keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"]
-    )
+    _compile(model, epochs * len(batches), learning_rate)
     checkpoints = Checkpoints(folder)
     done = checkpoints.restore(model)
     if done < epochs:
@@ -132,6 +130,39 @@ def train(
             callbacks=[told, *callbacks, checkpoints],
             verbose=1 if sys.stdout.isatty() else 2,
         )
+
+
+def fit(
+    model: keras.Model,
+    samples: Samples,
+    epochs: int,
+    learning_rate: float,
+    *,
+    batch_size: int,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    shuffle: bool = True,
+) -> None:
+    """Trains `model` as `train` does, on samples as they are, from the start."""
+    x, y = samples
+    _compile(model, epochs * -(-len(x) // batch_size), learning_rate)
+    print(f"Training '{model.name}'", flush=True)
+    model.fit(
+        x,
+        y,
+        batch_size=batch_size,
+        epochs=epochs,
+        shuffle=shuffle,
+        callbacks=list(callbacks),
+        verbose=2,
+    )
+
+
+def freezing(epochs: int) -> list[keras.callbacks.Callback]:
+    """Has ranges and statistics hold still in the second half of QAT.
+
+    So the last epochs train the very numbers that ship.
+    """
+    return [kqat.FreezeObservers(epochs // 2), kqat.FreezeBatchNorm(epochs // 2)]
 
 
 def save_model(model: keras.Model, path: Path) -> None:
@@ -170,6 +201,13 @@ class _Epochs(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> Samples:
         return self.batches.batch(self.epoch, index)
+
+
+def _compile(model: keras.Model, steps: int, learning_rate: float) -> None:
+    rate = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+    model.compile(
+        keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
 
 
 def _augmented(images: np.ndarray, random: np.random.Generator) -> np.ndarray:
