@@ -36,6 +36,8 @@ def make_integer(converter: Any, samples: np.ndarray) -> None:
 
 def packed(model: keras.Model, inputs: Sequence[Any]) -> Any:
     """The inputs in the model's own structure: old files have a list of one, and Keras warns."""
+    if isinstance(model, keras.Sequential):  # It has no `input` until it is called.
+        return inputs[0]
     return keras.tree.pack_sequence_as(model.input, list(inputs))
 
 
