@@ -24,6 +24,16 @@ def test_one_step_writes_everything(
     assert [line for line in printed if len(line) > 80 and str(tmp_path) not in line] == []
 
 
+@pytest.mark.slow
+def test_equal_seeds_give_equal_files(tmp_path: Path) -> None:
+    for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        options = ["--smoke", "--network", "conv1d", "--seed", seed]
+        kws_fsdd.main([*options, "--out", str(tmp_path / folder)])
+    one, same, other = ((tmp_path / f / "kws.tflite").read_bytes() for f in "abc")
+    assert one == same
+    assert one != other
+
+
 def test_features_tell_tones_apart() -> None:
     seconds = np.arange(8000) / 8000
     low, high = (np.sin(2 * np.pi * hertz * seconds) for hertz in (300, 3000))
