@@ -38,6 +38,7 @@ import numpy as np
 
 import kqat
 import tflite_export
+from kqat.config import PRESETS
 from kqat.saving import write_file
 from recipes import converter, data, lab_report, pruning, running, training
 from recipes.data import Samples
@@ -56,9 +57,13 @@ FLOAT, SPARSE, FURTHER = "FP32", "FP32, half pruned", "FP32, trained further"
 CONVERTER = "PTQ int8, TensorFlow"
 TFMOT = "QAT int8, tfmot"
 SMOKE_STAGES = 2
+POLICIES = {
+    **PRESETS,
+    "w4a8_lsq": dataclasses.replace(PRESETS["w4a8"], weight_step=kqat.LearnedStep()),
+}
 LATENCY_ROUNDS = 60
 # What may be given as an option, and is otherwise this.
-USUAL = {"epochs": 10, "prune_epochs": 3, "qat_epochs": 3, "width": 0.35, "train_images": 50_000}
+USUAL = {"epochs": 10, "prune_epochs": 3, "qat_epochs": 2, "width": 0.35, "train_images": 50_000}
 SMALL = {"epochs": 1, "prune_epochs": 1, "qat_epochs": 1, "width": 0.1, "train_images": 32}
 
 
@@ -197,7 +202,7 @@ class _Lab:
         """PTQ and QAT by kqat under one policy."""
 
         def calibrated() -> keras.Model:
-            model = kqat.quantize_model(sparse, policy, calibration_data=self.calibration)
+            model = kqat.quantize_model(sparse, POLICIES[policy], calibration_data=self.calibration)
             pruning.keep_zeros(model)
             return model
 
@@ -324,10 +329,16 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = running.parser(__doc__, out="out/mobilenetv2_cifar10")
     parser.add_argument("--epochs", type=int, help="in float (default 10)")
     parser.add_argument("--prune-epochs", type=int, help="after pruning (default 3)")
-    parser.add_argument("--qat-epochs", type=int, help="of each QAT, and the control (default 3)")
+    parser.add_argument("--qat-epochs", type=int, help="of each QAT, and the control (default 2)")
     parser.add_argument("--width", type=float, help="of the network (default 0.35)")
     parser.add_argument("--pruning", type=float, default=0.5, help="share of zeros (default 0.5)")
-    parser.add_argument("--policies", nargs="+", default=["int8", "w4a8"], help="to quantize by")
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        choices=POLICIES,
+        default=["int8", "w4a8"],
+        help="to quantize by (default int8 w4a8)",
+    )
     parser.add_argument("--train-images", type=int, help="to train on (default 50000)")
     parser.add_argument(
         "--tfmot", action=argparse.BooleanOptionalAction, default=True, help="tfmot's QAT as well"
