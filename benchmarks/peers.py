@@ -1,6 +1,6 @@
 """kqat beside what else makes int8 files for microcontrollers, from identical float weights.
 
-    python -m benchmarks.peers --out out/peers.json
+    python -m benchmarks.peers --out out/peers
 
 ic   MLPerf Tiny's ResNet-8, pretrained, then adapted to JPEG images in float for as many steps as
      QAT has. PTQ (calibration only) by kqat, by TensorFlow's converter and by litert-quantizer; QAT
@@ -8,17 +8,13 @@ ic   MLPerf Tiny's ResNet-8, pretrained, then adapted to JPEG images in float fo
 kws  MLPerf Tiny's DS-CNN, pretrained; PTQ only, as its training data are not here. Ranges come from
      100 inputs, the other 900 are compared on.
 
-litert-quantizer is left out where it is not installed. Latency is the processor's time of one
-inference on LiteRT (XNNPACK, one thread), as a ratio to the file of the converter's PTQ, all files
-in turns. Seconds are the processor's, of one conversion, calibration included where it belongs to
-it: kqat's ranges are in the model already.
+litert-quantizer is left out where it is not installed.
 """
 
 import argparse
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -33,7 +29,8 @@ from benchmarks.networks import NETWORKS
 from recipes import converter, data, running, tfmot_qat
 from recipes.data import Samples
 from recipes.latency import latencies
-from recipes.timing import Seconds, Spread, print_table, ratio, write_json
+from recipes.running import Table
+from recipes.timing import Seconds, ratio
 from recipes.training import fit, freezing
 from tflite_export import flatbuffer
 from tflite_export.runtimes import tflite_micro_arena_bytes
@@ -47,6 +44,15 @@ LEARNING_RATE = 3e-4
 ROUNDS = 40
 FLOAT, KQAT_PTQ, CONVERTER, LITERT = "float", "kqat PTQ", "converter PTQ", "litert-quantizer PTQ"
 KQAT_QAT, TFMOT = "kqat QAT", "tfmot QAT"
+LEGEND = """\
+SQNR       of the outputs against the float model's, in dB; a model that trained
+           on is another function, and its distance no noise
+ops        operators in the file
+arena      as TFLite Micro uses it on this 64-bit host, in bytes
+latency    LiteRT (XNNPACK), one thread, of the processor's time: median and
+           quartiles of the ratio to the converter's PTQ, all files in turns
+seconds    of the processor, for one conversion, calibration included where it
+           belongs to it: kqat's ranges are in the model already"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,20 +76,29 @@ class File:
     seconds: float
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, prints a table and writes JSON."""
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, prints tables and writes results.json; returns what it holds."""
     options = _parser().parse_args(arguments)
-    keras.utils.set_random_seed(options.seed)
+    running.start(options)
     if importlib.util.find_spec("litert_quantizer") is None:
         print("litert-quantizer is not installed, and left out")
-    results = {}
+    found = {}
     for name in options.task:
         task = _fake() if options.smoke else TASKS[name]()
         epochs, rounds = (1, 2) if options.smoke else (EPOCHS, ROUNDS)
-        results[name] = compare(task, epochs, rounds)
-    print_table(HEADER, [row for name, found in results.items() for row in _rows(name, found)])
-    if options.out:
-        write_json(options.out, {"seed": options.seed, "tasks": results})
+        found[name] = compare(task, epochs, rounds)
+    results = running.save_results(options, "peers", {"tasks": found}, package="benchmarks")
+    running.show(tables(results))
+    return results
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """What the benchmark prints, from what results.json holds."""
+    header = ("", "accuracy", "SQNR", "bytes", "ops", "arena", "latency", "seconds")
+    return [
+        Table(name, header, [_cells(*file) for file in files.items()], LEGEND)
+        for name, files in results["tasks"].items()
+    ]
 
 
 def compare(task: Task, epochs: int, rounds: int) -> dict[str, dict[str, Any]]:
@@ -184,26 +199,18 @@ def _measured(file: File, outputs: np.ndarray, labels: np.ndarray) -> dict[str, 
     }
 
 
-HEADER = (
-    "task", "file", "accuracy", "SQNR dB", "bytes", "operators", "arena", "latency", "seconds",
-)  # fmt: skip
-
-
-def _rows(task: str, files: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    return [
-        (
-            task,
-            name,
-            running.percent(found["accuracy"]),
-            "-" if found["sqnr_db"] is None else f"{found['sqnr_db']:.1f}",
-            running.counted(found["file_bytes"]),
-            str(found["operators"]),
-            running.counted(found["arena_bytes"]),
-            str(Spread(**found["latency"])),
-            f"{found['conversion_seconds']:.1f}",
-        )
-        for name, found in files.items()
-    ]
+def _cells(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    latency = found["latency"]
+    return (
+        name,
+        running.percent(found["accuracy"]),
+        "-" if found["sqnr_db"] is None else f"{found['sqnr_db']:.1f}",
+        running.counted(found["file_bytes"]),
+        str(found["operators"]),
+        running.counted(found["arena_bytes"]),
+        f"{latency['median']:.2f} ({latency['lower']:.2f}–{latency['upper']:.2f})",
+        f"{found['conversion_seconds']:.1f}",
+    )
 
 
 def _ic() -> Task:
@@ -239,13 +246,8 @@ TASKS: dict[str, Callable[[], Task]] = {"ic": _ic, "kws": _kws}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = running.parser(__doc__, out="out/peers")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seed", type=int, default=0, help="of what is trained")
-    parser.add_argument("--out", type=Path, help="where to write JSON")
-    parser.add_argument("--smoke", action="store_true", help="noise, one step, two rounds")
     return parser
 
 

@@ -18,11 +18,13 @@ from recipes.running import Table
 
 FOLDER = Path(__file__).with_name("results")
 PAGE = Path(__file__).with_name("RESULTS.md")
+# The lab comes first, the others in the order of their names.
+FIRST = "mobilenetv2"
 HEAD = """\
 # Results
 
-Written by `python -m recipes.results` from the JSON in `recipes/results`, which the recipes wrote.
-Each command ends in the table below it; options that are left out in a run have these very values.
+Written by `python -m recipes.results` from the JSON in `recipes/results`, which the recipes wrote:
+each command prints the tables below it. What a column means is said where it first stands.
 """
 
 
@@ -59,20 +61,22 @@ def keep(path: Path) -> None:
 
 def page() -> str:
     """RESULTS.md, from all that is kept."""
-    kept = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
-    return "\n".join([HEAD, *map(_section, kept)])
+    paths = sorted(FOLDER.glob("*.json"), key=lambda path: (not path.stem.startswith(FIRST), path))
+    explained: set[str] = set()
+    return "\n".join([HEAD, *(_section(json.loads(p.read_text()), explained) for p in paths)])
 
 
-def _section(results: dict[str, Any]) -> str:
-    recipe = importlib.import_module(f"recipes.{results['recipe']}")
-    about = (recipe.__doc__ or "").splitlines()[0]
+def _section(results: dict[str, Any], explained: set[str]) -> str:
+    """One run; legends that are not `explained` yet are added to it."""
+    recipe = importlib.import_module(results["command"].split()[2])
     machine = results["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    tables = recipe.tables(results)
-    legends = dict.fromkeys(table.legend for table in tables if table.legend)
+    tables: list[Table] = recipe.tables(results)
+    legends = [x for x in dict.fromkeys(t.legend for t in tables) if x and x not in explained]
+    explained.update(legends)
     return "\n".join(
         [
-            f"## {about}\n",
+            f"## {(recipe.__doc__ or '').splitlines()[0]}\n",
             f"    {results['command']}\n",
             *map(_markdown, tables),
             *(f"```\n{legend}\n```\n" for legend in legends),

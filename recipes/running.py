@@ -227,12 +227,16 @@ def steps(count: int) -> str:
 
 
 def save_results(
-    options: argparse.Namespace, recipe: str, results: Mapping[str, Any]
+    options: argparse.Namespace,
+    recipe: str,
+    results: Mapping[str, Any],
+    *,
+    package: str = "recipes",
 ) -> dict[str, Any]:
     """Writes results.json to the output folder, with what led to it; returns what it holds."""
     whole = {
         "recipe": recipe,
-        "command": _command(options, recipe),
+        "command": _command(options, f"{package}.{recipe}"),
         "options": settings(options),
         "kqat": kqat.__version__,
         "machine": machine(),
@@ -247,8 +251,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name not in ("out", "data")}
 
 
-def _command(options: argparse.Namespace, recipe: str) -> str:
-    words = [f"python -m recipes.{recipe}"]
+def _command(options: argparse.Namespace, module: str) -> str:
+    words = [f"python -m {module}"]
     for name, value in settings(options).items():
         if value is None or value is False:
             continue
