@@ -99,12 +99,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 LEGEND = """\
-gap        accuracy less that of the half-pruned float file, in percentage points
+gap        accuracy less that of the half-pruned float file, in points
 zeros      share among the weights of the pruned kernels, as they are in the file
 minutes    of training for this row alone: of the processor, all threads added up
 lockstep   largest difference of any operator from the Keras model, in output
            steps, on LiteRT (reference kernels and XNNPACK) and TFLite Micro
-zipped     bytes of the file after zlib: what zeros are worth on the way to a device
+zipped     bytes of the file after zlib, where zeros cost nothing
 arena      as TFLite Micro uses it on this 64-bit host
 latency    on LiteRT (XNNPACK), one thread, of the processor's time: median and
            quartiles of the ratio to the file of TensorFlow's PTQ, taken in turns"""
@@ -344,15 +344,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tfmot", action=argparse.BooleanOptionalAction, default=True, help="tfmot's QAT as well"
     )
     options = parser.parse_args(argv)
-    usual = {
-        "epochs": 10,
-        "prune_epochs": 3,
-        "qat_epochs": 3,
-        "width": 0.35,
-        "train_images": 50_000,
-    }
-    small = {"epochs": 1, "prune_epochs": 1, "qat_epochs": 1, "width": 0.1, "train_images": 32}
-    for name, value in (small if options.smoke else usual).items():
+    for name, value in (SMALL if options.smoke else USUAL).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options

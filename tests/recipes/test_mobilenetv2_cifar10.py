@@ -74,12 +74,14 @@ def test_one_step_makes_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[
         # Integer kernels may round twice where the float graph rounds once: one step.
         assert max((row["lockstep_steps"] or {"": 0}).values()) <= 1
     printed = capsys.readouterr().out.splitlines()
-    assert [line for line in printed if len(line) > 80 and str(tmp_path) not in line] == []
+    # What Keras prints of an epoch is as long as it likes.
+    mine = [line for line in printed if "step - " not in line and str(tmp_path) not in line]
+    assert [line for line in mine if len(line) > 80] == []
     assert (tmp_path / "report.html").read_text().count("<svg") == 3
 
 
 SIZE = (
-    "--smoke", "--no-tfmot", "--policies", "int8", "--train-images", "4096", "--epochs", "2",
+    "--smoke", "--no-tfmot", "--policies", "int8", "--train-images", "1024", "--epochs", "2",
     "--prune-epochs", "1", "--qat-epochs", "2",
 )  # fmt: skip
 
