@@ -48,7 +48,7 @@ def _draw_accuracy(figure: Figure, rows: dict[str, dict[str, Any]]) -> None:
     axes = figure.subplots()
     for name, row in rows.items():
         axes.scatter(row["file_bytes"] / 1e3, 100 * row["accuracy"], label=name)
-    axes.set(xscale="log", xlabel="file, kB", ylabel="accuracy, %")
+    axes.set(xlabel="file, kB", ylabel="accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 

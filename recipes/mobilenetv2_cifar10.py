@@ -100,14 +100,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 LEGEND = """\
 gap        accuracy less that of the half-pruned float file, in points
-zeros      share among the weights of the pruned kernels, as they are in the file
-minutes    of training for this row alone: of the processor, all threads added up
+zeros      share among the weights of the pruned kernels, as in the file
+minutes    of training for this row alone: of the processor, threads added up
 lockstep   largest difference of any operator from the Keras model, in output
            steps, on LiteRT (reference kernels and XNNPACK) and TFLite Micro
 zipped     bytes of the file after zlib, where zeros cost nothing
 arena      as TFLite Micro uses it on this 64-bit host
 latency    on LiteRT (XNNPACK), one thread, of the processor's time: median and
-           quartiles of the ratio to the file of TensorFlow's PTQ, taken in turns"""
+           quartiles of the ratio to TensorFlow's PTQ, all files in turns"""
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
