@@ -59,7 +59,7 @@ TFMOT = "QAT int8, tfmot"
 SMOKE_STAGES = 2
 POLICIES = {
     **PRESETS,
-    "w4a8_lsq": dataclasses.replace(PRESETS["w4a8"], weight_step=kqat.LearnedStep()),
+    "w4a8_max_abs": dataclasses.replace(PRESETS["w4a8"], weight_step=kqat.MaxAbs()),
 }
 LATENCY_ROUNDS = 60
 # What may be given as an option, and is otherwise this.
