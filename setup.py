@@ -8,7 +8,13 @@ EXTRAS = {
     # Released as development versions only: naming one in the bound is what lets pip take them.
     "tflm": ["tflite-micro>=0.dev20261023"],
     "ethos-u": ["ethos-u-vela>=5.2"],
-    "recipes": ["scikit-learn>=1.9", "pillow>=13.0", "rich>=15.0"],
+    "recipes": [
+        "scikit-learn>=1.9",
+        "pillow>=13.0",
+        "rich>=15.0",
+        "jinja2>=3.1",
+        "matplotlib>=3.11",
+    ],
     "report": ["jinja2>=3.1", "matplotlib>=3.11"],
     "test": ["pytest>=9.2", "pytest-cov>=7.1", "pytest-xdist>=3.8", "hypothesis>=6.170"],
     # Exact, so that a new release of a linter never fails an old commit.
@@ -26,7 +32,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["kqat*", "tflite_export*", "recipes*"]),
-    package_data={"kqat": ["py.typed"], "tflite_export": ["py.typed"]},
+    package_data={
+        "kqat": ["py.typed"],
+        "tflite_export": ["py.typed"],
+        "recipes": ["*.j2", "RESULTS.md", "results/*.json"],
+    },
     install_requires=[
         # The converter's output is read op by op, and tracing knows Keras's internals: a new minor
         # version of either is let in when the tests have passed on it.

@@ -20,7 +20,7 @@ from keras import applications
 import kqat
 import tflite_export
 from benchmarks.networks import CLASSES, settle
-from benchmarks.timing import print_table, write_json
+from recipes.timing import print_table, write_json
 from tflite_export import Report
 
 SAMPLES, VERIFIED = 8, 2

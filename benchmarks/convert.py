@@ -7,20 +7,17 @@ the file's bytes. Only the post-training quantizer reads data meanwhile: kqat's 
 """
 
 import argparse
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import kqat
 import tflite_export
 from benchmarks.networks import NETWORKS, Network, settle
-from benchmarks.timing import (
+from recipes.converter import float_tflite, post_training_int8
+from recipes.timing import (
     Measured,
     Seconds,
     as_json,
@@ -69,9 +66,9 @@ def measure(network: Network, rounds: int, samples: int) -> tuple[Measured, dict
     settle(model, x)
     qat = kqat.quantize_model(model, calibration_data=x)
     conversions: dict[str, Callable[[], bytes]] = {
-        FLOAT: lambda: _convert(model),
+        FLOAT: lambda: float_tflite(model),
         KQAT: lambda: tflite_export.convert(qat),
-        PTQ: lambda: _convert(model, x),
+        PTQ: lambda: post_training_int8(model, x),
     }
     sizes = {name: len(run()) for name, run in conversions.items()}
     cases = {name: _case(run) for name, run in conversions.items()}
@@ -85,30 +82,6 @@ def _case(run: Callable[[], bytes]) -> Callable[[], Seconds]:
         return Seconds.now().since(start)
 
     return timed
-
-
-def _convert(model: keras.Model, x: np.ndarray | None = None) -> bytes:
-    """The float file of `model`, or with data `x` the converter's own full-integer one."""
-    with tempfile.TemporaryDirectory() as folder:
-        archive = keras.export.ExportArchive()
-        archive.track(model)
-        spec = tf.TensorSpec((1, *model.input_shape[1:]), tf.float32)
-        archive.add_endpoint("serve", model.call, input_signature=[spec])
-        archive.write_out(folder, verbose=False)
-        converter = tf.lite.TFLiteConverter.from_saved_model(os.fspath(folder))
-        if x is not None:
-            _make_integer(converter, x)
-        return converter.convert()
-
-
-def _make_integer(converter: Any, x: np.ndarray) -> None:
-    def samples() -> Iterator[list[np.ndarray]]:
-        yield from ([sample[None]] for sample in x)
-
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = samples
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    converter.inference_input_type = converter.inference_output_type = tf.int8
 
 
 def _parser() -> argparse.ArgumentParser:

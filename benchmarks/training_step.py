@@ -21,7 +21,7 @@ from tensorflow_model_optimization.quantization.keras import quantize_model as t
 
 import kqat
 from benchmarks.networks import CLASSES, NETWORKS, Network
-from benchmarks.timing import (
+from recipes.timing import (
     Measured,
     Seconds,
     as_json,

@@ -12,11 +12,9 @@ Writes to --out: digits.tflite (QAT), digits.keras (its model, which can go on t
 """
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
 import kqat
@@ -24,6 +22,8 @@ import tflite_export
 from recipes import data, running
 from recipes.data import Samples
 from recipes.models import digits_cnn
+from recipes.running import Table
+from recipes.training import fit, freezing
 
 BATCH_SIZE = 32
 CALIBRATION_SAMPLES = 512
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     model = digits_cnn()
     print(f"Training '{model.name}', {model.count_params():,} parameters, in float")
-    _fit(model, train, options.epochs, LEARNING_RATE)
+    fit(model, train, options.epochs, LEARNING_RATE, batch_size=BATCH_SIZE)
     rows = [running.measure_float("FP32", model, test)]
 
     print("PTQ: finding ranges")
@@ -50,10 +50,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows.append(row)
 
     print("QAT: training with the rounding in place")
-    # In the second half ranges and statistics hold still, so it trains the very numbers that ship.
-    half = options.qat_epochs // 2
-    freezing = [kqat.FreezeObservers(half), kqat.FreezeBatchNorm(half)]
-    _fit(qat, train, options.qat_epochs, QAT_LEARNING_RATE, freezing)
+    fit(
+        qat,
+        train,
+        options.qat_epochs,
+        QAT_LEARNING_RATE,
+        batch_size=BATCH_SIZE,
+        callbacks=freezing(options.qat_epochs),
+    )
     blob = tflite_export.convert(qat)
     row, report = running.measure_integer("QAT", qat, blob, test, lockstep_samples=len(test[0]))
     rows.append(row)
@@ -62,38 +66,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     qat.save(options.out / "digits.keras")
     kqat.plan(model).save(options.out / "plan.json")
     report.save(options.out / "report.json")
-    running.show(f"{len(test[0])} images", rows)
-    running.explain(rows)
-    print(f"\nWritten to {options.out}")
-    return running.save_results(
-        options, "digits", {"rows": {row.name: dataclasses.asdict(row) for row in rows}}
+    results = running.save_results(
+        options, "digits", {"test_images": len(test[0]), "rows": running.as_json(rows)}
     )
+    running.show(tables(results))
+    print(f"\nWritten to {options.out}")
+    return results
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """What the recipe prints, from what results.json holds."""
+    return [running.row_table(f"{results['test_images']} images", results["rows"])]
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = running.parser(__doc__, out="out/digits")
+    parser = running.parser(__doc__, out="out/digits", reads_data=False)
     parser.add_argument("--epochs", type=int, default=15, help="in float (default 15)")
     parser.add_argument("--qat-epochs", type=int, default=4, help="quantized (default 4)")
     options = parser.parse_args(argv)
     if options.smoke:
         options.epochs = options.qat_epochs = 1
     return options
-
-
-def _fit(
-    model: keras.Model,
-    train: Samples,
-    epochs: int,
-    learning_rate: float,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
-) -> None:
-    x, y = train
-    steps = epochs * -(-len(x) // BATCH_SIZE)
-    rate = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
-    model.compile(
-        keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"]
-    )
-    model.fit(x, y, batch_size=BATCH_SIZE, epochs=epochs, callbacks=list(callbacks), verbose=2)
 
 
 def _fake_digits() -> tuple[Samples, Samples]:

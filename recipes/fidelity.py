@@ -1,4 +1,4 @@
-"""How true is the integer file to the float model? Five pretrained models, calibration only.
+"""How true is the integer file to the float model? Six pretrained models, calibration only.
 
     python -m recipes.fidelity --out out/fidelity [--only mlperf_tiny/ic]
 
@@ -38,8 +38,9 @@ import numpy as np
 
 import kqat
 import tflite_export
-from recipes import data, running
+from recipes import converter, data, running
 from recipes.models import digits_cnn
+from recipes.running import Table
 from tflite_export import Report
 
 RUNTIMES = ("litert_reference", "tflite_micro")
@@ -48,6 +49,7 @@ LEGEND = """\
 accuracy, SQNR and agreement with the float model: on LiteRT (XNNPACK)
 lockstep, equal: the operator that differs most, on LiteRT's reference kernels
                  and on TFLite Micro"""
+KWS_CALIBRATION = 100
 VWW_IMAGES = 500
 VWW_CALIBRATION_IMAGES = 256
 
@@ -77,13 +79,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name, read in ({"smoke": _fake} if options.smoke else cases).items():
         models[name] = _measure(name, read(), options.out)
         print(f"{_four_lines(name, models[name])}\n", flush=True)
-    print(f"{_table(models)}\n\n{LEGEND}")
-    return running.save_results(options, "fidelity", {"models": models})
+    results = running.save_results(options, "fidelity", {"models": models})
+    running.show(tables(results))
+    return results
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = running.parser(__doc__, out="out/fidelity")
-    parser.add_argument("--data", type=Path, help="folder of data/ and models/ (else KQAT_DATA)")
     parser.add_argument("--only", choices=tuple(CASES), help="one model (default all)")
     return parser.parse_args(argv)
 
@@ -104,6 +106,18 @@ def _cifar(name: str, vendor: bytes | None) -> Case:
 
 def _ic() -> Case:
     return _cifar("mlperf_tiny/ic", data.vendor_tflite("mlperf_tiny/ic"))
+
+
+def _kws() -> Case:
+    features, labels = data.kws01()
+    return Case(
+        model=data.pretrained("mlperf_tiny/kws"),
+        about=f"the last {len(features) - KWS_CALIBRATION} of kws01, ranges from the others",
+        calibration=features[:KWS_CALIBRATION],
+        inputs=features[KWS_CALIBRATION:],
+        labels=labels[KWS_CALIBRATION:],
+        vendor=data.vendor_tflite("mlperf_tiny/kws"),
+    )
 
 
 def _resnet20() -> Case:
@@ -155,6 +169,7 @@ def _sww() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "mlperf_tiny/ic": _ic,
     "mlperf_tiny/vww": _vww,
+    "mlperf_tiny/kws": _kws,
     "mlperf_tiny/ad": _ad,
     "mlperf_tiny/sww": _sww,
     "cifar_resnet_keras/resnet20": _resnet20,
@@ -172,7 +187,7 @@ def _fake() -> Case:
         calibration=x,
         inputs=x,
         labels=random.integers(0, 10, len(x)),
-        vendor=running.float_tflite(model),
+        vendor=converter.float_tflite(model),
     )
 
 
@@ -200,12 +215,10 @@ def _measure(name: str, case: Case, out: Path) -> dict[str, Any]:
 def _fidelity(case: Case, blob: bytes, expected: np.ndarray) -> dict[str, Any]:
     """One integer file against the float model's outputs."""
     (found,) = running.predict(blob, [case.inputs])
-    noise = np.sum(np.square(expected - found), dtype=np.float64)
-    signal = np.sum(np.square(expected), dtype=np.float64)
     labels, agrees = case.labels, running.accuracy(found, expected.argmax(-1))
     return {
         "accuracy": None if labels is None else running.accuracy(found, labels),
-        "sqnr_db": float(10 * np.log10(signal / noise)),
+        "sqnr_db": running.sqnr_db(expected, found),
         "top1_agreement": agrees if case.is_classifier else None,
         "file_bytes": len(blob),
     }
@@ -276,10 +289,11 @@ def _lockstep_text(runtime: str, found: dict[str, Any]) -> str:
     return f"{runtime}: at most {running.steps(found['max_steps'])}; equal, in %: {shares}{missing}"
 
 
-def _table(models: dict[str, dict[str, Any]]) -> str:
+def tables(results: dict[str, Any]) -> list[Table]:
+    """What the recipe prints, from what results.json holds."""
     header = ("", "", "accuracy", "SQNR dB", "agreement", "bytes", "lockstep", "equal")
     rows: list[tuple[str, ...]] = []
-    for name, result in models.items():
+    for name, result in results["models"].items():
         lockstep = [found for found in result["lockstep"].values() if found["problem"] is None]
         shares = [row["equal_share"] for found in lockstep for row in found["operators"].values()]
         worst = running.steps(max(found["max_steps"] for found in lockstep))
@@ -289,7 +303,7 @@ def _table(models: dict[str, dict[str, Any]]) -> str:
         if result["vendor"] is not None:
             own.append(("vendor's", *_figures(result["vendor"]), "-", "-"))
         rows += [("" if n else name.split("/")[-1], *cells) for n, cells in enumerate(own)]
-    return running.table(header, rows)
+    return [Table("Post-training quantization of pretrained models", header, rows, LEGEND)]
 
 
 def _figures(file: dict[str, Any]) -> tuple[str, ...]:

@@ -33,7 +33,8 @@ import tflite_export
 from recipes import data, running
 from recipes.data import Samples
 from recipes.models import resnet8
-from recipes.running import Row
+from recipes.running import Row, Table
+from recipes.training import fit, freezing
 
 NAME = "mlperf_tiny/ic"
 BATCH_SIZE = 64
@@ -62,23 +63,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     running.start(options)
     inputs = _fake() if options.smoke else _real(options.train_images)
     lossless = _post_training(inputs, options.out)
-    running.show(f"{len(inputs.lossless[0])} lossless images", lossless)
     jpeg = _fine_tuning(inputs, options)
-    running.show(f"{len(inputs.test[0])} JPEG images", jpeg)
-    running.explain(jpeg)
-    return running.save_results(
+    results = running.save_results(
         options,
         "mlperf_tiny_ic",
         {
-            "lossless": {row.name: dataclasses.asdict(row) for row in lossless},
-            "jpeg": {row.name: dataclasses.asdict(row) for row in jpeg},
+            "lossless_images": len(inputs.lossless[0]),
+            "lossless": running.as_json(lossless),
+            "jpeg_images": len(inputs.test[0]),
+            "jpeg": running.as_json(jpeg),
         },
     )
+    running.show(tables(results))
+    return results
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """What the recipe prints, from what results.json holds."""
+    return [
+        running.row_table(f"{results[f'{kind}_images']} {name} images", results[kind])
+        for kind, name in (("lossless", "lossless"), ("jpeg", "JPEG"))
+    ]
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = running.parser(__doc__, out="out/mlperf_tiny_ic")
-    parser.add_argument("--data", type=Path, help="folder of data/ and models/ (else KQAT_DATA)")
     parser.add_argument("--epochs", type=int, default=2, help="of each fine-tuning (default 2)")
     parser.add_argument(
         "--train-images", type=int, default=10_000, help="JPEG images to train on (default 10000)"
@@ -131,17 +140,22 @@ def _fine_tuning(inputs: _Inputs, options: argparse.Namespace) -> list[Row]:
     rows = [running.measure_keras("FP32 as it came", inputs.model, inputs.test)]
     adapted = keras.models.clone_model(inputs.model)
     adapted.set_weights(inputs.model.get_weights())
-    _fit(adapted, inputs.train, epochs)
+    fit(adapted, inputs.train, epochs, LEARNING_RATE, batch_size=BATCH_SIZE)
     rows.append(running.measure_keras("FP32 adapted", adapted, inputs.test))
 
     qat = kqat.quantize_model(adapted, calibration_data=images)
-    # In the second half ranges and statistics hold still, so it trains the very numbers that ship.
-    freezing = [kqat.FreezeObservers(epochs // 2), kqat.FreezeBatchNorm(epochs // 2)]
-    _fit(qat, inputs.train, epochs, freezing)
+    fit(
+        qat,
+        inputs.train,
+        epochs,
+        LEARNING_RATE,
+        batch_size=BATCH_SIZE,
+        callbacks=freezing(epochs),
+    )
     qat.save(options.out / "ic_qat.keras")
 
     # QAT copied the weights, so this one may go on from where both stood.
-    _fit(adapted, inputs.train, epochs)
+    fit(adapted, inputs.train, epochs, LEARNING_RATE, batch_size=BATCH_SIZE)
     rows.append(running.measure_keras("FP32 further", adapted, inputs.test))
     ptq = kqat.quantize_model(adapted, calibration_data=images)
     rows.append(_ship("PTQ of that", ptq, inputs.test))
@@ -156,21 +170,6 @@ def _ship(name: str, qat: keras.Model, test: Samples, path: Path | None = None) 
         tflite_export.save(blob, path.with_suffix(".tflite"))
         report.save(path.with_name(f"{path.name}_report.json"))
     return row
-
-
-def _fit(
-    model: keras.Model,
-    train: Samples,
-    epochs: int,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
-) -> None:
-    x, y = train
-    rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, epochs * -(-len(x) // BATCH_SIZE))
-    model.compile(
-        keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"]
-    )
-    print(f"Training '{model.name}'")
-    model.fit(x, y, batch_size=BATCH_SIZE, epochs=epochs, callbacks=list(callbacks), verbose=2)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,19 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import kqat
 import tflite_export
 from kqat.saving import write_file
+from recipes.converter import float_tflite, packed
 from recipes.data import Samples
+from recipes.timing import machine
 from tflite_export import flatbuffer
 from tflite_export.runtimes import run, supports, tflite_micro_arena_bytes
 
@@ -57,12 +56,18 @@ class Row:
     top1_agreement: float | None = None
 
 
-def parser(description: str | None, *, out: str) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, *, out: str, reads_data: bool = True
+) -> argparse.ArgumentParser:
     """The options of every recipe; `description` is its docstring, `out` its default folder."""
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--out", type=Path, default=Path(out), help="folder for what is written")
+    if reads_data:
+        options.add_argument(
+            "--data", type=Path, help="folder of data/ and models/ (else KQAT_DATA)"
+        )
     options.add_argument("--seed", type=int, default=0, help="of weights and batch order")
     options.add_argument("--smoke", action="store_true", help="one step on made-up data")
     return options
@@ -96,7 +101,7 @@ def keras_outputs(model: keras.Model, x: np.ndarray) -> np.ndarray:
     """What a model of one input and one output computes from `x`, batch by batch."""
     # Not by `predict`, which traces anew for every model and for every last batch.
     batches = (x[start : start + BATCH_SIZE] for start in range(0, len(x), BATCH_SIZE))
-    outputs = [model(_packed(model, [batch]), training=False) for batch in batches]
+    outputs = [model(packed(model, [batch]), training=False) for batch in batches]
     return np.concatenate([np.asarray(y) for y in outputs])
 
 
@@ -143,22 +148,27 @@ def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(outputs.argmax(-1) == labels))
 
 
-def float_tflite(model: keras.Model) -> bytes:
-    """`model` as TensorFlow converts it without any quantization, for one sample at a time."""
-    signature = [tf.TensorSpec((1, *t.shape[1:]), t.dtype, name=t.name) for t in model.inputs]
-    archive = keras.export.ExportArchive()
-    archive.track(model)
-    archive.add_endpoint(
-        "serve", lambda *inputs: model(_packed(model, inputs), training=False), signature
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        archive.write_out(folder, verbose=False)
-        return tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=["serve"]).convert()
+def sqnr_db(expected: np.ndarray, found: np.ndarray) -> float:
+    """Signal-to-noise ratio of `found` against `expected`, of one shape, in dB."""
+    noise = np.sum(np.square(expected - found), dtype=np.float64)
+    signal = np.sum(np.square(expected), dtype=np.float64)
+    return float(10 * np.log10(signal / noise))
 
 
-def show(title: str, rows: Sequence[Row]) -> None:
-    """Prints the rows in at most 80 columns."""
-    header = (title, "accuracy", "file bytes", "arena bytes", "lockstep", "agreement")
+class Table(NamedTuple):
+    """A table of text: what is printed, and what RESULTS.md holds; `legend` explains it."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    legend: str = ""
+
+
+def row_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Name -> `Row`, as results.json holds them, as text."""
+    header = ("", "accuracy", "file bytes", "arena bytes", "lockstep", "agreement")
+    read = [Row(**row) for row in rows.values()]
+    runtimes = dict.fromkeys(name for row in read for name in row.lockstep_steps or ())
     cells = [
         (
             row.name,
@@ -168,15 +178,23 @@ def show(title: str, rows: Sequence[Row]) -> None:
             "-" if row.lockstep_steps is None else steps(max(row.lockstep_steps.values())),
             percent(row.top1_agreement),
         )
-        for row in rows
+        for row in read
     ]
-    print(f"\n{table(header, cells)}\n")
+    return Table(title, header, cells, LEGEND.format(runtimes=", ".join(runtimes)))
 
 
-def explain(rows: Sequence[Row]) -> None:
-    """Prints how to read what `show` printed."""
-    runtimes = dict.fromkeys(name for row in rows for name in row.lockstep_steps or ())
-    print(LEGEND.format(runtimes=", ".join(runtimes)))
+def show(tables: Iterable[Table]) -> None:
+    """Prints tables, each under its title, and how to read them."""
+    shown = list(tables)
+    for one in shown:
+        print(f"\n{one.title}\n{table(one.header, one.rows)}\n")
+    for legend in dict.fromkeys(one.legend for one in shown if one.legend):
+        print(legend)
+
+
+def as_json(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Name -> the row, as plain JSON types."""
+    return {row.name: dataclasses.asdict(row) for row in rows}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -209,32 +227,43 @@ def steps(count: int) -> str:
 
 
 def save_results(
-    options: argparse.Namespace, recipe: str, results: Mapping[str, Any]
+    options: argparse.Namespace,
+    recipe: str,
+    results: Mapping[str, Any],
+    *,
+    package: str = "recipes",
 ) -> dict[str, Any]:
     """Writes results.json to the output folder, with what led to it; returns what it holds."""
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "data")}
     whole = {
         "recipe": recipe,
-        "options": settings,
-        "versions": {
-            "kqat": kqat.__version__,
-            "keras": keras.__version__,
-            "tensorflow": tf.__version__,
-            "python": platform.python_version(),
-        },
+        "command": _command(options, f"{package}.{recipe}"),
+        "options": settings(options),
+        "kqat": kqat.__version__,
+        "machine": machine(),
         **results,
     }
     write_file(options.out / "results.json", json.dumps(whole, indent=1).encode())
     return whole
 
 
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """All that decides what a run finds; not where it reads and writes."""
+    return {name: value for name, value in vars(options).items() if name not in ("out", "data")}
+
+
+def _command(options: argparse.Namespace, module: str) -> str:
+    words = [f"python -m {module}"]
+    for name, value in settings(options).items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return " ".join(words)
+
+
 def _agreement(model: keras.Model, blob: bytes, x: np.ndarray) -> float:
     return accuracy(predict(blob, [x])[0], keras_outputs(model, x).argmax(-1))
-
-
-def _packed(model: keras.Model, inputs: Sequence[Any]) -> Any:
-    """The inputs in the model's own structure: old files have a list of one, and Keras warns."""
-    return keras.tree.pack_sequence_as(model.input, list(inputs))
 
 
 def _to_integers(x: np.ndarray, tensor: Any) -> np.ndarray:

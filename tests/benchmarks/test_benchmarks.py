@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tf_keras
 
-from benchmarks import convert, training_step
+from benchmarks import convert, peers, training_step
 from benchmarks.networks import NETWORKS
-from benchmarks.timing import Seconds, Spread, ratio, spread, take_turns
 from recipes.models import resnet8
+from recipes.timing import Seconds, Spread, ratio, spread, take_turns
 
 
 def test_cases_take_turns_and_warm_up_does_not_count() -> None:
@@ -80,3 +80,16 @@ def test_benchmark_measures_both_clocks(
     table = capsys.readouterr().out.splitlines()
     assert table[0].startswith("network  case")
     assert any(line.startswith("resnet8  kqat") for line in table)
+
+
+@pytest.mark.slow
+def test_peers_start_from_the_same_weights(tmp_path: Path) -> None:
+    results = peers.main(["--smoke", "--task", "ic", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    files = results["tasks"]["ic"]
+    assert {"float", "kqat PTQ", "converter PTQ", "kqat QAT", "tfmot QAT"} <= set(files)
+    # The same weights on the same ranges: noise alone tells integer files from the float model.
+    assert files["kqat PTQ"]["sqnr_db"] > 20
+    assert files["kqat PTQ"]["file_bytes"] <= files["converter PTQ"]["file_bytes"]
+    (table,) = peers.tables(results)
+    assert [row[0] for row in table.rows] == list(files)

@@ -3,9 +3,11 @@
 import keras
 import numpy as np
 import pytest
+import tf_keras
 
 from recipes import data
-from recipes.models import digits_cnn, ds_cnn, mobilenet_v2, resnet8
+from recipes.models import conv1d_audio, digits_cnn, ds_cnn, mobilenet_v2, resnet8
+from recipes.models.mobilenet_v2 import FAST_STRIDES, STRIDES
 
 FORM = (
     "filters", "kernel_size", "strides", "padding", "use_bias", "activation", "epsilon", "momentum",
@@ -32,6 +34,7 @@ def test_resnet8_is_the_pretrained_network() -> None:
         (resnet8, 78666, (None, 10)),
         (ds_cnn, 24908, (None, 12)),
         (digits_cnn, 11674, (None, 10)),
+        (conv1d_audio, 34922, (None, 10)),
     ],
 )
 def test_sizes(model: type, parameters: int, outputs: tuple[int | None, int]) -> None:
@@ -56,9 +59,22 @@ def test_mobilenet_v2_has_the_weights_of_keras_applications(width: float) -> Non
 
 
 def test_mobilenet_v2_pools_over_four_by_four() -> None:
-    pooling = mobilenet_v2().layers[-2]
-    assert isinstance(pooling, keras.layers.GlobalAveragePooling2D)
-    assert pooling.input.shape == (None, 4, 4, 1280)
+    for strides in (STRIDES, FAST_STRIDES):
+        pooling = mobilenet_v2(strides=strides).layers[-2]
+        assert isinstance(pooling, keras.layers.GlobalAveragePooling2D)
+        assert pooling.input.shape == (None, 4, 4, 1280)
+
+
+@pytest.mark.parametrize("strides", [STRIDES, FAST_STRIDES])
+def test_mobilenet_v2_computes_the_same_in_either_keras(strides: tuple[int, ...]) -> None:
+    new, old = (mobilenet_v2(strides=strides, framework=f) for f in (keras, tf_keras))
+    generator = np.random.default_rng(0)
+    weights = [w + generator.uniform(0.0, 0.1, w.shape) for w in new.get_weights()]
+    new.set_weights(weights)
+    old.set_weights(weights)
+    x = generator.uniform(-1.0, 1.0, (2, 32, 32, 3)).astype(np.float32)
+    # BatchNormalization multiplies in another order in Keras 2: some ulps of float32 per layer.
+    np.testing.assert_allclose(new(x), old(x), rtol=1e-3, atol=1e-6)
 
 
 def test_digits_cnn_has_what_its_recipe_shows() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import kqat
 import tflite_export
-from recipes import running
+from recipes import converter, running
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_old_models_with_a_list_of_one_input_do_not_warn() -> None:
     inputs = keras.Input((6,))
     model = keras.Model([inputs], keras.layers.Dense(2)(inputs))
     x, _ = _samples()
-    (found,) = running.predict(running.float_tflite(model), [x])
+    (found,) = running.predict(converter.float_tflite(model), [x])
     # Two float matrix products of six terms each.
     np.testing.assert_allclose(found, running.keras_outputs(model, x), rtol=1e-5, atol=1e-6)
 

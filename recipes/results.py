@@ -1,0 +1,96 @@
+"""Writes RESULTS.md from the results that recipes wrote, kept in recipes/results.
+
+    python -m recipes.results                               # write it anew
+    python -m recipes.results --add out/digits/results.json # keep these results, then write it
+
+No number in RESULTS.md is typed by hand: each table is what its recipe prints.
+"""
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kqat.saving import write_file
+from recipes.running import Table
+
+FOLDER = Path(__file__).with_name("results")
+PAGE = Path(__file__).with_name("RESULTS.md")
+# The lab comes first, the others in the order of their names.
+FIRST = "mobilenetv2"
+HEAD = """\
+# Results
+
+Written by `python -m recipes.results` from the JSON in `recipes/results`, which the recipes wrote:
+each command prints the tables below it. What a column means is said where it first stands.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Keeps the results that are given, and writes RESULTS.md."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--add", nargs="+", type=Path, default=[], help="results.json to keep")
+    for path in parser.parse_args(argv).add:
+        keep(path)
+    write_file(PAGE, page().encode())
+    print(f"Written to {PAGE}")
+
+
+def keep(path: Path) -> None:
+    """Copies a results.json to where RESULTS.md is made from.
+
+    Raises:
+        SystemExit: if the run was made on fake data.
+    """
+    results = json.loads(path.read_text())
+    options = results["options"]
+    if options["smoke"]:
+        raise SystemExit(f"Expected results of real data. Received: {path}, of a run with --smoke.")
+    name = results["recipe"]
+    if "network" in options:
+        name += f"_{options['network']}"
+    if options["seed"]:
+        name += f"_seed{options['seed']}"
+    FOLDER.mkdir(exist_ok=True)
+    write_file(FOLDER / f"{name}.json", json.dumps(results, indent=1).encode())
+
+
+def page() -> str:
+    """RESULTS.md, from all that is kept."""
+    paths = sorted(FOLDER.glob("*.json"), key=lambda path: (not path.stem.startswith(FIRST), path))
+    explained: set[str] = set()
+    return "\n".join([HEAD, *(_section(json.loads(p.read_text()), explained) for p in paths)])
+
+
+def _section(results: dict[str, Any], explained: set[str]) -> str:
+    """One run; legends that are not `explained` yet are added to it."""
+    recipe = importlib.import_module(results["command"].split()[2])
+    machine = results["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    tables: list[Table] = recipe.tables(results)
+    legends = [x for x in dict.fromkeys(t.legend for t in tables) if x and x not in explained]
+    explained.update(legends)
+    return "\n".join(
+        [
+            f"## {(recipe.__doc__ or '').splitlines()[0]}\n",
+            f"    {results['command']}\n",
+            *map(_markdown, tables),
+            *(f"```\n{legend}\n```\n" for legend in legends),
+            f"kqat {results['kqat']}, {packages}, Python {machine['python']}; "
+            f"{machine['cores']} cores, {machine['processor']}.\n",
+        ]
+    )
+
+
+def _markdown(table: Table) -> str:
+    rule = ["---", *["---:"] * (len(table.header) - 1)]
+    lines = [" | ".join(("", *cells, "")).strip() for cells in (table.header, rule, *table.rows)]
+    return f"{table.title}\n\n" + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Training that can be killed at any time: what `fit` sees is a function of seed and epoch.
+
+Order and augmentation of the samples are drawn anew for each (seed, epoch, batch), so there is no
+state of a random generator to keep: weights, optimizer and number of the epoch are all that a
+checkpoint holds, and a run that was killed goes on as if it had not been.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import kqat
+from kqat.saving import write_file
+from recipes.data import Samples
+
+BATCH_SIZE = 128
+MAX_SHIFT = 4
+
+
+class Batches:
+    """Shuffled, augmented batches of 8-bit images, each the same whenever it is asked for.
+
+    Images are mirrored and shifted by up to `MAX_SHIFT` pixels, the usual for CIFAR-10 (He et al.
+    2015, section 4.2, https://arxiv.org/abs/1512.03385).
+
+    Args:
+        samples: images (n, height, width, channels) in 0..255 and labels (n,).
+        batch_size: the samples that are left over after whole batches sit an epoch out.
+        seed: of order and augmentation.
+    """
+
+    def __init__(self, samples: Samples, *, batch_size: int = BATCH_SIZE, seed: int = 0):
+        self.images, self.labels = samples
+        self.batch_size = min(batch_size, len(self.labels))
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.labels) // self.batch_size
+
+    def batch(self, epoch: int, index: int) -> Samples:
+        """Batch `index` of an epoch: images as `scaled` gives them, and labels."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
+        chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
+        random = np.random.default_rng((self.seed, epoch, index))
+        return scaled(_augmented(self.images[chosen], random)), self.labels[chosen]
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Writes weights, optimizer and history after each epoch; each file whole or not there.
+
+    The history has one row per epoch: what `fit` logs, and the `seconds` that the epoch took on
+    the wall's clock and of the processor.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+        self.history: list[dict[str, float]] = []
+
+    def restore(self, model: keras.Model) -> int:
+        """Brings a compiled model to where it was; returns the number of finished epochs."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files = sorted(self.folder.glob("epoch_*.weights.h5"))
+        if not files:
+            return 0
+        model.optimizer.build(model.trainable_variables)
+        model.load_weights(files[-1])
+        epochs = int(files[-1].name.split(".")[0].removeprefix("epoch_"))
+        self.history = read_history(self.folder)[:epochs]
+        return epochs
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Starts the clocks."""
+        self._started = time.perf_counter(), time.process_time()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Writes the files. The weights come last: their name says which epoch is finished."""
+        wall, processor = self._started
+        row = {name: float(value) for name, value in (logs or {}).items()}
+        row["seconds"] = time.perf_counter() - wall
+        row["processor_seconds"] = time.process_time() - processor
+        self.history.append(row)
+        write_file(self.folder / "history.json", json.dumps(self.history, indent=1).encode())
+        older = list(self.folder.glob("epoch_*.weights.h5"))
+        path = self.folder / f"epoch_{epoch + 1:04}.weights.h5"
+        partial = self.folder / "partial.weights.h5"
+        self.model.save_weights(partial, overwrite=True)
+        partial.replace(path)
+        for file in older:
+            file.unlink()
+
+
+def scaled(images: np.ndarray) -> np.ndarray:
+    """Pixels in 0..255 as float32 in [-1, 1]."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def train(
+    model: keras.Model,
+    batches: Batches,
+    folder: Path,
+    *,
+    epochs: int,
+    learning_rate: float,
+    validation: Samples | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> None:
+    """Trains `model`, from the last checkpoint in `folder` if there is one.
+
+    Adam; the learning rate falls to zero along a cosine.
+    """
+    _compile(model, epochs * len(batches), learning_rate)
+    checkpoints = Checkpoints(folder)
+    done = checkpoints.restore(model)
+    if done < epochs:
+        source = _Epochs(batches)
+        told = keras.callbacks.LambdaCallback(on_epoch_begin=source.begin)
+        model.fit(
+            source,
+            initial_epoch=done,
+            epochs=epochs,
+            shuffle=False,
+            validation_data=validation,
+            callbacks=[told, *callbacks, checkpoints],
+            verbose=1 if sys.stdout.isatty() else 2,
+        )
+
+
+def fit(
+    model: keras.Model,
+    samples: Samples,
+    epochs: int,
+    learning_rate: float,
+    *,
+    batch_size: int,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    shuffle: bool = True,
+) -> None:
+    """Trains `model` as `train` does, on samples as they are, from the start."""
+    x, y = samples
+    _compile(model, epochs * -(-len(x) // batch_size), learning_rate)
+    print(f"Training '{model.name}'", flush=True)
+    model.fit(
+        x,
+        y,
+        batch_size=batch_size,
+        epochs=epochs,
+        shuffle=shuffle,
+        callbacks=list(callbacks),
+        verbose=2,
+    )
+
+
+def freezing(epochs: int) -> list[keras.callbacks.Callback]:
+    """Has ranges and statistics hold still in the second half of QAT.
+
+    So the last epochs train the very numbers that ship.
+    """
+    return [kqat.FreezeObservers(epochs // 2), kqat.FreezeBatchNorm(epochs // 2)]
+
+
+def save_model(model: keras.Model, path: Path) -> None:
+    """Writes `model` to `path` (.keras), whole or not at all."""
+    partial = path.with_name(f"partial_{path.name}")
+    model.save(partial)
+    partial.replace(path)
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """One row per epoch that was trained into `folder`; see `Checkpoints`."""
+    path = folder / "history.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Removes the checkpoint of a training that is finished and whose model is saved."""
+    for path in folder.glob("epoch_*.weights.h5"):
+        path.unlink()
+
+
+class _Epochs(keras.utils.PyDataset):
+    """`Batches` as `fit` takes them."""
+
+    def __init__(self, batches: Batches):
+        super().__init__()
+        self.batches = batches
+        self.epoch = 0
+
+    def begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Says which epoch is next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Samples:
+        return self.batches.batch(self.epoch, index)
+
+
+def _compile(model: keras.Model, steps: int, learning_rate: float) -> None:
+    rate = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+    model.compile(
+        keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+
+
+def _augmented(images: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Mirrored and shifted copies; what comes in from outside is grey, zero once scaled."""
+    count, height, width, _ = images.shape
+    padding = (0, 0), (MAX_SHIFT, MAX_SHIFT), (MAX_SHIFT, MAX_SHIFT), (0, 0)
+    padded = np.pad(images, padding, constant_values=128)
+    top, left = random.integers(0, 2 * MAX_SHIFT + 1, (2, count, 1))
+    rows = top + np.arange(height)
+    columns = left + np.arange(width)
+    mirrored = random.random(count) < 0.5
+    columns[mirrored] = columns[mirrored, ::-1]
+    return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
