@@ -18,7 +18,7 @@ from recipes.converter import float_tflite, packed
 from recipes.data import Samples
 from recipes.timing import machine
 from tflite_export import flatbuffer
-from tflite_export.runtimes import run, supports, tflite_micro_arena_bytes
+from tflite_export.runtimes import run, tflite_micro_arena_bytes
 
 # LiteRT's default CPU path is the fastest, so whole test sets run there.
 ACCURACY_RUNTIME = "litert"
@@ -121,12 +121,11 @@ def measure_file(name: str, blob: bytes, test: Samples) -> Row:
     """The row of a file of which no Keras model is at hand."""
     x, y = test
     (outputs,) = predict(blob, [x])
-    micro = supports("tflite_micro")
     return Row(
         name=name,
         accuracy=accuracy(outputs, y),
         file_bytes=len(blob),
-        arena_bytes=tflite_micro_arena_bytes(blob) if micro else None,
+        arena_bytes=_arena_bytes(blob),
     )
 
 
@@ -266,9 +265,17 @@ def _agreement(model: keras.Model, blob: bytes, x: np.ndarray) -> float:
     return accuracy(predict(blob, [x])[0], keras_outputs(model, x).argmax(-1))
 
 
+def _arena_bytes(blob: bytes) -> int | None:
+    """`None` where TFLite Micro is not installed or lacks a kernel, as it does float GELU's."""
+    try:
+        return tflite_micro_arena_bytes(blob)
+    except kqat.RuntimeUnavailableError:
+        return None
+
+
 def _to_integers(x: np.ndarray, tensor: Any) -> np.ndarray:
     dtype = flatbuffer.tensor_dtype(tensor)
-    if dtype.kind == "f":
+    if dtype.kind == "f" or x.dtype.kind in "iu":  # Token numbers are integers already.
         return np.asarray(x, dtype)
     limits = np.iinfo(dtype)
     scale, zero_point = tensor.quantization.scale[0], int(tensor.quantization.zeroPoint[0])
