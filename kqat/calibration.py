@@ -44,7 +44,7 @@ def calibrate(model: keras.Model, data: Any) -> None:
     if not seen:
         raise CalibrationError(
             f"Expected at least one sample of calibration data for the inputs "
-            f"{list(graph.input_names)}. Received: none. Give some hundred typical inputs."
+            f"{list(graph.input_keys)}. Received: none. Give some hundred typical inputs."
         )
 
 
@@ -72,7 +72,7 @@ def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
             found = _as_arrays(inputs, graph)
             if found is None:
                 raise CalibrationError(
-                    f"Expected batches of arrays for the inputs {list(graph.input_names)}. "
+                    f"Expected batches of arrays for the inputs {list(graph.input_keys)}. "
                     f"Received: a batch of type {type(inputs).__name__}."
                 )
             yield _checked(found, graph)
@@ -84,7 +84,7 @@ def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
 
 def _as_arrays(data: Any, graph: Graph) -> list[Any] | None:
     """One array-like per model input, or `None` where `data` is an iterable of batches."""
-    names = list(graph.input_names)
+    names = list(graph.input_keys)
     if isinstance(data, Mapping):
         if set(names) != set(data):
             raise CalibrationError(
@@ -121,12 +121,12 @@ def _checked(batch: list[Any], graph: Graph) -> list[np.ndarray]:
     """
     arrays = [
         _array(x, ref.shape, name)
-        for x, ref, name in zip(batch, graph.inputs, graph.input_names, strict=True)
+        for x, ref, name in zip(batch, graph.inputs, graph.input_keys, strict=True)
     ]
     sizes = [len(x) for x in arrays]
     if len(set(sizes)) != 1:
         raise CalibrationError(
-            f"Expected as many samples for every input of {list(graph.input_names)}. "
+            f"Expected as many samples for every input of {list(graph.input_keys)}. "
             f"Received: {sizes} samples."
         )
     return arrays
@@ -166,7 +166,7 @@ def _tensors(batch: list[np.ndarray], graph: Graph) -> list[Any]:
         CalibrationError: if it holds what is no finite float32.
     """
     tensors = []
-    for array, ref, name in zip(batch, graph.inputs, graph.input_names, strict=True):
+    for array, ref, name in zip(batch, graph.inputs, graph.input_keys, strict=True):
         if ref.counts:
             tensors.append(keras.ops.convert_to_tensor(_whole(array, name), ref.dtype))
             continue

@@ -31,7 +31,7 @@ class FrozenModel:
         sites: every value that is an integer in the file.
         weights: the integers and scales of every weight; weights are found by content.
         tables: the elementwise layers that may ship as tables, by their `Tabulated` index.
-        input_names, output_names: those of the user's model, in its order.
+        input_names, output_names: those of the user's model, in its order: the keys of a dict.
     """
 
     model: keras.Model
@@ -64,8 +64,8 @@ def freeze(qat: keras.Model) -> FrozenModel:
         sites=tuple(freezer.sites),
         weights=tuple(freezer.weights),
         tables=tuple(freezer.tables),
-        input_names=graph.input_names,
-        output_names=graph.output_names,
+        input_names=graph.input_keys,
+        output_names=graph.output_keys,
     )
 
 
@@ -149,7 +149,7 @@ class _Freezer:
     def __init__(self, graph: Graph):
         self.consumers = graph.consumers()
         self.producers = graph.producers()
-        self.input_names = dict(zip(graph.inputs, graph.input_names, strict=True))
+        self.input_names = dict(zip(graph.inputs, graph.input_keys, strict=True))
         self.sites: list[Site] = []
         self.weights: list[FrozenWeight] = []
         self.tables: list[Tabulated] = []

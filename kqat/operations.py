@@ -155,7 +155,7 @@ def _cast(operation: Any, name: str) -> Callable[..., Any]:
 
 
 # Functions of one number without an int8 operator of their own on every runtime.
-_TABLES = (
+FUNCTIONS = (
     "Absolute", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctan2",
     "Arctanh", "Cbrt", "Ceil", "Celu", "Cos", "Cosh", "Deg2rad", "Erf", "Erfc", "Erfinv", "Exp2",
     "Expm1", "Fabs", "Floor", "FloorDivide", "Fmax", "Fmin", "Fmod", "HardShrink",
@@ -169,7 +169,7 @@ OPERATIONS: dict[str, Row] = {
     **REARRANGING,
     **REDUCING,
     **NETWORKS,
-    **dict.fromkeys(_TABLES, function),
+    **dict.fromkeys(FUNCTIONS, function),
     "Negative": lambda operation, name: lambda x: scaled(x, -1.0, 0.0, name),
     "Square": _square,
     "Power": _power,

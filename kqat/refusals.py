@@ -125,7 +125,9 @@ OPERATION_REASONS: dict[str, str] = {
         ).split(),
         _BITS,
     ),
-    **dict.fromkeys("broadcast_to flipud meshgrid ravel rot90 slice vander vdot vsplit vstack".split(), _BATCH),
+    **dict.fromkeys(
+        "broadcast_to flipud meshgrid ravel rot90 slice vander vdot vsplit vstack".split(), _BATCH
+    ),
     **dict.fromkeys(
         (
             "nonzero scatter scatter_update segment_max segment_min segment_prod segment_sum "
@@ -136,8 +138,8 @@ OPERATION_REASONS: dict[str, str] = {
     **dict.fromkeys(
         (
             "cdist conv_transpose cross cumprod diag diagflat diagonal diff divide_no_nan "
-            "extract_sequences fold heaviside hypot isclose isin kron ldexp nextafter outer ptp rearrange select "
-            "sparsemax trace trapezoid unfold"
+            "extract_sequences fold heaviside hypot isclose isin kron ldexp nextafter outer "
+            "ptp rearrange select sparsemax trace trapezoid unfold"
         ).split(),
         _COMPOSE,
     ),

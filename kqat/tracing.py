@@ -71,6 +71,16 @@ class Graph:
         """The model's outputs in its order."""
         return _refs(self.output_struct)
 
+    @property
+    def input_keys(self) -> tuple[str, ...]:
+        """What data and files call the inputs: keys of a dict, or the names."""
+        return _keys(self.input_struct, self.input_names)
+
+    @property
+    def output_keys(self) -> tuple[str, ...]:
+        """What targets and files call the outputs: keys of a dict, or the names."""
+        return _keys(self.output_struct, self.output_names)
+
     def run(self, inputs: Sequence[Any], call: Callable[..., Any]) -> Any:
         """Runs the graph; returns values in the model's output structure.
 
@@ -311,6 +321,12 @@ def _call_options(
     if not args and first in said:
         args = (said.pop(first),)
     return args, said
+
+
+def _keys(structure: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    paths = [path for path, _ in keras.tree.flatten_with_path(structure)]
+    named = all(isinstance(part, str) for path in paths for part in path)
+    return tuple("_".join(path) for path in paths) if named and all(paths) else names
 
 
 def unique_name(name: str, taken: set[str], ending: str = "_{}") -> str:

@@ -10,7 +10,7 @@ from types import FunctionType, ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "tests")
+FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "docs", "tests")
 
 # Lowest room first. A room may import those before it; a new room takes its place here.
 ROOMS = {
@@ -31,9 +31,10 @@ ROOMS = {
 # Who may import a package of ours, by folder or file.
 IMPORTERS = {
     "kqat": FOLDERS,
-    "tflite_export": ("kqat/cli.py", "tflite_export", "recipes", "benchmarks", "tests"),
+    "tflite_export": ("kqat/cli.py", "tflite_export", "recipes", "benchmarks", "docs", "tests"),
     "recipes": ("recipes", "benchmarks", "tests"),
     "benchmarks": ("benchmarks", "tests"),
+    "docs": ("docs", "tests"),
     "tests": ("tests",),
 }
 KERAS_INSIDE = ("keras.src", "tensorflow.python")

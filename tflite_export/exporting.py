@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 from ai_edge_litert import schema_py_generated as schema
@@ -37,7 +38,7 @@ def convert(
     Args:
         qat: a model from `kqat.quantize_model`, calibrated or trained; it is left alone.
         inference_input_type: `"int8"`, `"uint8"` or `"float32"`, for all inputs, or a mapping
-            from input names.
+            from input names; what counts, as tokens do, is `"int32"` in any case.
         inference_output_type: the same for outputs.
         target: a name from `tflite_export.targets.TARGETS`; its runtime must have the int8 kernels
             (operators that the plan leaves float are not checked).
@@ -52,8 +53,10 @@ def convert(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ExportError(f"Expected a batch size of at least 1. Received: {batch_size!r}.")
     frozen = qat if isinstance(qat, FrozenModel) else freeze(qat)
-    input_types = _types(inference_input_type, frozen.input_names, "inference_input_type")
-    output_types = _types(inference_output_type, frozen.output_names, "inference_output_type")
+    inputs = dict(zip(frozen.input_names, frozen.model.inputs, strict=True))
+    outputs = dict(zip(frozen.output_names, frozen.model.outputs, strict=True))
+    input_types = _types(inference_input_type, inputs, "inference_input_type")
+    output_types = _types(inference_output_type, outputs, "inference_output_type")
     if target is not None:
         check_target(frozen, target)
     marked = lower(frozen, batch_size, computed(frozen, target))
@@ -71,13 +74,21 @@ def save(blob: bytes, path: str | os.PathLike[str]) -> None:
     write_file(path, blob)
 
 
-def _types(asked: IoType, names: tuple[str, ...], argument: str) -> list[str]:
+def _types(asked: IoType, tensors: Mapping[str, Any], argument: str) -> list[str]:
+    names = list(tensors)
+    counts = {name for name in names if not keras.backend.is_float_dtype(tensors[name].dtype)}
     if isinstance(asked, str):
-        asked = dict.fromkeys(names, asked)
+        # What counts stays as it is: it has no scale.
+        asked = {name: "int32" if name in counts else asked for name in names}
     if set(asked) != set(names):
         raise ExportError(f"Expected {argument} for {list(names)}. Received: {sorted(asked)}.")
     for name in names:
-        if asked[name] not in IO_TYPES:
+        if (asked[name] == "int32") != (name in counts):
+            raise ExportError(
+                f"Expected int32 for what counts, as {sorted(counts)}, and for nothing else. "
+                f"Received: {argument}={asked[name]!r} for '{name}'."
+            )
+        if asked[name] not in (*IO_TYPES, "int32"):
             raise ExportError(
                 f"Expected {argument} to be one of {sorted(IO_TYPES)}. "
                 f"Received: {asked[name]!r} for '{name}'."
@@ -130,9 +141,8 @@ class _Interface:
 
     def _typed(self, index: int, io_type: str, name: str, kind: str) -> int:
         tensor = self.graph.tensors[index]
-        wanted = getattr(schema.TensorType, IO_TYPES[io_type])
-        counted = (schema.TensorType.INT32, schema.TensorType.INT64, schema.TensorType.BOOL)
-        if tensor.type == wanted or tensor.type in counted:
+        wanted = getattr(schema.TensorType, IO_TYPES.get(io_type, "INT32"))
+        if tensor.type == wanted or io_type == "int32":
             # An input that is an output too keeps its name; the signature has both.
             if kind == "input" or index not in self.inputs:
                 tensor.name = name.encode()

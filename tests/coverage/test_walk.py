@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 
+from docs import coverage
 from kqat.operations import OPERATIONS
 from kqat.refusals import LAYER_REASONS, OPERATION_REASONS
 from kqat.registry import AUGMENTING, LAYERS
@@ -54,6 +55,11 @@ def test_every_row_is_a_function_of_keras() -> None:
 @pytest.mark.parametrize("table", [LAYER_REASONS, OPERATION_REASONS])
 def test_a_reason_ends_a_sentence_about_it(table: dict[str, str]) -> None:
     assert all(text and not text.endswith(".") and text[0].islower() for text in table.values())
+
+
+def test_the_document_is_what_the_tables_say() -> None:
+    """Where it is not: `python -m docs.coverage`."""
+    assert coverage.PATH.read_text() == coverage.text()
 
 
 FACTORS = {

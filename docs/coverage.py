@@ -1,0 +1,138 @@
+"""Writes `docs/coverage.md`: how each layer and function of Keras ships, from the tables.
+
+python -m docs.coverage
+"""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import keras
+
+from kqat.operands import BINARY
+from kqat.operations import FUNCTIONS, NETWORKS, OPERATIONS, REDUCING
+from kqat.rearranging import REARRANGING
+from kqat.refusals import LAYER_REASONS, OPERATION_REASONS
+from kqat.registry import ACTIVATIONS, LAYERS
+from kqat.rules import LayerRule, Output
+from tflite_export.lookup import TABLE_OPS
+from tflite_export.op_table import missing_kernels
+
+PATH = Path(__file__).with_suffix(".md")
+RUNTIMES = {"LiteRT": "litert", "TFLite Micro": "tflite_micro"}
+HEAD = """# Coverage
+
+How each public layer and function of Keras {version} becomes integers, and on which runtime.
+Written from the tables of `kqat` and `tflite_export` by `python -m docs.coverage`; a test compares.
+
+Words: *own range*: the output has a quantizer of its own. *Same scale*: it has its input's.
+*Fixed range*: the integer kernel demands one. *Table*: any function of one number, exact, as 256
+entries (CAST, ADD, GATHER). *Parts*: several operators with a quantizer behind each.
+
+Custom layers, `Lambda` and functions of your own are traced, and ship as what they are made of;
+a function of each number alone ships as one table.
+"""
+
+
+def text() -> str:
+    """The document."""
+    parts = [
+        HEAD.format(version=keras.__version__),
+        _section("Layers", "Layer", _layers()),
+        _section("Activations", "Activation", _activations()),
+        "\n## Functions of `keras.ops`\n\n| Function | How it ships |\n|---|---|\n",
+        "".join(f"| `{name}` | {how} |\n" for name, how in _functions()),
+        "\n## What stays float, or has to leave the model\n\n",
+        "Give it `None` as its config to leave it float, where a float kernel will do.\n\n",
+        _reasons("Layer", LAYER_REASONS),
+        "\n",
+        _reasons("Function", OPERATION_REASONS),
+    ]
+    return "".join(parts)
+
+
+Row = tuple[str, str, tuple[str, ...], bool]
+
+
+def _section(title: str, kind: str, rows: Iterator[Row]) -> str:
+    lines = [
+        f"\n## {title}\n\n",
+        f"| {kind} | How it ships | Operators | {' | '.join(RUNTIMES)} |\n",
+        "|---|---|---|" + "---|" * len(RUNTIMES) + "\n",
+    ]
+    for name, how, ops, table in rows:
+        runs = " | ".join(_runs(ops, runtime, table) for runtime in RUNTIMES.values())
+        lines.append(f"| `{name}` | {how} | {', '.join(ops)} | {runs} |\n")
+    return "".join(lines)
+
+
+def _runs(ops: tuple[str, ...], runtime: str, table: bool) -> str:
+    missing = missing_kernels(tuple(op for op in ops if op not in TABLE_OPS), runtime)
+    if not missing:
+        return "yes"
+    return "as a table" if table else f"not with {', '.join(missing)}"
+
+
+def _layers() -> Iterator[Row]:
+    public = {
+        value for value in vars(keras.layers).values() if inspect.isclass(value) and value in LAYERS
+    }
+    for layer in sorted(public, key=lambda cls: cls.__name__):
+        rule = LAYERS[layer]
+        yield layer.__name__, _how(rule), rule.ops, rule.table
+
+
+def _activations() -> Iterator[Row]:
+    for name, rule in sorted(ACTIVATIONS.items()):
+        yield name, _how(rule), rule.ops, rule.table
+
+
+def _how(rule: LayerRule) -> str:
+    if rule.opens:
+        return "opened up by tracing, or a table"
+    if rule.output is Output.VANISHES:
+        return "no operator: it works in training alone"
+    if rule.table:
+        return "own range; its operator, or a table" if rule.ops else "own range; a table"
+    if rule.affine:
+        return "own range; exact 1×1 depthwise convolution, or a multiplication"
+    if rule.table_of_rows:
+        return "own range, on which its table ships"
+    if rule.clamp:
+        return "fuses into the layer before it; alone, an operator"
+    if rule.output is Output.FIXED and rule.fixed_range is not None:
+        low, high = rule.fixed_range
+        return f"fixed range [{low:.4g}, {high:.4g}]"
+    weights = f"; weights {', '.join(rule.weights)}" if rule.weights else ""
+    parts = "; in parts" if rule.decompose and not rule.weights else ""
+    return f"{rule.output.value}{weights}{parts}"
+
+
+def _functions() -> Iterator[tuple[str, str]]:
+    rooms = (
+        (FUNCTIONS, "table"),
+        (
+            BINARY,
+            "operator of two; with a constant a layer or a table; comparisons give truth values",
+        ),
+        (REARRANGING, "moves values, on the same scale"),
+        (REDUCING, "reduces axes behind the batch"),
+        (NETWORKS, "as the layer of that name"),
+        (OPERATIONS, "as the layers that it is made of"),
+    )
+    for name in sorted(OPERATIONS):
+        yield name, next(how for table, how in rooms if name in table)
+
+
+def _reasons(kind: str, table: dict[str, str]) -> str:
+    """The names that share a reason in one row."""
+    names: dict[str, list[str]] = {}
+    for name, why in sorted(table.items()):
+        names.setdefault(why, []).append(f"`{name}`")
+    rows = "".join(f"| {', '.join(found)} | It {why}. |\n" for why, found in names.items())
+    return f"| {kind} | Why |\n|---|---|\n{rows}"
+
+
+if __name__ == "__main__":
+    PATH.write_text(text())
+    print(f"wrote {PATH.name}: {len(LAYERS)} layers, {len(OPERATIONS)} functions")
