@@ -11,8 +11,9 @@ from keras import layers
 import kqat
 import tflite_export
 from kqat.errors import UnsupportedLayerError
+from kqat.expanding import expand
 from kqat.looping import QuantizedRecurrence
-from kqat.tracing import expand, rebuild, trace
+from kqat.tracing import rebuild, trace
 from kqat.wrapping import all_layers
 from tflite_export.runtimes import run
 
