@@ -8,6 +8,7 @@ import numpy as np
 
 from kqat.errors import CalibrationError, ModelError
 from kqat.layers import ActivationQuantizer
+from kqat.looping import QuantizedRecurrence
 from kqat.tracing import Graph, Node, trace
 from kqat.wrapping import is_quantized
 
@@ -49,6 +50,8 @@ def calibrate(model: keras.Model, data: Any) -> None:
 
 
 def _observe(node: Node, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(node.layer, QuantizedRecurrence):
+        return node.layer.observe(*args)
     if not isinstance(node.layer, ActivationQuantizer):
         return node.layer(*args, **kwargs)
     x = args[0]

@@ -109,8 +109,15 @@ def dense(layer: Any, name: str) -> Decomposed | None:
 
 
 def _activation(layer: Any, name: str) -> keras.layers.Layer:
-    function = layer.activation
-    regularizer = layer.activity_regularizer
+    return activation_layer(layer.activation, name, layer.activity_regularizer)
+
+
+def activation_layer(function: Any, name: str, regularizer: Any = None) -> keras.layers.Layer:
+    """The activation `function` of layer `name` as a layer of its own.
+
+    Raises:
+        UnsupportedLayerError: if it is neither a built-in function nor a layer.
+    """
     if isinstance(function, keras.layers.Layer):
         return clone(function, name=f"{name}_{function.name}")
     kind = keras.activations.serialize(function)

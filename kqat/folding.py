@@ -140,20 +140,34 @@ def channelwise(layer: Any, channels: int) -> Frozen:
     weight = _single_steps(layer.name, kernel, True)
     bias = np.broadcast_to(offset, (channels,)).astype(np.float32)
     part = Part(layers.DepthwiseConv2D(1, name=layer.name, dtype="float32"), [weight.values, bias])
-    return [weight], lambda x: _as_image(part, x)
+    return [weight], _AsImage(part)
 
 
-def _as_image(part: Part, x: Any) -> Any:
-    """Calls a 4-D layer that works channel by channel on a value of any rank."""
-    shape = tuple(x.shape[1:])
-    if len(shape) == 3:
-        return part(x)
-    rows = int(np.prod(shape[:-2], dtype=int)) if len(shape) > 2 else 1
-    columns = shape[-2] if len(shape) > 1 else 1
-    name = f"kqat_{part.layer.name}"
-    options = {"dtype": "float32"}
-    image = layers.Reshape((rows, columns, shape[-1]), name=f"{name}_image", **options)(x)
-    return layers.Reshape(shape, name=f"{name}_shape", **options)(part(image))
+class _AsImage:
+    """Calls a 4-D layer that works channel by channel on values of any rank."""
+
+    def __init__(self, part: Part):
+        self.part = part
+        # A layer may be called often, and each of its calls needs the same two.
+        self.reshapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def __call__(self, x: Any) -> Any:
+        shape = tuple(x.shape[1:])
+        if len(shape) == 3:
+            return self.part(x)
+        if shape not in self.reshapes:
+            rows = int(np.prod(shape[:-2], dtype=int)) if len(shape) > 2 else 1
+            columns = shape[-2] if len(shape) > 1 else 1
+            name = f"kqat_{self.part.layer.name}"
+            ending = f"_{len(self.reshapes)}" if self.reshapes else ""
+            self.reshapes[shape] = (
+                layers.Reshape(
+                    (rows, columns, shape[-1]), name=f"{name}_image{ending}", dtype="float32"
+                ),
+                layers.Reshape(shape, name=f"{name}_shape{ending}", dtype="float32"),
+            )
+        before, after = self.reshapes[shape]
+        return after(self.part(before(x)))
 
 
 def _single_steps(name: str, factor: np.ndarray, per_channel: bool) -> FrozenWeight:

@@ -16,7 +16,10 @@ from kqat.decompositions import clone, duplicate
 from kqat.errors import FreezeError, ModelError
 from kqat.folding import FrozenWeight, channelwise, freeze_layer
 from kqat.layers import ActivationQuantizer, QuantizeWrapper
+from kqat.looping import QuantizedRecurrence
 from kqat.marking import Marker, PrecisionBoundary, Site, Tabulated
+from kqat.primitives import Slice
+from kqat.recurrence import Recurrence, Stack, Unstack
 from kqat.registry import Output, rule_for
 from kqat.tracing import Graph, Node, Ref, non_finite_variable, rebuild, trace, unique_name
 from kqat.wrapping import is_quantized
@@ -133,6 +136,9 @@ class _Stripper:
         return self.names.get(output) or unique_name(name, self.taken)
 
     def _float_parts(self, layer: Any, output: Ref) -> list[Any]:
+        if isinstance(layer, QuantizedRecurrence):
+            name = self._name(layer.name.removeprefix("quant_"), output)
+            return [Recurrence(**{**layer.get_config(), "step": strip(layer.step), "name": name})]
         if not isinstance(layer, QuantizeWrapper):
             return [duplicate(layer, self._name(layer.name, output))]
         if layer.normalization is None:
@@ -163,6 +169,8 @@ class _Freezer:
         layer, output = node.layer, node.outputs[0]
         if isinstance(layer, ActivationQuantizer):
             return self._quantizer(node, args[0])
+        if isinstance(layer, QuantizedRecurrence):
+            return self._unrolled(node, args[0])
         if isinstance(layer, PrecisionBoundary):
             self.fences += 1
             return Marker("fence", 0, name=f"kqat_fence_{self.fences}")(args[0])
@@ -183,9 +191,51 @@ class _Freezer:
         if rule is None or rule.output is not Output.SAME:
             return value
         self._check_same(node, grids)
-        if any(isinstance(n.layer, ActivationQuantizer) for n in self.consumers[output]):
-            return value
-        return self._mark(output, node.name, value, grids[0])
+        return [
+            v if self._is_rounded(ref) else self._mark(ref, node.name, v, grids[0])
+            for ref, v in zip(node.outputs, keras.tree.flatten(value), strict=True)
+        ]
+
+    def _unrolled(self, node: Node, inputs: list[Any]) -> list[Any]:
+        """A recurrence as as many steps as its sequences have, which share weights and grids."""
+        layer: QuantizedRecurrence = node.layer
+        graph, count = layer.parts.graph, layer.sequences
+        self.consumers |= graph.consumers()
+        self.producers |= graph.producers()
+        self.grids |= {
+            inner: self.grids[outer]
+            for inner, outer in zip(graph.inputs[:count], node.inputs[:count], strict=True)
+        }
+        sequences = [
+            Unstack(name=f"{node.name}_unstack_{i}")(x) for i, x in enumerate(inputs[:count])
+        ]
+        states = inputs[count:] or [
+            self._zeros(sequences[0][0], int(state.shape[-1] or 0), f"{node.name}_zeros_{i}")
+            for i, state in enumerate(graph.inputs[count:])
+        ]
+        roundings = layer.parts.state_roundings
+        states = [self._quantizer(n, state) for n, state in zip(roundings, states, strict=True)]
+        grids = [self.grids[ref] for ref in graph.outputs]
+        self.grids |= zip(graph.inputs[count:], grids, strict=True)
+        outputs = []
+        for values in layer.steps(sequences):
+            states = graph.run([*values, *states], self.call)
+            outputs.append(states[0])
+        stacked = Stack(name=f"{node.name}_stack")(layer.in_order(outputs))
+        results = layer.results(stacked, states)
+        results = results if layer.return_state else [results]
+        self.grids |= zip(node.outputs, [grids[0], *grids], strict=False)
+        if layer.return_sequences:
+            results[0] = self._mark(node.outputs[0], node.name, results[0], grids[0])
+        return results
+
+    def _zeros(self, x: Any, units: int, name: str) -> Any:
+        """`(batch, units)` zeros, computed from `x`: a constant would be folded away."""
+        part = Slice([0], [units], [1], name=f"{name}_part")(x)
+        return keras.layers.Subtract(name=name)([part, part])
+
+    def _is_rounded(self, ref: Ref) -> bool:
+        return any(isinstance(n.layer, ActivationQuantizer) for n in self.consumers[ref])
 
     def _tabulated(self, layer: Any, name: str) -> Tabulated:
         index = len(self.tables)

@@ -140,21 +140,22 @@ class ActivationQuantizer(keras.layers.Layer):
                 f"Expected ranges from data. Received: quantizer '{self.name}', which has seen "
                 "none. Give calibration_data to kqat.quantize_model, or train."
             )
-        low, high = self._union(self.site_low.value, self.site_high.value)
+        low, high = self.union(self.site_low.value, self.site_high.value)
         return float(low), float(high)
 
     def is_calibrated(self) -> bool:
         """Whether the range is known."""
         return isinstance(self.range_method, Fixed) or float(ops.max(self.count)) > 0.0
 
-    def _union(self, site_low: Any, site_high: Any) -> tuple[Any, Any]:
+    def union(self, site_low: Any, site_high: Any) -> tuple[Any, Any]:
+        """The range that holds those of all sites, as the grid allows it."""
         return self._symmetric(*numerics.widen(ops.min(site_low), ops.max(site_high)))
 
     def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
         return numerics.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)
 
     def _round(self, x: Any, site_low: Any, site_high: Any) -> Any:
-        low, high = self._union(site_low, site_high)
+        low, high = self.union(site_low, site_high)
         if self.spec.symmetric:  # A range on both sides of zero clamps nothing at zero.
             x = self.clamped(x)
         return numerics.fake_quantize(x, low, high, self.spec)

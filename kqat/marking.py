@@ -6,6 +6,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from kqat import numerics
+from kqat.spec import QuantSpec
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -56,7 +59,11 @@ class Marker(keras.layers.Layer):
         """`x`, rounded on a grid that nobody uses."""
         step, zero = (self.index + 1) * self.STEP, self.KINDS[self.kind]
         low, high = -zero * step, (255 - zero) * step
-        return keras.quantizers.fake_quant_with_min_max_vars(x, low, high, num_bits=8)
+        return numerics.fake_quantize(x, low, high, QuantSpec())
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
 
     @classmethod
     def read(cls, scale: float, zero_point: int) -> tuple[str, int]:

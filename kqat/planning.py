@@ -6,18 +6,21 @@ for input and output (TFLite quantization specification) join their tensors into
 has one quantizer. *Precision*: where integers and floats meet, an explicit boundary stands.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 import keras
 
+from kqat.assigning import assign_configs
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import PolicyError
 from kqat.expanding import expand
 from kqat.quantizers import Fixed, MaxAbs, MovingAverage, RangeMethod
+from kqat.recurrence import Recurrence
 from kqat.registry import LayerRule, Output, row_for, stays_whole
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
 from kqat.spec import QuantSpec
-from kqat.tracing import Graph, Node, Ref
+from kqat.tracing import Graph, Node, Ref, trace
 from kqat.weight_grids import resolve_weights
 
 
@@ -28,58 +31,19 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
         UnsupportedLayerError: if a layer that is to be quantized has no integer form.
         PolicyError: if the policy asks for what cannot ship.
     """
-    configs, input_configs, unused = _assign_configs(graph, policy)
+    configs, input_configs, unused = assign_configs(graph, policy)
     expanded, origins = expand(graph, lambda n: stays_whole(n.layer, configs[n.name]), model_name)
-    planner = _Planner(expanded, origins, configs, input_configs)
-    planner.fuse()
-    planner.join_scales()
-    planner.place_roundings()
-    planner.check_given_ranges()
-    layers = tuple(planner.layer_plan(node, origins[node.layer.name]) for node in expanded.nodes)
-    return Plan(
-        model_name=model_name,
-        layers=layers,
-        groups=tuple(planner.groups.values()),
-        unused_rules=unused,
-        input_names=graph.input_names,
-        output_names=graph.output_names,
-        graph=expanded,
-        roundings=planner.roundings,
-    )
+    plan = _Planner(expanded, origins, configs, input_configs).plan(model_name)
+    return dataclasses.replace(plan, unused_rules=unused, output_names=graph.output_names)
 
 
-def _assign_configs(
-    graph: Graph, policy: QuantizePolicy
-) -> tuple[dict[str, QuantizeConfig | None], dict[str, QuantizeConfig], tuple[str, ...]]:
-    """Configs of the nodes, configs that rules give to model inputs, and rules that matched none.
-
-    An input without a rule of its own takes the config of the first layer that reads it, a later
-    call of a layer that of the first.
-    """
-    configs: dict[str, QuantizeConfig | None] = {}
-    used: set[int | None] = set()
-    by_layer: dict[int, tuple[str, QuantizeConfig | None]] = {}
-    for node in graph.nodes:
-        index = policy.match(node.name, node.layer)
-        used.add(index)
-        config = policy.default if index is None else policy.rules[index][1]
-        first, earlier = by_layer.setdefault(id(node.layer), (node.name, config))
-        if index is None:
-            config = earlier
-        if earlier != config:
-            raise PolicyError(
-                f"Expected one config for the calls '{first}' and '{node.name}' of one layer: its "
-                f"weights are quantized once. Received: {earlier} and {config}."
-            )
-        configs[node.name] = config
-    input_configs = {}
-    for name in graph.input_names:
-        index = policy.match(name, None)
-        if index is not None and policy.rules[index][1] is not None:
-            used.add(index)
-            input_configs[name] = policy.rules[index][1]
-    unused = tuple(str(key) for i, (key, _) in enumerate(policy.rules) if i not in used)
-    return configs, input_configs, unused
+def _plan_step(recurrence: Recurrence, origin: str, config: QuantizeConfig) -> Plan:
+    """The plan of one step: its inputs come rounded, and a state keeps its scale."""
+    expanded, parts = expand(trace(recurrence.step), lambda node: False, recurrence.step.name)
+    states = expanded.inputs[recurrence.sequences :]
+    ties = tuple(zip(states, expanded.outputs, strict=True))
+    planner = _Planner(expanded, dict.fromkeys(parts, origin), {origin: config}, {}, ties)
+    return planner.plan(recurrence.step.name)
 
 
 class _Planner:
@@ -91,9 +55,12 @@ class _Planner:
         origins: Mapping[str, str],
         configs: Mapping[str, QuantizeConfig | None],
         input_configs: Mapping[str, QuantizeConfig],
+        ties: tuple[tuple[Ref, Ref], ...] | None = None,
     ):
         self.graph = graph
+        self.origins = origins
         self.input_configs = input_configs
+        self.ties = ties  # states before and after one step; `None` for a whole model
         self.consumers = graph.consumers()
         self.producers = graph.producers()
         self.outputs = set(graph.outputs)
@@ -114,6 +81,31 @@ class _Planner:
         self.roundings: dict[Ref, tuple[Rounding, ...]] = {}
         self._joined: dict[Ref, Ref] = {}
         self._group_names: dict[Ref, str] = {}  # first of joined values -> their group
+        self.steps = {
+            node: _plan_step(node.layer, user_names[node], config)
+            for node, rule in self.rules.items()
+            if rule and rule.output is Output.INSIDE and (config := self.configs[node.name])
+        }
+
+    def plan(self, model_name: str) -> Plan:
+        """Every decision."""
+        self.fuse()
+        self.join_scales()
+        self.place_roundings()
+        self.check_given_ranges()
+        layers = [self.layer_plan(n, self.origins[n.layer.name]) for n in self.graph.nodes]
+        parts = {id(node.layer): plan for node, plan in self.steps.items()}.values()
+        return Plan(
+            model_name=model_name,
+            layers=(*layers, *(layer for plan in parts for layer in plan.layers)),
+            groups=(*self.groups.values(), *(group for plan in parts for group in plan.groups)),
+            unused_rules=(),
+            input_names=self.graph.input_names,
+            output_names=(),
+            graph=self.graph,
+            roundings=self.roundings,
+            steps={node.name: plan for node, plan in self.steps.items()},
+        )
 
     def integer(self, node: Node) -> bool:
         """Whether the node computes on integers; training-only layers are as their input is."""
@@ -174,13 +166,15 @@ class _Planner:
 
     def join_scales(self) -> None:
         """Joins the values that must share one scale."""
+        for before, after in self.ties or ():
+            self._join(before, after)
         for node in self.graph.nodes:
             rule = self.rules[node]
             if rule is None or rule.output not in (Output.SAME, Output.VANISHES):
                 continue
             if rule.output is Output.VANISHES and not self.integer(node):
                 continue
-            for ref in node.inputs:
+            for ref in (*node.inputs, *node.outputs[1:]):
                 if not ref.counts and not node.outputs[0].counts:
                     self._join(ref, node.outputs[0])
 
@@ -199,7 +193,14 @@ class _Planner:
         members: dict[Ref, list[tuple[str, Ref, Node | None]]] = {}
         for name, ref, node in self._sources():
             members.setdefault(self._root(ref), []).append((name, ref, node))
-        names = {root: self._make_group(sources) for root, sources in members.items()}
+        again = [n for n, r in self.rules.items() if r and r.output is Output.SAME and r.rounds]
+        roots = {self._root(node.outputs[0]) for node in again}
+        names = {
+            root: self._make_group(sources)
+            for root, sources in members.items()
+            # A value that comes rounded needs a grid of ours only to meet others.
+            if len(sources) > 1 or root in roots or sources[0][2] not in self.steps
+        }
         self._group_names = names
         for node in self.graph.nodes:
             rule = self.rules[node]
@@ -210,7 +211,7 @@ class _Planner:
     def _sources(self) -> Iterable[tuple[str, Ref, Node | None]]:
         """Values that bring a range of their own: name, ref and the node that makes them."""
         for ref, name in zip(self.graph.inputs, self.graph.input_names, strict=True):
-            if self.rounded_input(ref):
+            if self.ties is None and self.rounded_input(ref):
                 yield name, ref, None
         for node in self.graph.nodes:
             rule = self.rules[node]
@@ -221,11 +222,14 @@ class _Planner:
                 for index, value in enumerate(node.outputs):
                     if any(self.integer(reader) for reader in self.consumers[value]):
                         yield f"{node.name}_{index}" if index else node.name, value, node
+            elif rule.output is Output.INSIDE:
+                for index, value in enumerate(node.outputs):
+                    yield f"{node.name}_{index}" if index else node.name, value, node
             elif rule.output in (Output.OWN, Output.FIXED) and not self.transparent(ref):
                 yield node.name, ref, node
 
     def _make_group(self, sources: list[tuple[str, Ref, Node | None]]) -> str:
-        fixed = [self._fixed_range(node) for _, _, node in sources]
+        fixed = [self._fixed_range(node, ref) for _, ref, node in sources]
         common = fixed[0] if len(set(fixed)) == 1 else None
         own = [source for source, range_ in zip(sources, fixed, strict=True) if range_ is None]
         spec, method = self._agreed(own or sources)
@@ -269,8 +273,11 @@ class _Planner:
         self.groups[name] = Group(name, spec, method, "relu6", 1, (source,))
         return name
 
-    def _fixed_range(self, node: Node | None) -> tuple[float, float] | None:
+    def _fixed_range(self, node: Node | None, ref: Ref) -> tuple[float, float] | None:
         rule = self.rules[node] if node else None
+        if node in self.steps:
+            method = self._range_inside(node, ref)
+            return (method.low, method.high) if isinstance(method, Fixed) else None
         return rule.fixed_range if rule else None
 
     def _clamp(self, ref: Ref) -> str | None:
@@ -323,10 +330,18 @@ class _Planner:
     def _shipped_range(self, node: Node) -> RangeMethod | None:
         """The range of the value that the node's kernel ends with."""
         ref = node.outputs[0]
+        if node in self.steps:
+            return self._range_inside(node, ref)
         while self.transparent(ref):
             ref = self.consumers[ref][0].outputs[0]
         group = self._group_names.get(self._root(ref))
         return self.groups[group].range_method if group else None
+
+    def _range_inside(self, node: Node, ref: Ref) -> RangeMethod:
+        """The range of an output of a recurrence: a state's, of which the first is the output."""
+        step, state = self.steps[node], max(node.outputs.index(ref) - 1, 0)
+        rounding = step.roundings[step.graph.outputs[state]][-1]
+        return next(g.range_method for g in step.groups if g.name == rounding.group)
 
     def _is_inner(self, node: Node) -> bool:
         """Whether the node is a part of a user's layer before the last one."""

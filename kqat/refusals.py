@@ -10,7 +10,6 @@ _SPECTRUM = (
     "computes a spectrum over many octaves, where eight bits drown all but the loudest; TFLite's "
     "RFFT2D is float; run it before the model"
 )
-_RECURRENT = "is a recurrent layer that this release does not take apart; unroll it over a Dense"
 _ABSTRACT = "is no layer of a finished model"
 
 LAYER_REASONS: dict[str, str] = {
@@ -23,11 +22,13 @@ LAYER_REASONS: dict[str, str] = {
     **dict.fromkeys(("FlaxLayer", "JaxLayer", "TFSMLayer", "TorchModuleWrapper"), _OTHER),
     **dict.fromkeys(("MelSpectrogram", "STFTSpectrogram"), _SPECTRUM),
     **dict.fromkeys(
-        (
-            "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D", "RNN", "SimpleRNN", "GRU", "LSTM",
-            "SimpleRNNCell", "GRUCell", "LSTMCell", "StackedRNNCells", "Bidirectional",
-        ),
-        _RECURRENT,
+        ("SimpleRNNCell", "GRUCell", "LSTMCell", "StackedRNNCells"),
+        "is one step of a recurrent layer; put it into keras.layers.RNN",
+    ),
+    **dict.fromkeys(
+        ("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"),
+        "has convolutions for gates, which this release does not take apart; use LSTM behind "
+        "TimeDistributed convolutions",
     ),
     **dict.fromkeys(("InputLayer", "InputSpec", "Layer", "Wrapper"), _ABSTRACT),
     "Conv3DTranspose": (

@@ -12,7 +12,16 @@ from typing import Any
 import keras
 from keras import layers
 
-from kqat import attention, decompositions, encoding, normalization, products, rules, sequences
+from kqat import (
+    attention,
+    decompositions,
+    encoding,
+    normalization,
+    products,
+    recurrent,
+    rules,
+    sequences,
+)
 from kqat.config import QuantizeConfig
 from kqat.elementwise import Elementwise
 from kqat.errors import UnsupportedLayerError
@@ -29,6 +38,7 @@ from kqat.primitives import (
     Take,
     WithConstant,
 )
+from kqat.recurrence import Recurrence, Stack, Unstack
 from kqat.refusals import LAYER_REASONS, reason
 from kqat.rules import LayerRule, Output
 
@@ -83,6 +93,11 @@ AUGMENTING = [
     ).split()
 ]
 _LOGICAL = ("and", "or", "not")
+_RECURRENT_OPS = (
+    "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
+    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D",
+)  # fmt: skip
+_RECURRENT = _composite(recurrent.rnn, *_RECURRENT_OPS)
 _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": decompositions.pairwise}
 _POOL = {"refuse": rules.channels_last}
@@ -262,6 +277,11 @@ LAYERS: dict[type, LayerRule] = {
         sequences.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU"
     ),
     layers.TimeDistributed: _composite(sequences.time_distributed, *_STEPS),
+    **dict.fromkeys((layers.SimpleRNN, layers.GRU, layers.LSTM, layers.RNN), _RECURRENT),
+    layers.Bidirectional: _composite(recurrent.bidirectional, *_RECURRENT_OPS, "CONCATENATION"),
+    Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
+    Unstack: _same("UNPACK"),
+    Stack: _same("PACK"),
     Slice: _same("STRIDED_SLICE"),
     Take: _same("GATHER"),
     DepthToSpace: _same("DEPTH_TO_SPACE"),

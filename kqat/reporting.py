@@ -67,7 +67,8 @@ class LayerPlan:
 class Plan:
     """Every decision about one model. `print(plan)` shows it; `plan.to_json()` keeps it.
 
-    `graph` and `roundings` are what `wrapping` builds from; they are left out of both.
+    `graph`, `roundings` and `steps` (the plan of one step of each recurrence, by the name of its
+    node) are what `wrapping` builds from; they are left out of both.
     """
 
     model_name: str
@@ -78,6 +79,7 @@ class Plan:
     output_names: tuple[str, ...]
     graph: Any = dataclasses.field(repr=False, compare=False)
     roundings: Any = dataclasses.field(repr=False, compare=False)
+    steps: Mapping[str, "Plan"] = dataclasses.field(repr=False, compare=False, default_factory=dict)
 
     def float_layers(self) -> tuple[str, ...]:
         """Names of the layers that stay float."""

@@ -12,6 +12,7 @@ class Output(enum.Enum):
     OWN = "own range"
     SAME = "same scale as input"
     FIXED = "fixed range"
+    INSIDE = "rounded inside"
     INDEX = "index or truth value"
     VANISHES = "training only"
 

@@ -5,10 +5,12 @@ between them. `Graph.run` gives meaning to a call, and so serves to rebuild a mo
 it and to compare it with a runtime.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -16,6 +18,8 @@ import numpy as np
 
 from kqat.errors import ModelError
 from kqat.opening import Opened, inner_function, open_call, open_model, typed_inputs
+
+DEEPEST_MODEL = 100_000  # calls that may lie one behind the other in a model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,7 +191,19 @@ def rebuild(
             for tensor, output_name in zip(flat, output_names, strict=True)
         ]
         outputs = keras.tree.pack_sequence_as(outputs, named)
-    return keras.Model(fill(graph.input_struct, fresh.__getitem__), outputs, name=name)
+    with _deep_recursion():
+        return keras.Model(fill(graph.input_struct, fresh.__getitem__), outputs, name=name)
+
+
+@contextlib.contextmanager
+def _deep_recursion() -> Iterator[None]:
+    """Lets Keras, which walks a model by recursion, walk a recurrence of many steps."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, DEEPEST_MODEL))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def non_finite_variable(model: keras.Model) -> str | None:

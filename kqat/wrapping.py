@@ -7,7 +7,9 @@ import keras
 
 from kqat.decompositions import clone, duplicate
 from kqat.layers import ActivationQuantizer, QuantizeWrapper
+from kqat.looping import QuantizedRecurrence
 from kqat.marking import PrecisionBoundary
+from kqat.recurrence import Recurrence
 from kqat.registry import rule_for
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
 from kqat.tracing import Node, Ref, fill, rebuild, unique_name
@@ -20,6 +22,8 @@ def all_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
             yield from all_layers(layer)
         else:
             yield layer
+        if isinstance(layer, Recurrence):
+            yield from all_layers(layer.step)
 
 
 def is_quantized(model: keras.Model) -> bool:
@@ -82,13 +86,15 @@ class _Assembly:
             for ref, tensor in zip(node.inputs, given, strict=True)
         }
         args, kwargs = fill((node.args, node.kwargs), values.__getitem__)
-        output = node.outputs[0]
         decision = self.decisions[node.name]
         if decision.role == "folded" or self._carried_out_by_quantizer(node, decision):
             value = args[0]
         else:
             value = self._layer(node, decision)(*args, **kwargs)
-        return self._rounded(output, value) if self.integer[node] else value
+        if not self.integer[node]:
+            return value
+        values = keras.tree.flatten(value)
+        return [self._rounded(ref, v) for ref, v in zip(node.outputs, values, strict=True)]
 
     def _carried_out_by_quantizer(self, node: Node, decision: LayerPlan) -> bool:
         roundings = self.plan.roundings.get(node.outputs[0], ())
@@ -144,6 +150,9 @@ class _Assembly:
 
     def _copy(self, node: Node, decision: LayerPlan) -> Any:
         layer = node.layer
+        if node.name in self.plan.steps:
+            config = {**layer.get_config(), "name": unique_name(f"quant_{node.name}", self.names)}
+            return QuantizedRecurrence(**{**config, "step": wrap(self.plan.steps[node.name])})
         affine = decision.role == "integer" and rule_for(layer).affine
         if not decision.weights and not affine:
             name = node.name

@@ -16,11 +16,12 @@ FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "docs", "tests")
 ROOMS = {
     "kqat": (
         "errors", "saving", "spec", "numerics", "batchnorm", "quantizers", "config", "primitives",
-        "elementwise", "marking", "decompositions", "encoding", "products", "attention",
-        "normalization", "sequences", "refusals", "rules", "registry", "operands", "reducing",
-        "rearranging", "networks", "operations", "opening", "tracing", "expanding", "reporting",
-        "weight_grids", "planning", "layers", "wrapping", "calibration", "schedule", "folding",
-        "freezing", "algorithms", "interop", "api", "annotating", "__init__", "cli",
+        "elementwise", "marking", "recurrence", "decompositions", "encoding", "products",
+        "attention", "normalization", "sequences", "recurrent", "refusals", "rules", "registry",
+        "operands", "reducing", "rearranging", "networks", "operations", "opening", "tracing",
+        "expanding", "reporting", "assigning", "weight_grids", "planning", "layers", "looping",
+        "wrapping", "calibration", "schedule", "folding", "freezing", "algorithms", "interop",
+        "api", "annotating", "__init__", "cli",
     ),
     "tflite_export": (
         "sharing", "flatbuffer", "op_table", "lowering", "markers", "packing", "lookup",

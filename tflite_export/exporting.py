@@ -16,6 +16,7 @@ from tflite_export.lowering import lower
 from tflite_export.markers import new_operator
 from tflite_export.packing import quantization
 from tflite_export.quantizing import quantize
+from tflite_export.sharing import share_constants
 from tflite_export.targets import check_target, computed, runtimes_of
 
 IO_TYPES = {"int8": "INT8", "uint8": "UINT8", "float32": "FLOAT32"}
@@ -62,6 +63,7 @@ def convert(
     marked = lower(frozen, batch_size, computed(frozen, target))
     model = quantize(marked, frozen, runtimes_of(target))
     _Interface(model, frozen).apply(input_types, output_types)
+    share_constants(model)
     return flatbuffer.write(flatbuffer.compact(model))
 
 

@@ -20,6 +20,7 @@ from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 
 SIGNATURE = "serve"
+_BROADCASTING = {"ADD", "SUB", "MUL"}
 
 
 def lower(
@@ -46,7 +47,7 @@ def lower(
         )
     with tempfile.TemporaryDirectory(prefix="kqat_") as folder:
         _save(_with_tables(frozen.model, computed), folder, batch_size)
-        return flatbuffer.read(_convert(Path(folder), frozen.model.name))
+        return _without_squeezes(flatbuffer.read(_convert(Path(folder), frozen.model.name)))
 
 
 def _with_tables(model: keras.Model, computed: frozenset[int]) -> keras.Model:
@@ -123,3 +124,29 @@ def _convert(folder: Path, name: str) -> bytes:
             f"Expected '{name}' to convert. Received from the TensorFlow converter: "
             f"{str(error).strip()[:2000]}"
         ) from error
+
+
+def _without_squeezes(model: ModelT) -> ModelT:
+    """`model` without RESHAPEs from `(1, n)` to `(n,)` whose readers broadcast either; in place.
+
+    The converter puts one before each ADD, SUB or MUL of two matrices of one row.
+    """
+    graph = model.subgraphs[0]
+    ranks = [len(flatbuffer.tensor_shape(tensor)) for tensor in graph.tensors]
+    needed = {int(t) for t in graph.outputs}  # tensors that must keep their rank
+    for operator in graph.operators:
+        same = [t for t in map(int, operator.inputs) if ranks[t] < ranks[int(operator.outputs[0])]]
+        broadcasts = flatbuffer.op_name(model, operator) in _BROADCASTING
+        needed.update(set(map(int, operator.inputs)) - set(same if broadcasts else []))
+    kept, alias = [], {}
+    for operator in graph.operators:
+        source, result = int(operator.inputs[0]), int(operator.outputs[0])
+        shapes = [flatbuffer.tensor_shape(graph.tensors[t]) for t in (source, result)]
+        squeezes = flatbuffer.op_name(model, operator) == "RESHAPE"
+        if squeezes and shapes[0] == (1, *shapes[1]) and result not in needed:
+            alias[result] = source
+            continue
+        operator.inputs = [alias.get(int(t), int(t)) for t in operator.inputs]
+        kept.append(operator)
+    graph.operators = kept
+    return model

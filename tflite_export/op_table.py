@@ -125,6 +125,8 @@ OP_TABLE: dict[str, OpRule] = {
     "TRANSPOSE": _same(),
     "PAD": _same(),
     "STRIDED_SLICE": _same(),
+    "UNPACK": _same(1),
+    "PACK": _same(1, first=False),
     "RESIZE_BILINEAR": _same(),
     "RESIZE_NEAREST_NEIGHBOR": _same(),
     # The table of an Embedding is a constant in the activation's place.

@@ -1,4 +1,7 @@
-"""Quantization parameters that share equal vectors: zero points are 8 bytes a channel, all zero."""
+"""What is equal is written once: constants, and the vectors of quantization parameters.
+
+The steps of a recurrence share weights; zero points are 8 bytes a channel, all zero.
+"""
 
 from typing import Any
 
@@ -41,3 +44,27 @@ def share_vectors(model: schema.ModelT) -> None:
             plain = params is not None and params.scale is not None and params.details is None
             if plain and params.zeroPoint is not None and params.min is None and params.max is None:
                 tensor.quantization = SharedQuantization(params, packed)
+
+
+def share_constants(model: schema.ModelT) -> None:
+    """Has the operators of `model` that read equal constants on equal grids read one, in place."""
+    for graph in model.subgraphs:
+        first: dict[Any, int] = {}
+        same: dict[int, int] = {}
+        for index, tensor in enumerate(graph.tensors):
+            data = model.buffers[tensor.buffer].data
+            if tensor.buffer and data is not None and len(data):
+                key = (tensor.type, *_as_bytes(tensor.shape, data), *_grid(tensor.quantization))
+                same[index] = first.setdefault(key, index)
+        for operator in graph.operators:
+            operator.inputs = [same.get(int(t), int(t)) for t in operator.inputs]
+
+
+def _grid(params: Any) -> tuple[Any, ...]:
+    if params is None:
+        return ()
+    return (*_as_bytes(params.scale, params.zeroPoint), params.quantizedDimension)
+
+
+def _as_bytes(*vectors: Any) -> tuple[bytes, ...]:
+    return tuple(b"" if vector is None else np.asarray(vector).tobytes() for vector in vectors)

@@ -291,7 +291,7 @@ class _Lockstep:
         if is_marker(node.layer, "site"):
             return self._site(node, waiting, args[0])
         if waiting and _hands_on(node):
-            self.waiting[node.outputs[0]] = waiting
+            self.waiting.update(dict.fromkeys(node.outputs, waiting))
         else:
             self.used |= waiting
         return args[0] if isinstance(node.layer, Marker) else node.layer(*args, **kwargs)

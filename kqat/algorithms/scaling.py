@@ -17,7 +17,7 @@ from kqat.errors import ModelError
 from kqat.layers import ActivationQuantizer, QuantizeWrapper
 from kqat.primitives import ChannelAffine
 from kqat.tracing import Graph, Node, Ref, trace
-from kqat.wrapping import is_quantized
+from kqat.wrapping import all_layers, is_quantized
 
 # Layer -> the axis of its kernel that runs over the channels of its input.
 INPUT_AXES: dict[type, int] = {
@@ -158,7 +158,7 @@ def rescaled(
     for pair in chosen:
         factor = factors(pair, statistics[pair.value])
         pair.scale(np.clip(factor, 1.0 / LARGEST_FACTOR, LARGEST_FACTOR).astype(np.float32))
-    for layer in copy.layers:
+    for layer in all_layers(copy):
         if isinstance(layer, ActivationQuantizer):
             layer.reset()
     calibration.calibrate(copy, iter(batches))

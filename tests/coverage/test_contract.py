@@ -19,8 +19,10 @@ import kqat
 import tflite_export
 from kqat.errors import TargetError
 from kqat.operations import OPERATIONS
+from kqat.recurrence import Recurrence
 from kqat.registry import ACTIVATIONS, AUGMENTING, LAYERS, rule_for
 from kqat.tracing import Graph, trace
+from kqat.wrapping import all_layers
 from tests.coverage import (
     composite_cases,
     custom_cases,
@@ -28,6 +30,7 @@ from tests.coverage import (
     index_cases,
     layer_cases,
     operation_cases,
+    recurrent_cases,
 )
 from tests.coverage.cases import Case, ends, inputs_of
 from tflite_export import exporting
@@ -43,9 +46,18 @@ CASES = (
     *index_cases.CASES,
     *operation_cases.CASES,
     *custom_cases.CASES,
+    *recurrent_cases.CASES,
 )
 # One of each kind; the others are slow.
-FAST = ("conv2d_bn_relu6", "activation_gelu", "squeeze_excite", "dicts", "float_middle", "nested")
+FAST = (
+    "conv2d_bn_relu6",
+    "activation_gelu",
+    "squeeze_excite",
+    "dicts",
+    "float_middle",
+    "nested",
+    "gru",
+)
 SAMPLES = 64
 
 # Lockstep finds one step at most, on no more than this share of an operator's elements, exact
@@ -174,7 +186,7 @@ def outputs(model: keras.Model, x: Any) -> list[np.ndarray]:
 
 
 def quantizers(qat: keras.Model) -> Iterator[kqat.ActivationQuantizer]:
-    yield from (layer for layer in qat.layers if isinstance(layer, kqat.ActivationQuantizer))
+    yield from (layer for layer in all_layers(qat) if isinstance(layer, kqat.ActivationQuantizer))
 
 
 def ranges(qat: keras.Model) -> set[str]:
@@ -253,7 +265,7 @@ def test_the_registry_foresees_the_operators(trial: Trial) -> None:
 
 
 def foreseen(graph: Graph, plan: kqat.Plan) -> set[str]:
-    """Operators in the rows of the user's layers, and of the layers that open ones become."""
+    """Operators in the rows of the user's layers, and of what open ones and steps are made of."""
     ops = set()
     for node in graph.nodes:
         rule = None
@@ -262,7 +274,7 @@ def foreseen(graph: Graph, plan: kqat.Plan) -> set[str]:
             ops |= set(rule.ops)
             activation = node.layer.get_config().get("activation")
             ops |= set(ACTIVATIONS[activation].ops) if isinstance(activation, str) else set()
-        if rule is None or rule.opens or isinstance(node.layer, keras.layers.Wrapper):
+        if rule is None or rule.opens or isinstance(node.layer, keras.layers.Wrapper | Recurrence):
             ops |= {op for layer in plan.layers if layer.origin == node.name for op in layer.ops}
     return ops
 

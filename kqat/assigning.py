@@ -1,0 +1,39 @@
+"""Graph and policy to one config per layer: which rule decides about what."""
+
+from kqat.config import QuantizeConfig, QuantizePolicy
+from kqat.errors import PolicyError
+from kqat.tracing import Graph
+
+
+def assign_configs(
+    graph: Graph, policy: QuantizePolicy
+) -> tuple[dict[str, QuantizeConfig | None], dict[str, QuantizeConfig], tuple[str, ...]]:
+    """Configs of the nodes, configs that rules give to model inputs, and rules that matched none.
+
+    An input without a rule of its own takes the config of the first layer that reads it, a later
+    call of a layer that of the first.
+    """
+    configs: dict[str, QuantizeConfig | None] = {}
+    used: set[int | None] = set()
+    by_layer: dict[int, tuple[str, QuantizeConfig | None]] = {}
+    for node in graph.nodes:
+        index = policy.match(node.name, node.layer)
+        used.add(index)
+        config = policy.default if index is None else policy.rules[index][1]
+        first, earlier = by_layer.setdefault(id(node.layer), (node.name, config))
+        if index is None:
+            config = earlier
+        if earlier != config:
+            raise PolicyError(
+                f"Expected one config for the calls '{first}' and '{node.name}' of one layer: its "
+                f"weights are quantized once. Received: {earlier} and {config}."
+            )
+        configs[node.name] = config
+    input_configs = {}
+    for name in graph.input_names:
+        index = policy.match(name, None)
+        if index is not None and policy.rules[index][1] is not None:
+            used.add(index)
+            input_configs[name] = policy.rules[index][1]
+    unused = tuple(str(key) for i, (key, _) in enumerate(policy.rules) if i not in used)
+    return configs, input_configs, unused

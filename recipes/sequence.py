@@ -1,0 +1,131 @@
+"""Recurrent networks as full-integer files: an LSTM or a GRU that reads a digit row by row.
+
+    python -m recipes.sequence --network lstm --out out/lstm
+    python -m recipes.sequence --network gru --out out/gru
+
+The sequence is an image of MNIST, 28 steps of 28 pixels. A rounding error in a state comes back in
+every step that follows, so this is where eight bits have to prove themselves. Each network ships by
+PTQ (calibration only) and by QAT.
+
+Writes to --out: model.tflite and model.keras (QAT), report.json (how model.tflite was verified) and
+results.json.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+import kqat
+import tflite_export
+from recipes import data, running
+from recipes.data import Samples
+from recipes.running import Table
+from recipes.training import fit, freezing
+
+BATCH_SIZE = 64
+CALIBRATION_SAMPLES = 512
+# One file operator per step and quantity: more samples take long, and say no more.
+LOCKSTEP_SAMPLES = 16
+LEARNING_RATE = 3e-3
+# Low, since the weights need to move by a few steps of their grids only.
+QAT_LEARNING_RATE = 3e-4
+NETWORKS = {"lstm": layers.LSTM, "gru": layers.GRU}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the recipe with command-line arguments; returns what results.json holds."""
+    options = _options(argv)
+    running.start(options)
+    train, test = _fake_rows() if options.smoke else _rows(options.train_samples)
+    model = network(options.network, options.units, *train[0].shape[1:])
+    fit(model, train, options.epochs, LEARNING_RATE, batch_size=BATCH_SIZE)
+    rows = [running.measure_keras("FP32", model, test)]
+
+    print("PTQ: finding ranges")
+    qat = kqat.quantize_model(model, calibration_data=train[0][:CALIBRATION_SAMPLES])
+    rows.append(_measure("PTQ", qat, tflite_export.convert(qat), test)[0])
+
+    print("QAT: training with the rounding in place")
+    fit(
+        qat,
+        train,
+        options.qat_epochs,
+        QAT_LEARNING_RATE,
+        batch_size=BATCH_SIZE,
+        callbacks=freezing(options.qat_epochs),
+    )
+    blob = tflite_export.convert(qat)
+    row, report = _measure("QAT", qat, blob, test)
+    rows.append(row)
+
+    tflite_export.save(blob, options.out / "model.tflite")
+    qat.save(options.out / "model.keras")
+    report.save(options.out / "report.json")
+    found = {
+        "test_samples": len(test[1]),
+        "float_operators": report.float_operators,
+        "rows": running.as_json(rows),
+    }
+    results = running.save_results(options, "sequence", found)
+    running.show(tables(results))
+    print(f"\nWritten to {options.out}")
+    return results
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """What the recipe prints, from what results.json holds."""
+    options = results["options"]
+    title = (
+        f"{options['network']} of {options['units']} units, {results['test_samples']:,} test "
+        f"samples, {results['float_operators']} float operators"
+    )
+    return [running.row_table(title, results["rows"])]
+
+
+def network(kind: str, units: int, steps: int = 28, features: int = 28) -> keras.Model:
+    """One recurrent layer and a classifier: `(steps, features)` to 10 probabilities."""
+    inputs = keras.Input((steps, features), name="rows")
+    state = NETWORKS[kind](units, name=kind)(inputs)
+    outputs = layers.Dense(10, activation="softmax", name="probabilities")(state)
+    return keras.Model(inputs, outputs, name=f"{kind}_{units}")
+
+
+def _measure(
+    name: str, qat: keras.Model, blob: bytes, test: Samples
+) -> tuple[running.Row, tflite_export.Report]:
+    return running.measure_integer(name, qat, blob, test, lockstep_samples=LOCKSTEP_SAMPLES)
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = running.parser(__doc__, out="out/sequence")
+    parser.add_argument("--network", choices=NETWORKS, default="lstm", help="the cell")
+    parser.add_argument("--units", type=int, default=32, help="of the cell (default 32)")
+    parser.add_argument("--train-samples", type=int, default=20_000, help="(default 20000)")
+    parser.add_argument("--epochs", type=int, default=6, help="in float (default 6)")
+    parser.add_argument("--qat-epochs", type=int, default=2, help="quantized (default 2)")
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.epochs = options.qat_epochs = 1
+        options.units = 4
+    return options
+
+
+def _rows(count: int) -> tuple[Samples, Samples]:
+    """MNIST with an image's rows as the steps of a sequence; the first `count` train."""
+    (x, y), (x_test, y_test) = data.mnist("train"), data.mnist("test")
+    return (x[:count, ..., 0], y[:count]), (x_test[..., 0], y_test)
+
+
+def _fake_rows() -> tuple[Samples, Samples]:
+    """One batch for training and one for testing, of two steps."""
+    random = np.random.default_rng(0)
+    samples = random.random((BATCH_SIZE, 2, 6), np.float32), random.integers(0, 10, BATCH_SIZE)
+    return samples, samples
+
+
+if __name__ == "__main__":
+    main()

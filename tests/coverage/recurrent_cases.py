@@ -1,0 +1,318 @@
+"""Cases for recurrent layers: one step's operators, as often as there are steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import layers as L
+
+from kqat.recurrence import Recurrence, Stack, Unstack
+from tests.coverage.cases import Case, functional
+
+STEPS = 3
+SEQUENCE = (STEPS, 5)
+
+
+def _one(name: str, call: Callable[[Any], Any], **ops: int) -> Case:
+    return Case(name=name, build=lambda: functional(SEQUENCE, call), ops=ops)
+
+
+def _states(x: Any) -> Any:
+    """An encoder whose last states begin a decoder."""
+    _, h, c = L.LSTM(4, return_state=True)(x)
+    return L.LSTM(4, return_sequences=True)(x, initial_state=[h, c])
+
+
+def _all_states(x: Any) -> Any:
+    """Every output of a layer that returns its states."""
+    layer = L.Bidirectional(L.LSTM(4, return_sequences=True, return_state=True), merge_mode=None)
+    return layer(x)
+
+
+def _by_hand(x: Any) -> Any:
+    """A step of one's own, and its sequence taken apart and put together."""
+    h, step = keras.Input((5,)), keras.Input((5,))
+    model = keras.Model([step, h], [L.Activation("tanh")(L.Add()([step, L.Dense(5)(h)]))])
+    y = Recurrence(model, 1, return_sequences=True, go_backwards=True, flip=True)([x])
+    return Stack()(Unstack()(y)[1:])
+
+
+def _bidirectional(merge: str, sequences: bool = True) -> Callable[[Any], Any]:
+    inner = L.GRU(4, return_sequences=sequences)
+    return lambda x: L.Bidirectional(inner, merge_mode=merge)(x)
+
+
+CASES = (
+    _one(
+        "simple_rnn",
+        lambda x: L.SimpleRNN(4)(x),
+        ADD=3,
+        FULLY_CONNECTED=4,
+        RESHAPE=2,
+        STRIDED_SLICE=1,
+        SUB=1,
+        TANH=3,
+        UNPACK=1,
+    ),
+    _one(
+        "simple_rnn_relu",
+        lambda x: L.SimpleRNN(4, "relu", return_sequences=True)(x),
+        ADD=3,
+        FULLY_CONNECTED=4,
+        PACK=1,
+        RESHAPE=2,
+        STRIDED_SLICE=1,
+        SUB=1,
+        UNPACK=1,
+    ),
+    _one(
+        "simple_rnn_linear",
+        lambda x: L.SimpleRNN(4, None, use_bias=False)(x),
+        ADD=3,
+        FULLY_CONNECTED=4,
+        RESHAPE=2,
+        STRIDED_SLICE=1,
+        SUB=1,
+        UNPACK=1,
+    ),
+    _one(
+        "gru",
+        lambda x: L.GRU(4)(x),
+        ADD=9,
+        FULLY_CONNECTED=8,
+        LOGISTIC=3,
+        MUL=6,
+        RESHAPE=3,
+        STRIDED_SLICE=7,
+        SUB=4,
+        TANH=3,
+        UNPACK=2,
+    ),
+    _one(
+        "gru_reset_before",
+        lambda x: L.GRU(4, reset_after=False, go_backwards=True)(x),
+        ADD=9,
+        FULLY_CONNECTED=8,
+        LOGISTIC=3,
+        MUL=6,
+        RESHAPE=3,
+        STRIDED_SLICE=7,
+        SUB=4,
+        TANH=3,
+        UNPACK=2,
+    ),
+    _one(
+        "gru_softsign",
+        lambda x: L.GRU(4, recurrent_activation="softsign")(x),
+        ADD=12,
+        CAST=3,
+        DEPTHWISE_CONV_2D=3,
+        FULLY_CONNECTED=8,
+        GATHER=3,
+        MUL=6,
+        RESHAPE=9,
+        STRIDED_SLICE=7,
+        SUB=4,
+        TANH=3,
+        UNPACK=2,
+    ),
+    _one(
+        "lstm",
+        lambda x: L.LSTM(4)(x),
+        ADD=9,
+        FULLY_CONNECTED=8,
+        LOGISTIC=3,
+        MUL=9,
+        QUANTIZE=1,
+        RESHAPE=3,
+        STRIDED_SLICE=10,
+        SUB=1,
+        TANH=6,
+        UNPACK=2,
+    ),
+    _one(
+        "lstm_dropout",
+        lambda x: L.LSTM(4, dropout=0.2, recurrent_dropout=0.2)(x),
+        ADD=9,
+        FULLY_CONNECTED=8,
+        LOGISTIC=3,
+        MUL=9,
+        QUANTIZE=1,
+        RESHAPE=3,
+        STRIDED_SLICE=10,
+        SUB=1,
+        TANH=6,
+        UNPACK=2,
+    ),
+    _one(
+        "lstm_hard",
+        lambda x: L.LSTM(4, "relu", recurrent_activation="hard_sigmoid")(x),
+        ADD=12,
+        CAST=3,
+        FULLY_CONNECTED=8,
+        GATHER=3,
+        MUL=9,
+        QUANTIZE=1,
+        RELU=3,
+        RESHAPE=3,
+        STRIDED_SLICE=10,
+        SUB=1,
+        UNPACK=2,
+    ),
+    _one(
+        "lstm_stacked",
+        lambda x: L.LSTM(4)(L.LSTM(6, return_sequences=True)(x)),
+        ADD=18,
+        FULLY_CONNECTED=16,
+        LOGISTIC=6,
+        MUL=18,
+        PACK=1,
+        QUANTIZE=2,
+        RESHAPE=6,
+        STRIDED_SLICE=20,
+        SUB=2,
+        TANH=12,
+        UNPACK=4,
+    ),
+    _one(
+        "lstm_states",
+        _states,
+        ADD=18,
+        FULLY_CONNECTED=16,
+        LOGISTIC=6,
+        MUL=18,
+        PACK=1,
+        QUANTIZE=3,
+        RESHAPE=5,
+        STRIDED_SLICE=19,
+        SUB=1,
+        TANH=12,
+        UNPACK=4,
+    ),
+    _one(
+        "lstm_all_states",
+        _all_states,
+        ADD=18,
+        FULLY_CONNECTED=16,
+        LOGISTIC=6,
+        MUL=18,
+        PACK=2,
+        QUANTIZE=2,
+        RESHAPE=5,
+        STRIDED_SLICE=20,
+        SUB=2,
+        TANH=12,
+        UNPACK=4,
+    ),
+    _one(
+        "bidirectional_concat",
+        _bidirectional("concat"),
+        ADD=18,
+        CONCATENATION=1,
+        FULLY_CONNECTED=16,
+        LOGISTIC=6,
+        MUL=12,
+        PACK=2,
+        QUANTIZE=2,
+        RESHAPE=5,
+        STRIDED_SLICE=14,
+        SUB=8,
+        TANH=6,
+        UNPACK=4,
+    ),
+    _one(
+        "bidirectional_sum",
+        _bidirectional("sum", sequences=False),
+        ADD=19,
+        FULLY_CONNECTED=16,
+        LOGISTIC=6,
+        MUL=12,
+        RESHAPE=5,
+        STRIDED_SLICE=14,
+        SUB=8,
+        TANH=6,
+        UNPACK=4,
+    ),
+    _one(
+        "bidirectional_ave",
+        _bidirectional("ave"),
+        ADD=19,
+        FULLY_CONNECTED=16,
+        LOGISTIC=6,
+        MUL=13,
+        PACK=2,
+        RESHAPE=5,
+        STRIDED_SLICE=14,
+        SUB=8,
+        TANH=6,
+        UNPACK=4,
+    ),
+    _one(
+        "bidirectional_mul",
+        _bidirectional("mul"),
+        ADD=18,
+        FULLY_CONNECTED=16,
+        LOGISTIC=6,
+        MUL=13,
+        PACK=2,
+        RESHAPE=5,
+        STRIDED_SLICE=14,
+        SUB=8,
+        TANH=6,
+        UNPACK=4,
+    ),
+    _one(
+        "bidirectional_simple",
+        lambda x: L.Bidirectional(L.SimpleRNN(4, return_sequences=True))(x),
+        ADD=6,
+        CONCATENATION=1,
+        FULLY_CONNECTED=8,
+        PACK=2,
+        RESHAPE=3,
+        STRIDED_SLICE=2,
+        SUB=2,
+        TANH=6,
+        UNPACK=2,
+    ),
+    _one(
+        "rnn",
+        lambda x: L.RNN(L.LSTMCell(4), return_sequences=True, go_backwards=True)(x),
+        ADD=9,
+        FULLY_CONNECTED=8,
+        LOGISTIC=3,
+        MUL=9,
+        PACK=1,
+        QUANTIZE=1,
+        RESHAPE=3,
+        STRIDED_SLICE=10,
+        SUB=1,
+        TANH=6,
+        UNPACK=2,
+    ),
+    _one(
+        "rnn_stacked",
+        lambda x: L.RNN([L.LSTMCell(4), L.GRUCell(3), L.SimpleRNNCell(4)])(x),
+        ADD=21,
+        FULLY_CONNECTED=20,
+        LOGISTIC=6,
+        MUL=15,
+        PACK=2,
+        QUANTIZE=1,
+        RESHAPE=8,
+        STRIDED_SLICE=18,
+        SUB=6,
+        TANH=12,
+        UNPACK=5,
+    ),
+    _one(
+        "recurrence",
+        _by_hand,
+        ADD=3,
+        FULLY_CONNECTED=3,
+        PACK=2,
+        STRIDED_SLICE=1,
+        SUB=1,
+        TANH=3,
+        UNPACK=2,
+    ),
+)
