@@ -16,6 +16,7 @@ from kqat.quantizers import (
 )
 from kqat.saving import write_file
 from kqat.spec import QuantSpec
+from kqat.targets import Misfit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ class LayerPlan:
 class Plan:
     """Every decision about one model. `print(plan)` shows it; `plan.to_json()` keeps it.
 
-    `graph` and `roundings` are what `wrapping` builds from; they are left out of both.
+    `misfits` are the layers that do not fit `target`, where one was asked for. `graph` and
+    `roundings` are what `wrapping` builds from; they are left out of both.
     """
 
     model_name: str
@@ -78,6 +80,8 @@ class Plan:
     output_names: tuple[str, ...]
     graph: Any = dataclasses.field(repr=False, compare=False)
     roundings: Any = dataclasses.field(repr=False, compare=False)
+    target: str | None = None
+    misfits: tuple[Misfit, ...] = ()
 
     def float_layers(self) -> tuple[str, ...]:
         """Names of the layers that stay float."""
@@ -106,6 +110,8 @@ class Plan:
             "layers": layers,
             "groups": groups,
             "unused_rules": list(self.unused_rules),
+            "target": self.target,
+            "misfits": [dataclasses.asdict(misfit) for misfit in self.misfits],
         }
         return json.dumps(table, indent=1)
 
@@ -137,6 +143,9 @@ class Plan:
         shared = [group for group in self.groups if group.sites > 1]
         lines += [f"one scale: {', '.join(group.sources)}" for group in shared]
         lines += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
+        if self.target is not None and not self.misfits:
+            lines.append(f"target {self.target}: every layer fits")
+        lines += [f"target {self.target}: {misfit}" for misfit in self.misfits]
         return "\n".join([f"plan of {self.model_name}", *lines])
 
 
