@@ -22,13 +22,15 @@ from kqat.errors import ModelError
 class Opened:
     """A function of symbolic tensors, with the structures in which it takes and returns them.
 
-    `learned` are the variables that it computes with in no layer that the graph shows.
+    `learned` are the variables that it computes with in no layer that the graph shows; `fresh`
+    says that its operations were made just now, and will bear other names the next time.
     """
 
     function: Any
     input: Any
     output: Any
     learned: tuple[Any, ...] = ()
+    fresh: bool = False
 
 
 def open_model(model: Any) -> Opened:
@@ -108,7 +110,7 @@ def open_call(layer: Any, args: Any, kwargs: Any) -> Opened:
     function = keras.Function(tensors, flat)
     shown = {id(v) for operation in function.operations for v in _variables(operation)}
     learned = tuple(v for v in layer.variables if id(v) not in shown and _is_float(v))
-    return Opened(function, args[0] if len(args) == 1 else list(args), output, learned)
+    return Opened(function, args[0] if len(args) == 1 else list(args), output, learned, True)
 
 
 def _variables(operation: Any) -> list[Any]:

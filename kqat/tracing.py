@@ -128,7 +128,7 @@ def trace(model: Any) -> Graph:
         _check_input(tensor, model.name)
     by_tensor = {id(t): ref for t, ref in zip(function.inputs, inputs, strict=True)}
     nodes: list[Node] = []
-    walk = _Walk("", nodes, set(), opened.learned)
+    walk = _Walk("", nodes, set(), opened.learned, opened.fresh)
     output_struct = _inline(function, opened.output, dict(by_tensor), walk)
     _check_sizes(nodes, model.name)
     if set(inputs) & set(_refs(output_struct)):
@@ -139,6 +139,10 @@ def trace(model: Any) -> Graph:
     # The layer's name is saved with a model; the tensor's is not.
     input_names = [t._keras_history.operation.name for t in function.inputs]
     output_names = [t._keras_history.operation.name for t in keras.tree.flatten(opened.output)]
+    if opened.fresh:
+        makers = {ref: node.name for node in nodes for ref in node.outputs}
+        names = tuple(makers[ref] for ref in _refs(output_struct))
+        output_names = list(_keys(output_struct, names))
     taken = set(input_names)
     return Graph(
         nodes=tuple(nodes),
@@ -159,7 +163,7 @@ def trace_call(layer: Any, args: Any, kwargs: Any, name: str) -> Graph:
     fresh = {id(t): keras.Input(batch_shape=t.shape, dtype=t.dtype) for t in given}
     opened = open_call(layer, *_replace((args, kwargs), fresh))
     refs = {id(t): Ref(tuple(t.shape), str(t.dtype)) for t in fresh.values()}
-    walk = _Walk(f"{name}_", [], set(), opened.learned)
+    walk = _Walk(f"{name}_", [], set(), opened.learned, opened.fresh)
     inputs = list(refs.values())
     output_struct = _inline(opened.function, opened.output, refs, walk)
     return Graph(tuple(walk.nodes), inputs, output_struct, (), ())
@@ -250,6 +254,12 @@ class _Walk:
     nodes: list[Node]
     names: set[str]
     learned: tuple[Any, ...] = ()
+    fresh: bool = False
+
+    def name_of(self, layer: Any) -> str:
+        """A name for a call, which is the same each time that a model is traced."""
+        named = isinstance(layer, keras.layers.Layer) or not self.fresh
+        return self.prefix + (layer.name if named else type(layer).__name__.lower())
 
 
 def _inline(function: Any, output: Any, refs: dict[int, Ref], walk: _Walk) -> Any:
@@ -269,14 +279,14 @@ def _inline(function: Any, output: Any, refs: dict[int, Ref], walk: _Walk) -> An
             if inner is None:
                 args, kwargs = _with_learned((args, kwargs), walk.learned, found)
                 outputs = [Ref(tuple(t.shape), str(t.dtype)) for t in call.outputs]
-                name = unique_name(walk.prefix + layer.name, walk.names, "_call{}")
+                name = unique_name(walk.name_of(layer), walk.names, "_call{}")
                 walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
             else:
                 given = _refs((args, kwargs))
                 tensors = inner.function.inputs
                 inner_refs = {id(t): r for t, r in zip(tensors, given, strict=True)}
                 prefix = f"{walk.prefix}{layer.name}_"
-                deeper = _Walk(prefix, walk.nodes, walk.names, inner.learned)
+                deeper = _Walk(prefix, walk.nodes, walk.names, inner.learned, inner.fresh)
                 outputs = list(_refs(_inline(inner.function, inner.output, inner_refs, deeper)))
             refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
     lost = [v.path for v in walk.learned if id(v) not in found]
