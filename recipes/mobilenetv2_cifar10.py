@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for policy in options.policies:
         lab.quantized(sparse, policy)
     lab.further(sparse)
-    if options.tfmot:
+    if not options.no_tfmot:
         lab.tfmot(sparse)
     print("Latency: LiteRT, one thread, all files in turns", flush=True)
     results = running.save_results(
@@ -340,9 +340,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="to quantize by (default int8 w4a8)",
     )
     parser.add_argument("--train-images", type=int, help="to train on (default 50000)")
-    parser.add_argument(
-        "--tfmot", action=argparse.BooleanOptionalAction, default=True, help="tfmot's QAT as well"
-    )
+    parser.add_argument("--no-tfmot", action="store_true", help="leave tfmot's QAT out")
     options = parser.parse_args(argv)
     for name, value in (SMALL if options.smoke else USUAL).items():
         if getattr(options, name) is None:
@@ -353,8 +351,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 def _check_options(options: argparse.Namespace) -> None:
     """Refuses to go on in a folder that a run with other options has begun."""
     path = options.out / "options.json"
-    # More policies only add rows.
-    free = ("policies", "tfmot")
+    # These only add rows, or leave one out.
+    free = ("policies", "no_tfmot")
     bound = {k: v for k, v in running.settings(options).items() if k not in free}
     ours = json.dumps(bound, indent=1)
     if path.exists() and path.read_text() != ours:
