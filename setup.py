@@ -8,14 +8,7 @@ EXTRAS = {
     # Released as development versions only: naming one in the bound is what lets pip take them.
     "tflm": ["tflite-micro>=0.dev20261023"],
     "ethos-u": ["ethos-u-vela>=5.2"],
-    "recipes": [
-        "scikit-learn>=1.9",
-        "pillow>=13.0",
-        "rich>=15.0",
-        "jinja2>=3.1",
-        "matplotlib>=3.11",
-    ],
-    "report": ["jinja2>=3.1", "matplotlib>=3.11"],
+    "recipes": ["scikit-learn>=1.9", "pillow>=13.0", "matplotlib>=3.11"],
     "test": ["pytest>=9.2", "pytest-cov>=7.1", "pytest-xdist>=3.8", "hypothesis>=6.170"],
     # Exact, so that a new release of a linter never fails an old commit.
     "lint": ["ruff==0.17.6", "mypy==2.4.1"],
@@ -34,7 +27,7 @@ setup(
     packages=find_packages(include=["kqat*", "tflite_export*", "recipes*"]),
     package_data={
         "kqat": ["py.typed"],
-        "tflite_export": ["py.typed"],
+        "tflite_export": ["py.typed", "templates/*.j2"],
         "recipes": ["*.j2", "RESULTS.md", "results/*.json"],
     },
     install_requires=[
@@ -43,6 +36,9 @@ setup(
         "tensorflow>=2.21,<2.22",
         "keras>=3.15,<3.16",
         "numpy>=2.4,<3",
+        "jinja2>=3.1",
+        "click>=8.2",
+        "rich>=15.0",
         "flatbuffers>=25.9",
         "ai-edge-litert>=2.3,<3",
         "tensorflow-model-optimization>=0.8.1,<0.9",
@@ -50,6 +46,7 @@ setup(
         "tf-keras>=2.21,<2.22",
     ],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["kqat=kqat.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

@@ -10,7 +10,7 @@
 
 from kqat import algorithms as algorithms
 from kqat.annotating import quantize_annotate_layer, quantize_apply
-from kqat.api import PolicyWarning, RangeWarning, TrainerWarning, plan, quantize_model
+from kqat.api import PolicyWarning, RangeWarning, TrainerWarning, adapt, plan, quantize_model
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import (
     CalibrationError,
@@ -43,10 +43,12 @@ from kqat.registry import LayerRule, Output, register_layer, supported_layers
 from kqat.reporting import Plan
 from kqat.schedule import FreezeBatchNorm, FreezeObservers
 from kqat.spec import QuantSpec
+from kqat.targets import TARGETS, Misfit, Target, TargetWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TARGETS",
     "ActivationQuantizer",
     "Binary",
     "CalibrationError",
@@ -64,6 +66,7 @@ __all__ = [
     "LoweringError",
     "MaxAbs",
     "MinMax",
+    "Misfit",
     "ModelError",
     "MovingAverage",
     "Output",
@@ -78,10 +81,13 @@ __all__ = [
     "RangeWarning",
     "RuntimeUnavailableError",
     "SpecError",
+    "Target",
     "TargetError",
+    "TargetWarning",
     "Ternary",
     "TrainerWarning",
     "UnsupportedLayerError",
+    "adapt",
     "freeze",
     "plan",
     "quantize_annotate_layer",

@@ -1,5 +1,6 @@
 """The public functions: a float model in, a QAT model out."""
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -7,10 +8,12 @@ import keras
 
 from kqat.calibration import calibrate
 from kqat.config import QuantizePolicy
-from kqat.errors import ModelError
+from kqat.errors import ModelError, TargetError
+from kqat.fitting import misfits, with_replacements
 from kqat.interop.tfmot import translate_policy
 from kqat.planning import make_plan
 from kqat.reporting import Plan
+from kqat.targets import target_named
 from kqat.tracing import Graph, non_finite_variable, trace
 from kqat.wrapping import is_quantized, wrap
 
@@ -30,17 +33,52 @@ class TrainerWarning(UserWarning):
 _TRAINER_METHODS = ("train_step", "test_step", "compute_loss")
 
 
-def plan(model: keras.Model, policy: Any = "int8") -> Plan:
+def plan(model: keras.Model, policy: Any = "int8", *, target: str | None = None) -> Plan:
     """Everything that `quantize_model` would do to `model`, before a weight is touched.
 
     Args:
         model: a built Sequential or Functional Keras 3 model.
         policy: as for `quantize_model`.
+        target: a name from `kqat.TARGETS`; the plan then lists every layer that does not fit the
+            device, why, and the nearest change that would.
 
     Raises:
         ModelError, UnsupportedLayerError, PolicyError: as `quantize_model`.
+        TargetError: if there is no such target.
     """
-    return _plan(_checked_graph(model), policy, model.name)
+    device = None if target is None else target_named(target)
+    graph = _checked_graph(model)
+    decided = _plan(graph, policy, model.name)
+    if device is None:
+        return decided
+    found = misfits(graph, decided, device)
+    return dataclasses.replace(decided, target=target, misfits=found)
+
+
+def adapt(model: keras.Model, target: str) -> keras.Model:
+    """A float copy of `model` whose activations run on the fast path of a device.
+
+    Those that would not are replaced by the nearest that do: h-swish for mish, ReLU6 for GELU
+    (`kqat.targets.NEAREST`). Weights are copied; what the copy computes differs, so train it on.
+    Nested models come out flat. Layers without a replacement stay as they are.
+
+    Args:
+        model: a float model, as for `quantize_model`.
+        target: a name from `kqat.TARGETS`.
+
+    Raises:
+        TargetError: if there is no such target, or the device cannot run a layer at all and no
+            replacement is known.
+        ModelError, UnsupportedLayerError: as `quantize_model`.
+    """
+    found = plan(model, target=target).misfits
+    stuck = [str(misfit) for misfit in found if misfit.blocking and not misfit.replacement]
+    if stuck:
+        raise TargetError(
+            f"Expected layers that target '{target}' runs, or that have a replacement. Received: "
+            f"{'; '.join(stuck)}."
+        )
+    return with_replacements(trace(model), found, model.name)
 
 
 def quantize_model(

@@ -16,6 +16,7 @@ from kqat.quantizers import (
 )
 from kqat.saving import write_file
 from kqat.spec import QuantSpec
+from kqat.targets import Misfit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,9 @@ class LayerPlan:
 class Plan:
     """Every decision about one model. `print(plan)` shows it; `plan.to_json()` keeps it.
 
-    `graph`, `roundings` and `steps` (the plan of one step of each recurrence, by the name of its
-    node) are what `wrapping` builds from; they are left out of both.
+    `misfits` are the layers that do not fit `target`, where one was asked for. `graph`, `roundings`
+    and `steps` (the plan of one step of each recurrence, by the name of its node) are what
+    `wrapping` builds from; they are left out of both.
     """
 
     model_name: str
@@ -80,6 +82,8 @@ class Plan:
     graph: Any = dataclasses.field(repr=False, compare=False)
     roundings: Any = dataclasses.field(repr=False, compare=False)
     steps: Mapping[str, "Plan"] = dataclasses.field(repr=False, compare=False, default_factory=dict)
+    target: str | None = None
+    misfits: tuple[Misfit, ...] = ()
 
     def float_layers(self) -> tuple[str, ...]:
         """Names of the layers that stay float."""
@@ -108,6 +112,8 @@ class Plan:
             "layers": layers,
             "groups": groups,
             "unused_rules": list(self.unused_rules),
+            "target": self.target,
+            "misfits": [dataclasses.asdict(misfit) for misfit in self.misfits],
         }
         return json.dumps(table, indent=1)
 
@@ -139,6 +145,9 @@ class Plan:
         shared = [group for group in self.groups if group.sites > 1]
         lines += [f"one scale: {', '.join(group.sources)}" for group in shared]
         lines += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
+        if self.target is not None and not self.misfits:
+            lines.append(f"target {self.target}: every layer fits")
+        lines += [f"target {self.target}: {misfit}" for misfit in self.misfits]
         return "\n".join([f"plan of {self.model_name}", *lines])
 
 

@@ -130,6 +130,7 @@ def trace(model: Any) -> Graph:
     nodes: list[Node] = []
     walk = _Walk("", nodes, set(), opened.learned)
     output_struct = _inline(function, opened.output, dict(by_tensor), walk)
+    _check_sizes(nodes, model.name)
     if set(inputs) & set(_refs(output_struct)):
         raise ModelError(
             f"Expected outputs that layers compute. Received: model '{model.name}', which hands an "
@@ -229,6 +230,16 @@ def _check_input(tensor: Any, model_name: str) -> None:
             "quantities float32; tflite_export.convert(inference_input_type='uint8') makes the "
             "file take bytes."
         )
+
+
+def _check_sizes(nodes: Sequence[Node], model_name: str) -> None:
+    for node in nodes:
+        if any(0 in ref.shape[1:] for ref in (*node.inputs, *node.outputs)):
+            shapes = [ref.shape for ref in (*node.inputs, *node.outputs)]
+            raise ModelError(
+                f"Expected values with elements in model '{model_name}'. Received: layer "
+                f"'{node.name}' from and to shapes {shapes}. Leave the empty part out."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ PTQ  post-training quantization: some inputs show the range of every activation,
 QAT  quantization-aware training: that model goes on training, with its rounding in place.
 
 Writes to --out: digits.tflite (QAT), digits.keras (its model, which can go on training), plan.json
-(what became of every layer), report.json (how digits.tflite was verified) and results.json.
+(what became of every layer), report.json and report.html (how digits.tflite was verified) and
+results.json.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     qat.save(options.out / "digits.keras")
     kqat.plan(model).save(options.out / "plan.json")
     report.save(options.out / "report.json")
+    report.save_html(options.out / "report.html")
     results = running.save_results(
         options, "digits", {"test_images": len(test[0]), "rows": running.as_json(rows)}
     )

@@ -15,18 +15,18 @@ FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "docs", "tests")
 # Lowest room first. A room may import those before it; a new room takes its place here.
 ROOMS = {
     "kqat": (
-        "errors", "saving", "spec", "numerics", "batchnorm", "quantizers", "config", "primitives",
-        "elementwise", "marking", "recurrence", "decompositions", "encoding", "products",
-        "attention", "normalization", "sequences", "recurrent", "refusals", "rules", "registry",
-        "operands", "reducing", "rearranging", "networks", "operations", "opening", "tracing",
-        "expanding", "reporting", "assigning", "weight_grids", "planning", "layers", "looping",
-        "wrapping", "calibration", "schedule", "folding", "freezing", "algorithms", "interop",
-        "api", "annotating", "__init__", "cli",
+        "errors", "saving", "targets", "spec", "numerics", "batchnorm", "quantizers", "config",
+        "primitives", "elementwise", "marking", "recurrence", "decompositions", "encoding",
+        "products", "attention", "normalization", "sequences", "recurrent", "refusals", "rules",
+        "registry", "operands", "reducing", "rearranging", "networks", "operations", "opening",
+        "tracing", "expanding", "reporting", "assigning", "weight_grids", "planning", "layers",
+        "looping", "wrapping", "calibration", "schedule", "folding", "freezing", "algorithms",
+        "interop", "fitting", "api", "annotating", "__init__", "cli",
     ),
     "tflite_export": (
-        "sharing", "flatbuffer", "op_table", "lowering", "markers", "packing", "lookup",
-        "quantizing", "runtimes", "report", "verification", "targets", "exporting", "c_source",
-        "__init__",
+        "checking", "sharing", "flatbuffer", "op_table", "inspection", "lowering", "markers",
+        "packing", "lookup", "quantizing", "feeding", "runtimes", "vela", "page", "report",
+        "foreign", "profiling", "targets", "verification", "exporting", "c_source", "__init__",
     ),
 }  # fmt: skip
 # Who may import a package of ours, by folder or file.

@@ -5,20 +5,38 @@ print(tflite_export.verify(qat, blob, x_test))
 tflite_export.save(blob, "model.tflite")
 """
 
+from kqat.targets import TARGETS
+from tflite_export.c_source import CSource, to_c
 from tflite_export.exporting import convert, save
-from tflite_export.report import OutputAgreement, Report, RuntimeReport, SiteDifference
+from tflite_export.inspection import Inspection, OperatorInfo, TensorInfo, inspect
+from tflite_export.report import (
+    LayerReport,
+    OutputAgreement,
+    Report,
+    RuntimeReport,
+    SiteDifference,
+)
 from tflite_export.runtimes import RUNTIMES
-from tflite_export.targets import TARGETS
+from tflite_export.vela import Fallback, NpuEstimate
 from tflite_export.verification import verify
 
 __all__ = [
     "RUNTIMES",
     "TARGETS",
+    "CSource",
+    "Fallback",
+    "Inspection",
+    "LayerReport",
+    "NpuEstimate",
+    "OperatorInfo",
     "OutputAgreement",
     "Report",
     "RuntimeReport",
     "SiteDifference",
+    "TensorInfo",
     "convert",
+    "inspect",
     "save",
+    "to_c",
     "verify",
 ]

@@ -1,13 +1,14 @@
 """QAT model to bytes: freeze, lower, quantize, give it the asked-for inputs and outputs."""
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 from ai_edge_litert import schema_py_generated as schema
 
-from kqat.errors import ExportError
+from kqat.errors import ExportError, TargetError
 from kqat.freezing import FrozenModel, freeze
 from kqat.saving import write_file
 from tflite_export import flatbuffer
@@ -19,6 +20,8 @@ from tflite_export.quantizing import quantize
 from tflite_export.sharing import share_constants
 from tflite_export.targets import check_target, computed, runtimes_of
 
+# Offsets in a flatbuffer are signed 32-bit integers.
+LARGEST_BYTES = 2**31
 IO_TYPES = {"int8": "INT8", "uint8": "UINT8", "float32": "FLOAT32"}
 IoType = str | Mapping[str, str]
 
@@ -41,14 +44,16 @@ def convert(
         inference_input_type: `"int8"`, `"uint8"` or `"float32"`, for all inputs, or a mapping
             from input names; what counts, as tokens do, is `"int32"` in any case.
         inference_output_type: the same for outputs.
-        target: a name from `tflite_export.targets.TARGETS`; its runtime must have the int8 kernels
-            (operators that the plan leaves float are not checked).
+        target: a name from `tflite_export.TARGETS`; something on the device must run the int8
+            operators (those that the plan leaves float are not checked). A `kqat.TargetWarning`
+            names the layers that an accelerator leaves to the CPU.
         batch_size: samples per invocation.
 
     Raises:
         ModelError, FreezeError: if `qat` is no QAT model, or has seen no data.
         TargetError: if the target lacks a kernel, before anything is converted.
-        ExportError: if an input or output cannot have the type asked for.
+        ExportError: if an input or output cannot have the type asked for, or the weights are too
+            large for a flatbuffer.
         LoweringError: if the converter fails.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -58,13 +63,65 @@ def convert(
     outputs = dict(zip(frozen.output_names, frozen.model.outputs, strict=True))
     input_types = _types(inference_input_type, inputs, "inference_input_type")
     output_types = _types(inference_output_type, outputs, "inference_output_type")
+    _check_size(frozen)
     if target is not None:
         check_target(frozen, target)
-    marked = lower(frozen, batch_size, computed(frozen, target))
-    model = quantize(marked, frozen, runtimes_of(target))
-    _Interface(model, frozen).apply(input_types, output_types)
+        _check_edge_tpu(target, (*input_types, *output_types), batch_size)
+    return assemble(
+        frozen,
+        input_types,
+        output_types,
+        runtimes=runtimes_of(target),
+        tables_computed=computed(frozen, target),
+        batch_size=batch_size,
+    )
+
+
+def assemble(
+    frozen: FrozenModel,
+    input_types: Sequence[str],
+    output_types: Sequence[str],
+    *,
+    runtimes: frozenset[str],
+    tables_computed: frozenset[int],
+    batch_size: int = 1,
+) -> bytes:
+    """The file of a frozen model, by decisions that were made already.
+
+    Args:
+        frozen: the model.
+        input_types, output_types: `"int8"`, `"uint8"` or `"float32"` for each end.
+        runtimes: those that must have a kernel for packed weights; with none, all are packed.
+        tables_computed: the tables whose function an operator computes.
+        batch_size: samples per invocation.
+
+    Raises:
+        ExportError, LoweringError: as `convert`.
+    """
+    marked = lower(frozen, batch_size, tables_computed)
+    model = quantize(marked, frozen, runtimes)
+    _Interface(model, frozen).apply(list(input_types), list(output_types))
     share_constants(model)
     return flatbuffer.write(flatbuffer.compact(model))
+
+
+def _check_size(frozen: FrozenModel) -> None:
+    size_bytes = sum(4 * math.prod(weight.shape) for weight in frozen.model.weights)
+    if size_bytes >= LARGEST_BYTES:
+        raise ExportError(
+            f"Expected weights below {LARGEST_BYTES:,} bytes in float32, as the converter's "
+            f"flatbuffer has 32-bit offsets. Received: {size_bytes:,} bytes in model "
+            f"'{frozen.model.name}'. Use a smaller model, or export it in parts."
+        )
+
+
+def _check_edge_tpu(target: str, io_types: tuple[str, ...], batch_size: int) -> None:
+    # https://coral.ai/docs/edgetpu/models-intro/: quantized ends, a batch of one.
+    if target == "edge_tpu" and (batch_size != 1 or "float32" in io_types):
+        raise TargetError(
+            "Expected a batch of 1 and int8 or uint8 inputs and outputs for target 'edge_tpu'. "
+            f"Received: batch_size={batch_size}, types {sorted(set(io_types))}."
+        )
 
 
 def save(blob: bytes, path: str | os.PathLike[str]) -> None:

@@ -9,7 +9,7 @@ Schema: https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import flatbuffers
 import numpy as np
@@ -17,15 +17,18 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.schema_py_generated import ModelT, OperatorT, SubGraphT, TensorT
 
 from kqat.errors import ExportError
+from tflite_export.checking import (
+    check_references,
+    check_self_contained,
+    check_unpacked_size,
+    items,
+    text,
+)
 from tflite_export.sharing import share_vectors
 
 _IDENTIFIER = b"TFL3"
 # schema.fbs gives Buffer.data force_align: 16, so that an MCU may read int32 and int64 in place.
 _BUFFER_ALIGNMENT = 16
-# A table takes 8 bytes at least: its offset in a vector and the offset of its vtable.
-_TABLE_BYTES = 8
-# Writers may share strings and tables a little; a file that shares more is an unpacking bomb.
-_UNPACKED_BYTES_PER_FILE_BYTE = 16
 # These metadata list tensors or buffers by position, which `compact` changes.
 _POSITIONAL_METADATA = (b"OfflineMemoryAllocation", b"COMPRESSION_METADATA")
 
@@ -58,13 +61,18 @@ def read(blob: bytes) -> ModelT:
             "Expected a TFLite file, with b'TFL3' in bytes 4 to 7. "
             f"Received: {len(blob)} bytes, there {blob[4:8]!r}. Use the bytes of a whole .tflite."
         )
+    if len(blob) >= 2**31:
+        raise ExportError(
+            f"Expected a file below 2 GB. Received: {len(blob):,} bytes, which the offsets of a "
+            "flatbuffer cannot reach. Use a smaller model."
+        )
     try:
         root = schema.Model.GetRootAs(blob, 0)
-        _check_unpacked_size(root, len(blob))
+        check_unpacked_size(root, len(blob))
         model = ModelT.InitFromObj(root)
         _fill_absent_vectors(model)
-        _check_self_contained(model)
-        _check_references(model)
+        check_self_contained(model)
+        check_references(model)
     except ExportError:
         raise
     # Hostile bytes make the generated parser raise nearly anything, from struct.error on.
@@ -88,10 +96,10 @@ def write(model: ModelT) -> bytes:
     Raises:
         ExportError: if an index in the tree points nowhere, or a field has the wrong type.
     """
-    _check_references(model)
+    check_references(model)
     try:
         packed = _copied(model)
-        packed.buffers = [_AlignedBuffer(data=b.data) for b in _items(packed.buffers)]
+        packed.buffers = [_AlignedBuffer(data=b.data) for b in items(packed.buffers)]
         _set_vector_dtypes(packed)
         share_vectors(packed)
         size_bytes = sum(len(_raw_bytes(b.data)) for b in packed.buffers if b.data is not None)
@@ -117,7 +125,7 @@ def compact(model: ModelT) -> ModelT:
     Raises:
         ExportError: if metadata lists tensors or buffers by position.
     """
-    for metadata in _items(model.metadata):
+    for metadata in items(model.metadata):
         if metadata.name in _POSITIONAL_METADATA:
             raise ExportError(
                 "Expected metadata that outlive a renumbering. "
@@ -125,10 +133,10 @@ def compact(model: ModelT) -> ModelT:
                 "Use compact before the tool that adds it."
             )
     result = _copied(model)
-    signatures = _items(result.signatureDefs)
+    signatures = items(result.signatureDefs)
     for index, graph in enumerate(result.subgraphs):
         own = [s for s in signatures if s.subgraphIndex == index]
-        _drop_tensors(graph, [m for s in own for m in (*_items(s.inputs), *_items(s.outputs))])
+        _drop_tensors(graph, [m for s in own for m in (*items(s.inputs), *items(s.outputs))])
     _drop_operator_codes(result)
     _merge_buffers(result)
     return result
@@ -140,18 +148,23 @@ def op_name(model: ModelT, operator: OperatorT) -> str:
     # Files older than schema 3a have the code in the deprecated field alone.
     builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
     if builtin == schema.BuiltinOperator.CUSTOM and code.customCode is not None:
-        return _text(code.customCode)
+        return text(code.customCode)
     return _OP_NAMES.get(builtin, f"UNKNOWN_{builtin}")
 
 
 def tensor_name(tensor: TensorT) -> str:
     """Returns the tensor's name, empty when it has none."""
-    return _text(tensor.name)
+    return text(tensor.name)
 
 
 def tensor_shape(tensor: TensorT) -> tuple[int, ...]:
     """Returns the tensor's shape, () for a scalar; a dynamic dimension counts as stored, 1."""
-    return tuple(int(size) for size in _items(tensor.shape))
+    return tuple(int(size) for size in items(tensor.shape))
+
+
+def type_name(tensor: TensorT) -> str:
+    """Returns the schema's name of the tensor's type in lower case, as "int8" or "int4"."""
+    return _TYPE_NAMES.get(tensor.type, f"type {tensor.type}").lower()
 
 
 def is_numeric(tensor: TensorT) -> bool:
@@ -219,19 +232,6 @@ class _AlignedBuffer(schema.BufferT):
         return schema.BufferEnd(builder)
 
 
-def _items(vector: Sequence | np.ndarray | None) -> Sequence:
-    """Returns a vector's items as a plain sequence, () for an absent vector."""
-    if vector is None:
-        return ()
-    return vector.tolist() if isinstance(vector, np.ndarray) else vector
-
-
-def _text(name: bytes | str | None) -> str:
-    if name is None:
-        return ""
-    return name if isinstance(name, str) else name.decode(errors="replace")
-
-
 def _raw_bytes(data: bytes | Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns buffer data, whatever its container, as a flat uint8 array."""
     if isinstance(data, np.ndarray):
@@ -241,36 +241,8 @@ def _raw_bytes(data: bytes | Sequence[int] | np.ndarray) -> np.ndarray:
 
 def _copied(model: ModelT) -> ModelT:
     """Returns a deep copy of the tree that shares the buffers' data."""
-    shared = {id(b.data): b.data for b in _items(model.buffers)}
+    shared = {id(b.data): b.data for b in items(model.buffers)}
     return copy.deepcopy(model, shared)
-
-
-def _unpacking_costs(root: schema.Model) -> Iterator[int]:
-    """Yields roughly how many file bytes each part would need if no table were shared."""
-    yield _TABLE_BYTES * (root.BuffersLength() + root.MetadataLength() + root.SubgraphsLength())
-    for i in range(root.OperatorCodesLength()):
-        yield _TABLE_BYTES + len(root.OperatorCodes(i).CustomCode() or b"")
-    for i in range(root.SubgraphsLength()):
-        graph = root.Subgraphs(i)
-        yield _TABLE_BYTES * (graph.TensorsLength() + graph.OperatorsLength())
-        for j in range(graph.TensorsLength()):
-            tensor = graph.Tensors(j)
-            yield len(tensor.Name() or b"") + _TABLE_BYTES * tensor.VariantTensorsLength()
-    for i in range(root.SignatureDefsLength()):
-        signature = root.SignatureDefs(i)
-        yield _TABLE_BYTES * (signature.InputsLength() + signature.OutputsLength())
-
-
-def _check_unpacked_size(root: schema.Model, file_bytes: int) -> None:
-    left = _UNPACKED_BYTES_PER_FILE_BYTE * file_bytes
-    for cost in _unpacking_costs(root):
-        left -= cost
-        if left < 0:
-            raise ExportError(
-                "Expected a TFLite file whose tables are written once each. "
-                f"Received: {file_bytes} bytes that unpack to more than "
-                f"{_UNPACKED_BYTES_PER_FILE_BYTE} times as much. Use a file from a trusted writer."
-            )
 
 
 def _fill_absent_vectors(table: ModelT | SubGraphT | OperatorT) -> None:
@@ -281,63 +253,12 @@ def _fill_absent_vectors(table: ModelT | SubGraphT | OperatorT) -> None:
         _fill_absent_vectors(child)
 
 
-def _check_self_contained(model: ModelT) -> None:
-    operators = (o for graph in model.subgraphs for o in graph.operators)
-    # schema.fbs: an offset from 2 on points behind the flatbuffer, as in files above 2 GB.
-    outside = [b for b in model.buffers if b.offset > 1]
-    if outside or _items(model.externalBuffers) or any(o.largeCustomOptionsSize for o in operators):
-        raise ExportError(
-            "Expected a TFLite file that holds its weights and options in its flatbuffer. "
-            "Received: some of them behind it or in another file. Use a file below 2 GB."
-        )
-
-
-def _check_references(model: ModelT) -> None:
-    """Refuses a tree in which an index points to nothing."""
-    if not _items(model.subgraphs):
-        raise ExportError("Expected at least one subgraph. Received: none. Use a converted model.")
-    buffers, codes = len(_items(model.buffers)), len(_items(model.operatorCodes))
-    for g, graph in enumerate(model.subgraphs):
-        tensors, where = len(_items(graph.tensors)), f"subgraph {g}"
-        _check_range(graph.inputs, tensors, f"inputs of {where}")
-        _check_range(graph.outputs, tensors, f"outputs of {where}")
-        for t, tensor in enumerate(_items(graph.tensors)):
-            _check_range([tensor.buffer], buffers, f"buffer of tensor {t}, {where}")
-            _check_range(tensor.shape, math.inf, f"shape of tensor {t}, {where}")
-        for o, operator in enumerate(_items(graph.operators)):
-            _check_range([operator.opcodeIndex], codes, f"code of operator {o}, {where}")
-            # -1 stands for an optional tensor that is left out.
-            for field in ("inputs", "outputs", "intermediates"):
-                indices = getattr(operator, field)
-                _check_range(indices, tensors, f"{field} of operator {o}, {where}", lowest=-1)
-    for metadata in _items(model.metadata):
-        _check_range([metadata.buffer], buffers, f"buffer of metadata {metadata.name!r}")
-    _check_range(model.metadataBuffer, buffers, "metadata buffers")
-    for signature in _items(model.signatureDefs):
-        where = f"signature {_text(signature.signatureKey)!r}"
-        _check_range([signature.subgraphIndex], len(model.subgraphs), f"subgraph of {where}")
-        tensors = len(_items(model.subgraphs[signature.subgraphIndex].tensors))
-        maps = (*_items(signature.inputs), *_items(signature.outputs))
-        _check_range([m.tensorIndex for m in maps], tensors, f"tensors of {where}")
-
-
-def _check_range(
-    indices: Sequence[int] | np.ndarray | None, end: float, where: str, *, lowest: int = 0
-) -> None:
-    for index in _items(indices):
-        if not lowest <= index < end:
-            raise ExportError(
-                f"Expected {lowest} to {end} (exclusive) in the {where}. "
-                f"Received: {index}. Use a file that its writer has finished."
-            )
-
-
 def _set_vector_dtypes(model: ModelT) -> None:
     """Gives vectors the schema's dtype: the packer would write an int64 array as it stands."""
     tables = list(model.subgraphs)
     for graph in model.subgraphs:
-        tables += [*_items(graph.operators), *_items(graph.tensors)]
-        tables += [t.quantization for t in _items(graph.tensors) if t.quantization is not None]
+        tables += [*items(graph.operators), *items(graph.tensors)]
+        tables += [t.quantization for t in items(graph.tensors) if t.quantization is not None]
     for table, (field, dtype) in itertools.product(tables, _VECTOR_DTYPES.items()):
         value = getattr(table, field, None)
         if value is not None:
@@ -346,25 +267,25 @@ def _set_vector_dtypes(model: ModelT) -> None:
 
 def _drop_tensors(graph: SubGraphT, signature_maps: Sequence[schema.TensorMapT]) -> None:
     """Drops the tensors that nothing names, in place, and renumbers those that name one."""
-    named = {*_items(graph.inputs), *_items(graph.outputs)}
+    named = {*items(graph.inputs), *items(graph.outputs)}
     named |= {m.tensorIndex for m in signature_maps}
     fields = ("inputs", "outputs", "intermediates")
-    for operator in _items(graph.operators):
-        named.update(*(_items(getattr(operator, field)) for field in fields))
-    kept = [index for index in range(len(_items(graph.tensors))) if index in named]
+    for operator in items(graph.operators):
+        named.update(*(items(getattr(operator, field)) for field in fields))
+    kept = [index for index in range(len(items(graph.tensors))) if index in named]
     new = {old: position for position, old in enumerate(kept)} | {-1: -1}
     graph.tensors = [graph.tensors[index] for index in kept]
-    for table in (graph, *_items(graph.operators)):
+    for table in (graph, *items(graph.operators)):
         for field in fields:
             indices = getattr(table, field, None)
             if indices is not None:
-                setattr(table, field, [new[index] for index in _items(indices)])
+                setattr(table, field, [new[index] for index in items(indices)])
     for tensor_map in signature_maps:
         tensor_map.tensorIndex = new[tensor_map.tensorIndex]
 
 
 def _drop_operator_codes(model: ModelT) -> None:
-    operators = [o for graph in model.subgraphs for o in _items(graph.operators)]
+    operators = [o for graph in model.subgraphs for o in items(graph.operators)]
     kept = sorted({o.opcodeIndex for o in operators})
     model.operatorCodes = [model.operatorCodes[index] for index in kept]
     for operator in operators:
@@ -375,7 +296,7 @@ def _merge_buffers(model: ModelT) -> None:
     """Rebuilds the list of buffers, in place: the empty one, the constants, the metadata."""
     old, new = model.buffers, [schema.BufferT()]
     positions: dict[bytes, int] = {}
-    for tensor in (t for graph in model.subgraphs for t in _items(graph.tensors)):
+    for tensor in (t for graph in model.subgraphs for t in items(graph.tensors)):
         data = None if tensor.buffer == 0 else old[tensor.buffer].data
         if data is None:
             tensor.buffer = 0
@@ -388,13 +309,13 @@ def _merge_buffers(model: ModelT) -> None:
         tensor.buffer = positions[key]
     # A metadata buffer stays its own: a tool may rewrite it without thinking of constants.
     moved: dict[int, int] = {}
-    named = [metadata.buffer for metadata in _items(model.metadata)]
-    for index in (*named, *_items(model.metadataBuffer)):
+    named = [metadata.buffer for metadata in items(model.metadata)]
+    for index in (*named, *items(model.metadataBuffer)):
         if index not in moved:
             moved[index] = len(new)
             new.append(schema.BufferT(data=old[index].data))
-    for metadata in _items(model.metadata):
+    for metadata in items(model.metadata):
         metadata.buffer = moved[metadata.buffer]
     if model.metadataBuffer is not None:
-        model.metadataBuffer = [moved[index] for index in _items(model.metadataBuffer)]
+        model.metadataBuffer = [moved[index] for index in items(model.metadataBuffer)]
     model.buffers = new

@@ -13,8 +13,6 @@ from kqat.marking import Site, Tabulated
 from tflite_export.flatbuffer import ModelT, OperatorT
 from tflite_export.markers import Labels, new_operator
 
-TABLE_OPS = ("CAST", "ADD", "GATHER")
-
 
 def insert_tables(model: ModelT, labels: Labels, tables: tuple[Tabulated, ...]) -> None:
     """Puts a look-up in the place of each placeholder of `labels.tables`, in place."""

@@ -10,8 +10,8 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-LITERT = frozenset({"litert_reference", "litert_builtin", "litert"})
-ALL = LITERT | {"tflite_micro"}
+from kqat.targets import KERNELS, PACKED
+from kqat.targets import RUNTIMES as ALL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,11 @@ def _conv(version: int, order: tuple[int, ...], axis: int, **options: Any) -> Op
     )
 
 
+def _packed(op: str) -> dict[str, frozenset[str]]:
+    per_axis, per_tensor = PACKED[op]
+    return {"int4": per_axis, "int4_per_tensor": per_tensor}
+
+
 def _own(version: int = 2, **options: Any) -> OpRule:
     return OpRule(scales="own", version=version, **options)
 
@@ -86,10 +91,10 @@ def _none(version: int, **options: Any) -> OpRule:
 _COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
 
 OP_TABLE: dict[str, OpRule] = {
-    "CONV_2D": _conv(3, (1, 2, 3, 0), 0, int4=ALL, int4_per_tensor=ALL, int4_version=7),
+    "CONV_2D": _conv(3, (1, 2, 3, 0), 0, **_packed("CONV_2D"), int4_version=7),
     # LiteRT's reference resolver computes on four bits but registers no version 7.
-    "DEPTHWISE_CONV_2D": _conv(3, (0, 1, 2, 3), 3, int4=ALL, int4_per_tensor=ALL),
-    "FULLY_CONNECTED": _conv(4, (1, 0), 0, int4=LITERT, int4_per_tensor=ALL, int4_version=10),
+    "DEPTHWISE_CONV_2D": _conv(3, (0, 1, 2, 3), 3, **_packed("DEPTHWISE_CONV_2D")),
+    "FULLY_CONNECTED": _conv(4, (1, 0), 0, **_packed("FULLY_CONNECTED"), int4_version=10),
     "TRANSPOSE_CONV": OpRule(
         scales="own", version=2, activations=(2,), weights=1, keras_order=(1, 2, 0, 3), bias=3
     ),
@@ -102,10 +107,10 @@ OP_TABLE: dict[str, OpRule] = {
     "RELU6": _own(ships_as="RELU"),
     "LEAKY_RELU": _own(),
     "PRELU": OpRule(scales="own", activations=(0,), weights=1, keras_order=()),
-    "ELU": _own(1, runtimes=ALL - {"litert_reference"}),
+    "ELU": _own(1, runtimes=KERNELS["ELU"]),
     "HARD_SWISH": _own(1),
-    "GELU": _own(1, runtimes=LITERT),
-    "EXP": _own(1, runtimes=LITERT),
+    "GELU": _own(1, runtimes=KERNELS["GELU"]),
+    "EXP": _own(1, runtimes=KERNELS["EXP"]),
     "BATCH_MATMUL": _own(),
     "MEAN": _own(activations=(0,)),
     "SOFTMAX": _fixed(1 / 256, -128, least=2.0**-26),
@@ -134,7 +139,7 @@ OP_TABLE: dict[str, OpRule] = {
     "SELECT_V2": OpRule(scales="same", version=1, activations=(1, 2)),
     "SELECT": OpRule(scales="same", version=1, activations=(1, 2), ships_as="SELECT_V2"),
     "REDUCE_MIN": _same(),
-    "REDUCE_PROD": _own(activations=(0,), runtimes=LITERT),
+    "REDUCE_PROD": _own(activations=(0,), runtimes=KERNELS["REDUCE_PROD"]),
     "ARG_MAX": _none(2, activations=(0,)),
     "ARG_MIN": _none(2, activations=(0,)),
     **{name: _none(2, input_scale_below=1.0) for name in _COMPARISONS},

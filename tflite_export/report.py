@@ -1,12 +1,15 @@
-"""What verification found, as data: printable, and JSON."""
+"""What verification found, as data: text of 80 columns, JSON, and one HTML page."""
 
 import dataclasses
 import json
 import os
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from kqat.saving import write_file
+from tflite_export import page
+from tflite_export.vela import NpuEstimate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +70,50 @@ class RuntimeReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One value of the file, and the operator that computes it.
+
+    Attributes:
+        name, operator, shape: of the value (without batch); `"input"` for a model input.
+        bits, scale, zero_point: its grid, `None` without one.
+        weight_bits: as the file stores the operator's weights; `None` without weights.
+        clipped_share: share of values that lie outside the range, 0..1.
+        grid_share: share of the grid's integers that occur at all, 0..1.
+        sqnr_db: power of the values over that of their rounding error; `None` where there is none.
+            Without lockstep these three are `None`.
+        max_steps: runtime -> largest difference in lockstep.
+        macs, constant_bytes: multiply-accumulates of the operator, bytes of its constants.
+    """
+
+    name: str
+    operator: str
+    shape: tuple[int, ...]
+    bits: int | None
+    weight_bits: int | None
+    scale: float | None
+    zero_point: int | None
+    clipped_share: float | None
+    grid_share: float | None
+    sqnr_db: float | None
+    max_steps: Mapping[str, int]
+    macs: int
+    constant_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """A verified file. `print(report)` shows it; `report.save(path)` keeps it as JSON."""
+    """A verified file: `print` it, keep it as JSON (`save`) or as a page (`save_html`).
+
+    Attributes:
+        model_name, size_bytes, samples: what was verified, on how many samples.
+        operators, float_operators: operator -> count, and how many touch a float.
+        runtimes: what each of them found.
+        layers: the values in the order in which they are computed; ranges and noise are those of
+            the first runtime that ran the file.
+        macs: multiply-accumulates of one invocation.
+        estimate: what Vela says, for a target with an NPU that it knows.
+        notes: what could not be compared, or does not fit the target.
+    """
 
     model_name: str
     size_bytes: int
@@ -76,6 +121,15 @@ class Report:
     operators: dict[str, int]
     float_operators: int
     runtimes: tuple[RuntimeReport, ...]
+    layers: tuple[LayerReport, ...] = ()
+    macs: int = 0
+    estimate: NpuEstimate | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def arena_bytes(self) -> int | None:
+        """What TFLite Micro uses of its arena; `None` where it did not run the file."""
+        return next((p.arena_bytes for p in self.runtimes if p.arena_bytes is not None), None)
 
     @property
     def is_full_integer(self) -> bool:
@@ -94,20 +148,33 @@ class Report:
         """Writes the JSON to `path`, whole or not at all."""
         write_file(path, self.to_json().encode())
 
+    def to_html(self) -> str:
+        """The report as one self-contained page, for light and dark screens."""
+        return page.render(self)
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the page to `path`, whole or not at all."""
+        write_file(path, self.to_html().encode())
+
     def __str__(self) -> str:
         count = sum(self.operators.values())
         kinds = ", ".join(f"{number} {name}" for name, number in self.operators.items())
         lines = [
             *_wrapped(
                 f"{self.model_name}: {self.size_bytes:,} bytes, {count} operators, "
-                f"{self.float_operators} of them float",
+                f"{self.float_operators} of them float, {self.macs:,} multiply-accumulates",
                 "",
             ),
             *_wrapped(kinds, "  "),
-            f"lockstep over {self.samples} samples, in output steps:",
+            f"over {self.samples} samples, differences in output steps:",
         ]
         for part in self.runtimes:
             lines += _runtime_lines(part)
+        for note in self.notes:
+            lines += _wrapped(f"note: {note}", "")
+        if self.estimate is not None:
+            lines += _estimate_lines(self.estimate)
+        lines += _layer_lines(self.layers)
         return "\n".join(lines)
 
 
@@ -126,7 +193,8 @@ def _runtime_lines(part: RuntimeReport) -> list[str]:
     if part.problem is not None:
         return [f"  {part.runtime}: did not run", *_wrapped(part.problem, "    ")]
     arena = "" if part.arena_bytes is None else f", arena {part.arena_bytes:,} bytes"
-    lines = [f"  {part.runtime}: at most {part.max_steps} in lockstep{arena}"]
+    said = f"at most {part.max_steps} in lockstep" if part.sites else "ran it"
+    lines = [f"  {part.runtime}: {said}{arena}"]
     for operator, row in part.by_operator().items():
         share = 100 * row.differing / max(row.elements, 1)
         ties = f", {100 * row.ties / row.differing:.0f} % ties" if row.ties else ""
@@ -145,6 +213,50 @@ def _runtime_lines(part: RuntimeReport) -> list[str]:
             "    ",
         )
     return lines
+
+
+def _estimate_lines(npu: NpuEstimate) -> list[str]:
+    on_npu = npu.operators - len(npu.fallbacks)
+    lines = _wrapped(
+        f"Vela for {npu.accelerator}: {on_npu} of {npu.operators} operators on the NPU "
+        f"({100 * npu.npu_share:.0f} %), {npu.cycles:,} cycles, SRAM {npu.sram_bytes:,} bytes, "
+        f"DRAM {npu.dram_bytes:,} bytes, flash {npu.flash_bytes:,} bytes",
+        "",
+    )
+    for left in npu.fallbacks:
+        lines += _wrapped(f"on the CPU: {left.operator} '{left.tensor}': {left.reason}", "  ")
+    return lines
+
+
+LAYER_LEGEND = (
+    "bits: weights/values; clip: values outside the range; grid: integers that occur; SQNR: power "
+    "over rounding error, in dB; steps: largest difference in lockstep"
+)
+
+
+def _layer_lines(layers: tuple[LayerReport, ...]) -> list[str]:
+    """The layers as a table of 80 columns."""
+    if not layers:
+        return []
+    head = f"{'layer':<22} {'bits':>5} {'scale':>9} {'clip':>6} {'grid':>5} {'SQNR':>5}"
+    lines = ["", f"{head} {'steps':>5} {'MACs':>7} {'bytes':>7}", "-" * 80]
+    for row in layers:
+        name = " ".join(row.name.split())[-22:]
+        bits = f"{row.weight_bits or '-'}/{row.bits or '-'}"
+        scale = "" if row.scale is None else f"{row.scale:.3g}"
+        lines.append(
+            f"{name:<22} {bits:>5} {scale:>9} {_use_cells(row)} "
+            f"{page.counted(row.macs):>7} {page.counted(row.constant_bytes):>7}"
+        )
+    return [*lines, *_wrapped(LAYER_LEGEND, "")]
+
+
+def _use_cells(row: LayerReport) -> str:
+    if row.grid_share is None or row.clipped_share is None:
+        return " " * 24
+    sqnr = "exact" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+    steps = max(row.max_steps.values(), default=0)
+    return f"{100 * row.clipped_share:>5.2f}% {100 * row.grid_share:>4.0f}% {sqnr:>5} {steps:>5}"
 
 
 def _wrapped(text: str, indent: str) -> list[str]:

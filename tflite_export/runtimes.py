@@ -142,7 +142,9 @@ def run(
     )
 
 
-def tflite_micro_arena_bytes(blob: bytes, *, given_bytes: int = _FIRST_ARENA_BYTES) -> int:
+def tflite_micro_arena_bytes(
+    blob: bytes, *, given_bytes: int = _FIRST_ARENA_BYTES, grow: bool = True
+) -> int:
     """Returns how many bytes of its arena TFLite Micro uses for a file.
 
     That is the total which its recording allocator reports after an invocation, on this 64-bit
@@ -150,7 +152,8 @@ def tflite_micro_arena_bytes(blob: bytes, *, given_bytes: int = _FIRST_ARENA_BYT
 
     Args:
         blob: the file.
-        given_bytes: the arena to begin with; doubled while it is too small.
+        given_bytes: the arena to begin with.
+        grow: whether an arena that is too small is doubled, or the file counts as refused.
 
     Raises:
         RuntimeUnavailableError: if TFLite Micro is absent, refuses the file or crashes on it.
@@ -161,7 +164,7 @@ def tflite_micro_arena_bytes(blob: bytes, *, given_bytes: int = _FIRST_ARENA_BYT
     shape, dtype = flatbuffer.tensor_shape, flatbuffer.tensor_dtype
     zeros = [np.zeros(shape(tensor) or (1,), dtype(tensor)) for tensor in _inputs(model)]
     job = _Job(blob=bytes(blob), model=model, feeds=_batched(model, zeros))
-    return _run_micro(job, given_bytes)[2]
+    return _run_micro(job, given_bytes, _LARGEST_ARENA_BYTES if grow else 0)[2]
 
 
 def _check_installed(runtime: str) -> None:
@@ -294,7 +297,9 @@ def _with_watched_as_outputs(job: _Job) -> bytes:
     return flatbuffer.write(model)
 
 
-def _run_micro(job: _Job, arena_bytes: int) -> tuple[list[np.ndarray], dict[int, np.ndarray], int]:
+def _run_micro(
+    job: _Job, arena_bytes: int, largest_bytes: int = _LARGEST_ARENA_BYTES
+) -> tuple[list[np.ndarray], dict[int, np.ndarray], int]:
     """Does the same in a child, with arenas doubled until one suffices; adds the bytes used."""
     request = io.BytesIO()
     arrays: dict[str, Any] = {f"feed_{i}": feed for i, feed in enumerate(job.feeds)}
@@ -308,7 +313,7 @@ def _run_micro(job: _Job, arena_bytes: int) -> tuple[list[np.ndarray], dict[int,
         words = child.stderr.decode(errors="replace").strip()
         if child.returncode == 0:
             break
-        if not _ARENA_IS_FULL.search(words) or arena_bytes >= _LARGEST_ARENA_BYTES:
+        if not _ARENA_IS_FULL.search(words) or arena_bytes >= largest_bytes:
             raise _refusal("tflite_micro", f"{_exit_name(child.returncode)}, saying: {words}")
         arena_bytes = 2 * max(arena_bytes, _ARENA_ALIGNMENT)
     if (total := _ARENA_TOTAL.search(words)) is None:

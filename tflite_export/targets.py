@@ -1,77 +1,177 @@
-"""What a device accepts: the runtime that it runs, and so the kernels that it has."""
+"""What a device makes of a model, before conversion, and of a file, after it."""
 
 import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
-from kqat.errors import TargetError
+from kqat.errors import RuntimeUnavailableError, TargetError
+from kqat.fitting import activation_of, misfit
 from kqat.freezing import FrozenModel
 from kqat.marking import Marker, Tabulated, is_marker
 from kqat.registry import rule_for
+from kqat.targets import TARGETS, Misfit, Target, TargetWarning, target_named
 from kqat.tracing import Ref, trace
+from tflite_export.inspection import Inspection, OperatorInfo, TensorInfo
 from tflite_export.op_table import missing_kernels
+from tflite_export.vela import ACCELERATORS, NpuEstimate, estimate
 
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A kind of device: its name, its runtime, and what it is."""
-
-    name: str
-    runtime: str
-    description: str
-
-
-TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (
-        Target("litert", "litert", "phones and single-board computers, LiteRT with XNNPACK"),
-        Target("tflite_micro", "tflite_micro", "microcontrollers, TensorFlow Lite Micro"),
-    )
-}
+# The Edge TPU computes on tensors of three axes, beside a batch of one.
+_EDGE_TPU_AXES = 3
+_EDGE_TPU_TYPES = ("int8", "uint8")
 
 
 def runtimes_of(target: str | None) -> frozenset[str]:
-    """The runtimes that a file for `target` must run on: without a target, all targets'."""
-    chosen = [TARGETS[target]] if target else TARGETS.values()
-    return frozenset(t.runtime for t in chosen)
+    """The runtimes that a file for `target` must run on: without a target, all targets'.
+
+    A device that takes weights of eight bits only counts as a runtime of its own, which has no
+    kernel for packed ones.
+    """
+    if target is None:
+        return frozenset(t.runtime for t in TARGETS.values())
+    device = TARGETS[target]
+    return frozenset({device.runtime} if device.packs_weights else {device.runtime, device.name})
 
 
 def check_target(frozen: FrozenModel, name: str) -> None:
-    """Names every layer whose operators the target's runtime lacks; nothing is converted.
+    """Names every layer that does not fit the target; nothing is converted.
+
+    Layers that an accelerator leaves to the CPU are told in one `kqat.TargetWarning`.
 
     Raises:
-        TargetError: if there is such a layer, or no such target.
+        TargetError: if nothing on the device runs a layer, or there is no such target.
     """
-    if name not in TARGETS:
-        raise TargetError(f"Expected one of the targets {sorted(TARGETS)}. Received: {name!r}.")
-    runtime = TARGETS[name].runtime
-    lacking = []
-    integers: set[Ref] = set()
-    for node in trace(frozen.model).nodes:
-        if isinstance(node.layer, Marker | Tabulated):
-            if not is_marker(node.layer, "fence"):
-                integers.update(node.outputs)
-            continue
-        if not node.inputs or not all(ref.counts or ref in integers for ref in node.inputs):
-            continue
-        # A layer may stand between two markers with others, all of them integer.
-        integers.update(node.outputs)
-        missing = missing_kernels(rule_for(node.layer).ops, runtime)
-        if missing:
-            lacking.append(f"layer '{node.name}' needs {', '.join(missing)}")
+    target = target_named(name)
+    found = list(_misfits(frozen, target))
+    lacking = [
+        f"layer '{m.layer}' needs {', '.join(m.operators)} ({m.remedy})"
+        for m in found
+        if m.blocking
+    ]
     if lacking:
         raise TargetError(
             f"Expected operators that target '{name}' has int8 kernels for. Received: "
             f"{'; '.join(lacking)}. Replace these layers, or choose another target."
         )
+    slow = [str(m) for m in found]
+    if slow and not target.notes_only:
+        warnings.warn(f"Target '{name}': {'; '.join(slow)}.", TargetWarning, stacklevel=3)
 
 
 def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
-    """The tables that the target need not look up: its runtime has the function's own kernel.
+    """The tables that the target need not look up: it has the function's own kernel.
 
     Without a target, the kernel must be on every target's runtime.
     """
+    runtimes = {t.runtime for t in TARGETS.values()} if target is None else set()
     own = []
     for table in frozen.tables:
         ops = rule_for(table.layer).ops
-        if ops and not any(missing_kernels(ops, runtime) for runtime in runtimes_of(target)):
+        if target is not None:
+            has = bool(ops) and _computes(TARGETS[target], ops)
+        else:
+            has = bool(ops) and not any(missing_kernels(ops, runtime) for runtime in runtimes)
+        if has:
             own.append(table.index)
     return frozenset(own)
+
+
+def check_file(
+    blob: bytes, inspection: Inspection, target: str | None
+) -> tuple[NpuEstimate | None, tuple[str, ...]]:
+    """What Vela estimates for an Ethos-U, and what of a file does not fit the target.
+
+    Raises:
+        TargetError: if there is no such target.
+    """
+    if target is None:
+        return None, ()
+    device = target_named(target)
+    if target in ACCELERATORS:
+        try:
+            return estimate(blob, target), ()
+        except RuntimeUnavailableError as error:
+            return None, (str(error),)
+    notes = list(_edge_tpu_notes(inspection) if target == "edge_tpu" else ())
+    slow: dict[str, int] = {}
+    for operator in inspection.operators:
+        if device.accelerator and not device.is_fast(operator.name):
+            slow[operator.name] = slow.get(operator.name, 0) + 1
+    if slow:
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(slow.items()))
+        notes.append(f"{target}: not on {device.accelerator}, but on the CPU: {kinds}")
+    if target == "cmsis_nn":
+        notes += _cmsis_nn_notes(inspection)
+    return None, tuple(notes)
+
+
+def _computes(target: Target, ops: tuple[str, ...]) -> bool:
+    """Whether the function's own operators are better there than a table."""
+    if all(target.is_fast(op) for op in ops):
+        return True
+    return all(target.runs(op) for op in ops) and bool(target.unfit((), table=True))
+
+
+def _misfits(frozen: FrozenModel, target: Target) -> Iterator[Misfit]:
+    integers: set[Ref] = set()
+    for node in trace(frozen.model).nodes:
+        layer: Any = node.layer
+        if isinstance(layer, Marker):
+            if not is_marker(layer, "fence"):
+                integers.update(node.outputs)
+            continue
+        is_table = isinstance(layer, Tabulated)
+        fed = all(ref.counts or ref in integers for ref in node.inputs)
+        if not node.inputs or not (is_table or fed):
+            continue
+        # A layer may stand between two markers with others, all of them integer.
+        integers.update(node.outputs)
+        inner = layer.layer if is_table else layer
+        name = inner.name if is_table else node.name
+        ops = rule_for(inner).ops
+        # What the op table says of the runtime holds for operators that no accelerator has.
+        unfit = set(target.unfit(ops, is_table))
+        lacks = missing_kernels(ops, target.runtime) if not is_table else ()
+        unfit |= {op for op in lacks if op not in target.accelerated}
+        if unfit:
+            found = misfit(name, unfit, activation_of(inner, name), target)
+            blocked = any(op in unfit for op in lacks)
+            yield dataclasses.replace(found, blocking=found.blocking or blocked)
+
+
+def _edge_tpu_notes(inspection: Inspection) -> Iterator[str]:
+    """Rules of https://coral.ai/docs/edgetpu/models-intro/ that a file breaks."""
+    for tensor in (*inspection.inputs, *inspection.outputs):
+        if tensor.dtype not in _EDGE_TPU_TYPES:
+            yield f"edge_tpu: '{tensor.name}' is {tensor.dtype}; inputs and outputs must be int8"
+    if inspection.subgraphs > 1:
+        yield f"edge_tpu: {inspection.subgraphs} subgraphs; control flow runs on the CPU"
+    for operator in inspection.operators:
+        for tensor in (*operator.inputs, *operator.outputs):
+            if problem := _edge_tpu_tensor(tensor):
+                yield f"edge_tpu: {operator.name}: '{tensor.name}' {problem}"
+
+
+def _edge_tpu_tensor(tensor: TensorInfo) -> str | None:
+    constant = tensor.channels > 1 or tensor.dtype == "int32"
+    if tensor.dtype in ("int4", "int2", "int16") or tensor.dtype.startswith("float"):
+        return f"is {tensor.dtype}; only 8 bits run there"
+    outer = tensor.shape[:-_EDGE_TPU_AXES]
+    if not constant and any(size != 1 for size in outer):
+        return f"has shape {tensor.shape}; only the three innermost axes may be larger than 1"
+    return None
+
+
+def _cmsis_nn_notes(inspection: Inspection) -> Iterator[str]:
+    """Shapes for which CMSIS-NN takes its plain loops (`arm_depthwise_conv_wrapper_s8`)."""
+    for operator in inspection.operators:
+        if operator.name == "DEPTHWISE_CONV_2D" and _multiplies_channels(operator):
+            yield (
+                f"cmsis_nn: '{operator.outputs[0].name}' has more output than input channels; the "
+                "fast depthwise kernel takes a depth_multiplier of 1"
+            )
+
+
+def _multiplies_channels(operator: OperatorInfo) -> bool:
+    shapes = [tensor.shape for tensor in (operator.inputs[0], operator.outputs[0])]
+    return bool(shapes[0] and shapes[1]) and shapes[0][-1] != shapes[1][-1]

@@ -6,6 +6,7 @@ are stated in output steps, one unit of the output's integer grid. An integer ke
 twice where the float graph rounds once, so a right export differs by at most one step, rarely.
 """
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -19,49 +20,111 @@ from kqat.marking import Marker, Site, Tabulated, is_marker
 from kqat.registry import Output, rule_for
 from kqat.tracing import Node, Ref, trace
 from tflite_export import flatbuffer
+from tflite_export.feeding import as_type, has_grid
+from tflite_export.feeding import real as real_values
 from tflite_export.flatbuffer import ModelT
-from tflite_export.report import OutputAgreement, Report, RuntimeReport, SiteDifference
+from tflite_export.foreign import compare_runtimes
+from tflite_export.inspection import inspect
+from tflite_export.profiling import GridUse, grid_use, layer_reports, static_reports
+from tflite_export.report import (
+    LayerReport,
+    OutputAgreement,
+    Report,
+    RuntimeReport,
+    SiteDifference,
+)
 from tflite_export.runtimes import run, tflite_micro_arena_bytes
+from tflite_export.targets import check_file
 
 DEFAULT_RUNTIMES = ("litert_reference", "litert", "tflite_micro")
 _INT8 = np.dtype(np.int8)
 
 
 def verify(
-    qat: keras.Model | FrozenModel,
+    qat: keras.Model | FrozenModel | None,
     blob: bytes,
-    data: Any,
+    data: Any = None,
     *,
     runtimes: Sequence[str] = DEFAULT_RUNTIMES,
     samples: int = 64,
+    target: str | None = None,
 ) -> Report:
     """Runs `blob` against the model that it was made of; raises nothing about what it finds.
 
+    A file of another writer is verified as far as it can be: its structure, its operators, and
+    whether the runtimes agree about its outputs. A note in the report says so.
+
     Args:
-        qat: the QAT model, or the frozen one.
-        blob: the file that `convert` made of it.
+        qat: the QAT model, or the frozen one; `None` for a file whose model is not at hand.
+        blob: the file that `convert` made of it, or any other.
         data: inputs as the float model takes them: an array of shape `(n, …)`, or a list or
-            dict of them for many inputs.
+            dict of them for many inputs. Without a model, also inputs of the file's own types,
+            or `None` for random ones.
         runtimes: names from `tflite_export.runtimes.RUNTIMES`. One that is not installed, or
             refuses the file, is reported as such.
         samples: how many samples of `data` are compared.
+        target: a name from `tflite_export.TARGETS`; what of the file does not fit it is noted, and
+            for an Ethos-U the report has what Vela says.
 
     Raises:
         ExportError: if the file cannot be read, or `data` does not fit the model's inputs.
     """
-    frozen = qat if isinstance(qat, FrozenModel) else freeze(qat)
+    frozen = qat if isinstance(qat, FrozenModel) or qat is None else freeze(qat)
+    inspection = inspect(blob)
     model = flatbuffer.read(blob)
-    inputs = _inputs(data, frozen, samples)
-    reports = tuple(_verify_on(runtime, frozen, model, blob, inputs) for runtime in runtimes)
-    counts, float_ops = _count(model)
+    notes = [] if frozen is None else _differences_of_ends(frozen, model)
+    layers: tuple[LayerReport, ...] = ()
+    if frozen is None or notes:
+        parts, count = compare_runtimes(blob, data, runtimes, samples)
+        layers = static_reports(inspection)
+        notes.append("no lockstep: outputs are compared with those of the first runtime that ran")
+    else:
+        inputs = _inputs(data, frozen, samples)
+        found = [_verify_on(runtime, frozen, model, blob, inputs) for runtime in runtimes]
+        parts, count = tuple(part for part, _ in found), len(inputs[0])
+        uses = next((uses for _, uses in found if uses), ())
+        layers = layer_reports(inspection, uses, _producers(model), parts)
+    estimated, misfits = check_file(blob, inspection, target)
     return Report(
-        model_name=frozen.model.name,
+        model_name=inspection.description if frozen is None else frozen.model.name,
         size_bytes=len(blob),
-        samples=len(inputs[0]),
-        operators=counts,
-        float_operators=float_ops,
-        runtimes=reports,
+        samples=count,
+        operators=inspection.counts(),
+        float_operators=inspection.float_operators,
+        runtimes=parts,
+        layers=layers,
+        macs=inspection.macs,
+        estimate=estimated,
+        notes=(*notes, *misfits),
     )
+
+
+def _producers(model: ModelT) -> dict[int, int]:
+    """Tensor of subgraph 0 -> position of the operator that computes it."""
+    operators = model.subgraphs[0].operators
+    return {int(t): position for position, op in enumerate(operators) for t in op.outputs}
+
+
+def _differences_of_ends(frozen: FrozenModel, model: ModelT) -> list[str]:
+    """Why the file cannot have been made of the model, if its inputs or outputs say so."""
+    graph = model.subgraphs[0]
+    notes = []
+    for what, tensors, indices in (
+        ("inputs", frozen.model.inputs, graph.inputs),
+        ("outputs", frozen.model.outputs, graph.outputs),
+    ):
+        ours = [math.prod(t.shape[1:]) for t in tensors]
+        shapes = [flatbuffer.tensor_shape(graph.tensors[i]) for i in indices]
+        # The batch may be larger, and a matrix stand for more axes.
+        if len(ours) != len(shapes) or any(
+            math.prod(s) % n for s, n in zip(shapes, ours, strict=True)
+        ):
+            expected = [tuple(t.shape[1:]) for t in tensors]
+            notes.append(
+                f"not made of '{frozen.model.name}', whose {what} have shapes {expected}: those of "
+                f"the file are {shapes}"
+            )
+    return notes
 
 
 def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:
@@ -80,38 +143,26 @@ def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:
     return [x[:samples].astype(kind) for x, kind in zip(arrays, kinds, strict=True)]
 
 
-def _count(model: ModelT) -> tuple[dict[str, int], int]:
-    """Operators by name, and how many of them read or write a float."""
-    counts: dict[str, int] = {}
-    floats = 0
-    for graph in model.subgraphs:
-        for operator in graph.operators:
-            name = flatbuffer.op_name(model, operator)
-            counts[name] = counts.get(name, 0) + 1
-            used = [int(t) for t in [*operator.inputs, *operator.outputs] if t >= 0]
-            floats += any(flatbuffer.tensor_dtype(graph.tensors[t]) == np.float32 for t in used)
-    return dict(sorted(counts.items())), floats
-
-
 def _verify_on(
     runtime: str, frozen: FrozenModel, model: ModelT, blob: bytes, inputs: list[np.ndarray]
-) -> RuntimeReport:
+) -> tuple[RuntimeReport, Sequence[GridUse]]:
     tensors = _Tensors(model, frozen)
     try:
         result = run(blob, tensors.feed(inputs), runtime=runtime, tensors="all")
         arena = tflite_micro_arena_bytes(blob) if runtime == "tflite_micro" else None
     except RuntimeUnavailableError as error:
-        return RuntimeReport(runtime=runtime, problem=str(error))
+        return RuntimeReport(runtime=runtime, problem=str(error)), ()
     lockstep = _Lockstep(frozen, tensors, result.tensors)
     lockstep.run(inputs)
     outputs = tensors.agreement(frozen, inputs, result.outputs)
-    return RuntimeReport(
+    part = RuntimeReport(
         runtime=runtime,
         sites=tuple(lockstep.differences),
         unmatched=tuple(lockstep.unmatched),
         outputs=outputs,
         arena_bytes=arena,
     )
+    return part, lockstep.uses
 
 
 class _Tensors:
@@ -161,7 +212,7 @@ class _Tensors:
     def feed(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """Float inputs as the file takes them."""
         return [
-            _as_type(x, self.graph.tensors[int(t)])
+            as_type(x, self.graph.tensors[int(t)])
             for x, t in zip(inputs, self.graph.inputs, strict=True)
         ]
 
@@ -170,7 +221,7 @@ class _Tensors:
         names = {int(o): op for op in self.graph.operators for o in op.outputs}
         if index in names and flatbuffer.op_name(self.model, names[index]) == "DEQUANTIZE":
             index = int(names[index].inputs[0])
-        if _has_scale(self.graph.tensors[index]):
+        if has_grid(self.graph.tensors[index]):
             return float(self.graph.tensors[index].quantization.scale[0])
         if not np.issubdtype(real.dtype, np.floating):
             return 1.0
@@ -187,7 +238,7 @@ class _Tensors:
         ):
             tensor = self.graph.tensors[int(t)]
             step = self._step(int(t), real)
-            value = _real(found, tensor)
+            value = real_values(found, tensor)
             steps = np.abs(np.rint((value.astype(np.float32) - real.astype(np.float32)) / step))
             classes = value.ndim == 2 and value.shape[1] > 1
             top1 = float(np.mean(value.argmax(-1) == real.argmax(-1))) if classes else None
@@ -200,27 +251,6 @@ class _Tensors:
                 )
             )
         return tuple(rows)
-
-
-def _has_scale(tensor: flatbuffer.TensorT) -> bool:
-    grid = tensor.quantization
-    return grid is not None and grid.scale is not None and len(grid.scale) > 0
-
-
-def _as_type(x: np.ndarray, tensor: flatbuffer.TensorT) -> np.ndarray:
-    dtype = flatbuffer.tensor_dtype(tensor)
-    if dtype == np.float32 or not np.issubdtype(x.dtype, np.floating):
-        return x
-    limits = np.iinfo(dtype)
-    scale, zero = tensor.quantization.scale[0], int(tensor.quantization.zeroPoint[0])
-    return np.clip(np.floor(x / scale + 0.5) + zero, limits.min, limits.max).astype(dtype)
-
-
-def _real(x: np.ndarray, tensor: flatbuffer.TensorT) -> np.ndarray:
-    if x.dtype == np.float32 or not _has_scale(tensor):
-        return x
-    scale, zero = tensor.quantization.scale[0], int(tensor.quantization.zeroPoint[0])
-    return (x.astype(np.float32) - zero) * scale
 
 
 def _output_sites(frozen: FrozenModel) -> list[int]:
@@ -264,6 +294,7 @@ class _Lockstep:
 
     def _clear(self) -> None:
         self.differences: list[SiteDifference] = []
+        self.uses: list[GridUse] = []
         self.missed: dict[str, int] = {}
         self.waiting: dict[Ref, set[str]] = {}  # value -> missed sites whose integers it carries
         self.compared: set[str] = set()  # missed sites that a later site stands for …
@@ -315,6 +346,7 @@ class _Lockstep:
         # Float arithmetic on 24 bits leaves an exact tie of an 8-bit value this close to one.
         position = real / site.scale
         tied = np.abs(position - np.floor(position) - 0.5) < 2.0**-12
+        self.uses.append(grid_use(site, tensor, real, actual))
         self.differences.append(
             SiteDifference(
                 name=site.name,

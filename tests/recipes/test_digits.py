@@ -8,7 +8,9 @@ import pytest
 
 from recipes import data, digits, running
 
-FILES = {"digits.tflite", "digits.keras", "plan.json", "report.json", "results.json"}
+FILES = {
+    "digits.tflite", "digits.keras", "plan.json", "report.json", "report.html", "results.json",
+}  # fmt: skip
 
 
 def test_one_step_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ import kqat
 import tflite_export
 from kqat.freezing import freeze
 from kqat.marking import Site, Tabulated
+from kqat.targets import TABLE_OPS
 from tflite_export import flatbuffer
-from tflite_export.lookup import TABLE_OPS
 
 
 def _qat(function: str) -> tuple[keras.Model, np.ndarray]:

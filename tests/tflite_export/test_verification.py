@@ -19,7 +19,7 @@ from tests.coverage.cases import inputs_of
 from tests.tflite_export.small_models import constants, operators, quantized
 from tflite_export import flatbuffer, verification
 from tflite_export.flatbuffer import ModelT
-from tflite_export.report import OutputAgreement, Report, RuntimeReport, SiteDifference
+from tflite_export.report import LayerReport, OutputAgreement, Report, RuntimeReport, SiteDifference
 
 REFERENCE = "litert_reference"
 
@@ -274,7 +274,9 @@ def rebuilt(table: dict[str, Any]) -> Report:
         outputs = tuple(OutputAgreement(**output) for output in part.pop("outputs"))
         unmatched = tuple(part.pop("unmatched"))
         parts.append(RuntimeReport(sites=sites, outputs=outputs, unmatched=unmatched, **part))
-    return Report(runtimes=tuple(parts), **table)
+    layers = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in table.pop("layers")]
+    notes = tuple(table.pop("notes"))
+    return Report(runtimes=tuple(parts), layers=tuple(layers), notes=notes, **table)
 
 
 def test_the_report_fits_a_terminal() -> None:

@@ -1,0 +1,279 @@
+"""Which runtime runs which operator? Each cell is a file that was made and run, never a belief.
+
+    python -m benchmarks.op_probe --out out/op_probe [--only CONV_2D] [--write]
+
+For each operator of `tflite_export.op_table`, each kind of weights and each runtime a model of that
+one operator goes through our own converter, which here packs what it can, and is run:
+
+works    no value differs from the float graph by more than one output step, in lockstep
+wrong    it runs, and differs by more
+refuses  the runtime says no, crashes or does not answer; each runs in a child first
+
+`--write` puts the table where the repository keeps it (benchmarks/op_probe.json), with the versions
+of the runtimes. `tests/benchmarks/test_op_probe.py` runs a sample again, and all of it when slow.
+A new precision is one row in `PRECISIONS`, a new operator one in `MODELS`.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+import kqat
+from kqat.primitives import Matmul
+from kqat.saving import write_file
+from tflite_export import exporting, inspect
+from tflite_export.foreign import compare_runtimes
+from tflite_export.op_table import OP_TABLE
+from tflite_export.runtimes import RUNTIMES
+from tflite_export.verification import verify
+
+TABLE = Path(__file__).with_suffix(".json")
+SAMPLES = 16
+PACKAGES = ("ai-edge-litert", "tflite-micro", "tensorflow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """A kind of model: the policy that makes it, and what its file must hold."""
+
+    activations: str
+    weights: str | None
+    scales: str | None
+    config: kqat.QuantizeConfig
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Cell:
+    """One finding: an operator at a precision on a runtime. `words` are the runtime's own."""
+
+    operator: str
+    activations: str
+    weights: str
+    scales: str
+    runtime: str
+    result: str
+    max_steps: int | None = None
+    words: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What was probed, without what was found."""
+        return self.operator, self.activations, self.weights, self.scales, self.runtime
+
+
+def _weighted(bits: int) -> list[Precision]:
+    def config(axis: Any) -> kqat.QuantizeConfig:
+        spec = kqat.QuantSpec(bits=bits, symmetric=True, narrow_range=True, axis=axis)
+        return kqat.QuantizeConfig(weights=spec)
+
+    return [
+        Precision("int8", f"int{bits}", "per axis", config("channel")),
+        Precision("int8", f"int{bits}", "per tensor", config(None)),
+    ]
+
+
+# Of operators with weights, and of those without.
+PRECISIONS = {
+    True: [*_weighted(8), *_weighted(4)],
+    False: [Precision("int8", None, None, kqat.QuantizeConfig())],
+}
+
+Build = Callable[[], keras.Model]
+IMAGE, ROWS, VECTOR = (6, 8, 4), (6, 8), (8,)
+
+
+def _one(shape: tuple[int, ...], call: Callable[[Any], Any]) -> Build:
+    def build() -> keras.Model:
+        x = keras.Input(shape, name="x")
+        return keras.Model(x, call(x), name="probe")
+
+    return build
+
+
+def _two(
+    call: Callable[[Any], Any], a: tuple[int, ...] = IMAGE, b: tuple[int, ...] = IMAGE
+) -> Build:
+    def build() -> keras.Model:
+        inputs = [keras.Input(a, name="a"), keras.Input(b, name="b")]
+        return keras.Model(inputs, call(inputs), name="probe")
+
+    return build
+
+
+def _activation(name: str) -> Build:
+    return _one(IMAGE, lambda x: layers.Activation(name)(x))
+
+
+def _softmax(name: str) -> Build:
+    return _one(VECTOR, lambda x: layers.Activation(name)(x))
+
+
+# Operator -> a model whose file holds it.
+MODELS: dict[str, Build] = {
+    "CONV_2D": _one(IMAGE, lambda x: layers.Conv2D(6, 3, padding="same")(x)),
+    "DEPTHWISE_CONV_2D": _one(IMAGE, lambda x: layers.DepthwiseConv2D(3)(x)),
+    "FULLY_CONNECTED": _one(VECTOR, lambda x: layers.Dense(6)(x)),
+    "TRANSPOSE_CONV": _one(IMAGE, lambda x: layers.Conv2DTranspose(5, 3, strides=2)(x)),
+    "PRELU": _one(IMAGE, lambda x: layers.PReLU("random_uniform", shared_axes=[1, 2])(x)),
+    "ADD": _two(lambda x: layers.Add()(x)),
+    "SUB": _two(lambda x: layers.Subtract()(x)),
+    "MUL": _two(lambda x: layers.Multiply()(x)),
+    "MAXIMUM": _two(lambda x: layers.Maximum()(x)),
+    "MINIMUM": _two(lambda x: layers.Minimum()(x)),
+    "CONCATENATION": _two(lambda x: layers.Concatenate()(x)),
+    "BATCH_MATMUL": _two(lambda x: Matmul()(x), (6, 8), (8, 5)),
+    "RELU": _activation("relu"),
+    "LEAKY_RELU": _one(IMAGE, lambda x: layers.LeakyReLU()(x)),
+    "ELU": _activation("elu"),
+    "HARD_SWISH": _activation("hard_silu"),
+    "GELU": _activation("gelu"),
+    "EXP": _activation("exponential"),
+    "LOGISTIC": _activation("sigmoid"),
+    "TANH": _activation("tanh"),
+    "SOFTMAX": _softmax("softmax"),
+    "LOG_SOFTMAX": _softmax("log_softmax"),
+    "MEAN": _one(IMAGE, lambda x: layers.GlobalAveragePooling2D()(x)),
+    "REDUCE_MAX": _one(IMAGE, lambda x: layers.GlobalMaxPooling2D()(x)),
+    "MAX_POOL_2D": _one(IMAGE, lambda x: layers.MaxPooling2D()(x)),
+    "AVERAGE_POOL_2D": _one(IMAGE, lambda x: layers.AveragePooling2D(2)(x)),
+    "RESHAPE": _one(IMAGE, lambda x: layers.Reshape((4, 48))(x)),
+    "TRANSPOSE": _one(IMAGE, lambda x: layers.Permute((2, 3, 1))(x)),
+    "PAD": _one(IMAGE, lambda x: layers.ZeroPadding2D()(x)),
+    "STRIDED_SLICE": _one(IMAGE, lambda x: layers.Cropping2D(1)(x)),
+    "RESIZE_BILINEAR": _one(IMAGE, lambda x: layers.UpSampling2D(2, interpolation="bilinear")(x)),
+    "RESIZE_NEAREST_NEIGHBOR": _one(IMAGE, lambda x: layers.UpSampling2D(2)(x)),
+    # What the ends of a file become of an input of bytes, and of an output of floats.
+    "QUANTIZE": _activation("relu"),
+    "DEQUANTIZE": _activation("relu"),
+}
+# In the table, but never in a file.
+SHIPS_AS_ANOTHER = tuple(op for op, rule in OP_TABLE.items() if rule.ships_as)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Cell]:
+    """Probes with command-line arguments; returns the cells."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/op_probe"))
+    parser.add_argument("--only", choices=sorted(MODELS), help="one operator (default all)")
+    parser.add_argument("--write", action="store_true", help="replace the repository's table")
+    options = parser.parse_args(argv)
+    operators = [options.only] if options.only else list(MODELS)
+    cells = []
+    for operator in operators:
+        found = list(probe(operator))
+        cells += found
+        print(f"{operator:<24} {_summary(found)}", flush=True)
+    text = to_json(cells)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_file(options.out / "op_probe.json", text.encode())
+    if options.write and not options.only:
+        write_file(TABLE, text.encode())
+    print(f"{len(cells)} cells: {_summary(cells)}")
+    return cells
+
+
+def probe(operator: str) -> Iterator[Cell]:
+    """The cells of one operator: each of its precisions on each runtime."""
+    for precision in PRECISIONS[OP_TABLE[operator].weights is not None]:
+        if operator == "PRELU" and precision.scales == "per axis":
+            continue  # The kernel has one scale for its slopes, and the policy says so.
+        keras.utils.set_random_seed(0)
+        model = MODELS[operator]()
+        data = _data(model)
+        frozen = kqat.freeze(kqat.quantize_model(model, precision.config, calibration_data=data))
+        blob = exporting.assemble(
+            frozen,
+            ["uint8" if operator == "QUANTIZE" else "int8"] * len(frozen.input_names),
+            ["float32" if operator == "DEQUANTIZE" else "int8"],
+            runtimes=frozenset(),
+            tables_computed=frozenset(table.index for table in frozen.tables),
+        )
+        _check_holds(operator, precision, blob)
+        for runtime in RUNTIMES:
+            yield _cell(operator, precision, runtime, frozen, blob, data)
+
+
+def _data(model: keras.Model) -> Any:
+    generator = np.random.default_rng(0)
+    arrays = [
+        generator.normal(size=(SAMPLES, *t.shape[1:])).astype(np.float32) for t in model.inputs
+    ]
+    return arrays if len(arrays) > 1 else arrays[0]
+
+
+def _check_holds(operator: str, precision: Precision, blob: bytes) -> None:
+    """Raises where the file is not of the operator and the weights that the cell is about."""
+    found = [o for o in inspect(blob).operators if o.name == operator]
+    types = (
+        {o.weight_dtype for o in found}
+        if operator != "PRELU"
+        else {o.inputs[1].dtype for o in found}
+    )
+    if not found or (precision.weights and types != {precision.weights}):
+        raise AssertionError(f"{operator} at {precision} became {inspect(blob).counts()}, {types}")
+
+
+def _cell(
+    operator: str,
+    precision: Precision,
+    runtime: str,
+    frozen: kqat.FrozenModel,
+    blob: bytes,
+    data: Any,
+) -> Cell:
+    cell = Cell(
+        operator=operator,
+        activations=precision.activations,
+        weights=precision.weights or "",
+        scales=precision.scales or "",
+        runtime=runtime,
+        result="refuses",
+    )
+    # A child first: a kernel that a runtime lacks may end the process.
+    (alone,), _ = compare_runtimes(blob, None, [runtime], 1)
+    if alone.problem is not None:
+        return dataclasses.replace(cell, words=_own_words(alone.problem))
+    part = verify(frozen, blob, data, runtimes=[runtime], samples=SAMPLES).on(runtime)
+    if part.problem is not None:
+        return dataclasses.replace(cell, words=_own_words(part.problem))
+    steps = max(part.max_steps, *(o.max_steps for o in part.outputs))
+    result = "works" if steps <= 1 and part.sites else "wrong"
+    return dataclasses.replace(cell, result=result, max_steps=steps)
+
+
+def _own_words(problem: str) -> str:
+    words = problem.split("Received: ", 1)[-1].split(" Use ops and types", 1)[0]
+    return " ".join(words.split())
+
+
+def _summary(cells: Sequence[Cell]) -> str:
+    results = [cell.result for cell in cells]
+    kinds = ("works", "refuses", "wrong")
+    return ", ".join(f"{results.count(kind)} {kind}" for kind in kinds if kind in results)
+
+
+def to_json(cells: Sequence[Cell]) -> str:
+    """The table as text, one cell a line, sorted."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    rows = [json.dumps(dataclasses.asdict(cell), ensure_ascii=False) for cell in sorted(cells)]
+    body = ",\n".join(rows)
+    return f'{{"versions": {json.dumps(versions)},\n"cells": [\n{body}\n]}}\n'
+
+
+def read_table(path: Path = TABLE) -> list[Cell]:
+    """The cells of a table that `--write` wrote."""
+    return [Cell(**row) for row in json.loads(path.read_text())["cells"]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Which layers of a model do not fit a device, and the model in which they are replaced."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import layers
+
+from kqat.decompositions import duplicate
+from kqat.errors import UnsupportedLayerError
+from kqat.operations import as_layers
+from kqat.registry import ACTIVATIONS, rule_for
+from kqat.reporting import LayerPlan, Plan
+from kqat.targets import NEAREST, PACKED, PACKED_BITS, Misfit, Target
+from kqat.tracing import Graph, Node, rebuild
+
+
+def misfits(graph: Graph, plan: Plan, target: Target) -> tuple[Misfit, ...]:
+    """The layers of a model that do not fit, each with the nearest change that would.
+
+    Args:
+        graph: of the user's model.
+        plan: what becomes of its layers.
+        target: the device.
+    """
+    functions = {node.name: activation_of(node.layer, node.name) for node in graph.nodes}
+    made = {node.name: node.layer for node in plan.graph.nodes}
+    unfit: dict[str, set[str]] = {}
+    for part in plan.layers:
+        if part.role != "float":
+            ops = _unfit(part, made[part.name], target)
+            unfit.setdefault(part.origin, set()).update(ops)
+    slow = [
+        misfit(origin, ops, functions.get(origin), target) for origin, ops in unfit.items() if ops
+    ]
+    return (*slow, *(m for part in plan.layers for m in _unpacked(part, target)))
+
+
+def misfit(layer: str, ops: set[str], function: str | None, target: Target) -> Misfit:
+    """What to say about a layer some of whose operators do not fit.
+
+    Args:
+        layer: its name.
+        ops: the operators that do not run, or not on the accelerator.
+        function: the layer's activation, where it has one.
+        target: the device.
+    """
+    nearest = (name for name in NEAREST.get(function or "", ()) if _fits(name, target))
+    replacement = next(nearest, None)
+    if replacement is not None:
+        remedy = f"use {replacement} for {function}, as kqat.adapt does, and train on"
+    elif target.accelerator:
+        remedy = "use other layers if that is too slow"
+    else:
+        remedy = "use another layer, or leave it float"
+    blocking = not all(target.runs(op) for op in ops)
+    return Misfit(
+        layer=layer,
+        operators=tuple(sorted(ops)),
+        blocking=blocking,
+        reason="does not run there" if blocking else f"runs, but not on {target.accelerator}",
+        replacement=replacement,
+        remedy=remedy,
+    )
+
+
+def activation_of(layer: Any, name: str) -> str | None:
+    """Keras's name of the function that a layer or operation applies to its output, if it does."""
+    if isinstance(layer, layers.ELU | layers.LeakyReLU):
+        return "elu" if isinstance(layer, layers.ELU) else "leaky_relu"
+    if not isinstance(layer, keras.layers.Layer):
+        try:
+            made = as_layers(layer, name)
+        except UnsupportedLayerError:  # A float layer's; others were refused before.
+            return None
+        return activation_of(made, name) if isinstance(made, keras.layers.Layer) else None
+    function = getattr(layer, "activation", None)
+    if function is None:
+        return None
+    serialized = keras.activations.serialize(function)
+    return serialized if isinstance(serialized, str) else None
+
+
+def with_replacements(graph: Graph, found: Sequence[Misfit], name: str) -> keras.Model:
+    """A copy of the model `graph` was traced from, with the activations that `found` names."""
+    chosen = {misfit.layer: misfit.replacement for misfit in found if misfit.replacement}
+    copies: dict[int, Any] = {}
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        # Calls of one layer share its weights, and so must the copy's.
+        if id(node.layer) not in copies:
+            copies[id(node.layer)] = _replaced(node, chosen.get(node.name))
+        return copies[id(node.layer)](*args, **kwargs)
+
+    return rebuild(graph, call, name, graph.output_names)
+
+
+def _replaced(node: Node, activation: str | None) -> Any:
+    layer = node.layer
+    if activation is None:
+        return duplicate(layer, node.name)
+    if hasattr(layer, "activation") and not isinstance(layer, layers.ELU | layers.LeakyReLU):
+        return duplicate(layer, node.name, activation=activation)
+    return layers.Activation(activation, name=node.name)
+
+
+def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
+    """What to say about weights of so few bits that they could be packed, and will not be."""
+    for spec in part.weights.values():
+        packable = [op for op in part.ops if op in PACKED]
+        if spec.bits > PACKED_BITS or not packable or target.packs(packable[0], spec.axis is None):
+            continue
+        single = target.packs(packable[0], per_tensor=True)
+        remedy = "one scale per tensor (axis=None) is packed" if single else "none is packed there"
+        yield Misfit(
+            layer=part.origin,
+            operators=(packable[0],),
+            blocking=False,
+            reason=f"stores its weights of {spec.bits} bits in 8",
+            replacement=None,
+            remedy=remedy,
+        )
+
+
+def _unfit(part: LayerPlan, layer: Any, target: Target) -> tuple[str, ...]:
+    rule = rule_for(layer, part.name)
+    return target.unfit(part.ops, rule.table and part.role == "integer")
+
+
+def _fits(function: str, target: Target) -> bool:
+    rule = ACTIVATIONS[function]
+    return all(target.runs(op) and target.is_fast(op) for op in rule.ops)

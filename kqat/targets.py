@@ -1,0 +1,213 @@
+"""The one table of devices: the runtime on each, and the operators that its fast path has.
+
+A plan asks it before training, an export before conversion, a report about the file. Sources:
+TFLite Micro's folder `kernels/cmsis_nn` (2026-08); `vela --supported-ops-report` of Vela 5.2.0;
+Coral's "TensorFlow models on the Edge TPU" (https://coral.ai/docs/edgetpu/models-intro/). Which
+runtime lacks a kernel was seen by running each operator (`benchmarks/op_probe.py`).
+"""
+
+import dataclasses
+from collections.abc import Collection
+
+from kqat.errors import TargetError
+
+LITERT = frozenset({"litert_reference", "litert_builtin", "litert"})
+RUNTIMES = LITERT | {"tflite_micro"}
+# The operators that a table of 256 entries ships as.
+TABLE_OPS = ("CAST", "ADD", "GATHER")
+
+# Operators without an int8 kernel somewhere -> the runtimes that have one; all others run on all.
+KERNELS: dict[str, frozenset[str]] = {
+    "ELU": RUNTIMES - {"litert_reference"},
+    "GELU": LITERT,
+    "EXP": LITERT,
+    "REDUCE_PROD": LITERT,
+}
+# Operators whose kernels take weights of four bits, packed two a byte -> the runtimes that have
+# them for one scale per axis, and for one per tensor.
+PACKED_BITS = 4
+PACKED: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    "CONV_2D": (RUNTIMES, RUNTIMES),
+    "DEPTHWISE_CONV_2D": (RUNTIMES, RUNTIMES),
+    "FULLY_CONNECTED": (LITERT, RUNTIMES),
+}
+
+_CMSIS_NN = frozenset(
+    "ADD AVERAGE_POOL_2D BATCH_MATMUL CONV_2D DEPTHWISE_CONV_2D FULLY_CONNECTED MAXIMUM "
+    "MAX_POOL_2D MINIMUM MUL PAD SOFTMAX SVDF TRANSPOSE TRANSPOSE_CONV "
+    "UNIDIRECTIONAL_SEQUENCE_LSTM".split()
+)
+_ETHOS_U55 = frozenset(
+    "ABS ADD ARG_MAX AVERAGE_POOL_2D BATCH_MATMUL CONCATENATION CONV_2D DEPTHWISE_CONV_2D ELU EXP "
+    "EXPAND_DIMS FULLY_CONNECTED GELU HARD_SWISH LEAKY_RELU LOG LOGISTIC MAXIMUM MAX_POOL_2D MEAN "
+    "MINIMUM MIRROR_PAD MUL NEG PACK PAD PADV2 PRELU QUANTIZE REDUCE_MAX REDUCE_MIN RELU RELU6 "
+    "RELU_0_TO_1 RELU_N1_TO_1 RESHAPE RESIZE_BILINEAR RESIZE_NEAREST_NEIGHBOR REVERSE_V2 RSQRT "
+    "SLICE SOFTMAX SPLIT SPLIT_V SQUARED_DIFFERENCE SQUEEZE STRIDED_SLICE SUB SUM TANH TILE "
+    "TRANSPOSE TRANSPOSE_CONV UNIDIRECTIONAL_SEQUENCE_LSTM UNPACK".split()
+)
+_ETHOS_U85 = _ETHOS_U55 | frozenset(
+    "ASSIGN_VARIABLE CAST DIV EQUAL GATHER GREATER GREATER_EQUAL LESS LESS_EQUAL LOGICAL_AND "
+    "LOGICAL_NOT LOGICAL_OR NOT_EQUAL READ_VARIABLE REDUCE_ALL REDUCE_ANY SCATTER_ND SELECT "
+    "SELECT_V2".split()
+)
+_EDGE_TPU = frozenset(
+    "ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D EXPAND_DIMS FULLY_CONNECTED "
+    "L2_NORMALIZATION LOGISTIC LSTM MAXIMUM MAX_POOL_2D MEAN MINIMUM MUL PACK PAD PRELU QUANTIZE "
+    "REDUCE_MAX REDUCE_MIN RELU RELU6 RELU_N1_TO_1 RESHAPE RESIZE_BILINEAR "
+    "RESIZE_NEAREST_NEIGHBOR RSQRT SLICE SOFTMAX SPACE_TO_DEPTH SPLIT SQUARED_DIFFERENCE SQUEEZE "
+    "STRIDED_SLICE SUB SUM TANH TRANSPOSE TRANSPOSE_CONV".split()
+)
+
+# Function -> those nearest to it, best first; `adapt` takes the first that the target's fast path
+# has. Distances are by eye: the network is to be trained on after a change.
+NEAREST: dict[str, tuple[str, ...]] = {
+    "silu": ("hard_silu", "relu6"),
+    "mish": ("hard_silu", "relu6"),
+    "hard_silu": ("relu6",),
+    "gelu": ("relu6",),
+    "elu": ("leaky_relu", "relu"),
+    "celu": ("leaky_relu", "relu"),
+    "selu": ("leaky_relu", "relu"),
+    "leaky_relu": ("relu",),
+    "softplus": ("relu",),
+    "squareplus": ("relu",),
+    "sparse_plus": ("relu",),
+    "softsign": ("tanh",),
+    "hard_tanh": ("tanh",),
+    "hard_sigmoid": ("sigmoid",),
+    "sparse_sigmoid": ("sigmoid",),
+}
+
+
+class TargetWarning(UserWarning):
+    """Some layers will not run on the target's fast path."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A kind of device.
+
+    Attributes:
+        name, description: what it is.
+        runtime: what runs the file, or what the accelerator leaves of it.
+        accelerator: what is faster than that runtime's own kernels; empty for none.
+        accelerated: the operators that it has.
+        packs_weights: whether weights of fewer than eight bits may be packed.
+        notes_only: whether an operator off the fast path is merely worth a note.
+    """
+
+    name: str
+    description: str
+    runtime: str
+    accelerator: str = ""
+    accelerated: frozenset[str] = frozenset()
+    packs_weights: bool = True
+    notes_only: bool = False
+
+    def runs(self, op: str) -> bool:
+        """Whether anything on the device runs the int8 operator."""
+        return op in self.accelerated or self.runtime in KERNELS.get(op, RUNTIMES)
+
+    def is_fast(self, op: str) -> bool:
+        """Whether the operator runs on the accelerator; where there is none, whether it runs."""
+        return op in self.accelerated if self.accelerator else self.runs(op)
+
+    def packs(self, op: str, per_tensor: bool) -> bool:
+        """Whether the operator takes packed weights there, with one scale or one per axis."""
+        per_axis, single = PACKED.get(op, (frozenset(), frozenset()))
+        return self.packs_weights and self.runtime in (single if per_tensor else per_axis)
+
+    def unfit(self, ops: Collection[str], table: bool) -> tuple[str, ...]:
+        """Those operators of a layer that do not run on the fast path.
+
+        Args:
+            ops: what the layer may become.
+            table: whether it may become a table of 256 entries instead.
+        """
+        slow = tuple(op for op in ops if not self.is_fast(op))
+        if table and (slow or not ops):
+            return tuple(op for op in TABLE_OPS if not self.is_fast(op))
+        return slow
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            name="litert",
+            description="phones and single-board computers, LiteRT with XNNPACK",
+            runtime="litert",
+        ),
+        Target(
+            name="tflite_micro",
+            description="microcontrollers, TensorFlow Lite Micro",
+            runtime="tflite_micro",
+        ),
+        Target(
+            name="cmsis_nn",
+            description="Arm Cortex-M, TensorFlow Lite Micro with CMSIS-NN",
+            runtime="tflite_micro",
+            accelerator="CMSIS-NN",
+            accelerated=_CMSIS_NN,
+            notes_only=True,
+        ),
+        *(
+            Target(
+                name=name,
+                description=f"Arm {title} NPU beside TensorFlow Lite Micro, compiled by Vela",
+                runtime="tflite_micro",
+                accelerator="the NPU",
+                accelerated=ops,
+                packs_weights=False,
+            )
+            for name, title, ops in (
+                ("ethos_u55", "Ethos-U55", _ETHOS_U55),
+                ("ethos_u65", "Ethos-U65", _ETHOS_U55),
+                ("ethos_u85", "Ethos-U85", _ETHOS_U85),
+            )
+        ),
+        Target(
+            name="edge_tpu",
+            description="Coral Edge TPU beside LiteRT",
+            runtime="litert",
+            accelerator="the Edge TPU",
+            accelerated=_EDGE_TPU,
+            packs_weights=False,
+        ),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Misfit:
+    """A layer that does not fit a target.
+
+    Attributes:
+        layer: its name.
+        operators: those of it that it is about.
+        blocking: whether nothing on the device runs them; else they are slow, or large.
+        reason: why it does not fit.
+        replacement: the activation to take in the place of its own, `None` where none is known.
+        remedy: what to do, in words.
+    """
+
+    layer: str
+    operators: tuple[str, ...]
+    blocking: bool
+    reason: str
+    replacement: str | None
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"layer '{self.layer}' ({', '.join(self.operators)}) {self.reason}: {self.remedy}"
+
+
+def target_named(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        TargetError: if there is none.
+    """
+    if name not in TARGETS:
+        raise TargetError(f"Expected one of the targets {sorted(TARGETS)}. Received: {name!r}.")
+    return TARGETS[name]

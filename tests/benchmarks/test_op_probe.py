@@ -1,0 +1,66 @@
+"""The table of operators is what runs here; a runtime that gains or breaks a kernel shows."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import op_probe
+from benchmarks.op_probe import MODELS, PACKAGES, SHIPS_AS_ANOTHER, TABLE, Cell, probe, read_table
+from kqat.targets import KERNELS
+from tflite_export.op_table import OP_TABLE
+from tflite_export.runtimes import RUNTIMES, supports
+
+# A kernel that is missing somewhere.
+SAMPLE = ("GELU", "FULLY_CONNECTED")
+
+
+def found(cells: list[Cell]) -> dict[tuple[str, ...], str]:
+    return {cell.key: cell.result for cell in cells}
+
+
+def test_every_operator_has_its_cells() -> None:
+    assert set(MODELS) | set(SHIPS_AS_ANOTHER) == set(OP_TABLE)
+    cells = read_table()
+    assert {cell.operator for cell in cells} == set(MODELS)
+    assert {cell.runtime for cell in cells} == set(RUNTIMES)
+    assert len({cell.key for cell in cells}) == len(cells)
+    versions = json.loads(TABLE.read_text())["versions"]
+    here = {name: importlib.metadata.version(name) for name in PACKAGES}
+    assert versions == here, "python -m benchmarks.op_probe --write"
+
+
+def test_what_computes_wrongly_is_known_and_never_shipped() -> None:
+    """All PRELU kernels read packed slopes as bytes (`--only PRELU` reproduces it)."""
+    wrong = {cell.key[:-1] for cell in read_table() if cell.result == "wrong"}
+    assert wrong == {("PRELU", "int8", "int4", "per tensor")}
+    assert not OP_TABLE["PRELU"].int4_per_tensor
+
+
+def test_the_op_table_says_what_was_seen() -> None:
+    for cell in read_table():
+        rule = OP_TABLE[cell.operator]
+        if cell.weights in ("", "int8"):
+            has = cell.runtime in rule.runtimes
+        else:
+            per_tensor = cell.scales == "per tensor"
+            has = cell.runtime in (rule.int4_per_tensor if per_tensor else rule.int4)
+        # The table of rules may be more careful than the runtimes, never less.
+        assert cell.result == "works" or not has, cell
+        if cell.weights == "" and cell.operator in KERNELS:
+            assert has == (cell.result == "works"), cell
+
+
+@pytest.mark.skipif(not supports("tflite_micro"), reason="needs the extra tflm")
+@pytest.mark.parametrize("operator", SAMPLE)
+def test_a_sample_is_as_the_table_says(operator: str) -> None:
+    assert found(list(probe(operator))) == {
+        key: result for key, result in found(read_table()).items() if key[0] == operator
+    }
+
+
+@pytest.mark.slow
+def test_all_is_as_the_table_says(tmp_path: Path) -> None:
+    assert found(op_probe.main(["--out", str(tmp_path)])) == found(read_table())
+    assert read_table(tmp_path / "op_probe.json")

@@ -1,0 +1,151 @@
+"""The command: the road in five steps, what it prints, and how it fails."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from keras import layers as L
+
+import kqat
+import tflite_export
+from kqat.cli import main
+
+RUNTIMES_RIGHT = ["litert_reference", "litert", "tflite_micro"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float model, its data, and what is no model."""
+    path = tmp_path_factory.mktemp("cli")
+    keras.utils.set_random_seed(0)
+    x = keras.Input((8, 8, 3), name="x")
+    y = L.Activation("mish", name="odd")(L.Conv2D(4, 3, name="conv")(x))
+    model = keras.Model(x, L.Dense(5, "softmax", name="class")(L.Flatten()(y)), name="net")
+    model.save(path / "float.keras")
+    data = np.random.default_rng(0).normal(size=(64, 8, 8, 3)).astype(np.float32)
+    np.save(path / "x.npy", data)
+    np.savez(path / "x.npz", x=data)
+    (path / "text.keras").write_text("not a model")
+    np.save(path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    return path
+
+
+def run(*arguments: Any, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments], prog_name="kqat")
+    assert result.exit_code == code, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def blob(folder: Path) -> Path:
+    """The file that `quantize` and `convert` make, once for all tests."""
+    run("quantize", folder / "float.keras", "--data", folder / "x.npy", "-o", folder / "qat.keras")
+    said = run("convert", folder / "qat.keras", "-o", folder / "net.tflite", "--target", "cmsis_nn")
+    assert "net.tflite: " in said.output and "bytes" in said.output
+    return folder / "net.tflite"
+
+
+def narrow(text: str) -> bool:
+    return max(map(len, text.splitlines())) <= 80
+
+
+def test_a_plan_is_shown_and_kept(folder: Path) -> None:
+    said = run(
+        "plan", folder / "float.keras", "--policy", "w4a8", "--layer", "class=float",
+        "--layer", "nothing*=int8", "--target", "edge_tpu", "--json", folder / "plan.json",
+    )  # fmt: skip
+    assert "conv" in said.stdout and "int4/ch" in said.stdout
+    assert "rule matched nothing: nothing*" in said.stdout
+    assert (
+        "target edge_tpu: layer 'odd' (CAST, GATHER) runs, but not on the Edge TPU" in said.stdout
+    )
+    assert narrow(said.stdout)
+    assert json.loads((folder / "plan.json").read_text())["target"] == "edge_tpu"
+
+
+def test_a_model_is_adapted(folder: Path) -> None:
+    run("adapt", folder / "float.keras", "--target", "edge_tpu", "-o", folder / "adapted.keras")
+    said = run("plan", folder / "adapted.keras", "--target", "edge_tpu")
+    assert "target edge_tpu: every layer fits" in said.stdout
+    assert not list(folder.glob(".*"))
+
+
+def test_a_file_is_verified(folder: Path, blob: Path) -> None:
+    said = run(
+        "verify", folder / "qat.keras", blob, "--data", folder / "x.npz", "--samples", 8,
+        "--html", folder / "r.html", "--json", folder / "r.json",
+    )  # fmt: skip
+    assert narrow(said.stdout) and "litert_reference: at most" in said.stdout
+    table = json.loads((folder / "r.json").read_text())
+    assert [part["runtime"] for part in table["runtimes"]] == RUNTIMES_RIGHT
+    assert table["samples"] == 8 and table["model_name"] == "net"
+    assert (folder / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_wrong_file_is_told_by_the_exit_code(folder: Path, blob: Path) -> None:
+    model = tflite_export.flatbuffer.read(blob.read_bytes())
+    for tensor in model.subgraphs[0].tensors:
+        if len(tensor.shape) == 2 and tensor.shape[0] == 5:
+            tensor.quantization.scale = tensor.quantization.scale * np.float32(1.5)
+    (folder / "wrong.tflite").write_bytes(tflite_export.flatbuffer.write(model))
+    run("verify", folder / "qat.keras", folder / "wrong.tflite", "--data", folder / "x.npy", code=1)
+
+
+def test_a_file_is_inspected(blob: Path) -> None:
+    said = run("inspect", blob, "--target", "cmsis_nn")
+    assert narrow(said.stdout)
+    for words in ("CONV_2D", "FULLY_CONNECTED", "input 'x': int8 1×8×8×3", "arena "):
+        assert words in said.stdout
+    assert "cmsis_nn: not on CMSIS-NN, but on the CPU: 1 CAST, 1 GATHER" in said.stdout
+
+
+def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
+    said = run("to-c", blob, folder / "c", "--samples", 1)
+    assert "net_main.cc" in said.stdout and "arena" in said.stdout
+    assert len(list((folder / "c").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["plan", "text.keras"], "Expected a model that Keras"),
+        (["plan", "float.keras", "--policy", "int3"], "one of the presets"),
+        (["plan", "float.keras", "--layer", "conv"], "Expected --layer PATTERN=PRESET"),
+        (["convert", "float.keras", "-o", "a.tflite"], "Expected a QAT model"),
+        (["quantize", "float.keras", "--data", "objects.npy", "-o", "q.keras"], "file of numbers"),
+        (["quantize", "float.keras", "--data", "x.npy", "-o", "q.h5"], "ends in .keras"),
+        (["inspect", "x.npy"], "Expected a TFLite file"),
+        (["inspect", "absent.tflite"], "does not exist"),
+        (["to-c", "x.npy", "c"], "Expected a TFLite file"),
+        (["verify", "float.keras", "x.npy"], "Expected --data"),
+        (["verify", "x.npy", "x.npy", "x.npy"], "Expected one .tflite"),
+    ],
+)
+def test_errors_are_one_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], match: str
+) -> None:
+    monkeypatch.chdir(folder)
+    said = run(*arguments, code=2)
+    assert match in " ".join(said.output.split())
+    assert not Path("a.tflite").exists() and not Path("q.keras").exists()
+
+
+def test_a_fault_of_ours_is_called_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(blob: bytes) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(tflite_export, "inspect", broken)
+    said = run("inspect", folder / "x.npy", code=2)
+    assert "ZeroDivisionError: oh (unexpected" in " ".join(said.output.split())
+    result = CliRunner().invoke(main, ["--debug", "inspect", str(folder / "x.npy")])
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_it_says_what_it_is() -> None:
+    assert run("--version").output == f"kqat, version {kqat.__version__}\n"
+    assert narrow(run("--help").output) and narrow(run("verify", "--help").output)

@@ -1,0 +1,127 @@
+"""What a conversion for a device does and says."""
+
+import importlib.util
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+
+import kqat
+import tflite_export
+from kqat.errors import TargetError
+from kqat.targets import KERNELS, TABLE_OPS
+from tests.tflite_export.small_models import operators, quantized
+from tflite_export import flatbuffer, targets
+from tflite_export.op_table import ALL, OP_TABLE
+
+VELA = importlib.util.find_spec("ethosu") is not None
+
+
+def odd(x: Any) -> Any:
+    x = L.Activation("gelu", name="smooth")(L.Conv2D(4, 3, name="conv")(x))
+    return L.Dense(3, name="head")(L.Flatten()(L.Activation("mish", name="odd")(x)))
+
+
+@pytest.fixture(scope="module")
+def net() -> tuple[keras.Model, np.ndarray]:
+    keras.utils.set_random_seed(0)
+    return quantized((6, 6, 2), odd)
+
+
+@pytest.mark.parametrize(
+    ("target", "slow", "gelu"),
+    [
+        ("litert", None, True), ("tflite_micro", None, False), ("cmsis_nn", None, False),
+        ("ethos_u55", ["odd"], True), ("ethos_u85", None, True),
+        ("edge_tpu", ["smooth", "odd"], True),
+    ],
+)  # fmt: skip
+def test_layers_left_to_the_cpu_are_named(
+    net: tuple[keras.Model, np.ndarray], target: str, slow: list[str] | None, gelu: bool
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        blob = tflite_export.convert(net[0], target=target)
+    said = [str(w.message) for w in caught if w.category is kqat.TargetWarning]
+    assert len(said) == (slow is not None)
+    for name in slow or ():
+        assert f"layer '{name}'" in said[0] and "as kqat.adapt does" in said[0]
+    found = operators(flatbuffer.read(blob))
+    assert ("GELU" in found) == gelu
+    assert found.count("GATHER") == 2 - gelu
+
+
+@pytest.mark.parametrize("target", ["ethos_u55", "ethos_u85", "edge_tpu"])
+def test_weights_of_eight_bits_only_are_not_packed(target: str) -> None:
+    qat, _ = quantized((6, 6, 2), lambda x: L.Conv2D(4, 3)(x), policy="w4a8")
+    packed = tflite_export.inspect(tflite_export.convert(qat, target="tflite_micro"))
+    plain = tflite_export.inspect(tflite_export.convert(qat, target=target))
+    assert (packed.operators[0].weight_dtype, plain.operators[0].weight_dtype) == ("int4", "int8")
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 2}, {"inference_output_type": "float32"}], ids=["batch", "float"]
+)
+def test_the_edge_tpu_has_rules_of_its_own(options: dict[str, Any]) -> None:
+    qat, _ = quantized((4,), L.Dense(2))
+    with pytest.raises(TargetError, match="batch of 1 and int8 or uint8 inputs and outputs"):
+        tflite_export.convert(qat, target="edge_tpu", **options)
+    blob = tflite_export.convert(qat, target="edge_tpu", inference_input_type="uint8")
+    assert targets.check_file(blob, tflite_export.inspect(blob), "edge_tpu") == (None, ())
+
+
+def test_files_are_checked_too(net: tuple[keras.Model, np.ndarray]) -> None:
+    blob = tflite_export.convert(net[0], batch_size=2, inference_input_type="float32")
+    inspection = tflite_export.inspect(blob)
+    _, notes = targets.check_file(blob, inspection, "edge_tpu")
+    text = "\n".join(notes)
+    assert "'x' is float32; inputs and outputs must be int8" in text
+    assert "only the three innermost axes may be larger than 1" in text
+    assert "not on the Edge TPU, but on the CPU: 2 CAST, 2 GATHER" in text
+    _, notes = targets.check_file(blob, inspection, "cmsis_nn")
+    assert notes == ("cmsis_nn: not on CMSIS-NN, but on the CPU: 2 CAST, 2 GATHER, 1 QUANTIZE, "
+                     "1 RESHAPE",)  # fmt: skip
+    with pytest.raises(TargetError, match="one of the targets"):
+        targets.check_file(blob, inspection, "toast")
+
+
+def test_a_depthwise_layer_that_multiplies_channels_is_noted() -> None:
+    for multiplier in (1, 2):
+        qat, _ = quantized((6, 6, 2), L.DepthwiseConv2D(3, depth_multiplier=multiplier, name="d"))
+        blob = tflite_export.convert(qat)
+        _, notes = targets.check_file(blob, tflite_export.inspect(blob), "cmsis_nn")
+        assert ("depth_multiplier of 1" in "".join(notes)) == (multiplier == 2)
+
+
+@pytest.mark.skipif(not VELA, reason="needs the extra ethos-u")
+def test_the_report_has_what_vela_says(net: tuple[keras.Model, np.ndarray]) -> None:
+    qat, x = net
+    with pytest.warns(kqat.TargetWarning, match="'odd'"):
+        blob = tflite_export.convert(qat, target="ethos_u55")
+    report = tflite_export.verify(
+        qat, blob, x, runtimes=["litert_reference"], samples=4, target="ethos_u55"
+    )
+    assert report.estimate is not None
+    assert [f.operator for f in report.estimate.fallbacks] == ["CAST", "GATHER"]
+    assert "on the CPU: CAST 'odd/wide': Unsupported opType" in str(report)
+    assert f"{report.estimate.cycles:,}" in report.to_html()
+
+
+def test_vela_missing_is_a_note(
+    net: tuple[keras.Model, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    blob = tflite_export.convert(net[0])
+    found, notes = targets.check_file(blob, tflite_export.inspect(blob), "ethos_u55")
+    assert found is None and "Expected Vela to be installed" in notes[0]
+
+
+def test_the_op_table_and_the_targets_know_the_same() -> None:
+    for name, rule in OP_TABLE.items():
+        if rule.runtimes != ALL:
+            assert rule.runtimes == KERNELS[name]
+    assert set(KERNELS) <= set(OP_TABLE)
+    assert not set(TABLE_OPS) & set(KERNELS)

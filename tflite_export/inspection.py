@@ -1,0 +1,173 @@
+"""What a `.tflite` holds, read from its bytes alone: operators, types, shapes, sizes, work.
+
+Nothing here runs the file or knows the model that it was made of, so any writer's file will do.
+"""
+
+import dataclasses
+import math
+
+from tflite_export import flatbuffer
+from tflite_export.checking import text
+from tflite_export.flatbuffer import ModelT, OperatorT, SubGraphT, TensorT
+
+# Inputs that carry weights, by operator; the second operand of others may be weights too.
+_WEIGHTS = {"CONV_2D": 1, "DEPTHWISE_CONV_2D": 1, "FULLY_CONNECTED": 1, "TRANSPOSE_CONV": 1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """One tensor: `dtype` is the schema's name in lower case, `scale` `None` without exactly one.
+
+    `channels` counts the scales: 0 for none, 1 for one per tensor.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    scale: float | None
+    zero_point: int | None
+    channels: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OperatorInfo:
+    """One operator.
+
+    Attributes:
+        name: the schema's, or a custom operator's own.
+        version: of the operator.
+        subgraph: which one it is in; the file's inputs and outputs are those of 0.
+        inputs, outputs: tensors, without those that are left out; constants among them.
+        macs: multiply-accumulate operations of one invocation; 0 for what multiplies no matrix.
+        constant_bytes: of its constant inputs.
+        weight_dtype: dtype of its weights, `None` without weights.
+    """
+
+    name: str
+    version: int
+    subgraph: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    macs: int
+    constant_bytes: int
+    weight_dtype: str | None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it reads or writes a float."""
+        return any(t.dtype.startswith("float") for t in (*self.inputs, *self.outputs))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """A file: its size, ends and operators in the order in which they run."""
+
+    size_bytes: int
+    description: str
+    subgraphs: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    operators: tuple[OperatorInfo, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulate operations of one invocation."""
+        return sum(operator.macs for operator in self.operators)
+
+    @property
+    def constant_bytes(self) -> int:
+        """Of all constants that operators read, once per reader."""
+        return sum(operator.constant_bytes for operator in self.operators)
+
+    @property
+    def float_operators(self) -> int:
+        """How many operators read or write a float."""
+        return sum(operator.is_float for operator in self.operators)
+
+    def counts(self) -> dict[str, int]:
+        """Operator -> how many there are, sorted by name."""
+        names = [operator.name for operator in self.operators]
+        return {name: names.count(name) for name in sorted(set(names))}
+
+
+def inspect(blob: bytes) -> Inspection:
+    """Reads a `.tflite` file of any writer.
+
+    Raises:
+        ExportError: if the bytes are no whole TFLite file.
+    """
+    model = flatbuffer.read(blob)
+    first = model.subgraphs[0]
+    return Inspection(
+        size_bytes=len(blob),
+        description=text(model.description),
+        subgraphs=len(model.subgraphs),
+        inputs=tuple(_tensor(first.tensors[i]) for i in first.inputs),
+        outputs=tuple(_tensor(first.tensors[i]) for i in first.outputs),
+        operators=tuple(
+            _operator(model, graph, index, operator)
+            for index, graph in enumerate(model.subgraphs)
+            for operator in graph.operators
+        ),
+    )
+
+
+def _tensor(tensor: TensorT) -> TensorInfo:
+    grid = tensor.quantization
+    scales = [] if grid is None or grid.scale is None else [float(s) for s in grid.scale]
+    zeros = [] if grid is None or grid.zeroPoint is None else [int(z) for z in grid.zeroPoint]
+    return TensorInfo(
+        name=flatbuffer.tensor_name(tensor),
+        dtype=flatbuffer.type_name(tensor),
+        shape=flatbuffer.tensor_shape(tensor),
+        scale=scales[0] if len(scales) == 1 else None,
+        zero_point=zeros[0] if len(zeros) == 1 and len(scales) == 1 else None,
+        channels=len(scales),
+    )
+
+
+def _constant_bytes(model: ModelT, tensor: TensorT) -> int:
+    data = model.buffers[tensor.buffer].data
+    return 0 if tensor.buffer == 0 or data is None else len(data)
+
+
+def _operator(model: ModelT, graph: SubGraphT, index: int, operator: OperatorT) -> OperatorInfo:
+    name = flatbuffer.op_name(model, operator)
+    inputs = [graph.tensors[i] for i in operator.inputs if i >= 0]
+    outputs = [graph.tensors[i] for i in operator.outputs if i >= 0]
+    sizes = [_constant_bytes(model, tensor) for tensor in inputs]
+    shapes = [flatbuffer.tensor_shape(graph.tensors[i]) if i >= 0 else () for i in operator.inputs]
+    position = _WEIGHTS.get(name)
+    weights = None
+    if position is not None and position < len(operator.inputs):
+        weights = operator.inputs[position]
+    return OperatorInfo(
+        name=name,
+        version=model.operatorCodes[operator.opcodeIndex].version,
+        subgraph=index,
+        inputs=tuple(map(_tensor, inputs)),
+        outputs=tuple(map(_tensor, outputs)),
+        macs=_macs(name, shapes, [flatbuffer.tensor_shape(t) for t in outputs]),
+        constant_bytes=sum(sizes),
+        weight_dtype=None
+        if weights is None or weights < 0
+        else flatbuffer.type_name(graph.tensors[weights]),
+    )
+
+
+def _macs(name: str, inputs: list[tuple[int, ...]], outputs: list[tuple[int, ...]]) -> int:
+    """Multiply-accumulates of one operator; 0 where shapes are not those of a right file."""
+    if not outputs or len(inputs) < 2:
+        return 0
+    weights, results = inputs[1], math.prod(outputs[0])
+    if name == "CONV_2D":
+        return results * math.prod(weights[1:])
+    if name == "DEPTHWISE_CONV_2D":
+        return results * math.prod(weights[1:3])
+    if name == "FULLY_CONNECTED" and weights:
+        return results * weights[-1]
+    if name == "TRANSPOSE_CONV" and len(inputs) > 2 and weights:
+        return math.prod(inputs[2]) * math.prod(weights[:3])
+    if name == "BATCH_MATMUL" and inputs[0]:
+        return results * inputs[0][-1]
+    return 0
