@@ -24,7 +24,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 import kqat
 from kqat.primitives import Matmul
@@ -116,6 +116,11 @@ def _softmax(name: str) -> Build:
     return _one(VECTOR, lambda x: layers.Activation(name)(x))
 
 
+def _chosen_by(compare: Callable[[Any, Any], Any]) -> Build:
+    """A comparison, and the operator that carries out what it decides."""
+    return _two(lambda x: ops.where(compare(x[0], x[1]), x[0], x[1]))
+
+
 # Operator -> a model whose file holds it.
 MODELS: dict[str, Build] = {
     "CONV_2D": _one(IMAGE, lambda x: layers.Conv2D(6, 3, padding="same")(x)),
@@ -150,6 +155,26 @@ MODELS: dict[str, Build] = {
     "STRIDED_SLICE": _one(IMAGE, lambda x: layers.Cropping2D(1)(x)),
     "RESIZE_BILINEAR": _one(IMAGE, lambda x: layers.UpSampling2D(2, interpolation="bilinear")(x)),
     "RESIZE_NEAREST_NEIGHBOR": _one(IMAGE, lambda x: layers.UpSampling2D(2)(x)),
+    "L2_NORMALIZATION": _one(IMAGE, lambda x: layers.UnitNormalization()(x)),
+    "DEPTH_TO_SPACE": _one(IMAGE, lambda x: ops.depth_to_space(x, 2)),
+    "SPACE_TO_DEPTH": _one(IMAGE, lambda x: ops.space_to_depth(x, 2)),
+    "GATHER": _one(IMAGE, lambda x: ops.take(x, np.array([3, 0, 2]), axis=1)),
+    "REDUCE_MIN": _one(IMAGE, lambda x: ops.min(x, axis=(1, 2))),
+    "REDUCE_PROD": _one(ROWS, lambda x: ops.prod(x, axis=1)),
+    "ARG_MAX": _one(ROWS, lambda x: ops.argmax(x, axis=-1)),
+    "ARG_MIN": _one(ROWS, lambda x: ops.argmin(x, axis=-1)),
+    "SELECT_V2": _chosen_by(ops.greater),
+    **{
+        name: _chosen_by(compare)
+        for name, compare in (
+            ("EQUAL", ops.equal),
+            ("NOT_EQUAL", ops.not_equal),
+            ("GREATER", ops.greater),
+            ("GREATER_EQUAL", ops.greater_equal),
+            ("LESS", ops.less),
+            ("LESS_EQUAL", ops.less_equal),
+        )
+    },
     # What the ends of a file become of an input of bytes, and of an output of floats.
     "QUANTIZE": _activation("relu"),
     "DEQUANTIZE": _activation("relu"),

@@ -99,7 +99,8 @@ def _replaced(node: Node, activation: str | None) -> Any:
     layer = node.layer
     if activation is None:
         return duplicate(layer, node.name)
-    if hasattr(layer, "activation") and not isinstance(layer, layers.ELU | layers.LeakyReLU):
+    alone = layers.Activation | layers.ELU | layers.LeakyReLU
+    if isinstance(layer, keras.layers.Layer) and not isinstance(layer, alone):
         return duplicate(layer, node.name, activation=activation)
     return layers.Activation(activation, name=node.name)
 
