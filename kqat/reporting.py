@@ -68,9 +68,9 @@ class LayerPlan:
 class Plan:
     """Every decision about one model. `print(plan)` shows it; `plan.to_json()` keeps it.
 
-    `misfits` are the layers that do not fit `target`, where one was asked for. `graph`,
-    `roundings` and `steps` (the plan of one step of each recurrence, by the name of its node) are
-    what `wrapping` builds from; they are left out of both.
+    `misfits` are the layers that do not fit `target`, where one was asked for. `graph`, `roundings`
+    and `steps` (the plan of one step of each recurrence, by the name of its node) are what
+    `wrapping` builds from; they are left out of both.
     """
 
     model_name: str
