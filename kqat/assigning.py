@@ -1,7 +1,11 @@
-"""Graph and policy to one config per layer: which rule decides about what."""
+"""Graph and policy to one config, and one row of the registry, per layer."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import PolicyError
+from kqat.registry import LayerRule, Output, is_custom, rule_for
 from kqat.tracing import Graph
 
 
@@ -37,3 +41,26 @@ def assign_configs(
             input_configs[name] = policy.rules[index][1]
     unused = tuple(str(key) for i, (key, _) in enumerate(policy.rules) if i not in used)
     return configs, input_configs, unused
+
+
+def stays_whole(layer: Any, config: QuantizeConfig | None) -> bool:
+    """Whether a layer is not opened up: it is float, or a custom one with its weights named."""
+    return config is None or (is_custom(layer) and isinstance(config.weights, Mapping))
+
+
+def row_for(layer: Any, name: str, config: QuantizeConfig | None) -> LayerRule | None:
+    """The row of `layer` under its config; `None` where it is float.
+
+    The scales per channel of a custom layer that stays whole lie along the last axis of its
+    weights, where their specs say no other.
+    """
+    if config is None or not stays_whole(layer, config):
+        return None if config is None else rule_for(layer, name)
+    weights = {weight: _axes(spec.axis) for weight, spec in config.weight_items()}
+    return LayerRule(output=Output.OWN, weights=weights)
+
+
+def _axes(axis: Any) -> tuple[int, ...] | None:
+    if axis is None or isinstance(axis, tuple):
+        return axis
+    return (-1,) if axis == "channel" else (axis,)

@@ -20,7 +20,7 @@ from kqat.looping import QuantizedRecurrence
 from kqat.marking import Marker, PrecisionBoundary, Site, Tabulated
 from kqat.primitives import Slice
 from kqat.recurrence import Recurrence, Stack, Unstack
-from kqat.registry import Output, rule_for
+from kqat.registry import LayerRule, Output, rule_for
 from kqat.tracing import Graph, Node, Ref, non_finite_variable, rebuild, trace, unique_name
 from kqat.wrapping import is_quantized
 
@@ -149,6 +149,11 @@ class _Stripper:
         ]
 
 
+def _beyond_kernel(rule: LayerRule, source: Site) -> bool:
+    """Whether the operator's own kernel is wrong on this grid."""
+    return source.bits == 8 and float(source.scale) > rule.largest_input_scale
+
+
 class _Freezer:
     """The working state of `freeze`."""
 
@@ -185,7 +190,7 @@ class _Freezer:
         if rule is not None and rule.output is Output.VANISHES:
             self.grids[output] = grids[0]
             return args[0]
-        if rule is not None and rule.table:
+        if rule is not None and (rule.table or _beyond_kernel(rule, grids[0])):
             return self._tabulated(layer, node.name)(args[0])
         value = self._cached(layer, lambda la: duplicate(la, dtype="float32"))(*args, **kwargs)
         if rule is None or rule.output is not Output.SAME:

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 
 import keras
 
-from kqat.assigning import assign_configs
+from kqat.assigning import assign_configs, row_for, stays_whole
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import PolicyError
 from kqat.expanding import expand
 from kqat.quantizers import Fixed, MaxAbs, MovingAverage, RangeMethod
 from kqat.recurrence import Recurrence
-from kqat.registry import LayerRule, Output, row_for, stays_whole
+from kqat.registry import LayerRule, Output
 from kqat.reporting import Group, LayerPlan, Plan, Rounding
 from kqat.spec import QuantSpec
 from kqat.tracing import Graph, Node, Ref, trace

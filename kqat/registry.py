@@ -6,6 +6,7 @@ a row are refused by name; `register_layer` adds one.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,6 @@ from kqat import (
     rules,
     sequences,
 )
-from kqat.config import QuantizeConfig
 from kqat.elementwise import Elementwise
 from kqat.errors import UnsupportedLayerError
 from kqat.primitives import (
@@ -102,12 +102,13 @@ _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": decompositions.pairwise}
 _POOL = {"refuse": rules.channels_last}
 
-# Fixed scales: TFLite quantization specification, SOFTMAX, LOGISTIC, TANH, LOG_SOFTMAX.
+# Fixed scales: TFLite quantization specification, SOFTMAX, LOGISTIC, TANH, LOG_SOFTMAX. Last the
+# input scale up to which TFLite Micro is right: beyond 4, it cuts off what is not saturated yet.
 _FIXED = {
-    "sigmoid": ("LOGISTIC", (0.0, 255 / 256)),
-    "softmax": ("SOFTMAX", (0.0, 255 / 256)),
-    "tanh": ("TANH", (-1.0, 127 / 128)),
-    "log_softmax": ("LOG_SOFTMAX", (-255 / 16, 0.0)),
+    "sigmoid": ("LOGISTIC", (0.0, 255 / 256), 4.0),
+    "softmax": ("SOFTMAX", (0.0, 255 / 256), math.inf),
+    "tanh": ("TANH", (-1.0, 127 / 128), 4.0),
+    "log_softmax": ("LOG_SOFTMAX", (-255 / 16, 0.0), math.inf),
 }
 
 # Elementwise functions without an int8 operator of their own.
@@ -140,8 +141,8 @@ ACTIVATIONS: dict[str, LayerRule] = {
     **{name: _own(table=True) for name in _TABULATED},
     "silu": _own("LOGISTIC", "MUL", decompose=decompositions.silu),
     **{
-        name: LayerRule(output=Output.FIXED, ops=(op,), fixed_range=fixed_range)
-        for name, (op, fixed_range) in _FIXED.items()
+        name: LayerRule(output=Output.FIXED, ops=(op,), fixed_range=r, largest_input_scale=most)
+        for name, (op, r, most) in _FIXED.items()
     },
 }
 
@@ -370,29 +371,6 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     if problem:
         raise UnsupportedLayerError(f"Received: {where}, which cannot ship: {problem}.")
     return rule
-
-
-def stays_whole(layer: Any, config: QuantizeConfig | None) -> bool:
-    """Whether a layer is not opened up: it is float, or a custom one with its weights named."""
-    return config is None or (is_custom(layer) and isinstance(config.weights, Mapping))
-
-
-def row_for(layer: Any, name: str, config: QuantizeConfig | None) -> LayerRule | None:
-    """The row of `layer` under its config; `None` where it is float.
-
-    The scales per channel of a custom layer that stays whole lie along the last axis of its
-    weights, where their specs say no other.
-    """
-    if config is None or not stays_whole(layer, config):
-        return None if config is None else rule_for(layer, name)
-    weights = {weight: _axes(spec.axis) for weight, spec in config.weight_items()}
-    return LayerRule(output=Output.OWN, weights=weights)
-
-
-def _axes(axis: Any) -> tuple[int, ...] | None:
-    if axis is None or isinstance(axis, tuple):
-        return axis
-    return (-1,) if axis == "channel" else (axis,)
 
 
 def supported_layers() -> tuple[str, ...]:

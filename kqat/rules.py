@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ class LayerRule:
         takes_normalization: whether a following BatchNormalization folds into this layer.
         table: whether the layer is an elementwise function that may ship as a table of 256
             entries; `ops` then names its own operator, if there is one.
+        largest_input_scale: beyond it the operator's int8 kernel is wrong, and a table ships.
         table_of_rows: whether the layer's one weight is a table of which it hands on rows: the
             table ships on the output's grid, since GATHER cannot rescale. Weights of eight bits
             then need no rounding of their own.
@@ -51,6 +53,7 @@ class LayerRule:
     takes_clamp: bool = False
     takes_normalization: bool = False
     table: bool = False
+    largest_input_scale: float = math.inf
     table_of_rows: bool = False
     affine: bool = False
     decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None

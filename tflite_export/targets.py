@@ -66,7 +66,8 @@ def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
     runtimes = {t.runtime for t in TARGETS.values()} if target is None else set()
     own = []
     for table in frozen.tables:
-        ops = rule_for(table.layer).ops
+        rule = rule_for(table.layer)
+        ops = rule.ops if rule.table else ()  # else its kernel is wrong on this very grid
         if target is not None:
             has = bool(ops) and _computes(TARGETS[target], ops)
         else:

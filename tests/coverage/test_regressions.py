@@ -163,3 +163,21 @@ def test_mixed_precision_converts() -> None:
     assert report.is_full_integer
     # One step: kernels round twice where float arithmetic rounds once.
     assert all(part.max_steps <= 1 for part in report.runtimes)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("scale", [3.9, 4.1, 80.0])
+def test_no_kernel_is_asked_for_more_than_it_computes_rightly(kind: str, scale: float) -> None:
+    """TFLite Micro's LOGISTIC and TANH cut off at whole steps of a coarse grid, even at zero.
+
+    Seen on EfficientNetB0 with random weights: 0.0 for sigmoid(0.0), 128 steps away.
+    """
+    x = keras.Input((256,), name="x")
+    model = keras.Model(x, layers.Activation(kind)(x))
+    given = kqat.QuantizeConfig(activation_range=kqat.Fixed(-128 * scale, 127 * scale))
+    data = (np.arange(-128, 128, dtype=np.float32) * np.float32(scale))[np.newaxis]
+    qat = kqat.quantize_model(model, {"x": given}, calibration_data=data)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), data)
+    assert ("GATHER" in report.operators) == (scale > 4.0)
+    assert report.is_full_integer
+    assert all(part.problem is None and part.max_steps <= 1 for part in report.runtimes)
