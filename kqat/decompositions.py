@@ -5,7 +5,9 @@ same inputs that computes the same values (in inference, bit for bit where the a
 or `None` where the layer is simple already. The parts own copies of the weights.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -41,6 +43,21 @@ def finalize(layer: Any) -> None:
         layer.finalize_state()
 
 
+@contextlib.contextmanager
+def _nameless_functions() -> Iterator[None]:
+    """Without the warning of Keras about lambdas: they are shared or replaced, not read back."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+        yield
+
+
+def activation_name(function: Any) -> str | None:
+    """The name of an activation that Keras knows by name; `None` for the user's own."""
+    with _nameless_functions():
+        name = keras.activations.serialize(function)
+    return name if isinstance(name, str) else None
+
+
 def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.Layer:
     """An unbuilt layer of the same class and config, except for `changes`.
 
@@ -50,7 +67,9 @@ def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.L
     if name is not None:
         changes["name"] = name
     try:
-        copy = _made_anew(layer, {**layer.get_config(), **changes})
+        with _nameless_functions():
+            config = {**layer.get_config(), **changes}
+        copy = _made_anew(layer, config)
     except Exception as error:  # Whatever a user's own class raises.
         raise ModelError(
             f"Expected a layer that can be made anew from its config. Received: '{layer.name}' of "
@@ -120,9 +139,9 @@ def activation_layer(function: Any, name: str, regularizer: Any = None) -> keras
     """
     if isinstance(function, keras.layers.Layer):
         return clone(function, name=f"{name}_{function.name}")
-    kind = keras.activations.serialize(function)
+    kind = activation_name(function)
     options = {"activity_regularizer": regularizer}
-    if not isinstance(kind, str):
+    if kind is None:
         return layers.Activation(function, name=f"{name}_activation", **options)
     return layers.Activation(kind, name=f"{name}_{kind}", **options)
 
@@ -346,45 +365,3 @@ def center_crop(layer: Any, name: str) -> Decomposed:
         )
     edges = [(extra // 2, extra - extra // 2) for extra in spare]
     return layers.Cropping2D(tuple(edges), name=name)
-
-
-def spectral(layer: Any, name: str) -> Decomposed:
-    """The layer inside a `SpectralNormalization`, whose kernel stays of spectral norm one.
-
-    The wrapper divides the kernel by an estimate of its norm in each step of training; here a
-    constraint does, after each step. Reference: Miyato et al. 2018, section 2.1
-    (https://arxiv.org/abs/1802.05957).
-    """
-    inner = layer.layer
-    constraint = SpectralNorm(layer.power_iterations)
-    weights = [np.asarray(v) for v in layer.weights if v is not layer.vector_u]
-    key = "embeddings_constraint" if isinstance(inner, layers.Embedding) else "kernel_constraint"
-    if key not in inner.get_config():
-        raise UnsupportedLayerError(
-            f"Expected a layer with a {key} inside '{name}'. Received: {type(inner).__name__}. "
-            "Use its layer without SpectralNormalization."
-        )
-    return Part(clone(inner, name, **{key: constraint}), weights)
-
-
-@keras.saving.register_keras_serializable("kqat")
-class SpectralNorm(keras.constraints.Constraint):
-    """Divides a kernel by its largest singular value, found by power iteration from ones."""
-
-    def __init__(self, power_iterations: int = 1):
-        # The wrapper goes on from the last step's vector; this starts anew, and so needs more.
-        self.power_iterations = max(power_iterations, 10)
-
-    def __call__(self, w: Any) -> Any:
-        """The kernel, its columns being the last axis."""
-        matrix = keras.ops.reshape(w, (-1, w.shape[-1]))
-        u = keras.ops.ones((1, w.shape[-1]), w.dtype)
-        for _ in range(self.power_iterations):
-            v = keras.ops.normalize(keras.ops.matmul(u, keras.ops.transpose(matrix)), order=2)
-            u = keras.ops.normalize(keras.ops.matmul(v, matrix), order=2)
-        norm = keras.ops.sum(keras.ops.matmul(v, matrix) * u)
-        return w / keras.ops.maximum(norm, keras.config.epsilon())
-
-    def get_config(self) -> dict[str, Any]:
-        """The number of iterations."""
-        return {"power_iterations": self.power_iterations}

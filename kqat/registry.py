@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import keras
 from keras import layers
 
 from kqat import (
@@ -217,7 +216,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.CategoryEncoding: _composite(
         encoding.category_encoding, "GATHER", "REDUCE_MAX", "MEAN", "MUL", "RESHAPE"
     ),
-    layers.SpectralNormalization: _composite(decompositions.spectral),
+    layers.SpectralNormalization: _composite(normalization.spectral),
     layers.ZeroPadding1D: _same("PAD", **_POOL),
     layers.ZeroPadding2D: _same("PAD", **_POOL),
     layers.ZeroPadding3D: _same("PAD", **_POOL),
@@ -353,8 +352,8 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     where = f"layer '{name or layer.name}' of type {type(layer).__name__}"
     rule = LAYERS.get(type(layer))
     if isinstance(layer, layers.Activation):
-        activation = keras.activations.serialize(layer.activation)
-        rule = ACTIVATIONS.get(activation) if isinstance(activation, str) else FUNCTION
+        activation = decompositions.activation_name(layer.activation)
+        rule = FUNCTION if activation is None else ACTIVATIONS.get(activation)
         where += f" with activation {activation!r}"
     elif (type(layer), getattr(layer, "kind", "")) in KINDS:
         rule = KINDS[type(layer), layer.kind]

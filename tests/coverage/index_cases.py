@@ -33,7 +33,7 @@ def _chosen(x: Any) -> list[Any]:
 
 def _compared(x: Any) -> list[Any]:
     a, b = L.Dense(5)(x), L.Dense(5)(x)
-    tests = [ops.less_equal(a, b), ops.logical_or(a > b, b > 1.0)]
+    tests = [ops.less_equal(a, b), ops.logical_or(a > b, b > 1.0), ops.not_equal(a, b)]
     return [a, b, *tests]
 
 
@@ -103,6 +103,13 @@ CASES: tuple[Case, ...] = (
         "where", (6,), _chosen, FULLY_CONNECTED=2, GREATER=1, LESS=2, LOGICAL_AND=1, SELECT_V2=2
     ),
     _values(
-        "comparisons", (6,), _compared, FULLY_CONNECTED=2, GREATER=2, LESS_EQUAL=1, LOGICAL_OR=1
+        "comparisons",
+        (6,),
+        _compared,
+        FULLY_CONNECTED=2,
+        GREATER=2,
+        LESS_EQUAL=1,
+        NOT_EQUAL=1,
+        LOGICAL_OR=1,
     ),
 )
