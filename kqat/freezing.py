@@ -93,6 +93,16 @@ def _checked(qat: Any) -> Graph:
     return graph
 
 
+def _float_copy(layer: Any) -> Any:
+    """The layer in float32; recurrent ones step by step, for a loop has a subgraph of its own."""
+    copy = duplicate(layer, dtype="float32")
+    whole = getattr(copy, "layer", None)
+    for part in (whole, *(getattr(whole, f"{way}_layer", None) for way in ("forward", "backward"))):
+        if isinstance(part, keras.layers.RNN):
+            part.unroll = True
+    return copy
+
+
 def _is_plumbing(node: Node, output_names: tuple[str, ...]) -> bool:
     """Whether `wrap` put the layer there without an effect on float values."""
     layer = node.layer
@@ -192,7 +202,7 @@ class _Freezer:
             return args[0]
         if rule is not None and (rule.table or _beyond_kernel(rule, grids[0])):
             return self._tabulated(layer, node.name)(args[0])
-        value = self._cached(layer, lambda la: duplicate(la, dtype="float32"))(*args, **kwargs)
+        value = self._cached(layer, _float_copy)(*args, **kwargs)
         if rule is None or rule.output is not Output.SAME:
             return value
         self._check_same(node, grids)

@@ -280,3 +280,17 @@ def test_the_state_of_an_idle_gru_stays() -> None:
     np.testing.assert_array_equal(sequence, sequence[:, :1].repeat(steps, 1))
     # The model's own output differs by the rounding of the state, half a step.
     assert np.abs(sequence - model(data)).max() < 0.01
+
+
+@pytest.mark.parametrize("whole", [layers.LSTM, lambda n: layers.Bidirectional(layers.GRU(n))])
+def test_a_layer_that_stays_float_is_unrolled_too(whole: Any) -> None:
+    x = keras.Input((STEPS, FEATURES))
+    layer = whole(UNITS)
+    model = keras.Model(x, layers.Dense(2)(layer(layers.Dense(FEATURES)(x))))
+    qat = kqat.quantize_model(model, {layer.name: None}, calibration_data=_data())
+    blob = tflite_export.convert(qat)
+    report = tflite_export.verify(qat, blob, _data(), runtimes=("litert_reference",))
+    assert "WHILE" not in report.operators
+    part = report.on("litert_reference")
+    assert part.problem is None
+    assert part.max_steps <= 1
