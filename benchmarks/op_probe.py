@@ -10,8 +10,9 @@ wrong    it runs, and differs by more
 refuses  the runtime says no, crashes or does not answer; each runs in a child first
 
 `--write` puts the table where the repository keeps it (benchmarks/op_probe.json), with the versions
-of the runtimes; with `--only`, that operator's cells alone are replaced. `tests/benchmarks/test_op_probe.py` runs a sample again, and all of it when slow.
-A new precision is one row in `PRECISIONS`, a new operator one in `MODELS`.
+of the runtimes; with `--only`, that operator's cells alone are replaced there.
+`tests/benchmarks/test_op_probe.py` runs a sample again, and all of it when slow. A new precision is
+one row in `PRECISIONS`, a new operator one in `MODELS`.
 """
 
 import argparse
