@@ -10,8 +10,9 @@ wrong    it runs, and differs by more
 refuses  the runtime says no, crashes or does not answer; each runs in a child first
 
 `--write` puts the table where the repository keeps it (benchmarks/op_probe.json), with the versions
-of the runtimes. `tests/benchmarks/test_op_probe.py` runs a sample again, and all of it when slow.
-A new precision is one row in `PRECISIONS`, a new operator one in `MODELS`.
+of the runtimes; with `--only`, that operator's cells alone are replaced there.
+`tests/benchmarks/test_op_probe.py` runs a sample again, and all of it when slow. A new precision is
+one row in `PRECISIONS`, a new operator one in `MODELS`.
 """
 
 import argparse
@@ -121,6 +122,10 @@ def _chosen_by(compare: Callable[[Any, Any], Any]) -> Build:
     return _two(lambda x: ops.where(compare(x[0], x[1]), x[0], x[1]))
 
 
+def _recurrent() -> Build:
+    return _one(ROWS, lambda x: layers.SimpleRNN(4, return_sequences=True)(x))
+
+
 # Operator -> a model whose file holds it.
 MODELS: dict[str, Build] = {
     "CONV_2D": _one(IMAGE, lambda x: layers.Conv2D(6, 3, padding="same")(x)),
@@ -163,6 +168,9 @@ MODELS: dict[str, Build] = {
     "REDUCE_PROD": _one(ROWS, lambda x: ops.prod(x, axis=1)),
     "ARG_MAX": _one(ROWS, lambda x: ops.argmax(x, axis=-1)),
     "ARG_MIN": _one(ROWS, lambda x: ops.argmin(x, axis=-1)),
+    # What a recurrence begins and ends with.
+    "UNPACK": _recurrent(),
+    "PACK": _recurrent(),
     "SELECT_V2": _chosen_by(ops.greater),
     **{
         name: _chosen_by(compare)
@@ -201,8 +209,9 @@ def main(argv: Sequence[str] | None = None) -> list[Cell]:
     text = to_json(cells)
     options.out.mkdir(parents=True, exist_ok=True)
     write_file(options.out / "op_probe.json", text.encode())
-    if options.write and not options.only:
-        write_file(TABLE, text.encode())
+    if options.write:
+        others = [c for c in read_table() if c.operator not in operators] if options.only else []
+        write_file(TABLE, to_json([*others, *cells]).encode())
     print(f"{len(cells)} cells: {_summary(cells)}")
     return cells
 
@@ -271,7 +280,9 @@ def _cell(
     part = verify(frozen, blob, data, runtimes=[runtime], samples=SAMPLES).on(runtime)
     if part.problem is not None:
         return dataclasses.replace(cell, words=_own_words(part.problem))
-    steps = max(part.max_steps, *(o.max_steps for o in part.outputs))
+    # From end to end steps add up; only a float output has no other measure.
+    ends = [o.max_steps for o in part.outputs] if operator == "DEQUANTIZE" else []
+    steps = max([part.max_steps, *ends])
     result = "works" if steps <= 1 and part.sites else "wrong"
     return dataclasses.replace(cell, result=result, max_steps=steps)
 

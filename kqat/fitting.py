@@ -24,16 +24,24 @@ def misfits(graph: Graph, plan: Plan, target: Target) -> tuple[Misfit, ...]:
         target: the device.
     """
     functions = {node.name: activation_of(node.layer, node.name) for node in graph.nodes}
-    made = {node.name: node.layer for node in plan.graph.nodes}
+    made = _layers(plan)
+    parts = [part for part in plan.layers if part.role != "float"]
     unfit: dict[str, set[str]] = {}
-    for part in plan.layers:
-        if part.role != "float":
-            ops = _unfit(part, made[part.name], target)
-            unfit.setdefault(part.origin, set()).update(ops)
+    for part in parts:
+        ops = _unfit(part, made[part.name], target)
+        unfit.setdefault(part.origin, set()).update(ops)
     slow = [
         misfit(origin, ops, functions.get(origin), target) for origin, ops in unfit.items() if ops
     ]
-    return (*slow, *(m for part in plan.layers for m in _unpacked(part, target)))
+    return (*slow, *dict.fromkeys(m for part in parts for m in _unpacked(part, target)))
+
+
+def _layers(plan: Plan) -> dict[str, Any]:
+    """The layers of a plan and of its recurrences' steps, by the names of their nodes."""
+    made = {node.name: node.layer for node in plan.graph.nodes}
+    for step in plan.steps.values():
+        made |= _layers(step)
+    return made
 
 
 def misfit(layer: str, ops: set[str], function: str | None, target: Target) -> Misfit:

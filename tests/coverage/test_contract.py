@@ -21,7 +21,7 @@ from kqat.errors import TargetError
 from kqat.operations import OPERATIONS
 from kqat.recurrence import Recurrence
 from kqat.registry import ACTIVATIONS, AUGMENTING, LAYERS, rule_for
-from kqat.targets import TABLE_OPS
+from kqat.targets import LITERT, TABLE_OPS
 from kqat.tracing import Graph, trace
 from kqat.wrapping import all_layers
 from tests.coverage import (
@@ -35,7 +35,7 @@ from tests.coverage import (
 )
 from tests.coverage.cases import Case, ends, inputs_of
 from tflite_export import exporting
-from tflite_export.op_table import LITERT, OP_TABLE, missing_kernels
+from tflite_export.op_table import OP_TABLE, missing_kernels
 from tflite_export.targets import check_target
 from tflite_export.verification import DEFAULT_RUNTIMES
 

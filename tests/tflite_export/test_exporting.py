@@ -16,11 +16,12 @@ import kqat
 import tflite_export
 from kqat.errors import ExportError, FreezeError, LoweringError, ModelError, TargetError
 from kqat.freezing import FrozenModel
+from kqat.targets import LITERT
 from tests.coverage.cases import inputs_of
 from tests.tflite_export.small_models import computed, operators, quantized
 from tflite_export import exporting, flatbuffer
 from tflite_export.flatbuffer import TensorT
-from tflite_export.op_table import LITERT, OP_TABLE
+from tflite_export.op_table import OP_TABLE
 from tflite_export.runtimes import run
 
 INPUTS, OUTPUTS = ("zeta", "alpha"), ("year", "class", "age")
