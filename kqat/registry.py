@@ -7,7 +7,7 @@ a row are refused by name; `register_layer` adds one.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from keras import layers
