@@ -25,6 +25,7 @@ from kqat import (
 from kqat.config import QuantizeConfig
 from kqat.elementwise import Elementwise
 from kqat.errors import UnsupportedLayerError
+from kqat.marking import Requantize
 from kqat.primitives import (
     ChannelAffine,
     Count,
@@ -290,6 +291,7 @@ LAYERS: dict[type, LayerRule] = {
     Matmul: _own("BATCH_MATMUL"),
     ReciprocalSquareRoot: _own(table=True),
     ChannelAffine: _affine(),
+    Requantize: _own("QUANTIZE"),
     **dict.fromkeys(AUGMENTING, _VANISHES),
     layers.Identity: _VANISHES,
     layers.Dropout: _VANISHES,
@@ -385,14 +387,8 @@ def row_for(layer: Any, name: str, config: QuantizeConfig | None) -> LayerRule |
     """
     if config is None or not stays_whole(layer, config):
         return None if config is None else rule_for(layer, name)
-    weights = {weight: _axes(spec.axis) for weight, spec in config.weight_items()}
+    weights = {weight: rules.channel_axes(spec.axis) for weight, spec in config.weight_items()}
     return LayerRule(output=Output.OWN, weights=weights)
-
-
-def _axes(axis: Any) -> tuple[int, ...] | None:
-    if axis is None or isinstance(axis, tuple):
-        return axis
-    return (-1,) if axis == "channel" else (axis,)
 
 
 def supported_layers() -> tuple[str, ...]:
