@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from kqat import rules
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import PolicyError
 from kqat.registry import LayerRule, Output, is_custom, rule_for
@@ -56,11 +57,5 @@ def row_for(layer: Any, name: str, config: QuantizeConfig | None) -> LayerRule |
     """
     if config is None or not stays_whole(layer, config):
         return None if config is None else rule_for(layer, name)
-    weights = {weight: _axes(spec.axis) for weight, spec in config.weight_items()}
+    weights = {weight: rules.channel_axes(spec.axis) for weight, spec in config.weight_items()}
     return LayerRule(output=Output.OWN, weights=weights)
-
-
-def _axes(axis: Any) -> tuple[int, ...] | None:
-    if axis is None or isinstance(axis, tuple):
-        return axis
-    return (-1,) if axis == "channel" else (axis,)

@@ -121,11 +121,16 @@ def quantize(model: Path, data: Path, output: Path, policy: str, rules: tuple[st
 @click.argument("qat", type=_FILE)
 @click.option("-o", "--output", type=_NEW, required=True, help="The .tflite file.")
 @_TARGET
-@click.option("--input-type", default="int8", show_default=True, help="int8, uint8 or float32.")
-@click.option("--output-type", default="int8", show_default=True, help="The same for outputs.")
+@click.option("--input-type", help="int8, int16, uint8 or float32; by default what the plan has.")
+@click.option("--output-type", help="The same for outputs.")
 @click.option("--batch-size", default=1, show_default=True, help="Samples per invocation.")
 def convert(
-    qat: Path, output: Path, target: str | None, input_type: str, output_type: str, batch_size: int
+    qat: Path,
+    output: Path,
+    target: str | None,
+    input_type: str | None,
+    output_type: str | None,
+    batch_size: int,
 ) -> None:
     """Convert QAT, the .keras file of a QAT model, to a full-integer .tflite."""
     blob = tflite_export.convert(

@@ -24,7 +24,7 @@ from kqat.quantizers import (
     step_method_from_dict,
     step_method_to_dict,
 )
-from kqat.spec import INT8_ACTIVATION, INT8_WEIGHTS, QuantSpec
+from kqat.spec import INT8_ACTIVATION, INT8_WEIGHTS, INT16_ACTIVATION, QuantSpec
 
 WeightSpecs = QuantSpec | Mapping[str, QuantSpec] | None
 
@@ -38,7 +38,8 @@ class QuantizeConfig:
             registry names for the layer type; a mapping `{"kernel": QuantSpec(...)}` names
             variables (attributes of the layer) itself, as a custom layer needs.
         weight_step: how the step of each of these grids is found.
-        activation: the grid of the layer's output.
+        activation: the grid of the layer's output, and so the width of its kernel: 8 bits, or 16
+            on a symmetric grid.
         activation_range: how the range of the output is found.
 
     Raises:
@@ -67,16 +68,7 @@ class QuantizeConfig:
                 f"Expected activation to be a QuantSpec. Received: {self.activation!r}. "
                 "To leave a layer float, give None in place of the whole config."
             )
-        if self.activation.axis is not None or self.activation.bits != 8:
-            raise PolicyError(
-                "Expected an activation grid of 8 bits and one scale per tensor, the only one "
-                f"that this release exports. Received: {self.activation}."
-            )
-        if self.activation.narrow_range:
-            raise PolicyError(
-                "Expected an activation grid with all 256 integers: integer kernels clamp at "
-                f"-128. Received: {self.activation}. Use narrow_range=False."
-            )
+        _check_activation_spec(self.activation)
         if type(self.activation_range) not in RANGE_METHODS.values():
             raise PolicyError(
                 f"Expected activation_range to be one of {sorted(RANGE_METHODS)}. "
@@ -114,6 +106,24 @@ class QuantizeConfig:
         )
 
 
+def _check_activation_spec(spec: QuantSpec) -> None:
+    if spec.axis is not None or spec.bits not in (8, 16):
+        raise PolicyError(
+            "Expected an activation grid of 8 bits or 16 bits and one scale per tensor, those that "
+            f"integer kernels take. Received: {spec}."
+        )
+    if spec.bits == 16 and not spec.symmetric:
+        raise PolicyError(
+            f"Expected a symmetric activation grid of 16 bits: int16 kernels take no zero point. "
+            f"Received: {spec}. Use symmetric=True."
+        )
+    if spec.narrow_range:
+        raise PolicyError(
+            f"Expected an activation grid with all {2**spec.bits} integers: integer kernels clamp "
+            f"at {spec.qmin}. Received: {spec}. Use narrow_range=False."
+        )
+
+
 def _single(weights: Mapping[str, QuantSpec]) -> WeightSpecs:
     """A mapping as `from_dict` gives it back: what serves all weights stands alone."""
     if "*" not in weights:
@@ -146,6 +156,7 @@ def _weights(bits: int) -> QuantSpec:
 
 PRESETS: dict[str, QuantizeConfig] = {
     "int8": QuantizeConfig(),
+    "int16x8": QuantizeConfig(activation=INT16_ACTIVATION),
     "w4a8": QuantizeConfig(weights=_weights(4), weight_step=LearnedStep()),
     "w3a8": QuantizeConfig(weights=_weights(3), weight_step=LearnedStep()),
     "w2a8": QuantizeConfig(weights=_weights(2), weight_step=LearnedStep()),

@@ -17,7 +17,7 @@ from kqat.errors import FreezeError, ModelError
 from kqat.folding import FrozenWeight, channelwise, freeze_layer
 from kqat.layers import ActivationQuantizer, QuantizeWrapper
 from kqat.looping import QuantizedRecurrence
-from kqat.marking import Marker, PrecisionBoundary, Site, Tabulated
+from kqat.marking import Marker, PrecisionBoundary, Requantize, Site, Tabulated
 from kqat.primitives import Slice
 from kqat.recurrence import Recurrence, Stack, Unstack
 from kqat.registry import LayerRule, Output, rule_for
@@ -109,7 +109,7 @@ def _is_plumbing(node: Node, output_names: tuple[str, ...]) -> bool:
     if isinstance(layer, ActivationQuantizer):
         return layer.clamp is None or not node.kwargs.get("observe", True)
     names_output = isinstance(layer, keras.layers.Identity) and layer.name in output_names
-    return names_output or isinstance(layer, PrecisionBoundary)
+    return names_output or isinstance(layer, PrecisionBoundary | Requantize)
 
 
 class _Stripper:

@@ -89,6 +89,30 @@ class PrecisionBoundary(keras.layers.Layer):
         return input_shape
 
 
+@keras.saving.register_keras_serializable("kqat")
+class Requantize(keras.layers.Layer):
+    """Marks where integers of `source_bits` become integers of `bits`; computes nothing.
+
+    The quantizer behind it rounds to the new grid; in the file it is a QUANTIZE.
+    """
+
+    def __init__(self, source_bits: int, bits: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.source_bits, self.bits = source_bits, bits
+
+    def call(self, x: Any) -> Any:
+        """`x`, unchanged."""
+        return x
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Both widths, beside what every layer has."""
+        return {**super().get_config(), "source_bits": self.source_bits, "bits": self.bits}
+
+
 class Tabulated(keras.layers.Layer):
     """An elementwise layer that an integer model can look up instead of computing.
 

@@ -13,8 +13,11 @@ import keras
 
 from kqat.assigning import assign_configs, row_for, stays_whole
 from kqat.config import QuantizeConfig, QuantizePolicy
+from kqat.crossing import cross_widths
 from kqat.errors import PolicyError
 from kqat.expanding import expand
+from kqat.joining import Joined
+from kqat.marking import Requantize
 from kqat.quantizers import Fixed, MaxAbs, MovingAverage, RangeMethod
 from kqat.recurrence import Recurrence
 from kqat.registry import LayerRule, Output
@@ -33,6 +36,8 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     """
     configs, input_configs, unused = assign_configs(graph, policy)
     expanded, origins = expand(graph, lambda n: stays_whole(n.layer, configs[n.name]), model_name)
+    expanded, crossings = cross_widths(expanded, origins, configs, input_configs)
+    origins, configs = {**origins, **{name: name for name in crossings}}, {**configs, **crossings}
     plan = _Planner(expanded, origins, configs, input_configs).plan(model_name)
     return dataclasses.replace(plan, unused_rules=unused, output_names=graph.output_names)
 
@@ -79,7 +84,7 @@ class _Planner:
         self.clamps: dict[Ref, Node] = {}  # value -> the clamp that a quantizer carries out
         self.groups: dict[str, Group] = {}
         self.roundings: dict[Ref, tuple[Rounding, ...]] = {}
-        self._joined: dict[Ref, Ref] = {}
+        self.joined = Joined()
         self._group_names: dict[Ref, str] = {}  # first of joined values -> their group
         self.steps = {
             node: _plan_step(node.layer, user_names[node], config)
@@ -167,7 +172,7 @@ class _Planner:
     def join_scales(self) -> None:
         """Joins the values that must share one scale."""
         for before, after in self.ties or ():
-            self._join(before, after)
+            self.joined.join(before, after)
         for node in self.graph.nodes:
             rule = self.rules[node]
             if rule is None or rule.output not in (Output.SAME, Output.VANISHES):
@@ -176,25 +181,15 @@ class _Planner:
                 continue
             for ref in (*node.inputs, *node.outputs[1:]):
                 if not ref.counts and not node.outputs[0].counts:
-                    self._join(ref, node.outputs[0])
-
-    def _root(self, ref: Ref) -> Ref:
-        while ref in self._joined:
-            ref = self._joined[ref]
-        return ref
-
-    def _join(self, a: Ref, b: Ref) -> None:
-        a, b = self._root(a), self._root(b)
-        if a is not b:
-            self._joined[b] = a
+                    self.joined.join(ref, node.outputs[0])
 
     def place_roundings(self) -> None:
         """Makes the groups and puts a rounding after each value that becomes integers."""
         members: dict[Ref, list[tuple[str, Ref, Node | None]]] = {}
         for name, ref, node in self._sources():
-            members.setdefault(self._root(ref), []).append((name, ref, node))
+            members.setdefault(self.joined.root(ref), []).append((name, ref, node))
         again = [n for n, r in self.rules.items() if r and r.output is Output.SAME and r.rounds]
-        roots = {self._root(node.outputs[0]) for node in again}
+        roots = {self.joined.root(node.outputs[0]) for node in again}
         names = {
             root: self._make_group(sources)
             for root, sources in members.items()
@@ -205,7 +200,7 @@ class _Planner:
         for node in self.graph.nodes:
             rule = self.rules[node]
             if rule and rule.output is Output.SAME and rule.rounds:
-                group = names[self._root(node.outputs[0])]
+                group = names[self.joined.root(node.outputs[0])]
                 self.roundings[node.outputs[0]] = (Rounding(group, 0, observe=False),)
 
     def _sources(self) -> Iterable[tuple[str, Ref, Node | None]]:
@@ -234,7 +229,7 @@ class _Planner:
         own = [source for source, range_ in zip(sources, fixed, strict=True) if range_ is None]
         spec, method = self._agreed(own or sources)
         if common is not None:
-            spec, method = QuantSpec(), Fixed(*common)
+            spec, method = QuantSpec(bits=spec.bits), Fixed(*common)
         clamps = {self._clamp(ref) for _, ref, _ in sources}
         clamp = clamps.pop() if len(clamps) == 1 and common is None else None
         name = f"{sources[0][0]}_quantizer"
@@ -251,7 +246,8 @@ class _Planner:
                 # The kernel's own scale first, then the group's: an explicit requantization.
                 kernel = f"{own_name}_kernel_quantizer"
                 fixed_range = Fixed(*range_)
-                self.groups[kernel] = Group(kernel, QuantSpec(), fixed_range, None, 1, (own_name,))
+                grid = QuantSpec(bits=spec.bits)
+                self.groups[kernel] = Group(kernel, grid, fixed_range, None, 1, (own_name,))
                 here = (Rounding(kernel, 0, observe=True), *here)
             elif clamp is None and self._stands_alone(ref, "relu6"):
                 # An operator of its own has to end at 6; the group's grid may go beyond.
@@ -275,10 +271,11 @@ class _Planner:
 
     def _fixed_range(self, node: Node | None, ref: Ref) -> tuple[float, float] | None:
         rule = self.rules[node] if node else None
+        config = self.configs[node.name] if node else None
         if node in self.steps:
             method = self._range_inside(node, ref)
             return (method.low, method.high) if isinstance(method, Fixed) else None
-        return rule.fixed_range if rule else None
+        return rule.range_at(config.activation.bits) if rule and config else None
 
     def _clamp(self, ref: Ref) -> str | None:
         node = self.clamps.get(ref)
@@ -293,6 +290,7 @@ class _Planner:
             inner = node is not None and self._is_inner(node)
             if config is None:  # an input, or a float layer: its first integer reader decides
                 config, inner = self._reader_config(ref), True
+                assert config is not None, "an integer layer reads the value"
             method = config.activation_range
             # A range that is given is that of the layer's own output, of nothing before it.
             if inner and isinstance(method, Fixed):
@@ -334,7 +332,7 @@ class _Planner:
             return self._range_inside(node, ref)
         while self.transparent(ref):
             ref = self.consumers[ref][0].outputs[0]
-        group = self._group_names.get(self._root(ref))
+        group = self._group_names.get(self.joined.root(ref))
         return self.groups[group].range_method if group else None
 
     def _range_inside(self, node: Node, ref: Ref) -> RangeMethod:
@@ -349,11 +347,15 @@ class _Planner:
         readers = self.consumers[node.outputs[0]]
         return any(self.user_names[reader] == name for reader in readers)
 
-    def _reader_config(self, ref: Ref) -> QuantizeConfig:
-        readers = [reader for reader in self.consumers[ref] if self.rules[reader] is not None]
-        config = self.configs[readers[0].name]
-        assert config is not None, "a node with a rule has a config"
-        return config
+    def _reader_config(self, ref: Ref) -> QuantizeConfig | None:
+        """The config of the first integer layer that reads a value and stays in the file."""
+        for reader in filter(self.integer, self.consumers[ref]):
+            rule, config = self.rules[reader], self.configs[reader.name]
+            if rule and rule.output is Output.VANISHES:
+                config = self._reader_config(reader.outputs[0])
+            if config is not None:
+                return config
+        return None
 
     def layer_plan(self, node: Node, origin: str) -> LayerPlan:
         """What the plan says about one node of the expanded graph."""
@@ -392,5 +394,7 @@ class _Planner:
         roundings = self.roundings.get(node.outputs[0], ())
         if len(roundings) > 1:
             return "requantized: the kernel's fixed scale meets a group with another"
+        if isinstance(node.layer, Requantize):
+            return f"two widths meet: int{node.layer.source_bits} to int{node.layer.bits}"
         rule = self.rules[node]
         return rule.output.value if rule else ""

@@ -24,6 +24,7 @@ from kqat import (
 )
 from kqat.elementwise import Elementwise
 from kqat.errors import UnsupportedLayerError
+from kqat.marking import Requantize
 from kqat.primitives import (
     ChannelAffine,
     Count,
@@ -290,6 +291,7 @@ LAYERS: dict[type, LayerRule] = {
     Matmul: _own("BATCH_MATMUL"),
     ReciprocalSquareRoot: _own(table=True),
     ChannelAffine: _affine(),
+    Requantize: _own("QUANTIZE"),
     **dict.fromkeys(AUGMENTING, _VANISHES),
     layers.Identity: _VANISHES,
     layers.Dropout: _VANISHES,

@@ -122,6 +122,7 @@ class Plan:
         write_file(path, self.to_json().encode())
 
     def __str__(self) -> str:
+        widths_of = {group.name: group.spec.bits for group in self.groups}
         rows = [("layer", "type", "role", "weights", "output range", "note")]
         rows += [
             (
@@ -129,7 +130,7 @@ class Plan:
                 layer.kind,
                 layer.role,
                 ", ".join(_weight_text(s, layer.weight_step) for s in layer.weights.values()),
-                layer.group.removesuffix("_quantizer") if layer.group else "",
+                _range_text(layer.group, widths_of[layer.group]) if layer.group else "",
                 layer.note,
             )
             for layer in self.layers
@@ -149,6 +150,11 @@ class Plan:
             lines.append(f"target {self.target}: every layer fits")
         lines += [f"target {self.target}: {misfit}" for misfit in self.misfits]
         return "\n".join([f"plan of {self.model_name}", *lines])
+
+
+def _range_text(group: str, bits: int) -> str:
+    text = group.removesuffix("_quantizer")
+    return text if bits == 8 else f"{text}, int{bits}"
 
 
 def _weight_text(spec: QuantSpec, step: StepMethod) -> str:

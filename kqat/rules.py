@@ -6,6 +6,21 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+# The int16 kernels of SOFTMAX, LOGISTIC and TANH have one scale, 1/32768, and zero point 0 (TFLite
+# quantization specification).
+INT16_FIXED_RANGE = (-1.0, 32767 / 32768)
+
+# TFLite operators that some runtime computes on int16; `tflite_export.op_table` says which runtime.
+INT16_OPS = frozenset(
+    {
+        "ADD", "AVERAGE_POOL_2D", "BATCH_MATMUL", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D",
+        "FULLY_CONNECTED", "LEAKY_RELU", "LOGISTIC", "MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM",
+        "MUL", "PAD", "QUANTIZE", "REDUCE_MAX", "RELU", "RESHAPE", "RESIZE_BILINEAR",
+        "RESIZE_NEAREST_NEIGHBOR", "SOFTMAX", "STRIDED_SLICE", "SUB", "TANH", "TRANSPOSE",
+        "TRANSPOSE_CONV",
+    }
+)  # fmt: skip
+
 
 class Output(enum.Enum):
     """How the scale of a layer's output comes about."""
@@ -26,7 +41,7 @@ class LayerRule:
         output: how the scale of the output comes about.
         ops: the TFLite operators that the layer may become.
         weights: name of each quantizable variable -> its channel axes (`None`: one scale only).
-        fixed_range: `(low, high)` that the integer kernel demands, for `Output.FIXED`.
+        fixed_range: `(low, high)` that the int8 kernel demands, for `Output.FIXED`.
         rounds: whether a same-scale layer computes new values, which are rounded again.
         clamp: `"relu"` or `"relu6"` for a layer that fuses into its producer.
         takes_clamp: whether a following clamp fuses into this layer.
@@ -59,6 +74,10 @@ class LayerRule:
     decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
     opens: bool = False
     refuse: Callable[[Any], str | None] | None = None
+
+    def range_at(self, bits: int) -> tuple[float, float] | None:
+        """The range that the kernel for activations of `bits` bits demands."""
+        return self.fixed_range if bits == 8 or not self.fixed_range else INT16_FIXED_RANGE
 
 
 def channels_last(layer: Any) -> str | None:
@@ -107,3 +126,10 @@ def plain_resize(layer: Any) -> str | None:
     if layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio or layer.antialias:
         return "only plain resizing has a TFLite kernel; leave aspect ratio and antialias options"
     return nearest_or_bilinear(layer)
+
+
+def channel_axes(axis: Any) -> tuple[int, ...] | None:
+    """The axes of a custom layer's weight along which its spec's `axis` keeps scales."""
+    if axis is None or isinstance(axis, tuple):
+        return axis
+    return (-1,) if axis == "channel" else (axis,)

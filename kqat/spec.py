@@ -98,3 +98,4 @@ def _is_axis(axis: object) -> bool:
 
 INT8_WEIGHTS = QuantSpec(bits=8, symmetric=True, narrow_range=True, axis="channel")
 INT8_ACTIVATION = QuantSpec(bits=8)
+INT16_ACTIVATION = QuantSpec(bits=16, symmetric=True)

@@ -19,14 +19,15 @@ ROOMS = {
         "primitives", "elementwise", "marking", "recurrence", "decompositions", "encoding",
         "products", "attention", "normalization", "sequences", "recurrent", "refusals", "rules",
         "registry", "operands", "reducing", "rearranging", "networks", "operations", "opening",
-        "tracing", "expanding", "reporting", "assigning", "weight_grids", "planning", "layers",
-        "looping", "wrapping", "calibration", "schedule", "folding", "freezing", "algorithms",
-        "interop", "fitting", "api", "annotating", "__init__", "cli",
+        "tracing", "expanding", "reporting", "assigning", "weight_grids", "crossing", "joining",
+        "planning", "layers", "looping", "wrapping", "calibration", "schedule", "folding",
+        "freezing", "algorithms", "interop", "fitting", "api", "annotating", "__init__", "cli",
     ),
     "tflite_export": (
         "checking", "sharing", "flatbuffer", "op_table", "inspection", "lowering", "markers",
-        "packing", "lookup", "quantizing", "feeding", "runtimes", "vela", "page", "report",
-        "foreign", "profiling", "targets", "verification", "exporting", "c_source", "__init__",
+        "packing", "lookup", "naming", "clamps", "quantizing", "feeding", "runtimes", "vela",
+        "page", "report", "foreign", "profiling", "targets", "verification", "exporting",
+        "c_source", "__init__",
     ),
 }  # fmt: skip
 # Who may import a package of ours, by folder or file.

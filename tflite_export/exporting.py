@@ -22,15 +22,15 @@ from tflite_export.targets import check_target, computed, runtimes_of
 
 # Offsets in a flatbuffer are signed 32-bit integers.
 LARGEST_BYTES = 2**31
-IO_TYPES = {"int8": "INT8", "uint8": "UINT8", "float32": "FLOAT32"}
-IoType = str | Mapping[str, str]
+IO_TYPES = {"int8": "INT8", "int16": "INT16", "uint8": "UINT8", "float32": "FLOAT32"}
+IoType = str | None | Mapping[str, str | None]
 
 
 def convert(
     qat: keras.Model | FrozenModel,
     *,
-    inference_input_type: IoType = "int8",
-    inference_output_type: IoType = "int8",
+    inference_input_type: IoType = None,
+    inference_output_type: IoType = None,
     target: str | None = None,
     batch_size: int = 1,
 ) -> bytes:
@@ -41,8 +41,10 @@ def convert(
 
     Args:
         qat: a model from `kqat.quantize_model`, calibrated or trained; it is left alone.
-        inference_input_type: `"int8"`, `"uint8"` or `"float32"`, for all inputs, or a mapping
-            from input names; what counts, as tokens do, is `"int32"` in any case.
+        inference_input_type: `"int8"`, `"uint8"`, `"int16"` or `"float32"`, for all inputs, or a
+            mapping from input names. `None` is the integer that the plan makes of the input: int8,
+            or int16 where its width is 16 bits. What counts, as tokens do, is `"int32"` in any
+            case.
         inference_output_type: the same for outputs.
         target: a name from `tflite_export.TARGETS`; something on the device must run the int8
             operators (those that the plan leaves float are not checked). A `kqat.TargetWarning`
@@ -79,8 +81,8 @@ def convert(
 
 def assemble(
     frozen: FrozenModel,
-    input_types: Sequence[str],
-    output_types: Sequence[str],
+    input_types: Sequence[str | None],
+    output_types: Sequence[str | None],
     *,
     runtimes: frozenset[str],
     tables_computed: frozenset[int],
@@ -90,7 +92,7 @@ def assemble(
 
     Args:
         frozen: the model.
-        input_types, output_types: `"int8"`, `"uint8"` or `"float32"` for each end.
+        input_types, output_types: as those of `convert`, one for each end.
         runtimes: those that must have a kernel for packed weights; with none, all are packed.
         tables_computed: the tables whose function an operator computes.
         batch_size: samples per invocation.
@@ -115,12 +117,12 @@ def _check_size(frozen: FrozenModel) -> None:
         )
 
 
-def _check_edge_tpu(target: str, io_types: tuple[str, ...], batch_size: int) -> None:
+def _check_edge_tpu(target: str, io_types: tuple[str | None, ...], batch_size: int) -> None:
     # https://coral.ai/docs/edgetpu/models-intro/: quantized ends, a batch of one.
-    if target == "edge_tpu" and (batch_size != 1 or "float32" in io_types):
+    if target == "edge_tpu" and (batch_size != 1 or {"float32", "int16"} & {*io_types}):
         raise TargetError(
             "Expected a batch of 1 and int8 or uint8 inputs and outputs for target 'edge_tpu'. "
-            f"Received: batch_size={batch_size}, types {sorted(set(io_types))}."
+            f"Received: batch_size={batch_size}, types {sorted(map(str, set(io_types)))}."
         )
 
 
@@ -133,10 +135,10 @@ def save(blob: bytes, path: str | os.PathLike[str]) -> None:
     write_file(path, blob)
 
 
-def _types(asked: IoType, tensors: Mapping[str, Any], argument: str) -> list[str]:
+def _types(asked: IoType, tensors: Mapping[str, Any], argument: str) -> list[str | None]:
     names = list(tensors)
     counts = {name for name in names if not keras.backend.is_float_dtype(tensors[name].dtype)}
-    if isinstance(asked, str):
+    if asked is None or isinstance(asked, str):
         # What counts stays as it is: it has no scale.
         asked = {name: "int32" if name in counts else asked for name in names}
     if set(asked) != set(names):
@@ -147,9 +149,9 @@ def _types(asked: IoType, tensors: Mapping[str, Any], argument: str) -> list[str
                 f"Expected int32 for what counts, as {sorted(counts)}, and for nothing else. "
                 f"Received: {argument}={asked[name]!r} for '{name}'."
             )
-        if asked[name] not in (*IO_TYPES, "int32"):
+        if asked[name] not in (*IO_TYPES, "int32", None):
             raise ExportError(
-                f"Expected {argument} to be one of {sorted(IO_TYPES)}. "
+                f"Expected {argument} to be one of {sorted(IO_TYPES)} or None. "
                 f"Received: {asked[name]!r} for '{name}'."
             )
     return [asked[name] for name in names]
@@ -171,7 +173,7 @@ class _Interface:
         by_name = {_text(entry.name): int(entry.tensorIndex) for entry in entries}
         return [by_name[f"{kind}_{i}"] for i in range(len(by_name))]
 
-    def apply(self, input_types: list[str], output_types: list[str]) -> None:
+    def apply(self, input_types: list[str | None], output_types: list[str | None]) -> None:
         graph, names = self.graph, self.frozen
         graph.inputs = [
             self._typed(t, io_type, name, "input")
@@ -198,10 +200,14 @@ class _Interface:
             entries.append(entry)
         return entries
 
-    def _typed(self, index: int, io_type: str, name: str, kind: str) -> int:
+    def _typed(self, index: int, io_type: str | None, name: str, kind: str) -> int:
         tensor = self.graph.tensors[index]
-        wanted = getattr(schema.TensorType, IO_TYPES.get(io_type, "INT32"))
-        if tensor.type == wanted or io_type == "int32":
+        if io_type is None:
+            fits = tensor.type in (schema.TensorType.INT8, schema.TensorType.INT16)
+        else:
+            wanted = getattr(schema.TensorType, IO_TYPES.get(io_type, "INT32"))
+            fits = tensor.type == wanted or io_type == "int32"
+        if fits:
             # An input that is an output too keeps its name; the signature has both.
             if kind == "input" or index not in self.inputs:
                 tensor.name = name.encode()
@@ -211,6 +217,15 @@ class _Interface:
                 f"Expected {kind} '{name}' to be an integer. Received: a float, as the plan leaves "
                 f"the layer there float. Use inference_{kind}_type='float32' (or a mapping)."
             )
+        wide = tensor.type == schema.TensorType.INT16
+        if io_type != "float32" and (wide or io_type != "uint8"):
+            own = "int16" if wide else "int8"
+            raise ExportError(
+                f"Expected {kind} '{name}' to have the width that the plan gives it, {own}. "
+                f"Received: inference_{kind}_type={io_type!r}. Use '{own}' or 'float32', or a "
+                "policy that gives it another width."
+            )
+        assert io_type is not None, "every integer fits None"
         return self._converted(index, io_type, name, kind)
 
     def _converted(self, index: int, io_type: str, name: str, kind: str) -> int:
@@ -224,12 +239,13 @@ class _Interface:
             outer.quantization = quantization(inner.quantization.scale, [zero], 0)
         self.graph.tensors.append(outer)
         new = len(self.graph.tensors) - 1
+        wide = inner.type == schema.TensorType.INT16
         if kind == "input":
-            operator = new_operator(self.model, "QUANTIZE", [new], [index])
+            operator = new_operator(self.model, "QUANTIZE", [new], [index], 2 if wide else 1)
             self.graph.operators.insert(0, operator)
         else:
             float_out = io_type == "float32"
-            op, version = ("DEQUANTIZE", 2) if float_out else ("QUANTIZE", 1)
+            op, version = ("DEQUANTIZE", 3 if wide else 2) if float_out else ("QUANTIZE", 1)
             self.graph.operators.append(new_operator(self.model, op, [index], [new], version))
         return new
 

@@ -10,8 +10,19 @@ from kqat.errors import LoweringError
 from kqat.folding import FrozenWeight
 from kqat.marking import Site
 
-# Half of int32's range: the kernel adds the products to the bias in int32.
-BIAS_LIMIT = 2.0**30
+TENSOR_TYPES = {
+    np.dtype(np.int8): schema.TensorType.INT8,
+    np.dtype(np.int16): schema.TensorType.INT16,
+    np.dtype(np.int32): schema.TensorType.INT32,
+    np.dtype(np.int64): schema.TensorType.INT64,
+}
+ACTIVATION_DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.int8), 16: np.dtype(np.int16)}
+# Activation bits -> the bias's dtype, and the largest bias: half of what the kernel may add up,
+# int32, or the 48 bits that rescaling takes of int64.
+BIAS: dict[int, tuple[type[np.signedinteger], float]] = {
+    8: (np.int32, 2.0**30),
+    16: (np.int64, 2.0**46),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,22 +50,26 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Bias:
-    """Integer bias (int32) of scale input × weights, one scale per channel or one."""
+    """Integer bias (int32 or int64) of scale input × weights, one scale per channel or one."""
 
     integers: np.ndarray
     scale: np.ndarray
 
 
-def fit_bias(weights: Weights, bias: np.ndarray, input_scale: np.float32) -> tuple[Weights, Bias]:
-    """The int32 bias, and the weights on a coarser grid in channels where it would overflow.
+def fit_bias(
+    weights: Weights, bias: np.ndarray, input_scale: np.float32, bits: int = 8
+) -> tuple[Weights, Bias]:
+    """The integer bias, and the weights on a coarser grid in channels where it would overflow.
 
     A channel whose weights are tiny beside its bias (a dead channel, often, after folding) has a
     scale too fine for the bias to fit int32. There the scale is enlarged until the bias has
     magnitude 2**30, and the weights are rounded anew: they move by half of `|bias| / 2**30` per
-    input step at the most, far below one output step.
+    input step at the most, far below one output step. For activations of 16 `bits` the bias is
+    int64, and 2**46 in the place of 2**30.
     """
+    dtype, limit = BIAS[bits]
     product = np.float64(input_scale) * weights.scale.astype(np.float64)
-    needed = np.abs(bias.astype(np.float64)) / BIAS_LIMIT
+    needed = np.abs(bias.astype(np.float64)) / limit
     if len(weights.scale) == 1:
         needed = needed.max(keepdims=True)
     if np.any(needed > product):
@@ -62,7 +77,7 @@ def fit_bias(weights: Weights, bias: np.ndarray, input_scale: np.float32) -> tup
         product = np.float64(input_scale) * weights.scale.astype(np.float64)
     scale = product.astype(np.float32)
     integers = np.rint(bias.astype(np.float64) / product)
-    return weights, Bias(integers.astype(np.int32), scale)
+    return weights, Bias(integers.astype(dtype), scale)
 
 
 def _coarser(weights: Weights, scale: np.ndarray) -> Weights:

@@ -1,13 +1,10 @@
 """The integer pass: marked float flatbuffer to full-integer flatbuffer.
 
 Nothing is measured or guessed here: scales and zero points are those of the frozen model's sites,
-integer weights those that training used. Only the bias is made, on the int32 grid of input scale
-times weight scale that the TFLite quantization specification demands.
+integer weights those that training used. Only the bias is made, on the grid of input scale times
+weight scale that the TFLite quantization specification demands: int32, or int64 where activations
+have 16 bits.
 """
-
-import copy
-import math
-from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -15,21 +12,27 @@ from ai_edge_litert import schema_py_generated as schema
 from kqat.errors import LoweringError
 from kqat.folding import FrozenWeight
 from kqat.freezing import FrozenModel
-from kqat.marking import Site
 from tflite_export import flatbuffer
+from tflite_export.clamps import fuse_clamps, split_clamps
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
 from tflite_export.lookup import insert_tables
 from tflite_export.markers import (
     Labels,
-    new_operator,
     operator_code,
     same_grid,
     take_markers,
 )
-from tflite_export.op_table import ALL, OP_TABLE, OpRule
-from tflite_export.packing import Weights, constant_on_grid, fit_bias, pack_int4, quantization
-
-_MOVES = ("RESHAPE", "TRANSPOSE")  # the converter may carry markers across these
+from tflite_export.naming import name_tensors
+from tflite_export.op_table import ALL, INT16, OP_TABLE, OpRule
+from tflite_export.packing import (
+    ACTIVATION_DTYPES,
+    TENSOR_TYPES,
+    Weights,
+    constant_on_grid,
+    fit_bias,
+    pack_int4,
+    quantization,
+)
 
 
 def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL) -> ModelT:
@@ -48,16 +51,16 @@ def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL
             reads or writes was not marked, or weights are not those of the frozen model.
     """
     labels = take_markers(marked, frozen.sites)
+    fuse_clamps(marked, labels)
+    split_clamps(marked)
     integer_pass = _IntegerPass(marked, frozen, labels, runtimes)
-    integer_pass.fuse_clamps()
-    integer_pass.split_clamps()
     integer_pass.spread_scales()
     integer_pass.find_floats()
     for operator in integer_pass.graph.operators:
         integer_pass.convert(operator)
     insert_tables(marked, labels, frozen.tables)
     integer_pass.convert_tensors()
-    integer_pass.name_tensors()
+    name_tensors(marked, labels)
     return marked
 
 
@@ -108,61 +111,6 @@ class _IntegerPass:
     def _is_float(self, operator: OperatorT) -> bool:
         return any(int(t) in self.labels.floats for t in operator.inputs)
 
-    def fuse_clamps(self) -> None:
-        """Folds a RELU or RELU6 into its producer where the value between was never marked.
-
-        The integer kernel clamps to the output's range in any case, which for a clamp begins
-        at zero; the option only says so.
-        """
-        producers = {int(o): op for op in self.graph.operators for o in op.outputs}
-        kept = []
-        for operator in self.graph.operators:
-            name = flatbuffer.op_name(self.model, operator)
-            source = int(operator.inputs[0]) if len(operator.inputs) else -1
-            producer: Any = producers.get(source)
-            inside = source not in self.labels.sites and source not in self.labels.floats
-            if name not in ("RELU", "RELU6") or not inside or not self._may_fuse(producer, source):
-                kept.append(operator)
-                continue
-            kind = getattr(schema.ActivationFunctionType, name)
-            producer.builtinOptions.fusedActivationFunction = kind
-            producer.outputs = list(operator.outputs)
-            producers[int(operator.outputs[0])] = producer
-        self.graph.operators = kept
-
-    def _may_fuse(self, producer: OperatorT | None, value: int) -> bool:
-        """Whether the clamp is the one reader of a kernel that clamps and scales as it likes."""
-        if producer is None or not hasattr(producer.builtinOptions, "fusedActivationFunction"):
-            return False
-        rule = OP_TABLE.get(flatbuffer.op_name(self.model, producer))
-        readers = [op for op in self.graph.operators if value in map(int, op.inputs)]
-        marked = [int(t) for t in producer.inputs if int(t) in self.labels.sites]
-        shown = value in map(int, self.graph.outputs)
-        return bool(rule and rule.scales == "own" and len(readers) == 1 and marked and not shown)
-
-    def split_clamps(self) -> None:
-        """Takes a clamp out of a same-scale operator, into which the converter fused it.
-
-        Behind the clamp the scale may be another, which such an operator cannot give.
-        """
-        kinds = schema.ActivationFunctionType
-        names = {kinds.RELU: "RELU", kinds.RELU6: "RELU6"}
-        kept: list[OperatorT] = []
-        for operator in self.graph.operators:
-            kept.append(operator)
-            rule = OP_TABLE.get(flatbuffer.op_name(self.model, operator))
-            fused = getattr(operator.builtinOptions, "fusedActivationFunction", kinds.NONE)
-            if rule is None or rule.scales != "same" or fused not in names:
-                continue
-            operator.builtinOptions.fusedActivationFunction = kinds.NONE
-            output = int(operator.outputs[0])
-            between = copy.copy(self.graph.tensors[output])
-            between.name = flatbuffer.tensor_name(between).encode() + b"/unclamped"
-            self.graph.tensors.append(between)
-            operator.outputs = [len(self.graph.tensors) - 1]
-            kept.append(new_operator(self.model, names[fused], list(operator.outputs), [output]))
-        self.graph.operators = kept
-
     def spread_scales(self) -> None:
         """Gives unmarked tensors the grid that same-scale operators hand on, both ways."""
         sites = self.labels.sites
@@ -209,15 +157,33 @@ class _IntegerPass:
         if rule.ships_as is not None:
             builtin = getattr(schema.BuiltinOperator, rule.ships_as)
         version = max(code.version, rule.version)
+        if self._bits(operator) == 16:
+            version = max(version, self._int16_version(operator, name))
         if any(self.graph.tensors[int(t)].type == schema.TensorType.INT4 for t in operator.inputs):
             version = max(version, rule.int4_version)
         operator.opcodeIndex = operator_code(self.model, builtin, version)
+
+    def _bits(self, operator: OperatorT) -> int:
+        """Width of the activations on which an integer operator computes."""
+        tensors, sites = [*operator.inputs, *operator.outputs], self.labels.sites
+        return max((sites[int(t)].bits for t in tensors if int(t) in sites), default=8)
+
+    def _int16_version(self, operator: OperatorT, name: str) -> int:
+        if name not in INT16:
+            raise LoweringError(
+                f"Expected operators with int16 kernels. Received: {name}, which writes "
+                f"'{self._name(operator.outputs[0])}'. Give its layer 'int8' in the policy."
+            )
+        # By default, int16 kernels of ADD and SUB take scales that are powers of two.
+        if hasattr(operator.builtinOptions, "potScaleInt16"):
+            operator.builtinOptions.potScaleInt16 = False
+        return INT16[name].version
 
     def _check_six(self, operator: OperatorT, rule: OpRule, name: str) -> None:
         """Raises where RELU in the place of RELU6 would not clamp at 6."""
         if name == "RELU6" and rule.ships_as == "RELU":
             site = self.labels.sites[int(operator.outputs[0])]
-            top = (127 - site.zero_point) * float(site.scale)
+            top = (2 ** (site.bits - 1) - 1 - site.zero_point) * float(site.scale)
             if top > 6.0 + float(site.scale) / 2:
                 raise LoweringError(
                     f"Expected a range that ends at 6 behind RELU6. Received: {top:.3g} for "
@@ -263,14 +229,22 @@ class _IntegerPass:
         if not written:
             return
         output = sites[written[0]]
+        if any(sites[t].bits != output.bits for t in tensors):
+            raise LoweringError(
+                f"Expected integers of one width around {name}. Received: "
+                f"{[(self._name(t), sites[t].bits) for t in tensors]}."
+            )
+        fixed = rule.fixed
+        if output.bits == 16 and name in INT16 and (scale := INT16[name].fixed_scale):
+            fixed = (scale, 0)
         if rule.scales == "same" and not all(same_grid(sites[t], output) for t in tensors):
             raise LoweringError(
                 f"Expected one scale around {name}. Received: "
                 f"{[(self._name(t), float(sites[t].scale)) for t in tensors]}."
             )
-        if rule.fixed is not None and rule.fixed != (float(output.scale), output.zero_point):
+        if fixed is not None and fixed != (float(output.scale), output.zero_point):
             raise LoweringError(
-                f"Expected scale and zero point {rule.fixed} from {name}. Received: "
+                f"Expected scale and zero point {fixed} from {name}. Received: "
                 f"{(float(output.scale), output.zero_point)} for '{output.name}'."
             )
 
@@ -289,7 +263,8 @@ class _IntegerPass:
                 # As GATHER's table: what is handed on has the output's grid.
                 site = self.labels.sites.get(int(operator.outputs[0]))
                 integers, scale, zero = constant_on_grid(data, site)
-            index = self._add(tensor, integers.astype(np.int8), np.reshape(scale, -1), 0, zero)
+            integers = integers.astype(ACTIVATION_DTYPES[self._bits(operator)])
+            index = self._add(tensor, integers, np.reshape(scale, -1), 0, zero)
             operator.inputs[position] = index
 
     def _frozen(self, keras_order: np.ndarray, tensor: TensorT, channels: int) -> FrozenWeight:
@@ -322,11 +297,14 @@ class _IntegerPass:
         if position >= 0:
             like = self.graph.tensors[position]
             source = self._activations(operator, rule)[0]
-            weights, bias = fit_bias(weights, self._constant(like), self.labels.sites[source].scale)
+            site = self.labels.sites[source]
+            weights, bias = fit_bias(weights, self._constant(like), site.scale, site.bits)
             operator.inputs[rule.bias] = self._add(like, bias.integers, bias.scale, 0)
         index = self._add(tensor, weights.integers, weights.scale, weights.axis)
         operator.inputs[rule.weights] = index
-        if weights.bits <= 4 and self._takes_int4(rule, weights):
+        # What int16 kernels take of four bits, no runtime of a microcontroller does.
+        narrow = weights.bits <= 4 and self._bits(operator) == 8
+        if narrow and self._takes_int4(rule, weights):
             packed = self.graph.tensors[index]
             packed.type = schema.TensorType.INT4
             self.model.buffers[packed.buffer].data = pack_int4(weights.integers)
@@ -354,7 +332,7 @@ class _IntegerPass:
         tensor = schema.TensorT()
         tensor.name, tensor.shape = like.name, like.shape
         tensor.buffer = len(self.model.buffers) - 1
-        tensor.type = schema.TensorType.INT8 if data.itemsize == 1 else schema.TensorType.INT32
+        tensor.type = TENSOR_TYPES[data.dtype]
         tensor.quantization = quantization(scale, np.full(len(scale), zero_point), axis)
         self.graph.tensors.append(tensor)
         return len(self.graph.tensors) - 1
@@ -363,35 +341,5 @@ class _IntegerPass:
         """Gives every labelled tensor its type, scale and zero point."""
         for index, site in self.labels.sites.items():
             tensor = self.graph.tensors[index]
-            tensor.type = schema.TensorType.INT8
+            tensor.type = TENSOR_TYPES[ACTIVATION_DTYPES[site.bits]]
             tensor.quantization = quantization([site.scale], [site.zero_point], 0)
-
-    def name_tensors(self) -> None:
-        """Names tensors after the sites whose values they hold.
-
-        A chain of markers on one tensor stood between RESHAPEs and TRANSPOSEs that the converter
-        carried them across; walking back over those gives each its own tensor.
-        """
-        producers = {int(o): op for op in self.graph.operators for o in op.outputs}
-        for index, named in self.labels.named.items():
-            tensor: int | None = index
-            for site in reversed(named):
-                while tensor is not None and not self._holds(tensor, site):
-                    tensor = self._before_move(tensor, producers)
-                if tensor is None:
-                    break
-                self.graph.tensors[tensor].name = site.name.encode()
-                tensor = self._before_move(tensor, producers)
-
-    def _before_move(self, tensor: int, producers: dict[int, OperatorT]) -> int | None:
-        producer = producers.get(tensor)
-        if producer is None or flatbuffer.op_name(self.model, producer) not in _MOVES:
-            return None
-        return int(producer.inputs[0])
-
-    def _holds(self, tensor: int, site: Site) -> bool:
-        """Whether the tensor has the site's shape, or its matrix form as FULLY_CONNECTED has it."""
-        shape = flatbuffer.tensor_shape(self.graph.tensors[tensor])
-        batch_size = flatbuffer.tensor_shape(self.graph.tensors[int(self.graph.inputs[0])])[0]
-        full = (batch_size, *site.shape)
-        return shape in (full, (math.prod(full[:-1]), *full[-1:]))

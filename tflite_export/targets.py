@@ -50,8 +50,9 @@ def check_target(frozen: FrozenModel, name: str) -> None:
     ]
     if lacking:
         raise TargetError(
-            f"Expected operators that target '{name}' has int8 kernels for. Received: "
-            f"{'; '.join(lacking)}. Replace these layers, or choose another target."
+            f"Expected operators that target '{name}' has integer kernels for. Received: "
+            f"{'; '.join(lacking)}. Replace these layers, give them another width in the policy, "
+            "or choose another target."
         )
     slow = [str(m) for m in found]
     if slow and not target.notes_only:
@@ -114,25 +115,28 @@ def _computes(target: Target, ops: tuple[str, ...]) -> bool:
 
 
 def _misfits(frozen: FrozenModel, target: Target) -> Iterator[Misfit]:
-    integers: set[Ref] = set()
+    widths: dict[Ref, int] = {}  # of the values that are integers
     for node in trace(frozen.model).nodes:
         layer: Any = node.layer
         if isinstance(layer, Marker):
-            if not is_marker(layer, "fence"):
-                integers.update(node.outputs)
+            if is_marker(layer, "site"):
+                widths[node.outputs[0]] = frozen.sites[layer.index].bits
+            elif not is_marker(layer, "fence"):
+                widths[node.outputs[0]] = 8
             continue
         is_table = isinstance(layer, Tabulated)
-        fed = all(ref.counts or ref in integers for ref in node.inputs)
+        fed = all(ref.counts or ref in widths for ref in node.inputs)
         if not node.inputs or not (is_table or fed):
             continue
         # A layer may stand between two markers with others, all of them integer.
-        integers.update(node.outputs)
+        bits = max((widths[ref] for ref in node.inputs if ref in widths), default=8)
+        widths |= dict.fromkeys(node.outputs, bits)
         inner = layer.layer if is_table else layer
         name = inner.name if is_table else node.name
         ops = rule_for(inner).ops
         # What the op table says of the runtime holds for operators that no accelerator has.
         unfit = set(target.unfit(ops, is_table))
-        lacks = missing_kernels(ops, target.runtime) if not is_table else ()
+        lacks = missing_kernels(ops, target.runtime, bits) if not is_table else ()
         unfit |= {op for op in lacks if op not in target.accelerated}
         if unfit:
             found = misfit(name, unfit, activation_of(inner, name), target)

@@ -25,6 +25,7 @@ from tflite_export.feeding import real as real_values
 from tflite_export.flatbuffer import ModelT
 from tflite_export.foreign import compare_runtimes
 from tflite_export.inspection import inspect
+from tflite_export.packing import ACTIVATION_DTYPES
 from tflite_export.profiling import GridUse, grid_use, layer_reports, static_reports
 from tflite_export.report import (
     LayerReport,
@@ -37,7 +38,6 @@ from tflite_export.runtimes import run, tflite_micro_arena_bytes
 from tflite_export.targets import check_file
 
 DEFAULT_RUNTIMES = ("litert_reference", "litert", "tflite_micro")
-_INT8 = np.dtype(np.int8)
 
 
 def verify(
@@ -179,7 +179,7 @@ class _Tensors:
         self.output_names = dict(zip(_output_sites(frozen), frozen.output_names, strict=True))
 
     def find(self, index: int, site: Site) -> int | None:
-        """The int8 tensor of `site`: it bears the site's name, or the model output's."""
+        """The integer tensor of `site`: it bears the site's name, or the model output's."""
         names = [site.name]
         if index in self.output_names:
             names.append(self.output_names[index])
@@ -204,7 +204,10 @@ class _Tensors:
 
     def _has_grid(self, tensor: int, site: Site) -> bool:
         found = self.graph.tensors[tensor]
-        if flatbuffer.tensor_dtype(found) != _INT8 or found.quantization is None:
+        if (
+            flatbuffer.tensor_dtype(found) != ACTIVATION_DTYPES[site.bits]
+            or found.quantization is None
+        ):
             return False
         grid = (found.quantization.scale[0], found.quantization.zeroPoint[0])
         return grid == (site.scale, site.zero_point)
@@ -333,7 +336,7 @@ class _Lockstep:
         real = np.asarray(value)
         expected = site.integers(real)
         tensor = self.aliases.get(index, self.tensors.find(index, site))
-        grid = (site.scale, site.zero_point, expected.shape)
+        grid = (site.scale, site.zero_point, site.bits, expected.shape)
         self.values[index] = (*grid, sha256(expected).digest())
         if tensor is None or tensor not in self.found:
             self.missed[site.name] = index
@@ -343,9 +346,9 @@ class _Lockstep:
         self.compared |= waiting
         actual = self.found[tensor].reshape(expected.shape).astype(np.float32)
         steps = np.abs(actual - expected)
-        # Float arithmetic on 24 bits leaves an exact tie of an 8-bit value this close to one.
+        # Float arithmetic on 24 bits leaves an exact tie of an 8-bit value 2**-12 steps from one.
         position = real / site.scale
-        tied = np.abs(position - np.floor(position) - 0.5) < 2.0**-12
+        tied = np.abs(position - np.floor(position) - 0.5) < 2.0 ** (site.bits - 20)
         self.uses.append(grid_use(site, tensor, real, actual))
         self.differences.append(
             SiteDifference(

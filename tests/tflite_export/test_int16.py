@@ -1,0 +1,214 @@
+"""Activations of 16 bits: kernels of each runtime, and files in which widths meet."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+
+import kqat
+import tflite_export
+from kqat.rules import INT16_OPS
+from tests.coverage.cases import Case, functional, inputs_of
+from tests.tflite_export.small_models import computed, constants, operators, quantized
+from tflite_export import flatbuffer
+from tflite_export.op_table import INT16, OP_TABLE
+from tflite_export.packing import Weights, fit_bias
+
+IMAGE, VECTOR, SEQUENCE = (6, 6, 4), (17,), (5, 8)
+
+
+def _with_conv(merge: type[keras.layers.Layer]) -> Callable[[Any], Any]:
+    return lambda x: merge()([x, L.Conv2D(4, 1)(x)])
+
+
+# Operator -> a model that holds it: the shape of its input, and what it computes.
+MODELS: dict[str, tuple[tuple[int, ...], Any]] = {
+    "CONV_2D": (IMAGE, lambda x: L.Conv2D(5, 3)(x)),
+    "DEPTHWISE_CONV_2D": (IMAGE, lambda x: L.DepthwiseConv2D(3)(x)),
+    "FULLY_CONNECTED": (VECTOR, lambda x: L.Dense(5)(x)),
+    "TRANSPOSE_CONV": (IMAGE, lambda x: L.Conv2DTranspose(5, 3)(x)),
+    "ADD": (IMAGE, _with_conv(L.Add)),
+    "SUB": (IMAGE, _with_conv(L.Subtract)),
+    "MUL": (IMAGE, lambda x: L.Rescaling(-0.3)(_with_conv(L.Multiply)(x))),
+    "RELU": (IMAGE, lambda x: L.ReLU()(x)),
+    "RELU6": (IMAGE, lambda x: L.ReLU(6.0)(x)),
+    "LEAKY_RELU": (IMAGE, lambda x: L.LeakyReLU(0.3)(x)),
+    "BATCH_MATMUL": (SEQUENCE, lambda x: L.MultiHeadAttention(2, 4)(x, x)),
+    "MEAN": (IMAGE, lambda x: L.GlobalAveragePooling2D()(x)),
+    "SOFTMAX": (VECTOR, lambda x: L.Softmax()(x)),
+    "LOGISTIC": (VECTOR, lambda x: L.Activation("sigmoid")(x)),
+    "TANH": (VECTOR, lambda x: L.Activation("tanh")(x)),
+    "MAX_POOL_2D": (IMAGE, lambda x: L.MaxPooling2D(2)(x)),
+    "AVERAGE_POOL_2D": (IMAGE, lambda x: L.AveragePooling2D(2)(x)),
+    "REDUCE_MAX": (IMAGE, lambda x: L.GlobalMaxPooling2D()(x)),
+    "MAXIMUM": (IMAGE, _with_conv(L.Maximum)),
+    "MINIMUM": (IMAGE, _with_conv(L.Minimum)),
+    "CONCATENATION": (IMAGE, _with_conv(L.Concatenate)),
+    "RESHAPE": (IMAGE, lambda x: L.Flatten()(x)),
+    "TRANSPOSE": (IMAGE, lambda x: L.Permute((2, 1, 3))(x)),
+    "PAD": (IMAGE, lambda x: L.ZeroPadding2D(1)(x)),
+    "STRIDED_SLICE": (IMAGE, lambda x: L.Cropping2D(1)(x)),
+    "RESIZE_BILINEAR": (IMAGE, lambda x: L.UpSampling2D(2, interpolation="bilinear")(x)),
+    "RESIZE_NEAREST_NEIGHBOR": (IMAGE, lambda x: L.UpSampling2D(2)(x)),
+    # The kernel's own scale meets that of the other input.
+    "QUANTIZE": (VECTOR, lambda x: L.Concatenate()([L.Activation("sigmoid")(x), x])),
+}
+FAST = ("CONV_2D", "SUB")
+
+# Lockstep finds one step at most. Kernels that rescale an int64 sum do it by a number of 15 bits,
+# which at the end of the grid is off by up to one step; float32 arithmetic on 24 bits adds less
+# than a tenth. These kernels approximate: they interpolate in tables of 513 entries, and SOFTMAX
+# also rounds differences of its inputs to 10/65535 (measured: 2 and 10 steps of 1/32768).
+STEPS = {"TANH": 2, "SOFTMAX": 10}
+
+
+def test_the_registry_foresees_the_kernels() -> None:
+    # RELU6 ships as RELU, and DEQUANTIZE is no layer's.
+    assert {*INT16_OPS, "RELU6", "DEQUANTIZE"} == set(INT16)
+    assert set(INT16) <= set(OP_TABLE)
+
+
+def test_every_row_has_a_model() -> None:
+    assert {*MODELS, "DEQUANTIZE"} == set(INT16)
+
+
+@pytest.mark.parametrize(
+    "operator", [pytest.param(o, marks=[] if o in FAST else pytest.mark.slow) for o in MODELS]
+)
+def test_kernels_of_each_runtime(operator: str) -> None:
+    qat, x = quantized(*MODELS[operator], "int16x8")
+    blob = tflite_export.convert(qat)
+    model = flatbuffer.read(blob)
+    shipped = OP_TABLE[operator].ships_as or operator
+    assert shipped in operators(model)
+    report = tflite_export.verify(qat, blob, x, runtimes=tflite_export.RUNTIMES)
+    ran = {part.runtime for part in report.runtimes if part.problem is None}
+    assert ran == INT16[operator].runtimes
+    for part in report.runtimes:
+        for site in part.sites:
+            assert site.max_steps <= STEPS.get(site.operator, 1), (part.runtime, site)
+    for name, tensor in computed(model).items():
+        assert flatbuffer.tensor_dtype(tensor) == np.int16, name
+        assert list(tensor.quantization.zeroPoint) == [0]
+
+
+@pytest.mark.parametrize("operator", ["CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"])
+def test_weights_are_int8_and_the_bias_int64(operator: str) -> None:
+    qat, _ = quantized(*MODELS[operator], "int16x8")
+    model = flatbuffer.read(tflite_export.convert(qat))
+    (weights, integers), (bias, sums) = constants(model, 0)
+    assert (integers.dtype, sums.dtype) == (np.int8, np.int64)
+    scale = computed(model)["x"].quantization.scale[0]
+    product = np.float64(scale) * weights.quantization.scale
+    np.testing.assert_array_equal(bias.quantization.scale, np.float32(product))
+    trained = next(np.float64(weight) for weight in qat.weights if weight.name == "bias")
+    np.testing.assert_array_equal(sums, np.rint(trained / product))
+
+
+def test_a_bias_beyond_48_bits_coarsens_the_weights() -> None:
+    weights = Weights(np.array([[100], [100]], np.int8), np.float32([1e-12, 1e-3]), 0)
+    fitted, bias = fit_bias(weights, np.float32([1.0, 1.0]), np.float32(1e-4), 16)
+    assert bias.integers[1] == 10**7
+    # The enlarged scale is a float32, whose 24 bits leave 2**46 about 2**22 away.
+    assert abs(int(bias.integers[0]) - 2**46) <= 2**22
+    assert fitted.scale[1] == weights.scale[1]
+    narrow, _ = fit_bias(weights, np.float32([1.0, 1.0]), np.float32(1e-4))
+    assert narrow.scale[0] > fitted.scale[0] > weights.scale[0]
+
+
+def _network() -> keras.Model:
+    def call(x: Any) -> Any:
+        x = L.Conv2D(8, 3, padding="same", use_bias=False, name="stem")(x)
+        x = L.ReLU(name="stem_relu")(L.BatchNormalization(name="stem_bn")(x))
+        y = L.Conv2D(8, 3, padding="same", activation="relu", name="block_1")(x)
+        x = L.Add(name="add")([x, y])
+        x = L.DepthwiseConv2D(3, padding="same", name="block_2_depthwise")(x)
+        x = L.Conv2D(12, 1, name="block_2_pointwise")(L.ReLU(6.0, name="block_2_relu")(x))
+        x = L.GlobalAveragePooling2D(name="mean")(L.MaxPooling2D(name="pool")(x))
+        return L.Dense(5, name="head")(x)
+
+    return functional((12, 12, 3), call)
+
+
+def _mlp() -> keras.Model:
+    def call(x: Any) -> Any:
+        x = L.Dense(64, activation="relu")(x)
+        x = L.Dense(32, activation="relu6")(x)
+        return L.Dense(5, activation="sigmoid")(x)
+
+    return functional((100,), call)
+
+
+MIXED = {"stem*": "int8", "block_2*": "w4a8", "head": "int16x8", "block_1": None}
+
+
+@pytest.mark.parametrize(
+    ("build", "policy", "types", "quantizes"),
+    [
+        (_network, "int16x8", {"int8", "int16", "int32", "int64"}, 0),
+        (_mlp, "int16x8", {"int8", "int16", "int64"}, 0),
+        (_network, {"block_1": "int16x8"}, {"int8", "int16", "int32", "int64"}, 2),
+        # Four-bit weights come packed, as uint8. One QUANTIZE more, behind the float layer.
+        (_network, MIXED, {"int8", "int16", "int32", "int64", "uint8", "float32"}, 2),
+    ],
+    ids=["cnn", "mlp", "island", "mixed"],
+)
+def test_lockstep(build: Any, policy: Any, types: set[str], quantizes: int) -> None:
+    model = Case(name="net", build=build, ops={}).model()  # with biases
+    x = inputs_of(model, 32)
+    plan = kqat.plan(model, policy)
+    planned = [layer.kind for layer in plan.layers].count("Requantize") + len(plan.float_layers())
+    qat = kqat.quantize_model(model, policy, calibration_data=x)
+    blob = tflite_export.convert(qat)
+    report = tflite_export.verify(qat, blob, x)
+    found = [(p.problem, p.max_steps, p.unmatched) for p in report.runtimes]
+    # One step, for the reasons beside `STEPS`.
+    assert found == [(None, 1, ())] * 3
+    assert report.operators.get("QUANTIZE", 0) == planned == quantizes
+    assert report.float_operators == (3 if plan.float_layers() else 0)
+    tensors = flatbuffer.read(blob).subgraphs[0].tensors
+    assert {str(flatbuffer.tensor_dtype(tensor)) for tensor in tensors} == types
+
+
+@pytest.mark.parametrize("io_type", [None, "int16", "float32"])
+def test_inputs_and_outputs(io_type: str | None) -> None:
+    qat, x = quantized(*MODELS["FULLY_CONNECTED"], "int16x8")
+    blob = tflite_export.convert(qat, inference_input_type=io_type, inference_output_type=io_type)
+    graph = flatbuffer.read(blob).subgraphs[0]
+    ends = [flatbuffer.tensor_dtype(graph.tensors[t]) for t in (*graph.inputs, *graph.outputs)]
+    assert ends == [np.dtype(io_type or "int16")] * 2
+    report = tflite_export.verify(qat, blob, x)
+    assert [(part.problem, part.max_steps <= 1) for part in report.runtimes] == [(None, True)] * 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "io_type", "own"), [("int16x8", "int8", "int16"), ("int16x8", "uint8", "int16"),
+                                   ("int8", "int16", "int8")],
+)  # fmt: skip
+def test_a_width_that_the_plan_does_not_give_is_refused(
+    policy: str, io_type: str, own: str
+) -> None:
+    qat, _ = quantized(*MODELS["FULLY_CONNECTED"], policy)
+    message = f"input 'x' to have the width .*, {own}. Received: .*'{io_type}'. Use '{own}'"
+    with pytest.raises(kqat.ExportError, match=message):
+        tflite_export.convert(qat, inference_input_type=io_type)
+
+
+def test_a_target_without_the_kernel_names_the_layer() -> None:
+    qat, _ = quantized(IMAGE, lambda x: L.Dense(2)(L.GlobalMaxPooling2D(name="peak")(x)), "int16x8")
+    with pytest.raises(kqat.TargetError, match="'peak' needs REDUCE_MAX"):
+        tflite_export.convert(qat, target="tflite_micro")
+    assert tflite_export.convert(qat, target="litert")
+
+
+def test_four_bits_stay_in_int8_under_sixteen() -> None:
+    weights = kqat.QuantSpec(bits=4, symmetric=True, narrow_range=True, axis="channel")
+    wide = kqat.QuantSpec(bits=16, symmetric=True)
+    config = kqat.QuantizeConfig(weights=weights, activation=wide)
+    qat, _ = quantized(*MODELS["CONV_2D"], config)
+    integers = constants(flatbuffer.read(tflite_export.convert(qat)), 0)[0][1]
+    assert integers.dtype == np.int8
+    assert np.abs(integers).max() == 7
