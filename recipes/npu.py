@@ -13,7 +13,6 @@ Writes to --out: results.json, and for each network a .tflite and the report's p
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -23,10 +22,12 @@ import kqat
 import tflite_export
 from recipes import data, running
 from recipes.models import digits_cnn, mobilenet_v2
+from recipes.running import Table
 from tflite_export.vela import ACCELERATORS, estimate
 
 SAMPLES = 128
 HEADER = ("network", "NPU", "on it", "cycles", "SRAM", "DRAM", "flash")
+LEGEND = "SRAM, DRAM and flash in bytes, as Vela says"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -34,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = _options(argv)
     running.start(options)
     networks = {"smoke": _fake} if options.smoke else NETWORKS
-    results: dict[str, Any] = {}
-    rows = []
+    measured: dict[str, Any] = {}
     for name, read in networks.items():
         model, x = read()
         qat = kqat.quantize_model(model, calibration_data=x)
@@ -46,26 +46,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         report.save_html(options.out / f"{name}.html")
         found = {target: estimate(blob, target) for target in ACCELERATORS}
-        results[name] = {
-            t: dataclasses.asdict(e) | {"npu_share": e.npu_share} for t, e in found.items()
+        measured[name] = {
+            t: {**dataclasses.asdict(e), "fallbacks": list(e.fallbacks), "npu_share": e.npu_share}
+            for t, e in found.items()
         }
-        rows += [_cells(name, e) for e in found.values()]
-    print(f"\n{running.table(HEADER, rows)}\n\nSRAM, DRAM and flash in bytes, as Vela says")
-    return running.save_results(options, "npu", {"networks": results})
+    results = running.save_results(options, "npu", {"networks": measured})
+    running.show(tables(results))
+    return results
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """What the recipe prints, from what results.json holds."""
+    rows = [
+        _cells(name, found) for name, by in results["networks"].items() for found in by.values()
+    ]
+    return [Table("Networks as Vela compiles them", HEADER, rows, LEGEND)]
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = running.parser(__doc__, out="out/npu")
-    parser.add_argument("--data", type=Path, help="folder of data/ and models/ (else KQAT_DATA)")
-    return parser.parse_args(argv)
+    return running.parser(__doc__, out="out/npu").parse_args(argv)
 
 
-def _cells(name: str, found: tflite_export.NpuEstimate) -> tuple[str, ...]:
+def _cells(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    sizes = (found[key] for key in ("cycles", "sram_bytes", "dram_bytes", "flash_bytes"))
     return (
         name,
-        found.accelerator,
-        f"{100 * found.npu_share:.0f} %",
-        *(f"{n:,}" for n in (found.cycles, found.sram_bytes, found.dram_bytes, found.flash_bytes)),
+        found["accelerator"],
+        f"{100 * found['npu_share']:.0f} %",
+        *map(running.counted, sizes),
     )
 
 

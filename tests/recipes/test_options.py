@@ -13,8 +13,8 @@ RECIPES = sorted(
     if "running.parser(" in path.read_text()
 )
 OPTIONS = ("--out", "--seed", "--smoke", "--data", "--epochs")
-# What a recipe has no use for: digits come with scikit-learn, and fidelity trains nothing.
-WITHOUT = {"digits": ("--data",), "fidelity": ("--epochs",)}
+# What a recipe has no use for: digits come with scikit-learn, two recipes train nothing.
+WITHOUT = {"digits": ("--data",), "fidelity": ("--epochs",), "npu": ("--epochs",)}
 
 
 def test_the_recipes_are_found() -> None:
