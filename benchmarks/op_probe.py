@@ -168,6 +168,9 @@ MODELS: dict[str, Build] = {
     "REDUCE_PROD": _one(ROWS, lambda x: ops.prod(x, axis=1)),
     "ARG_MAX": _one(ROWS, lambda x: ops.argmax(x, axis=-1)),
     "ARG_MIN": _one(ROWS, lambda x: ops.argmin(x, axis=-1)),
+    "LOGICAL_AND": _chosen_by(lambda a, b: ops.logical_and(a > b, b > 0.5)),
+    "LOGICAL_OR": _chosen_by(lambda a, b: ops.logical_or(a > b, b > 0.5)),
+    "LOGICAL_NOT": _chosen_by(lambda a, b: ops.logical_not(ops.logical_and(a > b, b > 0.5))),
     # What a recurrence begins and ends with.
     "UNPACK": _recurrent(),
     "PACK": _recurrent(),
