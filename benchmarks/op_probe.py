@@ -168,6 +168,10 @@ MODELS: dict[str, Build] = {
     "REDUCE_PROD": _one(ROWS, lambda x: ops.prod(x, axis=1)),
     "ARG_MAX": _one(ROWS, lambda x: ops.argmax(x, axis=-1)),
     "ARG_MIN": _one(ROWS, lambda x: ops.argmin(x, axis=-1)),
+    "LOGICAL_AND": _chosen_by(lambda a, b: ops.logical_and(a > b, b > 0.5)),
+    "LOGICAL_OR": _chosen_by(lambda a, b: ops.logical_or(a > b, b > 0.5)),
+    # The converter turns a negated comparison, or a choice by it, into others.
+    "LOGICAL_NOT": _two(lambda x: ops.logical_not(ops.logical_and(x[0] > x[1], x[1] > 0.5))),
     # What a recurrence begins and ends with.
     "UNPACK": _recurrent(),
     "PACK": _recurrent(),
@@ -187,6 +191,7 @@ MODELS: dict[str, Build] = {
     "QUANTIZE": _activation("relu"),
     "DEQUANTIZE": _activation("relu"),
 }
+WITHOUT_SCALE = ("DEQUANTIZE", "LOGICAL_NOT", "ARG_MAX", "ARG_MIN")
 # In the table, but never in a file.
 SHIPS_AS_ANOTHER = tuple(op for op, rule in OP_TABLE.items() if rule.ships_as)
 
@@ -280,8 +285,8 @@ def _cell(
     part = verify(frozen, blob, data, runtimes=[runtime], samples=SAMPLES).on(runtime)
     if part.problem is not None:
         return dataclasses.replace(cell, words=_own_words(part.problem))
-    # From end to end steps add up; only a float output has no other measure.
-    ends = [o.max_steps for o in part.outputs] if operator == "DEQUANTIZE" else []
+    # From end to end steps add up; but a value without a scale has no other measure.
+    ends = [o.max_steps for o in part.outputs] if operator in WITHOUT_SCALE else []
     steps = max([part.max_steps, *ends])
     result = "works" if steps <= 1 and part.sites else "wrong"
     return dataclasses.replace(cell, result=result, max_steps=steps)

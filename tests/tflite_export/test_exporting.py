@@ -232,7 +232,7 @@ def test_targets_are_checked_before_anything_is_converted(
         raise AssertionError("the converter was called")
 
     monkeypatch.setattr(exporting, "lower", never)
-    with pytest.raises(TargetError, match=r"the targets \['litert', .*Received: 'toaster'"):
+    with pytest.raises(TargetError, match=r"the targets \['cmsis_nn', .*Received: 'toaster'"):
         tflite_export.convert(net.frozen, target="toaster")
     monkeypatch.setitem(OP_TABLE, "MEAN", dataclasses.replace(OP_TABLE["MEAN"], runtimes=LITERT))
     with pytest.raises(TargetError, match=r"'tflite_micro'.*Received: layer 'pool' needs MEAN"):
