@@ -15,7 +15,7 @@ from kqat.rearranging import REARRANGING
 from kqat.refusals import LAYER_REASONS, OPERATION_REASONS
 from kqat.registry import ACTIVATIONS, LAYERS
 from kqat.rules import LayerRule, Output
-from tflite_export.lookup import TABLE_OPS
+from kqat.targets import TABLE_OPS
 from tflite_export.op_table import missing_kernels
 
 PATH = Path(__file__).with_suffix(".md")
