@@ -233,13 +233,19 @@ def probe(operator: str) -> Iterator[Cell]:
         blob = exporting.assemble(
             frozen,
             ["uint8" if operator == "QUANTIZE" else "int8"] * len(frozen.input_names),
-            ["float32" if operator == "DEQUANTIZE" else "int8"],
+            [_output_type(operator, tensor) for tensor in frozen.model.outputs],
             runtimes=frozenset(),
             tables_computed=frozenset(table.index for table in frozen.tables),
         )
         _check_holds(operator, precision, blob)
         for runtime in RUNTIMES:
             yield _cell(operator, precision, runtime, frozen, blob, data)
+
+
+def _output_type(operator: str, tensor: Any) -> str:
+    if not keras.backend.is_float_dtype(tensor.dtype):
+        return "int32"  # What counts, or is true, has no scale.
+    return "float32" if operator == "DEQUANTIZE" else "int8"
 
 
 def _data(model: keras.Model) -> Any:
