@@ -165,7 +165,7 @@ MODELS: dict[str, Build] = {
     "SPACE_TO_DEPTH": _one(IMAGE, lambda x: ops.space_to_depth(x, 2)),
     "GATHER": _one(IMAGE, lambda x: ops.take(x, np.array([3, 0, 2]), axis=1)),
     "REDUCE_MIN": _one(IMAGE, lambda x: ops.min(x, axis=(1, 2))),
-    "REDUCE_PROD": _one(ROWS, lambda x: ops.prod(x, axis=1)),
+    "REDUCE_PROD": _one((4, 8), lambda x: ops.prod(x, axis=1)),
     "ARG_MAX": _one(ROWS, lambda x: ops.argmax(x, axis=-1)),
     "ARG_MIN": _one(ROWS, lambda x: ops.argmin(x, axis=-1)),
     "LOGICAL_AND": _chosen_by(lambda a, b: ops.logical_and(a > b, b > 0.5)),

@@ -312,7 +312,7 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (Reduce, "mean"): _own("MEAN"),
     (Reduce, "max"): _same("REDUCE_MAX"),
     (Reduce, "min"): _same("REDUCE_MIN"),
-    (Reduce, "prod"): _own("REDUCE_PROD"),
+    (Reduce, "prod"): _own("REDUCE_PROD", refuse=rules.few_factors),
     (Count, "argmax"): _index("ARG_MAX"),
     (Count, "argmin"): _index("ARG_MIN"),
     (Count, "add"): _index("ADD"),

@@ -22,6 +22,10 @@ INT16_OPS = frozenset(
 )  # fmt: skip
 
 
+# Four were one step off at most, six were three (on LiteRT, `benchmarks/op_probe.py`).
+MOST_FACTORS = 4
+
+
 class Output(enum.Enum):
     """How the scale of a layer's output comes about."""
 
@@ -126,6 +130,17 @@ def plain_resize(layer: Any) -> str | None:
     if layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio or layer.antialias:
         return "only plain resizing has a TFLite kernel; leave aspect ratio and antialias options"
     return nearest_or_bilinear(layer)
+
+
+def few_factors(layer: Any) -> str | None:
+    """Refuses a product of more values than its kernel computes rightly."""
+    count = math.prod(layer.input.shape[axis] for axis in layer.axes)
+    if count > MOST_FACTORS:
+        return (
+            f"a product of {count} values: TFLite's REDUCE_PROD rounds after each, and beyond "
+            f"{MOST_FACTORS} its result is some steps off; use keras.layers.Multiply"
+        )
+    return None
 
 
 def channel_axes(axis: Any) -> tuple[int, ...] | None:

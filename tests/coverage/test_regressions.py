@@ -181,3 +181,10 @@ def test_no_kernel_is_asked_for_more_than_it_computes_rightly(kind: str, scale: 
     assert ("GATHER" in report.operators) == (scale > 4.0)
     assert report.is_full_integer
     assert all(part.problem is None and part.max_steps <= 1 for part in report.runtimes)
+
+
+def test_a_product_of_many_values_is_refused() -> None:
+    x = keras.Input((6, 8))
+    model = keras.Model(x, ops.prod(x, axis=1))
+    with pytest.raises(kqat.UnsupportedLayerError, match="a product of 6 values: .*REDUCE_PROD"):
+        kqat.plan(model)
