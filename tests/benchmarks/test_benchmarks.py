@@ -64,6 +64,7 @@ def test_both_keras_build_the_same_network(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main", [training_step.main, convert.main])
 def test_benchmark_measures_both_clocks(
     main: Callable[[Sequence[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]

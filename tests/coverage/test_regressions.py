@@ -186,5 +186,5 @@ def test_no_kernel_is_asked_for_more_than_it_computes_rightly(kind: str, scale: 
 def test_a_product_of_many_values_is_refused() -> None:
     x = keras.Input((6, 8))
     model = keras.Model(x, ops.prod(x, axis=1))
-    with pytest.raises(kqat.UnsupportedLayerError, match="a product of 6 values: .*REDUCE_PROD"):
+    with pytest.raises(kqat.UnsupportedLayerError, match=r"a product of 6 values: .*REDUCE_PROD"):
         kqat.plan(model)

@@ -265,7 +265,7 @@ GRIDS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "wide activations": (
         PolicyError,
         lambda: QuantizeConfig(activation=QuantSpec(bits=16)),
-        "activation grid of 8 bits.*bits=16",
+        "symmetric activation grid of 16 bits.*bits=16",
     ),
 }
 

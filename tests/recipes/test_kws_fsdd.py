@@ -9,7 +9,8 @@ import pytest
 from recipes import kws_fsdd
 
 
-@pytest.mark.parametrize("network", [pytest.param("ds_cnn", marks=pytest.mark.slow), "conv1d"])
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["ds_cnn", "conv1d"])
 def test_one_step_writes_everything(
     network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

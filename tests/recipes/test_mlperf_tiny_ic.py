@@ -13,6 +13,7 @@ FILES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_step_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = mlperf_tiny_ic.main(["--smoke", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == FILES

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from recipes import sequence
 
 FILES = {"model.tflite", "model.keras", "report.json", "results.json"}
 
 
+@pytest.mark.slow
 def test_one_step_writes_everything(tmp_path: Path) -> None:
     results = sequence.main(["--smoke", "--network", "gru", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == FILES
