@@ -91,11 +91,16 @@ def channels_last(layer: Any) -> str | None:
     return None
 
 
+def _built_rank(layer: Any) -> int:
+    """Number of axes of the input that `layer` was built for; 0 where it was built for none."""
+    return len((layer.get_build_config() or {}).get("input_shape") or ())
+
+
 def last_axis(layer: Any) -> str | None:
     """Refuses an axis that is not the last."""
     axis = layer.axis
     axis = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
-    rank = getattr(layer.input_spec, "ndim", None) or 0
+    rank = getattr(layer.input_spec, "ndim", None) or _built_rank(layer)
     if axis not in ((-1,), (rank - 1,), (None,), ()):
         return f"axis={layer.axis} is not the last; permute the input so that it is"
     return None
