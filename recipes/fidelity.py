@@ -50,6 +50,9 @@ accuracy, SQNR and agreement with the float model: on LiteRT (XNNPACK)
 lockstep, equal: the operator that differs most, on LiteRT's reference kernels
                  and on TFLite Micro"""
 KWS_CALIBRATION = 100
+ONE_SCALE = kqat.QuantizeConfig(
+    weights=kqat.QuantSpec(bits=8, symmetric=True, narrow_range=True, axis=None)
+)
 VWW_IMAGES = 500
 VWW_CALIBRATION_IMAGES = 256
 
@@ -58,7 +61,8 @@ VWW_CALIBRATION_IMAGES = 256
 class Case:
     """A pretrained model, what its ranges are found on and what the files are compared on.
 
-    `about` describes `inputs`; `is_classifier` says whether a largest output means something.
+    `about` describes `inputs`; `is_classifier` says whether a largest output means something,
+    `one_scale` whether there is a second file with one scale per weight tensor, as the vendor's.
     """
 
     model: keras.Model
@@ -68,6 +72,7 @@ class Case:
     labels: np.ndarray | None = None
     vendor: bytes | None = None
     is_classifier: bool = True
+    one_scale: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -151,6 +156,7 @@ def _ad() -> Case:
         inputs=windows[1::2],
         vendor=data.vendor_tflite("mlperf_tiny/ad"),
         is_classifier=False,
+        one_scale=True,  # Scales per channel are much of a file of Dense layers.
     )
 
 
@@ -188,6 +194,7 @@ def _fake() -> Case:
         inputs=x,
         labels=random.integers(0, 10, len(x)),
         vendor=converter.float_tflite(model),
+        one_scale=True,
     )
 
 
@@ -205,11 +212,17 @@ def _measure(name: str, case: Case, out: Path) -> dict[str, Any]:
         "inputs": case.about,
         "float_accuracy": None if labels is None else running.accuracy(expected, labels),
         "kqat": _fidelity(case, blob, expected),
+        "one_scale": _one_scale(case, expected) if case.one_scale else None,
         "vendor": None if case.vendor is None else _fidelity(case, case.vendor, expected),
         "operators": report.operators,
         "float_operators": report.float_operators,
         "lockstep": {runtime: _lockstep(report, runtime) for runtime in RUNTIMES},
     }
+
+
+def _one_scale(case: Case, expected: np.ndarray) -> dict[str, Any]:
+    qat = kqat.quantize_model(case.model, ONE_SCALE, calibration_data=case.calibration)
+    return _fidelity(case, tflite_export.convert(qat), expected)
 
 
 def _fidelity(case: Case, blob: bytes, expected: np.ndarray) -> dict[str, Any]:
@@ -300,6 +313,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
         own = [("kqat", *_figures(result["kqat"]), worst, running.percent(min(shares)))]
         if result["float_accuracy"] is not None:
             own.insert(0, ("float", running.percent(result["float_accuracy"]), *["-"] * 5))
+        if result["one_scale"] is not None:
+            own.append(("kqat, one scale", *_figures(result["one_scale"]), "-", "-"))
         if result["vendor"] is not None:
             own.append(("vendor's", *_figures(result["vendor"]), "-", "-"))
         rows += [("" if n else name.split("/")[-1], *cells) for n, cells in enumerate(own)]
