@@ -242,7 +242,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.LayerNormalization: _composite(attention.layer_normalization, *_NORMALIZING),
     layers.RMSNormalization: _composite(attention.rms_normalization, *_NORMALIZING),
     layers.EinsumDense: _composite(
-        products.einsum_dense, "FULLY_CONNECTED", "RESHAPE", "TRANSPOSE"
+        products.einsum_dense, "FULLY_CONNECTED", "RESHAPE", "TRANSPOSE", "ADD"
     ),
     layers.MultiHeadAttention: _composite(
         attention.multi_head_attention, *_ATTENDING, "FULLY_CONNECTED"

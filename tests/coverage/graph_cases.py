@@ -204,7 +204,7 @@ _FUNCTION_OPS = {
 }  # fmt: skip
 _ARITHMETIC_OPS = {
     "ADD": 1, "DEPTHWISE_CONV_2D": 2, "FULLY_CONNECTED": 2, "MAXIMUM": 1, "MINIMUM": 1, "MUL": 4,
-    "RELU": 1, "RESHAPE": 4, "SUB": 1,
+    "RELU": 1, "RESHAPE": 3, "SUB": 1,
 }  # fmt: skip
 _MOVE_OPS = {
     "AVERAGE_POOL_2D": 1, "CONCATENATION": 1, "MAX_POOL_2D": 1, "MEAN": 1, "REDUCE_MAX": 1,

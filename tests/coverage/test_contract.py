@@ -209,9 +209,13 @@ def test_inputs_and_outputs_are_those_of_the_float_model(trial: Trial) -> None:
     assert qat.output_names == numbered
     for ours, theirs in zip(ends(qat), ends(model), strict=True):
         keras.tree.assert_same_structure(ours, theirs)
-        assert [t.shape for t in keras.tree.flatten(ours)] == [
-            t.shape for t in keras.tree.flatten(theirs)
-        ]
+    # What the model computes: of adaptive pooling functions, Keras 3.15 foresees other shapes.
+    computed = keras.tree.flatten(model(keras.tree.map_structure(lambda x: x[:1], trial.x)))
+    for ours, shapes in (
+        (ends(qat)[0], [t.shape[1:] for t in inputs]),
+        (ends(qat)[1], [tuple(y.shape[1:]) for y in computed]),
+    ):
+        assert [t.shape[1:] for t in keras.tree.flatten(ours)] == shapes
 
 
 def test_a_step_of_training_moves_weights_and_ranges(trial: Trial) -> None:
@@ -274,8 +278,8 @@ def foreseen(graph: Graph, plan: kqat.Plan) -> set[str]:
         if isinstance(node.layer, keras.layers.Layer):
             rule = rule_for(node.layer, node.name)
             ops |= set(rule.ops)
-            activation = node.layer.get_config().get("activation")
-            ops |= set(ACTIVATIONS[activation].ops) if isinstance(activation, str) else set()
+            activation = getattr(getattr(node.layer, "activation", None), "__name__", "")
+            ops |= set(ACTIVATIONS[activation].ops) if activation in ACTIVATIONS else set()
         if rule is None or rule.opens or isinstance(node.layer, keras.layers.Wrapper | Recurrence):
             ops |= {op for layer in plan.layers if layer.origin == node.name for op in layer.ops}
     return ops
@@ -300,14 +304,15 @@ def test_lockstep(trial: Trial, runtime: str) -> None:
 
 def test_micro_refuses_what_it_cannot_run(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever kernel of the file TFLite Micro lacks, `convert` says so before it converts."""
+    needed = trial.ops()
     monkeypatch.setattr(exporting, "lower", _never)
-    if missing := missing_kernels(tuple(trial.ops()), "tflite_micro"):
+    if missing := missing_kernels(tuple(needed), "tflite_micro"):
         with pytest.raises(TargetError, match=rf"layer '\w+' needs .*{missing[0]}"):
             tflite_export.convert(trial.frozen, target="tflite_micro", **trial.case.io)
         return
     check_target(trial.frozen, "tflite_micro")
     # A layer that stays float has no int8 kernel to lack.
-    for op in trial.ops() if not trial.case.floats else ():
+    for op in needed if not trial.case.floats else ():
         with monkeypatch.context() as patch:
             lacking = dataclasses.replace(OP_TABLE[op], runtimes=LITERT)
             patch.setitem(OP_TABLE, op, lacking)
