@@ -79,6 +79,7 @@ def start(options: argparse.Namespace) -> None:
     On a CPU, equal seeds then give equal bytes; a GPU also needs
     `tf.config.experimental.enable_op_determinism()`, which nothing can switch off again.
     """
+    keras.utils.clear_session()  # Layers without a name are numbered, and names are in the file.
     keras.utils.set_random_seed(options.seed)
     if getattr(options, "data", None) is not None:
         os.environ["KQAT_DATA"] = str(options.data)
