@@ -21,19 +21,33 @@ Decomposed = Callable[..., Any]
 
 
 class Part:
-    """A layer that takes over given weights as soon as it is built; calls like the layer."""
+    """A layer that takes over given weights as soon as it is built; calls like the layer.
 
-    def __init__(self, layer: keras.layers.Layer, weights: Sequence[np.ndarray] = ()):
+    Args:
+        layer: the layer, not built yet.
+        weights: what it takes over, by `set_weights` or, if given, by `take_over(*weights)`.
+        take_over: a layer's own way to take them.
+    """
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        weights: Sequence[Any] = (),
+        take_over: Callable[..., None] | None = None,
+    ):
         self.layer = layer
-        self._pending: Sequence[np.ndarray] | None = weights
+        self._pending = weights
+        self._take_over = take_over
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.layer(*args, **kwargs)
-        if self._pending is not None:
-            if self._pending:
-                self.layer.set_weights(self._pending)
+        if self._pending:
+            weights, self._pending = self._pending, ()
+            if self._take_over is not None:
+                self._take_over(*weights)
+            else:
+                self.layer.set_weights(weights)
                 finalize(self.layer)
-            self._pending = None
         return output
 
 
@@ -69,7 +83,7 @@ def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.L
     try:
         with _nameless_functions():
             config = {**layer.get_config(), **changes}
-        copy = _made_anew(layer, config)
+        copy = _made_anew(layer, config, changes)
     except Exception as error:  # Whatever a user's own class raises.
         raise ModelError(
             f"Expected a layer that can be made anew from its config. Received: '{layer.name}' of "
@@ -81,13 +95,13 @@ def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.L
     return copy
 
 
-def _made_anew(layer: Any, config: dict[str, Any]) -> keras.layers.Layer:
+def _made_anew(layer: Any, config: dict[str, Any], changes: dict[str, Any]) -> keras.layers.Layer:
     """A layer of this config; a function of the user's, which no config can name, is shared."""
     if isinstance(layer, layers.Lambda):
         own = {"arguments": layer.arguments, "mask": layer.mask}
         kept = {key: config[key] for key in ("name", "dtype", "trainable")}
         return layers.Lambda(layer.function, **own, **kept)
-    if isinstance(layer, layers.Activation):
+    if isinstance(layer, layers.Activation) and "activation" not in changes:
         config = {**config, "activation": layer.activation}
     return type(layer).from_config(config)
 
@@ -104,9 +118,7 @@ def split_activation(layer: Any, name: str) -> Decomposed | None:
     if layer.activation is keras.activations.linear:
         return None
     changes = {"activation": "linear", "activity_regularizer": None}
-    linear = Part(clone(layer, name, **changes), layer.get_weights())
-    activation = _activation(layer, name)
-    return lambda x: activation(linear(x))
+    return activated(layer, name, Part(clone(layer, name, **changes), layer.get_weights()))
 
 
 def dense(layer: Any, name: str) -> Decomposed | None:
@@ -125,6 +137,14 @@ def dense(layer: Any, name: str) -> Decomposed | None:
         return layers.Reshape((*x.shape[1:-1], y.shape[-1]), name=f"{name}_shape")(y)
 
     return call
+
+
+def activated(layer: Any, name: str, linear: Decomposed) -> Decomposed:
+    """`linear`, and the activation of `layer` behind it, if it has one."""
+    if layer.activation is keras.activations.linear:
+        return linear
+    activation = _activation(layer, name)
+    return lambda *args, **kwargs: activation(linear(*args, **kwargs))
 
 
 def _activation(layer: Any, name: str) -> keras.layers.Layer:
@@ -176,10 +196,7 @@ def separable(layer: Any, name: str) -> Decomposed:
     )
     weights = layer.get_weights()
     first, second = Part(depthwise, weights[:1]), Part(pointwise, weights[1:])
-    if layer.activation is keras.activations.linear:
-        return lambda x: second(first(x))
-    activation = _activation(layer, name)
-    return lambda x: activation(second(first(x)))
+    return activated(layer, name, lambda x: second(first(x)))
 
 
 def relu(layer: Any, name: str) -> Decomposed | None:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 
 from kqat.decompositions import clone, duplicate
 from kqat.elementwise import Elementwise, is_elementwise
 from kqat.errors import ModelError, UnsupportedLayerError
+from kqat.operands import counts, is_tensor
 from kqat.operations import as_layers
 from kqat.registry import rule_for
 from kqat.tracing import Graph, Node, Ref, fill, rebuild, trace, trace_call, unique_name
@@ -54,11 +56,68 @@ def _simpler(node: Node, origin: str) -> Callable[..., Any] | None:
     """What computes the node with simpler layers; `None` where it is simple already."""
     layer = node.layer
     if not isinstance(layer, keras.layers.Layer):
-        return as_layers(layer, node.name)
+        return _tried(layer, as_layers(layer, node.name), node.name)
     rule = rule_for(layer, origin)
     if rule.opens:
         return _opened_function(node, origin) if rule.table else _opened_layer(node, origin)
     return rule.decompose(layer, node.name) if rule.decompose else None
+
+
+def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`made`, after a trial that it computes what `operation` does: a row may not know an option.
+
+    Raises:
+        UnsupportedLayerError: if it does not.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        outputs = made(*args, **kwargs)
+        given = [t for t in keras.tree.flatten((args, kwargs)) if is_tensor(t)]
+        tensors = list({id(t): t for t in given}.values())
+        values = {id(t): _trial_values(t, seed) for seed, t in enumerate(tensors)}
+        args, kwargs = keras.tree.map_structure(lambda x: values.get(id(x), x), (args, kwargs))
+        expected = operation(*args, **kwargs)
+        found = keras.Function(tensors, outputs)(list(values.values()))
+        pairs = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
+        if not all(_alike(a, b) for a, b in pairs):
+            raise UnsupportedLayerError(
+                f"Expected options that integer kernels have in operation '{name}' of type "
+                f"{type(operation).__name__}. Received: {_options(operation)}, with which its "
+                f"layers compute something else. Leave it float with policy={{'{name}': None}}, or "
+                "compose it of other functions."
+            )
+        return outputs
+
+    return call
+
+
+def _trial_values(tensor: Any, seed: int) -> Any:
+    """Values for a symbolic tensor, with two samples."""
+    rng = np.random.default_rng(seed)
+    shape = [size or 2 for size in tensor.shape]
+    # The first two rows of any table are there.
+    values = rng.integers(0, 2, shape) if counts(tensor) else rng.normal(size=shape)
+    return keras.ops.convert_to_tensor(values, tensor.dtype)
+
+
+def _alike(expected: Any, found: Any) -> bool:
+    """Whether values are equal but for roundings, where the expected ones are finite."""
+    if tuple(expected.shape) != tuple(found.shape):
+        return False
+    a, b = (np.asarray(keras.ops.cast(x, "float32")) for x in (expected, found))
+    # Two roundings of the type, of sums that may cancel; another function differs by more.
+    tolerance = 1e-3 if keras.backend.standardize_dtype(expected.dtype) == "float32" else 0.05
+    finite = np.isfinite(a)
+    return np.allclose(a[finite], b[finite], rtol=tolerance, atol=tolerance)
+
+
+def _options(operation: Any) -> dict[str, Any]:
+    plain = bool | int | float | str | tuple | list | None
+    return {
+        key: value
+        for key, value in vars(operation).items()
+        if not key.startswith("_") and key != "name" and isinstance(value, plain)
+    }
 
 
 def _opened_function(node: Node, origin: str) -> Callable[..., Any] | None:

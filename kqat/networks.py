@@ -11,14 +11,14 @@ from kqat import products
 from kqat.decompositions import Part
 from kqat.errors import UnsupportedLayerError
 from kqat.operands import Row, is_tensor
-from kqat.reducing import axes_of
+from kqat.reducing import axis_of
 
 
 def _softmax(kind: str) -> Row:
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any) -> Any:
             rank = len(x.shape)
-            (axis,) = axes_of(operation.axis, rank, name)
+            axis = axis_of(operation.axis, rank, name)
             if axis == rank - 1:
                 return layers.Activation(kind, name=name)(x)
             order = [*range(1, rank)]
@@ -109,10 +109,11 @@ def _conv(kind: str) -> Row:
 
 
 def _normalize(operation: Any, name: str) -> Callable[..., Any]:
-    if operation.order != 2:
+    if operation.order != 2 or operation.epsilon not in (None, keras.config.epsilon()):
         raise UnsupportedLayerError(
-            f"Expected order=2 in operation '{name}'. Received: {operation.order}. Divide by a "
-            "norm that you compute."
+            f"Expected order=2 and the usual epsilon in operation '{name}'. Received: "
+            f"order={operation.order}, epsilon={operation.epsilon}. Divide by a norm that you "
+            "compute."
         )
     return layers.UnitNormalization(axis=operation.axis, name=name)
 

@@ -1,5 +1,6 @@
 """Layers that Keras lacks: each is one TFLite operator, for what is decomposed to be made of."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -111,6 +112,16 @@ def total(x: Any, axes: list[int], keepdims: bool, name: str) -> Any:
     count = float(np.prod([x.shape[axis] for axis in axes]))
     mean = Reduce("mean", axes, keepdims, name=f"{name}_mean")(x)
     return layers.Rescaling(count, name=name)(mean)
+
+
+def stacked(values: Sequence[Any], axis: int, name: str) -> Any:
+    """Values of equal shape along a new axis, which counts the batch as 0."""
+    shape = list(values[0].shape[1:])
+    shape.insert(axis - 1, 1)
+    if len(values) == 1:
+        return layers.Reshape(shape, name=name)(values[0])
+    rows = [layers.Reshape(shape, name=f"{name}_row_{i}")(x) for i, x in enumerate(values)]
+    return layers.Concatenate(axis=axis, name=name)(rows)
 
 
 @keras.saving.register_keras_serializable("kqat")

@@ -7,16 +7,19 @@ import keras
 import numpy as np
 from keras import layers
 
-from kqat.decompositions import Decomposed, Part
+from kqat.decompositions import Decomposed, Part, activated
 from kqat.errors import UnsupportedLayerError
 from kqat.primitives import Matmul, total
 
 
-def einsum(subscripts: str, a: Any, b: Any, name: str) -> Any:
+def einsum(
+    subscripts: str, a: Any, b: Any, name: str, options: dict[str, Any] | None = None
+) -> Any:
     """`einsum` of two tensors, or of a tensor and a constant or variable of two factors.
 
     Letters that both have and the output lacks are contracted; those that only one has and the
-    output lacks are summed before.
+    output lacks are summed before. `options` are those of the `Dense` that a constant ends up in;
+    by default it is trained if it is a trained variable.
 
     Raises:
         UnsupportedLayerError: if it is no (batch of) matrix products.
@@ -26,7 +29,7 @@ def einsum(subscripts: str, a: Any, b: Any, name: str) -> Any:
     if not isinstance(a, keras.KerasTensor):
         a, b, first, second = b, a, second, first
     if not isinstance(b, keras.KerasTensor):
-        return _with_constant((first, second, output), a, b, name)
+        return _with_constant((first, second, output), a, b, name, options)
     if "." in subscripts or first[0] != second[0] or output[:1] != first[0]:
         raise _no_product(subscripts, name)
     a, first = _summed(a, first, second + output, f"{name}_left")
@@ -57,7 +60,9 @@ def _no_product(subscripts: str, name: str) -> UnsupportedLayerError:
     )
 
 
-def _with_constant(letters: tuple[str, str, str], x: Any, constant: Any, name: str) -> Any:
+def _with_constant(
+    letters: tuple[str, str, str], x: Any, constant: Any, name: str, options: dict[str, Any] | None
+) -> Any:
     """`einsum` of a tensor and a constant, as a Dense over the last axes."""
     first, second, output = letters
     trained = isinstance(constant, keras.Variable) and constant.trainable
@@ -72,7 +77,7 @@ def _with_constant(letters: tuple[str, str, str], x: Any, constant: Any, name: s
     x = _permuted(x, first, kept + gone, f"{name}_moved")
     final = kept + made == output
     product_name = name if final and made else f"{name}_product"
-    y = dense(kernel, None, len(gone), product_name, {"trainable": trained})(x)
+    y = dense(kernel, None, len(gone), product_name, options or {"trainable": trained})(x)
     if not made:
         last = name if final else f"{name}_squeezed"
         y = layers.Reshape(tuple(y.shape[1:-1]), name=last)(y)
@@ -153,19 +158,20 @@ def einsum_dense(layer: Any, name: str) -> Decomposed:
         product = dense(np.asarray(layer.kernel), bias, count, name, options(layer, name))
     else:
         product = _permuted_dense(layer, name)
-    if layer.activation is keras.activations.linear:
-        return product
-    after = layers.Activation(layer.activation, name=f"{name}_activation")
-    return lambda x: after(product(x))
+    return activated(layer, name, product)
 
 
 def _permuted_dense(layer: Any, name: str) -> Decomposed:
-    options(layer, name)
-    bias = layer.bias
+    given, bias = options(layer, name), layer.bias
+    if given["bias_regularizer"]:
+        raise UnsupportedLayerError(
+            f"Expected no bias_regularizer in layer '{name}', whose bias is added apart for its "
+            f"equation {layer.equation!r}. Train without, or permute so that it is a plain product."
+        )
 
     def call(x: Any) -> Any:
         product_name = name if bias is None else f"{name}_unbiased"
-        y = einsum(layer.equation, x, layer.kernel, product_name)
+        y = einsum(layer.equation, x, layer.kernel, product_name, given)
         return y if bias is None else keras.ops.add(y, bias)
 
     return call

@@ -10,8 +10,8 @@ from keras import layers, ops
 from kqat.encoding import multi_hot, one_hot, rows
 from kqat.errors import UnsupportedLayerError
 from kqat.operands import Row, counts, is_number, is_tensor
-from kqat.primitives import DepthToSpace, Slice, SpaceToDepth, Take
-from kqat.reducing import axes_of
+from kqat.primitives import DepthToSpace, Slice, SpaceToDepth, Take, stacked
+from kqat.reducing import axes_of, axis_of
 
 
 def to_output_shape(operation: Any, name: str) -> Callable[..., Any]:
@@ -70,22 +70,15 @@ def _concatenate(operation: Any, name: str) -> Callable[..., Any]:
                 f"Expected tensors in operation '{name}'. Received: a constant. Make a variable of "
                 "a layer, or an input, of it."
             )
-        return layers.Concatenate(axis=operation.axis, name=name)(tensors)
+        axis = axis_of(operation.axis, len(tensors[0].shape), name)
+        return layers.Concatenate(axis=axis, name=name)(tensors)
 
     return call
 
 
 def _stack(operation: Any, name: str) -> Callable[..., Any]:
     def call(tensors: Any) -> Any:
-        rank = len(tensors[0].shape) + 1
-        (axis,) = axes_of(operation.axis, rank, name)
-        shape = list(tensors[0].shape[1:])
-        shape.insert(axis - 1, 1)
-        rows = [
-            layers.Reshape(shape, name=f"{name}_row_{i}")(tensor)
-            for i, tensor in enumerate(tensors)
-        ]
-        return layers.Concatenate(axis=axis, name=name)(rows)
+        return stacked(tensors, axis_of(operation.axis, len(tensors[0].shape) + 1, name), name)
 
     return call
 
@@ -94,7 +87,7 @@ def _split(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
         kind = type(operation).__name__
         given = {"Hsplit": 1, "Dsplit": 2}.get(kind) or operation.axis
-        (axis,) = axes_of(given, len(x.shape), name)
+        axis = axis_of(given, len(x.shape), name)
         size, where = x.shape[axis], operation.indices_or_sections
         if isinstance(where, int):
             # As NumPy's array_split: the first parts are one longer where it does not divide.
@@ -110,7 +103,7 @@ def _split(operation: Any, name: str) -> Callable[..., Any]:
 
 def _unstack(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
-        (axis,) = axes_of(operation.axis, len(x.shape), name)
+        axis = axis_of(operation.axis, len(x.shape), name)
         before = [slice(None)] * axis
         return [Slice.of(x, (*before, i), f"{name}_{i}") for i in range(x.shape[axis])]
 
@@ -138,6 +131,20 @@ def _picked(pick: Callable[[Any, np.ndarray], np.ndarray], axis_of: Callable[[An
     return row
 
 
+def _roll(operation: Any, name: str) -> Callable[..., Any]:
+    if np.ndim(operation.axis) == 0:
+        return _picked(lambda o, indices: np.roll(indices, o.shift), lambda o: o.axis)(
+            operation, name
+        )
+
+    def call(x: Any) -> Any:
+        for shift, axis in zip(operation.shift, operation.axis, strict=True):
+            x = ops.roll(x, shift, axis)
+        return x
+
+    return call
+
+
 def _tile(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
         repeats = [1] * (len(x.shape) - len(operation.repeats)) + list(operation.repeats)
@@ -161,7 +168,7 @@ def _take(operation: Any, name: str) -> Callable[..., Any]:
 
     def call(x: Any, indices: Any) -> Any:
         if is_tensor(x) and not is_tensor(indices):
-            (axis,) = axes_of(operation.axis, len(x.shape), name)
+            axis = axis_of(operation.axis, len(x.shape), name)
             flat = np.asarray(indices, np.int64) % x.shape[axis]
             part = name if flat.ndim == 1 else f"{name}_flat"
             taken = Take(flat.reshape(-1).tolist(), axis, name=part)(x)
@@ -169,12 +176,13 @@ def _take(operation: Any, name: str) -> Callable[..., Any]:
                 return taken
             shape = (*x.shape[1:axis], *flat.shape, *x.shape[axis + 1 :])
             return layers.Reshape(shape, name=name)(taken)
-        if is_tensor(indices) and counts(indices) and not is_tensor(x) and np.ndim(x) == 2:
+        by_rows = is_tensor(indices) and counts(indices) and operation.axis in (0, -2)
+        if by_rows and not is_tensor(x) and np.ndim(x) == 2:
             return rows(np.asarray(x, np.float32), indices, name, getattr(x, "trainable", False))
         raise UnsupportedLayerError(
             f"Expected constant indices, or rows of a constant matrix, in operation '{name}' of "
-            "type Take. Received: tensors for both, or another rank. TFLite's GATHER has no "
-            "batches of its own on every runtime."
+            f"type Take. Received: axis={operation.axis}, tensors for both, or another rank. Take "
+            "rows (axis=0), or an axis of a tensor at constant indices."
         )
 
     return call
@@ -210,6 +218,11 @@ def _blocks(kind: type) -> Row:
 def _triangle(keep: Callable[..., np.ndarray]) -> Row:
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any) -> Any:
+            if len(x.shape) < 3:
+                raise UnsupportedLayerError(
+                    f"Expected a matrix for each sample in operation '{name}'. Received: shape "
+                    f"{tuple(x.shape)}, of which the batch is one side. Reshape."
+                )
             mask = keep(np.ones(x.shape[-2:], np.float32), operation.k)
             return ops.multiply(x, mask)
 
@@ -266,7 +279,7 @@ REARRANGING: dict[str, Row] = {
     "Unstack": _unstack,
     "GetItem": _get_item,
     "Flip": _picked(lambda _, indices: indices[::-1], lambda o: o.axis),
-    "Roll": _picked(lambda o, indices: np.roll(indices, o.shift), lambda o: o.axis),
+    "Roll": _roll,
     "Repeat": _picked(lambda o, indices: np.repeat(indices, o.repeats), lambda o: o.axis),
     "Tile": _tile,
     "Take": _take,

@@ -28,6 +28,20 @@ def axes_of(axis: Any, rank: int, name: str) -> list[int]:
     return axes
 
 
+def axis_of(axis: Any, rank: int, name: str) -> int:
+    """The one axis that an operation works along, as a positive number.
+
+    Raises:
+        UnsupportedLayerError: if it is the batch, or not one.
+    """
+    axes = axes_of(axis, rank, name)
+    if len(axes) != 1:
+        raise UnsupportedLayerError(
+            f"Expected one axis in operation '{name}'. Received: axis={axis}. Name one, or reshape."
+        )
+    return axes[0]
+
+
 def _pools(kind: str) -> dict[int, type]:
     names = {"mean": "GlobalAveragePooling", "max": "GlobalMaxPooling"}
     return {rank: getattr(layers, f"{names[kind]}{rank - 2}D") for rank in (3, 4, 5)}
@@ -40,9 +54,9 @@ def reduction(kind: str) -> Row:
         def call(x: Any) -> Any:
             rank = len(x.shape)
             axes, keepdims = axes_of(operation.axis, rank, name), operation.keepdims
+            _check_plain(operation, ("initial", "dtype"), name)
             if kind in ("mean", "max") and rank in (3, 4, 5) and axes == [*range(1, rank - 1)]:
                 return _pools(kind)[rank](keepdims=keepdims, name=name)(x)
-            _check_plain(operation, ("initial", "dtype"), name)
             if kind == "sum":
                 return total(x, axes, keepdims, name)
             return Reduce(kind, axes, keepdims, name=name)(x)
@@ -84,12 +98,7 @@ def index_of(kind: str) -> Row:
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any) -> Any:
-            (axis,) = axes_of(-1 if operation.axis is None else operation.axis, len(x.shape), name)
-            if operation.axis is None and len(x.shape) > 2:
-                raise UnsupportedLayerError(
-                    f"Expected one axis in operation '{name}'. Received: axis=None of shape "
-                    f"{tuple(x.shape)}. Name it."
-                )
+            axis = axis_of(operation.axis, len(x.shape), name)
             options = {"axis": axis, "keepdims": operation.keepdims}
             return Count(kind, options, name=name)(x)
 
@@ -114,7 +123,8 @@ def _cumsum(operation: Any, name: str) -> Callable[..., Any]:
 
     def call(x: Any) -> Any:
         rank = len(x.shape)
-        (axis,) = axes_of(operation.axis, rank, name)
+        axis = axis_of(operation.axis, rank, name)
+        _check_plain(operation, ("dtype",), name)
         letters = "abcdefgh"[:rank]
         ones = np.triu(np.ones((x.shape[axis],) * 2, np.float32))
         output = letters.replace(letters[axis], "z")

@@ -72,8 +72,8 @@ def _affine(refuse: Callable[[Any], str | None] | None = None) -> LayerRule:
     return LayerRule(output=Output.OWN, ops=ops, takes_clamp=True, affine=True, refuse=refuse)
 
 
-def _composite(decompose: Callable[[Any, str], Any], *ops: str) -> LayerRule:
-    return LayerRule(output=Output.OWN, ops=ops, decompose=decompose)
+def _composite(decompose: Callable[[Any, str], Any], *ops: str, **options: Any) -> LayerRule:
+    return LayerRule(output=Output.OWN, ops=ops, decompose=decompose, **options)
 
 
 _NORMALIZING = (
@@ -273,9 +273,10 @@ LAYERS: dict[type, LayerRule] = {
         "STRIDED_SLICE",
         "CONCATENATION",
         "PAD",
+        refuse=rules.channels_last,
     ),
     layers.Conv1DTranspose: _composite(
-        sequences.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU"
+        sequences.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU", **_POOL
     ),
     layers.TimeDistributed: _composite(sequences.time_distributed, *_STEPS),
     **dict.fromkeys((layers.SimpleRNN, layers.GRU, layers.LSTM, layers.RNN), _RECURRENT),

@@ -1,16 +1,14 @@
 """Layers over time or depth as one layer that is called step by step, with one set of weights."""
 
-from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 from keras import layers
 
 from kqat import products
-from kqat.decompositions import Decomposed, Part, clone
+from kqat.decompositions import Decomposed, Part, activated, clone
 from kqat.errors import UnsupportedLayerError
-from kqat.primitives import Slice
+from kqat.primitives import Slice, stacked
 
 # Layers that see the last axis alone: they compute all steps at once.
 POINTWISE = (
@@ -35,15 +33,6 @@ def _steps(rows: Any, begin: int, size: int, name: str) -> Any:
     return Slice.of(rows, (slice(None), slice(begin, begin + size)), name)
 
 
-def _stacked(values: list[Any], name: str) -> Any:
-    """Values of equal shape along a new first axis behind the batch."""
-    rows = [
-        layers.Reshape((1, *value.shape[1:]), name=f"{name}_row_{i}")(value)
-        for i, value in enumerate(values)
-    ]
-    return layers.Concatenate(axis=1, name=name)(rows) if len(rows) > 1 else rows[0]
-
-
 def time_distributed(layer: Any, name: str) -> Decomposed:
     """The inner layer on each step; on all at once where it sees the last axis alone."""
     inner = layer.layer
@@ -53,7 +42,7 @@ def time_distributed(layer: Any, name: str) -> Decomposed:
             raise UnsupportedLayerError(
                 f"Expected layer '{name}' without a mask. Received: one. Pad to a fixed length."
             )
-        if type(inner) in POINTWISE:
+        if type(inner) in POINTWISE and getattr(inner, "axis", -1) in (-1, [-1]):
             return Part(clone(inner, name), inner.get_weights())(x)
         part = Part(clone(inner, f"{name}_{inner.name}"), inner.get_weights())
         steps, rows = [], _rows(x, name)
@@ -61,7 +50,7 @@ def time_distributed(layer: Any, name: str) -> Decomposed:
             step = _steps(rows, i, 1, f"{name}_step_{i}")
             step = layers.Reshape(x.shape[2:], name=f"{name}_input_{i}")(step)
             steps.append(part(step))
-        return _stacked(steps, name)
+        return stacked(steps, 1, name)
 
     return call
 
@@ -99,9 +88,9 @@ def conv_3d(layer: Any, name: str) -> Decomposed:
             x = _padded(x, depth, stride, name)
         rows, starts = _rows(x, name), range(0, x.shape[1] - depth + 1, stride)
         frames = [_frames(rows, (i, depth), x.shape[2:], name) for i in starts]
-        return _stacked([part(frame) for frame in frames], name)
+        return stacked([part(frame) for frame in frames], 1, name)
 
-    return _activated(layer, name, call)
+    return activated(layer, name, call)
 
 
 def _padded(x: Any, depth: int, stride: int, name: str) -> Any:
@@ -121,13 +110,6 @@ def _frames(rows: Any, which: tuple[int, int], shape: tuple[int, ...], name: str
         frames = layers.Reshape(pixels, name=f"{part}_pixels")(frames)
         frames = layers.Permute((2, 1, 3), name=f"{part}_turned")(frames)
     return layers.Reshape((height, width, size * channels), name=f"{part}_image")(frames)
-
-
-def _activated(layer: Any, name: str, call: Callable[..., Any]) -> Decomposed:
-    if layer.activation is keras.activations.linear:
-        return call
-    activation = layers.Activation(layer.activation, name=f"{name}_activation")
-    return lambda x: activation(call(x))
 
 
 def conv_1d_transpose(layer: Any, name: str) -> Decomposed:
@@ -153,4 +135,4 @@ def conv_1d_transpose(layer: Any, name: str) -> Decomposed:
         y = part(image)
         return layers.Reshape(y.shape[2:], name=name)(y)
 
-    return _activated(layer, name, call)
+    return activated(layer, name, call)
