@@ -37,7 +37,7 @@ def plan(model: keras.Model, policy: Any = "int8", *, target: str | None = None)
     """Everything that `quantize_model` would do to `model`, before a weight is touched.
 
     Args:
-        model: a built Sequential or Functional Keras 3 model.
+        model: a built Keras 3 model.
         policy: as for `quantize_model`.
         target: a name from `kqat.TARGETS`; the plan then lists every layer that does not fit the
             device, why, and the nearest change that would.
@@ -89,7 +89,7 @@ def quantize_model(
     `model` is left alone. Inputs and outputs keep their order, names and structure.
 
     Args:
-        model: a built Sequential or Functional Keras 3 model of fixed input shape.
+        model: a built Keras 3 model of fixed input shape.
         policy: a preset (`"int8"`), a `QuantizeConfig` for all layers, a `QuantizePolicy`, or a
             mapping from name patterns or layer classes to configs, presets or `None` (stay
             float): `{"stem*": None, keras.layers.Dense: my_config}`; the rest is int8. A tfmot

@@ -1,7 +1,6 @@
 """BatchNormalization in training, by TensorFlow's fused kernel where that computes the same.
 
-Keras spells it in some ten operators, each of which reads and writes the whole activation; on
-a CPU they cost as much as the convolution before them.
+Keras spells it in some ten operators, each of which reads and writes the whole activation.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Fills ranges from a few batches, so that training starts at post-training quality."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -37,10 +37,21 @@ def calibrate(model: keras.Model, data: Any) -> None:
             f"Expected a QAT model to calibrate. Received: '{model.name}', which is float. Use "
             "kqat.quantize_model."
         )
+    run_batches(graph, batches(data, graph), _observe)
+
+
+def run_batches(
+    graph: Graph, batches: Iterable[list[np.ndarray]], call: Callable[..., Any]
+) -> None:
+    """Runs `graph` on batches; `call` as for `Graph.run`.
+
+    Raises:
+        CalibrationError: if there is not one sample, or a value is not finite, naming the input.
+    """
     seen = False
-    for batch in batches(data, graph):
+    for batch in batches:
         if len(batch[0]):
-            graph.run(_tensors(batch, graph), _observe)
+            graph.run(_tensors(batch, graph), call)
             seen = True
     if not seen:
         raise CalibrationError(

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import layers
 
-from kqat.decompositions import duplicate
+from kqat.decompositions import activation_name, duplicate
 from kqat.errors import UnsupportedLayerError
 from kqat.operations import as_layers
 from kqat.registry import ACTIVATIONS, rule_for
@@ -83,10 +83,7 @@ def activation_of(layer: Any, name: str) -> str | None:
             return None
         return activation_of(made, name) if isinstance(made, keras.layers.Layer) else None
     function = getattr(layer, "activation", None)
-    if function is None:
-        return None
-    serialized = keras.activations.serialize(function)
-    return serialized if isinstance(serialized, str) else None
+    return None if function is None else activation_name(function)
 
 
 def with_replacements(graph: Graph, found: Sequence[Misfit], name: str) -> keras.Model:
@@ -107,7 +104,7 @@ def _replaced(node: Node, activation: str | None) -> Any:
     layer = node.layer
     if activation is None:
         return duplicate(layer, node.name)
-    alone = layers.Activation | layers.ELU | layers.LeakyReLU
+    alone = layers.ELU | layers.LeakyReLU
     if isinstance(layer, keras.layers.Layer) and not isinstance(layer, alone):
         return duplicate(layer, node.name, activation=activation)
     return layers.Activation(activation, name=node.name)

@@ -77,9 +77,7 @@ class _Planner:
             node: row_for(node.layer, name, self.configs[node.name])
             for node, name in user_names.items()
         }
-        self.calls: dict[int, int] = {}
-        for node in graph.nodes:
-            self.calls[id(node.layer)] = self.calls.get(id(node.layer), 0) + 1
+        self.calls = graph.calls()
         self.folded: dict[Node, Node] = {}  # BatchNormalization -> the layer it folds into
         self.clamps: dict[Ref, Node] = {}  # value -> the clamp that a quantizer carries out
         self.groups: dict[str, Group] = {}

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -108,6 +109,10 @@ class Graph:
             for ref in node.inputs:
                 table[ref].append(node)
         return table
+
+    def calls(self) -> Counter[int]:
+        """How often each layer is called, by its identity."""
+        return Counter(id(node.layer) for node in self.nodes)
 
     def producers(self) -> dict[Ref, Node]:
         """The node that writes each value; model inputs have none."""

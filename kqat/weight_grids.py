@@ -5,6 +5,7 @@ from typing import Any
 
 from kqat.config import QuantizeConfig
 from kqat.errors import PolicyError
+from kqat.quantizers import MaxAbs
 from kqat.registry import LayerRule
 from kqat.spec import QuantSpec
 
@@ -38,7 +39,8 @@ def resolve_weights(
             given = spec.axis if isinstance(spec.axis, tuple) else (spec.axis,)
             _check_axes(f"'{name}' of layer '{layer_name}'", getattr(layer, name), given, axes)
             spec = dataclasses.replace(spec, axis=axes)
-        if spec.bits < 8 or not rule.table_of_rows:
+        # Rows ship on the output's grid: eight bits with the usual step need none of their own.
+        if spec.bits < 8 or config.weight_step != MaxAbs() or not rule.table_of_rows:
             resolved[name] = spec
     return resolved
 

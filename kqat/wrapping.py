@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from kqat.decompositions import clone, duplicate
+from kqat.decompositions import Part, clone, duplicate
 from kqat.layers import ActivationQuantizer, QuantizeWrapper
 from kqat.looping import QuantizedRecurrence
 from kqat.marking import PrecisionBoundary
@@ -39,22 +39,6 @@ def wrap(plan: Plan) -> keras.Model:
     """
     assembly = _Assembly(plan)
     return rebuild(plan.graph, assembly.call, plan.model_name, plan.output_names)
-
-
-class _Wrapped:
-    """A wrapper that takes over the weights of float layers when first called; calls like it."""
-
-    def __init__(self, wrapper: QuantizeWrapper, layer: Any, normalization: Any):
-        self.wrapper = wrapper
-        norm = normalization.get_weights() if normalization else ()
-        self._pending: tuple[Any, Any] | None = layer.get_weights(), norm
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.wrapper(*args, **kwargs)
-        if self._pending is not None:
-            self.wrapper.take_over(*self._pending)
-            self._pending = None
-        return output
 
 
 class _Assembly:
@@ -167,7 +151,8 @@ class _Assembly:
             weight_step=decision.weight_step,
             name=unique_name(f"quant_{node.name}", self.names),
         )
-        return _Wrapped(wrapper, layer, norm)
+        weights = layer.get_weights(), norm.get_weights() if norm else ()
+        return Part(wrapper, weights, wrapper.take_over)
 
     def _node(self, name: str) -> Node:
         return next(node for node in self.plan.graph.nodes if node.name == name)

@@ -16,6 +16,7 @@ from kqat import calibration
 from kqat.errors import ModelError
 from kqat.layers import ActivationQuantizer, QuantizeWrapper
 from kqat.primitives import ChannelAffine
+from kqat.quantizers import Fixed
 from kqat.tracing import Graph, Node, Ref, trace
 from kqat.wrapping import all_layers, is_quantized
 
@@ -105,9 +106,7 @@ class Pair:
 
 def pairs(graph: Graph) -> list[Pair]:
     """All pairs in the graph of a QAT model."""
-    calls: dict[int, int] = {}
-    for node in graph.nodes:
-        calls[id(node.layer)] = calls.get(id(node.layer), 0) + 1
+    calls = graph.calls()
     readers = graph.consumers()
     found = []
     for node in graph.nodes:
@@ -178,8 +177,7 @@ def _statistics(
             kept[node.outputs[0]].add(np.asarray(value))
         return value
 
-    for batch in batches:
-        graph.run([keras.ops.convert_to_tensor(x) for x in batch], call)
+    calibration.run_batches(graph, batches, call)
     return kept
 
 
@@ -188,7 +186,10 @@ def _follow(ref: Ref, readers: dict[Ref, list[Node]], outputs: set[Ref]) -> tupl
     while ref not in outputs and len(readers[ref]) == 1:
         (node,) = readers[ref]
         passes = isinstance(node.layer, layers.Dropout) or (
-            isinstance(node.layer, ActivationQuantizer) and node.layer.clamp in (None, "relu")
+            isinstance(node.layer, ActivationQuantizer)
+            and node.layer.clamp in (None, "relu")
+            # A range that is given does not move with the channels.
+            and not isinstance(node.layer.range_method, Fixed)
         )
         if not passes:
             break
