@@ -19,8 +19,9 @@ from keras import applications
 
 import kqat
 import tflite_export
-from benchmarks.networks import CLASSES, settle
+from benchmarks.networks import CLASSES
 from recipes.timing import print_table, write_json
+from recipes.training import settle
 from tflite_export import Report
 
 SAMPLES, VERIFIED = 8, 2

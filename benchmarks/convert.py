@@ -15,7 +15,7 @@ import numpy as np
 
 import kqat
 import tflite_export
-from benchmarks.networks import NETWORKS, Network, settle
+from benchmarks.networks import NETWORKS, Network
 from recipes.converter import float_tflite, post_training_int8
 from recipes.timing import (
     Measured,
@@ -27,6 +27,7 @@ from recipes.timing import (
     take_turns,
     write_json,
 )
+from recipes.training import settle
 
 SAMPLES = 100
 FLOAT, KQAT, PTQ = "float", "kqat", "post-training int8"

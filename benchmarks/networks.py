@@ -5,9 +5,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import keras as keras3
-import numpy as np
-
 CLASSES = 10
 
 
@@ -53,21 +50,6 @@ def resnet8(keras: ModuleType) -> Any:
 def mobilenet_v2(keras: ModuleType) -> Any:
     """Keras's own MobileNetV2, 0.35 wide, without pretrained weights."""
     return keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=CLASSES)
-
-
-def settle(model: keras3.Model, x: np.ndarray) -> None:
-    """Gives the BatchNormalization layers of `model` the statistics of `x`.
-
-    With its initial ones the outputs of a deep untrained network hardly depend on the input, and
-    no integer file can be made of them.
-    """
-    kind = keras3.layers.BatchNormalization
-    momenta = {layer: layer.momentum for layer in model.layers if isinstance(layer, kind)}
-    for layer in momenta:
-        layer.momentum = 0.0
-    model(x, training=True)
-    for layer, momentum in momenta.items():
-        layer.momentum = momentum
 
 
 NETWORKS = {

@@ -22,6 +22,7 @@ from rich.table import Table
 import kqat
 import tflite_export
 from kqat.errors import ExportError, KqatError, ModelError
+from kqat.saving import save_model
 from kqat.targets import TARGETS
 from tflite_export import page, targets
 from tflite_export.runtimes import tflite_micro_arena_bytes
@@ -251,12 +252,7 @@ def _load(path: Path) -> Any:
 def _save_keras(model: Any, path: Path) -> None:
     if path.suffix != ".keras":
         raise click.UsageError(f"Expected a name that ends in .keras. Received: {path}.")
-    temporary = path.with_name(f".{path.stem}.new.keras")
-    try:
-        model.save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_model(model, path)
     click.echo(path)
 
 

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
@@ -37,6 +38,20 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+
+
+def save_model(model: Any, path: Path) -> None:
+    """Saves a Keras model to `path`, which ends in `.keras`; on failure `path` is as it was.
+
+    Raises:
+        OSError: as `write_file`.
+    """
+    temporary = path.with_name(f".{path.stem}.new.keras")
+    try:
+        model.save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _written_beside(path: Path, data: bytes) -> Path:

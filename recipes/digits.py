@@ -19,15 +19,13 @@ from typing import Any
 import numpy as np
 
 import kqat
-import tflite_export
-from recipes import data, running
+from recipes import data, running, shipping
 from recipes.data import Samples
 from recipes.models import digits_cnn
 from recipes.running import Table
-from recipes.training import fit, freezing
+from recipes.training import fit
 
 BATCH_SIZE = 32
-CALIBRATION_SAMPLES = 512
 LEARNING_RATE = 3e-3
 # Low, since the weights need to move by a few steps of their grids only.
 QAT_LEARNING_RATE = 3e-4
@@ -44,33 +42,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     fit(model, train, options.epochs, LEARNING_RATE, batch_size=BATCH_SIZE)
     rows = [running.measure_float("FP32", model, test)]
 
-    print("PTQ: finding ranges")
-    qat = kqat.quantize_model(model, calibration_data=train[0][:CALIBRATION_SAMPLES])
-    blob = tflite_export.convert(qat)
-    row, _ = running.measure_integer("PTQ", qat, blob, test, lockstep_samples=len(test[0]))
-    rows.append(row)
-
-    print("QAT: training with the rounding in place")
-    fit(
-        qat,
+    whole = len(test[0])
+    ptq = shipping.ptq(model, train, test, lockstep_samples=whole)
+    rows.append(ptq.row)
+    qat = shipping.train_on(
+        ptq,
         train,
+        test,
         options.qat_epochs,
         QAT_LEARNING_RATE,
         batch_size=BATCH_SIZE,
-        callbacks=freezing(options.qat_epochs),
+        lockstep_samples=whole,
     )
-    blob = tflite_export.convert(qat)
-    row, report = running.measure_integer("QAT", qat, blob, test, lockstep_samples=len(test[0]))
-    rows.append(row)
-
-    tflite_export.save(blob, options.out / "digits.tflite")
-    qat.save(options.out / "digits.keras")
+    shipping.write(options, qat, "digits")
+    qat.report.save_html(options.out / "report.html")
     kqat.plan(model).save(options.out / "plan.json")
-    report.save(options.out / "report.json")
-    report.save_html(options.out / "report.html")
-    results = running.save_results(
-        options, "digits", {"test_images": len(test[0]), "rows": running.as_json(rows)}
-    )
+    found = {"test_images": whole, "rows": running.as_json([*rows, qat.row])}
+    results = running.save_results(options, "digits", found)
     running.show(tables(results))
     print(f"\nWritten to {options.out}")
     return results

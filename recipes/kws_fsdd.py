@@ -20,16 +20,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import kqat
-import tflite_export
-from recipes import data, running
+from recipes import data, running, shipping
 from recipes.data import Samples
 from recipes.models import conv1d_audio, ds_cnn
 from recipes.running import Table
-from recipes.training import fit, freezing
+from recipes.training import fit
 
 BATCH_SIZE = 64
-CALIBRATION_SAMPLES = 512
 LEARNING_RATE = 2e-3
 # Low, since the weights need to move by a few steps of their grids only.
 QAT_LEARNING_RATE = 3e-4
@@ -65,29 +62,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     fit(model, train, options.epochs, LEARNING_RATE, batch_size=BATCH_SIZE)
     rows = [running.measure_float("FP32", model, test)]
 
-    print("PTQ: finding ranges")
-    qat = kqat.quantize_model(model, calibration_data=train[0][:CALIBRATION_SAMPLES])
-    rows.append(running.measure_integer("PTQ", qat, tflite_export.convert(qat), test)[0])
-
-    print("QAT: training with the rounding in place")
-    fit(
-        qat,
-        train,
-        options.qat_epochs,
-        QAT_LEARNING_RATE,
-        batch_size=BATCH_SIZE,
-        callbacks=freezing(options.qat_epochs),
+    ptq = shipping.ptq(model, train, test)
+    rows.append(ptq.row)
+    qat = shipping.train_on(
+        ptq, train, test, options.qat_epochs, QAT_LEARNING_RATE, batch_size=BATCH_SIZE
     )
-    blob = tflite_export.convert(qat)
-    row, report = running.measure_integer("QAT", qat, blob, test)
-    rows.append(row)
-
-    tflite_export.save(blob, options.out / "kws.tflite")
-    qat.save(options.out / "kws.keras")
-    report.save(options.out / "report.json")
-    results = running.save_results(
-        options, "kws_fsdd", {"test_clips": len(test[1]), "rows": running.as_json(rows)}
-    )
+    shipping.write(options, qat, "kws")
+    found = {"test_clips": len(test[1]), "rows": running.as_json([*rows, qat.row])}
+    results = running.save_results(options, "kws_fsdd", found)
     running.show(tables(results))
     print(f"\nWritten to {options.out}")
     return results

@@ -39,7 +39,7 @@ import numpy as np
 import kqat
 import tflite_export
 from kqat.config import PRESETS
-from kqat.saving import write_file
+from kqat.saving import save_model, write_file
 from recipes import converter, data, lab_report, pruning, running, training
 from recipes.data import Samples
 from recipes.latency import latencies
@@ -265,7 +265,7 @@ class _Lab:
                 validation=self.validation,
                 callbacks=callbacks,
             )
-            training.save_model(model, path)
+            save_model(model, path)
             training.drop_checkpoints(path.parent)
         return keras.models.load_model(path)
 

@@ -23,6 +23,7 @@ import tflite_export
 from recipes import data, running
 from recipes.models import digits_cnn, mobilenet_v2
 from recipes.running import Table
+from recipes.training import settle
 from tflite_export.vela import ACCELERATORS, estimate
 
 SAMPLES = 128
@@ -90,11 +91,7 @@ def _ds_cnn() -> tuple[keras.Model, np.ndarray]:
 def _mobilenet_v2() -> tuple[keras.Model, np.ndarray]:
     model = mobilenet_v2((96, 96, 3))
     x = np.random.default_rng(0).normal(size=(16, 96, 96, 3)).astype(np.float32)
-    # Without statistics of its own, random weights let the values fade out.
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.0
-    model(x, training=True)
+    settle(model, x)
     return model, x
 
 

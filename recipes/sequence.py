@@ -19,15 +19,12 @@ import keras
 import numpy as np
 from keras import layers
 
-import kqat
-import tflite_export
-from recipes import data, running
+from recipes import data, running, shipping
 from recipes.data import Samples
 from recipes.running import Table
-from recipes.training import fit, freezing
+from recipes.training import fit
 
 BATCH_SIZE = 64
-CALIBRATION_SAMPLES = 512
 # One file operator per step and quantity: more samples take long, and say no more.
 LOCKSTEP_SAMPLES = 16
 LEARNING_RATE = 3e-3
@@ -45,30 +42,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     fit(model, train, options.epochs, LEARNING_RATE, batch_size=BATCH_SIZE)
     rows = [running.measure_keras("FP32", model, test)]
 
-    print("PTQ: finding ranges")
-    qat = kqat.quantize_model(model, calibration_data=train[0][:CALIBRATION_SAMPLES])
-    rows.append(_measure("PTQ", qat, tflite_export.convert(qat), test)[0])
-
-    print("QAT: training with the rounding in place")
-    fit(
-        qat,
+    ptq = shipping.ptq(model, train, test, lockstep_samples=LOCKSTEP_SAMPLES)
+    rows.append(ptq.row)
+    qat = shipping.train_on(
+        ptq,
         train,
+        test,
         options.qat_epochs,
         QAT_LEARNING_RATE,
         batch_size=BATCH_SIZE,
-        callbacks=freezing(options.qat_epochs),
+        lockstep_samples=LOCKSTEP_SAMPLES,
     )
-    blob = tflite_export.convert(qat)
-    row, report = _measure("QAT", qat, blob, test)
-    rows.append(row)
-
-    tflite_export.save(blob, options.out / "model.tflite")
-    qat.save(options.out / "model.keras")
-    report.save(options.out / "report.json")
+    shipping.write(options, qat, "model")
     found = {
         "test_samples": len(test[1]),
-        "float_operators": report.float_operators,
-        "rows": running.as_json(rows),
+        "float_operators": qat.report.float_operators,
+        "rows": running.as_json([*rows, qat.row]),
     }
     results = running.save_results(options, "sequence", found)
     running.show(tables(results))
@@ -92,12 +81,6 @@ def network(kind: str, units: int, steps: int = 28, features: int = 28) -> keras
     state = NETWORKS[kind](units, name=kind)(inputs)
     outputs = layers.Dense(10, activation="softmax", name="probabilities")(state)
     return keras.Model(inputs, outputs, name=f"{kind}_{units}")
-
-
-def _measure(
-    name: str, qat: keras.Model, blob: bytes, test: Samples
-) -> tuple[running.Row, tflite_export.Report]:
-    return running.measure_integer(name, qat, blob, test, lockstep_samples=LOCKSTEP_SAMPLES)
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

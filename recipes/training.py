@@ -165,11 +165,19 @@ def freezing(epochs: int) -> list[keras.callbacks.Callback]:
     return [kqat.FreezeObservers(epochs // 2), kqat.FreezeBatchNorm(epochs // 2)]
 
 
-def save_model(model: keras.Model, path: Path) -> None:
-    """Writes `model` to `path` (.keras), whole or not at all."""
-    partial = path.with_name(f"partial_{path.name}")
-    model.save(partial)
-    partial.replace(path)
+def settle(model: keras.Model, x: np.ndarray) -> None:
+    """Gives the BatchNormalization layers of an untrained `model` the statistics of `x`.
+
+    With its initial ones the outputs of a deep untrained network hardly depend on the input, and
+    no integer file can be made of them.
+    """
+    kind = keras.layers.BatchNormalization
+    momenta = {layer: layer.momentum for layer in model.layers if isinstance(layer, kind)}
+    for layer in momenta:
+        layer.momentum = 0.0
+    model(x, training=True)
+    for layer, momentum in momenta.items():
+        layer.momentum = momentum
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:

@@ -22,15 +22,13 @@ import keras
 import numpy as np
 
 import kqat
-import tflite_export
-from recipes import data, running
+from recipes import data, running, shipping
 from recipes.data import Samples
 from recipes.models import text_transformer, vit
 from recipes.running import Table
-from recipes.training import fit, freezing
+from recipes.training import fit
 
 BATCH_SIZE = 64
-CALIBRATION_SAMPLES = 512
 LEARNING_RATE = 2e-3
 # Low, since the weights need to move by a few steps of their grids only.
 QAT_LEARNING_RATE = 2e-4
@@ -59,34 +57,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     fit(model, train, options.epochs or task.epochs, LEARNING_RATE, batch_size=BATCH_SIZE)
     rows = [running.measure_float("FP32", model, test)]
 
-    print("PTQ: finding ranges")
-    calibration = train[0][:CALIBRATION_SAMPLES]
-    qat = kqat.quantize_model(model, calibration_data=calibration)
-    rows.append(running.measure_integer("PTQ", qat, tflite_export.convert(qat), test)[0])
-    smooth = kqat.algorithms.smooth_quant(qat, calibration)
-    blob = tflite_export.convert(smooth)
-    rows.append(running.measure_integer("PTQ, SmoothQuant", smooth, blob, test)[0])
-
-    print("QAT: training with the rounding in place")
-    fit(
-        qat,
-        train,
-        options.qat_epochs,
-        QAT_LEARNING_RATE,
-        batch_size=BATCH_SIZE,
-        callbacks=freezing(options.qat_epochs),
+    ptq = shipping.ptq(model, train, test)
+    smooth = kqat.algorithms.smooth_quant(ptq.qat, train[0][: shipping.CALIBRATION_SAMPLES])
+    rows += [ptq.row, shipping.measured("PTQ, SmoothQuant", smooth, test).row]
+    qat = shipping.train_on(
+        ptq, train, test, options.qat_epochs, QAT_LEARNING_RATE, batch_size=BATCH_SIZE
     )
-    blob = tflite_export.convert(qat)
-    row, report = running.measure_integer("QAT", qat, blob, test)
-    rows.append(row)
-
-    tflite_export.save(blob, options.out / "model.tflite")
-    qat.save(options.out / "model.keras")
-    report.save(options.out / "report.json")
+    shipping.write(options, qat, "model")
     found = {
         "test_samples": len(test[1]),
-        "float_operators": report.float_operators,
-        "rows": running.as_json(rows),
+        "float_operators": qat.report.float_operators,
+        "rows": running.as_json([*rows, qat.row]),
     }
     results = running.save_results(options, "transformer", found)
     running.show(tables(results))

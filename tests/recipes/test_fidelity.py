@@ -8,6 +8,7 @@ import pytest
 from recipes import fidelity
 
 
+@pytest.mark.slow
 def test_noise_runs_through_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = fidelity.main(["--smoke", "--out", str(tmp_path)])
     assert {p.name for p in tmp_path.iterdir()} == {"smoke.tflite", "smoke.json", "results.json"}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import kqat
+from kqat.saving import save_model
 from recipes import training
 from recipes.data import Samples
 from recipes.training import Batches
@@ -137,6 +138,6 @@ def test_a_finished_training_is_only_read_back(samples: Samples, tmp_path: Path)
     again = _trained(_model(), tmp_path, samples)
     for mine, wanted in zip(again.get_weights(), whole.get_weights(), strict=True):
         np.testing.assert_array_equal(mine, wanted)
-    training.save_model(whole, tmp_path / "model.keras")
+    save_model(whole, tmp_path / "model.keras")
     training.drop_checkpoints(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"history.json", "model.keras"}
