@@ -24,9 +24,9 @@ ROOMS = {
         "freezing", "algorithms", "interop", "fitting", "api", "annotating", "__init__", "cli",
     ),
     "tflite_export": (
-        "checking", "sharing", "flatbuffer", "op_table", "inspection", "lowering", "markers",
-        "packing", "lookup", "naming", "clamps", "quantizing", "feeding", "runtimes", "vela",
-        "page", "report", "foreign", "profiling", "targets", "verification", "exporting",
+        "checking", "children", "sharing", "flatbuffer", "op_table", "inspection", "lowering",
+        "markers", "packing", "lookup", "naming", "clamps", "quantizing", "feeding", "runtimes",
+        "vela", "page", "report", "foreign", "profiling", "targets", "verification", "exporting",
         "c_source", "__init__",
     ),
 }  # fmt: skip

@@ -6,10 +6,7 @@ process, ask for all memory, or never end.
 
 import inspect
 import io
-import os
-import signal
 import subprocess
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +15,7 @@ import numpy as np
 
 from kqat.errors import ExportError, RuntimeUnavailableError
 from tflite_export import flatbuffer
+from tflite_export.children import exit_name, run_python
 from tflite_export.feeding import as_type, has_grid, random_inputs, real
 from tflite_export.flatbuffer import ModelT
 from tflite_export.report import OutputAgreement, RuntimeReport
@@ -76,26 +74,19 @@ def _run_apart(blob: bytes, feeds: list[np.ndarray], runtime: str) -> list[np.nd
     arrays: dict[str, Any] = {f"feed_{i}": feed for i, feed in enumerate(feeds)}
     np.savez(request, blob=np.frombuffer(blob, np.uint8), count=np.array(len(feeds)), **arrays)
     program = f"{inspect.getsource(_serve)}\n_serve()"
-    paths = os.pathsep.join(path for path in sys.path if path)
+    arguments = ["-c", program, runtime, str(MEMORY_BYTES)]
     try:
-        child = subprocess.run(
-            [sys.executable, "-c", program, runtime, str(MEMORY_BYTES)],
-            input=request.getvalue(),
-            capture_output=True,
-            timeout=TIMEOUT_SECONDS,
-            env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
-        )
+        child = run_python(arguments, request=request.getvalue(), timeout_seconds=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise RuntimeUnavailableError(
             f"Expected runtime {runtime!r} to run the file within {TIMEOUT_SECONDS:g} s. Received: "
             "no answer. Use a smaller file, or fewer samples."
         ) from error
     if child.returncode != 0:
-        code = child.returncode
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         words = textwrap.shorten(child.stderr.decode(errors="replace"), 600)
         raise RuntimeUnavailableError(
-            f"Expected runtime {runtime!r} to run the file. Received: {name}, saying: {words!r}."
+            f"Expected runtime {runtime!r} to run the file. Received: "
+            f"{exit_name(child.returncode)}, saying: {words!r}."
         )
     with np.load(io.BytesIO(child.stdout)) as answer:
         return [answer[f"output_{i}"] for i in range(len(answer.files))]

@@ -96,10 +96,14 @@ def inspect(blob: bytes) -> Inspection:
     Raises:
         ExportError: if the bytes are no whole TFLite file.
     """
-    model = flatbuffer.read(blob)
+    return inspect_model(flatbuffer.read(blob), len(blob))
+
+
+def inspect_model(model: ModelT, size_bytes: int) -> Inspection:
+    """The same of a file of `size_bytes` that was read already."""
     first = model.subgraphs[0]
     return Inspection(
-        size_bytes=len(blob),
+        size_bytes=size_bytes,
         description=text(model.description),
         subgraphs=len(model.subgraphs),
         inputs=tuple(_tensor(first.tensors[i]) for i in first.inputs),

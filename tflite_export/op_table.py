@@ -3,7 +3,7 @@
 Sources: the TFLite 8-bit quantization specification
 (https://ai.google.dev/edge/litert/models/quantization_spec); versions from TensorFlow's
 `lite/tools/versioning/op_version.cc`; runtimes from what ran here
-(`tests/runtime/test_op_table.py` runs each row).
+(`benchmarks/op_probe.py` runs each row).
 """
 
 import dataclasses

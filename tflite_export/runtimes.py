@@ -10,11 +10,8 @@ import dataclasses
 import importlib.util
 import inspect
 import io
-import os
 import re
-import signal
 import subprocess
-import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -24,6 +21,7 @@ from ai_edge_litert import interpreter as litert
 
 from kqat.errors import ExportError, RuntimeUnavailableError
 from tflite_export import flatbuffer
+from tflite_export.children import exit_name, run_python
 
 RUNTIMES = ("litert_reference", "litert_builtin", "litert", "tflite_micro")
 
@@ -314,7 +312,7 @@ def _run_micro(
         if child.returncode == 0:
             break
         if not _ARENA_IS_FULL.search(words) or arena_bytes >= largest_bytes:
-            raise _refusal("tflite_micro", f"{_exit_name(child.returncode)}, saying: {words}")
+            raise _refusal("tflite_micro", f"{exit_name(child.returncode)}, saying: {words}")
         arena_bytes = 2 * max(arena_bytes, _ARENA_ALIGNMENT)
     if (total := _ARENA_TOTAL.search(words)) is None:
         raise _refusal("tflite_micro", f"no arena total in its words: {words}")
@@ -326,18 +324,7 @@ def _run_micro(
 
 def _micro_child(request: bytes, arena_bytes: int) -> subprocess.CompletedProcess[bytes]:
     program = f"{inspect.getsource(_serve_micro)}\n_serve_micro()"
-    # The child shall find the very packages that this process finds, and none in its directory.
-    paths = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.run(
-        [sys.executable, "-c", program, str(arena_bytes)],
-        input=request,
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
-    )
-
-
-def _exit_name(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return run_python(["-c", program, str(arena_bytes)], request=request)
 
 
 def _refusal(runtime: str, words: str) -> RuntimeUnavailableError:

@@ -9,15 +9,14 @@ import csv
 import dataclasses
 import importlib.util
 import io
-import os
 import re
 import subprocess
-import sys
 import tempfile
 import textwrap
 from pathlib import Path
 
 from kqat.errors import ExportError, RuntimeUnavailableError
+from tflite_export.children import run_python
 from tflite_export.inspection import inspect
 
 # Target -> Vela's name of its usual size, in multiply-accumulates per cycle.
@@ -117,24 +116,19 @@ def _bytes(row: dict[str, str], memory: str) -> int:
 
 def _compile(blob: bytes, accelerator: str, folder: Path, timeout_seconds: float) -> str:
     (folder / "model.tflite").write_bytes(blob)
-    command = [sys.executable, "-m", "ethosu.vela", "model.tflite", "--output-dir", "out"]
-    paths = os.pathsep.join(path for path in sys.path if path)
+    command = ["-m", "ethosu.vela", "model.tflite", "--output-dir", "out"]
     try:
-        child = subprocess.run(
+        child = run_python(
             [*command, "--accelerator-config", accelerator],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_seconds,
-            env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
+            folder=folder,
+            timeout_seconds=timeout_seconds,
         )
     except subprocess.TimeoutExpired as error:
         raise RuntimeUnavailableError(
             f"Expected Vela to compile the file within {timeout_seconds:g} s. Received: a timeout. "
             "Use a smaller model or a longer timeout_seconds."
         ) from error
-    words = child.stdout + child.stderr
+    words = (child.stdout + child.stderr).decode(errors="replace")
     if child.returncode != 0:
         raise _failure(accelerator, words)
     return words

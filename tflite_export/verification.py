@@ -24,7 +24,7 @@ from tflite_export.feeding import as_type, has_grid
 from tflite_export.feeding import real as real_values
 from tflite_export.flatbuffer import ModelT
 from tflite_export.foreign import compare_runtimes
-from tflite_export.inspection import inspect
+from tflite_export.inspection import inspect_model
 from tflite_export.packing import ACTIVATION_DTYPES
 from tflite_export.profiling import GridUse, grid_use, layer_reports, static_reports
 from tflite_export.report import (
@@ -70,8 +70,8 @@ def verify(
         ExportError: if the file cannot be read, or `data` does not fit the model's inputs.
     """
     frozen = qat if isinstance(qat, FrozenModel) or qat is None else freeze(qat)
-    inspection = inspect(blob)
     model = flatbuffer.read(blob)
+    inspection = inspect_model(model, len(blob))
     notes = [] if frozen is None else _differences_of_ends(frozen, model)
     layers: tuple[LayerReport, ...] = ()
     if frozen is None or notes:

@@ -62,7 +62,8 @@ def file_integers(blob: bytes) -> list[np.ndarray]:
 
 
 CASES = [
-    *((preset, cnn, None) for preset in LOW),
+    ("w4a8", cnn, None),
+    *(pytest.param(p, cnn, None, marks=pytest.mark.slow) for p in LOW if p != "w4a8"),
     ("w2a8", mlp, "litert"),
     ("binary", mlp, "tflite_micro"),
 ]
