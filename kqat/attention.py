@@ -1,7 +1,7 @@
-"""Normalization over features and attention as layers with one integer operator each.
+"""Attention as layers with one integer operator each.
 
 Quantizers stand between the parts, so every intermediate value has a range of its own. Matrix
-products become FULLY_CONNECTED and BATCH_MATMUL, the reciprocal square root a table.
+products become FULLY_CONNECTED and BATCH_MATMUL.
 """
 
 from typing import Any
@@ -12,88 +12,8 @@ from keras import layers
 from kqat import products
 from kqat.decompositions import Decomposed, Part
 from kqat.errors import UnsupportedLayerError
-from kqat.primitives import (
-    ChannelAffine,
-    Matmul,
-    ReciprocalSquareRoot,
-    Reduce,
-    Take,
-    WithConstant,
-    total,
-)
-
-
-def layer_normalization(layer: Any, name: str) -> Decomposed:
-    """`(x - mean) / sqrt(variance + epsilon) * gamma + beta` over the last axis.
-
-    Reference: Ba et al. 2016, section 3 (https://arxiv.org/abs/1607.06450).
-    """
-    _check_last_axis(layer, name)
-    if layer.get_config().get("rms_scaling"):
-        raise UnsupportedLayerError(
-            f"Expected rms_scaling=False in layer '{name}'. Received: True. Use RMSNormalization."
-        )
-    affine = channel_affine(layer, name, layer.scale, layer.center)
-
-    def call(x: Any) -> Any:
-        mean = Reduce("mean", [len(x.shape) - 1], name=f"{name}_mean")(x)
-        centered = layers.Subtract(name=f"{name}_centered")([x, mean])
-        return _unit(centered, layer.epsilon, affine, name)
-
-    return call
-
-
-def _unit(x: Any, epsilon: float, affine: Part | None, name: str) -> Any:
-    axes = [len(x.shape) - 1]
-    if affine is None:
-        return scaled_to_unit(x, epsilon, name, axes)
-    return affine(scaled_to_unit(x, epsilon, f"{name}_unit", axes))
-
-
-def rms_normalization(layer: Any, name: str) -> Decomposed:
-    """`x / sqrt(mean(x**2) + epsilon) * gamma` over the last axis.
-
-    Reference: Zhang & Sennrich 2019, section 4 (https://arxiv.org/abs/1910.07467).
-    """
-    _check_last_axis(layer, name)
-    affine = channel_affine(layer, name, True, False)
-    return lambda x: _unit(x, layer.epsilon, affine, name)
-
-
-def scaled_to_unit(x: Any, epsilon: float, name: str, axes: list[int]) -> Any:
-    """`x / sqrt(mean(x**2) + epsilon)`, the mean over `axes`."""
-    square = layers.Multiply(name=f"{name}_square")([x, x])
-    variance = Reduce("mean", axes, name=f"{name}_variance")(square)
-    scale = ReciprocalSquareRoot(epsilon, name=f"{name}_rsqrt")(variance)
-    return layers.Multiply(name=name)([x, scale])
-
-
-def channel_affine(layer: Any, name: str, scale: bool, center: bool) -> Part | None:
-    """A layer's own gamma and beta, as far as it has them."""
-    if not scale and not center:
-        return None
-    config = layer.get_config()
-    options = {
-        key: config.get(key)
-        for key in (
-            "gamma_regularizer",
-            "beta_regularizer",
-            "gamma_constraint",
-            "beta_constraint",
-        )
-    }
-    affine = ChannelAffine(scale, center, name=name, trainable=layer.trainable, **options)
-    return Part(affine, layer.get_weights())
-
-
-def _check_last_axis(layer: Any, name: str) -> None:
-    axis = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
-    rank = len(layer.input.shape)
-    if [a % rank for a in axis] != [rank - 1]:
-        raise UnsupportedLayerError(
-            f"Expected normalization over the last axis in layer '{name}'. Received: "
-            f"axis={layer.axis}. Permute the input."
-        )
+from kqat.masks import Keep, attended, causal, window, zeroed
+from kqat.primitives import Matmul, Take, WithConstant, total
 
 
 def multi_head_attention(layer: Any, name: str) -> Decomposed:
@@ -142,18 +62,43 @@ def _multi_head(layer: Any, name: str, size: int, sharing: int) -> Decomposed:
         indices = np.repeat(np.arange(y.shape[1]), sharing).tolist()
         return Take(indices, 1, name=f"{name}_{part}_shared")(y)
 
-    def call(query: Any, value: Any, key: Any = None, **options: Any) -> Any:
+    def gated(steps: Any, query: Any) -> Any:
+        if not layer.get_config().get("use_gate"):
+            return steps
+        gate = _projection(arrays, "gate", 1.0, name, options)(query)
+        gate = layers.Activation("sigmoid", name=f"{name}_gate_sigmoid")(gate)
+        return layers.Multiply(name=f"{name}_gated")([steps, gate])
+
+    def call(
+        query: Any,
+        value: Any,
+        key: Any = None,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        attention_mask: Any = None,
+        use_causal_mask: bool = False,
+        **options: Any,
+    ) -> Any:
         _check_options(options, name)
+        sizes, reach = (query.shape[1], value.shape[1]), layer.get_config().get("sliding_window")
+        pairs = [attention_mask]
+        pairs += [causal(*sizes)] if use_causal_mask else []
+        pairs += [window(*sizes, reach)] if reach is not None else []
+        masks = [value_mask] if key_mask is value_mask else [value_mask, key_mask]
+        keep = Keep.of(name, pairs=pairs, queries=[query_mask], keys=masks)
         keys = heads("key", value if key is None else key)
         scores = Matmul(name=f"{name}_scores")([heads("query", query), keys])
-        mixed = _mixed(layer, scores, heads("value", value), name, f"{name}_mixed")
-        return output(layers.Permute((2, 1, 3), name=f"{name}_steps")(mixed))
+        # Keras has two ways to compute this, which differ where a query sees nothing.
+        weights = attended(scores, keep, name, zeros=layer.dropout > 0.0)
+        mixed = _mixed(layer, weights, heads("value", value), name, f"{name}_mixed")
+        steps = layers.Permute((2, 1, 3), name=f"{name}_steps")(mixed)
+        return output(gated(steps, query))
 
     return call
 
 
-def _mixed(layer: Any, scores: Any, value: Any, name: str, last: str) -> Any:
-    weights = layers.Softmax(name=f"{name}_weights")(scores)
+def _mixed(layer: Any, weights: Any, value: Any, name: str, last: str) -> Any:
     if layer.dropout:
         weights = layers.Dropout(layer.dropout, name=f"{name}_dropout")(weights)
     return Matmul(name=last)([weights, value])
@@ -165,7 +110,7 @@ def attention(layer: Any, name: str) -> Decomposed:
     Reference: Luong et al. 2015, section 3.1 (https://arxiv.org/abs/1508.04025).
     """
 
-    def call(inputs: Any, **options: Any) -> Any:
+    def call(inputs: Any, mask: Any = None, use_causal_mask: bool = False, **options: Any) -> Any:
         _check_options(options, name)
         query, value = inputs[:2]
         key = inputs[2] if len(inputs) == 3 else value
@@ -178,7 +123,7 @@ def attention(layer: Any, name: str) -> Decomposed:
             bent = layers.Activation("tanh", name=f"{name}_tanh")(pairs)
             scores = total(bent, [3], False, f"{name}_scores")
             scores = _times(scores, layer.concat_score_weight, f"{name}_weighted")
-        return _mixed(layer, scores, value, name, name)
+        return _attended(layer, scores, value, name, mask, use_causal_mask)
 
     return call
 
@@ -189,7 +134,7 @@ def additive_attention(layer: Any, name: str) -> Decomposed:
     Reference: Bahdanau et al. 2015, appendix A.1.2 (https://arxiv.org/abs/1409.0473).
     """
 
-    def call(inputs: Any, **options: Any) -> Any:
+    def call(inputs: Any, mask: Any = None, use_causal_mask: bool = False, **options: Any) -> Any:
         _check_options(options, name)
         query, value = inputs[:2]
         key = inputs[2] if len(inputs) == 3 else value
@@ -201,9 +146,24 @@ def additive_attention(layer: Any, name: str) -> Decomposed:
             options = {"trainable": layer.trainable}
             product = products.dense(kernel, None, 1, f"{name}_product", options)(bent)
             scores = layers.Reshape(product.shape[1:3], name=f"{name}_scores")(product)
-        return _mixed(layer, scores, value, name, name)
+        return _attended(layer, scores, value, name, mask, use_causal_mask)
 
     return call
+
+
+def _attended(
+    layer: Any, scores: Any, value: Any, name: str, mask: Any, use_causal_mask: bool
+) -> Any:
+    """The values, weighted by `softmax(scores)`; `mask` has one of the queries, one of values."""
+    pairs = [causal(*scores.shape[1:])] if use_causal_mask else []
+    keep = Keep.of(name, pairs=pairs, keys=[mask[1]] if mask else [])
+    hidden = mask[0] if mask else None
+    # Where a query sees nothing Keras adds to all scores alike: the weights are equal.
+    weights = attended(scores, keep, name, zeros=False)
+    if hidden is None:
+        return _mixed(layer, weights, value, name, name)
+    queries = Keep.of(f"{name}_query", queries=[hidden])
+    return zeroed(_mixed(layer, weights, value, name, f"{name}_mixed"), queries, name)
 
 
 def _sums(query: Any, key: Any, name: str) -> Any:
@@ -239,6 +199,6 @@ def _check_options(options: dict[str, Any], name: str) -> None:
     asked.pop("training", None)
     if asked:
         raise UnsupportedLayerError(
-            f"Expected plain attention in layer '{name}'. Received: {sorted(asked)}. Integer "
-            "kernels know no masks; pad to a fixed length and leave them out."
+            f"Expected no other options than masks in attention layer '{name}'. Received: "
+            f"{sorted(asked)}. Leave them out."
         )

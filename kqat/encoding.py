@@ -1,7 +1,9 @@
 """Whole numbers as quantities: rows of a table, and one-hot codes."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import layers
 
@@ -10,10 +12,26 @@ from kqat.errors import UnsupportedLayerError
 from kqat.primitives import Reduce, total
 
 
+def is_tensor(value: Any) -> bool:
+    """Whether a value depends on the model's inputs."""
+    return isinstance(value, keras.KerasTensor)
+
+
+def counts(x: Any) -> bool:
+    """Whether a tensor holds no quantities: indexes, or truth values."""
+    return not keras.backend.is_float_dtype(x.dtype)
+
+
 def rows(table: np.ndarray, indices: Any, name: str, trained: bool) -> Any:
     """The rows of a matrix at `indices`, a tensor of whole numbers."""
     layer = layers.Embedding(*table.shape, name=name, trainable=trained)
     return Part(layer, [table])(indices)
+
+
+def truth(x: Any, values: tuple[float, float], shape: Sequence[int], name: str) -> Any:
+    """`values[0]` where `x` is false and `values[1]` where it is true, of `shape`."""
+    table = np.array([[v] for v in values], np.float32)
+    return layers.Reshape(tuple(shape), name=name)(rows(table, x, f"{name}_rows", False))
 
 
 def one_hot(indices: Any, classes: int, name: str) -> Any:

@@ -12,11 +12,22 @@ import numpy as np
 
 from kqat.decompositions import clone, duplicate
 from kqat.elementwise import Elementwise, is_elementwise
+from kqat.encoding import counts, is_tensor
 from kqat.errors import ModelError, UnsupportedLayerError
-from kqat.operands import counts, is_tensor
+from kqat.opening import attach_masks
 from kqat.operations import as_layers
 from kqat.registry import rule_for
-from kqat.tracing import Graph, Node, Ref, fill, rebuild, trace, trace_call, unique_name
+from kqat.tracing import (
+    Graph,
+    Node,
+    Ref,
+    fill,
+    rebuild,
+    refs_in,
+    trace,
+    trace_call,
+    unique_name,
+)
 
 
 def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph, dict[str, str]]:
@@ -60,11 +71,14 @@ def _simpler(node: Node, origin: str) -> Callable[..., Any] | None:
     rule = rule_for(layer, origin)
     if rule.opens:
         return _opened_function(node, origin) if rule.table else _opened_layer(node, origin)
-    return rule.decompose(layer, node.name) if rule.decompose else None
+    made = rule.decompose(layer, node.name) if rule.decompose else None
+    return None if made is None else _tried(layer, made, node.name)
 
 
 def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[..., Any]:
     """`made`, after a trial that it computes what `operation` does: a row may not know an option.
+
+    `operation` may be a layer.
 
     Raises:
         UnsupportedLayerError: if it does not.
@@ -76,12 +90,15 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
         tensors = list({id(t): t for t in given}.values())
         values = {id(t): _trial_values(t, seed) for seed, t in enumerate(tensors)}
         args, kwargs = keras.tree.map_structure(lambda x: values.get(id(x), x), (args, kwargs))
-        expected = operation(*args, **kwargs)
+        if isinstance(operation, keras.layers.MultiHeadAttention):
+            attach_masks(operation, args, kwargs)
+        with keras.StatelessScope():  # A state stays as it was.
+            expected = operation(*args, **kwargs)
         found = keras.Function(tensors, outputs)(list(values.values()))
         pairs = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
         if not all(_alike(a, b) for a, b in pairs):
             raise UnsupportedLayerError(
-                f"Expected options that integer kernels have in operation '{name}' of type "
+                f"Expected options that integer kernels have in '{name}' of type "
                 f"{type(operation).__name__}. Received: {_options(operation)}, with which its "
                 f"layers compute something else. Leave it float with policy={{'{name}': None}}, or "
                 "compose it of other functions."
@@ -97,6 +114,8 @@ def _trial_values(tensor: Any, seed: int) -> Any:
     shape = [size or 2 for size in tensor.shape]
     # The first two rows of any table are there.
     values = rng.integers(0, 2, shape) if counts(tensor) else rng.normal(size=shape)
+    if tensor.dtype == "bool":
+        values[..., 0] = 1  # A mask shows something.
     return keras.ops.convert_to_tensor(values, tensor.dtype)
 
 
@@ -108,14 +127,17 @@ def _alike(expected: Any, found: Any) -> bool:
     # Two roundings of the type, of sums that may cancel; another function differs by more.
     tolerance = 1e-3 if keras.backend.standardize_dtype(expected.dtype) == "float32" else 0.05
     finite = np.isfinite(a)
-    return np.allclose(a[finite], b[finite], rtol=tolerance, atol=tolerance)
+    largest = np.max(np.abs(a[finite]), initial=1.0)
+    return np.allclose(a[finite], b[finite], rtol=tolerance, atol=tolerance * largest)
 
 
 def _options(operation: Any) -> dict[str, Any]:
     plain = bool | int | float | str | tuple | list | None
+    is_layer = isinstance(operation, keras.layers.Layer)
+    options = operation.get_config() if is_layer else vars(operation)
     return {
         key: value
-        for key, value in vars(operation).items()
+        for key, value in options.items()
         if not key.startswith("_") and key != "name" and isinstance(value, plain)
     }
 
@@ -223,4 +245,14 @@ def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
 
 def _simplify(node: Node, origin: str, keep: bool) -> Callable[..., Any]:
     simpler = None if keep else _simpler(node, origin)
-    return duplicate(node.layer, node.name) if simpler is None else simpler
+    if refs_in(node.kwargs.get("mask")) and (keep or not rule_for(node.layer, origin).masks):
+        raise ModelError(
+            f"Expected masks for attention layers only. Received: a mask for layer '{origin}' of "
+            f"type {type(node.layer).__name__}, whose integer form knows none. Pad to a fixed "
+            "length, and leave mask_zero and Masking out."
+        )
+    if simpler is not None:
+        return simpler
+    # Who reads its mask reads it as a tensor of the graph.
+    unmasked = {"mask_zero": False} if getattr(node.layer, "mask_zero", False) else {}
+    return duplicate(node.layer, node.name, **unmasked)

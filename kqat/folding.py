@@ -60,6 +60,8 @@ def freeze_layer(wrapper: QuantizeWrapper) -> Frozen:
     }
     values = [by_variable.get(id(v), np.asarray(v)) for v in layer.weights]
     changes: dict[str, Any] = {"dtype": "float32"}
+    if rule_for(layer).hides:
+        changes["kind"] = "add"
     if norm is not None:
         factor, offset = _normalization(norm)
         bias = np.asarray(layer.bias, np.float64) if layer.use_bias else 0.0

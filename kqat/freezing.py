@@ -18,7 +18,7 @@ from kqat.folding import FrozenWeight, channelwise, freeze_layer
 from kqat.layers import ActivationQuantizer, QuantizeWrapper
 from kqat.looping import QuantizedRecurrence
 from kqat.marking import Marker, PrecisionBoundary, Requantize, Site, Tabulated
-from kqat.primitives import Slice
+from kqat.primitives import Hide, Slice
 from kqat.recurrence import Recurrence, Stack, Unstack
 from kqat.registry import LayerRule, Output, rule_for
 from kqat.tracing import Graph, Node, Ref, non_finite_variable, rebuild, trace, unique_name
@@ -94,7 +94,9 @@ def _checked(qat: Any) -> Graph:
 
 
 def _float_copy(layer: Any) -> Any:
-    """The layer in float32; recurrent ones step by step, for a loop has a subgraph of its own."""
+    """The layer as it ships, in float32; recurrent ones step by step: a loop has a subgraph."""
+    if isinstance(layer, Hide):
+        return keras.layers.Add(name=layer.name, dtype="float32")
     copy = duplicate(layer, dtype="float32")
     whole = getattr(copy, "layer", None)
     for part in (whole, *(getattr(whole, f"{way}_layer", None) for way in ("forward", "backward"))):

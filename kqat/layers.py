@@ -48,6 +48,8 @@ class ActivationQuantizer(keras.layers.Layer):
         clamp: `"relu"`, `"relu6"` or `None`: carried out by the rounding where the range starts
             at 0, which clips what lies below.
         sites: number of call sites.
+        hides: whether the values are scores of which a mask hides some (`kqat.masks`): the range
+            is that of the others, with room below.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ActivationQuantizer(keras.layers.Layer):
         *,
         clamp: str | None = None,
         sites: int = 1,
+        hides: bool = False,
         **kwargs: Any,
     ):
         # Ranges are float32 under every policy. Only where the layer's own policy is float32 too
@@ -66,6 +69,7 @@ class ActivationQuantizer(keras.layers.Layer):
         self.range_method = range_method
         self.clamp = clamp
         self.sites = sites
+        self.hides = hides
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
@@ -163,17 +167,12 @@ class ActivationQuantizer(keras.layers.Layer):
     def _observed(self, x: Any, site: int) -> tuple[Any, Any]:
         """Updates the site's range by `x`; returns all sites' ranges."""
         low, high, count = self.site_low.value, self.site_high.value, self.count.value
-        batch_low = ops.zeros((), "float32") if self.clamp else ops.minimum(ops.min(x), 0.0)
-        batch_high = ops.maximum(ops.max(x), 0.0)
-        if self.clamp == "relu6":
-            batch_high = ops.minimum(batch_high, 6.0)
-        batch_low, batch_high = ops.stop_gradient(batch_low), ops.stop_gradient(batch_high)
+        hides, spec = self.hides, self.spec
+        batch = numerics.shown_bounds(x, spec) if hides else numerics.bounds(x, self.clamp)
         assert not isinstance(self.range_method, Fixed), "a fixed range is never observed"
-        new_low, new_high = self.range_method.update(
-            low[site], high[site], count[site], batch_low, batch_high
-        )
+        new_low, new_high = self.range_method.update(low[site], high[site], count[site], *batch)
         # One exploding batch must not poison the range for good.
-        finite = ops.logical_and(ops.isfinite(batch_low), ops.isfinite(batch_high))
+        finite = ops.logical_and(*map(ops.isfinite, batch))
         here = ops.logical_and(ops.arange(self.sites) == site, finite)
         low, high = ops.where(here, new_low, low), ops.where(here, new_high, high)
         self.site_low.assign(low)
@@ -199,6 +198,7 @@ class ActivationQuantizer(keras.layers.Layer):
             "range_method": range_method_to_dict(self.range_method),
             "clamp": self.clamp,
             "sites": self.sites,
+            "hides": self.hides,
         }
 
     @classmethod

@@ -9,8 +9,10 @@ from keras import layers, ops
 
 from kqat import products
 from kqat.decompositions import Part
+from kqat.encoding import is_tensor
 from kqat.errors import UnsupportedLayerError
-from kqat.operands import Row, is_tensor
+from kqat.masks import Keep, attended, causal
+from kqat.operands import Row
 from kqat.reducing import axis_of
 
 
@@ -121,15 +123,17 @@ def _normalize(operation: Any, name: str) -> Callable[..., Any]:
 def _dot_product_attention(operation: Any, name: str) -> Callable[..., Any]:
     def call(query: Any, key: Any, value: Any, scale: Any = None, **options: Any) -> Any:
         options.pop("flash_attention", None)  # another way to compute the same
-        own = (operation.is_causal, operation.attn_logits_soft_cap)
-        if any(option not in (None, False) for option in (*own, *options.values())):
+        cap = operation.attn_logits_soft_cap
+        if any(option not in (None, False) for option in (cap, *options.values())):
             raise UnsupportedLayerError(
-                f"Expected plain attention in operation '{name}'. Received: a bias, a cap "
-                "or a mask. Integer kernels know no masks; pad to a fixed length and leave it out."
+                f"Expected no bias, cap or mask in operation '{name}'. Received: one. Use "
+                "is_causal=True, or MultiHeadAttention, whose masks have an integer form."
             )
         scale = scale or 1.0 / float(np.sqrt(query.shape[-1]))
         scores = products.einsum("bqhd,bkhd->bhqk", query, key, f"{name}_scores")
-        weights = layers.Softmax(name=f"{name}_weights")(ops.multiply(scores, scale))
+        pairs = [causal(query.shape[1], key.shape[1])] if operation.is_causal else []
+        keep = Keep.of(name, pairs=pairs)
+        weights = attended(ops.multiply(scores, scale), keep, name, zeros=False)
         return products.einsum("bhqk,bkhd->bqhd", weights, value, name)
 
     return call

@@ -1,4 +1,8 @@
-"""Normalization over groups of channels, and of kernels by their spectral norm."""
+"""Normalization over features and over groups of channels; of kernels by their spectral norm.
+
+Quantizers stand between the parts, so every intermediate value has a range of its own. The
+reciprocal square root is a table.
+"""
 
 from typing import Any
 
@@ -6,10 +10,82 @@ import keras
 import numpy as np
 from keras import layers
 
-from kqat.attention import channel_affine, scaled_to_unit
 from kqat.decompositions import Decomposed, Part, clone
 from kqat.errors import UnsupportedLayerError
-from kqat.primitives import Reduce
+from kqat.primitives import ChannelAffine, ReciprocalSquareRoot, Reduce
+
+
+def layer_normalization(layer: Any, name: str) -> Decomposed:
+    """`(x - mean) / sqrt(variance + epsilon) * gamma + beta` over the last axis.
+
+    Reference: Ba et al. 2016, section 3 (https://arxiv.org/abs/1607.06450).
+    """
+    _check_last_axis(layer, name)
+    if layer.get_config().get("rms_scaling"):
+        raise UnsupportedLayerError(
+            f"Expected rms_scaling=False in layer '{name}'. Received: True. Use RMSNormalization."
+        )
+    affine = channel_affine(layer, name, layer.scale, layer.center)
+
+    def call(x: Any) -> Any:
+        mean = Reduce("mean", [len(x.shape) - 1], name=f"{name}_mean")(x)
+        centered = layers.Subtract(name=f"{name}_centered")([x, mean])
+        return _unit(centered, layer.epsilon, affine, name)
+
+    return call
+
+
+def _unit(x: Any, epsilon: float, affine: Part | None, name: str) -> Any:
+    axes = [len(x.shape) - 1]
+    if affine is None:
+        return scaled_to_unit(x, epsilon, name, axes)
+    return affine(scaled_to_unit(x, epsilon, f"{name}_unit", axes))
+
+
+def rms_normalization(layer: Any, name: str) -> Decomposed:
+    """`x / sqrt(mean(x**2) + epsilon) * gamma` over the last axis.
+
+    Reference: Zhang & Sennrich 2019, section 4 (https://arxiv.org/abs/1910.07467).
+    """
+    _check_last_axis(layer, name)
+    affine = channel_affine(layer, name, True, False)
+    return lambda x: _unit(x, layer.epsilon, affine, name)
+
+
+def scaled_to_unit(x: Any, epsilon: float, name: str, axes: list[int]) -> Any:
+    """`x / sqrt(mean(x**2) + epsilon)`, the mean over `axes`."""
+    square = layers.Multiply(name=f"{name}_square")([x, x])
+    variance = Reduce("mean", axes, name=f"{name}_variance")(square)
+    scale = ReciprocalSquareRoot(epsilon, name=f"{name}_rsqrt")(variance)
+    return layers.Multiply(name=name)([x, scale])
+
+
+def channel_affine(layer: Any, name: str, scale: bool, center: bool) -> Part | None:
+    """A layer's own gamma and beta, as far as it has them."""
+    if not scale and not center:
+        return None
+    config = layer.get_config()
+    options = {
+        key: config.get(key)
+        for key in (
+            "gamma_regularizer",
+            "beta_regularizer",
+            "gamma_constraint",
+            "beta_constraint",
+        )
+    }
+    affine = ChannelAffine(scale, center, name=name, trainable=layer.trainable, **options)
+    return Part(affine, layer.get_weights())
+
+
+def _check_last_axis(layer: Any, name: str) -> None:
+    axis = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
+    rank = len(layer.input.shape)
+    if [a % rank for a in axis] != [rank - 1]:
+        raise UnsupportedLayerError(
+            f"Expected normalization over the last axis in layer '{name}'. Received: "
+            f"axis={layer.axis}. Permute the input."
+        )
 
 
 def group_normalization(layer: Any, name: str) -> Decomposed:

@@ -27,6 +27,9 @@ from kqat.spec import QuantSpec
 SMALLEST_RANGE = 2.0**-100
 # Below this bound `high - low` does not overflow.
 LARGEST_BOUND = 2.0**126
+# What an attention mask adds to a score that it hides. Scores spread less, and XNNPACK's ADD takes
+# operands of up to 256 times its output's scale.
+HIDDEN = -1024.0
 
 
 def widen(low: Any, high: Any) -> tuple[Any, Any]:
@@ -50,6 +53,25 @@ def symmetrize(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
     ratio = spec.qmin / spec.qmax
     high = ops.maximum(high, low * (1.0 / ratio))
     return high * ratio, high
+
+
+def bounds(x: Any, clamp: str | None) -> tuple[Any, Any]:
+    """Least and greatest of `x` and zero, after the clamp `"relu"` or `"relu6"`; no gradient."""
+    low = ops.zeros((), "float32") if clamp else ops.minimum(ops.min(x), 0.0)
+    high = ops.maximum(ops.max(x), 0.0)
+    if clamp == "relu6":
+        high = ops.minimum(high, 6.0)
+    return ops.stop_gradient(low), ops.stop_gradient(high)
+
+
+def shown_bounds(x: Any, spec: QuantSpec) -> tuple[Any, Any]:
+    """`bounds` of the scores that no mask hides, the lower one with room for the hidden ones.
+
+    The room is such that softmax over the last axis gives all hidden keys together less than half
+    a step of its output, be they as many as they can: `exp(-room) * keys < 2**-(bits + 1)`.
+    """
+    low, high = bounds(ops.where(x > HIDDEN / 2, x, 0.0), None)
+    return low - float(np.log(2.0 ** (spec.bits + 1) * x.shape[-1])), high
 
 
 def nudge(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import textwrap
 import traceback
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,26 @@ def open_call(layer: Any, args: Any, kwargs: Any) -> Opened:
     return Opened(function, args[0] if len(args) == 1 else list(args), output, learned, True)
 
 
+def with_learned(structure: Any, learned: tuple[Any, ...], found: set[int]) -> Any:
+    """`structure` with a variable for each constant that holds the first rows of a hidden one.
+
+    `Embedding(n, d)(arange(n))` runs at once and leaves but numbers, which have to be trained.
+    """
+
+    def named(value: Any) -> Any:
+        if not learned or not keras.ops.is_tensor(value) or isinstance(value, keras.KerasTensor):
+            return value
+        array = np.asarray(value)
+        for variable in learned:
+            rows = np.asarray(variable).reshape(-1)[: array.size]
+            if array.ndim and np.array_equal(rows, array.reshape(-1)):
+                found.add(id(variable))
+                return keras.Variable(array, trainable=variable.trainable, name=variable.name)
+        return value
+
+    return keras.tree.map_structure(named, structure)
+
+
 def _variables(operation: Any) -> list[Any]:
     """The variables of a layer, and those that an operation's calls are given."""
     given = [
@@ -143,6 +164,114 @@ def _where(error: Exception) -> str:
     return (
         f"line {frames[-1].lineno} of {Path(frames[-1].filename).name}, `{frames[-1].line}`, says"
     )
+
+
+def calls_in_order(function: Any, known: Collection[int]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The calls of `function`, each after those whose tensors or masks it reads.
+
+    Beside each stand the masks that Keras hands to it though it records none.
+
+    Args:
+        function: a Functional model or a `keras.Function`.
+        known: identities of tensors, to which the caller adds a call's outputs before the next.
+
+    Raises:
+        ModelError: if a mask comes out of a model inside the model.
+    """
+    calls = _calls(function)
+    masks = _masks_read(calls)
+    given = [t for found in masks.values() for t in _tensors(found)]
+    if given:
+        # What computes a mask leads to no output.
+        calls = _calls(_reaching(function, given))
+    while calls:
+        waiting = []
+        for call in calls:
+            found = masks.get(id(call), {})
+            arguments = (call.arguments.args, call.arguments.kwargs, found)
+            if all(id(t) in known for t in _tensors(arguments)):
+                yield call, found
+            else:
+                waiting.append(call)
+        assert len(waiting) < len(calls), "a mask that depends on its own reader"
+        calls = waiting
+
+
+def _calls(function: Any) -> list[Any]:
+    by_depth = function._nodes_by_depth
+    ordered = (call for depth in sorted(by_depth, reverse=True) for call in by_depth[depth])
+    return [call for call in ordered if not call.is_input]
+
+
+def _reaching(function: Any, masks: list[Any]) -> Any:
+    try:
+        return keras.Function(function.inputs, [*function.outputs, *masks])
+    except ValueError as error:
+        raise ModelError(
+            "Expected masks that are computed from a model's own inputs. Received: one that comes "
+            "out of a model inside the model. Call its layers in the outer model, or leave "
+            "mask_zero and Masking out."
+        ) from error
+
+
+def _masks_read(calls: list[Any]) -> dict[int, dict[str, Any]]:
+    """Call -> the masks that tensors bring along: of one tensor `mask`, of several `x_mask`.
+
+    Keras does this when a model runs, call by call: MultiHeadAttention takes the masks off the
+    tensors that it reads, so that those who come later see none. What symbolic tensors bear is
+    what they had before any call ran.
+    """
+    live: dict[int, Any] = {}
+    masks: dict[int, dict[str, Any]] = {}
+
+    def mask_of(tensor: Any) -> Any:
+        return live.get(id(tensor))
+
+    for call in calls:
+        layer = call.operation
+        if not isinstance(layer, keras.layers.Layer):
+            continue
+        given = _given(call)
+        tensors = {k: v for k, v in given.items() if _tensors(v)}
+        parameters = inspect.signature(layer.call).parameters
+        found = {}
+        for key, value in tensors.items():
+            name = "mask" if len(tensors) == 1 else f"{key}_mask"
+            mask = keras.tree.map_structure(mask_of, value)
+            if name in parameters and given.get(name) is None and _tensors(mask):
+                found[name] = mask
+        masks[id(call)] = found
+        first = next(iter(given.values()), None)
+        before = keras.tree.map_structure(mask_of, first)
+        read = _tensors(list(given.values()))
+        if all(mask_of(t) is getattr(t, "_keras_mask", None) for t in read):
+            after = [getattr(t, "_keras_mask", None) for t in call.outputs]
+        elif layer.supports_masking:
+            after = keras.tree.flatten(layer.compute_mask(first, before))
+        else:
+            after = []
+        live.update((id(t), m) for t, m in zip(call.outputs, after, strict=False))
+        if isinstance(layer, keras.layers.MultiHeadAttention):
+            live.update((id(t), None) for t in _tensors(list(tensors.values())))
+    return masks
+
+
+def _given(call: Any) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    signature = inspect.signature(call.operation.call)
+    return signature.bind_partial(*call.arguments.args, **call.arguments.kwargs).arguments
+
+
+def attach_masks(layer: Any, args: Any, kwargs: Any) -> None:
+    """Gives values the masks that stand beside them; Keras's MultiHeadAttention reads no others."""
+    given = inspect.signature(layer.call).bind_partial(*args, **kwargs).arguments
+    for name, value in given.items():
+        if (mask := given.get(f"{name}_mask")) is not None:
+            value._keras_mask = mask
+
+
+def _tensors(structure: Any) -> list[Any]:
+    return [t for t in keras.tree.flatten(structure) if isinstance(t, keras.KerasTensor)]
 
 
 def typed_inputs(function: Any) -> list[tuple[Any, str]]:

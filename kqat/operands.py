@@ -12,25 +12,16 @@ from keras import layers, ops
 
 from kqat.decompositions import Part
 from kqat.elementwise import Elementwise, within_domain
+from kqat.encoding import counts, is_tensor
 from kqat.errors import UnsupportedLayerError
 from kqat.primitives import ChannelAffine, Count, Select, WithConstant
 
 Row = Callable[[Any, str], Callable[..., Any]]
 
 
-def is_tensor(value: Any) -> bool:
-    """Whether a value depends on the model's inputs."""
-    return isinstance(value, keras.KerasTensor)
-
-
 def is_number(value: Any) -> bool:
     """Whether a value is one constant number."""
     return not isinstance(value, keras.Variable) and np.size(value) == 1
-
-
-def counts(x: Any) -> bool:
-    """Whether a tensor holds no quantities: indexes, or truth values."""
-    return not keras.backend.is_float_dtype(x.dtype)
 
 
 def function(operation: Any, name: str) -> Callable[..., Any]:

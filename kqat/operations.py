@@ -12,9 +12,10 @@ import numpy as np
 from keras import layers
 
 from kqat import products
+from kqat.encoding import counts, is_tensor, truth
 from kqat.errors import UnsupportedLayerError
 from kqat.networks import NETWORKS
-from kqat.operands import BINARY, Row, counts, function, is_number, is_tensor, scaled
+from kqat.operands import BINARY, Row, function, is_number, scaled
 from kqat.primitives import Matmul
 from kqat.rearranging import REARRANGING
 from kqat.reducing import REDUCING
@@ -143,6 +144,8 @@ def _square(operation: Any, name: str) -> Callable[..., Any]:
 def _cast(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
         to_float = str(operation.dtype).startswith(("float", "bfloat"))
+        if to_float and x.dtype == "bool":
+            return truth(x, (0.0, 1.0), x.shape[1:], name)
         if counts(x) == to_float:
             raise UnsupportedLayerError(
                 f"Expected a cast between kinds of floats, or of whole numbers, in operation "

@@ -254,7 +254,8 @@ class _Planner:
             if clamp is None and len(here) == 1:
                 self.clamps.pop(ref, None)
         names = tuple(source[0] for source in sources)
-        self.groups[name] = Group(name, spec, method, clamp, len(sources), names)
+        hides = any(n and (rule := self.rules[n]) and rule.hides for _, _, n in sources)
+        self.groups[name] = Group(name, spec, method, clamp, len(sources), names, hides)
         return name
 
     def _stands_alone(self, ref: Ref, clamp: str) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.errors import UnsupportedLayerError
+from kqat.numerics import HIDDEN
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -214,10 +215,28 @@ class Select(layers.Layer):
 
 
 @keras.saving.register_keras_serializable("kqat")
+class Hide(layers.Add):
+    """`bias + scores` of `[bias, scores]`; the bias is `numerics.HIDDEN` for keys that are hidden.
+
+    What is hidden is `HIDDEN` whatever its score, and softmax finds it equal; on integers the grid
+    ends above it, so that a sum does the same. Ships as an addition.
+    """
+
+    def call(self, inputs: Any) -> Any:
+        """The scores, `HIDDEN` where the bias is."""
+        return _hidden(super().call(inputs))
+
+
+def _hidden(total: Any) -> Any:
+    return ops.where(total > HIDDEN / 2, total, HIDDEN)
+
+
+@keras.saving.register_keras_serializable("kqat")
 class WithConstant(layers.Layer):
     """`x + value` or `x * value` (`kind` `"add"` or `"multiply"`); `value` may be trained.
 
-    `value` has the given shape, which broadcasts with that of `x`.
+    `value` has the given shape, which broadcasts with that of `x`. Kind `"hide"` adds the bias of a
+    mask, as `Hide` does.
     """
 
     def __init__(self, kind: str, shape: list[int], **kwargs: Any) -> None:
@@ -231,6 +250,8 @@ class WithConstant(layers.Layer):
     def call(self, x: Any) -> Any:
         """The sum or product."""
         # The value first: Keras has ways of its own to add a vector that comes second.
+        if self.kind == "hide":
+            return _hidden(ops.add(self.value, x))
         return getattr(ops, self.kind)(self.value, x)
 
     def compute_output_shape(self, input_shape: Any) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from keras import layers, ops
 
-from kqat.encoding import multi_hot, one_hot, rows
+from kqat.encoding import counts, is_tensor, multi_hot, one_hot, rows
 from kqat.errors import UnsupportedLayerError
-from kqat.operands import Row, counts, is_number, is_tensor
+from kqat.operands import Row, is_number
 from kqat.primitives import DepthToSpace, Slice, SpaceToDepth, Take, stacked
 from kqat.reducing import axes_of, axis_of
 

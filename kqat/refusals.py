@@ -40,7 +40,8 @@ LAYER_REASONS: dict[str, str] = {
         "Micro; run it before the model"
     ),
     "Masking": (
-        "makes a mask, and integer kernels know none; pad to a fixed length and leave it out"
+        "makes a mask of quantities, and integer kernels know none; give attention a mask of truth "
+        "values, or pad to a fixed length and leave it out"
     ),
     "MaxNumBoundingBoxes": "prepares labels, not inputs; run it before the model",
     "Pipeline": "holds preprocessing of many kinds; put its layers into the model one by one",

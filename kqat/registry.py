@@ -29,6 +29,7 @@ from kqat.primitives import (
     ChannelAffine,
     Count,
     DepthToSpace,
+    Hide,
     Matmul,
     ReciprocalSquareRoot,
     Reduce,
@@ -79,7 +80,11 @@ def _composite(decompose: Callable[[Any, str], Any], *ops: str, **options: Any) 
 _NORMALIZING = (
     "MEAN", "SUB", "MUL", "CAST", "ADD", "GATHER", "DEPTHWISE_CONV_2D", "RESHAPE",
 )  # fmt: skip
-_ATTENDING = ("RESHAPE", "TRANSPOSE", "BATCH_MATMUL", "SOFTMAX")
+_ATTENDING = (
+    "RESHAPE", "TRANSPOSE", "BATCH_MATMUL", "SOFTMAX", "LOGISTIC", "ADD", "MUL", "CAST", "GATHER",
+    "LOGICAL_AND",
+)  # fmt: skip
+_MASKS = {"masks": True}
 _STEPS = ("RESHAPE", "STRIDED_SLICE", "CONCATENATION")
 # Image augmentation: in inference these hand images on as they are.
 AUGMENTING = [
@@ -194,6 +199,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.GlobalMaxPooling2D: _same("REDUCE_MAX", **_POOL),
     layers.GlobalMaxPooling3D: _same("REDUCE_MAX", **_POOL),
     layers.Add: _own("ADD", **_PAIRWISE),
+    Hide: _own("ADD", hides=True),
     layers.Subtract: _own("SUB", takes_clamp=True),
     layers.Multiply: _own("MUL", **_PAIRWISE),
     layers.Average: _own("ADD", "MUL", decompose=decompositions.average),
@@ -239,15 +245,15 @@ LAYERS: dict[type, LayerRule] = {
     layers.UpSampling3D: _same(
         "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.upsample_3d, **_POOL
     ),
-    layers.LayerNormalization: _composite(attention.layer_normalization, *_NORMALIZING),
-    layers.RMSNormalization: _composite(attention.rms_normalization, *_NORMALIZING),
+    layers.LayerNormalization: _composite(normalization.layer_normalization, *_NORMALIZING),
+    layers.RMSNormalization: _composite(normalization.rms_normalization, *_NORMALIZING),
     layers.EinsumDense: _composite(
         products.einsum_dense, "FULLY_CONNECTED", "RESHAPE", "TRANSPOSE", "ADD"
     ),
     layers.MultiHeadAttention: _composite(
-        attention.multi_head_attention, *_ATTENDING, "FULLY_CONNECTED"
+        attention.multi_head_attention, *_ATTENDING, "FULLY_CONNECTED", **_MASKS
     ),
-    layers.Embedding: _own("GATHER", weights={"embeddings": None}, table_of_rows=True),
+    layers.Embedding: _own("CAST", "GATHER", weights={"embeddings": None}, table_of_rows=True),
     layers.GroupNormalization: _composite(normalization.group_normalization, *_NORMALIZING),
     layers.UnitNormalization: LayerRule(
         output=Output.FIXED,
@@ -256,11 +262,11 @@ LAYERS: dict[type, LayerRule] = {
         refuse=rules.last_axis,
     ),
     layers.GroupQueryAttention: _composite(
-        attention.group_query_attention, *_ATTENDING, "FULLY_CONNECTED", "GATHER"
+        attention.group_query_attention, *_ATTENDING, "FULLY_CONNECTED", **_MASKS
     ),
-    layers.Attention: _composite(attention.attention, *_ATTENDING, "ADD", "TANH", "MEAN", "MUL"),
+    layers.Attention: _composite(attention.attention, *_ATTENDING, "TANH", "MEAN", **_MASKS),
     layers.AdditiveAttention: _composite(
-        attention.additive_attention, *_ATTENDING, "ADD", "TANH", "MEAN", "MUL", "FULLY_CONNECTED"
+        attention.additive_attention, *_ATTENDING, "TANH", "MEAN", "FULLY_CONNECTED", **_MASKS
     ),
     layers.Dot: _composite(
         products.dot, "BATCH_MATMUL", "RESHAPE", "TRANSPOSE", "L2_NORMALIZATION"
@@ -309,6 +315,7 @@ LAYERS: dict[type, LayerRule] = {
 # Layers that are functions by name: the class, and the function's name.
 KINDS: dict[tuple[type, str], LayerRule] = {
     (WithConstant, "add"): _own("ADD", weights={"value": None}, takes_clamp=True),
+    (WithConstant, "hide"): _own("ADD", weights={"value": None}, hides=True),
     (WithConstant, "multiply"): _own("MUL", weights={"value": None}, takes_clamp=True),
     (Reduce, "mean"): _own("MEAN"),
     (Reduce, "max"): _same("REDUCE_MAX"),

@@ -33,7 +33,10 @@ class Rounding:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Values that share one quantizer: `sources` bring ranges, one call site each."""
+    """Values that share one quantizer: `sources` bring ranges, one call site each.
+
+    `hides` says that they are scores of which a mask hides some.
+    """
 
     name: str
     spec: QuantSpec
@@ -41,6 +44,7 @@ class Group:
     clamp: str | None
     sites: int
     sources: tuple[str, ...]
+    hides: bool = False
 
     @property
     def is_observed(self) -> bool:

@@ -56,6 +56,8 @@ class LayerRule:
         table_of_rows: whether the layer's one weight is a table of which it hands on rows: the
             table ships on the output's grid, since GATHER cannot rescale. Weights of eight bits
             then need no rounding of their own.
+        hides: whether the layer adds a mask's bias to scores, see `kqat.masks`.
+        masks: whether the layer's decomposition honours the masks of its call.
         affine: whether the layer is `x * scale + offset`, one pair per channel.
         decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
             `None` where the layer is simple already.
@@ -74,6 +76,8 @@ class LayerRule:
     table: bool = False
     largest_input_scale: float = math.inf
     table_of_rows: bool = False
+    hides: bool = False
+    masks: bool = False
     affine: bool = False
     decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
     opens: bool = False

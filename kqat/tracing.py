@@ -18,7 +18,15 @@ import keras
 import numpy as np
 
 from kqat.errors import ModelError
-from kqat.opening import Opened, inner_function, open_call, open_model, typed_inputs
+from kqat.opening import (
+    Opened,
+    calls_in_order,
+    inner_function,
+    open_call,
+    open_model,
+    typed_inputs,
+    with_learned,
+)
 
 DEEPEST_MODEL = 100_000  # calls that may lie one behind the other in a model
 
@@ -53,7 +61,7 @@ class Node:
     @property
     def inputs(self) -> tuple[Ref, ...]:
         """The values that the call reads, once per use."""
-        return _refs((self.args, self.kwargs))
+        return refs_in((self.args, self.kwargs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +77,12 @@ class Graph:
     @property
     def inputs(self) -> tuple[Ref, ...]:
         """The model's inputs in its order."""
-        return _refs(self.input_struct)
+        return refs_in(self.input_struct)
 
     @property
     def outputs(self) -> tuple[Ref, ...]:
         """The model's outputs in its order."""
-        return _refs(self.output_struct)
+        return refs_in(self.output_struct)
 
     @property
     def input_keys(self) -> tuple[str, ...]:
@@ -136,7 +144,7 @@ def trace(model: Any) -> Graph:
     walk = _Walk("", nodes, set(), opened.learned, opened.fresh)
     output_struct = _inline(function, opened.output, dict(by_tensor), walk)
     _check_sizes(nodes, model.name)
-    if set(inputs) & set(_refs(output_struct)):
+    if set(inputs) & set(refs_in(output_struct)):
         raise ModelError(
             f"Expected outputs that layers compute. Received: model '{model.name}', which hands an "
             "input on as an output. Leave that out, or put keras.layers.Identity before it."
@@ -146,7 +154,7 @@ def trace(model: Any) -> Graph:
     output_names = [t._keras_history.operation.name for t in keras.tree.flatten(opened.output)]
     if opened.fresh:
         makers = {ref: node.name for node in nodes for ref in node.outputs}
-        names = tuple(makers[ref] for ref in _refs(output_struct))
+        names = tuple(makers[ref] for ref in refs_in(output_struct))
         output_names = list(_keys(output_struct, names))
     taken = set(input_names)
     return Graph(
@@ -273,27 +281,25 @@ def _inline(function: Any, output: Any, refs: dict[int, Ref], walk: _Walk) -> An
     `refs` maps the identity of the function's symbolic tensors to refs; it starts with its inputs.
     """
     found: set[int] = set()
-    for depth in sorted(function._nodes_by_depth, reverse=True):
-        for call in function._nodes_by_depth[depth]:
-            if call.is_input:
-                continue
-            layer = call.operation
-            args, kwargs = _map_tensors((call.arguments.args, call.arguments.kwargs), refs)
-            args, kwargs = _call_options(layer, args, kwargs)
-            inner = _inner_model(layer, args, kwargs)
-            if inner is None:
-                args, kwargs = _with_learned((args, kwargs), walk.learned, found)
-                outputs = [Ref(tuple(t.shape), str(t.dtype)) for t in call.outputs]
-                name = unique_name(walk.name_of(layer), walk.names, "_call{}")
-                walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
-            else:
-                given = _refs((args, kwargs))
-                tensors = inner.function.inputs
-                inner_refs = {id(t): r for t, r in zip(tensors, given, strict=True)}
-                prefix = f"{walk.prefix}{layer.name}_"
-                deeper = _Walk(prefix, walk.nodes, walk.names, inner.learned, inner.fresh)
-                outputs = list(_refs(_inline(inner.function, inner.output, inner_refs, deeper)))
-            refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
+    for call, masks in calls_in_order(function, refs):
+        layer = call.operation
+        kwargs = {**call.arguments.kwargs, **masks}
+        args, kwargs = _map_tensors((call.arguments.args, kwargs), refs)
+        args, kwargs = _call_options(layer, args, kwargs)
+        inner = _inner_model(layer, args, kwargs)
+        if inner is None:
+            args, kwargs = with_learned((args, kwargs), walk.learned, found)
+            outputs = [Ref(tuple(t.shape), str(t.dtype)) for t in call.outputs]
+            name = unique_name(walk.name_of(layer), walk.names, "_call{}")
+            walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
+        else:
+            given = refs_in((args, kwargs))
+            tensors = inner.function.inputs
+            inner_refs = {id(t): r for t, r in zip(tensors, given, strict=True)}
+            prefix = f"{walk.prefix}{layer.name}_"
+            deeper = _Walk(prefix, walk.nodes, walk.names, inner.learned, inner.fresh)
+            outputs = list(refs_in(_inline(inner.function, inner.output, inner_refs, deeper)))
+        refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
     lost = [v.path for v in walk.learned if id(v) not in found]
     if lost:
         raise ModelError(
@@ -304,34 +310,25 @@ def _inline(function: Any, output: Any, refs: dict[int, Ref], walk: _Walk) -> An
     return _map_tensors(output, refs)
 
 
-def _with_learned(structure: Any, learned: tuple[Any, ...], found: set[int]) -> Any:
-    """`structure` with a variable for each constant that holds the first rows of a hidden one.
-
-    `Embedding(n, d)(arange(n))` runs at once and leaves but numbers, which have to be trained.
-    """
-
-    def named(value: Any) -> Any:
-        if not learned or not keras.ops.is_tensor(value) or isinstance(value, keras.KerasTensor):
-            return value
-        array = np.asarray(value)
-        for variable in learned:
-            rows = np.asarray(variable).reshape(-1)[: array.size]
-            if array.ndim and np.array_equal(rows, array.reshape(-1)):
-                found.add(id(variable))
-                return keras.Variable(array, trainable=variable.trainable, name=variable.name)
-        return value
-
-    return keras.tree.map_structure(named, structure)
-
-
 def _inner_model(layer: Any, args: Any, kwargs: Any) -> Opened | None:
-    """A model inside a model, opened; `None` for a layer."""
+    """A model inside a model, opened; `None` for a layer.
+
+    Raises:
+        ModelError: if a mask would have to go on inside.
+    """
     function = inner_function(layer)
+    if isinstance(layer, keras.Model) and refs_in(kwargs.get("mask")):
+        raise ModelError(
+            f"Expected a model inside a model to begin without a mask. Received: a mask for "
+            f"'{layer.name}'. Call its layers in the outer model, or leave mask_zero out."
+        )
     if function is not None:
         return Opened(function, function.input, function.output)
     if not isinstance(layer, keras.Model):
         return None
-    fresh = {id(r): keras.Input(batch_shape=r.shape, dtype=r.dtype) for r in _refs((args, kwargs))}
+    fresh = {
+        id(r): keras.Input(batch_shape=r.shape, dtype=r.dtype) for r in refs_in((args, kwargs))
+    }
     return open_call(layer, *fill((args, kwargs), lambda ref: fresh[id(ref)]))
 
 
@@ -343,7 +340,7 @@ def _call_options(
     `training=False` is left out: Keras itself overrides it in `fit`.
 
     Raises:
-        ModelError: if a mask is passed, or `training=True`.
+        ModelError: if that is `training=True`.
     """
     parameters = inspect.signature(layer.call).parameters
     # Keras records the default of its preprocessing layers, which is True.
@@ -352,11 +349,6 @@ def _call_options(
         raise ModelError(
             f"Expected layers that compute as inference does when they ship. Received: "
             f"training=True in the call of '{layer.name}'. Call it without `training`."
-        )
-    if _refs(kwargs.get("mask")):
-        raise ModelError(
-            f"Expected a model without masks: integer kernels know none. Received: a mask for "
-            f"layer '{layer.name}'. Pad to a fixed length and leave Masking out."
         )
     said = {k: v for k, v in kwargs.items() if k != "training" and (k, v) != ("mask", None)}
     first = next(iter(parameters), None)
@@ -394,5 +386,5 @@ def fill(structure: Any, function: Callable[[Ref], Any]) -> Any:
     return keras.tree.map_structure(lambda x: function(x) if isinstance(x, Ref) else x, structure)
 
 
-def _refs(structure: Any) -> tuple[Ref, ...]:
+def refs_in(structure: Any) -> tuple[Ref, ...]:
     return tuple(x for x in keras.tree.flatten(structure) if isinstance(x, Ref))

@@ -122,6 +122,7 @@ class _Assembly:
                 group.range_method,
                 clamp=group.clamp,
                 sites=group.sites,
+                hides=group.hides,
                 name=unique_name(name, self.names),
             )
         return self.quantizers[name]

@@ -17,11 +17,12 @@ ROOMS = {
     "kqat": (
         "errors", "saving", "targets", "spec", "numerics", "batchnorm", "quantizers", "config",
         "primitives", "elementwise", "marking", "recurrence", "decompositions", "encoding",
-        "products", "attention", "normalization", "sequences", "recurrent", "refusals", "rules",
-        "registry", "operands", "reducing", "rearranging", "networks", "operations", "opening",
-        "tracing", "expanding", "reporting", "assigning", "weight_grids", "crossing", "joining",
-        "planning", "layers", "looping", "wrapping", "calibration", "schedule", "folding",
-        "freezing", "algorithms", "interop", "fitting", "api", "annotating", "__init__", "cli",
+        "masks", "products", "attention", "normalization", "sequences", "recurrent", "refusals",
+        "rules", "registry", "operands", "reducing", "rearranging", "networks", "operations",
+        "opening", "tracing", "expanding", "reporting", "assigning", "weight_grids", "crossing",
+        "joining", "planning", "layers", "looping", "wrapping", "calibration", "schedule",
+        "folding", "freezing", "algorithms", "interop", "fitting", "api", "annotating",
+        "__init__", "cli",
     ),
     "tflite_export": (
         "checking", "children", "sharing", "flatbuffer", "op_table", "inspection", "lowering",

@@ -4,6 +4,7 @@ It goes through a SavedModel: converting concrete functions leaves variables and
 arithmetic behind.
 """
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -57,17 +58,27 @@ def _with_tables(model: keras.Model, computed: frozenset[int]) -> keras.Model:
         layer = node.layer
         if isinstance(layer, Tabulated) and layer.index not in computed:
             layer = Marker("table", layer.index, name=f"{layer.name}_marker")
-        elif isinstance(layer, keras.layers.Embedding | keras.layers.UnitNormalization | Count):
+        elif isinstance(layer, _TRANSLATED):
             layer = _Plain(layer, name=f"{layer.name}_plain")
         return layer(*args, **kwargs)
 
     return rebuild(trace(model), call, model.name)
 
 
+_TRANSLATED = (
+    keras.layers.Add,
+    keras.layers.Embedding,
+    keras.layers.UnitNormalization,
+    Count,
+)
+
+
 class _Plain(keras.layers.Layer):
     """A layer in the TensorFlow words that the converter knows as one operator.
 
-    Keras lets `take` count from the end and `argmax` know minus zero, in further operators.
+    Keras lets `take` count from the end and `argmax` know minus zero, in further operators; and
+    takes a summand for a bias of the last axis where, for a batch of one, only one of its axes is
+    longer than one.
     """
 
     def __init__(self, layer: keras.layers.Layer, **kwargs: Any) -> None:
@@ -78,8 +89,12 @@ class _Plain(keras.layers.Layer):
         import tensorflow as tf
 
         layer: Any = self.layer
+        if isinstance(layer, keras.layers.Add):
+            return functools.reduce(tf.add, x)
         if isinstance(layer, keras.layers.Embedding):
-            return tf.gather(layer.embeddings.value, x)
+            return tf.gather(
+                layer.embeddings.value, tf.cast(x, "int32") if x.dtype == "bool" else x
+            )
         if isinstance(layer, keras.layers.UnitNormalization):
             return tf.math.l2_normalize(x, layer.axis)
         if layer.kind not in ("argmax", "argmin"):

@@ -143,6 +143,7 @@ OP_TABLE: dict[str, OpRule] = {
     "REDUCE_PROD": _own(activations=(0,), runtimes=KERNELS["REDUCE_PROD"]),
     "ARG_MAX": _none(2, activations=(0,)),
     "ARG_MIN": _none(2, activations=(0,)),
+    "CAST": _none(1),  # truth values to indexes
     **{f"LOGICAL_{name}": _none(1) for name in ("AND", "OR", "NOT")},
     **{name: _none(2, input_scale_below=1.0) for name in _COMPARISONS},
     "QUANTIZE": _own(1),

@@ -30,6 +30,13 @@ def _attended(layer: L.Layer) -> Callable[[Any], Any]:
     return lambda x: layer([x, L.Dense(8)(x)])
 
 
+def _padded(x: Any) -> Any:
+    """A block of a text encoder: the rows that Keras masks as padding weigh nothing."""
+    x = L.Embedding(10, 8, mask_zero=True)(x)
+    y = L.MultiHeadAttention(2, 4)(x, x, use_causal_mask=True)
+    return L.Dense(3)(L.Add()([x, y]))
+
+
 def _augmented(x: Any) -> Any:
     """Image augmentation between two layers: it changes values in training alone."""
     x = L.RandomContrast(0.2)(L.RandomFlip()(L.Conv2D(3, 3)(x)))
@@ -116,6 +123,46 @@ CASES: tuple[Case, ...] = (
         SOFTMAX=1,
         TANH=1,
     ),
+    _one(
+        "causal_attention",
+        STEPS,
+        lambda x: L.MultiHeadAttention(2, 4, use_gate=True)(x, x, use_causal_mask=True),
+        ADD=1,
+        BATCH_MATMUL=2,
+        FULLY_CONNECTED=5,
+        LOGISTIC=1,
+        MUL=1,
+        RESHAPE=7,
+        SOFTMAX=1,
+        TRANSPOSE=4,
+    ),
+    _one(
+        "causal_dot_attention",
+        STEPS,
+        lambda x: L.Attention()([x, L.Dense(8)(x)], use_causal_mask=True),
+        ADD=1,
+        BATCH_MATMUL=2,
+        FULLY_CONNECTED=1,
+        SOFTMAX=1,
+        TRANSPOSE=1,
+    ),
+    Case(
+        name="padded_attention",
+        build=lambda: functional((6,), _padded, "int32"),
+        ops={
+            "ADD": 3,
+            "BATCH_MATMUL": 2,
+            "CAST": 1,
+            "FULLY_CONNECTED": 5,
+            "GATHER": 2,
+            "LOGICAL_AND": 1,
+            "NOT_EQUAL": 1,
+            "RESHAPE": 10,
+            "SOFTMAX": 1,
+            "TRANSPOSE": 4,
+        },
+    ),
+    _two("add_square", ((4, 4), (4, 1)), lambda a, b: L.Add()([a, b]), ADD=1),
     _two("dot", ((8,), (8,)), lambda a, b: L.Dot(axes=1)([a, b]), BATCH_MATMUL=1, RESHAPE=3),
     _two(
         "cosine",

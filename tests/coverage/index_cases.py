@@ -58,6 +58,11 @@ def _codes(x: Any) -> list[Any]:
     ]
 
 
+def _shown(x: Any) -> Any:
+    shown = ops.expand_dims(ops.cast(ops.not_equal(x, 0), "float32"), -1)
+    return L.GlobalMaxPooling1D()(rows_of(x) * shown)
+
+
 CASES: tuple[Case, ...] = (
     _tokens(
         "embedding",
@@ -83,6 +88,7 @@ CASES: tuple[Case, ...] = (
     _tokens(
         "shifted_tokens", _shifted, ADD=1, EQUAL=1, GATHER=3, MUL=1, RESHAPE=2, SELECT_V2=1, SUB=1
     ),
+    _tokens("truth", _shown, CAST=1, GATHER=2, MUL=1, NOT_EQUAL=1, REDUCE_MAX=1),
     _values(
         "argmax",
         (4, 6),

@@ -49,6 +49,9 @@ def _model(layer: Any, calls: int = 1) -> keras.Model:
         (layers.MultiHeadAttention(2, 4), 2),
         (layers.MultiHeadAttention(3, 4, value_dim=5, use_bias=False, output_shape=7), 3),
         (layers.MultiHeadAttention(2, 4, dropout=0.5), 2),
+        (layers.MultiHeadAttention(2, 4, sliding_window=2), 2),
+        (layers.MultiHeadAttention(2, 4, value_dim=3, use_gate=True), 2),
+        (layers.GroupQueryAttention(4, 4, 2, use_gate=True, sliding_window=3), 2),
     ],
 )
 def test_parts_compute_what_the_layer_computes(layer: Any, calls: int) -> None:
@@ -68,13 +71,6 @@ def test_parts_compute_what_the_layer_computes(layer: Any, calls: int) -> None:
 def test_other_forms_are_refused_by_name(layer: Any, calls: int, message: str) -> None:
     with pytest.raises(kqat.UnsupportedLayerError, match=re.escape(message)):
         kqat.plan(_model(layer, calls))
-
-
-def test_causal_attention_is_refused() -> None:
-    inputs = keras.Input((6, 8))
-    outputs = layers.MultiHeadAttention(2, 4, name="mha")(inputs, inputs, use_causal_mask=True)
-    with pytest.raises(kqat.UnsupportedLayerError, match="plain attention in layer 'mha'"):
-        kqat.plan(keras.Model(inputs, outputs))
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "stock layer": (
         lambda x: layers.Dense(2)(layers.Masking()(x[:, 0])),
-        "layer 'masking' of type Masking.*It makes a mask, and integer kernels know none",
+        "layer 'masking' of type Masking.*It makes a mask of quantities, and integer kernels know none",
     ),
     "Softmax axis": (
         layers.Softmax(axis=1, name="softmax"),
@@ -217,14 +217,6 @@ def test_the_way_out_names_the_users_layer_not_a_part() -> None:
     with pytest.raises(UnsupportedLayerError, match=r"'conv' of type Odd.*\{'conv': None\}"):
         kqat.plan(model)
     assert kqat.plan(model, {"conv": None}).float_layers() == ("conv",)
-
-
-def test_a_mask_is_refused() -> None:
-    model = model_of(
-        lambda x: layers.Dense(2)(layers.LSTM(3, name="lstm")(layers.Masking()(x))), (5, 3)
-    )
-    with pytest.raises(ModelError, match=r"a mask for layer 'lstm'. Pad to a fixed length"):
-        kqat.plan(model, {"lstm": None, "masking": None})
 
 
 class Forgetful(Odd):

@@ -1,6 +1,5 @@
 """Subclassed models, custom layers and functions: opened up by tracing, or refused by line."""
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -93,20 +92,6 @@ def test_a_config_that_names_weights_keeps_a_custom_layer_whole() -> None:
     (layer,) = plan.layers
     assert layer.kind == "Takes"
     assert {name: grid.axis for name, grid in layer.weights.items()} == {"matrix": (-1,)}
-
-
-MASKED: dict[str, Callable[[Any], Any]] = {
-    "embedding": lambda x: layers.GlobalAveragePooling1D()(
-        layers.Embedding(10, 3, mask_zero=True)(x)
-    ),
-}
-
-
-@pytest.mark.parametrize("build", MASKED.values(), ids=MASKED)
-def test_a_mask_that_a_layer_reads_is_refused(build: Callable[[Any], Any]) -> None:
-    x = keras.Input((6,), dtype="int32")
-    with pytest.raises(kqat.ModelError, match="a mask for layer 'global_average_pooling1d"):
-        kqat.plan(keras.Model(x, build(x)))
 
 
 def test_tokens_are_whole_numbers() -> None:

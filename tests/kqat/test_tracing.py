@@ -176,13 +176,6 @@ def test_training_true_is_refused(outer: bool) -> None:
         trace(keras.Model(x, y))
 
 
-def test_a_mask_is_refused() -> None:
-    x = keras.Input((6, 3))
-    y = layers.LSTM(2, name="lstm")(layers.Masking()(x))
-    with pytest.raises(ModelError, match=r"a mask for layer 'lstm'.*leave Masking out"):
-        trace(keras.Model(x, y))
-
-
 def chain(*parts: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def apply(x: Any) -> Any:
         for part in parts:
