@@ -1,16 +1,15 @@
 """Every family of `keras.applications`: wrapped, trained for a step, converted and verified.
 
-    python -m benchmarks.applications --out out/applications.json
+    python -m benchmarks.applications --out out/applications
 
-Weights are random, images are noise of the smallest size that a family takes. Seconds are this
-machine's, beside the converter's own for the float model.
+Weights are random, images are noise of the smallest size that a family takes. results.json is
+written after each family.
 """
 
 import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -20,9 +19,9 @@ from keras import applications
 import kqat
 import tflite_export
 from benchmarks.networks import CLASSES
-from recipes.timing import print_table, write_json
+from recipes import running
+from recipes.running import Table
 from recipes.training import settle
-from tflite_export import Report
 
 SAMPLES, VERIFIED = 8, 2
 RUNTIMES = ("litert_reference", "tflite_micro")
@@ -45,41 +44,66 @@ FAMILIES: dict[str, tuple[Callable[..., keras.Model], int]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+LEGEND = """\
+seconds    of the processor, threads added up: for kqat.quantize_model with
+           calibration on 8 images, one step of training, tflite_export.convert
+moved      share of the trainable weights that the step moved
+float      operators that read or write a float
+lockstep   largest difference of any operator from the Keras model, in output
+           steps, on that runtime; and the values that were not compared"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one family; times in seconds."""
+    """What became of one family; times in seconds of the processor.
+
+    Attributes:
+        moved: share of the trainable weights that one step moved.
+        lockstep: runtime -> why it did not run, or the largest difference in output steps.
+        unmatched: runtime -> values that were not compared.
+    """
 
     quantize: float
     step: float
     convert: float
     size_bytes: int
     moved: float
-    report: Report
+    operators: int
+    float_operators: int
+    lockstep: dict[str, str | int]
+    unmatched: dict[str, int]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the families, prints a table and writes JSON."""
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the families, prints a table and writes results.json; returns what it holds."""
     options = _parser().parse_args(arguments)
-    rows, results = [], {}
-    for name in options.family:
-        outcome = run(name)
-        rows.append(_row(name, outcome))
-        results[name] = dataclasses.asdict(outcome)
-        print(*rows[-1], flush=True)
-    print_table(
-        ("family", "quantize s", "step s", "convert s", "bytes", "operators", "float", *RUNTIMES),
-        rows,
-    )
-    if options.out:
-        write_json(options.out, {"families": results})
+    running.start(options)
+    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    for name in ["MobileNetV2"] if options.smoke else options.family:
+        found[name] = dataclasses.asdict(run(name, options.seed))
+        results = running.save_results(
+            options, "applications", {"families": found}, package="benchmarks"
+        )
+        print(*_cells(name, found[name]), flush=True)
+    running.show(tables(results))
+    return results
 
 
-def run(name: str) -> Outcome:
+def tables(results: dict[str, Any]) -> list[Table]:
+    """What the benchmark prints, from what results.json holds."""
+    header = ("", "quantize s", "step s", "convert s", "moved", "bytes", "operators", "float")
+    rows = [_cells(name, found) for name, found in results["families"].items()]
+    return [Table("Families of keras.applications", (*header, *RUNTIMES), rows, LEGEND)]
+
+
+def run(name: str, seed: int) -> Outcome:
     """Takes one family the whole road."""
-    keras.utils.set_random_seed(0)
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
     build, size = FAMILIES[name]
     model = build(input_shape=(size, size, 3), weights=None, classes=CLASSES)
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     x = generator.uniform(0.0, 255.0, (SAMPLES, size, size, 3)).astype(np.float32)
     y = np.arange(SAMPLES) % CLASSES
     settle(model, x)
@@ -90,31 +114,42 @@ def run(name: str) -> Outcome:
     moved = [np.any(w.numpy() != b) for w, b in zip(qat.trainable_weights, before, strict=True)]
     convert, blob = _timed(lambda: tflite_export.convert(qat))
     report = tflite_export.verify(qat, blob, x, runtimes=RUNTIMES, samples=VERIFIED)
-    return Outcome(quantize, step, convert, len(blob), float(np.mean(moved)), report)
-
-
-def _row(name: str, outcome: Outcome) -> tuple[str, ...]:
-    report = outcome.report
-    seconds = (f"{s:.1f}" for s in (outcome.quantize, outcome.step, outcome.convert))
-    operators = sum(report.operators.values())
-    lockstep = (
-        part.problem or f"{part.max_steps} step, {len(part.unmatched)} not compared"
-        for part in report.runtimes
+    return Outcome(
+        quantize=quantize,
+        step=step,
+        convert=convert,
+        size_bytes=len(blob),
+        moved=float(np.mean(moved)),
+        operators=sum(report.operators.values()),
+        float_operators=report.float_operators,
+        lockstep={part.runtime: part.problem or part.max_steps for part in report.runtimes},
+        unmatched={part.runtime: len(part.unmatched) for part in report.runtimes},
     )
-    size = f"{outcome.size_bytes:,}"
-    return (name, *seconds, size, f"{operators}", f"{report.float_operators}", *lockstep)
+
+
+def _cells(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    seconds = [f"{found[key]:.1f}" for key in ("quantize", "step", "convert")]
+    size, moved = running.counted(found["size_bytes"]), running.percent(found["moved"])
+    counts = [f"{found[key]}" for key in ("operators", "float_operators")]
+    lockstep = [_lockstep(found, runtime) for runtime in RUNTIMES]
+    return (name, *seconds, moved, size, *counts, *lockstep)
+
+
+def _lockstep(found: dict[str, Any], runtime: str) -> str:
+    steps, missed = found["lockstep"][runtime], found["unmatched"][runtime]
+    said = running.steps(steps) if isinstance(steps, int) else steps
+    return said + (f", {missed} not compared" if missed else "")
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
+    start = time.process_time()
     result = call()
-    return time.perf_counter() - start, result
+    return time.process_time() - start, result
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = running.parser(__doc__, out="out/applications", reads_data=False)
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--out", type=Path, help="where to write JSON")
     return parser
 
 

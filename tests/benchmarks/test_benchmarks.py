@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tf_keras
 
-from benchmarks import convert, peers, training_step
+from benchmarks import applications, convert, peers, training_step
 from benchmarks.networks import NETWORKS
 from recipes.models import resnet8
 from recipes.timing import Seconds, Spread, ratio, spread, take_turns
@@ -96,3 +96,18 @@ def test_peers_start_from_the_same_weights(tmp_path: Path) -> None:
     assert files["kqat PTQ"]["file_bytes"] <= files["converter PTQ"]["file_bytes"]
     (table,) = peers.tables(results)
     assert [row[0] for row in table.rows] == list(files)
+
+
+@pytest.mark.slow
+def test_a_family_of_applications_goes_the_whole_road(tmp_path: Path) -> None:
+    results = applications.main(["--smoke", "--out", str(tmp_path)])
+    found = results["families"]["MobileNetV2"]
+    assert found["moved"] == 1.0
+    assert found["float_operators"] == 0
+    # One step: kernels round twice where float arithmetic rounds once.
+    assert all(steps in (0, 1) for steps in found["lockstep"].values())
+    assert set(found["unmatched"].values()) == {0}
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    ((title, _, rows, _),) = applications.tables(results)
+    assert title.startswith("Families")
+    assert rows[0][0] == "MobileNetV2"
