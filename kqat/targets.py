@@ -117,6 +117,11 @@ class Target:
         per_axis, single = PACKED.get(op, (frozenset(), frozenset()))
         return self.packs_weights and self.runtime in (single if per_tensor else per_axis)
 
+    @property
+    def decodes_weights(self) -> bool:
+        """Whether the runtime may decode weights at run time, and nothing else must know them."""
+        return self.packs_weights and self.runtime == "tflite_micro"
+
     def unfit(self, ops: Collection[str], table: bool) -> tuple[str, ...]:
         """Those operators of a layer that do not run on the fast path.
 

@@ -26,7 +26,8 @@ ROOMS = {
     ),
     "tflite_export": (
         "checking", "children", "sharing", "flatbuffer", "op_table", "inspection", "lowering",
-        "markers", "packing", "lookup", "naming", "clamps", "quantizing", "feeding", "runtimes",
+        "markers", "packing", "lookup", "naming", "clamps", "pointwise", "quantizing",
+        "huffman", "codec", "compression", "feeding", "runtimes",
         "vela", "page", "report", "foreign", "profiling", "targets", "verification", "exporting",
         "c_source", "__init__",
     ),

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,7 +11,10 @@ from ai_edge_litert import schema_py_generated as schema
 from kqat.errors import ExportError, TargetError
 from kqat.freezing import FrozenModel, freeze
 from kqat.saving import write_file
+from kqat.targets import TARGETS
 from tflite_export import flatbuffer
+from tflite_export.codec import METHODS
+from tflite_export.compression import compress as compress_weights
 from tflite_export.flatbuffer import ModelT
 from tflite_export.lowering import lower
 from tflite_export.markers import new_operator
@@ -23,6 +26,12 @@ from tflite_export.targets import check_target, computed, runtimes_of
 # Offsets in a flatbuffer are signed 32-bit integers.
 LARGEST_BYTES = 2**31
 IO_TYPES = {"int8": "INT8", "int16": "INT16", "uint8": "UINT8", "float32": "FLOAT32"}
+# What `convert` is asked for -> the encodings that it tries.
+COMPRESS: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "lookup": ("lookup", "prune"),
+    "smallest": METHODS,
+}
 IoType = str | None | Mapping[str, str | None]
 
 
@@ -33,6 +42,7 @@ def convert(
     inference_output_type: IoType = None,
     target: str | None = None,
     batch_size: int = 1,
+    compress: str | None = None,
 ) -> bytes:
     """The full-integer `.tflite` of a QAT model, as bytes.
 
@@ -50,6 +60,11 @@ def convert(
             operators (those that the plan leaves float are not checked). A `kqat.TargetWarning`
             names the layers that an accelerator leaves to the CPU.
         batch_size: samples per invocation.
+        compress: for `target="tflite_micro"` and `"cmsis_nn"`: encodes weights where that makes
+            the file smaller; the operator TFLM_DECODE decodes them into the arena each time that
+            they are read. `"lookup"` takes indices into tables of values and bit masks of zeros,
+            which decode fast; `"smallest"` takes prefix codes too, bit by bit, where these are
+            smaller. Such a file does not run on LiteRT.
 
     Raises:
         ModelError, FreezeError: if `qat` is no QAT model, or has seen no data.
@@ -60,6 +75,7 @@ def convert(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ExportError(f"Expected a batch size of at least 1. Received: {batch_size!r}.")
+    _check_compress(compress, target)
     frozen = qat if isinstance(qat, FrozenModel) else freeze(qat)
     inputs = dict(zip(frozen.input_names, frozen.model.inputs, strict=True))
     outputs = dict(zip(frozen.output_names, frozen.model.outputs, strict=True))
@@ -76,6 +92,7 @@ def convert(
         runtimes=runtimes_of(target),
         tables_computed=computed(frozen, target),
         batch_size=batch_size,
+        methods=COMPRESS[compress],
     )
 
 
@@ -87,6 +104,7 @@ def assemble(
     runtimes: frozenset[str],
     tables_computed: frozenset[int],
     batch_size: int = 1,
+    methods: Collection[str] = (),
 ) -> bytes:
     """The file of a frozen model, by decisions that were made already.
 
@@ -96,6 +114,7 @@ def assemble(
         runtimes: those that must have a kernel for packed weights; with none, all are packed.
         tables_computed: the tables whose function an operator computes.
         batch_size: samples per invocation.
+        methods: the encodings of weights, of `codec.METHODS`; with any, for TFLite Micro alone.
 
     Raises:
         ExportError, LoweringError: as `convert`.
@@ -104,6 +123,8 @@ def assemble(
     model = quantize(marked, frozen, runtimes)
     _Interface(model, frozen).apply(list(input_types), list(output_types))
     share_constants(model)
+    if methods:
+        compress_weights(model, methods)
     return flatbuffer.write(flatbuffer.compact(model))
 
 
@@ -114,6 +135,21 @@ def _check_size(frozen: FrozenModel) -> None:
             f"Expected weights below {LARGEST_BYTES:,} bytes in float32, as the converter's "
             f"flatbuffer has 32-bit offsets. Received: {size_bytes:,} bytes in model "
             f"'{frozen.model.name}'. Use a smaller model, or export it in parts."
+        )
+
+
+def _check_compress(compress: str | None, target: str | None) -> None:
+    if compress not in COMPRESS:
+        raise ExportError(
+            f"Expected compress to be one of {[name for name in COMPRESS if name]} or None. "
+            f"Received: {compress!r}."
+        )
+    decoding = sorted(name for name, device in TARGETS.items() if device.decodes_weights)
+    if compress is not None and target not in decoding:
+        raise TargetError(
+            f"Expected a target of {decoding} with compress={compress!r}: only TFLite Micro has "
+            f"the operator TFLM_DECODE. Received: target={target!r}. Name one, or leave compress "
+            "out."
         )
 
 

@@ -24,7 +24,7 @@ from tflite_export.checking import (
     items,
     text,
 )
-from tflite_export.sharing import share_vectors
+from tflite_export.sharing import SharingBuilder, share_tables
 
 _IDENTIFIER = b"TFL3"
 # schema.fbs gives Buffer.data force_align: 16, so that an MCU may read int32 and int64 in place.
@@ -101,9 +101,9 @@ def write(model: ModelT) -> bytes:
         packed = _copied(model)
         packed.buffers = [_AlignedBuffer(data=b.data) for b in items(packed.buffers)]
         _set_vector_dtypes(packed)
-        share_vectors(packed)
+        share_tables(packed)
         size_bytes = sum(len(_raw_bytes(b.data)) for b in packed.buffers if b.data is not None)
-        builder = flatbuffers.Builder(size_bytes + 65536)
+        builder = SharingBuilder(size_bytes + 65536)
         builder.Finish(packed.Pack(builder), _IDENTIFIER)
         return bytes(builder.Output())
     # The packer checks no types: a wrong one surfaces as whatever its arithmetic raises.

@@ -141,13 +141,17 @@ def new_operator(
     return operator
 
 
-def operator_code(model: ModelT, builtin: int, version: int) -> int:
-    """Index of the operator code `builtin` of `version`, added where it is new."""
+def operator_code(model: ModelT, builtin: int, version: int, custom: bytes | None = None) -> int:
+    """Index of the operator code `builtin` of `version`, added where it is new.
+
+    `custom` is the name of a custom operator.
+    """
     for index, code in enumerate(model.operatorCodes):
-        if max(code.builtinCode, code.deprecatedBuiltinCode) == builtin and code.version == version:
+        own = max(code.builtinCode, code.deprecatedBuiltinCode), code.version, code.customCode
+        if own == (builtin, version, custom):
             return index
     code = schema.OperatorCodeT()
-    code.builtinCode, code.version = builtin, version
+    code.builtinCode, code.version, code.customCode = builtin, version, custom
     code.deprecatedBuiltinCode = min(builtin, 127)
     model.operatorCodes.append(code)
     return len(model.operatorCodes) - 1

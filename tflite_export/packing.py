@@ -1,6 +1,7 @@
 """Weights and biases in the file's layout."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,13 @@ def pack_int4(integers: np.ndarray) -> np.ndarray:
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
     return flat[0::2] | (flat[1::2] << 4)
+
+
+def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The integers that `pack_int4` packed, int8, in their shape."""
+    halves = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(-1).astype(np.int8)
+    signed = np.where(halves > 7, halves - 16, halves).astype(np.int8)
+    return signed[: math.prod(shape)].reshape(shape)
 
 
 def constant_on_grid(data: np.ndarray, site: Site | None) -> tuple[np.ndarray, np.ndarray, int]:

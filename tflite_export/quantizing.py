@@ -33,6 +33,9 @@ from tflite_export.packing import (
     pack_int4,
     quantization,
 )
+from tflite_export.pointwise import convolve
+
+_CONV_2D = OP_TABLE["CONV_2D"]
 
 
 def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL) -> ModelT:
@@ -61,6 +64,7 @@ def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL
     insert_tables(marked, labels, frozen.tables)
     integer_pass.convert_tensors()
     name_tensors(marked, labels)
+    convolve(marked, integer_pass.unpacked)
     return marked
 
 
@@ -77,6 +81,8 @@ class _IntegerPass:
         self.weights: dict[bytes, list[FrozenWeight]] = {}
         for weight in frozen.weights:
             self.weights.setdefault(weight.values.tobytes(), []).append(weight)
+        # The FULLY_CONNECTED whose weights of four bits only a convolution takes packed.
+        self.unpacked: list[OperatorT] = []
         # Identities of the operators that are no integer operators, or not yet.
         self.untouched = {id(placeholder) for placeholder, _ in labels.tables}
 
@@ -300,7 +306,10 @@ class _IntegerPass:
             site = self.labels.sites[source]
             weights, bias = fit_bias(weights, self._constant(like), site.scale, site.bits)
             operator.inputs[rule.bias] = self._add(like, bias.integers, bias.scale, 0)
+            # The operator tells whose bias it is; the converter's name lists all that it fused.
+            self.graph.tensors[int(operator.inputs[rule.bias])].name = None
         index = self._add(tensor, weights.integers, weights.scale, weights.axis)
+        self.graph.tensors[index].name = frozen.name.encode()
         operator.inputs[rule.weights] = index
         # What int16 kernels take of four bits, no runtime of a microcontroller does.
         narrow = weights.bits <= 4 and self._bits(operator) == 8
@@ -308,6 +317,8 @@ class _IntegerPass:
             packed = self.graph.tensors[index]
             packed.type = schema.TensorType.INT4
             self.model.buffers[packed.buffer].data = pack_int4(weights.integers)
+        elif narrow and rule is OP_TABLE["FULLY_CONNECTED"] and self._takes_int4(_CONV_2D, weights):
+            self.unpacked.append(operator)
 
     def _takes_int4(self, rule: OpRule, weights: Weights) -> bool:
         per_tensor = weights.scale.size == 1

@@ -1,6 +1,7 @@
-"""What is equal is written once: constants, and the vectors of quantization parameters.
+"""What is equal is written once: constants, and the strings, vectors and tables of a file.
 
-The steps of a recurrence share weights; zero points are 8 bytes a channel, all zero.
+The steps of a recurrence share weights; zero points are 8 bytes a channel, all zero; a network
+has few shapes and few kinds of options.
 """
 
 from typing import Any
@@ -10,40 +11,58 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 
-class SharedQuantization(schema.QuantizationParametersT):
-    """Packs like its base; a vector that was packed before is pointed to, not written again."""
+class SharingBuilder(flatbuffers.Builder):
+    """Points to a string or a vector of numbers that it wrote before, instead of writing it anew.
 
-    def __init__(self, params: Any, packed: dict[bytes, int]):
-        super().__init__()
-        self.__dict__.update(vars(params))
-        self._packed_vectors = packed
+    Buffers of constants, which have an alignment of their own, are written by `CreateByteVector`
+    and left alone.
+    """
+
+    def __init__(self, size_bytes: int):
+        super().__init__(size_bytes)
+        self._strings: dict[bytes, int] = {}
+        self._vectors: dict[bytes, int] = {}
+
+    def CreateString(self, s: Any, *args: Any, **kwargs: Any) -> int:
+        key = s if isinstance(s, bytes) else s.encode()
+        if key not in self._strings:
+            self._strings[key] = super().CreateString(s, *args, **kwargs)
+        return self._strings[key]
+
+    def CreateNumpyVector(self, x: np.ndarray) -> int:
+        key = x.dtype.str.encode() + x.tobytes()
+        if key not in self._vectors:
+            self._vectors[key] = super().CreateNumpyVector(x)
+        return self._vectors[key]
+
+
+class _Once:
+    """A table that packs as one equal to it did before."""
+
+    def __init__(self, table: Any, packed: dict[bytes, int]):
+        self._table = table
+        self._packed = packed
 
     def Pack(self, builder: flatbuffers.Builder) -> int:
-        scale = self._vector(builder, self.scale, np.float32)
-        zero_point = self._vector(builder, self.zeroPoint, np.int64)
-        schema.QuantizationParametersStart(builder)
-        schema.QuantizationParametersAddScale(builder, scale)
-        schema.QuantizationParametersAddZeroPoint(builder, zero_point)
-        schema.QuantizationParametersAddQuantizedDimension(builder, self.quantizedDimension)
-        return schema.QuantizationParametersEnd(builder)
-
-    def _vector(self, builder: flatbuffers.Builder, values: Any, dtype: type) -> int:
-        array: np.ndarray = np.asarray(values, dtype)
-        key = array.dtype.char.encode() + array.tobytes()
-        if key not in self._packed_vectors:
-            self._packed_vectors[key] = builder.CreateNumpyVector(array)
-        return self._packed_vectors[key]
+        key = _key(self._table)
+        if key not in self._packed:
+            self._packed[key] = self._table.Pack(builder)
+        return self._packed[key]
 
 
-def share_vectors(model: schema.ModelT) -> None:
-    """Has the tensors of `model` share equal scales and zero points when it is packed once."""
+def share_tables(model: schema.ModelT) -> None:
+    """Has equal options and equal quantization parameters share one table when `model` is packed.
+
+    The tree is only good for packing afterwards.
+    """
     packed: dict[bytes, int] = {}
     for graph in model.subgraphs or ():
         for tensor in graph.tensors or ():
-            params = tensor.quantization
-            plain = params is not None and params.scale is not None and params.details is None
-            if plain and params.zeroPoint is not None and params.min is None and params.max is None:
-                tensor.quantization = SharedQuantization(params, packed)
+            if tensor.quantization is not None:
+                tensor.quantization = _Once(tensor.quantization, packed)
+        for operator in graph.operators or ():
+            if operator.builtinOptions is not None:
+                operator.builtinOptions = _Once(operator.builtinOptions, packed)
 
 
 def share_constants(model: schema.ModelT) -> None:
@@ -68,3 +87,15 @@ def _grid(params: Any) -> tuple[Any, ...]:
 
 def _as_bytes(*vectors: Any) -> tuple[bytes, ...]:
     return tuple(b"" if vector is None else np.asarray(vector).tobytes() for vector in vectors)
+
+
+def _key(table: Any) -> bytes:
+    """All that a table holds, tables inside it too."""
+    if hasattr(table, "__dict__"):
+        inner = b"".join(name.encode() + _key(value) for name, value in sorted(vars(table).items()))
+        return type(table).__name__.encode() + b"(" + inner + b")"
+    if isinstance(table, np.ndarray):
+        return table.dtype.str.encode() + table.tobytes() + b";"
+    if isinstance(table, list | tuple):
+        return b"[" + b"".join(map(_key, table)) + b"]"
+    return repr(table).encode() + b";"
