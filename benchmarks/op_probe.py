@@ -83,7 +83,7 @@ def _weighted(bits: int) -> list[Precision]:
 
 # Of operators with weights, and of those without.
 PRECISIONS = {
-    True: [*_weighted(8), *_weighted(4)],
+    True: [*_weighted(8), *_weighted(4), *_weighted(2)],
     False: [Precision("int8", None, None, kqat.QuantizeConfig())],
 }
 

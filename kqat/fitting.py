@@ -113,7 +113,7 @@ def _replaced(node: Node, activation: str | None) -> Any:
 def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
     """What to say about weights of so few bits that they could be packed, and will not be."""
     for spec in part.weights.values():
-        packable = [op for op in part.ops if op in PACKED]
+        packable = [op for op in part.ops if op in PACKED[PACKED_BITS]]
         if spec.bits > PACKED_BITS or not packable or target.packs(packable[0], spec.axis is None):
             continue
         single = target.packs(packable[0], per_tensor=True)

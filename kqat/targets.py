@@ -23,14 +23,20 @@ KERNELS: dict[str, frozenset[str]] = {
     "EXP": LITERT,
     "REDUCE_PROD": LITERT,
 }
-# Operators whose kernels take weights of four bits, packed two a byte -> the runtimes that have
-# them for one scale per axis, and for one per tensor.
-PACKED_BITS = 4
-PACKED: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    "CONV_2D": (RUNTIMES, RUNTIMES),
-    "DEPTHWISE_CONV_2D": (RUNTIMES, RUNTIMES),
-    "FULLY_CONNECTED": (LITERT, RUNTIMES),
+# Bits -> operators whose kernels take weights of so many, packed into whole bytes -> the runtimes
+# that have them for one scale per axis, and for one per tensor. LiteRT's kernels of convolutions
+# refuse two bits, and TFLite Micro knows no such type.
+PACKED: dict[int, dict[str, tuple[frozenset[str], frozenset[str]]]] = {
+    2: {"FULLY_CONNECTED": (LITERT, LITERT)},
+    4: {
+        "CONV_2D": (RUNTIMES, RUNTIMES),
+        "DEPTHWISE_CONV_2D": (RUNTIMES, RUNTIMES),
+        "FULLY_CONNECTED": (LITERT, RUNTIMES),
+    },
 }
+PACKED_BITS = max(PACKED)
+# An operator -> another that computes the same and packs what it does not.
+PACKS_AS = {"FULLY_CONNECTED": "CONV_2D"}
 
 _CMSIS_NN = frozenset(
     "ADD AVERAGE_POOL_2D BATCH_MATMUL CONV_2D DEPTHWISE_CONV_2D FULLY_CONNECTED MAXIMUM "
@@ -114,8 +120,9 @@ class Target:
 
     def packs(self, op: str, per_tensor: bool) -> bool:
         """Whether the operator takes packed weights there, with one scale or one per axis."""
-        per_axis, single = PACKED.get(op, (frozenset(), frozenset()))
-        return self.packs_weights and self.runtime in (single if per_tensor else per_axis)
+        kernels = [PACKED[PACKED_BITS].get(o) for o in (op, PACKS_AS.get(op))]
+        takes = [self.runtime in kinds[per_tensor] for kinds in kernels if kinds is not None]
+        return self.packs_weights and any(takes)
 
     @property
     def decodes_weights(self) -> bool:

@@ -17,7 +17,7 @@ from tflite_export import codec, flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
 from tflite_export.markers import operator_code
 from tflite_export.op_table import OP_TABLE, OpRule
-from tflite_export.packing import unpack_int4
+from tflite_export.packing import PACKED_TYPES, unpack
 
 OPERATOR = "TFLM_DECODE"
 
@@ -68,7 +68,7 @@ class _Compressor:
         if encoding is None:
             return []
         tensor = self.graph.tensors[index]
-        if tensor.type == schema.TensorType.INT4:
+        if tensor.type == PACKED_TYPES[4]:
             code = self.model.operatorCodes[operator.opcodeIndex]
             operator.opcodeIndex = operator_code(self.model, code.builtinCode, rule.version)
         decoded = copy.copy(tensor)
@@ -88,8 +88,8 @@ class _Compressor:
         if data is None or data.size == 0 or axis not in (None, 0, len(tensor.shape) - 1):
             return None
         plain_bytes = data.nbytes
-        if tensor.type == schema.TensorType.INT4:
-            data = unpack_int4(data, flatbuffer.tensor_shape(tensor))
+        if tensor.type == PACKED_TYPES[4]:
+            data = unpack(data, 4, flatbuffer.tensor_shape(tensor))
         found = codec.smallest(data, axis, self.methods)
         pays = found is not None and found.size_bytes + readers * _COST_BYTES < plain_bytes
         return found if pays else None

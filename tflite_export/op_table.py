@@ -15,6 +15,21 @@ from kqat.targets import KERNELS, PACKED
 from kqat.targets import RUNTIMES as ALL
 
 
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """The kernels of one operator that take weights of fewer than eight bits.
+
+    Args:
+        version: lowest version of the operator that does.
+        per_axis: the runtimes that have it for one scale per channel.
+        per_tensor: the same for one scale.
+    """
+
+    version: int = 1
+    per_axis: frozenset[str] = frozenset()
+    per_tensor: frozenset[str] = frozenset()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpRule:
     """One row of the table.
@@ -30,9 +45,7 @@ class OpRule:
         bias: input that carries the bias, int32 of scale input × weights, or `None`.
         ships_as: the operator that takes this one's place in the file.
         fixed: `(scale, zero_point)` of the output where the kernel fixes it.
-        int4: the runtimes whose kernel also takes weights of four bits, packed two a byte.
-        int4_per_tensor: the same for weights with one scale.
-        int4_version: lowest version of the operator that does.
+        packed: bits -> the kernels that take weights of so many.
         least_input_scale: the input's scale must exceed it, or the kernel ends the process.
         input_scale_below: the inputs' scales must lie below it, for the same reason.
         runtimes: the runtimes that have the int8 kernel.
@@ -47,12 +60,19 @@ class OpRule:
     bias: int | None = None
     ships_as: str | None = None
     fixed: tuple[float, int] | None = None
-    int4: frozenset[str] = frozenset()
-    int4_per_tensor: frozenset[str] = frozenset()
-    int4_version: int = 1
+    packed: Mapping[int, Packing] = dataclasses.field(default_factory=dict)
     least_input_scale: float = 0.0
     input_scale_below: float = math.inf
     runtimes: frozenset[str] = ALL
+
+    def packing(self, bits: int) -> Packing:
+        """Who takes weights of so many bits."""
+        return self.packed.get(bits, Packing())
+
+    def packs(self, bits: int, per_tensor: bool, runtimes: frozenset[str]) -> bool:
+        """Whether all of `runtimes` do, with one scale or one per channel."""
+        kernels = self.packing(bits)
+        return runtimes <= (kernels.per_tensor if per_tensor else kernels.per_axis)
 
 
 def _conv(version: int, order: tuple[int, ...], axis: int, **options: Any) -> OpRule:
@@ -68,9 +88,8 @@ def _conv(version: int, order: tuple[int, ...], axis: int, **options: Any) -> Op
     )
 
 
-def _packed(op: str) -> dict[str, frozenset[str]]:
-    per_axis, per_tensor = PACKED[op]
-    return {"int4": per_axis, "int4_per_tensor": per_tensor}
+def _packed(op: str, versions: dict[int, int]) -> dict[int, Packing]:
+    return {bits: Packing(version, *PACKED[bits][op]) for bits, version in versions.items()}
 
 
 def _own(version: int = 2, **options: Any) -> OpRule:
@@ -92,10 +111,10 @@ def _none(version: int, **options: Any) -> OpRule:
 _COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
 
 OP_TABLE: dict[str, OpRule] = {
-    "CONV_2D": _conv(3, (1, 2, 3, 0), 0, **_packed("CONV_2D"), int4_version=7),
+    "CONV_2D": _conv(3, (1, 2, 3, 0), 0, packed=_packed("CONV_2D", {4: 7})),
     # LiteRT's reference resolver computes on four bits but registers no version 7.
-    "DEPTHWISE_CONV_2D": _conv(3, (0, 1, 2, 3), 3, **_packed("DEPTHWISE_CONV_2D")),
-    "FULLY_CONNECTED": _conv(4, (1, 0), 0, **_packed("FULLY_CONNECTED"), int4_version=10),
+    "DEPTHWISE_CONV_2D": _conv(3, (0, 1, 2, 3), 3, packed=_packed("DEPTHWISE_CONV_2D", {4: 1})),
+    "FULLY_CONNECTED": _conv(4, (1, 0), 0, packed=_packed("FULLY_CONNECTED", {4: 10, 2: 14})),
     "TRANSPOSE_CONV": OpRule(
         scales="own", version=2, activations=(2,), weights=1, keras_order=(1, 2, 0, 3), bias=3
     ),

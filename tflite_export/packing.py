@@ -17,6 +17,7 @@ TENSOR_TYPES = {
     np.dtype(np.int32): schema.TensorType.INT32,
     np.dtype(np.int64): schema.TensorType.INT64,
 }
+PACKED_TYPES = {2: schema.TensorType.INT2, 4: schema.TensorType.INT4}
 ACTIVATION_DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.int8), 16: np.dtype(np.int16)}
 # Activation bits -> the bias's dtype, and the largest bias: half of what the kernel may add up,
 # int32, or the 48 bits that rescaling takes of int64.
@@ -91,22 +92,23 @@ def _coarser(weights: Weights, scale: np.ndarray) -> Weights:
     return dataclasses.replace(weights, integers=integers, scale=scale)
 
 
-def pack_int4(integers: np.ndarray) -> np.ndarray:
-    """Two integers in −8 … 7 a byte, the first in the low half; flat, uint8.
+def pack(integers: np.ndarray, bits: int) -> np.ndarray:
+    """Integers of 2 or 4 bits in whole bytes, the first in the lowest bits; flat, uint8.
 
-    An odd last one stands alone. Source: the TFLite schema, `TensorType.INT4`.
+    Zeros fill the last byte. Source: the TFLite schema, `TensorType.INT4` and `INT2`.
     """
-    flat = integers.reshape(-1).astype(np.uint8) & 0x0F
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    return flat[0::2] | (flat[1::2] << 4)
+    count = 8 // bits
+    flat = integers.reshape(-1).astype(np.uint8) & (2**bits - 1)
+    padded = np.append(flat, np.zeros(-flat.size % count, np.uint8)).reshape(-1, count)
+    shifted = padded << np.arange(0, 8, bits, dtype=np.uint8)
+    return np.bitwise_or.reduce(shifted, axis=1).astype(np.uint8)
 
 
-def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The integers that `pack_int4` packed, int8, in their shape."""
-    halves = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(-1).astype(np.int8)
-    signed = np.where(halves > 7, halves - 16, halves).astype(np.int8)
-    return signed[: math.prod(shape)].reshape(shape)
+def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The integers that `pack` packed, int8, in their shape."""
+    parts = packed.reshape(-1, 1) >> np.arange(0, 8, bits, dtype=np.uint8) & (2**bits - 1)
+    flat = parts.reshape(-1)[: math.prod(shape)].astype(np.int8)
+    return np.where(flat >= 2 ** (bits - 1), flat - 2**bits, flat).astype(np.int8).reshape(shape)
 
 
 def constant_on_grid(data: np.ndarray, site: Site | None) -> tuple[np.ndarray, np.ndarray, int]:

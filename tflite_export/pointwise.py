@@ -13,10 +13,11 @@ from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
 from tflite_export.markers import new_operator, operator_code
 from tflite_export.op_table import OP_TABLE
-from tflite_export.packing import pack_int4
+from tflite_export.packing import PACKED_TYPES, pack
 
 # Two RESHAPEs with their tensors and shapes; a matrix that saves less stays as it is.
 _COST_BYTES = 512
+_BITS = 4
 
 
 def convolve(model: ModelT, operators: list[OperatorT]) -> None:
@@ -49,9 +50,9 @@ def _convolution(model: ModelT, operator: OperatorT) -> list[OperatorT]:
     product = _image(model, output, (1, pixels, 1, units))
     graph.tensors[product].name, result.name = result.name, None
     matrix.shape = [units, 1, 1, features]
-    matrix.type = schema.TensorType.INT4
+    matrix.type = PACKED_TYPES[_BITS]
     buffer = schema.BufferT()
-    buffer.data = pack_int4(np.asarray(model.buffers[matrix.buffer].data))
+    buffer.data = pack(np.asarray(model.buffers[matrix.buffer].data), _BITS)
     model.buffers[matrix.buffer] = buffer
     options = schema.Conv2DOptionsT()
     options.padding = schema.Padding.VALID
@@ -61,7 +62,7 @@ def _convolution(model: ModelT, operator: OperatorT) -> list[OperatorT]:
     operator.builtinOptions = options
     operator.inputs = [image, *map(int, operator.inputs[1:])]
     operator.outputs = [product]
-    version = OP_TABLE["CONV_2D"].int4_version
+    version = OP_TABLE["CONV_2D"].packing(_BITS).version
     operator.opcodeIndex = operator_code(model, schema.BuiltinOperator.CONV_2D, version)
     return [_reshape(model, source, image), operator, _reshape(model, product, int(output))]
 

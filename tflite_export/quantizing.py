@@ -12,6 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 from kqat.errors import LoweringError
 from kqat.folding import FrozenWeight
 from kqat.freezing import FrozenModel
+from kqat.targets import PACKED_BITS, PACKS_AS
 from tflite_export import flatbuffer
 from tflite_export.clamps import fuse_clamps, split_clamps
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
@@ -26,16 +27,15 @@ from tflite_export.naming import name_tensors
 from tflite_export.op_table import ALL, INT16, OP_TABLE, OpRule
 from tflite_export.packing import (
     ACTIVATION_DTYPES,
+    PACKED_TYPES,
     TENSOR_TYPES,
     Weights,
     constant_on_grid,
     fit_bias,
-    pack_int4,
+    pack,
     quantization,
 )
 from tflite_export.pointwise import convolve
-
-_CONV_2D = OP_TABLE["CONV_2D"]
 
 
 def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL) -> ModelT:
@@ -165,8 +165,9 @@ class _IntegerPass:
         version = max(code.version, rule.version)
         if self._bits(operator) == 16:
             version = max(version, self._int16_version(operator, name))
-        if any(self.graph.tensors[int(t)].type == schema.TensorType.INT4 for t in operator.inputs):
-            version = max(version, rule.int4_version)
+        types = {self.graph.tensors[int(t)].type for t in operator.inputs}
+        packed = [rule.packing(bits) for bits, kind in PACKED_TYPES.items() if kind in types]
+        version = max([version, *(kernels.version for kernels in packed)])
         operator.opcodeIndex = operator_code(self.model, builtin, version)
 
     def _bits(self, operator: OperatorT) -> int:
@@ -311,18 +312,23 @@ class _IntegerPass:
         index = self._add(tensor, weights.integers, weights.scale, weights.axis)
         self.graph.tensors[index].name = frozen.name.encode()
         operator.inputs[rule.weights] = index
-        # What int16 kernels take of four bits, no runtime of a microcontroller does.
-        narrow = weights.bits <= 4 and self._bits(operator) == 8
-        if narrow and self._takes_int4(rule, weights):
-            packed = self.graph.tensors[index]
-            packed.type = schema.TensorType.INT4
-            self.model.buffers[packed.buffer].data = pack_int4(weights.integers)
-        elif narrow and rule is OP_TABLE["FULLY_CONNECTED"] and self._takes_int4(_CONV_2D, weights):
-            self.unpacked.append(operator)
+        self._pack(operator, rule, weights)
 
-    def _takes_int4(self, rule: OpRule, weights: Weights) -> bool:
-        per_tensor = weights.scale.size == 1
-        return self.runtimes <= (rule.int4_per_tensor if per_tensor else rule.int4)
+    def _pack(self, operator: OperatorT, rule: OpRule, weights: Weights) -> None:
+        """Packs integers that fit fewer bits, into the fewest that all the runtimes take."""
+        # What int16 kernels take of four bits, no runtime of a microcontroller does.
+        if weights.bits > PACKED_BITS or self._bits(operator) != 8:
+            return
+        single = weights.scale.size == 1
+        for bits, kind in PACKED_TYPES.items():
+            if weights.bits <= bits and rule.packs(bits, single, self.runtimes):
+                tensor = self.graph.tensors[int(operator.inputs[rule.weights])]
+                tensor.type = kind
+                self.model.buffers[tensor.buffer].data = pack(weights.integers, bits)
+                return
+        other = PACKS_AS.get(flatbuffer.op_name(self.model, operator))
+        if other is not None and OP_TABLE[other].packs(PACKED_BITS, single, self.runtimes):
+            self.unpacked.append(operator)
 
     def _constant(self, tensor: TensorT) -> np.ndarray:
         data = flatbuffer.tensor_data(self.model, tensor)

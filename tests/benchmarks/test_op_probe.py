@@ -34,9 +34,9 @@ def test_every_operator_has_its_cells() -> None:
 def test_what_computes_wrongly_is_known() -> None:
     """`--only PRELU` reproduces it."""
     wrong = {cell.key[:-1] for cell in read_table() if cell.result == "wrong"}
-    assert wrong == {("PRELU", "int8", "int4", "per tensor")}
+    assert wrong == {("PRELU", "int8", f"int{bits}", "per tensor") for bits in (2, 4)}
     # All PRELU kernels read packed slopes as bytes, so they are never packed.
-    assert not OP_TABLE["PRELU"].int4_per_tensor
+    assert not OP_TABLE["PRELU"].packed
 
 
 def test_the_op_table_says_what_was_seen() -> None:
@@ -45,8 +45,8 @@ def test_the_op_table_says_what_was_seen() -> None:
         if cell.weights in ("", "int8"):
             has = cell.runtime in rule.runtimes
         else:
-            per_tensor = cell.scales == "per tensor"
-            has = cell.runtime in (rule.int4_per_tensor if per_tensor else rule.int4)
+            bits, per_tensor = int(cell.weights.removeprefix("int")), cell.scales == "per tensor"
+            has = rule.packs(bits, per_tensor, frozenset({cell.runtime}))
         # The table of rules may be more careful than the runtimes, never less.
         assert cell.result == "works" or not has, cell
         if cell.weights == "" and cell.operator in KERNELS:

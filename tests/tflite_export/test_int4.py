@@ -14,8 +14,8 @@ from keras import layers
 import kqat
 import tflite_export
 from tflite_export import flatbuffer
-from tflite_export.op_table import OP_TABLE
-from tflite_export.packing import pack_int4
+from tflite_export.op_table import ALL, OP_TABLE
+from tflite_export.packing import PACKED_TYPES, pack, unpack
 
 ONE_SCALE = kqat.QuantizeConfig(
     weights=kqat.QuantSpec(bits=4, symmetric=True, narrow_range=True, axis=None)
@@ -32,15 +32,25 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 @given(hnp.arrays(np.int8, st.integers(0, 33), elements=st.integers(-8, 7)))
 def test_packing_keeps_every_integer(integers: np.ndarray) -> None:
-    packed = pack_int4(integers)
+    packed = pack(integers, 4)
     assert packed.size == (integers.size + 1) // 2
     halves = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(-1).astype(np.int8)
     unpacked = np.where(halves > 7, halves - 16, halves)[: integers.size]
     np.testing.assert_array_equal(unpacked, integers)
 
 
+@pytest.mark.parametrize("bits", PACKED_TYPES)
+@given(st.data())
+def test_unpacking_is_its_inverse(bits: int, data: st.DataObject) -> None:
+    elements = st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    integers = data.draw(hnp.arrays(np.int8, st.integers(0, 33), elements=elements))
+    packed = pack(integers, bits)
+    assert packed.size == -(-integers.size * bits // 8)
+    np.testing.assert_array_equal(unpack(packed, bits, integers.shape), integers)
+
+
 def test_every_row_with_int4_has_a_layer() -> None:
-    assert set(LAYERS) == {name for name, rule in OP_TABLE.items() if rule.int4_per_tensor}
+    assert set(LAYERS) == {name for name, rule in OP_TABLE.items() if rule.packing(4).per_tensor}
 
 
 def _weights(blob: bytes) -> list[int]:
@@ -62,7 +72,7 @@ def test_packed_where_all_kernels_take_it(operator: str, config: Any) -> None:
     qat = kqat.quantize_model(model, config, calibration_data=x)
     blob = tflite_export.convert(qat)
     rule = OP_TABLE[operator]
-    everywhere = "tflite_micro" in (rule.int4 if config == "w4a8" else rule.int4_per_tensor)
+    everywhere = rule.packs(4, config != "w4a8", ALL)
     assert _weights(blob) == [INT4 if everywhere else INT8]
     assert _weights(tflite_export.convert(qat, target="litert")) == [INT4]
     report = tflite_export.verify(qat, blob, x, runtimes=tflite_export.RUNTIMES)

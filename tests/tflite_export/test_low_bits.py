@@ -5,13 +5,13 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from ai_edge_litert import schema_py_generated as schema
 from keras import layers
 
 import kqat
 import tflite_export
 from kqat.config import PRESETS
 from tflite_export import flatbuffer
+from tflite_export.packing import PACKED_TYPES, unpack
 
 LOW = [name for name, config in PRESETS.items() if next(config.weight_items())[1].bits < 8]
 RNG = np.random.default_rng(0)
@@ -53,11 +53,9 @@ def file_integers(blob: bytes) -> list[np.ndarray]:
             continue
         tensor = graph.tensors[int(operator.inputs[1])]
         data = np.asarray(model.buffers[tensor.buffer].data, np.uint8)
-        if tensor.type == schema.TensorType.INT4:
-            halves = np.stack([data & 0x0F, data >> 4], axis=-1).reshape(-1).astype(np.int8)
-            data = np.where(halves > 7, halves - 16, halves)
-        size = int(np.prod(flatbuffer.tensor_shape(tensor)))
-        found.append(data.astype(np.int8)[:size])
+        bits = {kind: bits for bits, kind in PACKED_TYPES.items()}.get(tensor.type)
+        shape = flatbuffer.tensor_shape(tensor)
+        found.append((unpack(data, bits, shape) if bits else data.astype(np.int8)).reshape(-1))
     return found
 
 
