@@ -125,6 +125,11 @@ def quantize(model: Path, data: Path, output: Path, policy: str, rules: tuple[st
 @click.option("--input-type", help="int8, int16, uint8 or float32; by default what the plan has.")
 @click.option("--output-type", help="The same for outputs.")
 @click.option("--batch-size", default=1, show_default=True, help="Samples per invocation.")
+@click.option(
+    "--compress",
+    type=click.Choice(["lookup", "smallest"]),
+    help="Encode weights for TFLite Micro's DECODE; needs a target of it.",
+)
 def convert(
     qat: Path,
     output: Path,
@@ -132,6 +137,7 @@ def convert(
     input_type: str | None,
     output_type: str | None,
     batch_size: int,
+    compress: str | None,
 ) -> None:
     """Convert QAT, the .keras file of a QAT model, to a full-integer .tflite."""
     blob = tflite_export.convert(
@@ -140,6 +146,7 @@ def convert(
         inference_output_type=output_type,
         target=target,
         batch_size=batch_size,
+        compress=compress,
     )
     tflite_export.save(blob, output)
     click.echo(f"{output}: {len(blob):,} bytes")

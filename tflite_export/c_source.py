@@ -20,6 +20,7 @@ from kqat.saving import write_files
 from tflite_export import flatbuffer
 from tflite_export.feeding import random_inputs
 from tflite_export.flatbuffer import ModelT
+from tflite_export.inspection import DECODE
 from tflite_export.runtimes import run, tflite_micro_arena_bytes
 
 TEMPLATES = ("model.h", "model.cc", "ops.h", "golden.h", "golden.cc", "main.cc")
@@ -34,7 +35,7 @@ _ADDERS = {
     "CUMSUM": "AddCumSum",
     "PADV2": "AddPadV2",
     "UNIDIRECTIONAL_SEQUENCE_LSTM": "AddUnidirectionalSequenceLSTM",
-    "TFLM_DECODE": "AddDecode",
+    DECODE: "AddDecode",
     "CIRCULAR_BUFFER": "AddCircularBuffer",
     "TFLite_Detection_PostProcess": "AddDetectionPostprocess",
     "ethos-u": "AddEthosU",

@@ -15,11 +15,10 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export import codec, flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
+from tflite_export.inspection import DECODE
 from tflite_export.markers import operator_code
 from tflite_export.op_table import OP_TABLE, OpRule
 from tflite_export.packing import PACKED_TYPES, unpack
-
-OPERATOR = "TFLM_DECODE"
 
 # What DECODE itself takes of a file: the operator, its tensors, their buffers.
 _COST_BYTES = 224
@@ -99,7 +98,7 @@ class _Compressor:
         operator.inputs = [self._constant(encoding.data), self._constant(encoding.ancillary)]
         operator.outputs = [output]
         custom = schema.BuiltinOperator.CUSTOM
-        operator.opcodeIndex = operator_code(self.model, custom, 1, OPERATOR.encode())
+        operator.opcodeIndex = operator_code(self.model, custom, 1, DECODE.encode())
         return operator
 
     def _constant(self, data: bytes) -> int:

@@ -10,6 +10,8 @@ from tflite_export import flatbuffer
 from tflite_export.checking import text
 from tflite_export.flatbuffer import ModelT, OperatorT, SubGraphT, TensorT
 
+# TFLite Micro's custom operator that decodes constants; each of its outputs has two inputs.
+DECODE = "TFLM_DECODE"
 # Inputs that carry weights, by operator; the second operand of others may be weights too.
 _WEIGHTS = {"CONV_2D": 1, "DEPTHWISE_CONV_2D": 1, "FULLY_CONNECTED": 1, "TRANSPOSE_CONV": 1}
 
@@ -39,7 +41,8 @@ class OperatorInfo:
         subgraph: which one it is in; the file's inputs and outputs are those of 0.
         inputs, outputs: tensors, without those that are left out; constants among them.
         macs: multiply-accumulate operations of one invocation; 0 for what multiplies no matrix.
-        constant_bytes: of its constant inputs.
+        constant_bytes: of its constant inputs, and of what DECODE makes its inputs of; 0 for DECODE
+            itself.
         weight_dtype: dtype of its weights, `None` without weights.
     """
 
@@ -84,6 +87,11 @@ class Inspection:
         """How many operators read or write a float."""
         return sum(operator.is_float for operator in self.operators)
 
+    @property
+    def decoded(self) -> tuple[TensorInfo, ...]:
+        """The tensors that DECODE writes, each until the next operator has read it."""
+        return tuple(t for op in self.operators if op.name == DECODE for t in op.outputs)
+
     def counts(self) -> dict[str, int]:
         """Operator -> how many there are, sorted by name."""
         names = [operator.name for operator in self.operators]
@@ -109,8 +117,9 @@ def inspect_model(model: ModelT, size_bytes: int) -> Inspection:
         inputs=tuple(_tensor(first.tensors[i]) for i in first.inputs),
         outputs=tuple(_tensor(first.tensors[i]) for i in first.outputs),
         operators=tuple(
-            _operator(model, graph, index, operator)
+            _operator(model, graph, index, operator, encoded)
             for index, graph in enumerate(model.subgraphs)
+            for encoded in [_encoded_bytes(model, graph)]
             for operator in graph.operators
         ),
     )
@@ -135,11 +144,25 @@ def _constant_bytes(model: ModelT, tensor: TensorT) -> int:
     return 0 if tensor.buffer == 0 or data is None else len(data)
 
 
-def _operator(model: ModelT, graph: SubGraphT, index: int, operator: OperatorT) -> OperatorInfo:
+def _encoded_bytes(model: ModelT, graph: SubGraphT) -> dict[int, int]:
+    """Tensor that DECODE writes -> the bytes that it is made of."""
+    found = {}
+    for operator in graph.operators:
+        if flatbuffer.op_name(model, operator) == DECODE:
+            sizes = [_constant_bytes(model, graph.tensors[i]) for i in operator.inputs]
+            pairs = zip(operator.outputs, sizes[::2], sizes[1::2], strict=False)
+            found |= {int(output): data + ancillary for output, data, ancillary in pairs}
+    return found
+
+
+def _operator(
+    model: ModelT, graph: SubGraphT, index: int, operator: OperatorT, encoded: dict[int, int]
+) -> OperatorInfo:
     name = flatbuffer.op_name(model, operator)
     inputs = [graph.tensors[i] for i in operator.inputs if i >= 0]
     outputs = [graph.tensors[i] for i in operator.outputs if i >= 0]
-    sizes = [_constant_bytes(model, tensor) for tensor in inputs]
+    read = [int(i) for i in operator.inputs if i >= 0 and name != DECODE]
+    sizes = [encoded.get(i, _constant_bytes(model, graph.tensors[i])) for i in read]
     shapes = [flatbuffer.tensor_shape(graph.tensors[i]) if i >= 0 else () for i in operator.inputs]
     position = _WEIGHTS.get(name)
     weights = None

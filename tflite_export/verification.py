@@ -24,7 +24,7 @@ from tflite_export.feeding import as_type, has_grid
 from tflite_export.feeding import real as real_values
 from tflite_export.flatbuffer import ModelT
 from tflite_export.foreign import compare_runtimes
-from tflite_export.inspection import inspect_model
+from tflite_export.inspection import Inspection, inspect_model
 from tflite_export.packing import ACTIVATION_DTYPES
 from tflite_export.profiling import GridUse, grid_use, layer_reports, static_reports
 from tflite_export.report import (
@@ -84,6 +84,7 @@ def verify(
         parts, count = tuple(part for part, _ in found), len(inputs[0])
         uses = next((uses for _, uses in found if uses), ())
         layers = layer_reports(inspection, uses, _producers(model), parts)
+    notes += _decoding(inspection)
     estimated, misfits = check_file(blob, inspection, target)
     return Report(
         model_name=inspection.description if frozen is None else frozen.model.name,
@@ -97,6 +98,17 @@ def verify(
         estimate=estimated,
         notes=(*notes, *misfits),
     )
+
+
+def _decoding(inspection: Inspection) -> list[str]:
+    """What it costs that weights are decoded at run time, in words."""
+    if not inspection.decoded:
+        return []
+    sizes = [math.prod(tensor.shape) for tensor in inspection.decoded]
+    return [
+        f"weights of {len(sizes)} operators are decoded at each invocation, {sum(sizes):,} bytes; "
+        f"the arena holds one operator's at a time, {max(sizes):,} bytes at the most"
+    ]
 
 
 def _producers(model: ModelT) -> dict[int, int]:
