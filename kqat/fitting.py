@@ -116,15 +116,13 @@ def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
         packable = [op for op in part.ops if op in PACKED[PACKED_BITS]]
         if spec.bits > PACKED_BITS or not packable or target.packs(packable[0], spec.axis is None):
             continue
-        single = target.packs(packable[0], per_tensor=True)
-        remedy = "one scale per tensor (axis=None) is packed" if single else "none is packed there"
         yield Misfit(
             layer=part.origin,
             operators=(packable[0],),
             blocking=False,
             reason=f"stores its weights of {spec.bits} bits in 8",
             replacement=None,
-            remedy=remedy,
+            remedy="none is packed there",
         )
 
 

@@ -120,7 +120,7 @@ class Target:
 
     def packs(self, op: str, per_tensor: bool) -> bool:
         """Whether the operator takes packed weights there, with one scale or one per axis."""
-        kernels = [PACKED[PACKED_BITS].get(o) for o in (op, PACKS_AS.get(op))]
+        kernels = [PACKED[PACKED_BITS].get(o) for o in (op, PACKS_AS.get(op, op))]
         takes = [self.runtime in kinds[per_tensor] for kinds in kernels if kinds is not None]
         return self.packs_weights and any(takes)
 

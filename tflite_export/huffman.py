@@ -71,7 +71,9 @@ def code_lengths(counts: list[int], limit: int) -> list[int]:
         counts: of at least 2 symbols, and of at most 2**limit.
         limit: bits.
     """
-    leaves = sorted((count, (index,)) for index, count in enumerate(counts))
+    leaves: list[tuple[int, tuple[int, ...]]] = sorted(
+        (count, (index,)) for index, count in enumerate(counts)
+    )
     row = leaves
     for _ in range(limit - 1):
         pairs = zip(row[::2], row[1::2], strict=False)

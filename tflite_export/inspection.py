@@ -92,6 +92,16 @@ class Inspection:
         """The tensors that DECODE writes, each until the next operator has read it."""
         return tuple(t for op in self.operators if op.name == DECODE for t in op.outputs)
 
+    def decoding_notes(self) -> list[str]:
+        """What it costs that weights are decoded at run time, in words."""
+        if not self.decoded:
+            return []
+        sizes = [math.prod(tensor.shape) for tensor in self.decoded]
+        return [
+            f"weights of {len(sizes)} operators are decoded at each invocation, {sum(sizes):,} "
+            f"bytes; the arena holds one operator's at a time, {max(sizes):,} bytes at the most"
+        ]
+
     def counts(self) -> dict[str, int]:
         """Operator -> how many there are, sorted by name."""
         names = [operator.name for operator in self.operators]
@@ -146,7 +156,7 @@ def _constant_bytes(model: ModelT, tensor: TensorT) -> int:
 
 def _encoded_bytes(model: ModelT, graph: SubGraphT) -> dict[int, int]:
     """Tensor that DECODE writes -> the bytes that it is made of."""
-    found = {}
+    found: dict[int, int] = {}
     for operator in graph.operators:
         if flatbuffer.op_name(model, operator) == DECODE:
             sizes = [_constant_bytes(model, graph.tensors[i]) for i in operator.inputs]

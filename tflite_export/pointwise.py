@@ -5,15 +5,16 @@ one scale per channel. The sums and their rescaling are the same.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export import flatbuffer
-from tflite_export.flatbuffer import ModelT, OperatorT
+from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
 from tflite_export.markers import new_operator, operator_code
 from tflite_export.op_table import OP_TABLE
-from tflite_export.packing import PACKED_TYPES, pack
+from tflite_export.packing import PACKED_TYPES, pack, quantization
 
 # Two RESHAPEs with their tensors and shapes; a matrix that saves less stays as it is.
 _COST_BYTES = 512
@@ -23,8 +24,7 @@ _BITS = 4
 def convolve(model: ModelT, operators: list[OperatorT]) -> None:
     """Has CONV_2D compute those FULLY_CONNECTED whose matrices, int8 up to here, pay for it.
 
-    The convolution's output takes the name of the matrix product, so that both are compared with
-    the same site.
+    The convolution's output has no name; the RESHAPE behind it hands the name on.
     """
     graph = model.subgraphs[0]
     chosen = {id(op) for op in operators if _saved_bytes(model, op) > _COST_BYTES}
@@ -43,12 +43,11 @@ def _convolution(model: ModelT, operator: OperatorT) -> list[OperatorT]:
     """RESHAPE to an image of one row, CONV_2D, RESHAPE back."""
     graph = model.subgraphs[0]
     source, weights, output = int(operator.inputs[0]), int(operator.inputs[1]), operator.outputs[0]
-    matrix, result = graph.tensors[weights], graph.tensors[output]
+    matrix = graph.tensors[weights]
     units, features = flatbuffer.tensor_shape(matrix)
     pixels = math.prod(flatbuffer.tensor_shape(graph.tensors[source])) // features
     image = _image(model, source, (1, pixels, 1, features))
     product = _image(model, output, (1, pixels, 1, units))
-    graph.tensors[product].name, result.name = result.name, None
     matrix.shape = [units, 1, 1, features]
     matrix.type = PACKED_TYPES[_BITS]
     buffer = schema.BufferT()
@@ -60,7 +59,8 @@ def _convolution(model: ModelT, operator: OperatorT) -> list[OperatorT]:
     options.fusedActivationFunction = operator.builtinOptions.fusedActivationFunction
     operator.builtinOptionsType = schema.BuiltinOptions.Conv2DOptions
     operator.builtinOptions = options
-    operator.inputs = [image, *map(int, operator.inputs[1:])]
+    biases = [int(t) for t in operator.inputs[2:] if t >= 0]
+    operator.inputs = [image, weights, *(biases or [_no_bias(model, image, matrix)])]
     operator.outputs = [product]
     version = OP_TABLE["CONV_2D"].packing(_BITS).version
     operator.opcodeIndex = operator_code(model, schema.BuiltinOperator.CONV_2D, version)
@@ -76,17 +76,27 @@ def _image(model: ModelT, like: int, shape: tuple[int, ...]) -> int:
     return len(graph.tensors) - 1
 
 
-def _reshape(model: ModelT, source: int, result: int) -> OperatorT:
+def _no_bias(model: ModelT, image: int, matrix: TensorT) -> int:
+    """Zeros: LiteRT's reference kernel of CONV_2D demands a bias, FULLY_CONNECTED does not."""
+    scale = np.float64(model.subgraphs[0].tensors[image].quantization.scale[0])
+    grid = quantization(scale * matrix.quantization.scale, matrix.quantization.zeroPoint, 0)
+    return _constant(model, np.zeros(matrix.shape[0], np.int32), grid)
+
+
+def _constant(model: ModelT, values: np.ndarray, grid: Any = None) -> int:
     graph = model.subgraphs[0]
-    shape = np.asarray(flatbuffer.tensor_shape(graph.tensors[result]), np.int32)
-    buffer = schema.BufferT()
-    buffer.data = np.frombuffer(shape.tobytes(), np.uint8)
+    buffer, tensor = schema.BufferT(), schema.TensorT()
+    buffer.data = np.frombuffer(values.tobytes(), np.uint8)
     model.buffers.append(buffer)
-    tensor = schema.TensorT()
-    tensor.shape, tensor.type = [len(shape)], schema.TensorType.INT32
-    tensor.buffer = len(model.buffers) - 1
+    tensor.shape, tensor.type = [len(values)], schema.TensorType.INT32
+    tensor.buffer, tensor.quantization = len(model.buffers) - 1, grid
     graph.tensors.append(tensor)
-    operator = new_operator(model, "RESHAPE", [source, len(graph.tensors) - 1], [result])
+    return len(graph.tensors) - 1
+
+
+def _reshape(model: ModelT, source: int, result: int) -> OperatorT:
+    shape = np.asarray(flatbuffer.tensor_shape(model.subgraphs[0].tensors[result]), np.int32)
+    operator = new_operator(model, "RESHAPE", [source, _constant(model, shape)], [result])
     operator.builtinOptionsType = schema.BuiltinOptions.ReshapeOptions
     operator.builtinOptions = schema.ReshapeOptionsT()
     operator.builtinOptions.newShape = shape

@@ -24,7 +24,7 @@ from tflite_export.feeding import as_type, has_grid
 from tflite_export.feeding import real as real_values
 from tflite_export.flatbuffer import ModelT
 from tflite_export.foreign import compare_runtimes
-from tflite_export.inspection import Inspection, inspect_model
+from tflite_export.inspection import inspect_model
 from tflite_export.packing import ACTIVATION_DTYPES
 from tflite_export.profiling import GridUse, grid_use, layer_reports, static_reports
 from tflite_export.report import (
@@ -84,7 +84,7 @@ def verify(
         parts, count = tuple(part for part, _ in found), len(inputs[0])
         uses = next((uses for _, uses in found if uses), ())
         layers = layer_reports(inspection, uses, _producers(model), parts)
-    notes += _decoding(inspection)
+    notes += inspection.decoding_notes()
     estimated, misfits = check_file(blob, inspection, target)
     return Report(
         model_name=inspection.description if frozen is None else frozen.model.name,
@@ -100,21 +100,20 @@ def verify(
     )
 
 
-def _decoding(inspection: Inspection) -> list[str]:
-    """What it costs that weights are decoded at run time, in words."""
-    if not inspection.decoded:
-        return []
-    sizes = [math.prod(tensor.shape) for tensor in inspection.decoded]
-    return [
-        f"weights of {len(sizes)} operators are decoded at each invocation, {sum(sizes):,} bytes; "
-        f"the arena holds one operator's at a time, {max(sizes):,} bytes at the most"
-    ]
-
-
 def _producers(model: ModelT) -> dict[int, int]:
-    """Tensor of subgraph 0 -> position of the operator that computes it."""
-    operators = model.subgraphs[0].operators
-    return {int(t): position for position, op in enumerate(operators) for t in op.outputs}
+    """Tensor of subgraph 0 -> position of the operator that computes it.
+
+    A RESHAPE of a tensor without a name belongs to the operator before it.
+    """
+    graph = model.subgraphs[0]
+    found: dict[int, int] = {}
+    for position, operator in enumerate(graph.operators):
+        source = int(operator.inputs[0]) if len(operator.inputs) else -1
+        moves = flatbuffer.op_name(model, operator) == "RESHAPE" and source in found
+        if moves and not flatbuffer.tensor_name(graph.tensors[source]):
+            position = found[source]
+        found |= dict.fromkeys(map(int, operator.outputs), position)
+    return found
 
 
 def _differences_of_ends(frozen: FrozenModel, model: ModelT) -> list[str]:

@@ -125,7 +125,7 @@ def test_the_tables_name_what_exists() -> None:
     ("target", "axis", "said"),
     [
         ("litert", "channel", set()), ("tflite_micro", None, set()),
-        ("tflite_micro", "channel", {"dense: one scale per tensor (axis=None) is packed"}),
+        ("tflite_micro", "channel", set()),
         ("ethos_u55", None, {"conv: none is packed there", "dense: none is packed there"}),
     ],
 )  # fmt: skip

@@ -63,6 +63,29 @@ def _weights(blob: bytes) -> list[int]:
     ]
 
 
+def test_a_matrix_of_many_scales_ships_as_a_convolution() -> None:
+    x = np.random.default_rng(0).normal(size=(16, 40)).astype(np.float32)
+    inputs = keras.Input((40,), name="x")
+    wide = layers.Dense(60, activation="relu", bias_initializer="ones", name="wide")(inputs)
+    model = keras.Model(inputs, layers.Dense(40, name="end")(wide))
+    frozen = kqat.freeze(kqat.quantize_model(model, "w4a8", calibration_data=x))
+    blob = tflite_export.convert(frozen, batch_size=2)
+    counts = tflite_export.inspect(blob).counts()
+    assert counts == {"CONV_2D": 2, "RESHAPE": 4}
+    assert _weights(blob) == [INT4, INT4]
+    report = tflite_export.verify(frozen, blob, x, runtimes=tflite_export.RUNTIMES)
+    for part in report.runtimes:
+        # One step: kernels round twice where float arithmetic rounds once.
+        assert (part.problem, part.unmatched, part.max_steps <= 1) == (None, (), True)
+        assert {site.operator for site in part.sites if site.name in ("wide", "end")} == {"CONV_2D"}
+    assert [(row.operator, row.macs) for row in report.layers if row.macs] == [
+        ("CONV_2D", 2 * 40 * 60), ("CONV_2D", 2 * 60 * 40)
+    ]  # fmt: skip
+    litert = tflite_export.convert(frozen, target="litert")
+    assert tflite_export.inspect(litert).counts() == {"FULLY_CONNECTED": 2}
+    assert len(litert) < len(blob) < len(tflite_export.convert(frozen, target="ethos_u55"))
+
+
 @pytest.mark.parametrize("operator", LAYERS)
 @pytest.mark.parametrize("config", ["w4a8", ONE_SCALE], ids=["per channel", "per tensor"])
 def test_packed_where_all_kernels_take_it(operator: str, config: Any) -> None:
