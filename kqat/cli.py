@@ -23,9 +23,10 @@ import kqat
 import tflite_export
 from kqat.errors import ExportError, KqatError, ModelError
 from kqat.saving import save_model
-from kqat.targets import TARGETS
+from kqat.targets import LITERT, TARGETS
 from tflite_export import page, targets
 from tflite_export.runtimes import tflite_micro_arena_bytes
+from tflite_export.verification import DEFAULT_RUNTIMES
 
 # Lines of help, tables and messages are as wide as a terminal is at least.
 WIDTH = 80
@@ -169,6 +170,8 @@ def verify(
 ) -> None:
     """Run FILE, a .tflite, on every runtime and compare it with QAT, its .keras model.
 
+    With a target, only on the runtimes of its kind.
+
     Without QAT, or for a file of another writer, only the runtimes are compared. The exit code is
     1 if a runtime does not run the file, or differs by more than one step in lockstep.
     """
@@ -178,8 +181,9 @@ def verify(
         raise click.UsageError("Expected --data: inputs for the QAT model to be compared on.")
     qat = _load(paths[0]) if len(paths) == 2 else None
     given = None if data is None else _data(data)
+    runtimes = [r for r in DEFAULT_RUNTIMES if target is None or _is_of(target, r)]
     report = tflite_export.verify(
-        qat, paths[-1].read_bytes(), given, samples=samples, target=target
+        qat, paths[-1].read_bytes(), given, runtimes=runtimes, samples=samples, target=target
     )
     if html is not None:
         report.save_html(html)
@@ -210,7 +214,7 @@ def inspect(file: Path, target: str | None) -> None:
             f"{estimate.cycles:,} cycles"
         )
         notes = tuple(f"on the CPU: {f.operator} '{f.tensor}'" for f in estimate.fallbacks)
-    for note in notes:
+    for note in (*found.decoding_notes(), *notes):
         _say(f"- {note}")
 
 
@@ -272,6 +276,11 @@ def _data(path: Path) -> Any:
         raise ExportError(
             f"Expected a .npy or .npz file of numbers. Received: {path}: {error}"
         ) from error
+
+
+def _is_of(target: str, runtime: str) -> bool:
+    """Whether a file for the target is for the runtime too: TFLite Micro, or a kind of LiteRT."""
+    return (runtime in LITERT) == (TARGETS[target].runtime in LITERT)
 
 
 def _policy(policy: str, rules: tuple[str, ...]) -> Any:

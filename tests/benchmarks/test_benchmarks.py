@@ -111,3 +111,18 @@ def test_a_family_of_applications_goes_the_whole_road(tmp_path: Path) -> None:
     ((title, _, rows, _),) = applications.tables(results)
     assert title.startswith("Families")
     assert rows[0][0] == "MobileNetV2"
+
+
+@pytest.mark.slow
+def test_narrow_weights_make_small_files(tmp_path: Path) -> None:
+    found = file_sizes.main(["--policies", "int8", "w4a8", "ternary", "--out", str(tmp_path)])
+    sizes = {(row.policy, row.way): row.size_bytes for row in found}
+    assert not any(row.problems for row in found)
+    # One step: kernels round twice where float arithmetic rounds once.
+    assert max(row.max_steps for row in found) <= 1
+    for way in ("all targets", "litert", "micro"):
+        assert sizes["w4a8", way] <= 0.62 * sizes["int8", way]
+    assert sizes["ternary", "lookup"] < 0.62 * sizes["w4a8", "lookup"]
+    for policy in ("int8", "w4a8", "ternary"):
+        assert sizes[policy, "smallest"] <= sizes[policy, "lookup"] <= sizes[policy, "micro"]
+    assert len(json.loads((tmp_path / "file_sizes.json").read_text())) == len(found)

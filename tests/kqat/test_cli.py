@@ -87,6 +87,15 @@ def test_a_file_is_verified(folder: Path, blob: Path) -> None:
     assert (folder / "r.html").read_text().startswith("<!doctype html>")
 
 
+def test_weights_are_encoded_for_tflite_micro(folder: Path, blob: Path) -> None:
+    file, target = folder / "encoded.tflite", ("--target", "tflite_micro")
+    encode = ("convert", folder / "qat.keras", "-o", file, "--compress", "smallest")
+    assert "only TFLite Micro has the operator" in " ".join(run(*encode, code=2).output.split())
+    run(*encode, *target)
+    assert file.stat().st_size < blob.stat().st_size
+    run("verify", folder / "qat.keras", file, "--data", folder / "x.npy", *target, "--samples", 2)
+
+
 def test_a_wrong_file_is_told_by_the_exit_code(folder: Path, blob: Path) -> None:
     model = tflite_export.flatbuffer.read(blob.read_bytes())
     for tensor in model.subgraphs[0].tensors:
