@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tf_keras
 
-from benchmarks import applications, convert, peers, training_step
+from benchmarks import applications, convert, file_sizes, peers, training_step
 from benchmarks.networks import NETWORKS
 from recipes.models import resnet8
 from recipes.timing import Seconds, Spread, ratio, spread, take_turns
