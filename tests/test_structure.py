@@ -16,19 +16,19 @@ FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "docs", "tests")
 ROOMS = {
     "kqat": (
         "errors", "saving", "targets", "spec", "numerics", "batchnorm", "quantizers", "config",
-        "primitives", "elementwise", "marking", "recurrence", "decompositions", "encoding",
+        "primitives", "elementwise", "marking", "lstm", "recurrence", "decompositions", "encoding",
         "masks", "products", "attention", "normalization", "sequences", "recurrent", "refusals",
-        "rules", "registry", "operands", "reducing", "rearranging", "networks", "operations",
-        "opening", "tracing", "expanding", "reporting", "assigning", "weight_grids", "crossing",
-        "joining", "planning", "layers", "looping", "wrapping", "calibration", "schedule",
-        "folding", "freezing", "algorithms", "interop", "fitting", "api", "annotating",
+        "rules", "fusing", "registry", "operands", "reducing", "rearranging", "networks",
+        "operations", "opening", "tracing", "expanding", "reporting", "assigning", "weight_grids",
+        "crossing", "joining", "planning", "layers", "looping", "wrapping", "calibration",
+        "schedule", "folding", "freezing", "algorithms", "interop", "fitting", "api", "annotating",
         "__init__", "cli",
     ),
     "tflite_export": (
         "checking", "children", "sharing", "flatbuffer", "op_table", "inspection", "lowering",
-        "markers", "packing", "lookup", "naming", "clamps", "quantizing", "feeding", "runtimes",
-        "vela", "page", "report", "foreign", "profiling", "targets", "verification", "exporting",
-        "c_source", "__init__",
+        "markers", "packing", "lookup", "lstm_kernel", "fused_lstm", "naming", "clamps",
+        "quantizing", "feeding", "runtimes", "vela", "page", "report", "foreign", "profiling",
+        "targets", "verification", "exporting", "c_source", "__init__",
     ),
 }  # fmt: skip
 # Who may import a package of ours, by folder or file.
