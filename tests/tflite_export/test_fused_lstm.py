@@ -62,7 +62,7 @@ def _many(x: Any) -> list[Any]:
         )(x),
         layers.Dense(3, name="head")(layers.LSTM(UNITS, return_sequences=True, name="deep")(rows)),
         layers.RNN([layers.LSTMCell(4), layers.LSTMCell(3)], name="stack")(x),
-        layers.Flatten(name="flat")(shared(shared(x))),
+        shared(shared(x)),
     ]
 
 
