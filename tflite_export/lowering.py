@@ -57,6 +57,7 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> keras.Model:
     """The model with a marker where a function ships as a table, or an LSTM as one operator."""
 
     lstms = [layer.name for layer in frozen.lstms]
+    plain: dict[int, _Plain] = {}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         layer = node.layer
@@ -65,7 +66,9 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> keras.Model:
         elif isinstance(layer, FrozenLSTM):
             layer = _StandIn(layer.units, lstms.index(layer.name), name=f"{layer.name}_stand_in")
         elif isinstance(layer, _TRANSLATED):
-            layer = _Plain(layer, name=f"{layer.name}_plain")
+            if id(layer) not in plain:  # Calls of one layer stay those of one layer.
+                plain[id(layer)] = _Plain(layer, name=f"{layer.name}_plain")
+            layer = plain[id(layer)]
         return layer(*args, **kwargs)
 
     return rebuild(trace(frozen.model), call, frozen.model.name)
