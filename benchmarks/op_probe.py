@@ -87,6 +87,13 @@ PRECISIONS = {
     False: [Precision("int8", None, None, kqat.QuantizeConfig())],
 }
 
+# Of an operator that only a policy of its own makes.
+FUSED = {
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": [
+        Precision("int8", None, None, kqat.QuantizeConfig(recurrence="fused"))
+    ]
+}
+
 Build = Callable[[], keras.Model]
 IMAGE, ROWS, VECTOR = (6, 8, 4), (6, 8), (8,)
 
@@ -175,6 +182,7 @@ MODELS: dict[str, Build] = {
     # What a recurrence begins and ends with.
     "UNPACK": _recurrent(),
     "PACK": _recurrent(),
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": _one(ROWS, lambda x: layers.LSTM(4)(x)),
     "SELECT_V2": _chosen_by(ops.greater),
     **{
         name: _chosen_by(compare)
@@ -223,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> list[Cell]:
 
 def probe(operator: str) -> Iterator[Cell]:
     """The cells of one operator: each of its precisions on each runtime."""
-    for precision in PRECISIONS[OP_TABLE[operator].weights is not None]:
+    for precision in FUSED.get(operator) or PRECISIONS[OP_TABLE[operator].weights is not None]:
         if operator == "PRELU" and precision.scales == "per axis":
             continue  # The kernel has one scale for its slopes, and the policy says so.
         keras.utils.set_random_seed(0)

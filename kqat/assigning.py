@@ -6,7 +6,7 @@ from typing import Any
 from kqat import rules
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.errors import PolicyError
-from kqat.registry import LayerRule, Output, is_custom, rule_for
+from kqat.registry import LAYERS, LayerRule, Output, is_custom, rule_for
 from kqat.tracing import Graph
 
 
@@ -42,6 +42,29 @@ def assign_configs(
             input_configs[name] = policy.rules[index][1]
     unused = tuple(str(key) for i, (key, _) in enumerate(policy.rules) if i not in used)
     return configs, input_configs, unused
+
+
+def fused_nodes(graph: Graph, configs: Mapping[str, QuantizeConfig | None]) -> frozenset[str]:
+    """Names of the nodes whose config says `recurrence="fused"`.
+
+    Raises:
+        PolicyError: if such a config has no recurrent layer.
+    """
+    chosen = [n for n in graph.nodes if (c := configs[n.name]) and c.recurrence == "fused"]
+    recurrent = {id(configs[node.name]) for node in chosen if _is_recurrent(node.layer)}
+    for node in chosen:
+        if id(configs[node.name]) not in recurrent:
+            raise PolicyError(
+                f"Expected a recurrent layer for a config with recurrence='fused'. Received: "
+                f"'{node.name}' of type {type(node.layer).__name__}. Use recurrence='unrolled'."
+            )
+    return frozenset(node.name for node in chosen)
+
+
+def _is_recurrent(layer: Any) -> bool:
+    """Whether a config decides how the layer, or the one that it wraps, runs along time."""
+    rule = LAYERS.get(type(getattr(layer, "layer", layer)))
+    return rule is not None and rule.fuse is not None
 
 
 def stays_whole(layer: Any, config: QuantizeConfig | None) -> bool:

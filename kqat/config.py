@@ -6,7 +6,7 @@ A policy is a default config and ordered rules; the first rule that matches a la
 import dataclasses
 import fnmatch
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from kqat.errors import PolicyError
 from kqat.quantizers import (
@@ -41,6 +41,10 @@ class QuantizeConfig:
         activation: the grid of the layer's output, and so the width of its kernel: 8 bits, or 16
             on a symmetric grid.
         activation_range: how the range of the output is found.
+        recurrence: how an LSTM ships: `"unrolled"` into operators for every step, or `"fused"` as
+            one UNIDIRECTIONAL_SEQUENCE_LSTM, which is small, has one scale for each weight of a
+            gate, and keeps its states from one invocation to the next: the device resets the
+            interpreter before each sequence.
 
     Raises:
         PolicyError: if a field is of another type, or the bit widths cannot ship together.
@@ -51,6 +55,7 @@ class QuantizeConfig:
     weight_step: StepMethod = MaxAbs()
     activation: QuantSpec = INT8_ACTIVATION
     activation_range: RangeMethod = MovingAverage()
+    recurrence: Literal["unrolled", "fused"] = "unrolled"
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, Mapping):
@@ -74,6 +79,15 @@ class QuantizeConfig:
                 f"Expected activation_range to be one of {sorted(RANGE_METHODS)}. "
                 f"Received: {self.activation_range!r}."
             )
+        if self.recurrence not in ("unrolled", "fused"):
+            raise PolicyError(
+                f"Expected recurrence='unrolled' or 'fused'. Received: {self.recurrence!r}."
+            )
+        if self.recurrence == "fused" and self.activation.bits != 8:
+            raise PolicyError(
+                "Expected activations of 8 bits for recurrence='fused', whose operator is verified "
+                f"on them. Received: bits={self.activation.bits}. Use recurrence='unrolled'."
+            )
 
     def weight_items(self) -> Iterator[tuple[str, QuantSpec]]:
         """Pairs of variable name and spec; the name is `"*"` for a spec that serves all."""
@@ -90,6 +104,7 @@ class QuantizeConfig:
             "weight_step": step_method_to_dict(self.weight_step),
             "activation": self.activation.to_dict(),
             "activation_range": range_method_to_dict(self.activation_range),
+            "recurrence": self.recurrence,
         }
 
     @classmethod
@@ -103,6 +118,7 @@ class QuantizeConfig:
             weight_step=step_method_from_dict(config["weight_step"]),
             activation=QuantSpec(**config["activation"]),
             activation_range=range_method_from_dict(config["activation_range"]),
+            recurrence=config["recurrence"],
         )
 
 

@@ -4,7 +4,7 @@ Fused activations are split off, composite layers decomposed, functions and cust
 up by tracing their own `call`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
@@ -30,7 +30,9 @@ from kqat.tracing import (
 )
 
 
-def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph, dict[str, str]]:
+def expand(
+    graph: Graph, keep: Callable[[Node], bool], name: str, fused: Collection[str] = ()
+) -> tuple[Graph, dict[str, str]]:
     """A float copy of `graph` in which every layer is one that the registry calls simple.
 
     Fused activations are split off and composite layers decomposed; the copy computes the same
@@ -40,6 +42,7 @@ def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph
         graph: of the user's model.
         keep: whether a node stays as it is, needing no row in the registry (it will stay float).
         name: of the model, for messages.
+        fused: names of the nodes that ship as a fused operator of their kind.
 
     Returns:
         The expanded graph, and for each of its layers' names the name of the original node.
@@ -48,22 +51,22 @@ def expand(graph: Graph, keep: Callable[[Node], bool], name: str) -> tuple[Graph
         UnsupportedLayerError: if the registry has no row for a layer.
     """
     kept = {node.name for node in graph.nodes if keep(node)}
-    expanded, origins = _expand_once(graph, kept, name, {})
+    expanded, origins = _expand_once(graph, kept, name, {}, fused)
     # A part may be composite itself, as the activation of Dense(activation="silu").
-    while any(_is_composite(n, origins[n.layer.name], kept) for n in expanded.nodes):
+    while any(_is_composite(n, origins[n.layer.name], kept, fused) for n in expanded.nodes):
         still = {n.name for n in expanded.nodes if origins[n.layer.name] in kept}
-        further, parts = _expand_once(expanded, still, name, origins)
+        further, parts = _expand_once(expanded, still, name, origins, fused)
         layer_names = {node.name: node.layer.name for node in expanded.nodes}
         origins = {part: origins[layer_names[node]] for part, node in parts.items()}
         expanded = further
     return expanded, origins
 
 
-def _is_composite(node: Node, origin: str, kept: set[str]) -> bool:
-    return origin not in kept and _simpler(node, origin) is not None
+def _is_composite(node: Node, origin: str, kept: set[str], fused: Collection[str]) -> bool:
+    return origin not in kept and _simpler(node, origin, fused) is not None
 
 
-def _simpler(node: Node, origin: str) -> Callable[..., Any] | None:
+def _simpler(node: Node, origin: str, fused: Collection[str]) -> Callable[..., Any] | None:
     """What computes the node with simpler layers; `None` where it is simple already."""
     layer = node.layer
     if not isinstance(layer, keras.layers.Layer):
@@ -71,7 +74,8 @@ def _simpler(node: Node, origin: str) -> Callable[..., Any] | None:
     rule = rule_for(layer, origin)
     if rule.opens:
         return _opened_function(node, origin) if rule.table else _opened_layer(node, origin)
-    made = rule.decompose(layer, node.name) if rule.decompose else None
+    decompose = rule.fuse if rule.fuse and origin in fused else rule.decompose
+    made = decompose(layer, node.name) if decompose else None
     return None if made is None else _tried(layer, made, node.name)
 
 
@@ -210,7 +214,7 @@ def _inlined(graph: Graph, name: str) -> Callable[..., Any]:
 
 
 def _expand_once(
-    graph: Graph, kept: set[str], name: str, users: dict[str, str]
+    graph: Graph, kept: set[str], name: str, users: dict[str, str], fused: Collection[str]
 ) -> tuple[Graph, dict[str, str]]:
     """One round; `users` maps names of layers to those of the user's layers that they are of."""
     copies: dict[int, Callable[..., Any]] = {}
@@ -223,7 +227,7 @@ def _expand_once(
         key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
         if key not in copies:
             user = users.get(getattr(node.layer, "name", node.name), node.name)
-            copies[key] = _simplify(node, user, node.name in kept)
+            copies[key] = _simplify(node, user, node.name in kept, fused)
         outputs = copies[key](*args, **kwargs)
         for operation in _operations_between((args, kwargs), outputs):
             new = id(operation) not in known and operation is not node.layer
@@ -243,8 +247,8 @@ def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
     return [op for op in function.operations if not isinstance(op, keras.layers.InputLayer)]
 
 
-def _simplify(node: Node, origin: str, keep: bool) -> Callable[..., Any]:
-    simpler = None if keep else _simpler(node, origin)
+def _simplify(node: Node, origin: str, keep: bool, fused: Collection[str]) -> Callable[..., Any]:
+    simpler = None if keep else _simpler(node, origin, fused)
     if refs_in(node.kwargs.get("mask")) and (keep or not rule_for(node.layer, origin).masks):
         raise ModelError(
             f"Expected masks for attention layers only. Received: a mask for layer '{origin}' of "

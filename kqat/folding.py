@@ -1,7 +1,7 @@
 """Layers with weights as they ship: BatchNormalization folded in, weights on their grid."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -11,6 +11,7 @@ from keras import layers
 from kqat.decompositions import Part, clone
 from kqat.errors import FreezeError, UnsupportedLayerError
 from kqat.layers import QuantizeWrapper
+from kqat.lstm import GateNumbers, LstmState
 from kqat.primitives import ChannelAffine
 from kqat.registry import rule_for
 
@@ -143,6 +144,20 @@ def channelwise(layer: Any, channels: int) -> Frozen:
     bias = np.broadcast_to(offset, (channels,)).astype(np.float32)
     part = Part(layers.DepthwiseConv2D(1, name=layer.name, dtype="float32"), [weight.values, bias])
     return [weight], _AsImage(part)
+
+
+def gate_numbers(state: LstmState, frozen: Mapping[str, FrozenWeight]) -> dict[str, GateNumbers]:
+    """The numbers of the gates of `state`, of its frozen weights by their names."""
+    return {
+        gate: GateNumbers(
+            kernel=frozen[f"{gate}_kernel"].integers,
+            kernel_scale=np.float32(frozen[f"{gate}_kernel"].scale.item()),
+            recurrent=frozen[f"{gate}_recurrent"].integers,
+            recurrent_scale=np.float32(frozen[f"{gate}_recurrent"].scale.item()),
+            bias=np.asarray(getattr(state, f"{gate}_bias", np.zeros(state.units)), np.float32),
+        )
+        for gate in state.gates
+    }
 
 
 class _AsImage:

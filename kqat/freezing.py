@@ -14,11 +14,12 @@ import numpy as np
 from kqat import numerics
 from kqat.decompositions import clone, duplicate
 from kqat.errors import FreezeError, ModelError
-from kqat.folding import FrozenWeight, channelwise, freeze_layer
+from kqat.folding import FrozenWeight, channelwise, freeze_layer, gate_numbers
 from kqat.layers import ActivationQuantizer, QuantizeWrapper
 from kqat.looping import QuantizedRecurrence
+from kqat.lstm import FrozenLSTM, GateNumbers
 from kqat.marking import Marker, PrecisionBoundary, Requantize, Site, Tabulated
-from kqat.primitives import Hide, Slice
+from kqat.primitives import Hide, Slice, Take
 from kqat.recurrence import Recurrence, Stack, Unstack
 from kqat.registry import LayerRule, Output, rule_for
 from kqat.tracing import Graph, Node, Ref, non_finite_variable, rebuild, trace, unique_name
@@ -34,6 +35,7 @@ class FrozenModel:
         sites: every value that is an integer in the file.
         weights: the integers and scales of every weight; weights are found by content.
         tables: the elementwise layers that may ship as tables, by their `Tabulated` index.
+        lstms: the LSTMs that ship as one operator.
         input_names, output_names: those of the user's model, in its order: the keys of a dict.
     """
 
@@ -41,6 +43,7 @@ class FrozenModel:
     sites: tuple[Site, ...]
     weights: tuple[FrozenWeight, ...]
     tables: tuple[Tabulated, ...]
+    lstms: tuple[FrozenLSTM, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
 
@@ -67,6 +70,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
         sites=tuple(freezer.sites),
         weights=tuple(freezer.weights),
         tables=tuple(freezer.tables),
+        lstms=tuple(freezer.lstms),
         input_names=graph.input_keys,
         output_names=graph.output_keys,
     )
@@ -166,6 +170,13 @@ def _beyond_kernel(rule: LayerRule, source: Site) -> bool:
     return source.bits == 8 and float(source.scale) > rule.largest_input_scale
 
 
+def _site(quantizer: ActivationQuantizer, name: str) -> Site:
+    """The grid of a quantizer's values, which have no shape yet."""
+    low, high = quantizer.range()
+    scale, zero_point = numerics.nudge(np.float32(low), np.float32(high), quantizer.spec)
+    return Site(name, np.float32(scale), int(zero_point), quantizer.spec.bits, ())
+
+
 class _Freezer:
     """The working state of `freeze`."""
 
@@ -176,6 +187,7 @@ class _Freezer:
         self.sites: list[Site] = []
         self.weights: list[FrozenWeight] = []
         self.tables: list[Tabulated] = []
+        self.lstms: list[FrozenLSTM] = []
         self.grids: dict[Ref, Site] = {}
         self.copies: dict[int, Any] = {}
         self.names: dict[str, int] = {}
@@ -187,7 +199,8 @@ class _Freezer:
         if isinstance(layer, ActivationQuantizer):
             return self._quantizer(node, args[0])
         if isinstance(layer, QuantizedRecurrence):
-            return self._unrolled(node, args[0])
+            run = self._unrolled if layer.kind == "unrolled" else self._fused
+            return run(node, args[0])
         if isinstance(layer, PrecisionBoundary):
             self.fences += 1
             return Marker("fence", 0, name=f"kqat_fence_{self.fences}")(args[0])
@@ -246,6 +259,31 @@ class _Freezer:
             results[0] = self._mark(node.outputs[0], node.name, results[0], grids[0])
         return results
 
+    def _fused(self, node: Node, inputs: list[Any]) -> list[Any]:
+        """A recurrence as the one layer that its operator is; what turns sequences stays apart."""
+        layer: QuantizedRecurrence = node.layer
+        name, source, x = node.name.removeprefix("quant_"), self.grids[node.inputs[0]], inputs[0]
+        result, carry = (_site(n.layer, node.name) for n in layer.parts.state_roundings)
+        gates: dict[str, GateNumbers] = {}
+        for wrapper in layer.parts.wrappers:
+            frozen, _ = freeze_layer(wrapper)
+            self.weights.extend(frozen)
+            gates |= gate_numbers(wrapper.layer, {w.name.split("/")[-1]: w for w in frozen})
+        ref, backwards = node.outputs[0], [*range(x.shape[1])][::-1]
+        if layer.go_backwards:
+            x = Take(backwards, 1, name=f"{name}_backwards")(x)
+            x = self._mark(ref, f"{name}_backwards", x, source)
+        whole = FrozenLSTM(gates, source=source, carry=carry, result=result, name=name)
+        self.lstms.append(whole)
+        if layer.return_sequences and not layer.flip:
+            return [self._mark(ref, name, whole(x), result)]
+        y = self._mark(ref, f"{name}_steps", whole(x), result)
+        if layer.return_sequences:
+            y = Take(backwards, 1, name=f"{name}_flip")(y)
+        else:
+            y = Slice.of(y, (slice(None), -1), f"{name}_last")
+        return [self._mark(ref, name, y, result)]
+
     def _zeros(self, x: Any, units: int, name: str) -> Any:
         """`(batch, units)` zeros, computed from `x`: a constant would be folded away."""
         part = Slice([0], [units], [1], name=f"{name}_part")(x)
@@ -275,8 +313,6 @@ class _Freezer:
 
     def _quantizer(self, node: Node, x: Any) -> Any:
         layer: ActivationQuantizer = node.layer
-        low, high = layer.range()
-        scale, zero_point = numerics.nudge(np.float32(low), np.float32(high), layer.spec)
         observes = node.kwargs.get("observe", True)
         producer = self.producers.get(node.inputs[0])
         if producer is None:
@@ -285,7 +321,7 @@ class _Freezer:
             name = layer.name.removesuffix("_quantizer")
         else:
             name = producer.name.removeprefix("quant_")
-        grid = Site(name, np.float32(scale), int(zero_point), layer.spec.bits, ())
+        grid = _site(layer, name)
         if layer.clamp and observes:
             clamp = f"kqat_clamp_{len(self.sites)}"
             x = keras.layers.Activation(layer.clamp, name=clamp, dtype="float32")(x)

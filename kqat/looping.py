@@ -10,6 +10,7 @@ from keras import ops
 
 from kqat import numerics
 from kqat.layers import ActivationQuantizer, QuantizeWrapper
+from kqat.lstm import LstmState
 from kqat.quantizers import Fixed
 from kqat.recurrence import Recurrence
 from kqat.tracing import Graph, Node, trace
@@ -195,6 +196,8 @@ class _Pass:
             return args[0] * self.masks[node.name] if node.name in self.masks else args[0]
         if isinstance(layer, QuantizeWrapper):
             layer = layer.layer  # Its weights are rounded already.
+        if isinstance(layer, LstmState) and self.bounds is not None:
+            return layer.rounded(*args)
         return layer(*args, **kwargs)
 
     def _quantizer(self, seen: list[list[Any]], node: Node, x: Any) -> Any:

@@ -43,13 +43,14 @@ class Marker(keras.layers.Layer):
 
     Args:
         kind: `"site"`: the value of `sites[index]`; `"table"`: an elementwise function, the one of
-            `tables[index]`, is to be applied here; `"fence"`: integers and floats meet here.
+            `tables[index]`, is to be applied here; `"lstm"`: what stands between the site before
+            and here is the operator of `lstms[index]`; `"fence"`: integers and floats meet here.
         index: which one.
     """
 
     STEP = 2.0**-10
     # Zero points on the converter's uint8 grid.
-    KINDS = {"fence": 0, "table": 64, "site": 128}  # noqa: RUF012 - a constant of the class
+    KINDS = {"fence": 0, "table": 64, "site": 128, "lstm": 192}  # noqa: RUF012 - a constant of the class
 
     def __init__(self, kind: str, index: int, **kwargs: Any):
         super().__init__(**{"dtype": "float32", **kwargs})

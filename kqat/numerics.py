@@ -14,6 +14,7 @@ so zero is always exactly representable. The gradient is the straight-through es
 Scheme: Jacob et al. 2018, sections 2.1 and 3 (https://arxiv.org/abs/1712.05877).
 """
 
+import math
 from typing import Any
 
 import keras
@@ -30,6 +31,8 @@ LARGEST_BOUND = 2.0**126
 # What an attention mask adds to a score that it hides. Scores spread less, and XNNPACK's ADD takes
 # operands of up to 256 times its output's scale.
 HIDDEN = -1024.0
+# What float32 logarithms are off by: a range that is a power of two keeps it.
+_ALMOST = 1e-5
 
 
 def widen(low: Any, high: Any) -> tuple[Any, Any]:
@@ -48,10 +51,14 @@ def symmetrize(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
     """The least range around `[low, high]` on whose grid real zero is integer zero.
 
     Not `[-m, m]` but `low / qmin == high / qmax`: between 256 integers `[-m, m]` has its zero at
-    half a step, which rounds either way, and `m` itself is cut off.
+    half a step, which rounds either way, and `m` itself is cut off. Where the scale is to be a
+    power of two, the least that is.
     """
     ratio = spec.qmin / spec.qmax
     high = ops.maximum(high, low * (1.0 / ratio))
+    if spec.power_of_two:
+        power = ops.ceil(ops.log(high / spec.qmax) / math.log(2.0) - _ALMOST)
+        high = ops.power(2.0, ops.clip(power, 1.0 - spec.bits, 7.0 - spec.bits)) * spec.qmax
     return high * ratio, high
 
 

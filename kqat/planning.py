@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import keras
 
-from kqat.assigning import assign_configs, row_for, stays_whole
+from kqat.assigning import assign_configs, fused_nodes, row_for, stays_whole
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.crossing import cross_widths
 from kqat.errors import PolicyError
@@ -35,7 +35,9 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
         PolicyError: if the policy asks for what cannot ship.
     """
     configs, input_configs, unused = assign_configs(graph, policy)
-    expanded, origins = expand(graph, lambda n: stays_whole(n.layer, configs[n.name]), model_name)
+    whole = {n.name for n in graph.nodes if stays_whole(n.layer, configs[n.name])}
+    fused = fused_nodes(graph, configs)
+    expanded, origins = expand(graph, lambda node: node.name in whole, model_name, fused)
     expanded, crossings = cross_widths(expanded, origins, configs, input_configs)
     origins, configs = {**origins, **{name: name for name in crossings}}, {**configs, **crossings}
     plan = _Planner(expanded, origins, configs, input_configs).plan(model_name)
@@ -66,12 +68,10 @@ class _Planner:
         self.origins = origins
         self.input_configs = input_configs
         self.ties = ties  # states before and after one step; `None` for a whole model
-        self.consumers = graph.consumers()
-        self.producers = graph.producers()
+        self.consumers, self.producers = graph.consumers(), graph.producers()
         self.outputs = set(graph.outputs)
         # Policies and messages know the names of the user's layers, not those of their parts.
-        user_names = {node: origins[node.layer.name] for node in graph.nodes}
-        self.user_names = user_names
+        self.user_names = user_names = {node: origins[node.layer.name] for node in graph.nodes}
         self.configs = {node.name: configs[user_names[node]] for node in graph.nodes}
         self.rules: dict[Node, LayerRule | None] = {
             node: row_for(node.layer, name, self.configs[node.name])
@@ -243,8 +243,7 @@ class _Planner:
             if range_ is not None and common is None:
                 # The kernel's own scale first, then the group's: an explicit requantization.
                 kernel = f"{own_name}_kernel_quantizer"
-                fixed_range = Fixed(*range_)
-                grid = QuantSpec(bits=spec.bits)
+                grid, fixed_range = QuantSpec(bits=spec.bits), Fixed(*range_)
                 self.groups[kernel] = Group(kernel, grid, fixed_range, None, 1, (own_name,))
                 here = (Rounding(kernel, 0, observe=True), *here)
             elif clamp is None and self._stands_alone(ref, "relu6"):
@@ -285,6 +284,7 @@ class _Planner:
         """The one grid and range method that all sources of a group ask for."""
         found: dict[tuple[QuantSpec, RangeMethod], str] = {}
         for name, ref, node in sources:
+            rule = self.rules[node] if node else None
             config = self.configs[node.name] if node else self.input_configs.get(name)
             inner = node is not None and self._is_inner(node)
             if config is None:  # an input, or a float layer: its first integer reader decides
@@ -294,7 +294,7 @@ class _Planner:
             # A range that is given is that of the layer's own output, of nothing before it.
             if inner and isinstance(method, Fixed):
                 method = MovingAverage()
-            found.setdefault((config.activation, method), name)
+            found.setdefault(((rule and rule.grid) or config.activation, method), name)
         if len(found) > 1:
             (a, b), (first, second) = list(found)[:2], list(found.values())[:2]
             raise PolicyError(

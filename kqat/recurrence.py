@@ -1,7 +1,8 @@
 """A recurrence as one layer: a model of one step, run along time.
 
 What happens in a step is an ordinary model, so that it is planned, quantized and frozen like any
-other; only the loop is special. In training the loop is run here, in the file it is unrolled.
+other; only the loop is special. In training the loop is run here; in the file it is unrolled, or
+one operator, where the step is of that operator's layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +10,8 @@ from typing import Any
 
 import keras
 from keras import layers, ops
+
+from kqat.lstm import LstmState
 
 Step = Callable[[list[Any], list[Any]], tuple[list[Any], list[Any]]]
 
@@ -149,6 +152,17 @@ class Recurrence(layers.Layer):
             "go_backwards": self.go_backwards,
             "flip": self.flip,
         }
+
+    @property
+    def kind(self) -> str:
+        """How it ships: `"unrolled"`, or as the one operator that its step is of.
+
+        That is `"fused"`, or `"fused_backwards"` where sequences have to be turned around it.
+        """
+        parts = [getattr(layer, "layer", layer) for layer in self.step.layers]
+        if not any(isinstance(part, LstmState) for part in parts):
+            return "unrolled"
+        return "fused_backwards" if self.go_backwards or self.flip else "fused"
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Recurrence":

@@ -5,7 +5,7 @@ the file one FULLY_CONNECTED. Gates with the same activation are computed togeth
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -23,7 +23,7 @@ class _Cell:
     """A cell taken apart: `x -> projections(x)`, each a sequence, then `recurrence(sequences)`."""
 
     dropout: float
-    projections: tuple[Part, ...]
+    projections: tuple[Callable[..., Any], ...]
     recurrence: Recurrence
     name: str
 
@@ -34,20 +34,26 @@ class _Cell:
         return self.recurrence([*(project(x) for project in self.projections), *states])
 
 
-def rnn(layer: Any, name: str, *, flip: bool = False) -> Decomposed:
+def rnn(layer: Any, name: str, *, flip: bool = False, cells: "Cells | None" = None) -> Decomposed:
     """`SimpleRNN`, `LSTM`, `GRU`, or `RNN` around such a cell or a stack of them.
 
     Dropout draws one mask for each matrix product, where Keras may draw one for each gate.
 
+    Args:
+        layer, name: the layer, and what it is called in the model.
+        flip: whether the output's steps are put in reverse order.
+        cells: kind of cell -> what makes its step.
+
     Raises:
         UnsupportedLayerError: if the layer is stateful, or its cell is of another kind.
     """
-    _check(layer, name)
+    steps = cells or _CELLS
+    _check(layer, name, steps)
     stacked = isinstance(layer.cell, layers.StackedRNNCells)
-    cells = list(layer.cell.cells) if stacked else [layer.cell]
+    inner = list(layer.cell.cells) if stacked else [layer.cell]
     parts = []
-    for index, cell in enumerate(cells):
-        last = index == len(cells) - 1
+    for index, cell in enumerate(inner):
+        last = index == len(inner) - 1
         options = {
             "return_sequences": layer.return_sequences or not last,
             "return_state": layer.return_state,
@@ -56,12 +62,12 @@ def rnn(layer: Any, name: str, *, flip: bool = False) -> Decomposed:
             "flip": flip and last,
         }
         cell_name = name if last else f"{name}_{cell.name}"
-        parts.append(_take_apart(cell, layer, cell_name, options))
+        parts.append(_take_apart(cell, layer, cell_name, options, steps[type(cell)]))
 
     def call(x: Any, initial_state: Any = None) -> Any:
         given = keras.tree.flatten(initial_state) if initial_state is not None else []
         states: list[Any] = []
-        for part, cell in zip(parts, cells, strict=True):
+        for part, cell in zip(parts, inner, strict=True):
             count = len(keras.tree.flatten(cell.state_size)) if given else 0
             initial, given = given[:count], given[count:]
             x = part(x, initial)
@@ -73,7 +79,7 @@ def rnn(layer: Any, name: str, *, flip: bool = False) -> Decomposed:
     return call
 
 
-def bidirectional(layer: Any, name: str) -> Decomposed:
+def bidirectional(layer: Any, name: str, *, make: Callable[..., Decomposed] = rnn) -> Decomposed:
     """`Bidirectional` as two recurrent layers whose outputs are merged.
 
     Reference: Schuster & Paliwal 1997, section III (https://doi.org/10.1109/78.650093).
@@ -84,8 +90,8 @@ def bidirectional(layer: Any, name: str) -> Decomposed:
                 f"Expected a recurrent layer in Bidirectional layer '{name}'. Received: "
                 f"{type(inner).__name__}. Use SimpleRNN, LSTM, GRU, or RNN around their cells."
             )
-    forward = rnn(layer.forward_layer, f"{name}_forward")
-    backward = rnn(layer.backward_layer, f"{name}_backward", flip=layer.return_sequences)
+    forward = make(layer.forward_layer, f"{name}_forward")
+    backward = make(layer.backward_layer, f"{name}_backward", flip=layer.return_sequences)
     merges = {
         "concat": layers.Concatenate,
         "sum": layers.Add,
@@ -107,7 +113,7 @@ def bidirectional(layer: Any, name: str) -> Decomposed:
     return call
 
 
-def _check(layer: Any, name: str) -> None:
+def _check(layer: Any, name: str, cells: "Cells") -> None:
     if layer.stateful:
         raise UnsupportedLayerError(
             f"Expected stateful=False in layer '{name}'. Received: True; an integer file keeps no "
@@ -120,10 +126,10 @@ def _check(layer: Any, name: str) -> None:
             "keras.layers.ActivityRegularization behind it."
         )
     inner = getattr(layer.cell, "cells", [layer.cell])
-    unknown = [type(cell).__name__ for cell in inner if type(cell) not in _CELLS]
+    unknown = [type(cell).__name__ for cell in inner if type(cell) not in cells]
     if unknown:
         raise UnsupportedLayerError(
-            f"Expected one of the cells {sorted(cls.__name__ for cls in _CELLS)} in layer "
+            f"Expected one of the cells {sorted(cls.__name__ for cls in cells)} in layer "
             f"'{name}'. Received: {', '.join(unknown)}. Leave the layer float, or build it of "
             "these."
         )
@@ -140,16 +146,18 @@ def _check(layer: Any, name: str) -> None:
         )
 
 
-def _take_apart(cell: Any, layer: Any, name: str, options: dict[str, bool]) -> _Cell:
-    builder = _Builder(cell, name, layer.trainable and cell.trainable)
-    step = _CELLS[type(cell)](builder)
+def _take_apart(
+    cell: Any, layer: Any, name: str, options: dict[str, bool], make_step: "MakeStep"
+) -> _Cell:
+    builder = Builder(cell, name, layer.trainable and cell.trainable)
+    step = make_step(builder)
     trainable = builder.trainable
     recurrence = Recurrence(step, len(builder.projections), name=name, **options)
     recurrence.trainable = trainable
     return _Cell(cell.dropout, tuple(builder.projections), recurrence, name)
 
 
-class _Builder:
+class Builder:
     """What the steps of all kinds of cells are made with.
 
     `gates(part, columns, …)` makes one activated sum `f(x W + h R)` of the gates whose columns in
@@ -159,7 +167,7 @@ class _Builder:
     def __init__(self, cell: Any, name: str, trainable: bool):
         self.cell, self.name, self.trainable = cell, name, trainable
         self.units = cell.units
-        self.projections: list[Part] = []
+        self.projections: list[Callable[..., Any]] = []
         self.kernel = np.asarray(cell.kernel)
         self.recurrent_kernel = np.asarray(cell.recurrent_kernel)
         self.bias: np.ndarray | None = None
@@ -175,7 +183,7 @@ class _Builder:
 
     def project(self, part: str, gates: Sequence[int], signs: Sequence[int] = ()) -> Any:
         """A new sequence `x W + b` for some gates, projected outside; here one step of it."""
-        options = self._options("kernel_regularizer")
+        options = self.regularizers("kernel_regularizer")
         name = self.part_name(f"{part}_input")
         dense = self._dense(name, self.kernel, self.bias, gates, signs, options)
         self.projections.append(dense)
@@ -186,12 +194,15 @@ class _Builder:
         name = self.part_name(f"{part}_recurrent")
         if self.cell.recurrent_dropout:
             h = layers.Dropout(self.cell.recurrent_dropout, name=f"{name}_dropout")(h)
-        options = self._options("recurrent_regularizer")
+        options = self.regularizers("recurrent_regularizer")
         kernel, bias = self.recurrent_kernel, self.recurrent_bias
         return self._dense(name, kernel, bias, gates, signs, options)(h)
 
-    def _options(self, regularizer: str) -> dict[str, Any]:
-        copies = {"kernel_regularizer": regularizer, "bias_regularizer": "bias_regularizer"}
+    def regularizers(self, kernel: str, recurrent: str | None = None) -> dict[str, Any]:
+        """Regularizers of a part of the layer: those of the cell by these names, serialized."""
+        copies = {"kernel_regularizer": kernel, "bias_regularizer": "bias_regularizer"}
+        if recurrent is not None:
+            copies["recurrent_regularizer"] = recurrent
         serialize = keras.saving.serialize_keras_object
         given = {key: getattr(self.cell, name) for key, name in copies.items()}
         return {key: None if value is None else serialize(value) for key, value in given.items()}
@@ -246,14 +257,14 @@ class _Builder:
         return keras.Model(inputs, outputs, name=self.part_name("step"))
 
 
-def _simple(builder: _Builder) -> keras.Model:
+def _simple(builder: Builder) -> keras.Model:
     """`h = f(x W + h R + b)`."""
     x, h = builder.project("sum", [0]), builder.state("state")
     total = builder.add("sum", x, builder.recur("sum", h, [0]))
     return builder.model([x, h], [builder.activate("output", builder.cell.activation, total)])
 
 
-def _lstm(builder: _Builder) -> keras.Model:
+def _lstm(builder: Builder) -> keras.Model:
     """`c = f c + i g`, `h = o tanh(c)`.
 
     Reference: Gers et al. 2000, section 3.1 (https://doi.org/10.1162/089976600300015015).
@@ -277,7 +288,7 @@ def _lstm(builder: _Builder) -> keras.Model:
 _COMPLEMENTARY = (keras.activations.sigmoid, keras.activations.hard_sigmoid)
 
 
-def _gru(builder: _Builder) -> keras.Model:
+def _gru(builder: Builder) -> keras.Model:
     """`h' = h + (1 - z) (g - h)`.
 
     Where `1 - z` is an integer zero, `h` stays what it is, however long: in `z h + (1 - z) g` it
@@ -306,8 +317,11 @@ def _gru(builder: _Builder) -> keras.Model:
     return builder.model([x, x_candidate, h], [output])
 
 
-_CELLS: dict[type, Callable[[_Builder], keras.Model]] = {
+_CELLS: dict[type, Callable[[Builder], keras.Model]] = {
     layers.SimpleRNNCell: _simple,
     layers.LSTMCell: _lstm,
     layers.GRUCell: _gru,
 }
+
+MakeStep = Callable[[Builder], keras.Model]
+Cells = Mapping[type, MakeStep]

@@ -16,6 +16,7 @@ from kqat import (
     attention,
     decompositions,
     encoding,
+    fusing,
     normalization,
     products,
     recurrent,
@@ -102,7 +103,8 @@ _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
     "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D",
 )  # fmt: skip
-_RECURRENT = _composite(recurrent.rnn, *_RECURRENT_OPS)
+_RECURRENT = _composite(recurrent.rnn, *_RECURRENT_OPS, fuse=fusing.fused_rnn)
+_LSTM = dataclasses.replace(_RECURRENT, ops=(*_RECURRENT_OPS, *fusing.OPS))
 _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": decompositions.pairwise}
 _POOL = {"refuse": rules.channels_last}
@@ -285,8 +287,14 @@ LAYERS: dict[type, LayerRule] = {
         sequences.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU", **_POOL
     ),
     layers.TimeDistributed: _composite(sequences.time_distributed, *_STEPS),
-    **dict.fromkeys((layers.SimpleRNN, layers.GRU, layers.LSTM, layers.RNN), _RECURRENT),
-    layers.Bidirectional: _composite(recurrent.bidirectional, *_RECURRENT_OPS, "CONCATENATION"),
+    **dict.fromkeys((layers.SimpleRNN, layers.GRU), _RECURRENT),
+    **dict.fromkeys((layers.LSTM, layers.RNN), _LSTM),
+    layers.Bidirectional: _composite(
+        recurrent.bidirectional,
+        *_LSTM.ops,
+        "CONCATENATION",
+        fuse=fusing.fused_bidirectional,
+    ),
     Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
     Unstack: _same("UNPACK"),
     Stack: _same("PACK"),
@@ -314,6 +322,7 @@ LAYERS: dict[type, LayerRule] = {
 
 # Layers that are functions by name: the class, and the function's name.
 KINDS: dict[tuple[type, str], LayerRule] = {
+    **fusing.KINDS,
     (WithConstant, "add"): _own("ADD", weights={"value": None}, takes_clamp=True),
     (WithConstant, "hide"): _own("ADD", weights={"value": None}, hides=True),
     (WithConstant, "multiply"): _own("MUL", weights={"value": None}, takes_clamp=True),

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kqat.spec import QuantSpec
+
 # The int16 kernels of SOFTMAX, LOGISTIC and TANH have one scale, 1/32768, and zero point 0 (TFLite
 # quantization specification).
 INT16_FIXED_RANGE = (-1.0, 32767 / 32768)
@@ -61,6 +63,8 @@ class LayerRule:
         affine: whether the layer is `x * scale + offset`, one pair per channel.
         decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
             `None` where the layer is simple already.
+        fuse: the same for a config that says `recurrence="fused"`, where that is another.
+        grid: the grid of the output, where the kernel demands another than the config's.
         opens: whether the layer is opened up by tracing its own `call`.
         refuse: layer -> why this very layer cannot ship and what to do instead, or `None`.
     """
@@ -80,6 +84,8 @@ class LayerRule:
     masks: bool = False
     affine: bool = False
     decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
+    fuse: Callable[[Any, str], Callable[..., Any] | None] | None = None
+    grid: QuantSpec | None = None
     opens: bool = False
     refuse: Callable[[Any], str | None] | None = None
 

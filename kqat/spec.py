@@ -29,6 +29,8 @@ class QuantSpec:
         bits: width of an integer, 2 to 16; 1 on a symmetric grid.
         symmetric: whether real zero is integer zero.
         narrow_range: whether the lowest integer is left out (−127 … 127 for 8 bits).
+        power_of_two: whether a symmetric grid's scale is a power of two, for 16 bits one from
+            2**-15 to 2**-9, which the tanh of a fused LSTM can read.
         axis: `None` for one scale per tensor; an axis or a tuple of axes that each keep their
             own scale; `"channel"` for the output-channel axis that the registry knows.
 
@@ -40,6 +42,7 @@ class QuantSpec:
     symmetric: bool = False
     narrow_range: bool = False
     axis: Axis = None
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
@@ -49,13 +52,18 @@ class QuantSpec:
                 f"Expected {MIN_BITS} to {MAX_BITS} bits. Received: bits={self.bits}. "
                 "Use 8 for full-integer export, or bits=1 with symmetric=True for −1 and 1."
             )
-        for name in ("symmetric", "narrow_range"):
+        for name in ("symmetric", "narrow_range", "power_of_two"):
             if not isinstance(value := getattr(self, name), bool):
                 raise SpecError(f"Expected True or False. Received: {name}={value!r}.")
         if self.bits == 1 and self.narrow_range:
             raise SpecError(
                 "Expected a grid of one bit, −1 and 1, to be whole. Received: narrow_range=True. "
                 "Use narrow_range=False, or bits=2 for −1, 0 and 1."
+            )
+        if self.power_of_two and not self.symmetric:
+            raise SpecError(
+                "Expected a symmetric grid where the scale is a power of two. Received: "
+                "power_of_two=True, symmetric=False. Use symmetric=True."
             )
         axis: object = self.axis
         if isinstance(axis, list):  # JSON has no tuples

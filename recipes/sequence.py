@@ -1,11 +1,12 @@
 """Recurrent networks as full-integer files: an LSTM or a GRU that reads a digit row by row.
 
     python -m recipes.sequence --network lstm --out out/lstm
+    python -m recipes.sequence --network fused_lstm --out out/fused_lstm
     python -m recipes.sequence --network gru --out out/gru
 
 The sequence is an image of MNIST, 28 steps of 28 pixels. A rounding error in a state comes back in
 every step that follows, so this is where eight bits have to prove themselves. Each network ships by
-PTQ (calibration only) and by QAT.
+PTQ (calibration only) and by QAT, a fused LSTM as one operator and the others step by step.
 
 Writes to --out: model.tflite and model.keras (QAT), report.json (how model.tflite was verified) and
 results.json.
@@ -19,6 +20,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from kqat import QuantizeConfig
 from recipes import data, running, shipping
 from recipes.data import Samples
 from recipes.running import Table
@@ -30,7 +32,8 @@ LOCKSTEP_SAMPLES = 16
 LEARNING_RATE = 3e-3
 # Low, since the weights need to move by a few steps of their grids only.
 QAT_LEARNING_RATE = 3e-4
-NETWORKS = {"lstm": layers.LSTM, "gru": layers.GRU}
+NETWORKS = {"lstm": layers.LSTM, "gru": layers.GRU, "fused_lstm": layers.LSTM}
+POLICIES = {"fused_lstm": {layers.LSTM: QuantizeConfig(recurrence="fused")}}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -42,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     fit(model, train, options.epochs, LEARNING_RATE, batch_size=BATCH_SIZE)
     rows = [running.measure_keras("FP32", model, test)]
 
-    ptq = shipping.ptq(model, train, test, lockstep_samples=LOCKSTEP_SAMPLES)
+    policy = POLICIES.get(options.network, "int8")
+    ptq = shipping.ptq(model, train, test, policy=policy, lockstep_samples=LOCKSTEP_SAMPLES)
     rows.append(ptq.row)
     qat = shipping.train_on(
         ptq,

@@ -31,10 +31,12 @@ def measured(name: str, qat: keras.Model, test: Samples, **options: Any) -> Ship
     return Shipped(qat, blob, report, row)
 
 
-def ptq(model: keras.Model, train: Samples, test: Samples, **options: Any) -> Shipped:
+def ptq(
+    model: keras.Model, train: Samples, test: Samples, *, policy: Any = "int8", **options: Any
+) -> Shipped:
     """Post-training quantization: ranges from the first training samples, nothing is trained."""
     print("PTQ: finding ranges")
-    qat = kqat.quantize_model(model, calibration_data=train[0][:CALIBRATION_SAMPLES])
+    qat = kqat.quantize_model(model, policy, calibration_data=train[0][:CALIBRATION_SAMPLES])
     return measured("PTQ", qat, test, **options)
 
 

@@ -13,7 +13,13 @@ from tflite_export.flatbuffer import ModelT, OperatorT, SubGraphT, TensorT
 # TFLite Micro's custom operator that decodes constants; each of its outputs has two inputs.
 DECODE = "TFLM_DECODE"
 # Inputs that carry weights, by operator; the second operand of others may be weights too.
-_WEIGHTS = {"CONV_2D": 1, "DEPTHWISE_CONV_2D": 1, "FULLY_CONNECTED": 1, "TRANSPOSE_CONV": 1}
+_WEIGHTS = {
+    "CONV_2D": 1,
+    "DEPTHWISE_CONV_2D": 1,
+    "FULLY_CONNECTED": 1,
+    "TRANSPOSE_CONV": 1,
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,6 +211,8 @@ def _macs(name: str, inputs: list[tuple[int, ...]], outputs: list[tuple[int, ...
         return results * weights[-1]
     if name == "TRANSPOSE_CONV" and len(inputs) > 2 and weights:
         return math.prod(inputs[2]) * math.prod(weights[:3])
+    if name == "UNIDIRECTIONAL_SEQUENCE_LSTM" and len(inputs) > 5 and weights and inputs[5]:
+        return results * 4 * (weights[-1] + inputs[5][-1])
     if name == "BATCH_MATMUL" and inputs[0]:
         return results * inputs[0][-1]
     return 0

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from kqat.errors import ExportError, LoweringError
 from kqat.freezing import FrozenModel
+from kqat.lstm import FrozenLSTM
 from kqat.marking import Marker, Tabulated
 from kqat.primitives import Count
 from kqat.tracing import Node, rebuild, trace
@@ -47,22 +49,50 @@ def lower(
             "KERAS_BACKEND=tensorflow."
         )
     with tempfile.TemporaryDirectory(prefix="kqat_") as folder:
-        _save(_with_tables(frozen.model, computed), folder, batch_size)
+        _save(_with_markers(frozen, computed), folder, batch_size)
         return _without_squeezes(flatbuffer.read(_convert(Path(folder), frozen.model.name)))
 
 
-def _with_tables(model: keras.Model, computed: frozenset[int]) -> keras.Model:
-    """`model` with a marker in the place of each function that ships as a table."""
+def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> keras.Model:
+    """The model with a marker where a function ships as a table, or an LSTM as one operator."""
+
+    lstms = [layer.name for layer in frozen.lstms]
+    plain: dict[int, _Plain] = {}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         layer = node.layer
         if isinstance(layer, Tabulated) and layer.index not in computed:
             layer = Marker("table", layer.index, name=f"{layer.name}_marker")
+        elif isinstance(layer, FrozenLSTM):
+            layer = _StandIn(layer.units, lstms.index(layer.name), name=f"{layer.name}_stand_in")
         elif isinstance(layer, _TRANSLATED):
-            layer = _Plain(layer, name=f"{layer.name}_plain")
+            if id(layer) not in plain:  # Calls of one layer stay those of one layer.
+                plain[id(layer)] = _Plain(layer, name=f"{layer.name}_plain")
+            layer = plain[id(layer)]
         return layer(*args, **kwargs)
 
-    return rebuild(trace(model), call, model.name)
+    return rebuild(trace(frozen.model), call, frozen.model.name)
+
+
+class _StandIn(keras.layers.Layer):
+    """Anything that the converter knows with an LSTM's shapes, and a marker that says which."""
+
+    def __init__(self, units: int, index: int, **kwargs: Any) -> None:
+        super().__init__(dtype="float32", **kwargs)
+        self.units, self.index = units, index
+        self.marker = Marker("lstm", index, name=f"{self.name}_marker")
+
+    def call(self, x: Any) -> Any:
+        import tensorflow as tf
+
+        # Numbers of its own for each, or the converter would make one of two.
+        numbers = np.arange(x.shape[-1] * self.units, dtype=np.float32) + self.index + 2
+        # TensorFlow's own product keeps the sequence's three axes, of which Keras's makes two; but
+        # it would take the DEQUANTIZE of the marker before it in.
+        return self.marker(tf.matmul(tf.abs(x), numbers.reshape(-1, self.units)))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return (*input_shape[:2], self.units)
 
 
 _TRANSLATED = (

@@ -17,13 +17,14 @@ class Labels:
 
     `sites[t]` is the grid of tensor `t`; `named[t]` are the sites whose markers stood on it.
     `floats` are tensors that a precision boundary made float. `tables` pairs placeholder operators
-    with the index of the table that is to be looked up there.
+    with the index of the table that is to be looked up there, `lstms` with that of the LSTM.
     """
 
     sites: dict[int, Site] = dataclasses.field(default_factory=dict)
     named: dict[int, list[Site]] = dataclasses.field(default_factory=dict)
     floats: set[int] = dataclasses.field(default_factory=set)
     tables: list[tuple[OperatorT, int]] = dataclasses.field(default_factory=list)
+    lstms: list[tuple[OperatorT, int]] = dataclasses.field(default_factory=list)
 
 
 def take_markers(model: ModelT, sites: tuple[Site, ...]) -> Labels:
@@ -58,6 +59,7 @@ class _MarkerReader:
         # Marked tensor -> its source, and the marker's kind and index.
         self.pending: dict[int, tuple[int, str, int]] = {}
         self.first: dict[tuple[str, int], int] = {}  # marker -> the tensor on which it first stood
+        self.stand_ins: list[OperatorT] = []  # where an LSTM will be
         self.crossing: set[int] = set()  # floats that become integers at the next marker
 
     def visit(self, operator: OperatorT) -> None:
@@ -70,7 +72,9 @@ class _MarkerReader:
             self.pending[output] = (operator.inputs[0], kind, index)
         elif name == "DEQUANTIZE" and operator.inputs[0] in self.pending:
             source, kind, index = self.pending[operator.inputs[0]]
-            take = {"fence": self._fence, "table": self._table, "site": self._site}[kind]
+            take = {
+                "fence": self._fence, "table": self._table, "site": self._site, "lstm": self._lstm
+            }[kind]  # fmt: skip
             take(source, int(operator.outputs[0]), index)
         else:
             self.kept.append(operator)
@@ -108,6 +112,34 @@ class _MarkerReader:
             return
         self.labels.tables.append((self._keep("GATHER", source, output), index))
 
+    def _lstm(self, source: int, output: int, index: int) -> None:
+        """Puts the LSTM's placeholder where `lowering` let a product stand in for it."""
+        self.alias[output] = source
+        if self._is_copy("lstm", index, source):
+            return
+        producers = {int(t): operator for operator in self.kept for t in operator.outputs}
+
+        def before(operator: OperatorT) -> OperatorT:
+            return next(producers[int(t)] for t in operator.inputs if int(t) in producers)
+
+        product = producers[source]
+        # The converter may have carried the marker across a RESHAPE; of one feature, the product
+        # is a MUL.
+        while flatbuffer.op_name(self.model, before(product)) != "ABS":
+            product = before(product)
+        absolute = before(product)
+        name, ends = "UNIDIRECTIONAL_SEQUENCE_LSTM", (absolute.inputs[0], product.outputs[0])
+        whole = new_operator(self.model, name, [int(ends[0])], [int(ends[1])])
+        self.kept = [whole if operator is product else operator for operator in self.kept]
+        self.labels.lstms.append((whole, index))
+        self.stand_ins.append(absolute)
+
+    def _drop_stand_ins(self) -> None:
+        """Drops what stood before a product that is an LSTM now, if nothing else reads it."""
+        read = {int(t) for operator in self.kept for t in operator.inputs}
+        unread = [id(o) for o in self.stand_ins if int(o.outputs[0]) not in read]
+        self.kept = [operator for operator in self.kept if id(operator) not in unread]
+
     def _fence(self, source: int, output: int, index: int) -> None:
         if source in self.labels.sites:
             self._keep("DEQUANTIZE", source, output)
@@ -123,6 +155,7 @@ class _MarkerReader:
         return self.kept[-1]
 
     def finish(self) -> None:
+        self._drop_stand_ins()
         graph = self.graph
         graph.operators = self.kept
         graph.outputs = [self.alias.get(int(i), int(i)) for i in graph.outputs]

@@ -165,6 +165,8 @@ OP_TABLE: dict[str, OpRule] = {
     "CAST": _none(1),  # truth values to indexes
     **{f"LOGICAL_{name}": _none(1) for name in ("AND", "OR", "NOT")},
     **{name: _none(2, input_scale_below=1.0) for name in _COMPARISONS},
+    # The weights are put in behind the pass (`fused_lstm`).
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": _own(1, activations=(0,)),
     "QUANTIZE": _own(1),
     "DEQUANTIZE": _own(2),
 }

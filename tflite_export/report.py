@@ -199,7 +199,7 @@ def _runtime_lines(part: RuntimeReport) -> list[str]:
         share = 100 * row.differing / max(row.elements, 1)
         ties = f", {100 * row.ties / row.differing:.0f} % ties" if row.ties else ""
         lines += _wrapped(
-            f"{operator:<24}max {row.max_steps} {share:7.3f} % of {row.elements:,} differ{ties}",
+            f"{operator:<23} max {row.max_steps} {share:7.3f} % of {row.elements:,} differ{ties}",
             "    ",
         )
     if part.unmatched:

@@ -24,6 +24,7 @@ from tflite_export.feeding import as_type, has_grid
 from tflite_export.feeding import real as real_values
 from tflite_export.flatbuffer import ModelT
 from tflite_export.foreign import compare_runtimes
+from tflite_export.fused_lstm import call_layer
 from tflite_export.inspection import inspect_model
 from tflite_export.packing import ACTIVATION_DTYPES
 from tflite_export.profiling import GridUse, grid_use, layer_reports, static_reports
@@ -163,9 +164,9 @@ def _verify_on(
         arena = tflite_micro_arena_bytes(blob) if runtime == "tflite_micro" else None
     except RuntimeUnavailableError as error:
         return RuntimeReport(runtime=runtime, problem=str(error)), ()
-    lockstep = _Lockstep(frozen, tensors, result.tensors)
+    lockstep = _Lockstep(frozen, tensors, result.tensors, runtime)
     lockstep.run(inputs)
-    outputs = tensors.agreement(frozen, inputs, result.outputs)
+    outputs = tensors.agreement(frozen, inputs, result.outputs, runtime)
     part = RuntimeReport(
         runtime=runtime,
         sites=tuple(lockstep.differences),
@@ -191,14 +192,12 @@ class _Tensors:
 
     def find(self, index: int, site: Site) -> int | None:
         """The integer tensor of `site`: it bears the site's name, or the model output's."""
-        names = [site.name]
+        found = list(self.by_name.get(site.name, ()))
         if index in self.output_names:
-            names.append(self.output_names[index])
-        for name in names:
-            for tensor in self.by_name.get(name, ()):
-                if self._has_grid(tensor, site):
-                    return tensor
-        return None
+            # A value inside may have the output's name, as that of a layer's first call has.
+            ends = set(map(int, self.graph.outputs))
+            found += [t for t in self.by_name.get(self.output_names[index], ()) if t in ends]
+        return next((tensor for tensor in found if self._has_grid(tensor, site)), None)
 
     def operator(self, tensor: int) -> str:
         """The operator that computed a tensor; RESHAPEs that no layer asked for are passed over."""
@@ -242,10 +241,14 @@ class _Tensors:
         return float(real.max() - real.min()) / 255 or 1.0
 
     def agreement(
-        self, frozen: FrozenModel, inputs: list[np.ndarray], outputs: Sequence[np.ndarray]
+        self,
+        frozen: FrozenModel,
+        inputs: list[np.ndarray],
+        outputs: Sequence[np.ndarray],
+        runtime: str,
     ) -> tuple[OutputAgreement, ...]:
         """End to end: the rounded Keras model's outputs against the file's."""
-        expected = keras.tree.flatten(_rounded_outputs(frozen, inputs))
+        expected = keras.tree.flatten(_rounded_outputs(frozen, inputs, runtime))
         rows = []
         for name, real, found, t in zip(
             frozen.output_names, expected, outputs, self.graph.outputs, strict=True
@@ -277,12 +280,12 @@ def _output_sites(frozen: FrozenModel) -> list[int]:
     return [layer.index if is_marker(layer, "site") else -1 for layer in layers]
 
 
-def _rounded_outputs(frozen: FrozenModel, inputs: list[np.ndarray]) -> Any:
+def _rounded_outputs(frozen: FrozenModel, inputs: list[np.ndarray], runtime: str) -> Any:
     """What the model computes in float arithmetic with every site rounded."""
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(node.layer, Marker):
-            return node.layer(*args, **kwargs)
+            return call_layer(node.layer, runtime, *args, **kwargs)
         if node.layer.kind != "site":
             return args[0]
         site = frozen.sites[node.layer.index]
@@ -299,8 +302,15 @@ class _Lockstep:
     file, which bears the last one's name. The earlier sites count as compared with that one.
     """
 
-    def __init__(self, frozen: FrozenModel, tensors: _Tensors, found: Mapping[int, np.ndarray]):
+    def __init__(
+        self,
+        frozen: FrozenModel,
+        tensors: _Tensors,
+        found: Mapping[int, np.ndarray],
+        runtime: str,
+    ):
         self.frozen = frozen
+        self.runtime = runtime
         self.tensors = tensors
         self.found = found
         self.aliases: dict[int, int] = {}  # site -> the tensor of one that computes the same
@@ -339,7 +349,9 @@ class _Lockstep:
             self.waiting.update(dict.fromkeys(node.outputs, waiting))
         else:
             self.used |= waiting
-        return args[0] if isinstance(node.layer, Marker) else node.layer(*args, **kwargs)
+        if isinstance(node.layer, Marker):
+            return args[0]
+        return call_layer(node.layer, self.runtime, *args, **kwargs)
 
     def _site(self, node: Node, waiting: set[str], value: Any) -> Any:
         index = node.layer.index

@@ -1,4 +1,4 @@
-"""Cases for recurrent layers: one step's operators, as often as there are steps."""
+"""Cases for recurrent layers: one step's operators, as often as there are steps, or one fused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import layers as L
 
+from kqat import QuantizeConfig
 from kqat.recurrence import Recurrence, Stack, Unstack
 from tests.coverage.cases import Case, functional
 
@@ -15,6 +16,12 @@ SEQUENCE = (STEPS, 5)
 
 def _one(name: str, call: Callable[[Any], Any], **ops: int) -> Case:
     return Case(name=name, build=lambda: functional(SEQUENCE, call), ops=ops)
+
+
+def _fused(name: str, call: Callable[[Any], Any], **ops: int) -> Case:
+    ops = {"UNIDIRECTIONAL_SEQUENCE_LSTM": 1, **ops}
+    policy = QuantizeConfig(recurrence="fused")
+    return Case(name=name, build=lambda: functional(SEQUENCE, call), ops=ops, policy=policy)
 
 
 def _states(x: Any) -> Any:
@@ -158,6 +165,14 @@ CASES = (
         STRIDED_SLICE=10,
         SUB=1,
         UNPACK=2,
+    ),
+    _fused("lstm_fused", lambda x: L.LSTM(4)(x), RESHAPE=1, STRIDED_SLICE=1),
+    _fused(
+        "bidirectional_fused",
+        lambda x: L.Bidirectional(L.LSTM(4, return_sequences=True), merge_mode="sum")(x),
+        ADD=1,
+        GATHER=2,
+        UNIDIRECTIONAL_SEQUENCE_LSTM=2,
     ),
     _one(
         "lstm_stacked",

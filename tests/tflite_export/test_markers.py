@@ -74,7 +74,9 @@ def test_kind_and_index_come_back_from_float32(kind: str, index: int) -> None:
     assert Marker.read(float((high - low) / np.float32(255)), zero) == (kind, index)
 
 
-@pytest.mark.parametrize(("kind", "index"), [("site", 0), ("site", 4095), ("table", 77)])
+@pytest.mark.parametrize(
+    ("kind", "index"), [("site", 0), ("site", 4095), ("table", 77), ("lstm", 3)]
+)
 def test_kind_and_index_come_back_from_the_converter(kind: str, index: int) -> None:
     x = keras.Input(SHAPE, name="x")
     y = Marker(kind, index, name="marker")(keras.layers.Dense(4, name="dense")(x))
@@ -83,6 +85,7 @@ def test_kind_and_index_come_back_from_the_converter(kind: str, index: int) -> N
         sites=(),
         weights=(),
         tables=(),
+        lstms=(),
         input_names=("x",),
         output_names=("y",),
     )

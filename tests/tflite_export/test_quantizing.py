@@ -215,6 +215,7 @@ def test_a_value_without_a_marker_is_refused() -> None:
         sites=(site, dataclasses.replace(site, name="last")),
         weights=(),
         tables=(),
+        lstms=(),
         input_names=("x",),
         output_names=("last",),
     )
