@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from kqat.targets import KERNELS, PACKED
+from kqat.targets import INT16, KERNELS, PACKED, Int16Kernel
 from kqat.targets import RUNTIMES as ALL
 
 
@@ -151,59 +151,7 @@ OP_TABLE: dict[str, OpRule] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Int16Rule:
-    """Where an operator's kernel for int16 activations differs from its int8 kernel.
-
-    Weights stay int8, the bias is int64, and every zero point is 0.
-
-    Args:
-        version: lowest version of the operator that computes on int16.
-        runtimes: the runtimes that have the int16 kernel.
-        fixed_scale: scale of the output where the kernel fixes it.
-    """
-
-    version: int
-    runtimes: frozenset[str] = ALL
-    fixed_scale: float | None = None
-
-
-# LOG_SOFTMAX, PRELU, ELU and HARD_SWISH have no int16 kernel on any runtime; GELU and EXP ship as
-# tables, which int16 has none of.
-INT16: dict[str, Int16Rule] = {
-    "CONV_2D": Int16Rule(3),
-    "DEPTHWISE_CONV_2D": Int16Rule(3),
-    "FULLY_CONNECTED": Int16Rule(4),
-    "TRANSPOSE_CONV": Int16Rule(3),
-    "ADD": Int16Rule(3),
-    "SUB": Int16Rule(5),
-    "MUL": Int16Rule(4),
-    "RELU": Int16Rule(3),
-    "RELU6": Int16Rule(3),
-    "LEAKY_RELU": Int16Rule(2),
-    "BATCH_MATMUL": Int16Rule(3),
-    "MEAN": Int16Rule(3),
-    "SOFTMAX": Int16Rule(3, fixed_scale=2.0**-15),
-    "LOGISTIC": Int16Rule(3, fixed_scale=2.0**-15),
-    "TANH": Int16Rule(3, fixed_scale=2.0**-15),
-    "MAX_POOL_2D": Int16Rule(3),
-    "AVERAGE_POOL_2D": Int16Rule(3),
-    "REDUCE_MAX": Int16Rule(3, ALL - {"tflite_micro"}),
-    "MAXIMUM": Int16Rule(4),
-    "MINIMUM": Int16Rule(4),
-    "CONCATENATION": Int16Rule(3),
-    "RESHAPE": Int16Rule(1),
-    "TRANSPOSE": Int16Rule(5),
-    "PAD": Int16Rule(3),
-    "STRIDED_SLICE": Int16Rule(2),
-    "RESIZE_BILINEAR": Int16Rule(4, ALL - {"tflite_micro"}),
-    "RESIZE_NEAREST_NEIGHBOR": Int16Rule(4),
-    "QUANTIZE": Int16Rule(2),
-    "DEQUANTIZE": Int16Rule(3),
-}
-
-
 def missing_kernels(ops: tuple[str, ...], runtime: str, bits: int = 8) -> tuple[str, ...]:
     """The operators of `ops` whose kernel for activations of `bits` bits `runtime` lacks."""
-    table: Mapping[str, OpRule | Int16Rule] = OP_TABLE if bits == 8 else INT16
+    table: Mapping[str, OpRule | Int16Kernel] = OP_TABLE if bits == 8 else INT16
     return tuple(op for op in ops if op not in table or runtime not in table[op].runtimes)

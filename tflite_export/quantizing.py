@@ -58,7 +58,7 @@ def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL
     integer_pass.find_floats()
     for operator in integer_pass.graph.operators:
         integer_pass.convert(operator)
-    insert_tables(marked, labels, frozen.tables)
+    insert_tables(marked, labels, frozen.tables, runtimes)
     integer_pass.convert_tensors()
     name_tensors(marked, labels)
     return marked
