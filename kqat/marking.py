@@ -100,6 +100,11 @@ class Requantize(keras.layers.Layer):
         super().__init__(**kwargs)
         self.source_bits, self.bits = source_bits, bits
 
+    @property
+    def kernel_bits(self) -> int:
+        """The width that its kernel must know: the wider one."""
+        return max(self.source_bits, self.bits)
+
     def call(self, x: Any) -> Any:
         """`x`, unchanged."""
         return x

@@ -64,6 +64,10 @@ def _same(*ops: str, **options: Any) -> LayerRule:
     return LayerRule(output=Output.SAME, ops=ops, **options)
 
 
+def _resize(*ops: str) -> LayerRule:
+    return _same(*ops, refuse=rules.plain_resize, rounds=True)
+
+
 def _index(*ops: str) -> LayerRule:
     return LayerRule(output=Output.INDEX, ops=ops)
 
@@ -239,9 +243,7 @@ LAYERS: dict[type, LayerRule] = {
         refuse=rules.nearest_or_bilinear,
         decompose=decompositions.upsample_2d,
     ),
-    layers.Resizing: _same(
-        "RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR", refuse=rules.plain_resize, rounds=True
-    ),
+    layers.Resizing: _resize("RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR"),
     layers.UpSampling3D: _same(
         "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.upsample_3d, **_POOL
     ),
@@ -312,11 +314,13 @@ LAYERS: dict[type, LayerRule] = {
 }
 
 
-# Layers that are functions by name: the class, and the function's name.
+# Layers that are one of several operators: the class, and the name of the function that says which.
 KINDS: dict[tuple[type, str], LayerRule] = {
     (WithConstant, "add"): _own("ADD", weights={"value": None}, takes_clamp=True),
     (WithConstant, "hide"): _own("ADD", weights={"value": None}, hides=True),
     (WithConstant, "multiply"): _own("MUL", weights={"value": None}, takes_clamp=True),
+    (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
+    (layers.Resizing, "bilinear"): _resize("RESIZE_BILINEAR"),
     (Reduce, "mean"): _own("MEAN"),
     (Reduce, "max"): _same("REDUCE_MAX"),
     (Reduce, "min"): _same("REDUCE_MIN"),
@@ -349,6 +353,10 @@ def is_custom(layer: Any) -> bool:
     return isinstance(layer, layers.Layer) and type(layer) not in LAYERS and not stock
 
 
+def _kind(layer: Any) -> str:
+    return getattr(layer, "kind", None) or getattr(layer, "interpolation", "")
+
+
 def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     """The row of `layer`; custom layers, which have none, are opened up.
 
@@ -365,8 +373,8 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
         activation = decompositions.activation_name(layer.activation)
         rule = FUNCTION if activation is None else ACTIVATIONS.get(activation)
         where += f" with activation {activation!r}"
-    elif (type(layer), getattr(layer, "kind", "")) in KINDS:
-        rule = KINDS[type(layer), layer.kind]
+    elif (which := (type(layer), _kind(layer))) in KINDS:
+        rule = KINDS[which]
     elif rule is None and is_custom(layer):
         rule = OPENED
     if rule is None:

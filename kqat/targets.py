@@ -100,6 +100,11 @@ _CMSIS_NN = frozenset(
     "MAX_POOL_2D MINIMUM MUL PAD SOFTMAX SVDF TRANSPOSE TRANSPOSE_CONV "
     "UNIDIRECTIONAL_SEQUENCE_LSTM".split()
 )
+# Those of whose functions that folder calls one for int16.
+_CMSIS_NN_INT16 = frozenset(
+    "ADD AVERAGE_POOL_2D BATCH_MATMUL CONV_2D DEPTHWISE_CONV_2D FULLY_CONNECTED MAX_POOL_2D MUL "
+    "SOFTMAX UNIDIRECTIONAL_SEQUENCE_LSTM".split()
+)
 _ETHOS_U55 = frozenset(
     "ABS ADD ARG_MAX AVERAGE_POOL_2D BATCH_MATMUL CONCATENATION CONV_2D DEPTHWISE_CONV_2D ELU EXP "
     "EXPAND_DIMS FULLY_CONNECTED GELU HARD_SWISH LEAKY_RELU LOG LOGISTIC MAXIMUM MAX_POOL_2D MEAN "
@@ -113,6 +118,9 @@ _ETHOS_U85 = _ETHOS_U55 | frozenset(
     "LOGICAL_NOT LOGICAL_OR NOT_EQUAL READ_VARIABLE REDUCE_ALL REDUCE_ANY SCATTER_ND SELECT "
     "SELECT_V2".split()
 )
+# "IFM … must be Int8" in Vela's report; on the U85 that of BATCH_MATMUL says nothing.
+_ETHOS_INT8_ONLY = frozenset({"ELU", "GELU"})
+_ETHOS_U55_INT8_ONLY = _ETHOS_INT8_ONLY | {"BATCH_MATMUL"}
 _EDGE_TPU = frozenset(
     "ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D EXPAND_DIMS FULLY_CONNECTED "
     "L2_NORMALIZATION LOGISTIC LSTM MAXIMUM MAX_POOL_2D MEAN MINIMUM MUL PACK PAD PRELU QUANTIZE "
@@ -155,6 +163,7 @@ class Target:
         runtime: what runs the file, or what the accelerator leaves of it.
         accelerator: what is faster than that runtime's own kernels; empty for none.
         accelerated: the operators that it has.
+        accelerated_int16: those that it also has for activations of 16 bits.
         packs_weights: whether weights of fewer than eight bits may be packed.
         notes_only: whether an operator off the fast path is merely worth a note.
     """
@@ -164,32 +173,40 @@ class Target:
     runtime: str
     accelerator: str = ""
     accelerated: frozenset[str] = frozenset()
+    accelerated_int16: frozenset[str] = frozenset()
     packs_weights: bool = True
     notes_only: bool = False
 
-    def runs(self, op: str) -> bool:
-        """Whether anything on the device runs the int8 operator."""
-        return op in self.accelerated or self.runtime in KERNELS.get(op, RUNTIMES)
+    def accelerates(self, op: str, bits: int = 8) -> bool:
+        """Whether the accelerator has the operator for activations of `bits` bits."""
+        return op in (self.accelerated if bits == 8 else self.accelerated_int16 & INT16.keys())
 
-    def is_fast(self, op: str) -> bool:
+    def runs(self, op: str, bits: int = 8) -> bool:
+        """Whether anything on the device runs the operator on integers of `bits` bits."""
+        return self.accelerates(op, bits) or self.runtime in kernels(op, bits)
+
+    def is_fast(self, op: str, bits: int = 8) -> bool:
         """Whether the operator runs on the accelerator; where there is none, whether it runs."""
-        return op in self.accelerated if self.accelerator else self.runs(op)
+        return self.accelerates(op, bits) if self.accelerator else self.runs(op, bits)
 
     def packs(self, op: str, per_tensor: bool) -> bool:
         """Whether the operator takes packed weights there, with one scale or one per axis."""
         per_axis, single = PACKED.get(op, (frozenset(), frozenset()))
         return self.packs_weights and self.runtime in (single if per_tensor else per_axis)
 
-    def unfit(self, ops: Collection[str], table: bool) -> tuple[str, ...]:
-        """Those operators of a layer that do not run on the fast path.
+    def unfit(self, ops: Collection[str], table: bool, bits: int = 8) -> dict[str, bool]:
+        """Those operators of a layer that do not run on the fast path, and whether they run.
 
         Args:
             ops: what the layer may become.
-            table: whether it may become a table of 256 entries instead.
+            table: whether it may become a table instead.
+            bits: width of its activations.
         """
-        slow = tuple(op for op in ops if not self.is_fast(op))
+        slow = {op: self.runs(op, bits) for op in ops if not self.is_fast(op, bits)}
         if table and (slow or not ops):
-            return tuple(op for op in TABLE_OPS if not self.is_fast(op))
+            # These compute on bytes and int32, whatever the width.
+            parts = TABLE_OPS if bits == 8 else WIDE_TABLE_OPS
+            return {op: self.runs(op) for op in parts if not self.is_fast(op)}
         return slow
 
 
@@ -212,6 +229,7 @@ TARGETS: dict[str, Target] = {
             runtime="tflite_micro",
             accelerator="CMSIS-NN",
             accelerated=_CMSIS_NN,
+            accelerated_int16=_CMSIS_NN_INT16,
             notes_only=True,
         ),
         *(
@@ -221,12 +239,13 @@ TARGETS: dict[str, Target] = {
                 runtime="tflite_micro",
                 accelerator="the NPU",
                 accelerated=ops,
+                accelerated_int16=ops - int8_only,
                 packs_weights=False,
             )
-            for name, title, ops in (
-                ("ethos_u55", "Ethos-U55", _ETHOS_U55),
-                ("ethos_u65", "Ethos-U65", _ETHOS_U55),
-                ("ethos_u85", "Ethos-U85", _ETHOS_U85),
+            for name, title, ops, int8_only in (
+                ("ethos_u55", "Ethos-U55", _ETHOS_U55, _ETHOS_U55_INT8_ONLY),
+                ("ethos_u65", "Ethos-U65", _ETHOS_U55, _ETHOS_U55_INT8_ONLY),
+                ("ethos_u85", "Ethos-U85", _ETHOS_U85, _ETHOS_INT8_ONLY),
             )
         ),
         Target(

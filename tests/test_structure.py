@@ -26,9 +26,9 @@ ROOMS = {
     ),
     "tflite_export": (
         "checking", "children", "sharing", "flatbuffer", "op_table", "inspection", "lowering",
-        "markers", "packing", "lookup", "naming", "clamps", "quantizing", "feeding", "runtimes",
-        "vela", "page", "report", "foreign", "profiling", "targets", "verification", "exporting",
-        "c_source", "__init__",
+        "markers", "packing", "interpolation", "lookup", "naming", "clamps", "quantizing",
+        "feeding", "runtimes", "vela", "page", "report", "foreign", "profiling", "targets",
+        "verification", "exporting", "c_source", "__init__",
     ),
 }  # fmt: skip
 # Who may import a package of ours, by folder or file.

@@ -76,13 +76,13 @@ def fit(values: np.ndarray, name: str) -> Pieces:
     """
     inside = np.clip(np.nan_to_num(values.astype(np.float64)), -(2**15), 2**15 - 1)
     candidates = [_fit(inside, count) for count in COUNTS]
-    fitting = [pieces for pieces in candidates if len(pieces.exceptions) <= MOST_ROWS]
+    fitting = [pieces for pieces in candidates if len(pieces.exceptions) - 1 <= MOST_ROWS]
     if not fitting:
         raise LoweringError(
-            f"Expected a function that is smooth but for at most {MOST_ROWS - 1} of "
+            f"Expected a function that is smooth but for at most {MOST_ROWS} of "
             f"{COUNTS[-1]} places, where activations have 16 bits. Received: '{name}', whose "
             f"values jump at {len(candidates[-1].exceptions) - 1}. Give its layer 'int8' in the "
-            "policy, where its table is exact."
+            "policy, where its table is exact, or convert for target 'litert'."
         )
     return min(fitting, key=lambda pieces: pieces.size_bytes)
 

@@ -1,6 +1,5 @@
 """What a device makes of a model, before conversion, and of a file, after it."""
 
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from kqat.errors import RuntimeUnavailableError, TargetError
 from kqat.fitting import activation_of, misfit
 from kqat.freezing import FrozenModel
-from kqat.marking import Marker, Tabulated, is_marker
+from kqat.marking import Marker, Requantize, Tabulated, is_marker
 from kqat.registry import rule_for
 from kqat.targets import TARGETS, Misfit, Target, TargetWarning, target_named
 from kqat.tracing import Ref, trace
@@ -68,7 +67,8 @@ def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
     own = []
     for table in frozen.tables:
         rule = rule_for(table.layer)
-        ops = rule.ops if rule.table else ()  # else its kernel is wrong on this very grid
+        # Else there is no kernel of this width, or it is wrong on this very grid.
+        ops = rule.ops if rule.table and table.bits == 8 else ()
         if target is not None:
             has = bool(ops) and _computes(TARGETS[target], ops)
         else:
@@ -121,8 +121,6 @@ def _misfits(frozen: FrozenModel, target: Target) -> Iterator[Misfit]:
         if isinstance(layer, Marker):
             if is_marker(layer, "site"):
                 widths[node.outputs[0]] = frozen.sites[layer.index].bits
-            elif not is_marker(layer, "fence"):
-                widths[node.outputs[0]] = 8
             continue
         is_table = isinstance(layer, Tabulated)
         fed = all(ref.counts or ref in widths for ref in node.inputs)
@@ -130,18 +128,12 @@ def _misfits(frozen: FrozenModel, target: Target) -> Iterator[Misfit]:
             continue
         # A layer may stand between two markers with others, all of them integer.
         bits = max((widths[ref] for ref in node.inputs if ref in widths), default=8)
+        bits = layer.kernel_bits if isinstance(layer, Requantize) else bits
         widths |= dict.fromkeys(node.outputs, bits)
         inner = layer.layer if is_table else layer
         name = inner.name if is_table else node.name
-        ops = rule_for(inner).ops
-        # What the op table says of the runtime holds for operators that no accelerator has.
-        unfit = set(target.unfit(ops, is_table))
-        lacks = missing_kernels(ops, target.runtime, bits) if not is_table else ()
-        unfit |= {op for op in lacks if op not in target.accelerated}
-        if unfit:
-            found = misfit(name, unfit, activation_of(inner, name), target)
-            blocked = any(op in unfit for op in lacks)
-            yield dataclasses.replace(found, blocking=found.blocking or blocked)
+        if unfit := target.unfit(rule_for(inner).ops, is_table, bits):
+            yield misfit(name, unfit, activation_of(inner, name), target, bits)
 
 
 def _edge_tpu_notes(inspection: Inspection) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Which layers fit a device, what is said of those that do not, and the model that does."""
 
 import json
+from typing import Any
 
 import keras
 import numpy as np
@@ -138,3 +139,40 @@ def test_weights_that_will_not_be_packed_are_named(
     plan = kqat.plan(keras.Model(x, y), kqat.QuantizeConfig(weights=spec), target=target)
     assert {f"{m.layer}: {m.remedy}" for m in plan.misfits} == said
     assert all("stores its weights of 4 bits in 8" in str(m) for m in plan.misfits)
+
+
+def wide() -> keras.Model:
+    x = keras.Input((8, 8, 3), name="x")
+    y = L.UpSampling2D(interpolation="bilinear", name="smooth")(L.Conv2D(4, 3, name="conv")(x))
+    y = L.UpSampling2D(name="sharp")(L.Activation("mish", name="odd")(y))
+    return keras.Model(x, L.Dense(3, name="head")(L.GlobalMaxPooling2D(name="peak")(y)))
+
+
+@pytest.mark.parametrize(
+    ("target", "policy", "blocked", "slow"),
+    [
+        ("litert", "int16x8", {}, {}),
+        ("tflite_micro", "int16x8", {"smooth": "RESIZE_BILINEAR", "peak": "REDUCE_MAX"}, {}),
+        ("tflite_micro", {"peak": "int16x8"}, {"peak": "REDUCE_MAX"}, {}),
+        ("tflite_micro", {"conv": "int16x8", "odd": "int16x8"}, {}, {}),
+        ("ethos_u55", {"odd": "int16x8"}, {}, {"odd": "CAST, DIV, GATHER"}),
+        ("ethos_u55", {"conv": "int16x8", "peak": "int16x8"}, {}, {"odd": "CAST, GATHER"}),
+        ("edge_tpu", {"conv": "int16x8", "odd": "int16x8"}, {},
+         {"conv": "CONV_2D", "conv_int8": "QUANTIZE", "smooth_int16": "QUANTIZE",
+          "odd": "CAST, DIV, GATHER", "odd_int8": "QUANTIZE"}),
+    ],
+)  # fmt: skip
+def test_a_plan_knows_the_kernels_of_sixteen_bits(
+    target: str, policy: Any, blocked: dict[str, str], slow: dict[str, str]
+) -> None:
+    found = kqat.plan(wide(), policy, target=target).misfits
+    names = [
+        {m.layer: ", ".join(m.operators) for m in found if m.blocking is b} for b in (True, False)
+    ]
+    assert names == [blocked, slow]
+    for misfit in found:
+        if misfit.blocking:
+            assert f"'{misfit.layer}' ({misfit.operators[0]}) does not run there on int16" in str(
+                misfit
+            )
+            assert "give it 'int8' in the policy" in misfit.remedy
