@@ -6,13 +6,14 @@ from typing import Any
 import keras
 from keras import layers
 
+from kqat import edge_tpu
 from kqat.decompositions import activation_name, duplicate
 from kqat.errors import UnsupportedLayerError
 from kqat.marking import Requantize
 from kqat.operations import as_layers
 from kqat.registry import ACTIVATIONS, rule_for
 from kqat.reporting import LayerPlan, Plan
-from kqat.targets import NEAREST, PACKED, PACKED_BITS, Misfit, Target
+from kqat.targets import NEAREST, PACKED, PACKED_BITS, TARGETS, Misfit, Target
 from kqat.tracing import Graph, Node, rebuild
 
 
@@ -37,7 +38,10 @@ def misfits(graph: Graph, plan: Plan, target: Target) -> tuple[Misfit, ...]:
         for (origin, bits), ops in unfit.items()
         if ops
     ]
-    return (*slow, *dict.fromkeys(m for part in parts for m in _unpacked(part, target)))
+    more = [m for part in parts for m in _unpacked(part, target)]
+    if target.name == "edge_tpu":
+        more += _limited(plan)
+    return (*slow, *dict.fromkeys(more))
 
 
 def _layers(plan: Plan) -> dict[str, Any]:
@@ -137,6 +141,30 @@ def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
             replacement=None,
             remedy=remedy,
         )
+
+
+def _limited(plan: Plan) -> Iterator[Misfit]:
+    """What to say about operators that the Edge TPU has, but not for shapes such as these."""
+    device = TARGETS["edge_tpu"]
+    nodes = {node.name: node for node in plan.graph.nodes}
+    for part in plan.layers:
+        for op in part.ops if part.name in nodes else ():
+            if part.role == "float" or not device.accelerates(op, part.bits):
+                continue
+            node = nodes[part.name]
+            # A plan's shapes have no size for the batch, which is one there.
+            source, result = (refs[0].shape[1:] for refs in (node.inputs, node.outputs))
+            values = [ref.shape[1:] for ref in (*node.inputs, *node.outputs)]
+            axes = next(filter(None, map(edge_tpu.too_many_axes, values)), None)
+            if problem := axes or edge_tpu.shape_limit(op, source, result):
+                yield Misfit(
+                    layer=part.origin,
+                    operators=(op,),
+                    blocking=False,
+                    reason=f"runs, but not on {device.accelerator}, for it {problem}",
+                    replacement=None,
+                    remedy="use other shapes if that is too slow",
+                )
 
 
 def _unfit(part: LayerPlan, layer: Any, target: Target, bits: int) -> dict[str, bool]:

@@ -354,7 +354,7 @@ def is_custom(layer: Any) -> bool:
 
 
 def _kind(layer: Any) -> str:
-    return getattr(layer, "kind", None) or getattr(layer, "interpolation", "")
+    return str(getattr(layer, "kind", getattr(layer, "interpolation", "")))
 
 
 def rule_for(layer: Any, name: str | None = None) -> LayerRule:

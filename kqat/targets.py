@@ -36,16 +36,18 @@ class Int16Kernel:
         version: lowest version of the operator that computes on int16.
         runtimes: the runtimes that have the int16 kernel.
         fixed_scale: scale of the output where the kernel fixes it.
+        packed: the runtimes whose kernel also takes weights of four bits, packed two a byte.
     """
 
     version: int
     runtimes: frozenset[str] = RUNTIMES
     fixed_scale: float | None = None
+    packed: frozenset[str] = frozenset()
 
 
 # The operators with an int16 kernel; versions from TensorFlow's `lite/tools/versioning/
-# op_version.cc`. LOG_SOFTMAX and PRELU have none on any runtime, nor have ELU, HARD_SWISH, GELU and
-# EXP, whose functions ship as tables.
+# op_version.cc`. LOG_SOFTMAX has none on any runtime, PRELU none that takes slopes of eight bits;
+# ELU, HARD_SWISH, GELU and EXP are not on all, and ship as tables.
 INT16: dict[str, Int16Kernel] = {
     "CONV_2D": Int16Kernel(3),
     "DEPTHWISE_CONV_2D": Int16Kernel(3),
@@ -74,6 +76,10 @@ INT16: dict[str, Int16Kernel] = {
     "STRIDED_SLICE": Int16Kernel(2),
     "RESIZE_BILINEAR": Int16Kernel(4, LITERT),
     "RESIZE_NEAREST_NEIGHBOR": Int16Kernel(4),
+    "UNPACK": Int16Kernel(4),
+    "PACK": Int16Kernel(3),
+    "GATHER": Int16Kernel(4, LITERT),
+    "REDUCE_MIN": Int16Kernel(3, LITERT),
     "QUANTIZE": Int16Kernel(2),
     "DEQUANTIZE": Int16Kernel(3),
 }

@@ -15,7 +15,8 @@ FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "docs", "tests")
 # Lowest room first. A room may import those before it; a new room takes its place here.
 ROOMS = {
     "kqat": (
-        "errors", "saving", "targets", "spec", "numerics", "batchnorm", "quantizers", "config",
+        "errors", "saving", "targets", "edge_tpu",
+        "spec", "numerics", "batchnorm", "quantizers", "config",
         "primitives", "elementwise", "marking", "recurrence", "decompositions", "encoding",
         "masks", "products", "attention", "normalization", "sequences", "recurrent", "refusals",
         "rules", "registry", "operands", "reducing", "rearranging", "networks", "operations",
@@ -27,8 +28,8 @@ ROOMS = {
     "tflite_export": (
         "checking", "children", "sharing", "flatbuffer", "op_table", "inspection", "lowering",
         "markers", "packing", "interpolation", "lookup", "naming", "clamps", "quantizing",
-        "feeding", "runtimes", "vela", "page", "report", "foreign", "profiling", "targets",
-        "verification", "exporting", "c_source", "__init__",
+        "feeding", "runtimes", "vela", "page", "report", "foreign", "profiling", "edge_tpu",
+        "targets", "verification", "exporting", "c_source", "__init__",
     ),
 }  # fmt: skip
 # Who may import a package of ours, by folder or file.

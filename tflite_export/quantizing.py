@@ -302,16 +302,16 @@ class _IntegerPass:
             operator.inputs[rule.bias] = self._add(like, bias.integers, bias.scale, 0)
         index = self._add(tensor, weights.integers, weights.scale, weights.axis)
         operator.inputs[rule.weights] = index
-        # What int16 kernels take of four bits, no runtime of a microcontroller does.
-        narrow = weights.bits <= 4 and self._bits(operator) == 8
-        if narrow and self._takes_int4(rule, weights):
+        if weights.bits <= 4 and self.runtimes <= self._packing(operator, rule, weights):
             packed = self.graph.tensors[index]
             packed.type = schema.TensorType.INT4
             self.model.buffers[packed.buffer].data = pack_int4(weights.integers)
 
-    def _takes_int4(self, rule: OpRule, weights: Weights) -> bool:
-        per_tensor = weights.scale.size == 1
-        return self.runtimes <= (rule.int4_per_tensor if per_tensor else rule.int4)
+    def _packing(self, operator: OperatorT, rule: OpRule, weights: Weights) -> frozenset[str]:
+        """The runtimes whose kernel takes these weights packed."""
+        if self._bits(operator) == 16:
+            return INT16[flatbuffer.op_name(self.model, operator)].packed
+        return rule.int4_per_tensor if weights.scale.size == 1 else rule.int4
 
     def _constant(self, tensor: TensorT) -> np.ndarray:
         data = flatbuffer.tensor_data(self.model, tensor)

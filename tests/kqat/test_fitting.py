@@ -176,3 +176,23 @@ def test_a_plan_knows_the_kernels_of_sixteen_bits(
                 misfit
             )
             assert "give it 'int8' in the policy" in misfit.remedy
+
+
+def test_a_plan_knows_the_shapes_of_the_edge_tpu() -> None:
+    x = keras.Input((4, 6), name="x")
+    y = L.Softmax(name="rows")(L.Dense(6, name="dense")(x))
+    y = L.Dense(5, name="head")(L.Flatten()(L.LayerNormalization(name="norm")(y)))
+    z = L.MaxPooling3D(name="deep")(L.Reshape((2, 2, 6, 1), name="four")(x))
+    model = keras.Model(x, [L.Softmax(name="class")(y), z])
+    said = {
+        m.layer: str(m) for m in kqat.plan(model, target="edge_tpu").misfits if "for it" in str(m)
+    }
+    assert set(said) == {"rows", "norm", "four", "deep", "dense"}
+    assert (
+        "(SOFTMAX) runs, but not on the Edge TPU, for it reads (4, 6); SOFTMAX takes"
+        in said["rows"]
+    )
+    assert "averages 6 channels" in said["norm"]
+    assert "makes (4, 6); FULLY_CONNECTED makes one axis only" in said["dense"]
+    assert "only the three innermost axes may be larger than 1" in said["four"]
+    assert kqat.plan(model, target="litert").misfits == ()
