@@ -129,9 +129,11 @@ def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
     """What to say about weights of so few bits that they could be packed, and will not be."""
     for spec in part.weights.values():
         packable = [op for op in part.ops if op in PACKED]
-        if spec.bits > PACKED_BITS or not packable or target.packs(packable[0], spec.axis is None):
+        if spec.bits > PACKED_BITS or not packable:
             continue
-        single = target.packs(packable[0], per_tensor=True)
+        if target.packs(packable[0], spec.axis is None, part.bits):
+            continue
+        single = target.packs(packable[0], True, part.bits)
         remedy = "one scale per tensor (axis=None) is packed" if single else "none is packed there"
         yield Misfit(
             layer=part.origin,

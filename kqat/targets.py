@@ -49,9 +49,10 @@ class Int16Kernel:
 # op_version.cc`. LOG_SOFTMAX has none on any runtime, PRELU none that takes slopes of eight bits;
 # ELU, HARD_SWISH, GELU and EXP are not on all, and ship as tables.
 INT16: dict[str, Int16Kernel] = {
-    "CONV_2D": Int16Kernel(3),
+    "CONV_2D": Int16Kernel(3, packed=LITERT),
+    # LiteRT's reads packed weights as bytes.
     "DEPTHWISE_CONV_2D": Int16Kernel(3),
-    "FULLY_CONNECTED": Int16Kernel(4),
+    "FULLY_CONNECTED": Int16Kernel(4, packed=LITERT),
     "TRANSPOSE_CONV": Int16Kernel(3),
     "ADD": Int16Kernel(3),
     "SUB": Int16Kernel(5),
@@ -195,9 +196,14 @@ class Target:
         """Whether the operator runs on the accelerator; where there is none, whether it runs."""
         return self.accelerates(op, bits) if self.accelerator else self.runs(op, bits)
 
-    def packs(self, op: str, per_tensor: bool) -> bool:
-        """Whether the operator takes packed weights there, with one scale or one per axis."""
+    def packs(self, op: str, per_tensor: bool, bits: int = 8) -> bool:
+        """Whether the operator takes packed weights there, with one scale or one per axis.
+
+        `bits` is the width of the activations.
+        """
         per_axis, single = PACKED.get(op, (frozenset(), frozenset()))
+        if bits == 16:
+            per_axis = single = INT16[op].packed if op in INT16 else frozenset()
         return self.packs_weights and self.runtime in (single if per_tensor else per_axis)
 
     def unfit(self, ops: Collection[str], table: bool, bits: int = 8) -> dict[str, bool]:

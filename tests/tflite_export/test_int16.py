@@ -10,6 +10,7 @@ from keras import layers as L
 
 import kqat
 import tflite_export
+from benchmarks.op_probe import APPROXIMATE
 from kqat.targets import INT16, TABLE_OPS, WIDE_TABLE_OPS
 from tests.coverage.cases import Case, functional, inputs_of
 from tests.tflite_export.small_models import computed, constants, operators, quantized
@@ -54,15 +55,18 @@ MODELS: dict[str, tuple[tuple[int, ...], Any]] = {
     "RESIZE_BILINEAR": (IMAGE, lambda x: L.UpSampling2D(2, interpolation="bilinear")(x)),
     "RESIZE_NEAREST_NEIGHBOR": (IMAGE, lambda x: L.UpSampling2D(2)(x)),
     # The kernel's own scale meets that of the other input.
+    "UNPACK": (SEQUENCE, lambda x: L.SimpleRNN(3, activation="relu")(x)),
+    "PACK": (SEQUENCE, lambda x: L.SimpleRNN(3, activation="relu", return_sequences=True)(x)),
+    "GATHER": (IMAGE, lambda x: keras.ops.take(x, np.array([3, 0, 2]), axis=1)),
+    "REDUCE_MIN": (IMAGE, lambda x: keras.ops.min(x, axis=(1, 2))),
     "QUANTIZE": (VECTOR, lambda x: L.Concatenate()([L.Activation("sigmoid")(x), x])),
 }
 FAST = ("CONV_2D", "SUB")
 
 # Lockstep finds one step at most. Kernels that rescale an int64 sum do it by a number of 15 bits,
 # which at the end of the grid is off by up to one step; float32 arithmetic on 24 bits adds less
-# than a tenth. These kernels approximate: they interpolate in tables of 513 entries, and SOFTMAX
-# also rounds differences of its inputs to 10/65535 (measured: 2 and 10 steps of 1/32768).
-STEPS = {"TANH": 2, "SOFTMAX": 10}
+# than a tenth. Some kernels approximate.
+STEPS = {operator: steps for (operator, _), steps in APPROXIMATE.items()}
 
 
 def test_every_row_has_a_model() -> None:
@@ -199,14 +203,20 @@ def test_a_target_without_the_kernel_names_the_layer() -> None:
     assert tflite_export.convert(qat, target="litert")
 
 
-def test_four_bits_stay_in_int8_under_sixteen() -> None:
+@pytest.mark.parametrize("operator", ["CONV_2D", "FULLY_CONNECTED", "DEPTHWISE_CONV_2D"])
+def test_four_bits_are_packed_under_sixteen_where_the_runtime_can(operator: str) -> None:
     weights = kqat.QuantSpec(bits=4, symmetric=True, narrow_range=True, axis="channel")
     wide = kqat.QuantSpec(bits=16, symmetric=True)
     config = kqat.QuantizeConfig(weights=weights, activation=wide)
-    qat, _ = quantized(*MODELS["CONV_2D"], config)
+    qat, x = quantized(*MODELS[operator], config)
     integers = constants(flatbuffer.read(tflite_export.convert(qat)), 0)[0][1]
-    assert integers.dtype == np.int8
+    assert integers.dtype == np.int8  # TFLite Micro has no such kernel.
     assert np.abs(integers).max() == 7
+    blob = tflite_export.convert(qat, target="litert")
+    packed = tflite_export.inspect(blob).operators[0].weight_dtype == "int4"
+    assert packed == ("litert" in INT16[operator].packed)
+    (part,) = tflite_export.verify(qat, blob, x, runtimes=["litert"], samples=16).runtimes
+    assert (part.problem, part.max_steps <= 1) == (None, True)
 
 
 FUNCTIONS = {
@@ -247,3 +257,15 @@ def test_a_layer_normalization_of_sixteen_bits() -> None:
     report = tflite_export.verify(qat, tflite_export.convert(qat), x)
     assert report.is_full_integer
     assert [(part.problem, part.max_steps) for part in report.runtimes] == [(None, 1)] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [L.SimpleRNN, L.GRU, L.LSTM])
+def test_a_recurrence_of_sixteen_bits(layer: type[keras.layers.Layer]) -> None:
+    qat, x = quantized(SEQUENCE, lambda x: layer(4, return_sequences=True)(x), "int16x8")
+    report = tflite_export.verify(qat, tflite_export.convert(qat), x)
+    assert report.is_full_integer
+    for part in report.runtimes:
+        assert part.problem is None
+        for site in part.sites:
+            assert site.max_steps <= STEPS.get(site.operator, 1), (part.runtime, site)
