@@ -192,6 +192,7 @@ MODELS: dict[str, Build] = {
     # The converter turns a negated comparison, or a choice by it, into others.
     "LOGICAL_NOT": _two(lambda x: ops.logical_not(ops.logical_and(x[0] > x[1], x[1] > 0.5))),
     # What a recurrence begins and ends with.
+    "CAST": _one(VECTOR, lambda x: ops.cast(x > 0.5, "float32")),
     "UNPACK": _recurrent(),
     "PACK": _recurrent(),
     "SELECT_V2": _chosen_by(ops.greater),

@@ -75,8 +75,8 @@ def _section(title: str, kind: str, rows: Iterator[Row]) -> str:
 
 
 def _runs(rule: LayerRule, runtime: str, bits: int) -> str:
-    # What casts has a table among its parts, which runs everywhere.
-    parts = TABLE_OPS if "CAST" in rule.ops else ()
+    # What casts and gathers has a table among its parts, which runs everywhere, or is one.
+    parts = TABLE_OPS if "CAST" in rule.ops and not rule.table_of_rows else ()
     missing = missing_kernels(tuple(op for op in rule.ops if op not in parts), runtime, bits)
     if not missing:
         return "yes"

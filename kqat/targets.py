@@ -86,9 +86,13 @@ INT16: dict[str, Int16Kernel] = {
 }
 
 
+# Among activations of any width, these compute on truth values and indexes.
+INDEX_OPS = frozenset({"CAST", "LOGICAL_AND", "LOGICAL_OR", "LOGICAL_NOT"})
+
+
 def kernels(op: str, bits: int) -> frozenset[str]:
     """The runtimes that have the operator's kernel for activations of `bits` bits."""
-    if bits == 8:
+    if bits == 8 or op in INDEX_OPS:
         return KERNELS.get(op, RUNTIMES)
     return INT16[op].runtimes if op in INT16 else frozenset()
 
@@ -186,7 +190,9 @@ class Target:
 
     def accelerates(self, op: str, bits: int = 8) -> bool:
         """Whether the accelerator has the operator for activations of `bits` bits."""
-        return op in (self.accelerated if bits == 8 else self.accelerated_int16 & INT16.keys())
+        if bits == 8 or op in INDEX_OPS:
+            return op in self.accelerated
+        return op in self.accelerated_int16 & INT16.keys()
 
     def runs(self, op: str, bits: int = 8) -> bool:
         """Whether anything on the device runs the operator on integers of `bits` bits."""

@@ -8,10 +8,9 @@ Sources: the TFLite 8-bit quantization specification
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
-from kqat.targets import INT16, KERNELS, PACKED, Int16Kernel
+from kqat.targets import KERNELS, PACKED, kernels
 from kqat.targets import RUNTIMES as ALL
 
 
@@ -153,5 +152,4 @@ OP_TABLE: dict[str, OpRule] = {
 
 def missing_kernels(ops: tuple[str, ...], runtime: str, bits: int = 8) -> tuple[str, ...]:
     """The operators of `ops` whose kernel for activations of `bits` bits `runtime` lacks."""
-    table: Mapping[str, OpRule | Int16Kernel] = OP_TABLE if bits == 8 else INT16
-    return tuple(op for op in ops if op not in table or runtime not in table[op].runtimes)
+    return tuple(op for op in ops if op not in OP_TABLE or runtime not in kernels(op, bits))

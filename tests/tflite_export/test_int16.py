@@ -260,7 +260,7 @@ def test_a_layer_normalization_of_sixteen_bits() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", [L.SimpleRNN, L.GRU, L.LSTM])
+@pytest.mark.parametrize("layer", [L.GRU, L.LSTM])
 def test_a_recurrence_of_sixteen_bits(layer: type[keras.layers.Layer]) -> None:
     qat, x = quantized(SEQUENCE, lambda x: layer(4, return_sequences=True)(x), "int16x8")
     report = tflite_export.verify(qat, tflite_export.convert(qat), x)

@@ -88,6 +88,7 @@ def test_files_are_checked_too(net: tuple[keras.Model, np.ndarray]) -> None:
         targets.check_file(blob, inspection, "toast")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "call", "said"),
     [
