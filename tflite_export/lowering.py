@@ -54,12 +54,16 @@ def lower(
 def _with_tables(model: keras.Model, computed: frozenset[int]) -> keras.Model:
     """`model` with a marker in the place of each function that ships as a table."""
 
+    plain: dict[int, _Plain] = {}  # a layer of a recurrence is called once a step
+
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         layer = node.layer
         if isinstance(layer, Tabulated) and layer.index not in computed:
             layer = Marker("table", layer.index, name=f"{layer.name}_marker")
         elif isinstance(layer, _TRANSLATED):
-            layer = _Plain(layer, name=f"{layer.name}_plain")
+            if id(layer) not in plain:
+                plain[id(layer)] = _Plain(layer, name=f"{layer.name}_plain")
+            layer = plain[id(layer)]
         return layer(*args, **kwargs)
 
     return rebuild(trace(model), call, model.name)
