@@ -2,16 +2,15 @@
 
 Sources: the TFLite 8-bit quantization specification
 (https://ai.google.dev/edge/litert/models/quantization_spec); versions from TensorFlow's
-`lite/tools/versioning/op_version.cc`; runtimes from what ran here
-(`benchmarks/op_probe.py` runs each row).
+`lite/tools/versioning/op_version.cc`. Which runtime has a kernel, and where int16 kernels differ,
+says `kqat.targets` (`benchmarks/op_probe.py` runs each row).
 """
 
 import dataclasses
 import math
 from typing import Any, Literal
 
-from kqat.targets import KERNELS, PACKED, kernels
-from kqat.targets import RUNTIMES as ALL
+from kqat.targets import PACKED, kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,6 @@ class OpRule:
         int4_version: lowest version of the operator that does.
         least_input_scale: the input's scale must exceed it, or the kernel ends the process.
         input_scale_below: the inputs' scales must lie below it, for the same reason.
-        runtimes: the runtimes that have the int8 kernel.
     """
 
     scales: Literal["own", "same", "fixed", "none"]
@@ -51,7 +49,6 @@ class OpRule:
     int4_version: int = 1
     least_input_scale: float = 0.0
     input_scale_below: float = math.inf
-    runtimes: frozenset[str] = ALL
 
 
 def _conv(version: int, order: tuple[int, ...], axis: int, **options: Any) -> OpRule:
@@ -107,10 +104,10 @@ OP_TABLE: dict[str, OpRule] = {
     "RELU6": _own(ships_as="RELU"),
     "LEAKY_RELU": _own(),
     "PRELU": OpRule(scales="own", activations=(0,), weights=1, keras_order=()),
-    "ELU": _own(1, runtimes=KERNELS["ELU"]),
+    "ELU": _own(1),
     "HARD_SWISH": _own(1),
-    "GELU": _own(1, runtimes=KERNELS["GELU"]),
-    "EXP": _own(1, runtimes=KERNELS["EXP"]),
+    "GELU": _own(1),
+    "EXP": _own(1),
     "BATCH_MATMUL": _own(),
     "MEAN": _own(activations=(0,)),
     "SOFTMAX": _fixed(1 / 256, -128, least=2.0**-26),
@@ -139,7 +136,7 @@ OP_TABLE: dict[str, OpRule] = {
     "SELECT_V2": OpRule(scales="same", version=1, activations=(1, 2)),
     "SELECT": OpRule(scales="same", version=1, activations=(1, 2), ships_as="SELECT_V2"),
     "REDUCE_MIN": _same(),
-    "REDUCE_PROD": _own(activations=(0,), runtimes=KERNELS["REDUCE_PROD"]),
+    "REDUCE_PROD": _own(activations=(0,)),
     "ARG_MAX": _none(2, activations=(0,)),
     "ARG_MIN": _none(2, activations=(0,)),
     "CAST": _none(1),  # truth values to indexes

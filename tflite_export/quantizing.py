@@ -12,7 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 from kqat.errors import LoweringError
 from kqat.folding import FrozenWeight
 from kqat.freezing import FrozenModel
-from kqat.targets import INT16
+from kqat.targets import INT16, RUNTIMES
 from tflite_export import flatbuffer
 from tflite_export.clamps import fuse_clamps, split_clamps
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
@@ -24,7 +24,7 @@ from tflite_export.markers import (
     take_markers,
 )
 from tflite_export.naming import name_tensors
-from tflite_export.op_table import ALL, OP_TABLE, OpRule
+from tflite_export.op_table import OP_TABLE, OpRule
 from tflite_export.packing import (
     ACTIVATION_DTYPES,
     TENSOR_TYPES,
@@ -36,7 +36,7 @@ from tflite_export.packing import (
 )
 
 
-def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL) -> ModelT:
+def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = RUNTIMES) -> ModelT:
     """The integer model of a marked float one, which is consumed.
 
     Tensors bear the names of their sites.
