@@ -68,6 +68,8 @@ def misfit(
     replacement = next(nearest, None)
     if replacement is not None:
         remedy = f"use {replacement} for {function}, as kqat.adapt does, and train on"
+    elif bits > 8 and set(ops) == {"QUANTIZE"}:
+        remedy = "give the layers on both sides of it one width"
     elif bits > 8 and all(target.is_fast(op) for op in ops):
         remedy = "give it 'int8' in the policy, for which the kernel is there"
     elif target.accelerator:
