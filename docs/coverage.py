@@ -19,7 +19,13 @@ from kqat.targets import TABLE_OPS
 from tflite_export.op_table import missing_kernels
 
 PATH = Path(__file__).with_suffix(".md")
-RUNTIMES = {"LiteRT": "litert", "TFLite Micro": "tflite_micro"}
+# Heading -> runtime, and width of the activations.
+RUNTIMES = {
+    "LiteRT": ("litert", 8),
+    "TFLite Micro": ("tflite_micro", 8),
+    "LiteRT, int16": ("litert", 16),
+    "TFLite Micro, int16": ("tflite_micro", 16),
+}
 HEAD = """# Coverage
 
 How each public layer and function of Keras {version} becomes integers, and on which runtime.
@@ -27,7 +33,9 @@ Written from the tables of `kqat` and `tflite_export` by `python -m docs.coverag
 
 Words: *own range*: the output has a quantizer of its own. *Same scale*: it has its input's.
 *Fixed range*: the integer kernel demands one. *Table*: any function of one number, exact, as 256
-entries (CAST, ADD, GATHER). *Parts*: several operators with a quantizer behind each.
+entries (CAST, ADD, GATHER); where activations have 16 bits, exact on LiteRT and elsewhere as
+straight pieces that are at most one step off. *Parts*: several operators with a quantizer behind
+each.
 
 Custom layers, `Lambda` and functions of your own are traced, and ship as what they are made of;
 a function of each number alone ships as one table.
@@ -51,7 +59,7 @@ def text() -> str:
     return "".join(parts)
 
 
-Row = tuple[str, str, tuple[str, ...], bool]
+Row = tuple[str, str, LayerRule]
 
 
 def _section(title: str, kind: str, rows: Iterator[Row]) -> str:
@@ -60,17 +68,19 @@ def _section(title: str, kind: str, rows: Iterator[Row]) -> str:
         f"| {kind} | How it ships | Operators | {' | '.join(RUNTIMES)} |\n",
         "|---|---|---|" + "---|" * len(RUNTIMES) + "\n",
     ]
-    for name, how, ops, table in rows:
-        runs = " | ".join(_runs(ops, runtime, table) for runtime in RUNTIMES.values())
-        lines.append(f"| `{name}` | {how} | {', '.join(ops)} | {runs} |\n")
+    for name, how, rule in rows:
+        runs = " | ".join(_runs(rule, *runtime) for runtime in RUNTIMES.values())
+        lines.append(f"| `{name}` | {how} | {', '.join(rule.ops)} | {runs} |\n")
     return "".join(lines)
 
 
-def _runs(ops: tuple[str, ...], runtime: str, table: bool) -> str:
-    missing = missing_kernels(tuple(op for op in ops if op not in TABLE_OPS), runtime)
+def _runs(rule: LayerRule, runtime: str, bits: int) -> str:
+    # What casts and gathers has a table among its parts, which runs everywhere, or is one.
+    parts = TABLE_OPS if "CAST" in rule.ops and not rule.table_of_rows else ()
+    missing = missing_kernels(tuple(op for op in rule.ops if op not in parts), runtime, bits)
     if not missing:
         return "yes"
-    return "as a table" if table else f"not with {', '.join(missing)}"
+    return "as a table" if rule.is_table(bits) else f"not with {', '.join(missing)}"
 
 
 def _layers() -> Iterator[Row]:
@@ -79,12 +89,12 @@ def _layers() -> Iterator[Row]:
     }
     for layer in sorted(public, key=lambda cls: cls.__name__):
         rule = LAYERS[layer]
-        yield layer.__name__, _how(rule), rule.ops, rule.table
+        yield layer.__name__, _how(rule), rule
 
 
 def _activations() -> Iterator[Row]:
     for name, rule in sorted(ACTIVATIONS.items()):
-        yield name, _how(rule), rule.ops, rule.table
+        yield name, _how(rule), rule
 
 
 def _how(rule: LayerRule) -> str:

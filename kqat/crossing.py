@@ -14,7 +14,8 @@ from kqat.errors import UnsupportedLayerError
 from kqat.marking import Requantize
 from kqat.quantizers import Fixed, MovingAverage
 from kqat.registry import Output
-from kqat.rules import INT16_OPS, LayerRule
+from kqat.rules import LayerRule
+from kqat.targets import kernels
 from kqat.tracing import Graph, Node, Ref, fill, unique_name
 
 
@@ -139,10 +140,8 @@ class _Walk:
         values = (*node.inputs, *node.outputs)
         if rule is None or config.activation.bits == 8 or all(ref.counts for ref in values):
             return
-        lacking = [op for op in rule.ops if op not in INT16_OPS]
-        if rule.table:
-            found = "a function that ships as a table of the 256 values of int8"
-        elif lacking:
+        lacking = [op for op in rule.ops if not kernels(op, config.activation.bits)]
+        if lacking and not rule.is_table(config.activation.bits):
             found = f"whose {', '.join(lacking)} ships on int8 only"
         elif node.layer.compute_dtype != "float32":
             # Its 11 or 8 bits cannot hold what is rounded to 16.

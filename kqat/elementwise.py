@@ -1,7 +1,8 @@
 """Functions of one number: how they are told, kept in a model, and saved with it.
 
-An integer model looks such a function up in 256 entries (`tflite_export.lookup`), whatever it is.
-So all that matters here is that it *is* one: that each output depends on one input alone.
+An integer model looks such a function up (`tflite_export.lookup`), whatever it is: in 256 entries,
+or where activations have 16 bits, in straight pieces that are at most one output step off. So all
+that matters here is that it *is* one: that each output depends on one input alone.
 """
 
 from collections.abc import Callable

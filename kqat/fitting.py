@@ -1,17 +1,19 @@
 """Which layers of a model do not fit a device, and the model in which they are replaced."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import layers
 
+from kqat import edge_tpu
 from kqat.decompositions import activation_name, duplicate
 from kqat.errors import UnsupportedLayerError
+from kqat.marking import Requantize
 from kqat.operations import as_layers
 from kqat.registry import ACTIVATIONS, rule_for
 from kqat.reporting import LayerPlan, Plan
-from kqat.targets import NEAREST, PACKED, PACKED_BITS, Misfit, Target
+from kqat.targets import NEAREST, PACKED, PACKED_BITS, TARGETS, Misfit, Target
 from kqat.tracing import Graph, Node, rebuild
 
 
@@ -26,14 +28,20 @@ def misfits(graph: Graph, plan: Plan, target: Target) -> tuple[Misfit, ...]:
     functions = {node.name: activation_of(node.layer, node.name) for node in graph.nodes}
     made = _layers(plan)
     parts = [part for part in plan.layers if part.role != "float"]
-    unfit: dict[str, set[str]] = {}
+    unfit: dict[tuple[str, int], dict[str, bool]] = {}
     for part in parts:
-        ops = _unfit(part, made[part.name], target)
-        unfit.setdefault(part.origin, set()).update(ops)
+        layer = made[part.name]
+        bits = layer.kernel_bits if isinstance(layer, Requantize) else part.bits
+        unfit.setdefault((part.origin, bits), {}).update(_unfit(part, layer, target, bits))
     slow = [
-        misfit(origin, ops, functions.get(origin), target) for origin, ops in unfit.items() if ops
+        misfit(origin, ops, functions.get(origin), target, bits)
+        for (origin, bits), ops in unfit.items()
+        if ops
     ]
-    return (*slow, *dict.fromkeys(m for part in parts for m in _unpacked(part, target)))
+    more = [m for part in parts for m in _unpacked(part, target)]
+    if target.name == "edge_tpu":
+        more += _limited(plan)
+    return (*slow, *dict.fromkeys(more))
 
 
 def _layers(plan: Plan) -> dict[str, Any]:
@@ -44,29 +52,38 @@ def _layers(plan: Plan) -> dict[str, Any]:
     return made
 
 
-def misfit(layer: str, ops: set[str], function: str | None, target: Target) -> Misfit:
+def misfit(
+    layer: str, ops: Mapping[str, bool], function: str | None, target: Target, bits: int = 8
+) -> Misfit:
     """What to say about a layer some of whose operators do not fit.
 
     Args:
         layer: its name.
-        ops: the operators that do not run, or not on the accelerator.
+        ops: the operators that are not on the accelerator, and whether anything runs them.
         function: the layer's activation, where it has one.
         target: the device.
+        bits: width of the layer's activations.
     """
-    nearest = (name for name in NEAREST.get(function or "", ()) if _fits(name, target))
+    nearest = (name for name in NEAREST.get(function or "", ()) if _fits(name, target, bits))
     replacement = next(nearest, None)
     if replacement is not None:
         remedy = f"use {replacement} for {function}, as kqat.adapt does, and train on"
+    elif bits > 8 and set(ops) == {"QUANTIZE"}:
+        remedy = "give the layers on both sides of it one width"
+    elif bits > 8 and all(target.is_fast(op) for op in ops):
+        remedy = "give it 'int8' in the policy, for which the kernel is there"
     elif target.accelerator:
         remedy = "use other layers if that is too slow"
     else:
         remedy = "use another layer, or leave it float"
-    blocking = not all(target.runs(op) for op in ops)
+    blocking = not all(ops.values())
+    width = f" on int{bits}" if bits > 8 else ""
+    lacking = "does not run there" if blocking else f"runs, but not on {target.accelerator}"
     return Misfit(
         layer=layer,
         operators=tuple(sorted(ops)),
         blocking=blocking,
-        reason="does not run there" if blocking else f"runs, but not on {target.accelerator}",
+        reason=lacking + width,
         replacement=replacement,
         remedy=remedy,
     )
@@ -114,7 +131,9 @@ def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
     """What to say about weights of so few bits that they could be packed, and will not be."""
     for spec in part.weights.values():
         packable = [op for op in part.ops if op in PACKED[PACKED_BITS]]
-        if spec.bits > PACKED_BITS or not packable or target.packs(packable[0], spec.axis is None):
+        if spec.bits > PACKED_BITS or not packable:
+            continue
+        if target.packs(packable[0], spec.axis is None, part.bits):
             continue
         yield Misfit(
             layer=part.origin,
@@ -126,11 +145,35 @@ def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
         )
 
 
-def _unfit(part: LayerPlan, layer: Any, target: Target) -> tuple[str, ...]:
-    rule = rule_for(layer, part.name)
-    return target.unfit(part.ops, rule.table and part.role == "integer")
+def _limited(plan: Plan) -> Iterator[Misfit]:
+    """What to say about operators that the Edge TPU has, but not for shapes such as these."""
+    device = TARGETS["edge_tpu"]
+    nodes = {node.name: node for node in plan.graph.nodes}
+    for part in plan.layers:
+        for op in part.ops if part.name in nodes else ():
+            if part.role == "float" or not device.accelerates(op, part.bits):
+                continue
+            node = nodes[part.name]
+            # A plan's shapes have no size for the batch, which is one there.
+            source, result = (refs[0].shape[1:] for refs in (node.inputs, node.outputs))
+            values = [ref.shape[1:] for ref in (*node.inputs, *node.outputs)]
+            axes = next(filter(None, map(edge_tpu.too_many_axes, values)), None)
+            if problem := axes or edge_tpu.shape_limit(op, source, result):
+                yield Misfit(
+                    layer=part.origin,
+                    operators=(op,),
+                    blocking=False,
+                    reason=f"runs, but not on {device.accelerator}, for it {problem}",
+                    replacement=None,
+                    remedy="use other shapes if that is too slow",
+                )
 
 
-def _fits(function: str, target: Target) -> bool:
+def _unfit(part: LayerPlan, layer: Any, target: Target, bits: int) -> dict[str, bool]:
+    table = rule_for(layer, part.name).is_table(bits) and part.role == "integer"
+    return target.unfit(part.ops, table, bits)
+
+
+def _fits(function: str, target: Target, bits: int) -> bool:
     rule = ACTIVATIONS[function]
-    return all(target.runs(op) and target.is_fast(op) for op in rule.ops)
+    return not target.unfit(rule.ops, rule.is_table(bits), bits)

@@ -215,8 +215,9 @@ class _Freezer:
         if rule is not None and rule.output is Output.VANISHES:
             self.grids[output] = grids[0]
             return args[0]
-        if rule is not None and (rule.table or _beyond_kernel(rule, grids[0])):
-            return self._tabulated(layer, node.name)(args[0])
+        bits = grids[0].bits if grids else 0
+        if rule is not None and (rule.is_table(bits) or _beyond_kernel(rule, grids[0])):
+            return self._tabulated(layer, node.name, bits)(args[0])
         value = self._cached(layer, _float_copy)(*args, **kwargs)
         if rule is None or rule.output is not Output.SAME:
             return value
@@ -292,10 +293,10 @@ class _Freezer:
     def _is_rounded(self, ref: Ref) -> bool:
         return any(isinstance(n.layer, ActivationQuantizer) for n in self.consumers[ref])
 
-    def _tabulated(self, layer: Any, name: str) -> Tabulated:
+    def _tabulated(self, layer: Any, name: str, bits: int) -> Tabulated:
         index = len(self.tables)
         copy = clone(layer, dtype="float32")
-        self.tables.append(Tabulated(copy, index, name=f"{name}_table_{index}"))
+        self.tables.append(Tabulated(copy, index, bits, name=f"{name}_table_{index}"))
         return self.tables[-1]
 
     def _cached(self, layer: Any, make: Any) -> Any:

@@ -101,6 +101,11 @@ class Requantize(keras.layers.Layer):
         super().__init__(**kwargs)
         self.source_bits, self.bits = source_bits, bits
 
+    @property
+    def kernel_bits(self) -> int:
+        """The width that its kernel must know: the wider one."""
+        return max(self.source_bits, self.bits)
+
     def call(self, x: Any) -> Any:
         """`x`, unchanged."""
         return x
@@ -118,24 +123,33 @@ class Tabulated(keras.layers.Layer):
     """An elementwise layer that an integer model can look up instead of computing.
 
     Whether it does is the exporter's decision, for which `index` names it.
+
+    Args:
+        layer: what computes the function.
+        index: which of the frozen model's tables this is.
+        bits: width of the integers that it reads and writes.
     """
 
-    def __init__(self, layer: keras.layers.Layer, index: int, **kwargs: Any):
+    def __init__(self, layer: keras.layers.Layer, index: int, bits: int = 8, **kwargs: Any):
         super().__init__(dtype="float32", **kwargs)
-        self.layer, self.index = layer, index
+        self.layer, self.index, self.bits = layer, index, bits
 
     def call(self, x: Any) -> Any:
         """The layer's output; any shape."""
         return self.layer(x)
 
     def lookup(self, source: Site, result: Site) -> np.ndarray:
-        """The table: entry `i` is the integer of `result` for integer `i - 128` of `source`.
+        """The table: the integer of `result` for each integer of `source`, the lowest first.
 
-        Shape (256,), int8: every input that eight bits can hold.
+        Shape (256,) or (65536,), int8 or int16: every input that the bits can hold.
         """
-        real = source.reals(np.arange(-128, 128))
-        value = np.asarray(self.layer(keras.ops.convert_to_tensor(real[:, np.newaxis])))[:, 0]
-        return result.integers(value).astype(np.int8)
+        return result.integers(self.values(source)).astype(f"int{result.bits}")
+
+    def values(self, source: Site) -> np.ndarray:
+        """The function's value for each integer of `source`; shape (256,) or (65536,), float32."""
+        half = 2 ** (source.bits - 1)
+        real = source.reals(np.arange(-half, half))
+        return np.asarray(self.layer(keras.ops.convert_to_tensor(real[:, np.newaxis])))[:, 0]
 
 
 def is_marker(layer: Any, kind: str) -> bool:

@@ -386,6 +386,7 @@ class _Planner:
             normalization=next((b.name for b, n in self.folded.items() if n is node), None),
             group=roundings[-1].group if roundings else None,
             ops=ops,
+            bits=config.activation.bits if config else 0,
             note=note,
         )
 

@@ -65,6 +65,10 @@ def _same(*ops: str, **options: Any) -> LayerRule:
     return LayerRule(output=Output.SAME, ops=ops, **options)
 
 
+def _resize(*ops: str) -> LayerRule:
+    return _same(*ops, refuse=rules.plain_resize, rounds=True)
+
+
 def _index(*ops: str) -> LayerRule:
     return LayerRule(output=Output.INDEX, ops=ops)
 
@@ -98,6 +102,11 @@ AUGMENTING = [
         "RandomTranslation RandomZoom Solarization"
     ).split()
 ]
+TRAINING_ONLY = (
+    layers.Identity, layers.Dropout, layers.SpatialDropout1D, layers.SpatialDropout2D,
+    layers.SpatialDropout3D, layers.AlphaDropout, layers.GaussianDropout, layers.GaussianNoise,
+    layers.ActivityRegularization,
+)  # fmt: skip
 _LOGICAL = ("and", "or", "not")
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
@@ -141,8 +150,8 @@ ACTIVATIONS: dict[str, LayerRule] = {
     "relu": _own("RELU", clamp="relu"),
     "relu6": _own("RELU", clamp="relu6"),
     "leaky_relu": _own("LEAKY_RELU"),
-    "elu": _own("ELU"),
-    "hard_silu": _own("HARD_SWISH"),
+    "elu": _own("ELU", wide_table=True),
+    "hard_silu": _own("HARD_SWISH", wide_table=True),
     "gelu": _own("GELU", table=True),
     "exponential": _own("EXP", table=True),
     **{name: _own(table=True) for name in _TABULATED},
@@ -181,7 +190,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.Rescaling: _affine(),
     layers.ReLU: _own("RELU", "LEAKY_RELU", decompose=decompositions.relu),
     layers.LeakyReLU: _own("LEAKY_RELU"),
-    layers.ELU: _own("ELU", decompose=decompositions.elu),
+    layers.ELU: _own("ELU", wide_table=True, decompose=decompositions.elu),
     layers.PReLU: _own("PRELU", weights={"alpha": None}),
     layers.Softmax: dataclasses.replace(ACTIVATIONS["softmax"], refuse=rules.softmax),
     layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", **_POOL),
@@ -241,9 +250,7 @@ LAYERS: dict[type, LayerRule] = {
         refuse=rules.nearest_or_bilinear,
         decompose=decompositions.upsample_2d,
     ),
-    layers.Resizing: _same(
-        "RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR", refuse=rules.plain_resize, rounds=True
-    ),
+    layers.Resizing: _resize("RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR"),
     layers.UpSampling3D: _same(
         "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=decompositions.upsample_3d, **_POOL
     ),
@@ -307,25 +314,18 @@ LAYERS: dict[type, LayerRule] = {
     ReciprocalSquareRoot: _own(table=True),
     ChannelAffine: _affine(),
     Requantize: _own("QUANTIZE"),
-    **dict.fromkeys(AUGMENTING, _VANISHES),
-    layers.Identity: _VANISHES,
-    layers.Dropout: _VANISHES,
-    layers.SpatialDropout1D: _VANISHES,
-    layers.SpatialDropout2D: _VANISHES,
-    layers.SpatialDropout3D: _VANISHES,
-    layers.AlphaDropout: _VANISHES,
-    layers.GaussianDropout: _VANISHES,
-    layers.GaussianNoise: _VANISHES,
-    layers.ActivityRegularization: _VANISHES,
+    **dict.fromkeys((*AUGMENTING, *TRAINING_ONLY), _VANISHES),
 }
 
 
-# Layers that are functions by name: the class, and the function's name.
+# Layers that are one of several operators: the class, and the name of the function that says which.
 KINDS: dict[tuple[type, str], LayerRule] = {
     **fusing.KINDS,
     (WithConstant, "add"): _own("ADD", weights={"value": None}, takes_clamp=True),
     (WithConstant, "hide"): _own("ADD", weights={"value": None}, hides=True),
     (WithConstant, "multiply"): _own("MUL", weights={"value": None}, takes_clamp=True),
+    (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
+    (layers.Resizing, "bilinear"): _resize("RESIZE_BILINEAR"),
     (Reduce, "mean"): _own("MEAN"),
     (Reduce, "max"): _same("REDUCE_MAX"),
     (Reduce, "min"): _same("REDUCE_MIN"),
@@ -358,6 +358,10 @@ def is_custom(layer: Any) -> bool:
     return isinstance(layer, layers.Layer) and type(layer) not in LAYERS and not stock
 
 
+def _kind(layer: Any) -> str:
+    return str(getattr(layer, "kind", getattr(layer, "interpolation", "")))
+
+
 def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     """The row of `layer`; custom layers, which have none, are opened up.
 
@@ -374,8 +378,8 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
         activation = decompositions.activation_name(layer.activation)
         rule = FUNCTION if activation is None else ACTIVATIONS.get(activation)
         where += f" with activation {activation!r}"
-    elif (type(layer), getattr(layer, "kind", "")) in KINDS:
-        rule = KINDS[type(layer), layer.kind]
+    elif (which := (type(layer), _kind(layer))) in KINDS:
+        rule = KINDS[which]
     elif rule is None and is_custom(layer):
         rule = OPENED
     if rule is None:

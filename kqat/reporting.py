@@ -54,7 +54,10 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer (`role`: integer, float, folded, clamp or training only)."""
+    """What becomes of one layer (`role`: integer, float, folded, clamp or training only).
+
+    `bits` is the width of its activations, 0 where it is float.
+    """
 
     name: str
     origin: str
@@ -65,6 +68,7 @@ class LayerPlan:
     normalization: str | None
     group: str | None
     ops: tuple[str, ...]
+    bits: int
     note: str
 
 

@@ -12,18 +12,6 @@ from kqat.spec import QuantSpec
 # quantization specification).
 INT16_FIXED_RANGE = (-1.0, 32767 / 32768)
 
-# TFLite operators that some runtime computes on int16; `tflite_export.op_table` says which runtime.
-INT16_OPS = frozenset(
-    {
-        "ADD", "AVERAGE_POOL_2D", "BATCH_MATMUL", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D",
-        "FULLY_CONNECTED", "LEAKY_RELU", "LOGISTIC", "MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM",
-        "MUL", "PAD", "QUANTIZE", "REDUCE_MAX", "RELU", "RESHAPE", "RESIZE_BILINEAR",
-        "RESIZE_NEAREST_NEIGHBOR", "SOFTMAX", "STRIDED_SLICE", "SUB", "TANH", "TRANSPOSE",
-        "TRANSPOSE_CONV",
-    }
-)  # fmt: skip
-
-
 # Four were one step off at most, six were three (on LiteRT, `benchmarks/op_probe.py`).
 MOST_FACTORS = 4
 
@@ -54,6 +42,8 @@ class LayerRule:
         takes_normalization: whether a following BatchNormalization folds into this layer.
         table: whether the layer is an elementwise function that may ship as a table of 256
             entries; `ops` then names its own operator, if there is one.
+        wide_table: whether it is one that ships as a table where activations have 16 bits, for
+            which its operator has no kernel.
         largest_input_scale: beyond it the operator's int8 kernel is wrong, and a table ships.
         table_of_rows: whether the layer's one weight is a table of which it hands on rows: the
             table ships on the output's grid, since GATHER cannot rescale. Weights of eight bits
@@ -78,6 +68,7 @@ class LayerRule:
     takes_clamp: bool = False
     takes_normalization: bool = False
     table: bool = False
+    wide_table: bool = False
     largest_input_scale: float = math.inf
     table_of_rows: bool = False
     hides: bool = False
@@ -88,6 +79,10 @@ class LayerRule:
     grid: QuantSpec | None = None
     opens: bool = False
     refuse: Callable[[Any], str | None] | None = None
+
+    def is_table(self, bits: int) -> bool:
+        """Whether the layer may ship as a table where activations have `bits` bits."""
+        return self.table or (self.wide_table and bits > 8)
 
     def range_at(self, bits: int) -> tuple[float, float] | None:
         """The range that the kernel for activations of `bits` bits demands."""

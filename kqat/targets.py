@@ -13,8 +13,9 @@ from kqat.errors import TargetError
 
 LITERT = frozenset({"litert_reference", "litert_builtin", "litert"})
 RUNTIMES = LITERT | {"tflite_micro"}
-# The operators that a table of 256 entries ships as.
+# The operators that a table ships as: at 8 bits, and at 16, where int32 arithmetic follows.
 TABLE_OPS = ("CAST", "ADD", "GATHER")
+WIDE_TABLE_OPS = (*TABLE_OPS, "SUB", "MUL", "DIV")
 
 # Operators without an int8 kernel somewhere -> the runtimes that have one; all others run on all.
 KERNELS: dict[str, frozenset[str]] = {
@@ -23,6 +24,79 @@ KERNELS: dict[str, frozenset[str]] = {
     "EXP": LITERT,
     "REDUCE_PROD": LITERT,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Int16Kernel:
+    """Where an operator's kernel for int16 activations differs from its int8 kernel.
+
+    Weights stay int8, the bias is int64, and every zero point is 0.
+
+    Args:
+        version: lowest version of the operator that computes on int16.
+        runtimes: the runtimes that have the int16 kernel.
+        fixed_scale: scale of the output where the kernel fixes it.
+        packed: the runtimes whose kernel also takes weights of four bits, packed two a byte.
+    """
+
+    version: int
+    runtimes: frozenset[str] = RUNTIMES
+    fixed_scale: float | None = None
+    packed: frozenset[str] = frozenset()
+
+
+# The operators with an int16 kernel; versions from TensorFlow's `lite/tools/versioning/
+# op_version.cc`. LOG_SOFTMAX has none on any runtime, PRELU none that takes slopes of eight bits;
+# ELU, HARD_SWISH, GELU and EXP are not on all, and ship as tables.
+INT16: dict[str, Int16Kernel] = {
+    "CONV_2D": Int16Kernel(3, packed=LITERT),
+    # LiteRT's reads packed weights as bytes.
+    "DEPTHWISE_CONV_2D": Int16Kernel(3),
+    "FULLY_CONNECTED": Int16Kernel(4, packed=LITERT),
+    "TRANSPOSE_CONV": Int16Kernel(3),
+    "ADD": Int16Kernel(3),
+    "SUB": Int16Kernel(5),
+    "MUL": Int16Kernel(4),
+    "RELU": Int16Kernel(3),
+    "RELU6": Int16Kernel(3),
+    "LEAKY_RELU": Int16Kernel(2),
+    "BATCH_MATMUL": Int16Kernel(3),
+    "MEAN": Int16Kernel(3),
+    "SOFTMAX": Int16Kernel(3, fixed_scale=2.0**-15),
+    "LOGISTIC": Int16Kernel(3, fixed_scale=2.0**-15),
+    "TANH": Int16Kernel(3, fixed_scale=2.0**-15),
+    "MAX_POOL_2D": Int16Kernel(3),
+    "AVERAGE_POOL_2D": Int16Kernel(3),
+    "REDUCE_MAX": Int16Kernel(3, LITERT),
+    "MAXIMUM": Int16Kernel(4),
+    "MINIMUM": Int16Kernel(4),
+    "CONCATENATION": Int16Kernel(3),
+    "RESHAPE": Int16Kernel(1),
+    "TRANSPOSE": Int16Kernel(5),
+    "PAD": Int16Kernel(3),
+    "STRIDED_SLICE": Int16Kernel(2),
+    "RESIZE_BILINEAR": Int16Kernel(4, LITERT),
+    "RESIZE_NEAREST_NEIGHBOR": Int16Kernel(4),
+    "UNPACK": Int16Kernel(4),
+    "PACK": Int16Kernel(3),
+    "GATHER": Int16Kernel(4, LITERT),
+    "REDUCE_MIN": Int16Kernel(3, LITERT),
+    "QUANTIZE": Int16Kernel(2),
+    "DEQUANTIZE": Int16Kernel(3),
+}
+
+
+# Among activations of any width, these compute on truth values and indexes.
+INDEX_OPS = frozenset({"CAST", "LOGICAL_AND", "LOGICAL_OR", "LOGICAL_NOT"})
+
+
+def kernels(op: str, bits: int) -> frozenset[str]:
+    """The runtimes that have the operator's kernel for activations of `bits` bits."""
+    if bits == 8 or op in INDEX_OPS:
+        return KERNELS.get(op, RUNTIMES)
+    return INT16[op].runtimes if op in INT16 else frozenset()
+
+
 # Bits -> operators whose kernels take weights of so many, packed into whole bytes -> the runtimes
 # that have them for one scale per axis, and for one per tensor. LiteRT's kernels of convolutions
 # refuse two bits, and TFLite Micro knows no such type.
@@ -43,6 +117,11 @@ _CMSIS_NN = frozenset(
     "MAX_POOL_2D MINIMUM MUL PAD SOFTMAX SVDF TRANSPOSE TRANSPOSE_CONV "
     "UNIDIRECTIONAL_SEQUENCE_LSTM".split()
 )
+# Those of whose functions that folder calls one for int16.
+_CMSIS_NN_INT16 = frozenset(
+    "ADD AVERAGE_POOL_2D BATCH_MATMUL CONV_2D DEPTHWISE_CONV_2D FULLY_CONNECTED MAX_POOL_2D MUL "
+    "SOFTMAX UNIDIRECTIONAL_SEQUENCE_LSTM".split()
+)
 _ETHOS_U55 = frozenset(
     "ABS ADD ARG_MAX AVERAGE_POOL_2D BATCH_MATMUL CONCATENATION CONV_2D DEPTHWISE_CONV_2D ELU EXP "
     "EXPAND_DIMS FULLY_CONNECTED GELU HARD_SWISH LEAKY_RELU LOG LOGISTIC MAXIMUM MAX_POOL_2D MEAN "
@@ -56,6 +135,9 @@ _ETHOS_U85 = _ETHOS_U55 | frozenset(
     "LOGICAL_NOT LOGICAL_OR NOT_EQUAL READ_VARIABLE REDUCE_ALL REDUCE_ANY SCATTER_ND SELECT "
     "SELECT_V2".split()
 )
+# "IFM … must be Int8" in Vela's report; on the U85 that of BATCH_MATMUL says nothing.
+_ETHOS_INT8_ONLY = frozenset({"ELU", "GELU"})
+_ETHOS_U55_INT8_ONLY = _ETHOS_INT8_ONLY | {"BATCH_MATMUL"}
 _EDGE_TPU = frozenset(
     "ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D EXPAND_DIMS FULLY_CONNECTED "
     "L2_NORMALIZATION LOGISTIC LSTM MAXIMUM MAX_POOL_2D MEAN MINIMUM MUL PACK PAD PRELU QUANTIZE "
@@ -98,6 +180,7 @@ class Target:
         runtime: what runs the file, or what the accelerator leaves of it.
         accelerator: what is faster than that runtime's own kernels; empty for none.
         accelerated: the operators that it has.
+        accelerated_int16: those that it also has for activations of 16 bits.
         packs_weights: whether weights of fewer than eight bits may be packed.
         notes_only: whether an operator off the fast path is merely worth a note.
     """
@@ -107,21 +190,34 @@ class Target:
     runtime: str
     accelerator: str = ""
     accelerated: frozenset[str] = frozenset()
+    accelerated_int16: frozenset[str] = frozenset()
     packs_weights: bool = True
     notes_only: bool = False
 
-    def runs(self, op: str) -> bool:
-        """Whether anything on the device runs the int8 operator."""
-        return op in self.accelerated or self.runtime in KERNELS.get(op, RUNTIMES)
+    def accelerates(self, op: str, bits: int = 8) -> bool:
+        """Whether the accelerator has the operator for activations of `bits` bits."""
+        if bits == 8 or op in INDEX_OPS:
+            return op in self.accelerated
+        return op in self.accelerated_int16 & INT16.keys()
 
-    def is_fast(self, op: str) -> bool:
+    def runs(self, op: str, bits: int = 8) -> bool:
+        """Whether anything on the device runs the operator on integers of `bits` bits."""
+        return self.accelerates(op, bits) or self.runtime in kernels(op, bits)
+
+    def is_fast(self, op: str, bits: int = 8) -> bool:
         """Whether the operator runs on the accelerator; where there is none, whether it runs."""
-        return op in self.accelerated if self.accelerator else self.runs(op)
+        return self.accelerates(op, bits) if self.accelerator else self.runs(op, bits)
 
-    def packs(self, op: str, per_tensor: bool) -> bool:
-        """Whether the operator takes packed weights there, with one scale or one per axis."""
-        kernels = [PACKED[PACKED_BITS].get(o) for o in (op, PACKS_AS.get(op, op))]
-        takes = [self.runtime in kinds[per_tensor] for kinds in kernels if kinds is not None]
+    def packs(self, op: str, per_tensor: bool, bits: int = 8) -> bool:
+        """Whether the operator takes packed weights there, with one scale or one per axis.
+
+        `bits` is the width of the activations.
+        """
+        if bits == 16:
+            takes = [self.runtime in INT16[op].packed] if op in INT16 else []
+        else:
+            kinds = [PACKED[PACKED_BITS].get(o) for o in (op, PACKS_AS.get(op, op))]
+            takes = [self.runtime in kind[per_tensor] for kind in kinds if kind is not None]
         return self.packs_weights and any(takes)
 
     @property
@@ -129,16 +225,19 @@ class Target:
         """Whether the runtime may decode weights at run time, and nothing else must know them."""
         return self.packs_weights and self.runtime == "tflite_micro"
 
-    def unfit(self, ops: Collection[str], table: bool) -> tuple[str, ...]:
-        """Those operators of a layer that do not run on the fast path.
+    def unfit(self, ops: Collection[str], table: bool, bits: int = 8) -> dict[str, bool]:
+        """Those operators of a layer that do not run on the fast path, and whether they run.
 
         Args:
             ops: what the layer may become.
-            table: whether it may become a table of 256 entries instead.
+            table: whether it may become a table instead.
+            bits: width of its activations.
         """
-        slow = tuple(op for op in ops if not self.is_fast(op))
+        slow = {op: self.runs(op, bits) for op in ops if not self.is_fast(op, bits)}
         if table and (slow or not ops):
-            return tuple(op for op in TABLE_OPS if not self.is_fast(op))
+            # These compute on bytes and int32, whatever the width.
+            parts = TABLE_OPS if bits == 8 else WIDE_TABLE_OPS
+            return {op: self.runs(op) for op in parts if not self.is_fast(op)}
         return slow
 
 
@@ -161,6 +260,7 @@ TARGETS: dict[str, Target] = {
             runtime="tflite_micro",
             accelerator="CMSIS-NN",
             accelerated=_CMSIS_NN,
+            accelerated_int16=_CMSIS_NN_INT16,
             notes_only=True,
         ),
         *(
@@ -170,12 +270,13 @@ TARGETS: dict[str, Target] = {
                 runtime="tflite_micro",
                 accelerator="the NPU",
                 accelerated=ops,
+                accelerated_int16=ops - int8_only,
                 packs_weights=False,
             )
-            for name, title, ops in (
-                ("ethos_u55", "Ethos-U55", _ETHOS_U55),
-                ("ethos_u65", "Ethos-U65", _ETHOS_U55),
-                ("ethos_u85", "Ethos-U85", _ETHOS_U85),
+            for name, title, ops, int8_only in (
+                ("ethos_u55", "Ethos-U55", _ETHOS_U55, _ETHOS_U55_INT8_ONLY),
+                ("ethos_u65", "Ethos-U65", _ETHOS_U55, _ETHOS_U55_INT8_ONLY),
+                ("ethos_u85", "Ethos-U85", _ETHOS_U85, _ETHOS_INT8_ONLY),
             )
         ),
         Target(

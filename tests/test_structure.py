@@ -15,8 +15,9 @@ FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "docs", "tests")
 # Lowest room first. A room may import those before it; a new room takes its place here.
 ROOMS = {
     "kqat": (
-        "errors", "saving", "targets", "spec", "numerics", "batchnorm", "quantizers", "config",
-        "primitives", "elementwise", "marking", "lstm", "recurrence", "decompositions", "encoding",
+        "errors", "saving", "targets", "edge_tpu", "spec", "numerics", "batchnorm", "quantizers",
+        "config", "primitives", "elementwise", "marking", "lstm", "recurrence", "decompositions",
+        "encoding",
         "masks", "products", "attention", "normalization", "sequences", "recurrent", "refusals",
         "rules", "fusing", "registry", "operands", "reducing", "rearranging", "networks",
         "operations", "opening", "tracing", "expanding", "reporting", "assigning", "weight_grids",
@@ -26,10 +27,10 @@ ROOMS = {
     ),
     "tflite_export": (
         "checking", "children", "sharing", "flatbuffer", "op_table", "inspection", "lowering",
-        "markers", "packing", "lookup", "lstm_kernel", "fused_lstm", "naming", "clamps",
-        "pointwise", "quantizing", "huffman", "codec", "compression", "feeding", "runtimes",
-        "vela", "page", "report", "foreign", "profiling", "targets", "verification", "exporting",
-        "c_source", "__init__",
+        "markers", "packing", "interpolation", "lookup", "lstm_kernel", "fused_lstm", "naming",
+        "clamps", "pointwise", "quantizing", "huffman", "codec", "compression", "feeding",
+        "runtimes", "vela", "page", "report", "foreign", "profiling", "edge_tpu", "targets",
+        "verification", "exporting", "c_source", "__init__",
     ),
 }  # fmt: skip
 # Who may import a package of ours, by folder or file.

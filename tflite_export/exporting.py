@@ -21,7 +21,7 @@ from tflite_export.markers import new_operator
 from tflite_export.packing import quantization
 from tflite_export.quantizing import quantize
 from tflite_export.sharing import share_constants
-from tflite_export.targets import check_target, computed, runtimes_of
+from tflite_export.targets import check_limits, check_target, computed, runtimes_of
 
 # Offsets in a flatbuffer are signed 32-bit integers.
 LARGEST_BYTES = 2**31
@@ -85,7 +85,7 @@ def convert(
     if target is not None:
         check_target(frozen, target)
         _check_edge_tpu(target, (*input_types, *output_types), batch_size)
-    return assemble(
+    blob = assemble(
         frozen,
         input_types,
         output_types,
@@ -94,6 +94,8 @@ def convert(
         batch_size=batch_size,
         methods=COMPRESS[compress],
     )
+    check_limits(blob, target)
+    return blob
 
 
 def assemble(

@@ -1,7 +1,10 @@
-"""Elementwise functions as exact tables of 256 entries.
+"""Elementwise functions as tables: of 256 entries at 8 bits, as straight pieces at 16.
 
-No runtime has an int8 table operator, but all have its parts: CAST to int32, ADD 128, GATHER. The
-table holds the function's value for every input that eight bits can hold, rounded as in training.
+No runtime has an integer table operator, but all have the parts. At 8 bits: CAST to int32, ADD 128,
+GATHER; the table holds the function's value for every integer, rounded as in training. At 16 bits
+LiteRT gathers from all 65,536 values in the same way; TFLite Micro's GATHER knows bytes only, so
+where that is to run the file, int32 arithmetic follows `interpolation.Pieces`, whose numbers are
+gathered byte by byte (`benchmarks/op_probe.py` runs the parts).
 """
 
 from typing import Any
@@ -10,12 +13,33 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kqat.marking import Site, Tabulated
+from kqat.targets import LITERT
 from tflite_export.flatbuffer import ModelT, OperatorT
+from tflite_export.interpolation import INTEGERS, Pieces, fit
 from tflite_export.markers import Labels, new_operator
+from tflite_export.packing import ACTIVATION_DTYPES, TENSOR_TYPES, quantization
+
+_INT32 = schema.TensorType.INT32
+# Versions: TensorFlow's `lite/tools/versioning/op_version.cc`.
+_GATHER_VERSIONS = {schema.TensorType.INT8: 2, schema.TensorType.INT16: 4}
+# A byte from 0 to 255 is stored as int8, 128 less: what that takes off numbers of so many bytes.
+_TAKEN_OFF = {count: 128 * sum(256**i for i in range(count)) for count in (1, 2, 3)}
 
 
-def insert_tables(model: ModelT, labels: Labels, tables: tuple[Tabulated, ...]) -> None:
-    """Puts a look-up in the place of each placeholder of `labels.tables`, in place."""
+def insert_tables(
+    model: ModelT, labels: Labels, tables: tuple[Tabulated, ...], runtimes: frozenset[str]
+) -> None:
+    """Puts a look-up in the place of each placeholder of `labels.tables`, in place.
+
+    Args:
+        model: the flatbuffer.
+        labels: what its tensors are.
+        tables: the functions, by index.
+        runtimes: those that must run it.
+
+    Raises:
+        LoweringError: if a function of 16 bits has too many jumps for TFLite Micro.
+    """
     graph = model.subgraphs[0]
     chosen = {id(placeholder): tables[index] for placeholder, index in labels.tables}
     kept: list[OperatorT] = []
@@ -23,53 +47,119 @@ def insert_tables(model: ModelT, labels: Labels, tables: tuple[Tabulated, ...]) 
         if id(operator) not in chosen:
             kept.append(operator)
             continue
-        source, result = operator.inputs[0], operator.outputs[0]
-        sites = labels.sites[source], labels.sites[result]
-        kept += _lookup(model, chosen[id(operator)].lookup(*sites), source, result, sites[1])
+        table, (source, result) = chosen[id(operator)], (operator.inputs[0], operator.outputs[0])
+        grids = labels.sites[source], labels.sites[result]
+        dtype = TENSOR_TYPES[ACTIVATION_DTYPES[grids[1].bits]]
+        writer = _Writer(model, grids[1].name, source, dtype)
+        if grids[1].bits == 8 or runtimes <= LITERT:
+            _whole(writer, table.lookup(*grids), source, result, grids[1])
+        else:
+            steps = table.values(grids[0]) / np.float64(grids[1].scale)
+            _pieces(writer, fit(steps, table.layer.name), source, result)
+        kept += writer.operators
     graph.operators = kept
 
 
-def _lookup(
-    model: ModelT, table: np.ndarray, source: int, result: int, site: Site
-) -> list[OperatorT]:
-    graph = model.subgraphs[0]
-    shape = graph.tensors[source].shape
-    name = site.name.encode()
-    wide = _tensor(model, name + b"/wide", shape, schema.TensorType.INT32)
-    index = _tensor(model, name + b"/index", shape, schema.TensorType.INT32)
-    shift = _tensor(model, name + b"/shift", [], schema.TensorType.INT32, np.int32(128))
-    entries = _tensor(model, name + b"/table", [256], schema.TensorType.INT8, table)
-    params = schema.QuantizationParametersT()
-    params.scale = np.asarray([site.scale], np.float32)
-    params.zeroPoint = np.asarray([site.zero_point], np.int64)
-    params.quantizedDimension = 0
-    graph.tensors[entries].quantization = params
-
-    cast = new_operator(model, "CAST", [source], [wide])
-    cast.builtinOptionsType = schema.BuiltinOptions.CastOptions
-    cast.builtinOptions = schema.CastOptionsT()
-    cast.builtinOptions.inDataType = schema.TensorType.INT8
-    cast.builtinOptions.outDataType = schema.TensorType.INT32
-    add = new_operator(model, "ADD", [wide, shift], [index])
-    add.builtinOptionsType = schema.BuiltinOptions.AddOptions
-    add.builtinOptions = schema.AddOptionsT()
-    gather = new_operator(model, "GATHER", [entries, index], [result], version=2)
-    gather.builtinOptionsType = schema.BuiltinOptions.GatherOptions
-    gather.builtinOptions = schema.GatherOptionsT()
-    return [cast, add, gather]
+def _whole(writer: "_Writer", table: np.ndarray, source: int, result: int, site: Site) -> None:
+    """One gathering from a table of every value."""
+    wide = writer.cast(source, name="wide")
+    index = writer.by("ADD", wide, len(table) // 2, name="index")
+    entries = writer.constant(table, "table")
+    writer.tensors[entries].quantization = quantization([site.scale], [site.zero_point], 0)
+    writer.gather(entries, index, result)
 
 
-def _tensor(
-    model: ModelT, name: bytes, shape: Any, dtype: int, data: np.ndarray | np.int32 | None = None
-) -> int:
-    tensor = schema.TensorT()
-    tensor.name, tensor.type, tensor.buffer = name, dtype, 0
-    tensor.shape = np.asarray(shape, np.int32)
-    if data is not None:
+def _pieces(writer: "_Writer", pieces: Pieces, source: int, result: int) -> None:
+    """What `Pieces.evaluate` computes."""
+    half = INTEGERS // 2
+    x = writer.by("ADD", writer.cast(source), half)
+    piece = writer.by("DIV", x, pieces.points)
+    point = writer.of_two("SUB", x, writer.by("MUL", piece, pieces.points))
+    # Two bytes hold a slope plus 2**15, which takes back most of what the bytes take off.
+    slope = writer.number(pieces.slope + half, 2, piece, "slope")
+    slope = writer.by("ADD", slope, _TAKEN_OFF[2] - half)
+    line = writer.number(pieces.base, 3, piece, "base")
+    line = writer.of_two("ADD", line, writer.of_two("MUL", slope, point))
+    line = writer.by("DIV", writer.by("ADD", line, _TAKEN_OFF[3]), 2**pieces.shift)
+    offset = -half
+    if len(pieces.exceptions) > 1:
+        row = writer.by("ADD", writer.number(pieces.rows, 1, piece, "rows"), _TAKEN_OFF[1])
+        entry = writer.of_two("ADD", writer.by("MUL", row, pieces.points), point)
+        entries = pieces.exceptions.reshape(-1) + half
+        line = writer.of_two("ADD", line, writer.number(entries, 2, entry, "exceptions"))
+        offset += _TAKEN_OFF[2] - half
+    writer.cast(writer.by("ADD", line, offset), result)
+
+
+class _Writer:
+    """Writes operators on values of one shape; each method returns the tensor of its result."""
+
+    def __init__(self, model: ModelT, name: str, like: int, dtype: int):
+        self.model, self.name, self.dtype = model, name, dtype
+        self.tensors = model.subgraphs[0].tensors
+        self.shape = self.tensors[like].shape
+        self.operators: list[OperatorT] = []
+
+    def cast(self, x: int, result: int | None = None, name: str = "cast") -> int:
+        """`x` as int32; or `x`, being int32, as the integers of `result`."""
+        options = schema.CastOptionsT()
+        given = self.tensors[x].type
+        given = self.dtype if given == schema.TensorType.FLOAT32 else given  # Not converted yet.
+        options.inDataType = given
+        options.outDataType = _INT32 if result is None else self.dtype
+        result = self._tensor(name, _INT32) if result is None else result
+        return self._append("CAST", [x], result, options)
+
+    def of_two(self, op: str, x: int, y: int, name: str = "") -> int:
+        """ADD, SUB, MUL or DIV of int32 tensors."""
+        options = getattr(schema, f"{op.title()}OptionsT")()
+        return self._append(op, [x, y], self._tensor(name or op.lower(), _INT32), options)
+
+    def by(self, op: str, x: int, number: int, name: str = "") -> int:
+        """The same of a tensor and one number."""
+        return self.of_two(op, x, self.constant(np.asarray(number, np.int32), str(number)), name)
+
+    def gather(self, entries: int, index: int, result: int | None = None) -> int:
+        """The entry at each of `index`."""
+        dtype = self.tensors[entries].type
+        result = self._tensor("byte", dtype) if result is None else result
+        version = _GATHER_VERSIONS[dtype]
+        return self._append("GATHER", [entries, index], result, schema.GatherOptionsT(), version)
+
+    def number(self, values: np.ndarray, count: int, index: int, name: str) -> int:
+        """`values[index] - _TAKEN_OFF[count]` of unsigned values of `count` bytes, as int32."""
+        result = -1
+        for place in reversed(range(count)):
+            digits = ((values >> (8 * place)) & 255) - 128
+            entries = self.constant(digits.astype(np.int8), f"{name}_{place}")
+            byte = self.cast(self.gather(entries, index))
+            higher = result
+            result = byte if higher < 0 else self.of_two("ADD", self.by("MUL", higher, 256), byte)
+        return result
+
+    def constant(self, data: np.ndarray, name: str) -> int:
+        """A new constant tensor."""
         buffer = schema.BufferT()
-        buffer.data = np.frombuffer(np.asarray(data).tobytes(), np.uint8)
-        model.buffers.append(buffer)
-        tensor.buffer = len(model.buffers) - 1
-    graph = model.subgraphs[0]
-    graph.tensors.append(tensor)
-    return len(graph.tensors) - 1
+        buffer.data = np.frombuffer(data.tobytes(), np.uint8)
+        self.model.buffers.append(buffer)
+        tensor = self._tensor(name, TENSOR_TYPES[data.dtype])
+        self.tensors[tensor].shape = np.asarray(data.shape, np.int32)
+        self.tensors[tensor].buffer = len(self.model.buffers) - 1
+        return tensor
+
+    def _tensor(self, name: str, dtype: int) -> int:
+        tensor = schema.TensorT()
+        tensor.name, tensor.type, tensor.buffer = f"{self.name}/{name}".encode(), dtype, 0
+        tensor.shape = np.asarray(self.shape, np.int32)
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    def _append(
+        self, op: str, inputs: list[int], result: int, options: Any, version: int = 1
+    ) -> int:
+        operator = new_operator(self.model, op, inputs, [result], version)
+        kind = type(options).__name__.removesuffix("T")
+        operator.builtinOptionsType = getattr(schema.BuiltinOptions, kind)
+        operator.builtinOptions = options
+        self.operators.append(operator)
+        return result

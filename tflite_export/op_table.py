@@ -2,8 +2,8 @@
 
 Sources: the TFLite 8-bit quantization specification
 (https://ai.google.dev/edge/litert/models/quantization_spec); versions from TensorFlow's
-`lite/tools/versioning/op_version.cc`; runtimes from what ran here
-(`benchmarks/op_probe.py` runs each row).
+`lite/tools/versioning/op_version.cc`. Which runtime has a kernel, and where int16 kernels differ,
+says `kqat.targets` (`benchmarks/op_probe.py` runs each row).
 """
 
 import dataclasses
@@ -11,8 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from kqat.targets import KERNELS, PACKED
-from kqat.targets import RUNTIMES as ALL
+from kqat.targets import PACKED, kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,6 @@ class OpRule:
         packed: bits -> the kernels that take weights of so many.
         least_input_scale: the input's scale must exceed it, or the kernel ends the process.
         input_scale_below: the inputs' scales must lie below it, for the same reason.
-        runtimes: the runtimes that have the int8 kernel.
     """
 
     scales: Literal["own", "same", "fixed", "none"]
@@ -63,7 +61,6 @@ class OpRule:
     packed: Mapping[int, Packing] = dataclasses.field(default_factory=dict)
     least_input_scale: float = 0.0
     input_scale_below: float = math.inf
-    runtimes: frozenset[str] = ALL
 
     def packing(self, bits: int) -> Packing:
         """Who takes weights of so many bits."""
@@ -71,8 +68,8 @@ class OpRule:
 
     def packs(self, bits: int, per_tensor: bool, runtimes: frozenset[str]) -> bool:
         """Whether all of `runtimes` do, with one scale or one per channel."""
-        kernels = self.packing(bits)
-        return runtimes <= (kernels.per_tensor if per_tensor else kernels.per_axis)
+        packing = self.packing(bits)
+        return runtimes <= (packing.per_tensor if per_tensor else packing.per_axis)
 
 
 def _conv(version: int, order: tuple[int, ...], axis: int, **options: Any) -> OpRule:
@@ -127,10 +124,10 @@ OP_TABLE: dict[str, OpRule] = {
     "RELU6": _own(ships_as="RELU"),
     "LEAKY_RELU": _own(),
     "PRELU": OpRule(scales="own", activations=(0,), weights=1, keras_order=()),
-    "ELU": _own(1, runtimes=KERNELS["ELU"]),
+    "ELU": _own(1),
     "HARD_SWISH": _own(1),
-    "GELU": _own(1, runtimes=KERNELS["GELU"]),
-    "EXP": _own(1, runtimes=KERNELS["EXP"]),
+    "GELU": _own(1),
+    "EXP": _own(1),
     "BATCH_MATMUL": _own(),
     "MEAN": _own(activations=(0,)),
     "SOFTMAX": _fixed(1 / 256, -128, least=2.0**-26),
@@ -159,7 +156,7 @@ OP_TABLE: dict[str, OpRule] = {
     "SELECT_V2": OpRule(scales="same", version=1, activations=(1, 2)),
     "SELECT": OpRule(scales="same", version=1, activations=(1, 2), ships_as="SELECT_V2"),
     "REDUCE_MIN": _same(),
-    "REDUCE_PROD": _own(activations=(0,), runtimes=KERNELS["REDUCE_PROD"]),
+    "REDUCE_PROD": _own(activations=(0,)),
     "ARG_MAX": _none(2, activations=(0,)),
     "ARG_MIN": _none(2, activations=(0,)),
     "CAST": _none(1),  # truth values to indexes
@@ -172,59 +169,6 @@ OP_TABLE: dict[str, OpRule] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Int16Rule:
-    """Where an operator's kernel for int16 activations differs from its int8 kernel.
-
-    Weights stay int8, the bias is int64, and every zero point is 0.
-
-    Args:
-        version: lowest version of the operator that computes on int16.
-        runtimes: the runtimes that have the int16 kernel.
-        fixed_scale: scale of the output where the kernel fixes it.
-    """
-
-    version: int
-    runtimes: frozenset[str] = ALL
-    fixed_scale: float | None = None
-
-
-# LOG_SOFTMAX, PRELU, ELU and HARD_SWISH have no int16 kernel on any runtime; GELU and EXP ship as
-# tables, which int16 has none of.
-INT16: dict[str, Int16Rule] = {
-    "CONV_2D": Int16Rule(3),
-    "DEPTHWISE_CONV_2D": Int16Rule(3),
-    "FULLY_CONNECTED": Int16Rule(4),
-    "TRANSPOSE_CONV": Int16Rule(3),
-    "ADD": Int16Rule(3),
-    "SUB": Int16Rule(5),
-    "MUL": Int16Rule(4),
-    "RELU": Int16Rule(3),
-    "RELU6": Int16Rule(3),
-    "LEAKY_RELU": Int16Rule(2),
-    "BATCH_MATMUL": Int16Rule(3),
-    "MEAN": Int16Rule(3),
-    "SOFTMAX": Int16Rule(3, fixed_scale=2.0**-15),
-    "LOGISTIC": Int16Rule(3, fixed_scale=2.0**-15),
-    "TANH": Int16Rule(3, fixed_scale=2.0**-15),
-    "MAX_POOL_2D": Int16Rule(3),
-    "AVERAGE_POOL_2D": Int16Rule(3),
-    "REDUCE_MAX": Int16Rule(3, ALL - {"tflite_micro"}),
-    "MAXIMUM": Int16Rule(4),
-    "MINIMUM": Int16Rule(4),
-    "CONCATENATION": Int16Rule(3),
-    "RESHAPE": Int16Rule(1),
-    "TRANSPOSE": Int16Rule(5),
-    "PAD": Int16Rule(3),
-    "STRIDED_SLICE": Int16Rule(2),
-    "RESIZE_BILINEAR": Int16Rule(4, ALL - {"tflite_micro"}),
-    "RESIZE_NEAREST_NEIGHBOR": Int16Rule(4),
-    "QUANTIZE": Int16Rule(2),
-    "DEQUANTIZE": Int16Rule(3),
-}
-
-
 def missing_kernels(ops: tuple[str, ...], runtime: str, bits: int = 8) -> tuple[str, ...]:
     """The operators of `ops` whose kernel for activations of `bits` bits `runtime` lacks."""
-    table: Mapping[str, OpRule | Int16Rule] = OP_TABLE if bits == 8 else INT16
-    return tuple(op for op in ops if op not in table or runtime not in table[op].runtimes)
+    return tuple(op for op in ops if op not in OP_TABLE or runtime not in kernels(op, bits))

@@ -12,7 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 from kqat.errors import LoweringError
 from kqat.folding import FrozenWeight
 from kqat.freezing import FrozenModel
-from kqat.targets import PACKED_BITS, PACKS_AS
+from kqat.targets import INT16, PACKED_BITS, PACKS_AS, RUNTIMES
 from tflite_export import flatbuffer
 from tflite_export.clamps import fuse_clamps, split_clamps
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
@@ -25,7 +25,7 @@ from tflite_export.markers import (
     take_markers,
 )
 from tflite_export.naming import name_tensors
-from tflite_export.op_table import ALL, INT16, OP_TABLE, OpRule
+from tflite_export.op_table import OP_TABLE, OpRule
 from tflite_export.packing import (
     ACTIVATION_DTYPES,
     PACKED_TYPES,
@@ -39,7 +39,7 @@ from tflite_export.packing import (
 from tflite_export.pointwise import convolve
 
 
-def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL) -> ModelT:
+def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = RUNTIMES) -> ModelT:
     """The integer model of a marked float one, which is consumed.
 
     Tensors bear the names of their sites.
@@ -62,7 +62,7 @@ def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = ALL
     integer_pass.find_floats()
     for operator in integer_pass.graph.operators:
         integer_pass.convert(operator)
-    insert_tables(marked, labels, frozen.tables)
+    insert_tables(marked, labels, frozen.tables, runtimes)
     insert_lstms(marked, labels, frozen.lstms)
     integer_pass.convert_tensors()
     name_tensors(marked, labels)
@@ -318,18 +318,21 @@ class _IntegerPass:
 
     def _pack(self, operator: OperatorT, rule: OpRule, weights: Weights) -> None:
         """Packs integers that fit fewer bits, into the fewest that all the runtimes take."""
-        # What int16 kernels take of four bits, no runtime of a microcontroller does.
-        if weights.bits > PACKED_BITS or self._bits(operator) != 8:
+        if weights.bits > PACKED_BITS:
             return
-        single = weights.scale.size == 1
+        name, single = flatbuffer.op_name(self.model, operator), weights.scale.size == 1
         for bits, kind in PACKED_TYPES.items():
-            if weights.bits <= bits and rule.packs(bits, single, self.runtimes):
+            wide = self._bits(operator) == 16
+            packs = self.runtimes <= INT16[name].packed if wide and bits == PACKED_BITS else False
+            packs = packs if wide else rule.packs(bits, single, self.runtimes)
+            if weights.bits <= bits and packs:
                 tensor = self.graph.tensors[int(operator.inputs[rule.weights])]
                 tensor.type = kind
                 self.model.buffers[tensor.buffer].data = pack(weights.integers, bits)
                 return
-        other = PACKS_AS.get(flatbuffer.op_name(self.model, operator))
-        if other is not None and OP_TABLE[other].packs(PACKED_BITS, single, self.runtimes):
+        other = PACKS_AS.get(name)
+        packs = other is not None and OP_TABLE[other].packs(PACKED_BITS, single, self.runtimes)
+        if packs and self._bits(operator) == 8:
             self.unpacked.append(operator)
 
     def _constant(self, tensor: TensorT) -> np.ndarray:

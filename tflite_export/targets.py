@@ -1,6 +1,5 @@
 """What a device makes of a model, before conversion, and of a file, after it."""
 
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -8,17 +7,14 @@ from typing import Any
 from kqat.errors import RuntimeUnavailableError, TargetError
 from kqat.fitting import activation_of, misfit
 from kqat.freezing import FrozenModel
-from kqat.marking import Marker, Tabulated, is_marker
+from kqat.marking import Marker, Requantize, Tabulated, is_marker
 from kqat.registry import rule_for
 from kqat.targets import TARGETS, Misfit, Target, TargetWarning, target_named
 from kqat.tracing import Ref, trace
-from tflite_export.inspection import Inspection, OperatorInfo, TensorInfo
+from tflite_export import edge_tpu, flatbuffer
+from tflite_export.inspection import Inspection, OperatorInfo
 from tflite_export.op_table import missing_kernels
 from tflite_export.vela import ACCELERATORS, NpuEstimate, estimate
-
-# The Edge TPU computes on tensors of three axes, beside a batch of one.
-_EDGE_TPU_AXES = 3
-_EDGE_TPU_TYPES = ("int8", "uint8")
 
 
 def runtimes_of(target: str | None) -> frozenset[str]:
@@ -59,6 +55,13 @@ def check_target(frozen: FrozenModel, name: str) -> None:
         warnings.warn(f"Target '{name}': {'; '.join(slow)}.", TargetWarning, stacklevel=3)
 
 
+def check_limits(blob: bytes, target: str | None) -> None:
+    """Tells in one `kqat.TargetWarning` what of a file for the Edge TPU will not map to it."""
+    if target == "edge_tpu" and (limits := list(edge_tpu.limits(flatbuffer.read(blob)))):
+        message = f"Target 'edge_tpu' leaves to the CPU: {'; '.join(limits)}."
+        warnings.warn(message, TargetWarning, stacklevel=3)
+
+
 def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
     """The tables that the target need not look up: it has the function's own kernel.
 
@@ -68,7 +71,8 @@ def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
     own = []
     for table in frozen.tables:
         rule = rule_for(table.layer)
-        ops = rule.ops if rule.table else ()  # else its kernel is wrong on this very grid
+        # Else there is no kernel of this width, or it is wrong on this very grid.
+        ops = rule.ops if rule.table and table.bits == 8 else ()
         if target is not None:
             has = bool(ops) and _computes(TARGETS[target], ops)
         else:
@@ -94,7 +98,8 @@ def check_file(
             return estimate(blob, target), ()
         except RuntimeUnavailableError as error:
             return None, (str(error),)
-    notes = list(_edge_tpu_notes(inspection) if target == "edge_tpu" else ())
+    limits = edge_tpu.limits(flatbuffer.read(blob)) if target == "edge_tpu" else ()
+    notes = [f"edge_tpu: {limit}" for limit in limits]
     slow: dict[str, int] = {}
     for operator in inspection.operators:
         if device.accelerator and not device.is_fast(operator.name):
@@ -121,8 +126,6 @@ def _misfits(frozen: FrozenModel, target: Target) -> Iterator[Misfit]:
         if isinstance(layer, Marker):
             if is_marker(layer, "site"):
                 widths[node.outputs[0]] = frozen.sites[layer.index].bits
-            elif not is_marker(layer, "fence"):
-                widths[node.outputs[0]] = 8
             continue
         is_table = isinstance(layer, Tabulated)
         fed = all(ref.counts or ref in widths for ref in node.inputs)
@@ -130,41 +133,12 @@ def _misfits(frozen: FrozenModel, target: Target) -> Iterator[Misfit]:
             continue
         # A layer may stand between two markers with others, all of them integer.
         bits = max((widths[ref] for ref in node.inputs if ref in widths), default=8)
+        bits = layer.kernel_bits if isinstance(layer, Requantize) else bits
         widths |= dict.fromkeys(node.outputs, bits)
         inner = layer.layer if is_table else layer
         name = inner.name if is_table else node.name
-        ops = rule_for(inner).ops
-        # What the op table says of the runtime holds for operators that no accelerator has.
-        unfit = set(target.unfit(ops, is_table))
-        lacks = missing_kernels(ops, target.runtime, bits) if not is_table else ()
-        unfit |= {op for op in lacks if op not in target.accelerated}
-        if unfit:
-            found = misfit(name, unfit, activation_of(inner, name), target)
-            blocked = any(op in unfit for op in lacks)
-            yield dataclasses.replace(found, blocking=found.blocking or blocked)
-
-
-def _edge_tpu_notes(inspection: Inspection) -> Iterator[str]:
-    """Rules of https://coral.ai/docs/edgetpu/models-intro/ that a file breaks."""
-    for tensor in (*inspection.inputs, *inspection.outputs):
-        if tensor.dtype not in _EDGE_TPU_TYPES:
-            yield f"edge_tpu: '{tensor.name}' is {tensor.dtype}; inputs and outputs must be int8"
-    if inspection.subgraphs > 1:
-        yield f"edge_tpu: {inspection.subgraphs} subgraphs; control flow runs on the CPU"
-    for operator in inspection.operators:
-        for tensor in (*operator.inputs, *operator.outputs):
-            if problem := _edge_tpu_tensor(tensor):
-                yield f"edge_tpu: {operator.name}: '{tensor.name}' {problem}"
-
-
-def _edge_tpu_tensor(tensor: TensorInfo) -> str | None:
-    constant = tensor.channels > 1 or tensor.dtype == "int32"
-    if tensor.dtype in ("int4", "int2", "int16") or tensor.dtype.startswith("float"):
-        return f"is {tensor.dtype}; only 8 bits run there"
-    outer = tensor.shape[:-_EDGE_TPU_AXES]
-    if not constant and any(size != 1 for size in outer):
-        return f"has shape {tensor.shape}; only the three innermost axes may be larger than 1"
-    return None
+        if unfit := target.unfit(rule_for(inner).ops, is_table, bits):
+            yield misfit(name, unfit, activation_of(inner, name), target, bits)
 
 
 def _cmsis_nn_notes(inspection: Inspection) -> Iterator[str]:

@@ -8,12 +8,12 @@ import pytest
 
 from benchmarks import op_probe
 from benchmarks.op_probe import MODELS, PACKAGES, SHIPS_AS_ANOTHER, TABLE, Cell, probe, read_table
-from kqat.targets import KERNELS
+from kqat.targets import INT16, KERNELS, kernels
 from tflite_export.op_table import OP_TABLE
 from tflite_export.runtimes import RUNTIMES, supports
 
-# A kernel that is missing somewhere.
-SAMPLE = ("GELU", "FULLY_CONNECTED")
+# A kernel that is missing somewhere: for int8, for int16.
+SAMPLE = ("GELU", "REDUCE_MAX")
 
 
 def found(cells: list[Cell]) -> dict[tuple[str, ...], str]:
@@ -24,6 +24,8 @@ def test_every_operator_has_its_cells() -> None:
     assert set(MODELS) | set(SHIPS_AS_ANOTHER) == set(OP_TABLE)
     cells = read_table()
     assert {cell.operator for cell in cells} == set(MODELS)
+    wide = {cell.operator for cell in cells if cell.activations == "int16"}
+    assert wide | set(SHIPS_AS_ANOTHER) & set(INT16) == set(INT16)
     assert {cell.runtime for cell in cells} == set(RUNTIMES)
     assert len({cell.key for cell in cells}) == len(cells)
     versions = json.loads(TABLE.read_text())["versions"]
@@ -34,16 +36,27 @@ def test_every_operator_has_its_cells() -> None:
 def test_what_computes_wrongly_is_known() -> None:
     """`--only PRELU` reproduces it."""
     wrong = {cell.key[:-1] for cell in read_table() if cell.result == "wrong"}
-    assert wrong == {("PRELU", "int8", f"int{bits}", "per tensor") for bits in (2, 4)}
-    # All PRELU kernels read packed slopes as bytes, so they are never packed.
+    assert wrong == {
+        *(("PRELU", "int8", f"int{bits}", "per tensor") for bits in (2, 4)),
+        ("DEPTHWISE_CONV_2D", "int16", "int4", "per tensor"),
+        ("DEPTHWISE_CONV_2D", "int16", "int4", "per axis"),
+    }
+    # These kernels read packed weights as bytes, so they are never packed.
     assert not OP_TABLE["PRELU"].packed
+    assert not INT16["DEPTHWISE_CONV_2D"].packed
 
 
 def test_the_op_table_says_what_was_seen() -> None:
     for cell in read_table():
         rule = OP_TABLE[cell.operator]
+        if cell.activations == "int16":
+            wide = INT16[cell.operator]
+            has = cell.runtime in (wide.packed if cell.weights == "int4" else wide.runtimes)
+            # Nothing is left out that works.
+            assert has == (cell.result == "works"), cell
+            continue
         if cell.weights in ("", "int8"):
-            has = cell.runtime in rule.runtimes
+            has = cell.runtime in kernels(cell.operator, 8)
         else:
             bits, per_tensor = int(cell.weights.removeprefix("int")), cell.scales == "per tensor"
             has = rule.packs(bits, per_tensor, frozenset({cell.runtime}))

@@ -5,7 +5,6 @@ what came of it.
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from kqat.marking import Requantize
 from kqat.operations import OPERATIONS
 from kqat.recurrence import Recurrence
 from kqat.registry import ACTIVATIONS, AUGMENTING, LAYERS, rule_for
-from kqat.targets import LITERT, TABLE_OPS
+from kqat.targets import KERNELS, LITERT, TABLE_OPS
 from kqat.tracing import Graph, trace
 from kqat.wrapping import all_layers
 from tests.coverage import (
@@ -36,7 +35,7 @@ from tests.coverage import (
 )
 from tests.coverage.cases import Case, ends, inputs_of
 from tflite_export import exporting
-from tflite_export.op_table import OP_TABLE, missing_kernels
+from tflite_export.op_table import missing_kernels
 from tflite_export.targets import check_target
 from tflite_export.verification import DEFAULT_RUNTIMES
 
@@ -314,8 +313,7 @@ def test_micro_refuses_what_it_cannot_run(trial: Trial, monkeypatch: pytest.Monk
     # A layer that stays float has no int8 kernel to lack.
     for op in needed if not trial.case.floats else ():
         with monkeypatch.context() as patch:
-            lacking = dataclasses.replace(OP_TABLE[op], runtimes=LITERT)
-            patch.setitem(OP_TABLE, op, lacking)
+            patch.setitem(KERNELS, op, LITERT)
             with pytest.raises(TargetError, match=rf"layer '\w+' needs .*\b{op}\b"):
                 tflite_export.convert(trial.frozen, target="tflite_micro", **trial.case.io)
 

@@ -1,6 +1,7 @@
 """Which layers fit a device, what is said of those that do not, and the model that does."""
 
 import json
+from typing import Any
 
 import keras
 import numpy as np
@@ -138,3 +139,60 @@ def test_weights_that_will_not_be_packed_are_named(
     plan = kqat.plan(keras.Model(x, y), kqat.QuantizeConfig(weights=spec), target=target)
     assert {f"{m.layer}: {m.remedy}" for m in plan.misfits} == said
     assert all("stores its weights of 4 bits in 8" in str(m) for m in plan.misfits)
+
+
+def wide() -> keras.Model:
+    x = keras.Input((8, 8, 3), name="x")
+    y = L.UpSampling2D(interpolation="bilinear", name="smooth")(L.Conv2D(4, 3, name="conv")(x))
+    y = L.UpSampling2D(name="sharp")(L.Activation("mish", name="odd")(y))
+    return keras.Model(x, L.Dense(3, name="head")(L.GlobalMaxPooling2D(name="peak")(y)))
+
+
+@pytest.mark.parametrize(
+    ("target", "policy", "blocked", "slow"),
+    [
+        ("litert", "int16x8", {}, {}),
+        ("tflite_micro", "int16x8", {"smooth": "RESIZE_BILINEAR", "peak": "REDUCE_MAX"}, {}),
+        ("tflite_micro", {"peak": "int16x8"}, {"peak": "REDUCE_MAX"}, {}),
+        ("tflite_micro", {"conv": "int16x8", "odd": "int16x8"}, {}, {}),
+        ("ethos_u55", {"odd": "int16x8"}, {}, {"odd": "CAST, DIV, GATHER"}),
+        ("ethos_u55", {"conv": "int16x8", "peak": "int16x8"}, {}, {"odd": "CAST, GATHER"}),
+        ("edge_tpu", {"conv": "int16x8", "odd": "int16x8"}, {},
+         {"conv": "CONV_2D", "conv_int8": "QUANTIZE", "smooth_int16": "QUANTIZE",
+          "odd": "CAST, DIV, GATHER", "odd_int8": "QUANTIZE"}),
+    ],
+)  # fmt: skip
+def test_a_plan_knows_the_kernels_of_sixteen_bits(
+    target: str, policy: Any, blocked: dict[str, str], slow: dict[str, str]
+) -> None:
+    found = kqat.plan(wide(), policy, target=target).misfits
+    names = [
+        {m.layer: ", ".join(m.operators) for m in found if m.blocking is b} for b in (True, False)
+    ]
+    assert names == [blocked, slow]
+    for misfit in found:
+        if misfit.blocking:
+            assert f"'{misfit.layer}' ({misfit.operators[0]}) does not run there on int16" in str(
+                misfit
+            )
+            assert "give it 'int8' in the policy" in misfit.remedy
+
+
+def test_a_plan_knows_the_shapes_of_the_edge_tpu() -> None:
+    x = keras.Input((4, 6), name="x")
+    y = L.Softmax(name="rows")(L.Dense(6, name="dense")(x))
+    y = L.Dense(5, name="head")(L.Flatten()(L.LayerNormalization(name="norm")(y)))
+    z = L.MaxPooling3D(name="deep")(L.Reshape((2, 2, 6, 1), name="four")(x))
+    model = keras.Model(x, [L.Softmax(name="class")(y), z])
+    said = {
+        m.layer: str(m) for m in kqat.plan(model, target="edge_tpu").misfits if "for it" in str(m)
+    }
+    assert set(said) == {"rows", "norm", "four", "deep", "dense"}
+    assert (
+        "(SOFTMAX) runs, but not on the Edge TPU, for it reads (4, 6); SOFTMAX takes"
+        in said["rows"]
+    )
+    assert "averages 6 channels" in said["norm"]
+    assert "makes (4, 6); FULLY_CONNECTED makes one axis only" in said["dense"]
+    assert "only the three innermost axes may be larger than 1" in said["four"]
+    assert kqat.plan(model, target="litert").misfits == ()

@@ -16,12 +16,11 @@ import kqat
 import tflite_export
 from kqat.errors import ExportError, FreezeError, LoweringError, ModelError, TargetError
 from kqat.freezing import FrozenModel
-from kqat.targets import LITERT
+from kqat.targets import KERNELS, LITERT
 from tests.coverage.cases import inputs_of
 from tests.tflite_export.small_models import computed, operators, quantized
 from tflite_export import exporting, flatbuffer
 from tflite_export.flatbuffer import TensorT
-from tflite_export.op_table import OP_TABLE
 from tflite_export.runtimes import run
 
 INPUTS, OUTPUTS = ("zeta", "alpha"), ("year", "class", "age")
@@ -234,7 +233,7 @@ def test_targets_are_checked_before_anything_is_converted(
     monkeypatch.setattr(exporting, "lower", never)
     with pytest.raises(TargetError, match=r"the targets \['cmsis_nn', .*Received: 'toaster'"):
         tflite_export.convert(net.frozen, target="toaster")
-    monkeypatch.setitem(OP_TABLE, "MEAN", dataclasses.replace(OP_TABLE["MEAN"], runtimes=LITERT))
+    monkeypatch.setitem(KERNELS, "MEAN", LITERT)
     with pytest.raises(TargetError, match=r"'tflite_micro'.*Received: layer 'pool' needs MEAN"):
         tflite_export.convert(net.frozen, target="tflite_micro")
 

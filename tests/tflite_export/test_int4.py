@@ -13,8 +13,9 @@ from keras import layers
 
 import kqat
 import tflite_export
+from kqat.targets import RUNTIMES
 from tflite_export import flatbuffer
-from tflite_export.op_table import ALL, OP_TABLE
+from tflite_export.op_table import OP_TABLE
 from tflite_export.packing import PACKED_TYPES, pack, unpack
 
 ONE_SCALE = kqat.QuantizeConfig(
@@ -95,7 +96,7 @@ def test_packed_where_all_kernels_take_it(operator: str, config: Any) -> None:
     qat = kqat.quantize_model(model, config, calibration_data=x)
     blob = tflite_export.convert(qat)
     rule = OP_TABLE[operator]
-    everywhere = rule.packs(4, config != "w4a8", ALL)
+    everywhere = rule.packs(4, config != "w4a8", RUNTIMES)
     assert _weights(blob) == [INT4 if everywhere else INT8]
     assert _weights(tflite_export.convert(qat, target="litert")) == [INT4]
     report = tflite_export.verify(qat, blob, x, runtimes=tflite_export.RUNTIMES)

@@ -1,6 +1,7 @@
 """What a conversion for a device does and says."""
 
 import importlib.util
+import re
 import warnings
 from typing import Any
 
@@ -15,7 +16,7 @@ from kqat.errors import TargetError
 from kqat.targets import KERNELS, TABLE_OPS
 from tests.tflite_export.small_models import operators, quantized
 from tflite_export import flatbuffer, targets
-from tflite_export.op_table import ALL, OP_TABLE
+from tflite_export.op_table import OP_TABLE
 
 VELA = importlib.util.find_spec("ethosu") is not None
 
@@ -87,6 +88,38 @@ def test_files_are_checked_too(net: tuple[keras.Model, np.ndarray]) -> None:
         targets.check_file(blob, inspection, "toast")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "call", "said"),
+    [
+        ((3, 4), lambda x: L.Softmax(name="odd")(x),
+         r"SOFTMAX: 'odd' reads \(1, 3, 4\); SOFTMAX takes one axis of at most 16,000 values"),
+        ((6, 6, 5), lambda x: L.Cropping2D(((0, 1), (0, 0)), name="odd")(x), None),
+        ((4, 4, 3), lambda x: L.UpSampling2D(name="odd")(x), "RESIZE_NEAREST_NEIGHBOR: 'odd' has "
+         "version 3; the compiler knows RESIZE_NEAREST_NEIGHBOR up to version 2"),
+        ((6, 6, 4), lambda x: L.Conv2D(2, 3, dilation_rate=(1, 2), name="odd")(x),
+         r"CONV_2D: 'odd' has dilations \(2, 1\); both must be the same"),
+        ((6,), lambda x: x[:, ::2], "STRIDED_SLICE: 'get_item' "
+         r"has strides \[1, 2\]; all must be 1"),
+        ((5,), lambda x: keras.ops.mean(x, axis=-1, keepdims=True), r"MEAN: 'mean' averages 5 "
+         "channels; MEAN over channels takes a multiple of 4 of them"),
+        ((6, 6, 5), lambda x: L.PReLU(name="odd")(x), "PRELU: 'odd' has slopes along more than"),
+        ((6, 6, 4), lambda x: L.Dense(2, name="odd")(L.Flatten()(L.Conv2D(3, 3)(x))), None),
+    ],
+)  # fmt: skip
+def test_limits_of_the_edge_tpu_are_named(
+    shape: tuple[int, ...], call: Any, said: str | None
+) -> None:
+    qat, _ = quantized(shape, call)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tflite_export.convert(qat, target="edge_tpu")
+    found = [str(w.message) for w in caught if w.category is kqat.TargetWarning]
+    assert len(found) == (said is not None)
+    if said:
+        assert re.search(f"leaves to the CPU: .*{said}", found[0]), found[0]
+
+
 def test_a_depthwise_layer_that_multiplies_channels_is_noted() -> None:
     def call(x: Any) -> Any:
         return L.DepthwiseConv2D(3, depth_multiplier=2, name="two")(L.DepthwiseConv2D(3)(x))
@@ -120,8 +153,5 @@ def test_vela_missing_is_a_note(
 
 
 def test_the_op_table_and_the_targets_know_the_same() -> None:
-    for name, rule in OP_TABLE.items():
-        if rule.runtimes != ALL:
-            assert rule.runtimes == KERNELS[name]
     assert set(KERNELS) <= set(OP_TABLE)
     assert not set(TABLE_OPS) & set(KERNELS)

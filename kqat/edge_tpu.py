@@ -1,0 +1,66 @@
+"""What keeps an operator that the Edge TPU has on the CPU: its shapes, and its version.
+
+Quotations are from Coral's "TensorFlow models on the Edge TPU", Model requirements and Supported
+operations (https://coral.ai/docs/edgetpu/models-intro/), whose table has a column of known
+limitations. Which versions the compiler knows, Coral does not list; those here are of reports.
+"""
+
+# "If a tensor has more than 3 dimensions, then only the 3 innermost dimensions may have a size
+# greater than 1."
+AXES = 3
+# Softmax: "Supports only 1-D input tensor with a max of 16,000 elements."
+SOFTMAX_ELEMENTS = 16_000
+# Mean: "If a z-reduction, the z-dimension must be multiple of 4."
+MEAN_CHANNELS = 4
+
+# Operator -> the highest version that Coral's compiler takes: it stops at a file with a higher one,
+# or leaves the operator to the CPU ("Operation version not supported"). From the issues of
+# github.com/google-coral/edgetpu: 631 and 845 of compiler 16.0; 396 and 420 of 15.0, of resizing
+# with half_pixel_centers, as Keras does; 71 of libedgetpu.
+VERSIONS = {
+    "CONV_2D": 5,
+    "TRANSPOSE_CONV": 3,
+    "RESIZE_BILINEAR": 2,
+    "RESIZE_NEAREST_NEIGHBOR": 2,
+    "EXP": 1,
+}
+
+
+def too_many_axes(shape: tuple[int, ...]) -> str | None:
+    """What is wrong with a tensor of `shape`, its batch of one counted or left out."""
+    if any(size != 1 for size in shape[:-AXES]):
+        return f"has shape {shape}; only the three innermost axes may be larger than 1"
+    return None
+
+
+def shape_limit(op: str, source: tuple[int, ...], result: tuple[int, ...]) -> str | None:
+    """Why an operator does not map for these shapes of its input and output, or `None`.
+
+    Either both shapes count the batch of one or neither does.
+    """
+    if not source or not result:
+        return None
+    if op == "SOFTMAX" and (any(n != 1 for n in source[:-1]) or source[-1] > SOFTMAX_ELEMENTS):
+        return f"reads {source}; SOFTMAX takes one axis of at most {SOFTMAX_ELEMENTS:,} values"
+    # FullyConnected: "Output tensor is one-dimensional."
+    if op == "FULLY_CONNECTED" and any(n != 1 for n in result[:-1]):
+        return f"makes {result}; FULLY_CONNECTED makes one axis only"
+    if op == "MEAN" and _reduces_last(source, result) and source[-1] % MEAN_CHANNELS:
+        return (
+            f"averages {source[-1]} channels; MEAN over channels takes a multiple of "
+            f"{MEAN_CHANNELS} of them"
+        )
+    return None
+
+
+def version_limit(op: str, version: int) -> str | None:
+    """Why an operator of `version` does not map, or `None`."""
+    if version > VERSIONS.get(op, version):
+        return f"has version {version}; the compiler knows {op} up to version {VERSIONS[op]}"
+    return None
+
+
+def _reduces_last(source: tuple[int, ...], result: tuple[int, ...]) -> bool:
+    """Whether a MEAN is over the last axis: what is left is the axes before it."""
+    kept = tuple(n for n in result if n != 1)
+    return source[-1] != 1 and kept == tuple(n for n in source[:-1] if n != 1)
