@@ -27,7 +27,13 @@ from tflite_export.foreign import compare_runtimes
 from tflite_export.fused_lstm import call_layer
 from tflite_export.inspection import inspect_model
 from tflite_export.packing import ACTIVATION_DTYPES
-from tflite_export.profiling import GridUse, grid_use, layer_reports, static_reports
+from tflite_export.profiling import (
+    GridUse,
+    grid_use,
+    layer_reports,
+    producers,
+    static_reports,
+)
 from tflite_export.report import (
     LayerReport,
     OutputAgreement,
@@ -84,7 +90,7 @@ def verify(
         found = [_verify_on(runtime, frozen, model, blob, inputs) for runtime in runtimes]
         parts, count = tuple(part for part, _ in found), len(inputs[0])
         uses = next((uses for _, uses in found if uses), ())
-        layers = layer_reports(inspection, uses, _producers(model), parts)
+        layers = layer_reports(inspection, uses, producers(model), parts)
     notes += inspection.decoding_notes()
     estimated, misfits = check_file(blob, inspection, target)
     return Report(
@@ -99,22 +105,6 @@ def verify(
         estimate=estimated,
         notes=(*notes, *misfits),
     )
-
-
-def _producers(model: ModelT) -> dict[int, int]:
-    """Tensor of subgraph 0 -> position of the operator that computes it.
-
-    A RESHAPE of a tensor without a name belongs to the operator before it.
-    """
-    graph = model.subgraphs[0]
-    found: dict[int, int] = {}
-    for position, operator in enumerate(graph.operators):
-        source = int(operator.inputs[0]) if len(operator.inputs) else -1
-        moves = flatbuffer.op_name(model, operator) == "RESHAPE" and source in found
-        if moves and not flatbuffer.tensor_name(graph.tensors[source]):
-            position = found[source]
-        found |= dict.fromkeys(map(int, operator.outputs), position)
-    return found
 
 
 def _differences_of_ends(frozen: FrozenModel, model: ModelT) -> list[str]:
@@ -299,7 +289,7 @@ class _Lockstep:
     """One walk over the frozen model, each node fed what the runtime computed before it.
 
     Layers that hand integers on as they are (Flatten, then Reshape) may share one tensor of the
-    file, which bears the last one's name. The earlier sites count as compared with that one.
+    file, which bears one's name. The others' sites count as compared with that one.
     """
 
     def __init__(
@@ -320,6 +310,7 @@ class _Lockstep:
         self.differences: list[SiteDifference] = []
         self.uses: list[GridUse] = []
         self.missed: dict[str, int] = {}
+        self.held: dict[Ref, int] = {}  # value -> the tensor whose integers it was handed
         self.waiting: dict[Ref, set[str]] = {}  # value -> missed sites whose integers it carries
         self.compared: set[str] = set()  # missed sites that a later site stands for …
         self.used: set[str] = set()  # … and those that were computed with before
@@ -345,8 +336,10 @@ class _Lockstep:
         waiting = {name for ref in node.inputs for name in self.waiting.get(ref, ())}
         if is_marker(node.layer, "site"):
             return self._site(node, waiting, args[0])
-        if waiting and _hands_on(node):
+        held = [self.held[ref] for ref in node.inputs if ref in self.held]
+        if (waiting or held) and _hands_on(node):
             self.waiting.update(dict.fromkeys(node.outputs, waiting))
+            self.held.update(dict.fromkeys(node.outputs, held[0]) if held else {})
         else:
             self.used |= waiting
         if isinstance(node.layer, Marker):
@@ -362,10 +355,14 @@ class _Lockstep:
         grid = (site.scale, site.zero_point, site.bits, expected.shape)
         self.values[index] = (*grid, sha256(expected).digest())
         if tensor is None or tensor not in self.found:
+            if self._is_held(node, expected):
+                self.held[node.outputs[0]] = self.held[node.inputs[0]]
+                return keras.ops.convert_to_tensor(site.reals(expected))
             self.missed[site.name] = index
             self.waiting[node.outputs[0]] = waiting | {site.name}
             return keras.ops.convert_to_tensor(site.reals(expected))
         self.holders[self.values[index]] = tensor
+        self.held[node.outputs[0]] = tensor
         self.compared |= waiting
         actual = self.found[tensor].reshape(expected.shape).astype(np.float32)
         steps = np.abs(actual - expected)
@@ -384,6 +381,11 @@ class _Lockstep:
             )
         )
         return keras.ops.convert_to_tensor(site.reals(actual))
+
+    def _is_held(self, node: Node, expected: np.ndarray) -> bool:
+        """Whether the tensor before holds just these integers, as where no RESHAPE is needed."""
+        before = self.held.get(node.inputs[0])
+        return before is not None and np.array_equal(self.found[before].ravel(), expected.ravel())
 
 
 def _hands_on(node: Node) -> bool:

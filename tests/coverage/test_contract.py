@@ -20,6 +20,7 @@ from kqat.errors import TargetError
 from kqat.marking import Requantize
 from kqat.operations import OPERATIONS
 from kqat.recurrence import Recurrence
+from kqat.primitives import Hide
 from kqat.registry import ACTIVATIONS, AUGMENTING, LAYERS, rule_for
 from kqat.targets import KERNELS, LITERT, TABLE_OPS
 from kqat.tracing import Graph, trace
@@ -340,8 +341,8 @@ def test_own_kernels_on_a_target_that_has_them(kind: str, operator: str, tmp_pat
 def test_every_row_has_a_case() -> None:
     nodes = [node.layer for case in CASES for node in trace(case.model()).nodes]
     # `test_walk` tries image augmentation, which is slow, layer by layer. A plan puts Requantize
-    # there, where widths meet: `tests/kqat/test_crossing.py`.
-    tried = {*(type(layer) for layer in nodes), *AUGMENTING, Requantize}
+    # there, where widths meet: `tests/kqat/test_crossing.py`. Attention puts Hide where a mask is.
+    tried = {*(type(layer) for layer in nodes), *AUGMENTING, Requantize, Hide}
     assert set(LAYERS) - tried == set()
     kinds = [
         keras.activations.serialize(layer.activation)
