@@ -19,8 +19,8 @@ import tflite_export
 from kqat.errors import TargetError
 from kqat.marking import Requantize
 from kqat.operations import OPERATIONS
-from kqat.recurrence import Recurrence
 from kqat.primitives import Hide
+from kqat.recurrence import Recurrence
 from kqat.registry import ACTIVATIONS, AUGMENTING, LAYERS, rule_for
 from kqat.targets import KERNELS, LITERT, TABLE_OPS
 from kqat.tracing import Graph, trace
