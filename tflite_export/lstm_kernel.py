@@ -21,7 +21,7 @@ SUM_SCALE = np.float32(2.0**-12)
 _INT16 = (-(2**15), 2**15 - 1)
 _INT8 = (-128, 127)
 # The micro kernels' table of sigmoid(i / 24) lies one above the rounded value at these i (a bit
-# each), as read back from their LOGISTIC.
+# each): what their LOGISTIC and TANH give at all inputs allows no other bits.
 _RAISED = int("800000000000000000000000000000800011009020440005c0467baefa7bd110", 16)
 
 Integers = np.ndarray

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from tflite_export import flatbuffer
+from tflite_export import flatbuffer, lstm_kernel
 from tflite_export.lstm_kernel import GATES, Numbers, run_lstm
 from tflite_export.runtimes import run, supports
 
@@ -125,3 +125,36 @@ def test_runtimes_drift_apart() -> None:
         run_lstm(numbers, x, runtime).astype(int) for runtime in ("tflite_micro", "litert")
     )
     assert np.abs(micro - litert).max() > 1
+
+
+def _of_one(code: int, kind: int, count: int, source: float, result: float) -> bytes:
+    """A file of one operator without options: `count` numbers of a type, of two scales."""
+    model, graph, operator = schema.ModelT(), schema.SubGraphT(), schema.OperatorT()
+    graph.tensors = []
+    for scale in (source, result):
+        tensor = schema.TensorT()
+        tensor.type, tensor.buffer, tensor.shape = kind, 0, (1, count)
+        tensor.quantization = schema.QuantizationParametersT()
+        tensor.quantization.scale, tensor.quantization.zeroPoint = [scale], [0]
+        graph.tensors.append(tensor)
+    operator.opcodeIndex, operator.inputs, operator.outputs = 0, [0], [1]
+    operators = schema.OperatorCodeT()
+    operators.builtinCode = operators.deprecatedBuiltinCode = code
+    operators.version = 3
+    graph.inputs, graph.outputs, graph.operators = [0], [1], [operator]
+    model.version, model.buffers = 3, [schema.BufferT()]
+    model.subgraphs, model.operatorCodes = [graph], [operators]
+    return flatbuffer.write(model)
+
+
+def test_the_micro_table_is_read_back_by_its_operators() -> None:
+    """All that the table of sigmoid is used for, at all 65,536 inputs."""
+    x = np.arange(-(2**15), 2**15, dtype=np.int16)[None]
+    operators = schema.BuiltinOperator
+    logistic = _of_one(operators.LOGISTIC, INT16, x.size, 2.0**-12, 2.0**-15)
+    found = run(logistic, [x], runtime="tflite_micro").outputs[0]
+    np.testing.assert_array_equal(lstm_kernel._micro_sigmoid(x.astype(np.int64)), found)
+    for power in (-15, -12, -9):
+        tanh = _of_one(operators.TANH, INT16, x.size, 2.0**power, 2.0**-15)
+        found = run(tanh, [x], runtime="tflite_micro").outputs[0]
+        np.testing.assert_array_equal(lstm_kernel._micro_tanh(x.astype(np.int64), power), found)
