@@ -16,6 +16,7 @@ from kqat.targets import INT16, PACKED_BITS, PACKS_AS, RUNTIMES
 from tflite_export import flatbuffer
 from tflite_export.clamps import fuse_clamps, split_clamps
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
+from tflite_export.flattening import drop_flattening
 from tflite_export.fused_lstm import insert_lstms
 from tflite_export.lookup import insert_tables
 from tflite_export.markers import (
@@ -66,6 +67,7 @@ def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = RUN
     insert_lstms(marked, labels, frozen.lstms)
     integer_pass.convert_tensors()
     name_tensors(marked, labels)
+    drop_flattening(marked, labels)
     convolve(marked, integer_pass.unpacked)
     return marked
 

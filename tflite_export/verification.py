@@ -299,7 +299,7 @@ class _Lockstep:
     """One walk over the frozen model, each node fed what the runtime computed before it.
 
     Layers that hand integers on as they are (Flatten, then Reshape) may share one tensor of the
-    file, which bears the last one's name. The earlier sites count as compared with that one.
+    file, which bears one's name. The others' sites count as compared with that one.
     """
 
     def __init__(
@@ -320,6 +320,7 @@ class _Lockstep:
         self.differences: list[SiteDifference] = []
         self.uses: list[GridUse] = []
         self.missed: dict[str, int] = {}
+        self.held: dict[Ref, int] = {}  # value -> the tensor whose integers it was handed
         self.waiting: dict[Ref, set[str]] = {}  # value -> missed sites whose integers it carries
         self.compared: set[str] = set()  # missed sites that a later site stands for …
         self.used: set[str] = set()  # … and those that were computed with before
@@ -345,8 +346,10 @@ class _Lockstep:
         waiting = {name for ref in node.inputs for name in self.waiting.get(ref, ())}
         if is_marker(node.layer, "site"):
             return self._site(node, waiting, args[0])
-        if waiting and _hands_on(node):
+        held = [self.held[ref] for ref in node.inputs if ref in self.held]
+        if (waiting or held) and _hands_on(node):
             self.waiting.update(dict.fromkeys(node.outputs, waiting))
+            self.held.update(dict.fromkeys(node.outputs, held[0]) if held else {})
         else:
             self.used |= waiting
         if isinstance(node.layer, Marker):
@@ -362,10 +365,14 @@ class _Lockstep:
         grid = (site.scale, site.zero_point, site.bits, expected.shape)
         self.values[index] = (*grid, sha256(expected).digest())
         if tensor is None or tensor not in self.found:
+            if self._is_held(node, expected):
+                self.held[node.outputs[0]] = self.held[node.inputs[0]]
+                return keras.ops.convert_to_tensor(site.reals(expected))
             self.missed[site.name] = index
             self.waiting[node.outputs[0]] = waiting | {site.name}
             return keras.ops.convert_to_tensor(site.reals(expected))
         self.holders[self.values[index]] = tensor
+        self.held[node.outputs[0]] = tensor
         self.compared |= waiting
         actual = self.found[tensor].reshape(expected.shape).astype(np.float32)
         steps = np.abs(actual - expected)
@@ -384,6 +391,11 @@ class _Lockstep:
             )
         )
         return keras.ops.convert_to_tensor(site.reals(actual))
+
+    def _is_held(self, node: Node, expected: np.ndarray) -> bool:
+        """Whether the tensor before holds just these integers, as where no RESHAPE is needed."""
+        before = self.held.get(node.inputs[0])
+        return before is not None and np.array_equal(self.found[before].ravel(), expected.ravel())
 
 
 def _hands_on(node: Node) -> bool:

@@ -212,10 +212,8 @@ _MOVE_OPS = {
 }  # fmt: skip
 
 CASES = (
-    _graph(
-        "sequential", _sequential, CONV_2D=1, MAX_POOL_2D=1, RESHAPE=1, FULLY_CONNECTED=1, SOFTMAX=1
-    ),
-    _graph("nested", _nested, CONV_2D=1, MAX_POOL_2D=1, RESHAPE=1, FULLY_CONNECTED=1),
+    _graph("sequential", _sequential, CONV_2D=1, MAX_POOL_2D=1, FULLY_CONNECTED=1, SOFTMAX=1),
+    _graph("nested", _nested, CONV_2D=1, MAX_POOL_2D=1, FULLY_CONNECTED=1),
     _image("shared_layer", _shared_layer, CONV_2D=2, RELU=1, ADD=1),
     _graph("siamese", _siamese, CONV_2D=2, MEAN=2, SUB=1, FULLY_CONNECTED=1, LOGISTIC=1),
     _graph("dicts", _dicts, CONV_2D=1, MEAN=1, FULLY_CONNECTED=3, CONCATENATION=1, SOFTMAX=1),
@@ -227,7 +225,7 @@ CASES = (
         CONV_2D=1,
         MEAN=1,
         FULLY_CONNECTED=2,
-        RESHAPE=2,
+        RESHAPE=1,
         LOGISTIC=1,
         MUL=1,
     ),

@@ -25,11 +25,11 @@ def _conv(x: Any, filters: int = 3) -> Any:
 
 WEIGHTED = (
     _one("dense", VECTOR, lambda x: L.Dense(4)(x), FULLY_CONNECTED=1),
-    _one("dense_3d", (5, 8), lambda x: L.Dense(4, "relu")(x), FULLY_CONNECTED=1, RESHAPE=2),
+    _one("dense_3d", (5, 8), lambda x: L.Dense(4, "relu")(x), FULLY_CONNECTED=1, RESHAPE=1),
     _one(
-        "dense_4d", (3, 5, 8), lambda x: L.Dense(4, use_bias=False)(x), FULLY_CONNECTED=1, RESHAPE=2
+        "dense_4d", (3, 5, 8), lambda x: L.Dense(4, use_bias=False)(x), FULLY_CONNECTED=1, RESHAPE=1
     ),
-    _one("dense_5d", VOLUME, lambda x: L.Dense(4, "relu")(x), FULLY_CONNECTED=1, RESHAPE=2),
+    _one("dense_5d", VOLUME, lambda x: L.Dense(4, "relu")(x), FULLY_CONNECTED=1, RESHAPE=1),
     _one("dense_bn", VECTOR, lambda x: _bn(L.Dense(4)(x)), FULLY_CONNECTED=1),
     _one(
         "dense_relu_bn",
@@ -226,7 +226,7 @@ ACTIVATION = (
         (4, 8),
         lambda x: L.Softmax()(L.Dense(8)(x)),
         FULLY_CONNECTED=1,
-        RESHAPE=2,
+        RESHAPE=1,
         SOFTMAX=1,
     ),
 )
@@ -293,7 +293,7 @@ MERGE = (
 )
 
 MOVE = (
-    _one("flatten", IMAGE, lambda x: L.Dense(3)(L.Flatten()(x)), FULLY_CONNECTED=1, RESHAPE=1),
+    _one("flatten", IMAGE, lambda x: L.Dense(3)(L.Flatten()(x)), FULLY_CONNECTED=1),
     _one("reshape", IMAGE, lambda x: _conv(L.Reshape((4, 4, 12))(_conv(x))), CONV_2D=2, RESHAPE=1),
     _one("permute", IMAGE, lambda x: _conv(L.Permute((2, 1, 3))(_conv(x))), CONV_2D=2, TRANSPOSE=1),
     _one("permute_input", IMAGE, lambda x: _conv(L.Permute((2, 1, 3))(x)), CONV_2D=1, TRANSPOSE=1),
@@ -356,7 +356,7 @@ def _vanishing(shape: tuple[int, ...], make: Callable[[], Any]) -> Case:
         return L.Dense(3)(make()(L.Dense(x.shape[-1], "relu")(x)))
 
     name = type(make()).__name__
-    return _one(name, shape, call, FULLY_CONNECTED=2, RESHAPE=2)
+    return _one(name, shape, call, FULLY_CONNECTED=2, RESHAPE=1)
 
 
 VANISHING = tuple(_vanishing(shape, make) for shape, make in _TRAINING_ONLY)
@@ -368,7 +368,7 @@ def _product(x: Any) -> Any:
 
 # What the registry decomposes into layers with one operator each, and those layers.
 _REST = {"ADD": 1, "CAST": 1, "DEPTHWISE_CONV_2D": 1, "GATHER": 1, "MUL": 2, "RESHAPE": 2}
-_ATTENTION = {"BATCH_MATMUL": 2, "RESHAPE": 6, "SOFTMAX": 1, "TRANSPOSE": 4}
+_ATTENTION = {"BATCH_MATMUL": 2, "RESHAPE": 4, "SOFTMAX": 1, "TRANSPOSE": 4}
 COMPOSITE = (
     _one("layer_norm", (5, 8), lambda x: L.LayerNormalization()(x), MEAN=2, SUB=1, **_REST),
     _one("rms_norm", (5, 8), lambda x: L.RMSNormalization()(x), MEAN=1, **_REST),
@@ -377,7 +377,7 @@ COMPOSITE = (
         (5, 8),
         lambda x: L.EinsumDense("abc,cd->abd", (5, 4), "relu", "d")(x),
         FULLY_CONNECTED=1,
-        RESHAPE=2,
+        RESHAPE=1,
     ),
     _one(
         "attention",

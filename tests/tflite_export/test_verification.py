@@ -67,13 +67,13 @@ def test_a_right_file_is_right_everywhere(net: Net) -> None:
     assert report.size_bytes == len(net.blob)
     assert report.is_full_integer
     assert report.operators == {
-        "CONV_2D": 1, "FULLY_CONNECTED": 1, "MAX_POOL_2D": 1, "RESHAPE": 1, "SOFTMAX": 1
+        "CONV_2D": 1, "FULLY_CONNECTED": 1, "MAX_POOL_2D": 1, "SOFTMAX": 1
     }  # fmt: skip
     assert [part.runtime for part in report.runtimes] == list(verification.DEFAULT_RUNTIMES)
     for part in report.runtimes:
         assert part.problem is None and part.unmatched == () and part.max_steps <= 1
         assert {site.name: site.operator for site in part.sites} == {
-            "x": "input", "conv_relu": "CONV_2D", "pool": "MAX_POOL_2D", "flat": "RESHAPE",
+            "x": "input", "conv_relu": "CONV_2D", "pool": "MAX_POOL_2D",
             "head": "FULLY_CONNECTED", "head_softmax": "SOFTMAX",
         }  # fmt: skip
         assert part.sites[0].elements == 40 * 8 * 8 * 3
