@@ -170,10 +170,12 @@ class ActivationQuantizer(keras.layers.Layer):
         hides, spec = self.hides, self.spec
         batch = numerics.shown_bounds(x, spec) if hides else numerics.bounds(x, self.clamp)
         assert not isinstance(self.range_method, Fixed), "a fixed range is never observed"
-        new_low, new_high = self.range_method.update(low[site], high[site], count[site], *batch)
+        # Of all sites, then only this one is kept: a slice would be an operation of its own.
+        new_low, new_high = self.range_method.update(low, high, count, *batch)
         # One exploding batch must not poison the range for good.
-        finite = ops.logical_and(*map(ops.isfinite, batch))
-        here = ops.logical_and(ops.arange(self.sites) == site, finite)
+        here = ops.logical_and(*map(ops.isfinite, batch))
+        if self.sites > 1:
+            here = ops.logical_and(ops.arange(self.sites) == site, here)
         low, high = ops.where(here, new_low, low), ops.where(here, new_high, high)
         self.site_low.assign(low)
         self.site_high.assign(high)

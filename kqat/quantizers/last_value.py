@@ -15,5 +15,8 @@ class LastValue:
     def update(
         self, low: Any, high: Any, count: Any, batch_low: Any, batch_high: Any
     ) -> tuple[Any, Any]:
-        """The range after one more batch; all arguments are float32 scalars."""
+        """The range after one more batch.
+
+        All float32: `low`, `high` and `count` of one shape, the others scalars.
+        """
         return batch_low, batch_high

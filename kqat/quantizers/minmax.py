@@ -16,5 +16,8 @@ class MinMax:
     def update(
         self, low: Any, high: Any, count: Any, batch_low: Any, batch_high: Any
     ) -> tuple[Any, Any]:
-        """The range after one more batch; all arguments are float32 scalars."""
+        """The range after one more batch.
+
+        All float32: `low`, `high` and `count` of one shape, the others scalars.
+        """
         return ops.minimum(low, batch_low), ops.maximum(high, batch_high)

@@ -36,7 +36,10 @@ class MovingAverage:
     def update(
         self, low: Any, high: Any, count: Any, batch_low: Any, batch_high: Any
     ) -> tuple[Any, Any]:
-        """The range after one more batch, `count` of which came before; float32 scalars."""
+        """The range after one more batch, `count` of which came before.
+
+        All float32: `low`, `high` and `count` of one shape, the others scalars.
+        """
         # expm1, because 1 - d**t loses its digits where d is near one.
         share = (1.0 - self.decay) / -ops.expm1((count + 1.0) * math.log(self.decay))
         weight = ops.where(count > 0.0, share, 1.0)
