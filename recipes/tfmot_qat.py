@@ -11,7 +11,6 @@ epoch if it was killed.
 
 import argparse
 import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tensorflow_model_optimization.python.core.api.experimental import combine
 from kqat.saving import write_file
 from recipes.data import Samples
 from recipes.models import mobilenet_v2
+from recipes.timing import Seconds
 from recipes.training import Batches
 
 
@@ -65,16 +65,15 @@ def _train(model: Any, batches: Batches, folder: Path, epochs: int, learning_rat
     manager.restore_or_initialize()
     path = folder / "history.json"
     history = json.loads(path.read_text())[: int(done)] if int(done) else []
-    started: list[tuple[float, float]] = []
+    started: list[Seconds] = []
 
     def begin(epoch: int, logs: dict[str, float]) -> None:
-        started.append((time.perf_counter(), time.process_time()))
+        started.append(Seconds.now())
 
     def end(epoch: int, logs: dict[str, float]) -> None:
-        wall, processor = started[-1]
+        took = Seconds.now().since(started[-1])
         row = {name: float(value) for name, value in logs.items()}
-        row["seconds"] = time.perf_counter() - wall
-        row["processor_seconds"] = time.process_time() - processor
+        row |= {"seconds": took.wall, "processor_seconds": took.processor}
         history.append(row)
         write_file(path, json.dumps(history, indent=1).encode())
         done.assign(epoch + 1)

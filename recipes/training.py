@@ -7,7 +7,6 @@ checkpoint holds, and a run that was killed goes on as if it had not been.
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import kqat
 from kqat.saving import write_file
 from recipes.data import Samples
+from recipes.timing import Seconds
 
 BATCH_SIZE = 128
 MAX_SHIFT = 4
@@ -54,8 +54,8 @@ class Batches:
 class Checkpoints(keras.callbacks.Callback):
     """Writes weights, optimizer and history after each epoch; each file whole or not there.
 
-    The history has one row per epoch: what `fit` logs, and the `seconds` that the epoch took on
-    the wall's clock and of the processor.
+    The history has one row per epoch: what `fit` logs, and the `seconds` that its training took on
+    the wall's clock and of the processor; the look at held-out images after it is left out.
     """
 
     def __init__(self, folder: Path):
@@ -77,14 +77,18 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Starts the clocks."""
-        self._started = time.perf_counter(), time.process_time()
+        self._started = Seconds.now()
+        self._trained: Seconds | None = None
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Stops the clocks: what follows is no training."""
+        self._trained = Seconds.now().since(self._started)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes the files. The weights come last: their name says which epoch is finished."""
-        wall, processor = self._started
+        took = self._trained or Seconds.now().since(self._started)
         row = {name: float(value) for name, value in (logs or {}).items()}
-        row["seconds"] = time.perf_counter() - wall
-        row["processor_seconds"] = time.process_time() - processor
+        row |= {"seconds": took.wall, "processor_seconds": took.processor}
         self.history.append(row)
         write_file(self.folder / "history.json", json.dumps(self.history, indent=1).encode())
         older = list(self.folder.glob("epoch_*.weights.h5"))

@@ -11,6 +11,7 @@ import kqat
 from kqat.saving import save_model
 from recipes import training
 from recipes.data import Samples
+from recipes.timing import Seconds
 from recipes.training import Batches
 
 
@@ -141,3 +142,19 @@ def test_a_finished_training_is_only_read_back(samples: Samples, tmp_path: Path)
     save_model(whole, tmp_path / "model.keras")
     training.drop_checkpoints(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"history.json", "model.keras"}
+
+
+def test_the_clocks_stop_before_the_look_at_held_out_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([Seconds(0.0, 0.0), Seconds(5.0, 8.0), Seconds(10.0, 0.0), Seconds(13.0, 2.0)])
+    monkeypatch.setattr(training.Seconds, "now", lambda: next(clock))
+    checkpoints = training.Checkpoints(tmp_path)
+    checkpoints.set_model(_model())
+    checkpoints.on_epoch_begin(0)
+    checkpoints.on_test_begin()
+    checkpoints.on_epoch_end(0)  # Reads no clock any more.
+    checkpoints.on_epoch_begin(1)
+    checkpoints.on_epoch_end(1)
+    took = [(row["seconds"], row["processor_seconds"]) for row in checkpoints.history]
+    assert took == [(5.0, 8.0), (3.0, 2.0)]
