@@ -57,11 +57,11 @@ def test_mobilenetv2_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def _check(name: str, out: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = ["--smoke", "--network", name, "--precisions", "int16x8", "ternary"]
+    chosen = ["--smoke", "--network", name, "--precisions", "w4a8", "ternary"]
     results = precisions.main([*chosen, "--out", str(out), *options])
     assert json.loads((out / "results.json").read_text()) == results
     assert {path.name for path in out.iterdir()} == {
-        "int16x8.tflite", "int16x8_report.json", "ternary.tflite", "ternary_report.json",
+        "w4a8.tflite", "w4a8_report.json", "ternary.tflite", "ternary_report.json",
         "results.json",
     }  # fmt: skip
     for row in results["rows"].values():
