@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from kqat.marking import Site
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer import ModelT
 from tflite_export.inspection import Inspection, OperatorInfo
 from tflite_export.report import LayerReport, RuntimeReport
 
@@ -45,6 +47,22 @@ def grid_use(site: Site, tensor: int, real: np.ndarray, actual: np.ndarray) -> G
         grid_share=len(np.unique(actual)) / levels,
         sqnr_db=10 * math.log10(signal / noise) if noise and signal else None,
     )
+
+
+def producers(model: ModelT) -> dict[int, int]:
+    """Tensor of subgraph 0 -> position of the operator that computes it.
+
+    A RESHAPE of a tensor without a name belongs to the operator before it.
+    """
+    graph = model.subgraphs[0]
+    found: dict[int, int] = {}
+    for position, operator in enumerate(graph.operators):
+        source = int(operator.inputs[0]) if len(operator.inputs) else -1
+        moves = flatbuffer.op_name(model, operator) == "RESHAPE" and source in found
+        if moves and not flatbuffer.tensor_name(graph.tensors[source]):
+            position = found[source]
+        found |= dict.fromkeys(map(int, operator.outputs), position)
+    return found
 
 
 def layer_reports(

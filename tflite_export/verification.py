@@ -27,7 +27,13 @@ from tflite_export.foreign import compare_runtimes
 from tflite_export.fused_lstm import call_layer
 from tflite_export.inspection import inspect_model
 from tflite_export.packing import ACTIVATION_DTYPES
-from tflite_export.profiling import GridUse, grid_use, layer_reports, static_reports
+from tflite_export.profiling import (
+    GridUse,
+    grid_use,
+    layer_reports,
+    producers,
+    static_reports,
+)
 from tflite_export.report import (
     LayerReport,
     OutputAgreement,
@@ -84,7 +90,7 @@ def verify(
         found = [_verify_on(runtime, frozen, model, blob, inputs) for runtime in runtimes]
         parts, count = tuple(part for part, _ in found), len(inputs[0])
         uses = next((uses for _, uses in found if uses), ())
-        layers = layer_reports(inspection, uses, _producers(model), parts)
+        layers = layer_reports(inspection, uses, producers(model), parts)
     notes += inspection.decoding_notes()
     estimated, misfits = check_file(blob, inspection, target)
     return Report(
@@ -99,22 +105,6 @@ def verify(
         estimate=estimated,
         notes=(*notes, *misfits),
     )
-
-
-def _producers(model: ModelT) -> dict[int, int]:
-    """Tensor of subgraph 0 -> position of the operator that computes it.
-
-    A RESHAPE of a tensor without a name belongs to the operator before it.
-    """
-    graph = model.subgraphs[0]
-    found: dict[int, int] = {}
-    for position, operator in enumerate(graph.operators):
-        source = int(operator.inputs[0]) if len(operator.inputs) else -1
-        moves = flatbuffer.op_name(model, operator) == "RESHAPE" and source in found
-        if moves and not flatbuffer.tensor_name(graph.tensors[source]):
-            position = found[source]
-        found |= dict.fromkeys(map(int, operator.outputs), position)
-    return found
 
 
 def _differences_of_ends(frozen: FrozenModel, model: ModelT) -> list[str]:
