@@ -69,7 +69,7 @@ def test_parts_hide_what_the_layer_hides(attend: Callable[[Any], Any]) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5, err_msg=f"sample {i}")
 
 
-@pytest.mark.parametrize("kind", ["padding, causal", "dot"])
+@pytest.mark.parametrize("kind", ["padding, causal", pytest.param("dot", marks=pytest.mark.slow)])
 def test_a_hidden_step_does_not_matter_to_the_file(kind: str) -> None:
     """What a padded row holds reaches no visible step, to the bit."""
     model, tokens = _embedded(MASKED[kind]), _tokens()
@@ -114,6 +114,7 @@ def test_all_hidden_scores_weigh_less_than_half_a_step_of_softmax() -> None:
     assert numerics.shown_bounds(np.full(4, numerics.HIDDEN), spec)[1] == 0.0
 
 
+@pytest.mark.slow
 def test_truth_values_become_quantities() -> None:
     tokens = keras.Input((STEPS,), dtype="int32", name="tokens")
     rows = layers.Embedding(10, FEATURES)(tokens)

@@ -165,7 +165,7 @@ POLICIES = {
     "ternary": ({"lookup"}, {"huffman"}),
     "binary": ({"lookup"}, {"lookup"}),
 }
-FAST = (("int8", "lookup"), ("ternary", "smallest"))
+FAST = (("ternary", "smallest"),)
 CASES = [
     pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
     for case in itertools.product(POLICIES, ("lookup", "smallest"))

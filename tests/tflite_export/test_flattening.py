@@ -44,7 +44,7 @@ def rows(x: Any) -> Any:
     ("call", "policy", "batch_size"),
     [
         (flattened, "int8", 1),
-        (rows, "int8", 2),
+        pytest.param(rows, "int8", 2, marks=pytest.mark.slow),
         pytest.param(pooled, "int8", 2, marks=pytest.mark.slow),
         pytest.param(reshaped, "int8", 1, marks=pytest.mark.slow),
         pytest.param(flattened, "int16x8", 2, marks=pytest.mark.slow),

@@ -95,6 +95,7 @@ def test_a_batch_of_two_and_float_ends() -> None:
     _verified(qat, batch_size=2, **floats)
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_take_the_memory_of_one() -> None:
     report = _verified(_qat(layers.LSTM(UNITS, name="lstm"), steps=100))
     arena_bytes = report.on("tflite_micro").arena_bytes

@@ -123,8 +123,14 @@ MIXED = {"stem*": "int8", "block_2*": "w4a8", "head": "int16x8", "block_1": None
     ("build", "policy", "types", "quantizes"),
     [
         (_network, "int16x8", {"int8", "int16", "int32", "int64"}, 0),
-        (_mlp, "int16x8", {"int8", "int16", "int64"}, 0),
-        (_network, {"block_1": "int16x8"}, {"int8", "int16", "int32", "int64"}, 2),
+        pytest.param(_mlp, "int16x8", {"int8", "int16", "int64"}, 0, marks=pytest.mark.slow),
+        pytest.param(
+            _network,
+            {"block_1": "int16x8"},
+            {"int8", "int16", "int32", "int64"},
+            2,
+            marks=pytest.mark.slow,
+        ),
         # Four-bit weights come packed, as uint8. One QUANTIZE more, behind the float layer.
         (_network, MIXED, {"int8", "int16", "int32", "int64", "uint8", "float32"}, 2),
     ],
@@ -203,7 +209,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize(
     "function",
-    [pytest.param(f, marks=[] if f in ("mish", "jump") else pytest.mark.slow) for f in FUNCTIONS],
+    [pytest.param(f, marks=[] if f == "jump" else pytest.mark.slow) for f in FUNCTIONS],
 )
 def test_a_function_without_a_kernel_ships_as_pieces(function: str) -> None:
     x = np.linspace(-6.0, 6.0, 2**16, dtype=np.float32).reshape(-1, 64)

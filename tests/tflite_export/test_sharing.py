@@ -40,6 +40,7 @@ def test_weights_are_named_by_layer_and_variable_and_biases_by_their_operator(wi
     assert names == ["wide/kernel", ""]
 
 
+@pytest.mark.slow
 def test_more_operators_of_a_kind_cost_no_more_options() -> None:
     """Equal strings, vectors and tables are shared, and what differs is kept apart."""
 
