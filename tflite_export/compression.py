@@ -104,13 +104,8 @@ class _Compressor:
     def _constant(self, data: bytes) -> int:
         """A tensor of bytes; one of equal bytes serves again."""
         if data not in self.constants:
-            buffer, tensor = schema.BufferT(), schema.TensorT()
-            buffer.data = np.frombuffer(data, np.uint8)
-            self.model.buffers.append(buffer)
-            tensor.shape, tensor.type = [len(data)], schema.TensorType.UINT8
-            tensor.buffer = len(self.model.buffers) - 1
-            self.graph.tensors.append(tensor)
-            self.constants[data] = len(self.graph.tensors) - 1
+            kind = schema.TensorType.UINT8
+            self.constants[data] = flatbuffer.add_tensor(self.model, [len(data)], kind, data=data)
         return self.constants[data]
 
 

@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flatbuffers
 import numpy as np
@@ -155,6 +156,41 @@ def op_name(model: ModelT, operator: OperatorT) -> str:
 def tensor_name(tensor: TensorT) -> str:
     """Returns the tensor's name, empty when it has none."""
     return text(tensor.name)
+
+
+def add_tensor(
+    model: ModelT,
+    shape: Any,
+    kind: int,
+    *,
+    name: str | bytes | None = None,
+    grid: Any = None,
+    data: np.ndarray | bytes | None = None,
+) -> int:
+    """Gives the first subgraph a new tensor, a constant if there is `data`; returns its index.
+
+    Args:
+        model: the flatbuffer.
+        shape: of the tensor.
+        kind: its type, of `schema.TensorType`.
+        name: its name; `None` where it needs none.
+        grid: its quantization parameters, or `None`.
+        data: what a constant holds, of any NumPy type, in the tensor's order.
+    """
+    tensor = schema.TensorT()
+    tensor.shape, tensor.type, tensor.buffer = np.asarray(shape, np.int32), kind, 0
+    tensor.name = name.encode() if isinstance(name, str) else name
+    tensor.quantization = grid
+    if data is not None:
+        buffer = schema.BufferT()
+        buffer.data = np.frombuffer(
+            data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes(), np.uint8
+        )
+        model.buffers.append(buffer)
+        tensor.buffer = len(model.buffers) - 1
+    tensors = model.subgraphs[0].tensors
+    tensors.append(tensor)
+    return len(tensors) - 1
 
 
 def tensor_shape(tensor: TensorT) -> tuple[int, ...]:

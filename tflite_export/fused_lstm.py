@@ -14,7 +14,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from kqat.lstm import GATES, FrozenLSTM, GateNumbers
 from tflite_export import flatbuffer
-from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
+from tflite_export.flatbuffer import ModelT, OperatorT
 from tflite_export.lstm_kernel import Numbers, run_lstm
 from tflite_export.markers import Labels
 from tflite_export.packing import TENSOR_TYPES, Weights, fit_bias, quantization
@@ -110,15 +110,5 @@ def _tensor(
     *,
     data: np.ndarray | None = None,
 ) -> int:
-    tensor: TensorT = schema.TensorT()
-    tensor.name, tensor.type, tensor.buffer = name.encode(), TENSOR_TYPES[np.dtype(dtype)], 0
-    tensor.shape = np.asarray(shape, np.int32)
-    tensor.quantization = quantization([scale], [zero_point], 0)
-    if data is not None:
-        buffer = schema.BufferT()
-        buffer.data = np.frombuffer(np.ascontiguousarray(data).tobytes(), np.uint8)
-        model.buffers.append(buffer)
-        tensor.buffer = len(model.buffers) - 1
-    graph = model.subgraphs[0]
-    graph.tensors.append(tensor)
-    return len(graph.tensors) - 1
+    kind, grid = TENSOR_TYPES[np.dtype(dtype)], quantization([scale], [zero_point], 0)
+    return flatbuffer.add_tensor(model, shape, kind, name=name, grid=grid, data=data)

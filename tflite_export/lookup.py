@@ -14,6 +14,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from kqat.marking import Site, Tabulated
 from kqat.targets import LITERT
+from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
 from tflite_export.interpolation import INTEGERS, Pieces, fit
 from tflite_export.markers import Labels, new_operator
@@ -139,20 +140,12 @@ class _Writer:
 
     def constant(self, data: np.ndarray, name: str) -> int:
         """A new constant tensor."""
-        buffer = schema.BufferT()
-        buffer.data = np.frombuffer(data.tobytes(), np.uint8)
-        self.model.buffers.append(buffer)
-        tensor = self._tensor(name, TENSOR_TYPES[data.dtype])
-        self.tensors[tensor].shape = np.asarray(data.shape, np.int32)
-        self.tensors[tensor].buffer = len(self.model.buffers) - 1
-        return tensor
+        kind = TENSOR_TYPES[data.dtype]
+        name = f"{self.name}/{name}"
+        return flatbuffer.add_tensor(self.model, data.shape, kind, name=name, data=data)
 
-    def _tensor(self, name: str, dtype: int) -> int:
-        tensor = schema.TensorT()
-        tensor.name, tensor.type, tensor.buffer = f"{self.name}/{name}".encode(), dtype, 0
-        tensor.shape = np.asarray(self.shape, np.int32)
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
+    def _tensor(self, name: str, kind: int) -> int:
+        return flatbuffer.add_tensor(self.model, self.shape, kind, name=f"{self.name}/{name}")
 
     def _append(
         self, op: str, inputs: list[int], result: int, options: Any, version: int = 1

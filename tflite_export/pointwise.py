@@ -68,12 +68,8 @@ def _convolution(model: ModelT, operator: OperatorT) -> list[OperatorT]:
 
 
 def _image(model: ModelT, like: int, shape: tuple[int, ...]) -> int:
-    graph = model.subgraphs[0]
-    tensor = schema.TensorT()
-    tensor.shape, tensor.type, tensor.buffer = list(shape), graph.tensors[like].type, 0
-    tensor.quantization = graph.tensors[like].quantization
-    graph.tensors.append(tensor)
-    return len(graph.tensors) - 1
+    tensor = model.subgraphs[0].tensors[like]
+    return flatbuffer.add_tensor(model, shape, tensor.type, grid=tensor.quantization)
 
 
 def _no_bias(model: ModelT, image: int, matrix: TensorT) -> int:
@@ -84,14 +80,8 @@ def _no_bias(model: ModelT, image: int, matrix: TensorT) -> int:
 
 
 def _constant(model: ModelT, values: np.ndarray, grid: Any = None) -> int:
-    graph = model.subgraphs[0]
-    buffer, tensor = schema.BufferT(), schema.TensorT()
-    buffer.data = np.frombuffer(values.tobytes(), np.uint8)
-    model.buffers.append(buffer)
-    tensor.shape, tensor.type = [len(values)], schema.TensorType.INT32
-    tensor.buffer, tensor.quantization = len(model.buffers) - 1, grid
-    graph.tensors.append(tensor)
-    return len(graph.tensors) - 1
+    kind = schema.TensorType.INT32
+    return flatbuffer.add_tensor(model, values.shape, kind, grid=grid, data=values)
 
 
 def _reshape(model: ModelT, source: int, result: int) -> OperatorT:

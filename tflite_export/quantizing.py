@@ -350,16 +350,11 @@ class _IntegerPass:
         self, like: TensorT, data: np.ndarray, scale: np.ndarray, axis: int, zero_point: int = 0
     ) -> int:
         """A new constant; the old one may serve another operator with another scale."""
-        buffer = schema.BufferT()
-        buffer.data = np.frombuffer(np.ascontiguousarray(data).tobytes(), np.uint8)
-        self.model.buffers.append(buffer)
-        tensor = schema.TensorT()
-        tensor.name, tensor.shape = like.name, like.shape
-        tensor.buffer = len(self.model.buffers) - 1
-        tensor.type = TENSOR_TYPES[data.dtype]
-        tensor.quantization = quantization(scale, np.full(len(scale), zero_point), axis)
-        self.graph.tensors.append(tensor)
-        return len(self.graph.tensors) - 1
+        grid = quantization(scale, np.full(len(scale), zero_point), axis)
+        kind = TENSOR_TYPES[data.dtype]
+        return flatbuffer.add_tensor(
+            self.model, like.shape, kind, name=like.name, grid=grid, data=data
+        )
 
     def convert_tensors(self) -> None:
         """Gives every labelled tensor its type, scale and zero point."""
