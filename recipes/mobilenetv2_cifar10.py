@@ -101,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 LEGEND = """\
 gap        accuracy less that of the half-pruned float file, in points
 zeros      share among the weights of the pruned kernels, as in the file
-minutes    of training for this row alone: of the processor, threads added up,
-           without the look at held-out images after each epoch
+minutes    of training for this row alone: of the processor, threads added up
 lockstep   largest difference of any operator from the Keras model, in output
            steps, on LiteRT (reference kernels and XNNPACK) and TFLite Micro
 zipped     bytes of the file after zlib, where zeros cost nothing

@@ -45,7 +45,8 @@ calibrated  accuracy of the .tflite after calibration only, on LiteRT (XNNPACK)
 trained     the same after QAT; gap is that less the float file's, in points
 arena       as TFLite Micro uses it on this 64-bit host
 lockstep    largest difference of any operator from the Keras model, in output
-            steps, on all runtimes that run the file
+            steps, on all runtimes that run the file; int16's SOFTMAX, whose
+            kernel interpolates, has steps of 1/32768
 runs on     R LiteRT's reference kernels, X LiteRT (XNNPACK), M TFLite Micro"""
 
 
