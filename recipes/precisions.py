@@ -50,6 +50,11 @@ lockstep    largest difference of any operator from the Keras model, in output
 runs on     R LiteRT's reference kernels, X LiteRT (XNNPACK), M TFLite Micro"""
 
 
+ENCODED_LEGEND = """\
+encoded     weights encoded for TFLite Micro's DECODE (compress="smallest"); the
+            arena holds the decoded weights of one layer; lockstep is there"""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Task:
     """A float network, what is shown to it, and how it is trained."""
@@ -95,8 +100,14 @@ def tables(results: dict[str, Any]) -> list[Table]:
     title = f"{results['options']['network']}, {results['test_images']:,} test images"
     size = running.counted(float_row.file_bytes), running.counted(float_row.arena_bytes)
     first = (float_row.name, "-", running.percent(float_row.accuracy), "-", *size, "-", "-")
-    cells = [_cells(name, row, float_row) for name, row in results["rows"].items()]
-    return [Table(title, header, [first, *cells], LEGEND)]
+    rows = results["rows"]
+    cells = [_cells(name, row, float_row) for name, row in rows.items()]
+    encoded = [_encoded_cells(name, row["encoded"], float_row) for name, row in rows.items()]
+    header_encoded = ("encoded", "file bytes", "of FP32", "arena bytes", "lockstep")
+    return [
+        Table(title, header, [first, *cells], LEGEND),
+        Table(f"{title}: TFLite Micro", header_encoded, encoded, ENCODED_LEGEND),
+    ]
 
 
 def _cells(name: str, row: dict[str, Any], float_row: Row) -> tuple[str, ...]:
@@ -114,6 +125,16 @@ def _cells(name: str, row: dict[str, Any], float_row: Row) -> tuple[str, ...]:
     )
 
 
+def _encoded_cells(name: str, found: dict[str, Any], float_row: Row) -> tuple[str, ...]:
+    return (
+        name,
+        running.counted(found["file_bytes"]),
+        f"{found['file_bytes'] / (float_row.file_bytes or 1):.3f}",
+        running.counted(found["arena_bytes"]),
+        running.steps(found["lockstep"]),
+    )
+
+
 def _measured(task: _Task, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """One precision: accuracy of its file after calibration, and its row after QAT."""
     images = task.train[0][:CALIBRATION_SAMPLES]
@@ -123,7 +144,25 @@ def _measured(task: _Task, precision: str, options: argparse.Namespace) -> dict[
     shipped = shipping.measured(precision, qat, task.test)
     tflite_export.save(shipped.blob, options.out / f"{precision}.tflite")
     shipped.report.save(options.out / f"{precision}_report.json")
-    return {"calibrated": calibrated.accuracy, "trained": dataclasses.asdict(shipped.row)}
+    return {
+        "calibrated": calibrated.accuracy,
+        "trained": dataclasses.asdict(shipped.row),
+        "encoded": _encoded(qat, images, options.out / f"{precision}_encoded.tflite"),
+    }
+
+
+def _encoded(qat: keras.Model, images: Any, path: Path) -> dict[str, Any]:
+    """The file for TFLite Micro with the smallest weights, and how that runs it."""
+    blob = tflite_export.convert(qat, target="tflite_micro", compress="smallest")
+    tflite_export.save(blob, path)
+    (part,) = tflite_export.verify(qat, blob, images, runtimes=("tflite_micro",)).runtimes
+    if part.problem:
+        raise SystemExit(f"TensorFlow Lite Micro does not run {path}: {part.problem}")
+    return {
+        "file_bytes": len(blob),
+        "arena_bytes": part.arena_bytes,
+        "lockstep": part.max_steps,
+    }
 
 
 def _resnet8(options: argparse.Namespace) -> _Task:

@@ -20,20 +20,29 @@ def _row(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_table_says_what_was_won_and_where_it_runs() -> None:
+    encoded = {"file_bytes": 2000, "arena_bytes": 5000, "lockstep": 1}
     found = {
         "options": {"network": "resnet8"},
         "test_images": 1000,
         "float": _row(name="FP32", accuracy=0.8, lockstep_steps=None),
         "rows": {
-            "w2a8": {"calibrated": 0.25, "trained": _row()},
-            "binary": {"calibrated": 0.1, "trained": _row(lockstep_steps={}, arena_bytes=None)},
+            "w2a8": {"calibrated": 0.25, "trained": _row(), "encoded": encoded},
+            "binary": {
+                "calibrated": 0.1,
+                "trained": _row(lockstep_steps={}, arena_bytes=None),
+                "encoded": {**encoded, "file_bytes": 1000},
+            },
         },
     }
-    (table,) = precisions.tables(found)
+    table, small = precisions.tables(found)
     assert table.rows == [
         ("FP32", "-", "80.00 %", "-", "4,000", "3,000", "-", "-"),
         ("w2a8", "25.00 %", "75.00 %", "-5.00", "4,000", "3,000", "1 step", "R M"),
         ("binary", "10.00 %", "75.00 %", "-5.00", "4,000", "-", "-", "-"),
+    ]
+    assert small.rows == [
+        ("w2a8", "2,000", "0.500", "5,000", "1 step"),
+        ("binary", "1,000", "0.250", "5,000", "1 step"),
     ]
 
 
@@ -61,8 +70,8 @@ def _check(name: str, out: Path, options: list[str], capsys: pytest.CaptureFixtu
     results = precisions.main([*chosen, "--out", str(out), *options])
     assert json.loads((out / "results.json").read_text()) == results
     assert {path.name for path in out.iterdir()} == {
-        "w4a8.tflite", "w4a8_report.json", "ternary.tflite", "ternary_report.json",
-        "results.json",
+        "w4a8.tflite", "w4a8_encoded.tflite", "w4a8_report.json",
+        "ternary.tflite", "ternary_encoded.tflite", "ternary_report.json", "results.json",
     }  # fmt: skip
     for row in results["rows"].values():
         steps = row["trained"]["lockstep_steps"]
