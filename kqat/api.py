@@ -11,6 +11,7 @@ from kqat.config import QuantizePolicy
 from kqat.errors import ModelError, TargetError
 from kqat.fitting import misfits, with_replacements
 from kqat.interop.tfmot import translate_policy
+from kqat.opening import hands_on_mask
 from kqat.planning import make_plan
 from kqat.reporting import Plan
 from kqat.targets import target_named
@@ -119,6 +120,14 @@ def quantize_model(
         warnings.warn(
             f"'{model.name}' of type {type(model).__name__} has {' and '.join(own)} of its own; "
             "the QAT model is a plain keras.Model and trains without. Write the loop around it.",
+            TrainerWarning,
+            stacklevel=2,
+        )
+    if hands_on_mask(model):
+        warnings.warn(
+            f"'{model.name}' leaves masked steps out of its losses and metrics, by a mask of Keras "
+            "on its output. The QAT model does not: give fit and evaluate a sample_weight of 0 "
+            "there.",
             TrainerWarning,
             stacklevel=2,
         )

@@ -173,7 +173,8 @@ def verify(
     With a target, only on the runtimes of its kind.
 
     Without QAT, or for a file of another writer, only the runtimes are compared. The exit code is
-    1 if a runtime does not run the file, or differs by more than one step in lockstep.
+    1 if a runtime does not run the file, differs by more than one step in lockstep, or holds a
+    value of QAT that could not be compared: it is not that model's file, then.
     """
     if len(paths) > 2:
         raise click.UsageError("Expected one .tflite, with or without the .keras file before it.")
@@ -190,7 +191,10 @@ def verify(
     if json_path is not None:
         report.save(json_path)
     click.echo(str(report))
-    if any(part.problem is not None or part.max_steps > 1 for part in report.runtimes):
+    parts = report.runtimes
+    wrong = any(part.problem is not None or part.max_steps > 1 for part in parts)
+    missed = any(part.unmatched or (qat is not None and not part.sites) for part in parts)
+    if wrong or missed:
         sys.exit(1)
 
 

@@ -61,6 +61,7 @@ def version_limit(op: str, version: int) -> str | None:
 
 
 def _reduces_last(source: tuple[int, ...], result: tuple[int, ...]) -> bool:
-    """Whether a MEAN is over the last axis: what is left is the axes before it."""
-    kept = tuple(n for n in result if n != 1)
-    return source[-1] != 1 and kept == tuple(n for n in source[:-1] if n != 1)
+    """Whether a MEAN is surely over the last axis: what is left can only be those before it."""
+    kept = [n for n in result if n != 1]
+    first, last = ([n for n in part if n != 1] for part in (source[:-1], source[-1:]))
+    return bool(last) and kept == first and source[-1] not in kept

@@ -13,7 +13,7 @@ from kqat.marking import Requantize
 from kqat.operations import as_layers
 from kqat.registry import ACTIVATIONS, rule_for
 from kqat.reporting import LayerPlan, Plan
-from kqat.targets import NEAREST, PACKED, PACKED_BITS, TARGETS, Misfit, Target
+from kqat.targets import NEAREST, NEVER_PACKED, PACKED, PACKED_BITS, TARGETS, Misfit, Target
 from kqat.tracing import Graph, Node, rebuild
 
 
@@ -130,7 +130,7 @@ def _replaced(node: Node, activation: str | None) -> Any:
 def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
     """What to say about weights of so few bits that they could be packed, and will not be."""
     for spec in part.weights.values():
-        packable = [op for op in part.ops if op in PACKED[PACKED_BITS]]
+        packable = [op for op in part.ops if op in (*PACKED[PACKED_BITS], *NEVER_PACKED)]
         if spec.bits > PACKED_BITS or not packable:
             continue
         if target.packs(packable[0], spec.axis is None, part.bits):

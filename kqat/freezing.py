@@ -173,6 +173,12 @@ def _beyond_kernel(rule: LayerRule, source: Site) -> bool:
 def _site(quantizer: ActivationQuantizer, name: str) -> Site:
     """The grid of a quantizer's values, which have no shape yet."""
     low, high = quantizer.range()
+    if quantizer.hides and high - low > -numerics.HIDDEN:
+        raise FreezeError(
+            f"Expected attention scores that spread less than {-numerics.HIDDEN:.0f}, so that a "
+            f"mask hides them in the file. Received: {low:.0f} to {high:.0f} in "
+            f"'{quantizer.name}'. Scale queries or keys, as MultiHeadAttention does."
+        )
     scale, zero_point = numerics.nudge(np.float32(low), np.float32(high), quantizer.spec)
     return Site(name, np.float32(scale), int(zero_point), quantizer.spec.bits, ())
 

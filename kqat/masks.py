@@ -124,7 +124,8 @@ def _quantity(seen: Any, values: tuple[float, float], rank: int, name: str) -> A
 
 def _array(mask: Any, name: str) -> np.ndarray:
     array = np.asarray(mask).astype(bool)
-    array = array[0] if array.ndim == 3 and len(array) == 1 else array
+    while array.ndim > 2 and len(array) == 1:
+        array = array[0]
     if array.ndim != 2:
         raise _wrong(name, f"a constant of shape {array.shape}")
     return array
@@ -141,6 +142,6 @@ def _checked(mask: Any, rank: int, shape: Any, part: str, name: str) -> Any:
 def _wrong(name: str, found: str) -> UnsupportedLayerError:
     return UnsupportedLayerError(
         f"Expected masks of truth values in attention layer '{name}', of shape (batch, queries, "
-        f"keys), or (batch, steps) from the layers before. Received: {found}. Compare numbers to "
-        "make truth values of them."
+        f"keys), or (batch, steps) from the layers before. Received: {found}. Give all heads one "
+        "mask, and compare numbers to make truth values of them."
     )

@@ -28,9 +28,11 @@ from kqat.spec import QuantSpec
 SMALLEST_RANGE = 2.0**-100
 # Below this bound `high - low` does not overflow.
 LARGEST_BOUND = 2.0**126
-# What an attention mask adds to a score that it hides. Scores spread less, and XNNPACK's ADD takes
-# operands of up to 256 times its output's scale.
+# What an attention mask adds to a score that it hides, on integers: more than scores may spread,
+# and XNNPACK's ADD takes operands of up to 256 times its output's scale.
 HIDDEN = -1024.0
+# What such a score is in floats, in float16 too.
+LOWEST = -30000.0
 # What float32 logarithms are off by: a range that is a power of two keeps it.
 _ALMOST = 1e-5
 
@@ -77,7 +79,7 @@ def shown_bounds(x: Any, spec: QuantSpec) -> tuple[Any, Any]:
     The room is such that softmax over the last axis gives all hidden keys together less than half
     a step of its output, be they as many as they can: `exp(-room) * keys < 2**-(bits + 1)`.
     """
-    low, high = bounds(ops.where(x > HIDDEN / 2, x, 0.0), None)
+    low, high = bounds(ops.where(x == LOWEST, 0.0, x), None)
     return low - float(np.log(2.0 ** (spec.bits + 1) * x.shape[-1])), high
 
 

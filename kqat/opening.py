@@ -270,6 +270,21 @@ def attach_masks(layer: Any, args: Any, kwargs: Any) -> None:
             value._keras_mask = mask
 
 
+def passes_mask_by(layer: Any) -> bool:
+    """Whether a layer takes a mask and computes the same without it."""
+    if isinstance(layer, keras.layers.Lambda):
+        return "mask" not in inspect.signature(layer.function).parameters
+    if isinstance(layer, keras.layers.TimeDistributed):
+        return "mask" not in inspect.signature(layer.layer.call).parameters
+    return False
+
+
+def hands_on_mask(model: Any) -> bool:
+    """Whether Keras may leave steps of an output out of losses and metrics, by a mask."""
+    outputs = getattr(inner_function(model), "outputs", ())
+    return any(getattr(t, "_keras_mask", None) is not None for t in outputs)
+
+
 def _tensors(structure: Any) -> list[Any]:
     return [t for t in keras.tree.flatten(structure) if isinstance(t, keras.KerasTensor)]
 

@@ -8,7 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.errors import UnsupportedLayerError
-from kqat.numerics import HIDDEN
+from kqat.numerics import HIDDEN, LOWEST
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -218,17 +218,18 @@ class Select(layers.Layer):
 class Hide(layers.Add):
     """`bias + scores` of `[bias, scores]`; the bias is `numerics.HIDDEN` for keys that are hidden.
 
-    What is hidden is `HIDDEN` whatever its score, and softmax finds it equal; on integers the grid
-    ends above it, so that a sum does the same. Ships as an addition.
+    What is hidden is `numerics.LOWEST` whatever its score, and softmax finds it equal; on integers
+    the grid ends above it, so that a sum does the same. Ships as an addition.
     """
 
     def call(self, inputs: Any) -> Any:
-        """The scores, `HIDDEN` where the bias is."""
-        return _hidden(super().call(inputs))
+        """The scores, `LOWEST` where the bias hides them."""
+        bias, scores = inputs
+        return _shown(bias, scores)
 
 
-def _hidden(total: Any) -> Any:
-    return ops.where(total > HIDDEN / 2, total, HIDDEN)
+def _shown(bias: Any, scores: Any) -> Any:
+    return ops.where(bias < HIDDEN / 2, LOWEST, scores)
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -251,7 +252,7 @@ class WithConstant(layers.Layer):
         """The sum or product."""
         # The value first: Keras has ways of its own to add a vector that comes second.
         if self.kind == "hide":
-            return _hidden(ops.add(self.value, x))
+            return _shown(self.value, x)
         return getattr(ops, self.kind)(self.value, x)
 
     def compute_output_shape(self, input_shape: Any) -> Any:

@@ -109,6 +109,8 @@ PACKED: dict[int, dict[str, tuple[frozenset[str], frozenset[str]]]] = {
     },
 }
 PACKED_BITS = max(PACKED)
+# Operators with weights of which no runtime has a kernel for fewer bits than eight.
+NEVER_PACKED = ("UNIDIRECTIONAL_SEQUENCE_LSTM",)
 # An operator -> another that computes the same and packs what it does not.
 PACKS_AS = {"FULLY_CONNECTED": "CONV_2D"}
 
@@ -120,7 +122,7 @@ _CMSIS_NN = frozenset(
 # Those of whose functions that folder calls one for int16.
 _CMSIS_NN_INT16 = frozenset(
     "ADD AVERAGE_POOL_2D BATCH_MATMUL CONV_2D DEPTHWISE_CONV_2D FULLY_CONNECTED MAX_POOL_2D MUL "
-    "SOFTMAX UNIDIRECTIONAL_SEQUENCE_LSTM".split()
+    "SOFTMAX".split()
 )
 _ETHOS_U55 = frozenset(
     "ABS ADD ARG_MAX AVERAGE_POOL_2D BATCH_MATMUL CONCATENATION CONV_2D DEPTHWISE_CONV_2D ELU EXP "

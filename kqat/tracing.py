@@ -24,6 +24,7 @@ from kqat.opening import (
     inner_function,
     open_call,
     open_model,
+    passes_mask_by,
     typed_inputs,
     with_learned,
 )
@@ -351,6 +352,8 @@ def _call_options(
             f"training=True in the call of '{layer.name}'. Call it without `training`."
         )
     said = {k: v for k, v in kwargs.items() if k != "training" and (k, v) != ("mask", None)}
+    if "mask" in said and passes_mask_by(layer):
+        del said["mask"]
     first = next(iter(parameters), None)
     if not args and first in said:
         args = (said.pop(first),)

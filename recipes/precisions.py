@@ -224,7 +224,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--network", choices=NETWORKS, default="resnet8")
     parser.add_argument("--precisions", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--weights", help="a float .keras of the lab, for mobilenetv2")
-    parser.add_argument("--float-epochs", type=int, default=2, help="in float (default 2)")
+    parser.add_argument("--float-epochs", type=int, help="in float (default 2, with --weights 0)")
     parser.add_argument("--epochs", type=int, default=2, help="of each QAT (default 2)")
     parser.add_argument(
         "--train-images", type=int, default=10_000, help="to train on (default 10000)"
@@ -232,6 +232,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.weights is not None and options.network != "mobilenetv2":
         parser.error(f"Expected --weights for mobilenetv2 only. Received: {options.network}.")
+    if options.weights is not None and options.float_epochs:
+        parser.error(f"Expected --weights or --float-epochs. Received: {options.float_epochs} too.")
+    if options.float_epochs is None:
+        options.float_epochs = 0 if options.weights is not None else 2
     if options.smoke:
         options.epochs = options.float_epochs = 1
         options.train_images = SMOKE_IMAGES

@@ -133,8 +133,18 @@ def measure_file(name: str, blob: bytes, test: Samples) -> Row:
 def measure_integer(
     name: str, qat: keras.Model, blob: bytes, test: Samples, *, lockstep_samples: int = 64
 ) -> tuple[Row, tflite_export.Report]:
-    """The row of `blob`, made of `qat`, and the report of its verification on three runtimes."""
+    """The row of `blob`, made of `qat`, and the report of its verification on three runtimes.
+
+    Raises:
+        RuntimeError: if some value of the model was not found in the file.
+    """
     report = tflite_export.verify(qat, blob, test[0], samples=lockstep_samples)
+    for part in report.runtimes:
+        if part.problem is None and (part.unmatched or not part.sites):
+            raise RuntimeError(
+                f"Expected all values of '{name}' in its file. Received: {part.runtime} has no "
+                f"value to compare for {list(part.unmatched) or 'any'}."
+            )
     row = dataclasses.replace(
         measure_file(name, blob, test),
         lockstep_steps={p.runtime: p.max_steps for p in report.runtimes if p.problem is None},

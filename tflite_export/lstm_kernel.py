@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-GATES = ("input", "forget", "candidate", "output")
+from kqat.lstm import GATES
+
 # Q3.12, of the sums that a gate is a function of.
 SUM_SCALE = np.float32(2.0**-12)
 _INT16 = (-(2**15), 2**15 - 1)

@@ -40,6 +40,8 @@ from tflite_export.op_table import missing_kernels
 from tflite_export.targets import check_target
 from tflite_export.verification import DEFAULT_RUNTIMES
 
+# `tests/kqat/test_masks.py` looks at it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*leaves masked steps:kqat.TrainerWarning")
 CASES = (
     *layer_cases.CASES,
     *composite_cases.CASES,

@@ -105,6 +105,19 @@ def test_a_wrong_file_is_told_by_the_exit_code(folder: Path, blob: Path) -> None
     run("verify", folder / "qat.keras", folder / "wrong.tflite", "--data", folder / "x.npy", code=1)
 
 
+def test_a_file_of_another_model_is_told_by_the_exit_code(tmp_path: Path) -> None:
+    """Its grids are others, so that none of its values can be compared."""
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    dense = keras.layers.Dense
+    model = keras.Sequential([keras.Input((4,)), dense(5, activation="relu"), dense(3)])
+    kqat.quantize_model(model, calibration_data=x).save(tmp_path / "qat.keras")
+    other = kqat.quantize_model(model, calibration_data=3.0 * x)
+    tflite_export.save(tflite_export.convert(other), tmp_path / "other.tflite")
+    files = (tmp_path / "qat.keras", tmp_path / "other.tflite")
+    assert "not compared" in run("verify", *files, "--data", tmp_path / "x.npy", code=1).stdout
+
+
 def test_a_file_is_inspected(blob: Path) -> None:
     said = run("inspect", blob, "--target", "cmsis_nn")
     assert narrow(said.stdout)

@@ -16,7 +16,10 @@ from kqat.tracing import rebuild, trace
 
 STEPS, FEATURES = 6, 8
 # Of Keras's own layers inside GroupQueryAttention, which has used the mask by then.
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*leaves masked steps:kqat.TrainerWarning"),
+]
 
 
 def _tokens(samples: int = 16) -> np.ndarray:
@@ -115,6 +118,32 @@ def test_all_hidden_scores_weigh_less_than_half_a_step_of_softmax() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [300.0, 2000.0])
+def test_large_scores_are_hidden_too(size: float) -> None:
+    """Whether a key is seen says the mask, not its score."""
+    x = np.random.default_rng(0).normal(size=(4, STEPS, FEATURES)).astype(np.float32) * size**0.5
+    inputs = keras.Input((STEPS, FEATURES))
+    model = keras.Model(inputs, layers.Attention()([inputs, inputs], use_causal_mask=True))
+    np.testing.assert_allclose(_expanded(model)(x), model(x), rtol=2e-4, atol=2e-4)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    with pytest.raises(kqat.FreezeError, match=r"spread less than 1024.*'attention.*hidden_quant"):
+        kqat.freeze(qat)
+
+
+def test_a_masked_loss_is_told_of() -> None:
+    model = _embedded(lambda x: layers.Dense(3)(_heads()(x)))
+    with pytest.warns(kqat.TrainerWarning, match="leaves masked steps out of its losses"):
+        kqat.quantize_model(model, calibration_data=_tokens())
+
+
+def test_layers_that_pass_a_mask_by_are_no_hindrance() -> None:
+    def call(x: Any) -> Any:
+        x = layers.TimeDistributed(layers.Dense(4))(layers.Lambda(lambda t: 2.0 * t)(x))
+        return layers.Flatten()(x)
+
+    assert kqat.plan(_embedded(call)).float_layers() == ()
+
+
 def test_truth_values_become_quantities() -> None:
     tokens = keras.Input((STEPS,), dtype="int32", name="tokens")
     rows = layers.Embedding(10, FEATURES)(tokens)

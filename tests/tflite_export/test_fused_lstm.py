@@ -1,5 +1,6 @@
 """LSTMs as one operator: in lockstep on every runtime, without a difference."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,9 @@ import kqat
 import tflite_export
 from kqat.config import QuantizeConfig
 from kqat.lstm import FrozenLSTM
-from tflite_export import flatbuffer
+from tflite_export import flatbuffer, fused_lstm
 from tflite_export.fused_lstm import call_layer
+from tflite_export.lstm_kernel import Numbers
 from tflite_export.report import Report
 
 STEPS, FEATURES, UNITS = 7, 5, 6
@@ -102,6 +104,22 @@ def test_a_hundred_steps_take_the_memory_of_one() -> None:
     # 500 bytes of input, 600 of output, and what the interpreter has for three operators.
     assert arena_bytes is not None and arena_bytes < 5000
     assert {row.name: row.macs for row in report.layers}["lstm_steps"] == 100 * 4 * UNITS * 11
+
+
+def test_a_wrong_export_shows_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lockstep is with the file's own numbers; the outputs are compared with the trained layer."""
+    own = fused_lstm.numbers
+
+    def swapped(layer: FrozenLSTM) -> Numbers:
+        numbers = own(layer)
+        first, second, *rest = numbers.kernels.values()
+        kernels = dict(zip(numbers.kernels, (second, first, *rest), strict=True))
+        return dataclasses.replace(numbers, kernels=kernels)
+
+    monkeypatch.setattr(fused_lstm, "numbers", swapped)
+    qat = _qat(layers.LSTM(UNITS))
+    report = tflite_export.verify(qat, tflite_export.convert(qat), _data())
+    assert all(part.outputs[0].max_steps > 10 for part in report.runtimes)
 
 
 def test_the_frozen_model_in_floats_is_close() -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
+from kqat.lstm import GATES
 from tflite_export import flatbuffer, lstm_kernel
-from tflite_export.lstm_kernel import GATES, Numbers, run_lstm
+from tflite_export.lstm_kernel import Numbers, run_lstm
 from tflite_export.runtimes import run, supports
 
 SAMPLES, FEATURES, UNITS = 8, 6, 8
