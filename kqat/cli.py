@@ -131,6 +131,13 @@ def quantize(model: Path, data: Path, output: Path, policy: str, rules: tuple[st
     type=click.Choice(["lookup", "smallest"]),
     help="Encode weights for TFLite Micro's DECODE; needs a target of it.",
 )
+@click.option(
+    "--float-weights",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of layers left float; float16 needs the target litert.",
+)
 def convert(
     qat: Path,
     output: Path,
@@ -139,6 +146,7 @@ def convert(
     output_type: str | None,
     batch_size: int,
     compress: str | None,
+    float_weights: str,
 ) -> None:
     """Convert QAT, the .keras file of a QAT model, to a full-integer .tflite."""
     blob = tflite_export.convert(
@@ -148,6 +156,7 @@ def convert(
         target=target,
         batch_size=batch_size,
         compress=compress,
+        float_weights=float_weights,
     )
     tflite_export.save(blob, output)
     click.echo(f"{output}: {len(blob):,} bytes")

@@ -28,9 +28,9 @@ ROOMS = {
     "tflite_export": (
         "checking", "children", "sharing", "flatbuffer", "op_table", "inspection", "lowering",
         "markers", "packing", "interpolation", "lookup", "lstm_kernel", "fused_lstm", "naming",
-        "clamps", "flattening", "pointwise", "quantizing", "huffman", "codec", "compression",
-        "feeding", "runtimes", "vela", "page", "report", "foreign", "profiling", "edge_tpu",
-        "targets", "verification", "exporting", "c_source", "__init__",
+        "clamps", "flattening", "pointwise", "quantizing", "halves", "huffman", "codec",
+        "compression", "feeding", "runtimes", "vela", "page", "report", "foreign", "profiling",
+        "edge_tpu", "targets", "verification", "exporting", "c_source", "__init__",
     ),
 }  # fmt: skip
 # Who may import a package of ours, by folder or file.

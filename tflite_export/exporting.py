@@ -16,6 +16,7 @@ from tflite_export import flatbuffer
 from tflite_export.codec import METHODS
 from tflite_export.compression import compress as compress_weights
 from tflite_export.flatbuffer import ModelT
+from tflite_export.halves import halve_weights
 from tflite_export.lowering import lower
 from tflite_export.markers import new_operator
 from tflite_export.packing import quantization
@@ -43,6 +44,7 @@ def convert(
     target: str | None = None,
     batch_size: int = 1,
     compress: str | None = None,
+    float_weights: str = "float32",
 ) -> bytes:
     """The full-integer `.tflite` of a QAT model, as bytes.
 
@@ -65,6 +67,8 @@ def convert(
             they are read. `"lookup"` takes indices into tables of values and bit masks of zeros,
             which decode fast; `"smallest"` takes prefix codes too, bit by bit, where these are
             smaller. Such a file does not run on LiteRT.
+        float_weights: `"float16"` rounds the weights of layers that the plan leaves float, by
+            2**-11 of their size at most, and halves their bytes; for `target="litert"`.
 
     Raises:
         ModelError, FreezeError: if `qat` is no QAT model, or has seen no data.
@@ -76,6 +80,7 @@ def convert(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ExportError(f"Expected a batch size of at least 1. Received: {batch_size!r}.")
     _check_compress(compress, target)
+    _check_float_weights(float_weights, target)
     frozen = qat if isinstance(qat, FrozenModel) else freeze(qat)
     inputs = dict(zip(frozen.input_names, frozen.model.inputs, strict=True))
     outputs = dict(zip(frozen.output_names, frozen.model.outputs, strict=True))
@@ -93,6 +98,7 @@ def convert(
         tables_computed=computed(frozen, target),
         batch_size=batch_size,
         methods=COMPRESS[compress],
+        halves=float_weights == "float16",
     )
     check_limits(blob, target)
     return blob
@@ -107,6 +113,7 @@ def assemble(
     tables_computed: frozenset[int],
     batch_size: int = 1,
     methods: Collection[str] = (),
+    halves: bool = False,
 ) -> bytes:
     """The file of a frozen model, by decisions that were made already.
 
@@ -117,6 +124,7 @@ def assemble(
         tables_computed: the tables whose function an operator computes.
         batch_size: samples per invocation.
         methods: the encodings of weights, of `codec.METHODS`; with any, for TFLite Micro alone.
+        halves: whether float weights are stored in float16.
 
     Raises:
         ExportError, LoweringError: as `convert`.
@@ -127,6 +135,8 @@ def assemble(
     share_constants(model)
     if methods:
         compress_weights(model, methods)
+    if halves:
+        halve_weights(model)
     return flatbuffer.write(flatbuffer.compact(model))
 
 
@@ -152,6 +162,18 @@ def _check_compress(compress: str | None, target: str | None) -> None:
             f"Expected a target of {decoding} with compress={compress!r}: only TFLite Micro has "
             f"the operator TFLM_DECODE. Received: target={target!r}. Name one, or leave compress "
             "out."
+        )
+
+
+def _check_float_weights(float_weights: str, target: str | None) -> None:
+    if float_weights not in ("float32", "float16"):
+        raise ExportError(
+            f"Expected float_weights to be 'float32' or 'float16'. Received: {float_weights!r}."
+        )
+    if float_weights == "float16" and target != "litert":
+        raise TargetError(
+            "Expected target='litert' with float_weights='float16': no other runtime widens it. "
+            f"Received: target={target!r}. Name it, or leave float_weights out."
         )
 
 
