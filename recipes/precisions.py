@@ -102,12 +102,17 @@ def tables(results: dict[str, Any]) -> list[Table]:
     first = (float_row.name, "-", running.percent(float_row.accuracy), "-", *size, "-", "-")
     rows = results["rows"]
     cells = [_cells(name, row, float_row) for name, row in rows.items()]
-    encoded = [_encoded_cells(name, row["encoded"], float_row) for name, row in rows.items()]
-    header_encoded = ("encoded", "file bytes", "of FP32", "arena bytes", "lockstep")
-    return [
-        Table(title, header, [first, *cells], LEGEND),
-        Table(f"{title}: TFLite Micro", header_encoded, encoded, ENCODED_LEGEND),
+    # Results that were kept from before there was this table have none.
+    encoded = [
+        _encoded_cells(name, row["encoded"], float_row)
+        for name, row in rows.items()
+        if "encoded" in row
     ]
+    header_encoded = ("encoded", "file bytes", "of FP32", "arena bytes", "lockstep")
+    found = [Table(title, header, [first, *cells], LEGEND)]
+    if encoded:
+        found.append(Table(f"{title}: TFLite Micro", header_encoded, encoded, ENCODED_LEGEND))
+    return found
 
 
 def _cells(name: str, row: dict[str, Any], float_row: Row) -> tuple[str, ...]:
