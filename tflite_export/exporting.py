@@ -290,15 +290,12 @@ class _Interface:
 
     def _converted(self, index: int, io_type: str, name: str, kind: str) -> int:
         inner = self.graph.tensors[index]
-        outer = schema.TensorT()
-        outer.name, outer.shape, outer.buffer = name.encode(), inner.shape, 0
-        outer.shapeSignature = inner.shapeSignature
-        outer.type = getattr(schema.TensorType, IO_TYPES[io_type])
+        outer, grid = getattr(schema.TensorType, IO_TYPES[io_type]), None
         if io_type == "uint8":
             zero = int(inner.quantization.zeroPoint[0]) + 128
-            outer.quantization = quantization(inner.quantization.scale, [zero], 0)
-        self.graph.tensors.append(outer)
-        new = len(self.graph.tensors) - 1
+            grid = quantization(inner.quantization.scale, [zero], 0)
+        new = flatbuffer.add_tensor(self.model, inner.shape, outer, name=name, grid=grid)
+        self.graph.tensors[new].shapeSignature = inner.shapeSignature
         wide = inner.type == schema.TensorType.INT16
         if kind == "input":
             operator = new_operator(self.model, "QUANTIZE", [new], [index], 2 if wide else 1)
