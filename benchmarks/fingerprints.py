@@ -89,6 +89,11 @@ def _models() -> Iterator[tuple[str, Callable[[], keras.Model]]]:
 
         def mobilenet(policy: str = policy) -> keras.Model:
             model = networks.mobilenet_v2(keras)
+            # With Keras's initial statistics the last layers would be dead: those of one batch.
+            for layer in model.layers:
+                if isinstance(layer, keras.layers.BatchNormalization):
+                    layer.momentum = 0.0
+            model(_noise(model), training=True)
             return _quantized(model, policy, _noise(model))
 
         yield f"mobilenet_v2/{policy}", mobilenet

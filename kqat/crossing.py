@@ -15,7 +15,7 @@ from kqat.marking import Requantize
 from kqat.quantizers import Fixed, MovingAverage
 from kqat.registry import Output
 from kqat.rules import LayerRule
-from kqat.targets import kernels
+from kqat.targets import runtimes_with
 from kqat.tracing import Graph, Node, Ref, fill, unique_name
 
 
@@ -140,7 +140,7 @@ class _Walk:
         values = (*node.inputs, *node.outputs)
         if rule is None or config.activation.bits == 8 or all(ref.counts for ref in values):
             return
-        lacking = [op for op in rule.ops if not kernels(op, config.activation.bits)]
+        lacking = [op for op in rule.ops if not runtimes_with(op, config.activation.bits)]
         if lacking and not rule.is_table(config.activation.bits):
             found = f"whose {', '.join(lacking)} ships on int8 only"
         elif node.layer.compute_dtype != "float32":

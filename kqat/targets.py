@@ -90,7 +90,7 @@ INT16: dict[str, Int16Kernel] = {
 INDEX_OPS = frozenset({"CAST", "LOGICAL_AND", "LOGICAL_OR", "LOGICAL_NOT"})
 
 
-def kernels(op: str, bits: int) -> frozenset[str]:
+def runtimes_with(op: str, bits: int) -> frozenset[str]:
     """The runtimes that have the operator's kernel for activations of `bits` bits."""
     if bits == 8 or op in INDEX_OPS:
         return KERNELS.get(op, RUNTIMES)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from kqat.targets import PACKED, kernels
+from kqat.targets import PACKED, runtimes_with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,4 +171,4 @@ OP_TABLE: dict[str, OpRule] = {
 
 def missing_kernels(ops: tuple[str, ...], runtime: str, bits: int = 8) -> tuple[str, ...]:
     """The operators of `ops` whose kernel for activations of `bits` bits `runtime` lacks."""
-    return tuple(op for op in ops if op not in OP_TABLE or runtime not in kernels(op, bits))
+    return tuple(op for op in ops if op not in OP_TABLE or runtime not in runtimes_with(op, bits))
