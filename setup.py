@@ -27,7 +27,9 @@ setup(
     packages=find_packages(include=["kqat*", "tflite_export*", "recipes*"]),
     package_data={
         "kqat": ["py.typed"],
-        "tflite_export": ["py.typed", "templates/*.j2"],
+        "tflite_export": ["py.typed"],
+        "tflite_export.firmware": ["templates/*.j2"],
+        "tflite_export.verification": ["templates/*.j2"],
         "recipes": ["*.j2", "RESULTS.md", "results/*.json"],
     },
     install_requires=[

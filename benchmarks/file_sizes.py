@@ -21,8 +21,8 @@ import numpy as np
 import kqat
 import tflite_export
 from benchmarks.networks import NETWORKS
+from kqat.base import write_file
 from kqat.config import PRESETS
-from kqat.saving import write_file
 
 POLICIES = ("int8", "w4a8", "w3a8", "w2a8", "ternary", "binary")
 LITERT = ("litert_reference", "litert_builtin", "litert")

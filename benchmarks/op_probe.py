@@ -2,7 +2,7 @@
 
     python -m benchmarks.op_probe --out out/op_probe [--only CONV_2D] [--write]
 
-For each operator of `tflite_export.op_table`, each kind of weights and each runtime a model of that
+For each operator of `OP_TABLE`, each kind of weights and each runtime a model of that
 one operator goes through our own converter, which here packs what it can, and is run:
 
 works    no value differs from the float graph by more than one output step, in lockstep, or by
@@ -29,14 +29,13 @@ import numpy as np
 from keras import layers, ops
 
 import kqat
-from kqat.primitives import Matmul
-from kqat.saving import write_file
-from kqat.targets import INT16
-from tflite_export import exporting, inspect
-from tflite_export.foreign import compare_runtimes
-from tflite_export.op_table import OP_TABLE
+from kqat.base import write_file
+from kqat.devices import INT16
+from kqat.parts import Matmul
+from tflite_export import exporter, inspect
+from tflite_export.kernels import OP_TABLE
 from tflite_export.runtimes import RUNTIMES
-from tflite_export.verification import verify
+from tflite_export.verification import compare_runtimes, verify
 
 TABLE = Path(__file__).with_suffix(".json")
 SAMPLES = 16
@@ -90,7 +89,7 @@ def _weighted(activations: str, bits: int) -> list[Precision]:
 
 
 def precisions(operator: str) -> list[Precision]:
-    """What an operator is probed at: int16 where `kqat.targets.INT16` has a row."""
+    """What an operator is probed at: int16 where `kqat.devices.targets.INT16` has a row."""
     widths = [width for width in ACTIVATIONS if width == "int8" or operator in INT16]
     if OP_TABLE[operator].weights is None:
         return [
@@ -268,7 +267,7 @@ def probe(operator: str) -> Iterator[Cell]:
         model = (INT16_MODELS if wide else MODELS).get(operator, MODELS[operator])()
         data = _data(model)
         frozen = kqat.freeze(kqat.quantize_model(model, precision.config, calibration_data=data))
-        blob = exporting.assemble(
+        blob = exporter.assemble(
             frozen,
             ["uint8" if operator == "QUANTIZE" and not wide else None] * len(frozen.input_names),
             [_output_type(operator, tensor) for tensor in frozen.model.outputs],

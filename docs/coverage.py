@@ -9,14 +9,21 @@ from pathlib import Path
 
 import keras
 
-from kqat.operands import BINARY
-from kqat.operations import FUNCTIONS, NETWORKS, OPERATIONS, REDUCING
-from kqat.rearranging import REARRANGING
-from kqat.refusals import LAYER_REASONS, OPERATION_REASONS
-from kqat.registry import ACTIVATIONS, LAYERS
-from kqat.rules import LayerRule, Output
-from kqat.targets import TABLE_OPS
-from tflite_export.op_table import missing_kernels
+from kqat.devices import TABLE_OPS
+from kqat.registry import (
+    ACTIVATIONS,
+    FUNCTIONS,
+    LAYER_REASONS,
+    LAYERS,
+    NETWORKS,
+    OPERATION_REASONS,
+    OPERATIONS,
+    REDUCING,
+    LayerRule,
+    Output,
+)
+from kqat.rewrites import BINARY, REARRANGING
+from tflite_export.kernels import missing_kernels
 
 PATH = Path(__file__).with_suffix(".md")
 # Heading -> runtime, and width of the activations.

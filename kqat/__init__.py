@@ -8,11 +8,9 @@
 `kqat` trains; the package `tflite_export` ships.
 """
 
-from kqat import algorithms as algorithms
-from kqat.annotating import quantize_annotate_layer, quantize_apply
+from kqat.annotate import quantize_annotate_layer, quantize_apply
 from kqat.api import PolicyWarning, RangeWarning, TrainerWarning, adapt, plan, quantize_model
-from kqat.config import QuantizeConfig, QuantizePolicy
-from kqat.errors import (
+from kqat.base import (
     CalibrationError,
     ExportError,
     FreezeError,
@@ -25,10 +23,10 @@ from kqat.errors import (
     TargetError,
     UnsupportedLayerError,
 )
+from kqat.config import QuantizeConfig, QuantizePolicy
+from kqat.devices import TARGETS, Misfit, Target, TargetWarning
 from kqat.freezing import FrozenModel, freeze, strip
-from kqat.layers import ActivationQuantizer, QuantizeWrapper
-from kqat.marking import PrecisionBoundary
-from kqat.quantizers import (
+from kqat.grids import (
     Binary,
     Fixed,
     LastValue,
@@ -37,13 +35,20 @@ from kqat.quantizers import (
     MaxAbs,
     MinMax,
     MovingAverage,
+    QuantSpec,
     Ternary,
 )
+from kqat.parts import PrecisionBoundary
+from kqat.planning import Plan
 from kqat.registry import LayerRule, Output, register_layer, supported_layers
-from kqat.reporting import Plan
-from kqat.schedule import FreezeBatchNorm, FreezeObservers
-from kqat.spec import QuantSpec
-from kqat.targets import TARGETS, Misfit, Target, TargetWarning
+from kqat.training import (
+    ActivationQuantizer,
+    FreezeBatchNorm,
+    FreezeObservers,
+    QuantizeWrapper,
+    algorithms,
+    calibrate,
+)
 
 __version__ = "0.1.0"
 
@@ -88,6 +93,8 @@ __all__ = [
     "TrainerWarning",
     "UnsupportedLayerError",
     "adapt",
+    "algorithms",
+    "calibrate",
     "freeze",
     "plan",
     "quantize_annotate_layer",

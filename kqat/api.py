@@ -6,17 +6,13 @@ from typing import Any
 
 import keras
 
-from kqat.calibration import calibrate
+from kqat.base import ModelError, TargetError
 from kqat.config import QuantizePolicy
-from kqat.errors import ModelError, TargetError
-from kqat.fitting import misfits, with_replacements
-from kqat.interop.tfmot import translate_policy
-from kqat.opening import hands_on_mask
-from kqat.planning import make_plan
-from kqat.reporting import Plan
-from kqat.targets import target_named
-from kqat.tracing import Graph, non_finite_variable, trace
-from kqat.wrapping import is_quantized, wrap
+from kqat.devices import target_named
+from kqat.graph import Graph, hands_on_mask, non_finite_variable, trace
+from kqat.planning import Plan, make_plan, misfits, with_replacements
+from kqat.tfmot import translate_policy
+from kqat.training import calibrate, is_quantized, wrap
 
 
 class PolicyWarning(UserWarning):
@@ -60,7 +56,7 @@ def adapt(model: keras.Model, target: str) -> keras.Model:
     """A float copy of `model` whose activations run on the fast path of a device.
 
     Those that would not are replaced by the nearest that do: h-swish for mish, ReLU6 for GELU
-    (`kqat.targets.NEAREST`). Weights are copied; what the copy computes differs, so train it on.
+    (`kqat.devices.NEAREST`). Weights are copied; what the copy computes differs, so train it on.
     Nested models come out flat. Layers without a replacement stay as they are.
 
     Args:
@@ -95,7 +91,7 @@ def quantize_model(
             mapping from name patterns or layer classes to configs, presets or `None` (stay
             float): `{"stem*": None, keras.layers.Dense: my_config}`; the rest is int8. A tfmot
             `QuantizeConfig` serves wherever ours does.
-        calibration_data: typical inputs, as for `kqat.calibration.calibrate`. Without, ranges
+        calibration_data: typical inputs, as for `kqat.calibrate`. Without, ranges
             start from the first training batches.
 
     Raises:

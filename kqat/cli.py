@@ -21,12 +21,11 @@ from rich.table import Table
 
 import kqat
 import tflite_export
-from kqat.errors import ExportError, KqatError, ModelError
-from kqat.saving import save_model
-from kqat.targets import LITERT, TARGETS
-from tflite_export import page, targets
+from kqat.base import ExportError, KqatError, ModelError, save_model
+from kqat.devices import LITERT, TARGETS
+from tflite_export.devices import checks
 from tflite_export.runtimes import tflite_micro_arena_bytes
-from tflite_export.verification import DEFAULT_RUNTIMES
+from tflite_export.verification import DEFAULT_RUNTIMES, html_page
 
 # Lines of help, tables and messages are as wide as a terminal is at least.
 WIDTH = 80
@@ -219,7 +218,7 @@ def inspect(file: Path, target: str | None) -> None:
     found = tflite_export.inspect(blob)
     _show_inspection(found, file.name)
     _say(_arena_words(blob))
-    estimate, notes = targets.check_file(blob, found, target)
+    estimate, notes = checks.check_file(blob, found, target)
     if estimate is not None:
         on_npu = estimate.operators - len(estimate.fallbacks)
         click.echo(
@@ -350,7 +349,8 @@ def _show_plan(found: Any) -> None:
 def _show_inspection(found: Any, name: str) -> None:
     _say(
         f"{name}: {found.size_bytes:,} bytes, {len(found.operators)} operators, "
-        f"{found.float_operators} of them float, {page.counted(found.macs)} multiply-accumulates"
+        f"{found.float_operators} of them float, {html_page.counted(found.macs)} "
+        "multiply-accumulates"
     )
     for kind, tensors in (("input", found.inputs), ("output", found.outputs)):
         for tensor in tensors:
@@ -366,8 +366,8 @@ def _show_inspection(found: Any, name: str) -> None:
             written.name if written else "",
             "×".join(map(str, written.shape)) if written else "",
             " ".join(filter(None, reversed(types))),
-            page.counted(operator.macs),
-            page.counted(operator.constant_bytes),
+            html_page.counted(operator.macs),
+            html_page.counted(operator.constant_bytes),
         )
     _print(table)
 

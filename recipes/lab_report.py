@@ -11,8 +11,7 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from kqat import numerics
-from kqat.spec import QuantSpec
+from kqat.grids import QuantSpec, arithmetic
 from recipes.running import Table
 
 TEMPLATE = Path(__file__).with_name("lab_report.html.j2")
@@ -71,7 +70,7 @@ def _draw_staircase(figure: Figure) -> None:
     inputs = tf.constant(x)
     with tf.GradientTape() as tape:
         tape.watch(inputs)
-        rounded = numerics.fake_quantize(inputs, low, high, STAIRCASE)
+        rounded = arithmetic.fake_quantize(inputs, low, high, STAIRCASE)
     gradient = tape.gradient(rounded, inputs)
     left, right = figure.subplots(1, 2)
     left.plot(x, x, color="0.7", linewidth=1, label="x")

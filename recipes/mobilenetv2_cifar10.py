@@ -38,8 +38,8 @@ import numpy as np
 
 import kqat
 import tflite_export
+from kqat.base import save_model, write_file
 from kqat.config import PRESETS
-from kqat.saving import save_model, write_file
 from recipes import converter, data, lab_report, pruning, running, training
 from recipes.data import Samples
 from recipes.latency import latencies

@@ -24,7 +24,7 @@ from recipes import data, running
 from recipes.models import digits_cnn, mobilenet_v2
 from recipes.running import Table
 from recipes.training import settle
-from tflite_export.vela import ACCELERATORS, estimate
+from tflite_export.devices import ACCELERATORS, estimate
 
 SAMPLES = 128
 HEADER = ("network", "NPU", "on it", "cycles", "SRAM", "DRAM", "flash")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kqat.saving import write_file
+from kqat.base import write_file
 from recipes.running import Table
 
 FOLDER = Path(__file__).with_name("results")

@@ -13,7 +13,7 @@ import numpy as np
 
 import kqat
 import tflite_export
-from kqat.saving import write_file
+from kqat.base import write_file
 from recipes.converter import float_tflite, packed
 from recipes.data import Samples
 from recipes.timing import machine

@@ -21,7 +21,7 @@ import tf_keras
 from tensorflow_model_optimization import quantization
 from tensorflow_model_optimization.python.core.api.experimental import combine
 
-from kqat.saving import write_file
+from kqat.base import write_file
 from recipes.data import Samples
 from recipes.models import mobilenet_v2
 from recipes.timing import Seconds

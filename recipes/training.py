@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 import kqat
-from kqat.saving import write_file
+from kqat.base import write_file
 from recipes.data import Samples
 from recipes.timing import Seconds
 

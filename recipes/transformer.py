@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = [running.measure_float("FP32", model, test)]
 
     ptq = shipping.ptq(model, train, test)
-    smooth = kqat.algorithms.smooth_quant(ptq.qat, train[0][: shipping.CALIBRATION_SAMPLES])
+    smooth = kqat.training.algorithms.smooth_quant(
+        ptq.qat, train[0][: shipping.CALIBRATION_SAMPLES]
+    )
     rows += [ptq.row, shipping.measured("PTQ, SmoothQuant", smooth, test).row]
     qat = shipping.train_on(
         ptq, train, test, options.qat_epochs, QAT_LEARNING_RATE, batch_size=BATCH_SIZE

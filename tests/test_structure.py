@@ -1,38 +1,35 @@
-"""The rules of DESIGN.md that no linter knows: import order, public names, sizes, module names."""
+"""Where code may live: import order, faces of sub-packages, Keras's internals, public names."""
 
 import ast
 import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "docs", "tests")
 
-# Lowest room first. A room may import those before it; a new room takes its place here.
-ROOMS = {
+# Lowest first: a sub-package imports those before it only, and from each through its face.
+SUBPACKAGES = {
     "kqat": (
-        "errors", "saving", "targets", "edge_tpu", "spec", "numerics", "batchnorm", "quantizers",
-        "config", "primitives", "elementwise", "marking", "lstm", "recurrence", "decompositions",
-        "encoding",
-        "masks", "products", "attention", "normalization", "sequences", "recurrent", "refusals",
-        "rules", "fusing", "registry", "operands", "reducing", "rearranging", "networks",
-        "operations", "opening", "tracing", "expanding", "reporting", "assigning", "weight_grids",
-        "crossing", "joining", "planning", "layers", "looping", "wrapping", "calibration",
-        "schedule", "folding", "freezing", "algorithms", "interop", "fitting", "api", "annotating",
-        "__init__", "cli",
+        "base", "grids", "devices", "graph", "config", "parts", "rewrites", "registry", "planning",
+        "tfmot", "training", "freezing",
     ),
     "tflite_export": (
-        "checking", "children", "sharing", "flatbuffer", "op_table", "inspection", "lowering",
-        "markers", "packing", "interpolation", "lookup", "lstm_kernel", "fused_lstm", "naming",
-        "clamps", "flattening", "pointwise", "quantizing", "halves", "huffman", "codec",
-        "compression", "feeding", "runtimes", "vela", "page", "report", "foreign", "profiling",
-        "edge_tpu", "targets", "verification", "exporting", "c_source", "__init__",
+        "flatbuffer", "kernels", "runtimes", "lowering", "integer_pass", "weight_storage",
+        "devices", "verification", "firmware",
     ),
 }  # fmt: skip
+# The modules of a package that stand above its sub-packages, lowest first.
+TOP = {
+    "kqat": ("api", "annotate", "__init__", "cli"),
+    "tflite_export": ("exporter", "__init__"),
+}
+# What of kqat the exporter may see: the seam.
+SEAM = ("base", "devices", "freezing", "grids")
 # Who may import a package of ours, by folder or file.
 IMPORTERS = {
     "kqat": FOLDERS,
@@ -40,13 +37,11 @@ IMPORTERS = {
     "recipes": ("recipes", "benchmarks", "tests"),
     "benchmarks": ("benchmarks", "tests"),
     "docs": ("docs", "tests"),
-    "tests": ("tests",),
+    "tests": ("tests", "benchmarks/fingerprints.py"),
 }
 KERAS_INSIDE = ("keras.src", "tensorflow.python")
-# The rooms that know Keras's internals, and the file that names what it forbids.
-MAY_NAME_KERAS_INSIDE = ("kqat/opening.py", "kqat/tracing.py", "tests/test_structure.py")
-MAX_FILE_LINES = 400
-MAX_BODY_LINES = 60
+# The one file that knows Keras's internals, and the file that names what it forbids.
+MAY_NAME_KERAS_INSIDE = ("kqat/graph/keras_internals.py", "tests/test_structure.py")
 
 
 def sources(*folders: str) -> dict[str, ast.Module]:
@@ -56,44 +51,82 @@ def sources(*folders: str) -> dict[str, ast.Module]:
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
-    """Each module of ours that is imported, wherever: `kqat.spec` for `from kqat import spec`."""
+    """Each module or name of ours that is imported, wherever: `kqat.grids.QuantSpec`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module in FOLDERS:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [str(node.module)]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         yield from (name for name in names if name.split(".")[0] in FOLDERS)
 
 
-def room(module: str) -> str:
-    """The room of a path without suffix or of a module: quantizers for `kqat.quantizers.minmax`."""
-    parts = module.replace("/", ".").split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+def imports_within(package: str) -> Iterator[tuple[str, str, str]]:
+    """File, its place and the imported name, for each import of `package` from inside itself.
+
+    A place is the sub-package, or the module where a file stands above all of them.
+    """
+    for path, tree in sources(package).items():
+        own = place(package, path.removesuffix(".py").replace("/", "."))
+        for name in imported(tree):
+            if name.split(".")[0] == package:
+                yield path, own, name
 
 
-@pytest.mark.parametrize("package", ROOMS)
-def test_every_room_has_its_place(package: str) -> None:
-    rooms = {room(path.removesuffix(".py")) for path in sources(package)}
-    assert rooms - set(ROOMS[package]) == set()
+def place(package: str, module: str) -> str:
+    """`grids` for `kqat.grids.spec`, `api` for `kqat.api`, `__init__` for `kqat` or its names."""
+    second = (*module.split("."), "__init__")[1]
+    return second if second in (*SUBPACKAGES[package], *TOP[package]) else "__init__"
 
 
-@pytest.mark.parametrize("package", ROOMS)
-def test_rooms_import_downwards(package: str) -> None:
-    place = {name: index for index, name in enumerate(ROOMS[package])}
+@pytest.mark.parametrize("package", SUBPACKAGES)
+def test_every_module_has_its_place(package: str) -> None:
+    found = {Path(path).parts[1].removesuffix(".py") for path in sources(package)}
+    assert found == {*SUBPACKAGES[package], *TOP[package]}
+
+
+@pytest.mark.parametrize("package", SUBPACKAGES)
+def test_imports_run_downwards(package: str) -> None:
+    order = (*SUBPACKAGES[package], *TOP[package])
     upwards = [
-        f"{path} imports {module}"
-        for path, tree in sources(package).items()
-        for module in imported(tree)
-        if module.split(".")[0] == package
-        and (own := room(path.removesuffix(".py"))) != (other := room(module))
-        # A name that is no room comes from the package itself, which lies above its rooms.
-        and place.get(own, 0) <= place.get(other, place["__init__"])
+        f"{path} imports {name}"
+        for path, own, name in imports_within(package)
+        if order.index(own) < order.index(place(package, name))
     ]
     assert upwards == []
+
+
+@pytest.mark.parametrize("package", SUBPACKAGES)
+def test_subpackages_import_one_another_through_faces(package: str) -> None:
+    around = [
+        f"{path} imports {name}"
+        for path, own, name in imports_within(package)
+        if (other := place(package, name)) in SUBPACKAGES[package]
+        and other != own
+        and not is_of_face(package, other, name)
+    ]
+    assert around == []
+
+
+def is_of_face(package: str, subpackage: str, name: str) -> bool:
+    """Whether `name` is a sub-package or listed in its `__all__`."""
+    face = importlib.import_module(f"{package}.{subpackage}")
+    parts = name.split(".")[2:]
+    return not parts or (len(parts) == 1 and parts[0] in face.__all__)
+
+
+def test_the_exporter_sees_the_seam_only() -> None:
+    beyond = [
+        f"{path} imports {name}"
+        for path, tree in sources("tflite_export").items()
+        for name in imported(tree)
+        if name.split(".")[0] == "kqat"
+        and not (
+            (subpackage := place("kqat", name)) in SEAM and is_of_face("kqat", subpackage, name)
+        )
+    ]
+    assert beyond == []
 
 
 def test_packages_are_imported_only_by_those_above_them() -> None:
@@ -106,7 +139,7 @@ def test_packages_are_imported_only_by_those_above_them() -> None:
     assert wrong == []
 
 
-def test_keras_internals_stay_in_tracing() -> None:
+def test_keras_internals_stay_in_one_file() -> None:
     wrong = [
         f"{path} names {inside}"
         for path in sources(*FOLDERS)
@@ -130,21 +163,30 @@ def test_private_attributes_are_read_by_their_owner_only() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("package", ROOMS)
-def test_all_lists_the_public_names(package: str) -> None:
-    module = face(package)
+FACES = [
+    *SUBPACKAGES,
+    *(f"{package}.{name}" for package, names in SUBPACKAGES.items() for name in names),
+]
+
+
+@pytest.mark.parametrize("package", FACES)
+def test_a_face_says_what_it_is_for_and_lists_its_names(package: str) -> None:
+    module = importlib.import_module(package)
+    assert module.__doc__
     public = [
         name
         for name, value in vars(module).items()
         if not name.startswith("_")
         and not (inspect.ismodule(value) and value.__name__.startswith(f"{package}."))
     ]
-    assert sorted(module.__all__) == sorted(public)
+    # A face may also show a whole module of the sub-package.
+    shown = [name for name in module.__all__ if not inspect.ismodule(getattr(module, name))]
+    assert sorted(shown) == sorted(public)
 
 
-@pytest.mark.parametrize("package", ROOMS)
+@pytest.mark.parametrize("package", SUBPACKAGES)
 def test_public_objects_have_docstrings(package: str) -> None:
-    module = face(package)
+    module = importlib.import_module(package)
     public = {name: getattr(module, name) for name in module.__all__}
     bare = [
         name
@@ -153,39 +195,9 @@ def test_public_objects_have_docstrings(package: str) -> None:
         # Python itself describes a dataclass without a docstring: by its signature.
         and (value.__doc__ or f"{name}(").startswith(f"{name}(")
     ]
-    assert module.__doc__
     assert bare == []
-
-
-def test_no_file_is_long() -> None:
-    lines = {path: len((ROOT / path).read_text().splitlines()) for path in sources(*FOLDERS)}
-    assert {path: count for path, count in lines.items() if count > MAX_FILE_LINES} == {}
-
-
-def test_no_function_is_long() -> None:
-    lines = {
-        f"{path}:{node.name}": body_lines(node)
-        for path, tree in sources(*FOLDERS).items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    }
-    assert {name: count for name, count in lines.items() if count > MAX_BODY_LINES} == {}
 
 
 def test_module_names_say_what_is_inside() -> None:
     empty = {"utils", "common", "helpers"}
     assert [path for path in sources(*FOLDERS) if empty & {*Path(path).with_suffix("").parts}] == []
-
-
-def face(package: str) -> ModuleType:
-    """The package as its users import it."""
-    path = ROOT / package / "__init__.py"
-    if not path.exists() or not path.read_text():
-        pytest.skip(f"{package}/__init__.py is not written yet")
-    return importlib.import_module(package)
-
-
-def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function's body, from its first statement after the docstring."""
-    statements = node.body[1:] if ast.get_docstring(node) else node.body
-    return (statements[-1].end_lineno or 0) - statements[0].lineno + 1 if statements else 0

@@ -5,20 +5,20 @@ print(tflite_export.verify(qat, blob, x_test))
 tflite_export.save(blob, "model.tflite")
 """
 
-from kqat.targets import TARGETS
-from tflite_export.c_source import CSource, to_c
-from tflite_export.exporting import convert, save
-from tflite_export.inspection import Inspection, OperatorInfo, TensorInfo, inspect
-from tflite_export.report import (
+from kqat.devices import TARGETS
+from tflite_export.devices import Fallback, NpuEstimate
+from tflite_export.exporter import convert, save
+from tflite_export.firmware import CSource, to_c
+from tflite_export.flatbuffer import Inspection, OperatorInfo, TensorInfo, inspect
+from tflite_export.runtimes import RUNTIMES
+from tflite_export.verification import (
     LayerReport,
     OutputAgreement,
     Report,
     RuntimeReport,
     SiteDifference,
+    verify,
 )
-from tflite_export.runtimes import RUNTIMES
-from tflite_export.vela import Fallback, NpuEstimate
-from tflite_export.verification import verify
 
 __all__ = [
     "RUNTIMES",

@@ -8,9 +8,10 @@ import pytest
 
 from benchmarks import op_probe
 from benchmarks.op_probe import MODELS, PACKAGES, SHIPS_AS_ANOTHER, TABLE, Cell, probe, read_table
-from kqat.targets import INT16, KERNELS, kernels
-from tflite_export.op_table import OP_TABLE
-from tflite_export.runtimes import RUNTIMES, supports
+from kqat.devices.kernels import INT16, KERNELS
+from kqat.devices.targets import kernels
+from tflite_export.kernels.op_table import OP_TABLE
+from tflite_export.runtimes.execution import RUNTIMES, supports
 
 # A kernel that is missing somewhere: for int8, for int16.
 SAMPLE = ("GELU", "REDUCE_MAX")

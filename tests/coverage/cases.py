@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.opening import open_model
+from kqat.graph.keras_internals import open_model
 
 # Inputs of whole numbers count below this.
 INDEXES = 10

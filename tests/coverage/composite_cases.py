@@ -7,8 +7,8 @@ import keras
 from keras import layers as L
 from keras import ops
 
-from kqat.elementwise import Elementwise
-from kqat.primitives import Count, DepthToSpace, Select, SpaceToDepth, Take
+from kqat.parts.elementwise import Elementwise
+from kqat.parts.single_op_layers import Count, DepthToSpace, Select, SpaceToDepth, Take
 from tests.coverage.cases import Case, functional
 
 STEPS, IMAGE, VOLUME = (5, 8), (8, 8, 4), (4, 6, 6, 2)

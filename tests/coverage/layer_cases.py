@@ -5,7 +5,7 @@ from typing import Any
 
 from keras import layers as L
 
-from kqat.primitives import ChannelAffine, Matmul, ReciprocalSquareRoot, Slice
+from kqat.parts.single_op_layers import ChannelAffine, Matmul, ReciprocalSquareRoot, Slice
 from tests.coverage.cases import Case, functional
 
 VECTOR, ROWS, IMAGE, VOLUME = (8,), (8, 3), (8, 8, 3), (4, 6, 8, 3)

@@ -7,7 +7,7 @@ import keras
 from keras import layers as L
 
 from kqat import QuantizeConfig
-from kqat.recurrence import Recurrence, Stack, Unstack
+from kqat.parts.recurrence import Recurrence, Stack, Unstack
 from tests.coverage.cases import Case, functional
 
 STEPS = 3

@@ -16,15 +16,15 @@ import pytest
 
 import kqat
 import tflite_export
-from kqat.errors import TargetError
-from kqat.marking import Requantize
-from kqat.operations import OPERATIONS
-from kqat.primitives import Hide
-from kqat.recurrence import Recurrence
-from kqat.registry import ACTIVATIONS, AUGMENTING, LAYERS, rule_for
-from kqat.targets import KERNELS, LITERT, TABLE_OPS
-from kqat.tracing import Graph, trace
-from kqat.wrapping import all_layers
+from kqat.base.errors import TargetError
+from kqat.devices.kernels import KERNELS, LITERT, TABLE_OPS
+from kqat.graph.tracer import Graph, trace
+from kqat.parts.markers import Requantize
+from kqat.parts.recurrence import Recurrence
+from kqat.parts.single_op_layers import Hide
+from kqat.registry.layer_table import ACTIVATIONS, AUGMENTING, LAYERS, rule_for
+from kqat.registry.operation_table import OPERATIONS
+from kqat.training.build import all_layers
 from tests.coverage import (
     composite_cases,
     custom_cases,
@@ -35,10 +35,10 @@ from tests.coverage import (
     recurrent_cases,
 )
 from tests.coverage.cases import Case, ends, inputs_of
-from tflite_export import exporting
-from tflite_export.op_table import missing_kernels
-from tflite_export.targets import check_target
-from tflite_export.verification import DEFAULT_RUNTIMES
+from tflite_export import exporter
+from tflite_export.devices.checks import check_target
+from tflite_export.kernels.op_table import missing_kernels
+from tflite_export.verification.lockstep import DEFAULT_RUNTIMES
 
 # `tests/kqat/test_masks.py` looks at it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*leaves masked steps:kqat.TrainerWarning")
@@ -307,7 +307,7 @@ def test_lockstep(trial: Trial, runtime: str) -> None:
 def test_micro_refuses_what_it_cannot_run(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever kernel of the file TFLite Micro lacks, `convert` says so before it converts."""
     needed = trial.ops()
-    monkeypatch.setattr(exporting, "lower", _never)
+    monkeypatch.setattr(exporter, "lower", _never)
     if missing := missing_kernels(tuple(needed), "tflite_micro"):
         with pytest.raises(TargetError, match=rf"layer '\w+' needs .*{missing[0]}"):
             tflite_export.convert(trial.frozen, target="tflite_micro", **trial.case.io)

@@ -9,8 +9,9 @@ import pytest
 from keras import layers, ops
 
 import kqat
-from kqat import operations
-from kqat.quantizers import Fixed, LeastSquares
+from kqat.grids.ranges.fixed import Fixed
+from kqat.grids.weight_steps.least_squares import LeastSquares
+from kqat.registry import operation_table
 from tests.coverage.cases import inputs_of
 
 TABLE = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -85,7 +86,7 @@ def test_a_row_that_forgets_an_option_is_found_out(monkeypatch: pytest.MonkeyPat
     def forgetful(operation: Any, name: str) -> Any:
         return lambda x: layers.Rescaling(1.0, name=name)(x)
 
-    monkeypatch.setitem(operations.OPERATIONS, "Flip", forgetful)
+    monkeypatch.setitem(operation_table.OPERATIONS, "Flip", forgetful)
     model = model_of((4,), lambda x: ops.flip(x, axis=1), "float32")
     with pytest.raises(kqat.UnsupportedLayerError, match=r"'flip' of type Flip.*'axis': 1"):
         kqat.plan(model)
@@ -122,7 +123,7 @@ def test_a_range_that_was_given_is_not_scaled_away() -> None:
     config = kqat.QuantizeConfig(activation_range=Fixed(-4.0, 4.0))
     qat = kqat.quantize_model(model, {"norm": config}, calibration_data=data)
     with pytest.raises(kqat.ModelError, match="none that scales"):
-        kqat.algorithms.smooth_quant(qat, data)
+        kqat.training.algorithms.smooth_quant(qat, data)
 
 
 def test_a_function_of_the_users_own_is_planned_for_a_target_in_silence() -> None:

@@ -16,7 +16,7 @@ import tflite_export
 from tests.coverage import graph_cases
 from tests.coverage.cases import Case, functional, inputs_of
 from tflite_export import flatbuffer
-from tflite_export.runtimes import run
+from tflite_export.runtimes.execution import run
 
 TWICE = ("litert_reference", "tflite_micro")
 

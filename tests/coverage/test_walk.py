@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from docs import coverage
-from kqat.operations import OPERATIONS
-from kqat.refusals import LAYER_REASONS, OPERATION_REASONS
-from kqat.registry import AUGMENTING, LAYERS
+from kqat.registry.layer_table import AUGMENTING, LAYERS
+from kqat.registry.operation_table import OPERATIONS
+from kqat.registry.refusals import LAYER_REASONS, OPERATION_REASONS
 
 # Functions that are another function's second name, or whose operation bears another.
 SAME = {"abs": "Absolute", "hard_swish": "HardSilu", "swish": "Silu"}

@@ -1,4 +1,4 @@
-"""The arithmetic of `kqat.numerics` in plain NumPy, without Keras: the oracle of its tests.
+"""The arithmetic of `kqat.grids.arithmetic` in plain NumPy, without Keras: the oracle of its tests.
 
 Every float operation is one float32 operation, in the order of TensorFlow 2.21's
 `FakeQuantWithMinMaxVars` kernel as measured on an x86-64 CPU: it divides by the scale (older

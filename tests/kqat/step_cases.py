@@ -4,8 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from kqat.quantizers import Binary, LearnedStep, LeastSquares, MaxAbs, Ternary
-from kqat.spec import QuantSpec
+from kqat.grids.spec import QuantSpec
+from kqat.grids.weight_steps.binary import Binary
+from kqat.grids.weight_steps.learned_step import LearnedStep
+from kqat.grids.weight_steps.least_squares import LeastSquares
+from kqat.grids.weight_steps.max_abs import MaxAbs
+from kqat.grids.weight_steps.ternary import Ternary
 
 # One method or more for every row of the table, with the widths that it takes.
 METHODS: dict[str, tuple[Any, tuple[int, ...]]] = {

@@ -19,7 +19,8 @@ from kqat import (
     QuantSpec,
     RangeWarning,
 )
-from kqat.quantizers import Fixed, MinMax
+from kqat.grids.ranges.fixed import Fixed
+from kqat.grids.ranges.minmax import MinMax
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 6, 6, 3)).astype(np.float32)

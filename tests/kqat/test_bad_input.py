@@ -13,7 +13,7 @@ from keras import layers
 
 import kqat
 from kqat import QuantizeConfig, QuantSpec
-from kqat.errors import (
+from kqat.base.errors import (
     CalibrationError,
     ModelError,
     PolicyError,
@@ -344,4 +344,4 @@ def test_bad_calibration_data_for_two_inputs_are_refused(data: Any, message: str
 
 def test_a_float_model_is_not_calibrated() -> None:
     with pytest.raises(ModelError, match=r"QAT model to calibrate. Received: 'model'"):
-        kqat.calibration.calibrate(one_input(), ROWS)
+        kqat.training.calibration.calibrate(one_input(), ROWS)

@@ -11,9 +11,10 @@ from keras import layers
 import kqat
 import tflite_export
 from kqat import ActivationQuantizer
-from kqat.errors import FreezeError, ModelError
-from kqat.freezing import freeze
-from tflite_export import flatbuffer, runtimes
+from kqat.base.errors import FreezeError, ModelError
+from kqat.freezing.freezer import freeze
+from tflite_export import flatbuffer
+from tflite_export.runtimes import execution
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(16, 6, 6, 3)).astype(np.float32)
@@ -38,7 +39,7 @@ def ship(qat: keras.Model, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.fl
     """What LiteRT's reference kernels and Keras compute, and the output step."""
     frozen = freeze(qat)
     feed, site = frozen.sites[0].integers(x).astype(np.int8), frozen.sites[-1]
-    result = runtimes.run(tflite_export.convert(frozen), [feed], runtime="litert_reference")
+    result = execution.run(tflite_export.convert(frozen), [feed], runtime="litert_reference")
     return site.reals(result.outputs[0]), np.asarray(qat(x)), site.scale
 
 

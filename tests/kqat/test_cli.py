@@ -97,11 +97,11 @@ def test_weights_are_encoded_for_tflite_micro(folder: Path, blob: Path) -> None:
 
 
 def test_a_wrong_file_is_told_by_the_exit_code(folder: Path, blob: Path) -> None:
-    model = tflite_export.flatbuffer.read(blob.read_bytes())
+    model = tflite_export.flatbuffer.tree.read(blob.read_bytes())
     for tensor in model.subgraphs[0].tensors:
         if len(tensor.shape) == 2 and tensor.shape[0] == 5:
             tensor.quantization.scale = tensor.quantization.scale * np.float32(1.5)
-    (folder / "wrong.tflite").write_bytes(tflite_export.flatbuffer.write(model))
+    (folder / "wrong.tflite").write_bytes(tflite_export.flatbuffer.tree.write(model))
     run("verify", folder / "qat.keras", folder / "wrong.tflite", "--data", folder / "x.npy", code=1)
 
 

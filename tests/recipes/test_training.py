@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kqat
-from kqat.saving import save_model
+from kqat.base.atomic_files import save_model
 from recipes import training
 from recipes.data import Samples
 from recipes.timing import Seconds

@@ -9,7 +9,7 @@ import numpy as np
 import kqat
 from tests.coverage.cases import Case, functional, inputs_of
 from tflite_export import flatbuffer
-from tflite_export.flatbuffer import ModelT, TensorT
+from tflite_export.flatbuffer.tree import ModelT, TensorT
 
 
 def quantized(

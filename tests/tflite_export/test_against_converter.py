@@ -19,11 +19,11 @@ from keras import layers as L
 
 import kqat
 import tflite_export
-from kqat.tracing import Node, trace
+from kqat.graph.tracer import Node, trace
 from tests.coverage.cases import Case, functional
 from tflite_export import flatbuffer
-from tflite_export.flatbuffer import ModelT, OperatorT, TensorT
-from tflite_export.runtimes import run
+from tflite_export.flatbuffer.tree import ModelT, OperatorT, TensorT
+from tflite_export.runtimes.execution import run
 
 # Scales in units in the last place of float32. Weights are equal; only where BatchNormalization
 # folds in has the converter rounded max|w * factor| to float32 before it divides, ours rounds

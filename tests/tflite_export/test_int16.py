@@ -11,12 +11,12 @@ from keras import layers as L
 import kqat
 import tflite_export
 from benchmarks.op_probe import APPROXIMATE
-from kqat.targets import INT16, TABLE_OPS, WIDE_TABLE_OPS
+from kqat.devices.kernels import INT16, TABLE_OPS, WIDE_TABLE_OPS
 from tests.coverage.cases import Case, functional, inputs_of
 from tests.tflite_export.small_models import computed, constants, operators, quantized
 from tflite_export import flatbuffer
-from tflite_export.op_table import OP_TABLE
-from tflite_export.packing import Weights, fit_bias
+from tflite_export.kernels.op_table import OP_TABLE
+from tflite_export.kernels.weight_layout import Weights, fit_bias
 
 IMAGE, VECTOR, SEQUENCE = (6, 6, 4), (17,), (5, 8)
 

@@ -13,10 +13,10 @@ from keras import layers
 
 import kqat
 import tflite_export
-from kqat.targets import RUNTIMES
+from kqat.devices.kernels import RUNTIMES
 from tflite_export import flatbuffer
-from tflite_export.op_table import OP_TABLE
-from tflite_export.packing import PACKED_TYPES, pack, unpack
+from tflite_export.kernels.op_table import OP_TABLE
+from tflite_export.kernels.weight_layout import PACKED_TYPES, pack, unpack
 
 ONE_SCALE = kqat.QuantizeConfig(
     weights=kqat.QuantSpec(bits=4, symmetric=True, narrow_range=True, axis=None)

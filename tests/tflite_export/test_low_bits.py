@@ -9,9 +9,9 @@ from keras import layers
 
 import kqat
 import tflite_export
-from kqat.config import PRESETS
+from kqat.config.layer_config import PRESETS
 from tflite_export import flatbuffer
-from tflite_export.packing import PACKED_TYPES, unpack
+from tflite_export.kernels.weight_layout import PACKED_TYPES, unpack
 
 LOW = [name for name, config in PRESETS.items() if next(config.weight_items())[1].bits < 8]
 RNG = np.random.default_rng(0)

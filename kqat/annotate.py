@@ -1,0 +1,115 @@
+"""The annotate/apply pair, for those who know it from tfmot.
+
+`quantize_annotate_layer` marks single layers while a model is built; `quantize_apply` quantizes
+those, and leaves the others float.
+"""
+
+import glob
+import inspect
+from typing import Any
+
+import keras
+
+from kqat.api import quantize_model
+from kqat.base import ModelError, PolicyError
+from kqat.config import QuantizeConfig, QuantizePolicy, resolve_config
+from kqat.graph import Node, duplicate, rebuild, trace, unique_name
+
+
+@keras.saving.register_keras_serializable("kqat")
+class QuantizeAnnotate(keras.layers.Wrapper):
+    """A layer with a quantization wish; computes what the layer computes."""
+
+    def __init__(self, layer: keras.layers.Layer, config: Any = "int8", **kwargs: Any):
+        kwargs.setdefault("name", f"annotate_{layer.name}")
+        super().__init__(layer, **kwargs)
+        self.config = resolve_config(config)
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """The layer's output."""
+        takes_training = "training" in inspect.signature(self.layer.call).parameters
+        return self.layer(inputs, **({"training": training} if takes_training else {}))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """That of the layer."""
+        return self.layer.compute_output_shape(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer and its wish.
+
+        Raises:
+            PolicyError: if the wish is a tfmot config, which cannot be written down.
+        """
+        if not isinstance(self.config, QuantizeConfig):
+            raise PolicyError(
+                f"Expected a QuantizeConfig to save. Received: {type(self.config).__name__} for "
+                f"layer '{self.layer.name}'. Save the model before annotating it, or after "
+                "kqat.quantize_apply."
+            )
+        return {**super().get_config(), "config": self.config.to_dict()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "QuantizeAnnotate":
+        """The inverse of `get_config`."""
+        wish = QuantizeConfig.from_dict(config.pop("config"))
+        layer = keras.saving.deserialize_keras_object(config.pop("layer"), custom_objects)
+        return cls(layer, wish, **config)
+
+
+def quantize_annotate_layer(layer: keras.layers.Layer, config: Any = "int8") -> Any:
+    """`layer`, marked for `quantize_apply`; use it in place of the layer.
+
+    Args:
+        layer: a Keras layer, not yet called.
+        config: a preset's name, a `QuantizeConfig`, or a tfmot `QuantizeConfig`.
+
+    Raises:
+        PolicyError: if `layer` is no layer, or `config` is no config.
+    """
+    if not isinstance(layer, keras.layers.Layer) or isinstance(layer, keras.Model):
+        raise PolicyError(
+            f"Expected a Keras layer to annotate. Received: {type(layer).__name__}. Annotate the "
+            "layers of a model one by one, or use kqat.quantize_model."
+        )
+    if config is None:
+        raise PolicyError("Expected a config. Received: None. A layer left alone stays float.")
+    return QuantizeAnnotate(layer, config)
+
+
+def quantize_apply(model: keras.Model, *, calibration_data: Any = None) -> keras.Model:
+    """A QAT copy of `model` in which the annotated layers are quantized and the rest is float.
+
+    Args:
+        model: a built model, some of whose layers went through `quantize_annotate_layer`.
+        calibration_data: as for `kqat.quantize_model`.
+
+    Raises:
+        ModelError: if no layer is annotated.
+        Others as `kqat.quantize_model`.
+    """
+    graph = trace(model)
+    copies: dict[int, Any] = {}
+    taken: set[str] = set()
+    rules: list[tuple[str, Any]] = []
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        if id(node.layer) not in copies:
+            copies[id(node.layer)] = plain_copy(node)
+        return copies[id(node.layer)](*args, **kwargs)
+
+    def plain_copy(node: Node) -> Any:
+        layer = node.layer
+        if not isinstance(layer, QuantizeAnnotate):
+            return duplicate(layer, unique_name(node.name, taken))
+        name = unique_name(node.name.removesuffix(layer.name) + layer.layer.name, taken)
+        rules.append((glob.escape(name), layer.config))
+        return duplicate(layer.layer, name)
+
+    plain = rebuild(graph, call, model.name)
+    if not rules:
+        raise ModelError(
+            f"Expected annotated layers. Received: '{model.name}' without any. Use "
+            "kqat.quantize_annotate_layer, or kqat.quantize_model for the whole model."
+        )
+    policy = QuantizePolicy(default=None, rules=tuple(rules))
+    return quantize_model(plain, policy, calibration_data=calibration_data)

@@ -1,0 +1,17 @@
+"""What the user asks for: `QuantizeConfig`, `QuantizePolicy` and presets."""
+
+from kqat.config.layer_config import (
+    PRESETS,
+    QuantizeConfig,
+    QuantizePolicy,
+    is_foreign_config,
+    resolve_config,
+)
+
+__all__ = [
+    "PRESETS",
+    "QuantizeConfig",
+    "QuantizePolicy",
+    "is_foreign_config",
+    "resolve_config",
+]

@@ -1,0 +1,265 @@
+"""What the user asks for: a config for one layer, a policy for a model.
+
+A policy is a default config and ordered rules; the first rule that matches a layer decides.
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from kqat.base import PolicyError
+from kqat.grids import (
+    INT8_ACTIVATION,
+    INT8_WEIGHTS,
+    INT16_ACTIVATION,
+    RANGE_METHODS,
+    STEP_METHODS,
+    Binary,
+    LearnedStep,
+    MaxAbs,
+    MovingAverage,
+    QuantSpec,
+    RangeMethod,
+    StepMethod,
+    Ternary,
+    range_method_from_dict,
+    range_method_to_dict,
+    step_method_from_dict,
+    step_method_to_dict,
+)
+
+WeightSpecs = QuantSpec | Mapping[str, QuantSpec] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """How one layer is quantized.
+
+    Args:
+        weights: the grid of the layer's weights. One `QuantSpec` serves every variable that the
+            registry names for the layer type; a mapping `{"kernel": QuantSpec(...)}` names
+            variables (attributes of the layer) itself, as a custom layer needs.
+        weight_step: how the step of each of these grids is found.
+        activation: the grid of the layer's output, and so the width of its kernel: 8 bits, or 16
+            on a symmetric grid.
+        activation_range: how the range of the output is found.
+        recurrence: how an LSTM ships: `"unrolled"` into operators for every step, or `"fused"` as
+            one UNIDIRECTIONAL_SEQUENCE_LSTM, which is small, has one scale for each weight of a
+            gate, and keeps its states from one invocation to the next: the device resets the
+            interpreter before each sequence.
+
+    Raises:
+        PolicyError: if a field is of another type, or the bit widths cannot ship together.
+        SpecError: if a weight's grid is none for `weight_step`.
+    """
+
+    weights: WeightSpecs = INT8_WEIGHTS
+    weight_step: StepMethod = MaxAbs()
+    activation: QuantSpec = INT8_ACTIVATION
+    activation_range: RangeMethod = MovingAverage()
+    recurrence: Literal["unrolled", "fused"] = "unrolled"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, Mapping):
+            object.__setattr__(self, "weights", _single(self.weights))
+        if type(self.weight_step) not in STEP_METHODS.values():
+            raise PolicyError(
+                f"Expected weight_step to be one of {sorted(STEP_METHODS)}. "
+                f"Received: {self.weight_step!r}."
+            )
+        for name, spec in self.weight_items():
+            _check_weight_spec(name, spec)
+            self.weight_step.check(spec)
+        if not isinstance(self.activation, QuantSpec):
+            raise PolicyError(
+                f"Expected activation to be a QuantSpec. Received: {self.activation!r}. "
+                "To leave a layer float, give None in place of the whole config."
+            )
+        _check_activation_spec(self.activation)
+        if type(self.activation_range) not in RANGE_METHODS.values():
+            raise PolicyError(
+                f"Expected activation_range to be one of {sorted(RANGE_METHODS)}. "
+                f"Received: {self.activation_range!r}."
+            )
+        if self.recurrence not in ("unrolled", "fused"):
+            raise PolicyError(
+                f"Expected recurrence='unrolled' or 'fused'. Received: {self.recurrence!r}."
+            )
+        if self.recurrence == "fused" and self.activation.bits != 8:
+            raise PolicyError(
+                "Expected activations of 8 bits for recurrence='fused', whose operator is verified "
+                f"on them. Received: bits={self.activation.bits}. Use recurrence='unrolled'."
+            )
+
+    def weight_items(self) -> Iterator[tuple[str, QuantSpec]]:
+        """Pairs of variable name and spec; the name is `"*"` for a spec that serves all."""
+        if isinstance(self.weights, Mapping):
+            yield from self.weights.items()
+        elif self.weights is not None:
+            yield "*", self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON types."""
+        weights = {name: spec.to_dict() for name, spec in self.weight_items()}
+        return {
+            "weights": weights,
+            "weight_step": step_method_to_dict(self.weight_step),
+            "activation": self.activation.to_dict(),
+            "activation_range": range_method_to_dict(self.activation_range),
+            "recurrence": self.recurrence,
+        }
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "QuantizeConfig":
+        """The inverse of `to_dict`."""
+        weights: Any = {name: QuantSpec(**spec) for name, spec in config["weights"].items()}
+        if set(weights) == {"*"}:
+            weights = weights["*"]
+        return cls(
+            weights=weights or None,
+            weight_step=step_method_from_dict(config["weight_step"]),
+            activation=QuantSpec(**config["activation"]),
+            activation_range=range_method_from_dict(config["activation_range"]),
+            recurrence=config["recurrence"],
+        )
+
+
+def _check_activation_spec(spec: QuantSpec) -> None:
+    if spec.axis is not None or spec.bits not in (8, 16):
+        raise PolicyError(
+            "Expected an activation grid of 8 bits or 16 bits and one scale per tensor, those that "
+            f"integer kernels take. Received: {spec}."
+        )
+    if spec.bits == 16 and not spec.symmetric:
+        raise PolicyError(
+            f"Expected a symmetric activation grid of 16 bits: int16 kernels take no zero point. "
+            f"Received: {spec}. Use symmetric=True."
+        )
+    if spec.narrow_range:
+        raise PolicyError(
+            f"Expected an activation grid with all {2**spec.bits} integers: integer kernels clamp "
+            f"at {spec.qmin}. Received: {spec}. Use narrow_range=False."
+        )
+
+
+def _single(weights: Mapping[str, QuantSpec]) -> WeightSpecs:
+    """A mapping as `from_dict` gives it back: what serves all weights stands alone."""
+    if "*" not in weights:
+        return dict(weights) or None
+    if len(weights) > 1:
+        raise PolicyError(
+            f"Expected either '*' or names of variables. Received: weights={dict(weights)}."
+        )
+    return weights["*"]
+
+
+def _check_weight_spec(name: str, spec: QuantSpec) -> None:
+    if not isinstance(spec, QuantSpec):
+        raise PolicyError(f"Expected weights[{name!r}] to be a QuantSpec. Received: {spec!r}.")
+    if not spec.symmetric:
+        raise PolicyError(
+            f"Expected a symmetric grid for weights[{name!r}]: integer kernels take no weight "
+            f"zero point. Received: {spec}. Use symmetric=True."
+        )
+    if spec.bits > 8:
+        raise PolicyError(
+            f"Expected at most 8 bits for weights[{name!r}], the widest that integer kernels "
+            f"take. Received: bits={spec.bits}."
+        )
+
+
+def _weights(bits: int) -> QuantSpec:
+    return QuantSpec(bits=bits, symmetric=True, narrow_range=bits > 1, axis="channel")
+
+
+PRESETS: dict[str, QuantizeConfig] = {
+    "int8": QuantizeConfig(),
+    "int16x8": QuantizeConfig(activation=INT16_ACTIVATION),
+    "w4a8": QuantizeConfig(weights=_weights(4), weight_step=LearnedStep()),
+    "w3a8": QuantizeConfig(weights=_weights(3), weight_step=LearnedStep()),
+    "w2a8": QuantizeConfig(weights=_weights(2), weight_step=LearnedStep()),
+    "ternary": QuantizeConfig(weights=_weights(2), weight_step=Ternary()),
+    "binary": QuantizeConfig(weights=_weights(1), weight_step=Binary()),
+}
+
+RuleKey = str | type
+ConfigLike = Any  # None, a preset's name, a QuantizeConfig, or a config that interop converts
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizePolicy:
+    """A default config and ordered rules for the layers that differ from it.
+
+    A rule's key is a name pattern (`"stem*"`, as in `fnmatch`) or a layer class; its value is a
+    config, the name of a preset, or `None` to leave the layer float. The first match decides.
+
+    Raises:
+        PolicyError: if a key or a value is none of these.
+    """
+
+    default: QuantizeConfig | None = PRESETS["int8"]
+    rules: tuple[tuple[RuleKey, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        rules = tuple((_key(key), resolve_config(value)) for key, value in self.rules)
+        object.__setattr__(self, "default", resolve_config(self.default))
+        object.__setattr__(self, "rules", rules)
+
+    @classmethod
+    def of(cls, policy: Any) -> "QuantizePolicy":
+        """A policy from what users write: a preset's name, a config, a mapping, or a policy.
+
+        Raises:
+            PolicyError: if it is none of these.
+        """
+        if isinstance(policy, QuantizePolicy):
+            return policy
+        if isinstance(policy, Mapping):
+            return cls(rules=tuple(policy.items()))
+        return cls(default=policy)
+
+    def match(self, name: str, layer: Any) -> int | None:
+        """Index of the first rule that matches, or `None` where the default serves."""
+        for index, (key, _) in enumerate(self.rules):
+            if isinstance(key, str):
+                matched = fnmatch.fnmatchcase(name, key)
+            else:
+                matched = isinstance(layer, key)
+            if matched:
+                return index
+        return None
+
+
+def resolve_config(value: ConfigLike) -> Any:
+    """A config from a preset's name; other configs pass through.
+
+    Raises:
+        PolicyError: if the name is no preset's, or the value is no config.
+    """
+    if isinstance(value, str):
+        if value not in PRESETS:
+            raise PolicyError(
+                f"Expected one of the presets {sorted(PRESETS)}. Received: {value!r}."
+            )
+        return PRESETS[value]
+    if value is None or isinstance(value, QuantizeConfig) or is_foreign_config(value):
+        return value
+    raise PolicyError(
+        f"Expected None, a preset's name, a QuantizeConfig or a tfmot QuantizeConfig. "
+        f"Received: {value!r}."
+    )
+
+
+def is_foreign_config(value: Any) -> bool:
+    """Whether `value` speaks tfmot's `QuantizeConfig` protocol, which `kqat.tfmot` reads."""
+    methods = ("get_weights_and_quantizers", "get_output_quantizers")
+    return all(callable(getattr(value, method, None)) for method in methods)
+
+
+def _key(key: Any) -> RuleKey:
+    if isinstance(key, str | type):
+        return key
+    raise PolicyError(
+        f"Expected a rule's key to be a name pattern or a layer class. Received: {key!r}."
+    )

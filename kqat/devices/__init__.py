@@ -1,0 +1,41 @@
+"""**Tables**: which device runs what. Runtimes and their kernels, targets and their fast path,
+replacements for what is not on it.
+"""
+
+from kqat.devices import edge_tpu_shapes
+from kqat.devices.edge_tpu_shapes import shape_limit, too_many_axes, version_limit
+from kqat.devices.kernels import (
+    INT16,
+    LITERT,
+    NEVER_PACKED,
+    PACKED,
+    PACKED_BITS,
+    PACKS_AS,
+    RUNTIMES,
+    TABLE_OPS,
+    runtimes_with,
+)
+from kqat.devices.replacements import NEAREST
+from kqat.devices.targets import TARGETS, Misfit, Target, TargetWarning, target_named
+
+__all__ = [
+    "INT16",
+    "LITERT",
+    "NEAREST",
+    "NEVER_PACKED",
+    "PACKED",
+    "PACKED_BITS",
+    "PACKS_AS",
+    "RUNTIMES",
+    "TABLE_OPS",
+    "TARGETS",
+    "Misfit",
+    "Target",
+    "TargetWarning",
+    "edge_tpu_shapes",
+    "runtimes_with",
+    "shape_limit",
+    "target_named",
+    "too_many_axes",
+    "version_limit",
+]

@@ -1,0 +1,122 @@
+"""**Table**: which runtime has which kernel, at 8 and 16 bits and for packed weights.
+
+Which runtime lacks a kernel was seen by running each operator (`benchmarks/op_probe.py`).
+"""
+
+import dataclasses
+
+LITERT = frozenset({"litert_reference", "litert_builtin", "litert"})
+
+
+RUNTIMES = LITERT | {"tflite_micro"}
+
+
+# The operators that a table ships as: at 8 bits, and at 16, where int32 arithmetic follows.
+TABLE_OPS = ("CAST", "ADD", "GATHER")
+
+
+WIDE_TABLE_OPS = (*TABLE_OPS, "SUB", "MUL", "DIV")
+
+
+# Operators without an int8 kernel somewhere -> the runtimes that have one; all others run on all.
+KERNELS: dict[str, frozenset[str]] = {
+    "ELU": RUNTIMES - {"litert_reference"},
+    "GELU": LITERT,
+    "EXP": LITERT,
+    "REDUCE_PROD": LITERT,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Int16Kernel:
+    """Where an operator's kernel for int16 activations differs from its int8 kernel.
+
+    Weights stay int8, the bias is int64, and every zero point is 0.
+
+    Args:
+        version: lowest version of the operator that computes on int16.
+        runtimes: the runtimes that have the int16 kernel.
+        fixed_scale: scale of the output where the kernel fixes it.
+        packed: the runtimes whose kernel also takes weights of four bits, packed two a byte.
+    """
+
+    version: int
+    runtimes: frozenset[str] = RUNTIMES
+    fixed_scale: float | None = None
+    packed: frozenset[str] = frozenset()
+
+
+# The operators with an int16 kernel; versions from TensorFlow's `lite/tools/versioning/
+# op_version.cc`. LOG_SOFTMAX has none on any runtime, PRELU none that takes slopes of eight bits;
+# ELU, HARD_SWISH, GELU and EXP are not on all, and ship as tables.
+INT16: dict[str, Int16Kernel] = {
+    "CONV_2D": Int16Kernel(3, packed=LITERT),
+    # LiteRT's reads packed weights as bytes.
+    "DEPTHWISE_CONV_2D": Int16Kernel(3),
+    "FULLY_CONNECTED": Int16Kernel(4, packed=LITERT),
+    "TRANSPOSE_CONV": Int16Kernel(3),
+    "ADD": Int16Kernel(3),
+    "SUB": Int16Kernel(5),
+    "MUL": Int16Kernel(4),
+    "RELU": Int16Kernel(3),
+    "RELU6": Int16Kernel(3),
+    "LEAKY_RELU": Int16Kernel(2),
+    "BATCH_MATMUL": Int16Kernel(3),
+    "MEAN": Int16Kernel(3),
+    "SOFTMAX": Int16Kernel(3, fixed_scale=2.0**-15),
+    "LOGISTIC": Int16Kernel(3, fixed_scale=2.0**-15),
+    "TANH": Int16Kernel(3, fixed_scale=2.0**-15),
+    "MAX_POOL_2D": Int16Kernel(3),
+    "AVERAGE_POOL_2D": Int16Kernel(3),
+    "REDUCE_MAX": Int16Kernel(3, LITERT),
+    "MAXIMUM": Int16Kernel(4),
+    "MINIMUM": Int16Kernel(4),
+    "CONCATENATION": Int16Kernel(3),
+    "RESHAPE": Int16Kernel(1),
+    "TRANSPOSE": Int16Kernel(5),
+    "PAD": Int16Kernel(3),
+    "STRIDED_SLICE": Int16Kernel(2),
+    "RESIZE_BILINEAR": Int16Kernel(4, LITERT),
+    "RESIZE_NEAREST_NEIGHBOR": Int16Kernel(4),
+    "UNPACK": Int16Kernel(4),
+    "PACK": Int16Kernel(3),
+    "GATHER": Int16Kernel(4, LITERT),
+    "REDUCE_MIN": Int16Kernel(3, LITERT),
+    "QUANTIZE": Int16Kernel(2),
+    "DEQUANTIZE": Int16Kernel(3),
+}
+
+
+# Among activations of any width, these compute on truth values and indexes.
+INDEX_OPS = frozenset({"CAST", "LOGICAL_AND", "LOGICAL_OR", "LOGICAL_NOT"})
+
+
+def runtimes_with(op: str, bits: int) -> frozenset[str]:
+    """The runtimes that have the operator's kernel for activations of `bits` bits."""
+    if bits == 8 or op in INDEX_OPS:
+        return KERNELS.get(op, RUNTIMES)
+    return INT16[op].runtimes if op in INT16 else frozenset()
+
+
+# Bits -> operators whose kernels take weights of so many, packed into whole bytes -> the runtimes
+# that have them for one scale per axis, and for one per tensor. LiteRT's kernels of convolutions
+# refuse two bits, and TFLite Micro knows no such type.
+PACKED: dict[int, dict[str, tuple[frozenset[str], frozenset[str]]]] = {
+    2: {"FULLY_CONNECTED": (LITERT, LITERT)},
+    4: {
+        "CONV_2D": (RUNTIMES, RUNTIMES),
+        "DEPTHWISE_CONV_2D": (RUNTIMES, RUNTIMES),
+        "FULLY_CONNECTED": (LITERT, RUNTIMES),
+    },
+}
+
+
+PACKED_BITS = max(PACKED)
+
+
+# Operators with weights of which no runtime has a kernel for fewer bits than eight.
+NEVER_PACKED = ("UNIDIRECTIONAL_SEQUENCE_LSTM",)
+
+
+# An operator -> another that computes the same and packs what it does not.
+PACKS_AS = {"FULLY_CONNECTED": "CONV_2D"}

@@ -1,0 +1,198 @@
+"""Layers with weights as they ship: BatchNormalization folded in, weights on their grid."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from kqat.base import FreezeError, UnsupportedLayerError
+from kqat.freezing.frozen_weight import EMPTY_SCALE, FrozenWeight
+from kqat.graph import Part, clone
+from kqat.parts import ChannelAffine, GateNumbers, LstmState
+from kqat.registry import rule_for
+from kqat.training import QuantizeWrapper
+
+Frozen = tuple[list["FrozenWeight"], Callable[..., Any]]
+
+
+def freeze_layer(wrapper: QuantizeWrapper) -> Frozen:
+    """The frozen weights of a wrapped layer, and the float layer that computes with them.
+
+    A folded BatchNormalization multiplies channel scales, which leaves the trained integers as
+    they are (up to the sign of gamma), and joins the bias; both in float64.
+
+    Raises:
+        FreezeError: if a folded weight or bias overflows float32.
+    """
+    layer, norm = wrapper.layer, wrapper.normalization
+    frozen = [_frozen(wrapper, name) for name in wrapper.weight_specs]
+    by_variable = {
+        id(getattr(layer, name)): weight.values
+        for name, weight in zip(wrapper.weight_specs, frozen, strict=True)
+    }
+    values = [by_variable.get(id(v), np.asarray(v)) for v in layer.weights]
+    changes: dict[str, Any] = {"dtype": "float32"}
+    if rule_for(layer).hides:
+        changes["kind"] = "add"
+    if norm is not None:
+        factor, offset = _normalization(norm)
+        bias = np.asarray(layer.bias, np.float64) if layer.use_bias else 0.0
+        bias = offset + bias * factor
+        _check_fits(bias, layer.name)
+        values = [values[0], bias.astype(np.float32)]
+        changes["use_bias"] = True
+    return frozen, Part(clone(layer, **changes), values)
+
+
+def _frozen(wrapper: QuantizeWrapper, name: str) -> FrozenWeight:
+    spec = wrapper.weight_specs[name]
+    scale = np.asarray(wrapper.scale(name), np.float32)
+    integers = np.rint(np.asarray(wrapper.on_grid(name), np.float32) / scale)
+    if wrapper.normalization is not None:
+        factor = _normalization(wrapper.normalization)[0]
+        factor = factor.reshape(np.shape(wrapper.fold_factor(name)))
+        if wrapper.folds_before(name):
+            integers = np.where(factor == 0.0, 0.0, integers)
+        else:
+            integers = integers * np.sign(factor)
+            folded = scale.astype(np.float64) * np.abs(factor)
+            _check_fits(folded * spec.qmax, wrapper.layer.name)
+            scale = folded.astype(np.float32)
+    integers = np.where(scale < np.finfo(np.float32).tiny, 0.0, integers)
+    shared = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
+    empty = ~np.any(integers, axis=shared, keepdims=True)
+    return FrozenWeight(
+        name=f"{wrapper.layer.name}/{name}",
+        integers=integers.astype(np.int8),
+        scale=np.where(empty, EMPTY_SCALE, scale),
+        bits=spec.bits,
+        per_channel=spec.axis is not None,
+    )
+
+
+def _check_fits(numbers: np.ndarray, layer_name: str) -> None:
+    if not np.all(np.abs(numbers) <= np.finfo(np.float32).max):
+        raise FreezeError(
+            f"Expected numbers that fit float32. Received: '{layer_name}', whose weights or bias "
+            "do not with its normalization folded in. Give that a larger epsilon."
+        )
+
+
+def _normalization(norm: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Factor and offset per channel of a BatchNormalization in inference, in float64."""
+    mean, variance = (np.asarray(v, np.float64) for v in (norm.moving_mean, norm.moving_variance))
+    with np.errstate(divide="ignore", invalid="ignore"):  # `_check_fits` looks at it.
+        factor = 1.0 / np.sqrt(variance + norm.epsilon)
+        if norm.scale:
+            factor = factor * np.asarray(norm.gamma, np.float64)
+        offset = -mean * factor
+    if norm.center:
+        offset = offset + np.asarray(norm.beta, np.float64)
+    return factor, offset
+
+
+def channelwise(layer: Any, channels: int) -> Frozen:
+    """`x * scale + offset` per channel as one integer operator with exact weights.
+
+    A 1x1 depthwise convolution has one weight per channel, which is ±127 steps of the channel's
+    own scale: no rounding error, and one rounding of the output where MUL and ADD would have two.
+    One scale for all without an offset is a multiplication by a constant.
+
+    Args:
+        layer: an affine layer.
+        channels: size of the last axis of its input.
+
+    Raises:
+        FreezeError: if a factor or offset overflows float32.
+    """
+    factor, offset = _affine(layer)
+    _check_fits(np.concatenate([factor, offset]), layer.name)
+    if not np.any(offset) and np.all(factor == factor.flat[0]):
+        weight = _single_steps(layer.name, factor.flat[:1].reshape(()), False)
+        return [weight], layers.Rescaling(float(weight.values), name=layer.name, dtype="float32")
+    kernel = np.broadcast_to(factor, (channels,)).reshape(1, 1, channels, 1)
+    weight = _single_steps(layer.name, kernel, True)
+    bias = np.broadcast_to(offset, (channels,)).astype(np.float32)
+    part = Part(layers.DepthwiseConv2D(1, name=layer.name, dtype="float32"), [weight.values, bias])
+    return [weight], _AsImage(part)
+
+
+def gate_numbers(state: LstmState, frozen: Mapping[str, FrozenWeight]) -> dict[str, GateNumbers]:
+    """The numbers of the gates of `state`, of its frozen weights by their names."""
+    return {
+        gate: GateNumbers(
+            kernel=frozen[f"{gate}_kernel"].integers,
+            kernel_scale=np.float32(frozen[f"{gate}_kernel"].scale.item()),
+            recurrent=frozen[f"{gate}_recurrent"].integers,
+            recurrent_scale=np.float32(frozen[f"{gate}_recurrent"].scale.item()),
+            bias=np.asarray(getattr(state, f"{gate}_bias", np.zeros(state.units)), np.float32),
+        )
+        for gate in state.gates
+    }
+
+
+class _AsImage:
+    """Calls a 4-D layer that works channel by channel on values of any rank."""
+
+    def __init__(self, part: Part):
+        self.part = part
+        # A layer may be called often, and each of its calls needs the same two.
+        self.reshapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def __call__(self, x: Any) -> Any:
+        shape = tuple(x.shape[1:])
+        if len(shape) == 3:
+            return self.part(x)
+        if shape not in self.reshapes:
+            rows = int(np.prod(shape[:-2], dtype=int)) if len(shape) > 2 else 1
+            columns = shape[-2] if len(shape) > 1 else 1
+            name = f"kqat_{self.part.layer.name}"
+            ending = f"_{len(self.reshapes)}" if self.reshapes else ""
+            self.reshapes[shape] = (
+                layers.Reshape(
+                    (rows, columns, shape[-1]), name=f"{name}_image{ending}", dtype="float32"
+                ),
+                layers.Reshape(shape, name=f"{name}_shape{ending}", dtype="float32"),
+            )
+        before, after = self.reshapes[shape]
+        return after(self.part(before(x)))
+
+
+def _single_steps(name: str, factor: np.ndarray, per_channel: bool) -> FrozenWeight:
+    scale = (np.abs(factor) / 127.0).astype(np.float32)
+    scale = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(0))
+    integers = np.where(scale > 0, np.sign(factor) * 127, 0).astype(np.int8)
+    return FrozenWeight(
+        name=f"{name}/scale",
+        integers=integers,
+        scale=np.where(scale > 0, scale, EMPTY_SCALE),
+        bits=8,
+        per_channel=per_channel,
+    )
+
+
+def _affine(layer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Factor and offset of an affine layer, float64, of shape `(channels,)` or `(1,)`."""
+    if isinstance(layer, layers.BatchNormalization):
+        return _normalization(layer)
+    if isinstance(layer, layers.Rescaling):
+        parts = np.broadcast_arrays(np.float64(layer.scale), np.float64(layer.offset))
+        return np.atleast_1d(parts[0]), np.atleast_1d(parts[1])
+    if isinstance(layer, ChannelAffine):
+        gamma = np.ones(1) if layer.gamma is None else np.asarray(layer.gamma, np.float64)
+        beta = np.zeros(1) if layer.beta is None else np.asarray(layer.beta, np.float64)
+        return np.broadcast_arrays(gamma, beta)[0], np.broadcast_arrays(gamma, beta)[1]
+    if isinstance(layer, layers.Normalization):
+        mean, variance = (
+            np.asarray(v, np.float64).reshape(-1) for v in (layer.mean, layer.variance)
+        )
+        deviation = np.maximum(np.sqrt(variance), keras.config.epsilon())
+        if layer.invert:
+            return deviation, mean
+        return 1.0 / deviation, -mean / deviation
+    raise UnsupportedLayerError(
+        f"Expected a layer that scales and shifts channels. Received: '{layer.name}' of type "
+        f"{type(layer).__name__}, registered with affine=True ({rule_for(layer).output.value})."
+    )

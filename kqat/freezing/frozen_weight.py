@@ -1,0 +1,31 @@
+"""`FrozenWeight`: the integers and scales of one weight as they ship."""
+
+import dataclasses
+
+import numpy as np
+
+# A channel without weights has no scale of its own. Its bias counts in steps of it, so it is fine;
+# the exporter coarsens it to what int32 holds.
+EMPTY_SCALE = np.float32(2.0**-40)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenWeight:
+    """One weight as it ships.
+
+    Invariants:
+      * `values == (integers * scale).astype(float32)`, of the Keras variable's shape
+      * `scale` has that shape with the axes that share a scale of size 1
+      * `abs(integers) <= QuantSpec(bits=bits, symmetric=True).qmax`
+    """
+
+    name: str
+    integers: np.ndarray
+    scale: np.ndarray
+    bits: int
+    per_channel: bool
+
+    @property
+    def values(self) -> np.ndarray:
+        """The float weights that the frozen model computes with."""
+        return self.integers.astype(np.float32) * self.scale

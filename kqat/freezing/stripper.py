@@ -1,0 +1,91 @@
+"""QAT model to float model: the quantizers go, the trained weights stay."""
+
+from typing import Any
+
+import keras
+
+from kqat.base import ModelError
+from kqat.graph import Graph, Node, Ref, duplicate, rebuild, trace, unique_name
+from kqat.parts import (
+    PrecisionBoundary,
+    Recurrence,
+    Requantize,
+)
+from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrapper, is_quantized
+
+
+def strip(qat: keras.Model) -> keras.Model:
+    """The float model inside a QAT model, with the weights that were trained.
+
+    Raises:
+        ModelError: if `qat` is no QAT model.
+    """
+    graph = checked_graph(qat)
+    stripper = _Stripper(graph)
+    return rebuild(graph, stripper.call, qat.name, graph.output_names)
+
+
+def checked_graph(qat: Any) -> Graph:
+    graph = trace(qat)
+    if not is_quantized(qat):
+        raise ModelError(
+            f"Expected a QAT model. Received: '{qat.name}', which is float. Use "
+            "kqat.quantize_model first."
+        )
+    return graph
+
+
+def _is_plumbing(node: Node, output_names: tuple[str, ...]) -> bool:
+    """Whether `wrap` put the layer there without an effect on float values."""
+    layer = node.layer
+    if isinstance(layer, ActivationQuantizer):
+        return layer.clamp is None or not node.kwargs.get("observe", True)
+    names_output = isinstance(layer, keras.layers.Identity) and layer.name in output_names
+    return names_output or isinstance(layer, PrecisionBoundary | Requantize)
+
+
+class _Stripper:
+    """The working state of `strip`: the layer that makes an output bears the output's name."""
+
+    def __init__(self, graph: Graph):
+        self.output_names = graph.output_names
+        self.taken = {*graph.input_names, *graph.output_names}
+        self.names: dict[Ref, str] = {}
+        self.copies: dict[int, list[Any]] = {}
+        producers = graph.producers()
+        for ref, name in zip(graph.outputs, graph.output_names, strict=True):
+            while ref in producers and _is_plumbing(producers[ref], self.output_names):
+                ref = producers[ref].inputs[0]
+            self.names.setdefault(ref, name)
+
+    def call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
+        """The node's float value, symbolic; see `kqat.graph.tracer.Graph.run`."""
+        layer, output = node.layer, node.outputs[0]
+        if _is_plumbing(node, self.output_names):
+            return args[0]
+        if isinstance(layer, ActivationQuantizer):
+            name = self._name(layer.name.removesuffix("_quantizer"), output)
+            return keras.layers.Activation(layer.clamp, name=name)(args[0])
+        if id(layer) not in self.copies:
+            self.copies[id(layer)] = self._float_parts(layer, output)
+        first, *rest = self.copies[id(layer)]
+        value = first(*args, **kwargs)
+        for part in rest:
+            value = part(value)
+        return value
+
+    def _name(self, name: str, output: Ref) -> str:
+        return self.names.get(output) or unique_name(name, self.taken)
+
+    def _float_parts(self, layer: Any, output: Ref) -> list[Any]:
+        if isinstance(layer, QuantizedRecurrence):
+            name = self._name(layer.name.removeprefix("quant_"), output)
+            return [Recurrence(**{**layer.get_config(), "step": strip(layer.step), "name": name})]
+        if not isinstance(layer, QuantizeWrapper):
+            return [duplicate(layer, self._name(layer.name, output))]
+        if layer.normalization is None:
+            return [duplicate(layer.layer, self._name(layer.layer.name, output))]
+        return [
+            duplicate(layer.layer, unique_name(layer.layer.name, self.taken)),
+            duplicate(layer.normalization, self._name(layer.normalization.name, output)),
+        ]

@@ -1,0 +1,41 @@
+"""Keras model to flat graph and back. This sub-package alone knows Keras's internals
+(`keras_internals`).
+"""
+
+from kqat.graph.copies import Part, activation_name, clone, duplicate, finalize
+from kqat.graph.keras_internals import attach_masks, hands_on_mask
+from kqat.graph.tracer import (
+    Graph,
+    Node,
+    Ref,
+    fill,
+    non_finite_variable,
+    rebuild,
+    refs_in,
+    trace,
+    trace_call,
+    unique_name,
+)
+from kqat.graph.values import counts, is_tensor
+
+__all__ = [
+    "Graph",
+    "Node",
+    "Part",
+    "Ref",
+    "activation_name",
+    "attach_masks",
+    "clone",
+    "counts",
+    "duplicate",
+    "fill",
+    "finalize",
+    "hands_on_mask",
+    "is_tensor",
+    "non_finite_variable",
+    "rebuild",
+    "refs_in",
+    "trace",
+    "trace_call",
+    "unique_name",
+]

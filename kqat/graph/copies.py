@@ -1,0 +1,104 @@
+"""Copies of layers: a new layer of the same config that takes over the weights."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import layers
+
+from kqat.base import ModelError
+
+
+class Part:
+    """A layer that takes over given weights as soon as it is built; calls like the layer.
+
+    Args:
+        layer: the layer, not built yet.
+        weights: what it takes over, by `set_weights` or, if given, by `take_over(*weights)`.
+        take_over: a layer's own way to take them.
+    """
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        weights: Sequence[Any] = (),
+        take_over: Callable[..., None] | None = None,
+    ):
+        self.layer = layer
+        self._pending = weights
+        self._take_over = take_over
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        if self._pending:
+            weights, self._pending = self._pending, ()
+            if self._take_over is not None:
+                self._take_over(*weights)
+            else:
+                self.layer.set_weights(weights)
+                finalize(self.layer)
+        return output
+
+
+def finalize(layer: Any) -> None:
+    """Lets a Normalization compute with the weights that it was just given."""
+    if isinstance(layer, layers.Normalization) and layer.input_mean is None:
+        layer.finalize_state()
+
+
+@contextlib.contextmanager
+def _nameless_functions() -> Iterator[None]:
+    """Without the warning of Keras about lambdas: they are shared or replaced, not read back."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+        yield
+
+
+def activation_name(function: Any) -> str | None:
+    """The name of an activation that Keras knows by name; `None` for the user's own."""
+    with _nameless_functions():
+        name = keras.activations.serialize(function)
+    return name if isinstance(name, str) else None
+
+
+def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.Layer:
+    """An unbuilt layer of the same class and config, except for `changes`.
+
+    Raises:
+        ModelError: if the class cannot be made from its config.
+    """
+    if name is not None:
+        changes["name"] = name
+    try:
+        with _nameless_functions():
+            config = {**layer.get_config(), **changes}
+        copy = _made_anew(layer, config, changes)
+    except Exception as error:  # Whatever a user's own class raises.
+        raise ModelError(
+            f"Expected a layer that can be made anew from its config. Received: '{layer.name}' of "
+            f"type {type(layer).__name__}, which cannot: {error} Let get_config return every "
+            "argument of __init__, and register functions of your own with "
+            "keras.saving.register_keras_serializable."
+        ) from error
+    copy.trainable = layer.trainable
+    return copy
+
+
+def _made_anew(layer: Any, config: dict[str, Any], changes: dict[str, Any]) -> keras.layers.Layer:
+    """A layer of this config; a function of the user's, which no config can name, is shared."""
+    if isinstance(layer, layers.Lambda):
+        own = {"arguments": layer.arguments, "mask": layer.mask}
+        kept = {key: config[key] for key in ("name", "dtype", "trainable")}
+        return layers.Lambda(layer.function, **own, **kept)
+    if isinstance(layer, layers.Activation) and "activation" not in changes:
+        config = {**config, "activation": layer.activation}
+    return type(layer).from_config(config)
+
+
+def duplicate(layer: Any, name: str | None = None, **changes: Any) -> Callable[..., Any]:
+    """A copy that computes with the same weights; an operation, which has none, serves itself."""
+    if not isinstance(layer, keras.layers.Layer):
+        return layer
+    return Part(clone(layer, name, **changes), layer.get_weights())

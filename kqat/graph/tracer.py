@@ -1,0 +1,394 @@
+"""Any Keras model as one flat graph, and what walks it. With `opening` it knows Keras internals.
+
+A `Graph` lists calls in the order in which they run; a `Ref` stands for each value that flows
+between them. `Graph.run` gives meaning to a call, and so serves to rebuild a model, to calibrate
+it and to compare it with a runtime.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from kqat.base import ModelError
+from kqat.graph.keras_internals import (
+    Opened,
+    calls_in_order,
+    inner_function,
+    maker_name,
+    open_call,
+    open_model,
+    passes_mask_by,
+    typed_inputs,
+    with_learned,
+)
+
+DEEPEST_MODEL = 100_000  # calls that may lie one behind the other in a model
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ref:
+    """A value in a graph: `shape` has the batch size (often `None`) first."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is no quantity, which has no scale: an index, or a truth value."""
+        return not keras.backend.is_float_dtype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """One call of one layer; `name` is unique in the graph.
+
+    `args` and `kwargs` are those of the call, with a `Ref` in place of each tensor; `inputs`
+    lists these refs in order.
+    """
+
+    name: str
+    layer: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Ref, ...]
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        """The values that the call reads, once per use."""
+        return refs_in((self.args, self.kwargs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A flat functional graph; the structures are the model's own, with refs in them."""
+
+    nodes: tuple[Node, ...]
+    input_struct: Any
+    output_struct: Any
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        """The model's inputs in its order."""
+        return refs_in(self.input_struct)
+
+    @property
+    def outputs(self) -> tuple[Ref, ...]:
+        """The model's outputs in its order."""
+        return refs_in(self.output_struct)
+
+    @property
+    def input_keys(self) -> tuple[str, ...]:
+        """What data and files call the inputs: keys of a dict, or the names."""
+        return _keys(self.input_struct, self.input_names)
+
+    @property
+    def output_keys(self) -> tuple[str, ...]:
+        """What targets and files call the outputs: keys of a dict, or the names."""
+        return _keys(self.output_struct, self.output_names)
+
+    def run(self, inputs: Sequence[Any], call: Callable[..., Any]) -> Any:
+        """Runs the graph; returns values in the model's output structure.
+
+        Args:
+            inputs: one value per model input.
+            call: `call(node, *args, **kwargs)` with values in place of refs; returns the node's
+                output value, or a list of them.
+        """
+        values: dict[Ref, Any] = dict(zip(self.inputs, inputs, strict=True))
+        for node in self.nodes:
+            args, kwargs = fill((node.args, node.kwargs), values.__getitem__)
+            results = keras.tree.flatten(call(node, *args, **kwargs))
+            values.update(zip(node.outputs, results, strict=True))
+        return fill(self.output_struct, values.__getitem__)
+
+    def consumers(self) -> dict[Ref, list[Node]]:
+        """The nodes that read each value, once per use."""
+        table: dict[Ref, list[Node]] = {ref: [] for ref in self.inputs}
+        for node in self.nodes:
+            table.update((ref, []) for ref in node.outputs)
+            for ref in node.inputs:
+                table[ref].append(node)
+        return table
+
+    def calls(self) -> Counter[int]:
+        """How often each layer is called, by its identity."""
+        return Counter(id(node.layer) for node in self.nodes)
+
+    def producers(self) -> dict[Ref, Node]:
+        """The node that writes each value; model inputs have none."""
+        return {ref: node for node in self.nodes for ref in node.outputs}
+
+
+def trace(model: Any) -> Graph:
+    """The graph of a built Keras model, nested and subclassed models opened up.
+
+    Raises:
+        ModelError: if `model` is not a built Keras model of fixed shape, or one whose `call`
+            cannot be traced.
+    """
+    opened = open_model(model)
+    function = opened.function
+    inputs = [Ref(tuple(t.shape), dtype) for t, dtype in typed_inputs(function)]
+    for tensor in function.inputs:
+        _check_input(tensor, model.name)
+    by_tensor = {id(t): ref for t, ref in zip(function.inputs, inputs, strict=True)}
+    nodes: list[Node] = []
+    walk = _Walk("", nodes, set(), opened.learned, opened.fresh)
+    output_struct = _inline(function, opened.output, dict(by_tensor), walk)
+    _check_sizes(nodes, model.name)
+    if set(inputs) & set(refs_in(output_struct)):
+        raise ModelError(
+            f"Expected outputs that layers compute. Received: model '{model.name}', which hands an "
+            "input on as an output. Leave that out, or put keras.layers.Identity before it."
+        )
+    # The layer's name is saved with a model; the tensor's is not.
+    input_names = [maker_name(t) for t in function.inputs]
+    output_names = [maker_name(t) for t in keras.tree.flatten(opened.output)]
+    if opened.fresh:
+        makers = {ref: node.name for node in nodes for ref in node.outputs}
+        names = tuple(makers[ref] for ref in refs_in(output_struct))
+        output_names = list(_keys(output_struct, names))
+    taken = set(input_names)
+    return Graph(
+        nodes=tuple(nodes),
+        input_struct=_map_tensors(opened.input, by_tensor),
+        output_struct=output_struct,
+        input_names=tuple(input_names),
+        output_names=tuple(unique_name(name, taken) for name in output_names),
+    )
+
+
+def trace_call(layer: Any, args: Any, kwargs: Any, name: str) -> Graph:
+    """The graph of `layer.call` for symbolic arguments, its parts named after `name`.
+
+    Raises:
+        ModelError: if it cannot be traced.
+    """
+    given = [t for t in keras.tree.flatten((args, kwargs)) if isinstance(t, keras.KerasTensor)]
+    fresh = {id(t): keras.Input(batch_shape=t.shape, dtype=t.dtype) for t in given}
+    opened = open_call(layer, *_replace((args, kwargs), fresh))
+    refs = {id(t): Ref(tuple(t.shape), str(t.dtype)) for t in fresh.values()}
+    walk = _Walk(f"{name}_", [], set(), opened.learned, opened.fresh)
+    inputs = list(refs.values())
+    output_struct = _inline(opened.function, opened.output, refs, walk)
+    return Graph(tuple(walk.nodes), inputs, output_struct, (), ())
+
+
+def rebuild(
+    graph: Graph, call: Callable[..., Any], name: str, output_names: Sequence[str] = ()
+) -> keras.Model:
+    """A new functional model: fresh inputs of the same names, `call` for every node.
+
+    Args:
+        graph: what to rebuild.
+        call: as for `Graph.run`, with symbolic tensors.
+        name: the new model's name.
+        output_names: names of the new model's outputs; no layer that `call` makes may bear one,
+            save the layer that makes that output. Where empty, outputs bear the names of the
+            layers that make them.
+    """
+    fresh = {
+        ref: keras.Input(ref.shape[1:], dtype=ref.dtype, name=input_name)
+        for ref, input_name in zip(graph.inputs, graph.input_names, strict=True)
+    }
+    outputs = graph.run(list(fresh.values()), call)
+    if output_names:
+        flat = keras.tree.flatten(outputs)
+        named = [
+            tensor
+            if maker_name(tensor) == output_name
+            else keras.layers.Identity(name=output_name, dtype=tensor.dtype)(tensor)
+            for tensor, output_name in zip(flat, output_names, strict=True)
+        ]
+        outputs = keras.tree.pack_sequence_as(outputs, named)
+    with _deep_recursion():
+        return keras.Model(fill(graph.input_struct, fresh.__getitem__), outputs, name=name)
+
+
+@contextlib.contextmanager
+def _deep_recursion() -> Iterator[None]:
+    """Lets Keras, which walks a model by recursion, walk a recurrence of many steps."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, DEEPEST_MODEL))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def non_finite_variable(model: keras.Model) -> str | None:
+    """Path of the first weight of `model` that holds NaN or infinity, if there is one."""
+    for variable in model.weights:
+        if str(variable.dtype).startswith(("float", "bfloat")):
+            if not np.isfinite(np.asarray(variable, np.float32)).all():
+                return variable.path
+    return None
+
+
+def _check_input(tensor: Any, model_name: str) -> None:
+    if any(size is None for size in tensor.shape[1:]):
+        raise ModelError(
+            f"Expected fixed input shapes in model '{model_name}': an integer file carries them. "
+            f"Received: input '{tensor.name}' of shape {tuple(tensor.shape)}. Rebuild the model "
+            "with a fixed shape."
+        )
+    if not str(tensor.dtype).startswith(("float", "bfloat", "int32")):
+        raise ModelError(
+            f"Expected inputs of floats, or of int32 that count, in model '{model_name}'. "
+            f"Received: input '{tensor.name}' of dtype {tensor.dtype}. Declare indexes int32 and "
+            "quantities float32; tflite_export.convert(inference_input_type='uint8') makes the "
+            "file take bytes."
+        )
+
+
+def _check_sizes(nodes: Sequence[Node], model_name: str) -> None:
+    for node in nodes:
+        if any(0 in ref.shape[1:] for ref in (*node.inputs, *node.outputs)):
+            shapes = [ref.shape for ref in (*node.inputs, *node.outputs)]
+            raise ModelError(
+                f"Expected values with elements in model '{model_name}'. Received: layer "
+                f"'{node.name}' from and to shapes {shapes}. Leave the empty part out."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """Where an inlined model stands: name prefix, nodes so far, names used, hidden variables."""
+
+    prefix: str
+    nodes: list[Node]
+    names: set[str]
+    learned: tuple[Any, ...] = ()
+    fresh: bool = False
+
+    def name_of(self, layer: Any) -> str:
+        """A name for a call, which is the same each time that a model is traced."""
+        named = isinstance(layer, keras.layers.Layer) or not self.fresh
+        return self.prefix + (layer.name if named else type(layer).__name__.lower())
+
+
+def _inline(function: Any, output: Any, refs: dict[int, Ref], walk: _Walk) -> Any:
+    """Appends the calls of `function`; returns its `output` structure with refs in it.
+
+    `refs` maps the identity of the function's symbolic tensors to refs; it starts with its inputs.
+    """
+    found: set[int] = set()
+    for call, masks in calls_in_order(function, refs):
+        layer = call.operation
+        kwargs = {**call.arguments.kwargs, **masks}
+        args, kwargs = _map_tensors((call.arguments.args, kwargs), refs)
+        args, kwargs = _call_options(layer, args, kwargs)
+        inner = _inner_model(layer, args, kwargs)
+        if inner is None:
+            args, kwargs = with_learned((args, kwargs), walk.learned, found)
+            outputs = [Ref(tuple(t.shape), str(t.dtype)) for t in call.outputs]
+            name = unique_name(walk.name_of(layer), walk.names, "_call{}")
+            walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
+        else:
+            given = refs_in((args, kwargs))
+            tensors = inner.function.inputs
+            inner_refs = {id(t): r for t, r in zip(tensors, given, strict=True)}
+            prefix = f"{walk.prefix}{layer.name}_"
+            deeper = _Walk(prefix, walk.nodes, walk.names, inner.learned, inner.fresh)
+            outputs = list(refs_in(_inline(inner.function, inner.output, inner_refs, deeper)))
+        refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
+    lost = [v.path for v in walk.learned if id(v) not in found]
+    if lost:
+        raise ModelError(
+            f"Expected a call that uses its variables on symbolic tensors. Received: "
+            f"{', '.join(lost)}, of which only computed constants are seen. Use the variables "
+            "themselves, or look positions up in an Embedding and add its rows as they are."
+        )
+    return _map_tensors(output, refs)
+
+
+def _inner_model(layer: Any, args: Any, kwargs: Any) -> Opened | None:
+    """A model inside a model, opened; `None` for a layer.
+
+    Raises:
+        ModelError: if a mask would have to go on inside.
+    """
+    function = inner_function(layer)
+    if isinstance(layer, keras.Model) and refs_in(kwargs.get("mask")):
+        raise ModelError(
+            f"Expected a model inside a model to begin without a mask. Received: a mask for "
+            f"'{layer.name}'. Call its layers in the outer model, or leave mask_zero out."
+        )
+    if function is not None:
+        return Opened(function, function.input, function.output)
+    if not isinstance(layer, keras.Model):
+        return None
+    fresh = {
+        id(r): keras.Input(batch_shape=r.shape, dtype=r.dtype) for r in refs_in((args, kwargs))
+    }
+    return open_call(layer, *fill((args, kwargs), lambda ref: fresh[id(ref)]))
+
+
+def _call_options(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments: the first by position, and of the rest those that say something.
+
+    `training=False` is left out: Keras itself overrides it in `fit`.
+
+    Raises:
+        ModelError: if that is `training=True`.
+    """
+    parameters = inspect.signature(layer.call).parameters
+    # Keras records the default of its preprocessing layers, which is True.
+    default = parameters["training"].default if "training" in parameters else None
+    if kwargs.get("training") and not default:
+        raise ModelError(
+            f"Expected layers that compute as inference does when they ship. Received: "
+            f"training=True in the call of '{layer.name}'. Call it without `training`."
+        )
+    said = {k: v for k, v in kwargs.items() if k != "training" and (k, v) != ("mask", None)}
+    if "mask" in said and passes_mask_by(layer):
+        del said["mask"]
+    first = next(iter(parameters), None)
+    if not args and first in said:
+        args = (said.pop(first),)
+    return args, said
+
+
+def _keys(structure: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    paths = [path for path, _ in keras.tree.flatten_with_path(structure)]
+    named = all(isinstance(part, str) for path in paths for part in path)
+    return tuple("_".join(path) for path in paths) if named and all(paths) else names
+
+
+def unique_name(name: str, taken: set[str], ending: str = "_{}") -> str:
+    """`name`, or where it is taken with the first ending that is not; takes it."""
+    numbered = (name + ending.format(number) for number in itertools.count(2))
+    unique = next(n for n in itertools.chain([name], numbered) if n not in taken)
+    taken.add(unique)
+    return unique
+
+
+def _map_tensors(structure: Any, refs: dict[int, Ref]) -> Any:
+    return keras.tree.map_structure(
+        lambda x: refs[id(x)] if isinstance(x, keras.KerasTensor) else x, structure
+    )
+
+
+def _replace(structure: Any, tensors: dict[int, Any]) -> Any:
+    return keras.tree.map_structure(lambda x: tensors.get(id(x), x), structure)
+
+
+def fill(structure: Any, function: Callable[[Ref], Any]) -> Any:
+    """`structure` with `function(ref)` in place of each ref."""
+    return keras.tree.map_structure(lambda x: function(x) if isinstance(x, Ref) else x, structure)
+
+
+def refs_in(structure: Any) -> tuple[Ref, ...]:
+    return tuple(x for x in keras.tree.flatten(structure) if isinstance(x, Ref))

@@ -1,0 +1,55 @@
+"""Integer grids and their arithmetic: `QuantSpec`, `Site`, fake quantization, and the ways to find
+a range or the step of a weight.
+"""
+
+from kqat.grids import arithmetic
+from kqat.grids.arithmetic import HIDDEN, LOWEST
+from kqat.grids.methods import (
+    RANGE_METHODS,
+    STEP_METHODS,
+    RangeMethod,
+    StepMethod,
+    range_method_from_dict,
+    range_method_to_dict,
+    step_method_from_dict,
+    step_method_to_dict,
+)
+from kqat.grids.ranges.fixed import Fixed
+from kqat.grids.ranges.last_value import LastValue
+from kqat.grids.ranges.minmax import MinMax
+from kqat.grids.ranges.moving_average import MovingAverage
+from kqat.grids.site import Site
+from kqat.grids.spec import INT8_ACTIVATION, INT8_WEIGHTS, INT16_ACTIVATION, QuantSpec
+from kqat.grids.weight_steps.binary import Binary
+from kqat.grids.weight_steps.learned_step import LearnedStep
+from kqat.grids.weight_steps.least_squares import LeastSquares
+from kqat.grids.weight_steps.max_abs import MaxAbs
+from kqat.grids.weight_steps.ternary import Ternary
+
+__all__ = [
+    "HIDDEN",
+    "INT8_ACTIVATION",
+    "INT8_WEIGHTS",
+    "INT16_ACTIVATION",
+    "LOWEST",
+    "RANGE_METHODS",
+    "STEP_METHODS",
+    "Binary",
+    "Fixed",
+    "LastValue",
+    "LearnedStep",
+    "LeastSquares",
+    "MaxAbs",
+    "MinMax",
+    "MovingAverage",
+    "QuantSpec",
+    "RangeMethod",
+    "Site",
+    "StepMethod",
+    "Ternary",
+    "arithmetic",
+    "range_method_from_dict",
+    "range_method_to_dict",
+    "step_method_from_dict",
+    "step_method_to_dict",
+]

@@ -1,0 +1,1 @@
+"""Ways to find the range of an activation, one file each."""

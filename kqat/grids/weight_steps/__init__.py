@@ -1,0 +1,1 @@
+"""Ways to find the step of a weight's grid, one file each."""

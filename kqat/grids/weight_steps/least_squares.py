@@ -1,0 +1,72 @@
+"""The step that loses least of the weights."""
+
+import dataclasses
+from typing import Any
+
+from keras import ops
+
+from kqat.base import SpecError
+from kqat.grids import arithmetic
+from kqat.grids.spec import QuantSpec
+from kqat.grids.weight_steps.widths import check_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastSquares:
+    """Step with the least `sum((w - round(w / s) * s)**2)`, found anew from the weights each time.
+
+    Of `candidates` fractions of the max-abs step the best is taken, and then moved to where the
+    error is least for its integers: `s = <w, q> / <q, q>`. The search costs as many roundings of
+    the weights in every training step; `LearnedStep` costs one.
+
+    Reference: the L2 search of Banner et al. 2019, section 3 (https://arxiv.org/abs/1810.05723),
+    by enumeration.
+
+    Raises:
+        SpecError: if `candidates` is no whole number above zero.
+    """
+
+    candidates: int = 40
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.candidates, int) and not isinstance(self.candidates, bool)
+        if not whole or self.candidates < 1:
+            raise SpecError(
+                f"Expected a number of candidates of at least 1. Received: {self.candidates!r}. "
+                "Use 40."
+            )
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raises `SpecError` if the grid is none for this method."""
+        check_bits(self, spec, 2, 8)
+
+    def step(self, weight: Any, spec: QuantSpec) -> Any:
+        """The step of `weight`: its shape, with the axes that share one of size 1."""
+        weight = ops.stop_gradient(weight)
+        largest = arithmetic.weight_scale(weight, spec)
+        axes = arithmetic.shared_axes(weight, spec)
+
+        def total(x: Any) -> Any:
+            return ops.sum(x, axis=axes, keepdims=True)
+
+        def error(step: Any) -> Any:
+            # In units of the largest step, so that the square of a tiny weight is none of zero.
+            lost = weight - arithmetic.round_weight(weight, step, spec) * step
+            return total(ops.square(lost / largest))
+
+        def better(index: Any, best: tuple[Any, Any]) -> tuple[Any, Any]:
+            step = largest * (ops.cast(index, "float32") * (1.0 / self.candidates))
+            found = error(step)
+            return ops.where(found < best[1], step, best[0]), ops.minimum(found, best[1])
+
+        # Not range(): forty copies of it would stand in the graph.
+        start = largest, error(largest)
+        best, least = ops.fori_loop(1, self.candidates, better, start)
+        integers = arithmetic.round_weight(weight, best, spec)
+        counted = ops.maximum(total(ops.square(integers)), 1.0)
+        moved = arithmetic.usable_scale(total(weight * integers) / counted)
+        return ops.where(error(moved) < least, moved, best)
+
+    def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:
+        """`weight` rounded to multiples of `step`, straight-through."""
+        return arithmetic.fake_quantize_weight(weight, step, spec)

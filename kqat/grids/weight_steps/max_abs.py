@@ -1,0 +1,28 @@
+"""The step whose grid just holds the largest weight."""
+
+import dataclasses
+from typing import Any
+
+from kqat.grids import arithmetic
+from kqat.grids.spec import QuantSpec
+from kqat.grids.weight_steps.widths import check_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxAbs:
+    """Step `max|w| / qmax`: no weight is clipped; the widest one rules.
+
+    Reference: Krishnamoorthi 2018, section 3.1 (https://arxiv.org/abs/1806.08342).
+    """
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raises `SpecError` if the grid is none for this method."""
+        check_bits(self, spec, 2, 8)
+
+    def step(self, weight: Any, spec: QuantSpec) -> Any:
+        """The step of `weight`: its shape, with the axes that share one of size 1."""
+        return arithmetic.weight_scale(weight, spec)
+
+    def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:
+        """`weight` rounded to multiples of `step`, straight-through."""
+        return arithmetic.fake_quantize_weight(weight, step, spec)

@@ -1,0 +1,39 @@
+"""Weights of three values: ternary weight networks (TWN)."""
+
+import dataclasses
+from typing import Any
+
+from keras import ops
+
+from kqat.grids import arithmetic
+from kqat.grids.spec import QuantSpec
+from kqat.grids.weight_steps.widths import check_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Ternary:
+    """Integers −1, 0, 1: zero where `|w| <= 0.7 * mean|w|`; the step is the mean `|w|` of the rest.
+
+    The gradient is straight-through. Reference: Li et al. 2016, section 2
+    (https://arxiv.org/abs/1605.04711), here for each scale of its own.
+    """
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raises `SpecError` if the grid is none for this method."""
+        check_bits(self, spec, 2, 2)
+
+    def step(self, weight: Any, spec: QuantSpec) -> Any:
+        """The step of `weight`: its shape, with the axes that share one of size 1."""
+        kept = ops.cast(self._kept(weight, spec), "float32")
+        axes = arithmetic.shared_axes(weight, spec)
+        count = ops.maximum(ops.sum(kept, axis=axes, keepdims=True), 1.0)
+        total = ops.sum(ops.abs(weight) * kept, axis=axes, keepdims=True)
+        return arithmetic.usable_scale(total / count)
+
+    def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:
+        """`-step`, 0 or `step` for each of `weight`, straight-through."""
+        integers = ops.sign(weight) * ops.cast(self._kept(weight, spec), "float32")
+        return arithmetic.straight_through(integers * step, weight)
+
+    def _kept(self, weight: Any, spec: QuantSpec) -> Any:
+        return ops.abs(weight) > 0.7 * arithmetic.mean_magnitude(weight, spec)

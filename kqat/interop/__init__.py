@@ -1,1 +1,0 @@
-"""What is brought over from other tools, one file per tool."""

@@ -1,0 +1,55 @@
+"""Layers that Keras lacks: each becomes one TFLite operator, or marks a value for the exporter."""
+
+from kqat.parts.elementwise import Elementwise, is_elementwise, within_domain
+from kqat.parts.lstm_step import CARRY, GATES, FrozenLSTM, GateNumbers, LstmState
+from kqat.parts.markers import Marker, PrecisionBoundary, Requantize, Tabulated, is_marker
+from kqat.parts.recurrence import Recurrence, Stack, Unstack
+from kqat.parts.single_op_layers import (
+    ChannelAffine,
+    Count,
+    DepthToSpace,
+    Hide,
+    Matmul,
+    ReciprocalSquareRoot,
+    Reduce,
+    Select,
+    Slice,
+    SpaceToDepth,
+    Take,
+    WithConstant,
+    stacked,
+    total,
+)
+
+__all__ = [
+    "CARRY",
+    "GATES",
+    "ChannelAffine",
+    "Count",
+    "DepthToSpace",
+    "Elementwise",
+    "FrozenLSTM",
+    "GateNumbers",
+    "Hide",
+    "LstmState",
+    "Marker",
+    "Matmul",
+    "PrecisionBoundary",
+    "ReciprocalSquareRoot",
+    "Recurrence",
+    "Reduce",
+    "Requantize",
+    "Select",
+    "Slice",
+    "SpaceToDepth",
+    "Stack",
+    "Tabulated",
+    "Take",
+    "Unstack",
+    "WithConstant",
+    "is_elementwise",
+    "is_marker",
+    "stacked",
+    "total",
+    "within_domain",
+]

@@ -1,0 +1,127 @@
+"""Functions of one number: how they are told, kept in a model, and saved with it.
+
+An integer model looks such a function up (`tflite_export.integer_pass`), whatever it is: in 256
+entries, or where activations have 16 bits, in straight pieces that are at most one output step
+off. So all that matters here is that it *is* one: that each output depends on one input alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+# Where a function has a pole or ends, inputs stop this close to it: a rounded value may lie on
+# the pole, and its gradient must stay finite.
+MARGIN = 1e-7
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Elementwise(keras.layers.Layer):
+    """A function of each number alone, made of `keras.ops`; any shape.
+
+    Args:
+        function: a functional model of one input `(batch, 1)` and one output of that shape, or
+            its serialized form. It is saved with the layer, so loading needs no custom objects.
+    """
+
+    def __init__(self, function: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(function, keras.Model):
+            function = keras.saving.deserialize_keras_object(function)
+        self.function = function
+
+    @classmethod
+    def of(cls, function: Callable[[Any], Any], **kwargs: Any) -> "Elementwise":
+        """The layer of a Python function of one tensor, made of `keras.ops`."""
+        x = keras.Input((1,), name="x")
+        return cls(keras.Model(x, function(x), name="function"), **kwargs)
+
+    def call(self, x: Any) -> Any:
+        """The function's value for each element."""
+        return ops.reshape(self.function(ops.reshape(x, (-1, 1))), ops.shape(x))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """The function, serialized, beside what every layer has."""
+        function = keras.saving.serialize_keras_object(self.function)
+        return {**super().get_config(), "function": function}
+
+
+def is_elementwise(function: Callable[[Any], Any], shape: tuple[int | None, ...]) -> bool:
+    """Whether `function` of a tensor of `shape` computes each output from one input, by trial.
+
+    It must keep the shape, give equal values twice, follow a permutation of all elements, and
+    leave an output alone when other inputs change.
+
+    Args:
+        function: of one tensor.
+        shape: with the batch size first; `None` stands for any.
+    """
+    rng = np.random.default_rng(0)
+    x = rng.normal(scale=3, size=[size or 2 for size in shape]).astype(np.float32)
+    order = rng.permutation(x.size)
+    changed = np.where(rng.random(x.shape) < 0.5, x, rng.normal(size=x.shape)).astype(np.float32)
+    y, again, moved, other = (
+        _value(function, v) for v in (x, x, x.reshape(-1)[order].reshape(x.shape), changed)
+    )
+    if y is None or y.shape != x.shape or again is None or moved is None or other is None:
+        return False
+    kept = changed == x
+    return (
+        _equal(y, again)
+        and _equal(y.reshape(-1)[order], moved.reshape(-1))
+        and _equal(y[kept], other[kept])
+    )
+
+
+def _value(function: Callable[[Any], Any], x: np.ndarray) -> np.ndarray | None:
+    """The function's value, or `None` where that is no float tensor."""
+    value = function(ops.convert_to_tensor(x))
+    if not ops.is_tensor(value) or not keras.backend.is_float_dtype(value.dtype):
+        return None
+    return np.asarray(value, np.float32)
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    # Vector instructions may round the last bit differently from one position to another.
+    return np.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def _above(low: float) -> Callable[[Any], Any]:
+    return lambda x: ops.maximum(x, low + MARGIN)
+
+
+def _inside_one(x: Any) -> Any:
+    return ops.clip(x, MARGIN - 1.0, 1.0 - MARGIN)
+
+
+def _off_zero(x: Any) -> Any:
+    return ops.where(ops.less(ops.absolute(x), MARGIN), MARGIN, x)
+
+
+# Where functions of `keras.ops` are finite, with their gradients.
+DOMAINS: dict[str, Callable[[Any], Any]] = {
+    "Arccos": _inside_one,
+    "Arccosh": _above(1.0),
+    "Arcsin": _inside_one,
+    "Arctanh": _inside_one,
+    "Erfinv": _inside_one,
+    "Log": _above(0.0),
+    "Log10": _above(0.0),
+    "Log1p": _above(-1.0),
+    "Log2": _above(0.0),
+    "Reciprocal": _off_zero,
+    "Rsqrt": _above(0.0),
+    "Sqrt": _above(0.0),
+}
+
+
+def within_domain(operation: Any, x: Any) -> Any:
+    """`x` where the function `operation` of one number, and its gradient, is finite."""
+    guard = DOMAINS.get(type(operation).__name__)
+    return guard(x) if guard else x

@@ -1,0 +1,132 @@
+"""Which value is which: what stands in a model beside the numbers, and what the exporter reads."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from kqat.grids import QuantSpec, Site, arithmetic
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Marker(keras.layers.Layer):
+    """Tells the exporter what a value is, by way of a fake-quant op.
+
+    The converter keeps fake-quant ops as QUANTIZE/DEQUANTIZE pairs. The pair's scale encodes
+    `index`, not the site's real scale, so no rounding inside the converter can alter what was
+    trained, and any bit width travels the same way. The pair's zero point encodes `kind`.
+
+    Args:
+        kind: `"site"`: the value of `sites[index]`; `"table"`: an elementwise function, the one of
+            `tables[index]`, is to be applied here; `"lstm"`: what stands between the site before
+            and here is the operator of `lstms[index]`; `"fence"`: integers and floats meet here.
+        index: which one.
+    """
+
+    STEP = 2.0**-10
+    # Zero points on the converter's uint8 grid.
+    KINDS = {"fence": 0, "table": 64, "site": 128, "lstm": 192}  # noqa: RUF012 - a constant of the class
+
+    def __init__(self, kind: str, index: int, **kwargs: Any):
+        super().__init__(**{"dtype": "float32", **kwargs})
+        self.kind, self.index = kind, index
+
+    def call(self, x: Any) -> Any:
+        """`x`, rounded on a grid that nobody uses."""
+        step, zero = (self.index + 1) * self.STEP, self.KINDS[self.kind]
+        low, high = -zero * step, (255 - zero) * step
+        return arithmetic.fake_quantize(x, low, high, QuantSpec())
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
+
+    @classmethod
+    def read(cls, scale: float, zero_point: int) -> tuple[str, int]:
+        """The kind and index that the parameters of a QUANTIZE op to uint8 encode."""
+        kinds = {zero: kind for kind, zero in cls.KINDS.items()}
+        return kinds[zero_point], round(scale / cls.STEP) - 1
+
+    def get_config(self) -> dict[str, Any]:
+        """Kind and index, beside what every layer has."""
+        return {**super().get_config(), "kind": self.kind, "index": self.index}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class PrecisionBoundary(keras.layers.Layer):
+    """Marks where integers become floats or floats integers; computes nothing."""
+
+    def call(self, x: Any) -> Any:
+        """`x`, unchanged."""
+        return x
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Requantize(keras.layers.Layer):
+    """Marks where integers of `source_bits` become integers of `bits`; computes nothing.
+
+    The quantizer behind it rounds to the new grid; in the file it is a QUANTIZE.
+    """
+
+    def __init__(self, source_bits: int, bits: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.source_bits, self.bits = source_bits, bits
+
+    @property
+    def kernel_bits(self) -> int:
+        """The width that its kernel must know: the wider one."""
+        return max(self.source_bits, self.bits)
+
+    def call(self, x: Any) -> Any:
+        """`x`, unchanged."""
+        return x
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Both widths, beside what every layer has."""
+        return {**super().get_config(), "source_bits": self.source_bits, "bits": self.bits}
+
+
+class Tabulated(keras.layers.Layer):
+    """An elementwise layer that an integer model can look up instead of computing.
+
+    Whether it does is the exporter's decision, for which `index` names it.
+
+    Args:
+        layer: what computes the function.
+        index: which of the frozen model's tables this is.
+        bits: width of the integers that it reads and writes.
+    """
+
+    def __init__(self, layer: keras.layers.Layer, index: int, bits: int = 8, **kwargs: Any):
+        super().__init__(dtype="float32", **kwargs)
+        self.layer, self.index, self.bits = layer, index, bits
+
+    def call(self, x: Any) -> Any:
+        """The layer's output; any shape."""
+        return self.layer(x)
+
+    def lookup(self, source: Site, result: Site) -> np.ndarray:
+        """The table: the integer of `result` for each integer of `source`, the lowest first.
+
+        Shape (256,) or (65536,), int8 or int16: every input that the bits can hold.
+        """
+        return result.integers(self.values(source)).astype(f"int{result.bits}")
+
+    def values(self, source: Site) -> np.ndarray:
+        """The function's value for each integer of `source`; shape (256,) or (65536,), float32."""
+        half = 2 ** (source.bits - 1)
+        real = source.reals(np.arange(-half, half))
+        return np.asarray(self.layer(keras.ops.convert_to_tensor(real[:, np.newaxis])))[:, 0]
+
+
+def is_marker(layer: Any, kind: str) -> bool:
+    """Whether `layer` is a marker of this kind."""
+    return isinstance(layer, Marker) and layer.kind == kind

@@ -1,0 +1,174 @@
+"""A recurrence as one layer: a model of one step, run along time.
+
+What happens in a step is an ordinary model, so that it is planned, quantized and frozen like any
+other; only the loop is special. In training the loop is run here; in the file it is unrolled, or
+one operator, where the step is of that operator's layers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import layers, ops
+
+from kqat.parts.lstm_step import LstmState
+
+Step = Callable[[list[Any], list[Any]], tuple[list[Any], list[Any]]]
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Unstack(layers.Layer):
+    """The steps of a sequence: `(batch, steps, features)` to `steps` times `(batch, features)`."""
+
+    def call(self, x: Any) -> list[Any]:
+        """The steps, in order."""
+        return ops.unstack(x, axis=1)
+
+    def compute_output_spec(self, x: Any) -> list[Any]:
+        """One spec per step."""
+        shape = (x.shape[0], *x.shape[2:])
+        return [keras.KerasTensor(shape, dtype=x.dtype) for _ in range(x.shape[1])]
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Stack(layers.Layer):
+    """The inverse of `Unstack`: a list of `(batch, features)` to `(batch, steps, features)`."""
+
+    def call(self, inputs: Sequence[Any]) -> Any:
+        """The sequence."""
+        return ops.stack(list(inputs), axis=1)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """`(batch, steps, features)`."""
+        return (input_shape[0][0], len(input_shape), *input_shape[0][1:])
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Recurrence(layers.Layer):
+    """`h[t], … = step(x[t], …, h[t-1], …)` along the second axis, beginning with zeros.
+
+    Takes a list: sequences of shape `(batch, steps, features)`, then, if given, one initial state
+    of shape `(batch, units)` per state. Returns the first state of the last step, or of all
+    steps; with `return_state` a list of that and the last step's states.
+
+    Args:
+        step: model of one step: a step of each sequence, then the states, to the next states.
+        sequences: how many of the step's inputs are sequences.
+        return_sequences: whether the output is that of all steps, `(batch, steps, units)`.
+        return_state: whether the last states are returned, too.
+        go_backwards: whether the last step comes first, in time and in the output.
+        flip: whether the output's steps are put in reverse order.
+    """
+
+    def __init__(
+        self,
+        step: keras.Model,
+        sequences: int,
+        *,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        flip: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.step = step
+        self.sequences = sequences
+        self.return_sequences = return_sequences
+        self.return_state = return_state
+        self.go_backwards = go_backwards
+        self.flip = flip
+
+    def call(self, inputs: Sequence[Any], training: bool | None = None) -> Any:
+        """The states; see the class."""
+
+        def step(values: list[Any], notes: list[Any]) -> tuple[list[Any], list[Any]]:
+            return _as_list(self.step(values, training=training)), notes
+
+        return self.scan(inputs, step, [])[0]
+
+    def scan(self, inputs: Sequence[Any], step: Step, notes: list[Any]) -> tuple[Any, list[Any]]:
+        """What `call` returns, by a loop that is traced once, and what was noted on the way.
+
+        Args:
+            inputs: as for `call`.
+            step: `step(values, notes)` returns the next states and notes.
+            notes: tensors that go from step to step.
+        """
+        sequences = [ops.swapaxes(x, 0, 1) for x in inputs[: self.sequences]]
+        if self.go_backwards:
+            sequences = [ops.flip(x, axis=0) for x in sequences]
+
+        def body(carry: Any, values: Any) -> tuple[Any, Any]:
+            carry = step([*values, *carry[0]], list(carry[1]))
+            # On TensorFlow, what is stacked must have the structure of what is carried.
+            return carry, carry
+
+        states = list(inputs[self.sequences :]) or self.zeros(inputs)
+        (states, notes), (stacked, _) = ops.scan(body, (states, notes), sequences)
+        outputs = ops.flip(stacked[0], axis=0) if self.flip else stacked[0]
+        return self.results(ops.swapaxes(outputs, 0, 1), states), notes
+
+    def zeros(self, inputs: Sequence[Any]) -> list[Any]:
+        """Initial states where none are given."""
+        batch = ops.shape(inputs[0])[0]
+        states = self.step.inputs[self.sequences :]
+        return [ops.zeros((batch, state.shape[-1]), dtype=inputs[0].dtype) for state in states]
+
+    def steps(self, sequences: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+        """The sequences' values step by step, in the order in which the steps run."""
+        steps = list(zip(*sequences, strict=True))
+        return steps[::-1] if self.go_backwards else steps
+
+    def results(self, outputs: Any, states: list[Any]) -> Any:
+        """What the layer returns, of the output of all steps and the last states."""
+        output = outputs if self.return_sequences else states[0]
+        return [output, *states] if self.return_state else output
+
+    def in_order(self, outputs: list[Any]) -> list[Any]:
+        """The steps' outputs, in the order in which they ran, as they stand in the output."""
+        return outputs[::-1] if self.flip else outputs
+
+    def compute_output_spec(self, inputs: Sequence[Any], training: bool | None = None) -> Any:
+        """Specs of what `call` returns."""
+        batch, steps = inputs[0].shape[:2]
+        states = [
+            keras.KerasTensor((batch, *state.shape[1:]), dtype=self.compute_dtype)
+            for state in self.step.outputs
+        ]
+        whole = (batch, steps, *states[0].shape[1:])
+        output = keras.KerasTensor(whole, dtype=self.compute_dtype)
+        output = output if self.return_sequences else states[0]
+        return [output, *states] if self.return_state else output
+
+    def get_config(self) -> dict[str, Any]:
+        """The serialized step and the options."""
+        return {
+            **super().get_config(),
+            "step": keras.saving.serialize_keras_object(self.step),
+            "sequences": self.sequences,
+            "return_sequences": self.return_sequences,
+            "return_state": self.return_state,
+            "go_backwards": self.go_backwards,
+            "flip": self.flip,
+        }
+
+    @property
+    def kind(self) -> str:
+        """How it ships: `"unrolled"`, or as the one operator that its step is of.
+
+        That is `"fused"`, or `"fused_backwards"` where sequences have to be turned around it.
+        """
+        parts = [getattr(layer, "layer", layer) for layer in self.step.layers]
+        if not any(isinstance(part, LstmState) for part in parts):
+            return "unrolled"
+        return "fused_backwards" if self.go_backwards or self.flip else "fused"
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Recurrence":
+        """The inverse of `get_config`."""
+        return cls(keras.saving.deserialize_keras_object(config.pop("step")), **config)
+
+
+def _as_list(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, list | tuple) else [values]

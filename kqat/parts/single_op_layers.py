@@ -1,0 +1,355 @@
+"""Layers that Keras lacks: each is one TFLite operator, for what is decomposed to be made of."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from kqat.base import UnsupportedLayerError
+from kqat.grids import HIDDEN, LOWEST
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Slice(layers.Layer):
+    """`x[:, begin:end:step, …]` with one triple per axis behind the batch.
+
+    Input shape `(batch, d1, d2, …)`; `steps` are positive.
+    """
+
+    def __init__(self, begin: list[int], end: list[int], steps: list[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.begin, self.end, self.steps = list(begin), list(end), list(steps)
+
+    @classmethod
+    def of(cls, x: Any, key: Any, name: str) -> Any:
+        """`x[key]` with a slice, and a Reshape where `key` drops or adds axes.
+
+        Raises:
+            UnsupportedLayerError: if `key` slices the batch, steps backwards, or is an array.
+        """
+        keys = list(key) if isinstance(key, tuple) else [key]
+        if Ellipsis in keys:
+            at = keys.index(Ellipsis)
+            given = sum(k is not None for k in keys) - 1
+            keys[at : at + 1] = [slice(None)] * (len(x.shape) - given)
+        axes = iter(x.shape)
+        triples: list[tuple[Any, Any, int]] = []
+        shape: list[Any] = []
+        for k in keys:
+            if k is None:
+                shape.append(1)
+                continue
+            size = next(axes)
+            triple = cls._triple(k, size, name, first=not triples)
+            triples.append(triple)
+            if isinstance(k, slice):
+                shape.append(None if size is None else len(range(*triple)))
+        rest = list(axes)
+        triples += [(0, size, 1) for size in rest]
+        shape += rest
+        begin, end, steps = (list(v) for v in zip(*triples[1:], strict=True))
+        plain = len(shape) == len(x.shape) and all(isinstance(k, slice) for k in keys)
+        sliced = cls(begin, end, steps, name=name if plain else f"{name}_slice")(x)
+        return sliced if plain else layers.Reshape(shape[1:], name=name)(sliced)
+
+    @staticmethod
+    def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]:
+        if first and key == slice(None):
+            return (0, None, 1)
+        if first or not isinstance(key, int | slice):
+            raise UnsupportedLayerError(
+                f"Expected slices and numbers behind the batch axis in '{name}'. Received: {key!r}."
+            )
+        if isinstance(key, int):
+            start = key % size
+            return (start, start + 1, 1)
+        begin, end, step = key.indices(size)
+        if step < 1:
+            raise UnsupportedLayerError(
+                f"Expected a forward slice in '{name}'. Received: step={step}."
+            )
+        return (begin, end, step)
+
+    def call(self, x: Any) -> Any:
+        """The slice."""
+        triples = zip(self.begin, self.end, self.steps, strict=True)
+        return x[(slice(None), *(slice(b, e, s) for b, e, s in triples))]
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """`(batch, …)` with each axis's number of picked positions."""
+        triples = zip(self.begin, self.end, self.steps, strict=True)
+        return (input_shape[0], *(len(range(b, e, s)) for b, e, s in triples))
+
+    def get_config(self) -> dict[str, Any]:
+        """The three lists, beside what every layer has."""
+        return {**super().get_config(), "begin": self.begin, "end": self.end, "steps": self.steps}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Reduce(layers.Layer):
+    """The mean, max, min or prod (`kind`) over axes.
+
+    Input shape `(batch, d1, …)`; `axes` count the batch as 0, and leave it out.
+    """
+
+    def __init__(self, kind: str, axes: list[int], keepdims: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kind, self.axes, self.keepdims = kind, list(axes), keepdims
+
+    def call(self, x: Any) -> Any:
+        """The reduced tensor."""
+        return getattr(ops, self.kind)(x, axis=tuple(self.axes), keepdims=self.keepdims)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, beside what every layer has."""
+        own = {"kind": self.kind, "axes": self.axes, "keepdims": self.keepdims}
+        return {**super().get_config(), **own}
+
+
+def total(x: Any, axes: list[int], keepdims: bool, name: str) -> Any:
+    """The sum over axes, as a multiple of the mean: LiteRT's reference SUM does not rescale."""
+    count = float(np.prod([x.shape[axis] for axis in axes]))
+    mean = Reduce("mean", axes, keepdims, name=f"{name}_mean")(x)
+    return layers.Rescaling(count, name=name)(mean)
+
+
+def stacked(values: Sequence[Any], axis: int, name: str) -> Any:
+    """Values of equal shape along a new axis, which counts the batch as 0."""
+    shape = list(values[0].shape[1:])
+    shape.insert(axis - 1, 1)
+    if len(values) == 1:
+        return layers.Reshape(shape, name=name)(values[0])
+    rows = [layers.Reshape(shape, name=f"{name}_row_{i}")(x) for i, x in enumerate(values)]
+    return layers.Concatenate(axis=axis, name=name)(rows)
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Take(layers.Layer):
+    """The entries `indices` along one axis, in that order; an entry may come more than once.
+
+    Input shape `(batch, d1, …)`; `axis` is at least 1.
+    """
+
+    def __init__(self, indices: list[int], axis: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.indices, self.axis = [int(i) for i in indices], axis
+
+    def call(self, x: Any) -> Any:
+        """The entries."""
+        return ops.take(x, ops.convert_to_tensor(self.indices, "int32"), axis=self.axis)
+
+    def get_config(self) -> dict[str, Any]:
+        """The indices and the axis, beside what every layer has."""
+        return {**super().get_config(), "indices": self.indices, "axis": self.axis}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class DepthToSpace(layers.Layer):
+    """Blocks of `block_size` by `block_size` pixels out of channels, as `keras.ops` has it."""
+
+    def __init__(self, block_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.block_size = block_size
+
+    def call(self, x: Any) -> Any:
+        """The image."""
+        return ops.depth_to_space(x, self.block_size, data_format="channels_last")
+
+    def get_config(self) -> dict[str, Any]:
+        """The block's size, beside what every layer has."""
+        return {**super().get_config(), "block_size": self.block_size}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class SpaceToDepth(layers.Layer):
+    """Channels out of blocks of `block_size` by `block_size` pixels, as `keras.ops` has it."""
+
+    def __init__(self, block_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.block_size = block_size
+
+    def call(self, x: Any) -> Any:
+        """The image."""
+        return ops.space_to_depth(x, self.block_size, data_format="channels_last")
+
+    def get_config(self) -> dict[str, Any]:
+        """The block's size, beside what every layer has."""
+        return {**super().get_config(), "block_size": self.block_size}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Count(layers.Layer):
+    """A function of `keras.ops` whose result is no quantity: an index, or true or false.
+
+    Args:
+        kind: the function's name: `"argmax"`, `"greater"` ….
+        options: its other arguments by name, plain JSON types.
+    """
+
+    def __init__(self, kind: str, options: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.kind, self.options = kind, dict(options or {})
+
+    def call(self, x: Any) -> Any:
+        """The function's value of a tensor, or of a list of them."""
+        tensors = x if isinstance(x, list | tuple) else [x]
+        result = getattr(ops, self.kind)(*tensors, **self.options)
+        return ops.cast(result, "int32") if self.kind in ("argmax", "argmin") else result
+
+    def get_config(self) -> dict[str, Any]:
+        """The function and its options, beside what every layer has."""
+        config = super().get_config()
+        config.pop("autocast", None)
+        return {**config, "kind": self.kind, "options": self.options}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Select(layers.Layer):
+    """`where(condition, a, b)` of `[condition, a, b]`; shapes broadcast."""
+
+    def call(self, inputs: Any) -> Any:
+        """The selection."""
+        return ops.where(*inputs)
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Hide(layers.Add):
+    """`bias + scores` of `[bias, scores]`; the bias is `numerics.HIDDEN` for keys that are hidden.
+
+    What is hidden is `numerics.LOWEST` whatever its score, and softmax finds it equal; on integers
+    the grid ends above it, so that a sum does the same. Ships as an addition.
+    """
+
+    def call(self, inputs: Any) -> Any:
+        """The scores, `LOWEST` where the bias hides them."""
+        bias, scores = inputs
+        return _shown(bias, scores)
+
+
+def _shown(bias: Any, scores: Any) -> Any:
+    return ops.where(bias < HIDDEN / 2, LOWEST, scores)
+
+
+@keras.saving.register_keras_serializable("kqat")
+class WithConstant(layers.Layer):
+    """`x + value` or `x * value` (`kind` `"add"` or `"multiply"`); `value` may be trained.
+
+    `value` has the given shape, which broadcasts with that of `x`. Kind `"hide"` adds the bias of a
+    mask, as `Hide` does.
+    """
+
+    def __init__(self, kind: str, shape: list[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kind, self.shape = kind, list(shape)
+
+    def build(self, input_shape: Any) -> None:
+        """Creates the value, zero."""
+        self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros")
+
+    def call(self, x: Any) -> Any:
+        """The sum or product."""
+        # The value first: Keras has ways of its own to add a vector that comes second.
+        if self.kind == "hide":
+            return _shown(self.value, x)
+        return getattr(ops, self.kind)(self.value, x)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The shape after broadcasting."""
+        fixed = (1, *input_shape[1:])
+        return (input_shape[0], *np.broadcast_shapes(fixed, tuple(self.shape))[1:])
+
+    def get_config(self) -> dict[str, Any]:
+        """Kind and shape, beside what every layer has."""
+        return {**super().get_config(), "kind": self.kind, "shape": self.shape}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Matmul(layers.Layer):
+    """The product of two batches of matrices, `[a, b] -> a @ b`.
+
+    Shapes `(…, m, k)` and `(…, k, n)`; result `(…, m, n)`.
+    """
+
+    def call(self, inputs: Any) -> Any:
+        """The product."""
+        a, b = inputs
+        return ops.matmul(a, b)
+
+
+@keras.saving.register_keras_serializable("kqat")
+class ReciprocalSquareRoot(layers.Layer):
+    """`1 / sqrt(x + epsilon)`, elementwise, for `x >= 0`."""
+
+    def __init__(self, epsilon: float = 1e-3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+
+    def call(self, x: Any) -> Any:
+        """The function's value; a rounding below zero counts as zero."""
+        return ops.rsqrt(ops.maximum(x, 0.0) + self.epsilon)
+
+    def get_config(self) -> dict[str, Any]:
+        """Epsilon, beside what every layer has."""
+        return {**super().get_config(), "epsilon": self.epsilon}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class ChannelAffine(layers.Layer):
+    """`x * gamma + beta`, one trainable pair per index of the last axis.
+
+    Without `scale` gamma is one, without `center` beta is zero, and no variable. The
+    regularizers and constraints are those of Keras's normalization layers.
+    """
+
+    def __init__(
+        self,
+        scale: bool = True,
+        center: bool = True,
+        *,
+        gamma_regularizer: Any = None,
+        beta_regularizer: Any = None,
+        gamma_constraint: Any = None,
+        beta_constraint: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.scale, self.center = scale, center
+        self.options = {
+            "gamma_regularizer": keras.regularizers.get(gamma_regularizer),
+            "beta_regularizer": keras.regularizers.get(beta_regularizer),
+            "gamma_constraint": keras.constraints.get(gamma_constraint),
+            "beta_constraint": keras.constraints.get(beta_constraint),
+        }
+
+    def build(self, input_shape: Any) -> None:
+        """Creates gamma (ones) and beta (zeros), of shape `(channels,)`."""
+        channels = input_shape[-1]
+        self.gamma = self._weight("gamma", "ones", channels) if self.scale else None
+        self.beta = self._weight("beta", "zeros", channels) if self.center else None
+
+    def _weight(self, name: str, initializer: str, channels: int) -> Any:
+        return self.add_weight(
+            name=name,
+            shape=(channels,),
+            initializer=initializer,
+            regularizer=self.options[f"{name}_regularizer"],
+            constraint=self.options[f"{name}_constraint"],
+        )
+
+    def call(self, x: Any) -> Any:
+        """The scaled and shifted value."""
+        x = x if self.gamma is None else x * self.gamma
+        return x if self.beta is None else x + self.beta
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """The options, serialized, beside what every layer has."""
+        serialize = keras.saving.serialize_keras_object
+        options = {k: None if v is None else serialize(v) for k, v in self.options.items()}
+        own = {"scale": self.scale, "center": self.center}
+        return {**super().get_config(), **own, **options}

@@ -1,0 +1,17 @@
+"""Graph and policy to `Plan`: every decision, before a weight is touched."""
+
+from kqat.planning.plan import Group, LayerPlan, Plan, Rounding
+from kqat.planning.planner import make_plan
+from kqat.planning.target_fit import activation_of, misfit, misfits, with_replacements
+
+__all__ = [
+    "Group",
+    "LayerPlan",
+    "Plan",
+    "Rounding",
+    "activation_of",
+    "make_plan",
+    "misfit",
+    "misfits",
+    "with_replacements",
+]

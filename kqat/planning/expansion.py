@@ -1,0 +1,266 @@
+"""A graph in layers that the registry calls simple: one integer operator each, or none.
+
+Fused activations are split off, composite layers decomposed, functions and custom layers opened
+up by tracing their own `call`.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import keras
+import numpy as np
+
+from kqat.base import ModelError, UnsupportedLayerError
+from kqat.graph import (
+    Graph,
+    Node,
+    Ref,
+    attach_masks,
+    clone,
+    counts,
+    duplicate,
+    fill,
+    is_tensor,
+    rebuild,
+    refs_in,
+    trace,
+    trace_call,
+    unique_name,
+)
+from kqat.parts import Elementwise, is_elementwise
+from kqat.registry import as_layers, rule_for
+
+
+def expand(
+    graph: Graph, keep: Callable[[Node], bool], name: str, fused: Collection[str] = ()
+) -> tuple[Graph, dict[str, str]]:
+    """A float copy of `graph` in which every layer is one that the registry calls simple.
+
+    Fused activations are split off and composite layers decomposed; the copy computes the same
+    values and shares no variable with the original. A layer that is called twice stays one.
+
+    Args:
+        graph: of the user's model.
+        keep: whether a node stays as it is, needing no row in the registry (it will stay float).
+        name: of the model, for messages.
+        fused: names of the nodes that ship as a fused operator of their kind.
+
+    Returns:
+        The expanded graph, and for each of its layers' names the name of the original node.
+
+    Raises:
+        UnsupportedLayerError: if the registry has no row for a layer.
+    """
+    kept = {node.name for node in graph.nodes if keep(node)}
+    expanded, origins = _expand_once(graph, kept, name, {}, fused)
+    # A part may be composite itself, as the activation of Dense(activation="silu").
+    while any(_is_composite(n, origins[n.layer.name], kept, fused) for n in expanded.nodes):
+        still = {n.name for n in expanded.nodes if origins[n.layer.name] in kept}
+        further, parts = _expand_once(expanded, still, name, origins, fused)
+        layer_names = {node.name: node.layer.name for node in expanded.nodes}
+        origins = {part: origins[layer_names[node]] for part, node in parts.items()}
+        expanded = further
+    return expanded, origins
+
+
+def _is_composite(node: Node, origin: str, kept: set[str], fused: Collection[str]) -> bool:
+    return origin not in kept and _simpler(node, origin, fused) is not None
+
+
+def _simpler(node: Node, origin: str, fused: Collection[str]) -> Callable[..., Any] | None:
+    """What computes the node with simpler layers; `None` where it is simple already."""
+    layer = node.layer
+    if not isinstance(layer, keras.layers.Layer):
+        return _tried(layer, as_layers(layer, node.name), node.name)
+    rule = rule_for(layer, origin)
+    if rule.opens:
+        return _opened_function(node, origin) if rule.table else _opened_layer(node, origin)
+    decompose = rule.fuse if rule.fuse and origin in fused else rule.decompose
+    made = decompose(layer, node.name) if decompose else None
+    return None if made is None else _tried(layer, made, node.name)
+
+
+def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`made`, after a trial that it computes what `operation` does: a row may not know an option.
+
+    `operation` may be a layer.
+
+    Raises:
+        UnsupportedLayerError: if it does not.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        outputs = made(*args, **kwargs)
+        given = [t for t in keras.tree.flatten((args, kwargs)) if is_tensor(t)]
+        tensors = list({id(t): t for t in given}.values())
+        values = {id(t): _trial_values(t, seed) for seed, t in enumerate(tensors)}
+        args, kwargs = keras.tree.map_structure(lambda x: values.get(id(x), x), (args, kwargs))
+        if isinstance(operation, keras.layers.MultiHeadAttention):
+            attach_masks(operation, args, kwargs)
+        with keras.StatelessScope():  # A state stays as it was.
+            expected = operation(*args, **kwargs)
+        found = keras.Function(tensors, outputs)(list(values.values()))
+        pairs = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
+        if not all(_alike(a, b) for a, b in pairs):
+            raise UnsupportedLayerError(
+                f"Expected '{name}' of type {type(operation).__name__} to compute what its integer "
+                f"form does. Received: {_options(operation)}, with which they differ on random "
+                f"inputs. Leave it float with policy={{'{name}': None}}, or compose it of other "
+                "functions; and tell us, for kqat should have known."
+            )
+        return outputs
+
+    return call
+
+
+def _trial_values(tensor: Any, seed: int) -> Any:
+    """Values for a symbolic tensor, with two samples."""
+    rng = np.random.default_rng(seed)
+    shape = [size or 2 for size in tensor.shape]
+    # The first two rows of any table are there.
+    values = rng.integers(0, 2, shape) if counts(tensor) else rng.normal(size=shape)
+    if tensor.dtype == "bool":
+        values[..., 0] = 1  # A mask shows something.
+    return keras.ops.convert_to_tensor(values, tensor.dtype)
+
+
+def _alike(expected: Any, found: Any) -> bool:
+    """Whether values are equal but for roundings, where the expected ones are finite."""
+    if tuple(expected.shape) != tuple(found.shape):
+        return False
+    if counts(expected):
+        return bool(np.array_equal(expected, found))
+    a, b = (np.asarray(keras.ops.cast(x, "float32")) for x in (expected, found))
+    # Two roundings of the type, of sums that may cancel; another function differs by more.
+    half = keras.backend.standardize_dtype(expected.dtype) in ("float16", "bfloat16")
+    tolerance = 0.05 if half else 1e-3
+    finite = np.isfinite(a)
+    largest = np.max(np.abs(a[finite]), initial=1.0)
+    return np.allclose(a[finite], b[finite], rtol=tolerance, atol=tolerance * largest)
+
+
+def _options(operation: Any) -> dict[str, Any]:
+    plain = bool | int | float | str | tuple | list | None
+    is_layer = isinstance(operation, keras.layers.Layer)
+    options = operation.get_config() if is_layer else vars(operation)
+    return {
+        key: value
+        for key, value in options.items()
+        if not key.startswith("_") and key != "name" and isinstance(value, plain)
+    }
+
+
+def _opened_function(node: Node, origin: str) -> Callable[..., Any] | None:
+    """A function of the user's as one table, as its parts, or (`None`) as it is, for a table.
+
+    Raises:
+        UnsupportedLayerError: if it is no function of each number alone, nor made of `keras.ops`.
+    """
+    layer, name = node.layer, node.name
+    shape = node.inputs[0].shape
+    single = len(node.inputs) == 1
+    elementwise = single and is_elementwise(layer, shape)
+    try:
+        args, kwargs = fill((node.args, node.kwargs), _symbolic)
+        graph = trace_call(layer, args, kwargs, name)
+    except ModelError as error:
+        if elementwise:
+            return None
+        raise UnsupportedLayerError(
+            f"Expected a function of each number alone, or one made of keras.ops. Received: layer "
+            f"'{origin}' of type {type(layer).__name__}, which is neither. {error} To do that use "
+            f"policy={{'{origin}': None}}."
+        ) from error
+    if elementwise and len(graph.nodes) > 1:
+        return Elementwise.of(layer.call, name=name)
+    return _inlined(graph, name)
+
+
+def _opened_layer(node: Node, origin: str) -> Callable[..., Any]:
+    """A custom layer as its parts, which are copies."""
+    layer, name = node.layer, node.name
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        copy = clone(layer, name)
+        copy(*args, **kwargs)
+        copy.set_weights(layer.get_weights())
+        try:
+            graph = trace_call(copy, args, kwargs, name)
+        except ModelError as error:
+            raise UnsupportedLayerError(
+                f"Received: layer '{origin}' of type {type(layer).__name__}. Leave it float with "
+                f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
+                f"describe it with kqat.register_layer. {error}"
+            ) from error
+        return _inlined(graph, name)(*args, **kwargs)
+
+    return call
+
+
+def _symbolic(ref: Ref) -> Any:
+    return keras.KerasTensor(ref.shape, ref.dtype)
+
+
+def _inlined(graph: Graph, name: str) -> Callable[..., Any]:
+    """A callable that runs `graph`, whose last part takes over `name`."""
+    last = set(graph.outputs)
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        is_last = len(last) == 1 and last <= set(node.outputs)
+        node.layer.name = name if is_last else node.name
+        return node.layer(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = keras.tree.flatten((args, kwargs))
+        return graph.run([t for t in given if isinstance(t, keras.KerasTensor)], call)
+
+    return run
+
+
+def _expand_once(
+    graph: Graph, kept: set[str], name: str, users: dict[str, str], fused: Collection[str]
+) -> tuple[Graph, dict[str, str]]:
+    """One round; `users` maps names of layers to those of the user's layers that they are of."""
+    copies: dict[int, Callable[..., Any]] = {}
+    origins: dict[str, str] = {}
+    taken = {*graph.input_names, *(node.name for node in graph.nodes)}
+    known: set[int] = set()
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        # Calls of one layer share its weights; a layer without any is made anew for each call.
+        key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
+        if key not in copies:
+            user = users.get(getattr(node.layer, "name", node.name), node.name)
+            copies[key] = _simplify(node, user, node.name in kept, fused)
+        outputs = copies[key](*args, **kwargs)
+        for operation in _operations_between((args, kwargs), outputs):
+            new = id(operation) not in known and operation is not node.layer
+            if new and operation.name != node.name:
+                operation.name = unique_name(operation.name, taken)
+            known.add(id(operation))
+            origins.setdefault(operation.name, node.name)
+        return outputs
+
+    return trace(rebuild(graph, call, name)), origins
+
+
+def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
+    tensors = [t for t in keras.tree.flatten(inputs) if isinstance(t, keras.KerasTensor)]
+    unique = list({id(t): t for t in tensors}.values())
+    function = keras.Function(unique, keras.tree.flatten(outputs))
+    return [op for op in function.operations if not isinstance(op, keras.layers.InputLayer)]
+
+
+def _simplify(node: Node, origin: str, keep: bool, fused: Collection[str]) -> Callable[..., Any]:
+    simpler = None if keep else _simpler(node, origin, fused)
+    if refs_in(node.kwargs.get("mask")) and (keep or not rule_for(node.layer, origin).masks):
+        raise ModelError(
+            f"Expected masks for attention layers only. Received: a mask for layer '{origin}' of "
+            f"type {type(node.layer).__name__}, whose integer form knows none. Pad to a fixed "
+            "length, and leave mask_zero and Masking out."
+        )
+    if simpler is not None:
+        return simpler
+    # Who reads its mask reads it as a tensor of the graph.
+    unmasked = {"mask_zero": False} if getattr(node.layer, "mask_zero", False) else {}
+    return duplicate(node.layer, node.name, **unmasked)

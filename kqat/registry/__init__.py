@@ -1,0 +1,34 @@
+"""**The table**: all that is known of a Keras layer (`layer_table`) or a `keras.ops` function
+(`operation_table`), and why the others are refused (`refusals`).
+"""
+
+from kqat.registry.layer_table import (
+    ACTIVATIONS,
+    LAYERS,
+    is_custom,
+    register_layer,
+    rule_for,
+    supported_layers,
+)
+from kqat.registry.operation_table import FUNCTIONS, NETWORKS, OPERATIONS, REDUCING, as_layers
+from kqat.registry.refusals import LAYER_REASONS, OPERATION_REASONS
+from kqat.registry.rule import LayerRule, Output, channel_axes
+
+__all__ = [
+    "ACTIVATIONS",
+    "FUNCTIONS",
+    "LAYERS",
+    "LAYER_REASONS",
+    "NETWORKS",
+    "OPERATIONS",
+    "OPERATION_REASONS",
+    "REDUCING",
+    "LayerRule",
+    "Output",
+    "as_layers",
+    "channel_axes",
+    "is_custom",
+    "register_layer",
+    "rule_for",
+    "supported_layers",
+]

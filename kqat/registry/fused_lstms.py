@@ -1,0 +1,106 @@
+"""LSTMs whose steps are in the layers of one operator, UNIDIRECTIONAL_SEQUENCE_LSTM."""
+
+from typing import Any
+
+import keras
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import Part
+from kqat.parts import CARRY, GATES, FrozenLSTM, LstmState, Recurrence
+from kqat.registry.rule import LayerRule, Output
+from kqat.rewrites import Builder, Decomposed, bidirectional, rnn
+
+# What the operator computes; it begins with zero states, and hands none of them on.
+_OPTIONS = {
+    "return_state": False,
+    "cell": "LSTMCell",
+    "activation": "tanh",
+    "recurrent_activation": "sigmoid",
+    "recurrent_dropout": 0.0,
+}
+
+
+_OPERATOR = "UNIDIRECTIONAL_SEQUENCE_LSTM"
+_TAKES_LAST = ("STRIDED_SLICE", "RESHAPE")
+OPS = (_OPERATOR, "GATHER")
+# Rows of the registry.
+KINDS: dict[tuple[type, str], LayerRule] = {
+    (FrozenLSTM, "fused"): LayerRule(output=Output.OWN, ops=(_OPERATOR,)),
+    (Recurrence, "fused"): LayerRule(output=Output.INSIDE, ops=_TAKES_LAST),
+    (Recurrence, "fused_backwards"): LayerRule(output=Output.INSIDE, ops=("GATHER", *_TAKES_LAST)),
+    **{
+        (LstmState, kind): LayerRule(
+            output=Output.OWN,
+            ops=(_OPERATOR,),
+            weights={f"{gate}_{part}": None for gate in gates for part in ("kernel", "recurrent")},
+            grid=CARRY if kind == "carry" else None,
+        )
+        for kind, gates in LstmState.KINDS.items()
+    },
+}
+
+
+def fused_rnn(layer: Any, name: str, *, flip: bool = False) -> Decomposed:
+    """As `kqat.rewrites.layers.recurrent.rnn`, of LSTM cells.
+
+    Raises:
+        UnsupportedLayerError: if the operator does not compute what the layer does.
+    """
+    for cell in getattr(layer.cell, "cells", [layer.cell]):
+        _check({"return_state": layer.return_state, **_options(cell)}, name)
+    whole = rnn(layer, name, flip=flip, cells={layers.LSTMCell: _step})
+
+    def call(x: Any, initial_state: Any = None) -> Any:
+        _check({"initial_state": initial_state}, name)
+        return whole(x)
+
+    return call
+
+
+def fused_bidirectional(layer: Any, name: str) -> Decomposed:
+    """As `kqat.rewrites.layers.recurrent.bidirectional`, of two LSTMs as `fused_rnn` makes them."""
+    return bidirectional(layer, name, make=fused_rnn)
+
+
+def _options(cell: Any) -> dict[str, Any]:
+    """What the operator must compute for a cell."""
+    if not isinstance(cell, layers.LSTMCell):
+        return {"cell": type(cell).__name__}
+    functions = ("activation", "recurrent_activation")
+    found = {option: getattr(getattr(cell, option), "__name__", "") for option in functions}
+    return {**found, "recurrent_dropout": cell.recurrent_dropout}
+
+
+def _check(found: dict[str, Any], name: str) -> None:
+    for option, value in found.items():
+        wanted = _OPTIONS.get(option)
+        if value is not wanted and value != wanted:
+            received = value if isinstance(value, bool | float | str) else "tensors"
+            raise UnsupportedLayerError(
+                f"Expected {option}={wanted!r} for recurrence='fused' in layer '{name}'. Received: "
+                f"{received!r}. Give it a config with recurrence='unrolled'."
+            )
+
+
+def _step(builder: Builder) -> keras.Model:
+    """`c = f c + i g`, `h = o tanh(c)`, of the sequence as it is."""
+    builder.projections.append(lambda x: x)
+    x = keras.Input((builder.kernel.shape[0],), name=builder.part_name("input_step"))
+    h, c = builder.state("state"), builder.state("carry_state")
+    carry = _state(builder, "carry")([x, h, c])
+    return builder.model([x, h, c], [_state(builder, "output")([x, h, carry]), carry])
+
+
+def _state(builder: Builder, kind: str) -> Part:
+    """One state; its weights are the cell's, gate by gate."""
+    options = builder.regularizers("kernel_regularizer", "recurrent_regularizer")
+    use_bias = builder.bias is not None
+    layer = LstmState(
+        kind, builder.units, use_bias=use_bias, name=builder.part_name(kind), **options
+    )
+    layer.trainable = builder.trainable
+    arrays = (builder.kernel, builder.recurrent_kernel, builder.bias)
+    starts = [GATES.index(gate) * builder.units for gate in layer.gates]
+    columns = [slice(start, start + builder.units) for start in starts]
+    return Part(layer, [a[..., part] for part in columns for a in arrays if a is not None])

@@ -1,0 +1,395 @@
+"""The one table of what is known about Keras layers.
+
+A row says which variables are weights and along which axes their channels lie, how the scale of
+the output comes about, what fuses, and which TFLite operators the layer becomes. Layers without
+a row are refused by name; `register_layer` adds one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.parts import (
+    ChannelAffine,
+    Count,
+    DepthToSpace,
+    Elementwise,
+    Hide,
+    Matmul,
+    ReciprocalSquareRoot,
+    Recurrence,
+    Reduce,
+    Requantize,
+    Select,
+    Slice,
+    SpaceToDepth,
+    Stack,
+    Take,
+    Unstack,
+    WithConstant,
+)
+from kqat.registry import fused_lstms, rule
+from kqat.registry.refusals import LAYER_REASONS, reason
+from kqat.registry.rule import LayerRule, Output
+from kqat.rewrites import (
+    attention,
+    basic,
+    matrix_products,
+    normalization,
+    one_hot,
+    recurrent,
+    time_and_depth,
+)
+
+
+def _conv(op: str, axes: tuple[int, ...], *extra: str) -> LayerRule:
+    return LayerRule(
+        output=Output.OWN,
+        ops=(op, *extra),
+        weights={"kernel": axes},
+        takes_clamp=True,
+        takes_normalization=True,
+        decompose=basic.split_activation,
+        refuse=rule.channels_last,
+    )
+
+
+def _own(*ops: str, **options: Any) -> LayerRule:
+    return LayerRule(output=Output.OWN, ops=ops, **options)
+
+
+def _same(*ops: str, **options: Any) -> LayerRule:
+    return LayerRule(output=Output.SAME, ops=ops, **options)
+
+
+def _resize(*ops: str) -> LayerRule:
+    return _same(*ops, refuse=rule.plain_resize, rounds=True)
+
+
+def _index(*ops: str) -> LayerRule:
+    return LayerRule(output=Output.INDEX, ops=ops)
+
+
+def _affine(refuse: Callable[[Any], str | None] | None = None) -> LayerRule:
+    ops = ("RESHAPE", "DEPTHWISE_CONV_2D", "MUL")
+    return LayerRule(output=Output.OWN, ops=ops, takes_clamp=True, affine=True, refuse=refuse)
+
+
+def _composite(decompose: Callable[[Any, str], Any], *ops: str, **options: Any) -> LayerRule:
+    return LayerRule(output=Output.OWN, ops=ops, decompose=decompose, **options)
+
+
+_NORMALIZING = (
+    "MEAN", "SUB", "MUL", "CAST", "ADD", "GATHER", "DEPTHWISE_CONV_2D", "RESHAPE",
+)  # fmt: skip
+_ATTENDING = (
+    "RESHAPE", "TRANSPOSE", "BATCH_MATMUL", "SOFTMAX", "LOGISTIC", "ADD", "MUL", "CAST", "GATHER",
+    "LOGICAL_AND",
+)  # fmt: skip
+_MASKS = {"masks": True}
+_STEPS = ("RESHAPE", "STRIDED_SLICE", "CONCATENATION")
+# Image augmentation: in inference these hand images on as they are.
+AUGMENTING = [
+    getattr(layers, name)
+    for name in (
+        "AugMix CutMix MixUp RandAugment RandomBrightness RandomColorDegeneration "
+        "RandomColorJitter RandomContrast RandomElasticTransform RandomErasing RandomFlip "
+        "RandomGaussianBlur RandomGrayscale RandomHue RandomInvert RandomPerspective "
+        "RandomPosterization RandomRotation RandomSaturation RandomSharpness RandomShear "
+        "RandomTranslation RandomZoom Solarization"
+    ).split()
+]
+TRAINING_ONLY = (
+    layers.Identity, layers.Dropout, layers.SpatialDropout1D, layers.SpatialDropout2D,
+    layers.SpatialDropout3D, layers.AlphaDropout, layers.GaussianDropout, layers.GaussianNoise,
+    layers.ActivityRegularization,
+)  # fmt: skip
+_LOGICAL = ("and", "or", "not")
+_RECURRENT_OPS = (
+    "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
+    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D",
+)  # fmt: skip
+_RECURRENT = _composite(recurrent.rnn, *_RECURRENT_OPS, fuse=fused_lstms.fused_rnn)
+_LSTM = dataclasses.replace(_RECURRENT, ops=(*_RECURRENT_OPS, *fused_lstms.OPS))
+_VANISHES = LayerRule(output=Output.VANISHES)
+_PAIRWISE = {"takes_clamp": True, "decompose": basic.pairwise}
+_POOL = {"refuse": rule.channels_last}
+
+# Fixed scales: TFLite quantization specification, SOFTMAX, LOGISTIC, TANH, LOG_SOFTMAX. Last the
+# input scale up to which TFLite Micro is right: beyond 4, it cuts off what is not saturated yet.
+_FIXED = {
+    "sigmoid": ("LOGISTIC", (0.0, 255 / 256), 4.0),
+    "softmax": ("SOFTMAX", (0.0, 255 / 256), math.inf),
+    "tanh": ("TANH", (-1.0, 127 / 128), 4.0),
+    "log_softmax": ("LOG_SOFTMAX", (-255 / 16, 0.0), math.inf),
+}
+
+# Elementwise functions without an int8 operator of their own.
+_TABULATED = (
+    "celu",
+    "hard_shrink",
+    "hard_sigmoid",
+    "hard_tanh",
+    "log_sigmoid",
+    "mish",
+    "selu",
+    "soft_shrink",
+    "softplus",
+    "softsign",
+    "sparse_plus",
+    "sparse_sigmoid",
+    "squareplus",
+    "tanh_shrink",
+)
+
+ACTIVATIONS: dict[str, LayerRule] = {
+    "linear": _VANISHES,
+    "relu": _own("RELU", clamp="relu"),
+    "relu6": _own("RELU", clamp="relu6"),
+    "leaky_relu": _own("LEAKY_RELU"),
+    "elu": _own("ELU", wide_table=True),
+    "hard_silu": _own("HARD_SWISH", wide_table=True),
+    "gelu": _own("GELU", table=True),
+    "exponential": _own("EXP", table=True),
+    **{name: _own(table=True) for name in _TABULATED},
+    "silu": _own("LOGISTIC", "MUL", decompose=basic.silu),
+    **{
+        name: LayerRule(output=Output.FIXED, ops=(op,), fixed_range=r, largest_input_scale=most)
+        for name, (op, r, most) in _FIXED.items()
+    },
+}
+
+# A function of the user's own, and a layer of the user's own without a row.
+FUNCTION = _own(table=True, opens=True)
+OPENED = _own(opens=True)
+
+LAYERS: dict[type, LayerRule] = {
+    layers.Lambda: FUNCTION,
+    Elementwise: _own(table=True),
+    layers.Dense: dataclasses.replace(
+        _conv("FULLY_CONNECTED", (-1,), "RESHAPE"), decompose=basic.dense
+    ),
+    layers.Conv1D: _conv("CONV_2D", (-1,), "RESHAPE", "PAD"),
+    layers.Conv2D: _conv("CONV_2D", (-1,)),
+    layers.DepthwiseConv1D: _conv("DEPTHWISE_CONV_2D", (-2, -1), "RESHAPE"),
+    layers.DepthwiseConv2D: _conv("DEPTHWISE_CONV_2D", (-2, -1)),
+    layers.Conv2DTranspose: dataclasses.replace(
+        _conv("TRANSPOSE_CONV", (-2,), "RELU"), refuse=rule.not_dilated
+    ),
+    layers.SeparableConv1D: _own(
+        "DEPTHWISE_CONV_2D", "CONV_2D", "RESHAPE", decompose=basic.separable
+    ),
+    layers.SeparableConv2D: _own("DEPTHWISE_CONV_2D", "CONV_2D", decompose=basic.separable),
+    layers.BatchNormalization: _affine(rule.last_axis),
+    layers.Normalization: _affine(rule.last_axis),
+    layers.Rescaling: _affine(),
+    layers.ReLU: _own("RELU", "LEAKY_RELU", decompose=basic.relu),
+    layers.LeakyReLU: _own("LEAKY_RELU"),
+    layers.ELU: _own("ELU", wide_table=True, decompose=basic.elu),
+    layers.PReLU: _own("PRELU", weights={"alpha": None}),
+    layers.Softmax: dataclasses.replace(ACTIVATIONS["softmax"], refuse=rule.softmax),
+    layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", **_POOL),
+    layers.MaxPooling2D: _same("MAX_POOL_2D", **_POOL),
+    layers.MaxPooling3D: _same(
+        "MAX_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d, **_POOL
+    ),
+    layers.AveragePooling1D: _same("AVERAGE_POOL_2D", "RESHAPE", rounds=True, **_POOL),
+    layers.AveragePooling2D: _same("AVERAGE_POOL_2D", rounds=True, **_POOL),
+    layers.AveragePooling3D: _same(
+        "AVERAGE_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d, **_POOL
+    ),
+    layers.GlobalAveragePooling1D: _own("MEAN", **_POOL),
+    layers.GlobalAveragePooling2D: _own("MEAN", **_POOL),
+    layers.GlobalAveragePooling3D: _own("MEAN", **_POOL),
+    layers.GlobalMaxPooling1D: _same("REDUCE_MAX", **_POOL),
+    layers.GlobalMaxPooling2D: _same("REDUCE_MAX", **_POOL),
+    layers.GlobalMaxPooling3D: _same("REDUCE_MAX", **_POOL),
+    layers.Add: _own("ADD", **_PAIRWISE),
+    Hide: _own("ADD", hides=True),
+    layers.Subtract: _own("SUB", takes_clamp=True),
+    layers.Multiply: _own("MUL", **_PAIRWISE),
+    layers.Average: _own("ADD", "MUL", decompose=basic.average),
+    layers.Maximum: _same("MAXIMUM"),
+    layers.Minimum: _same("MINIMUM"),
+    layers.Concatenate: _same("CONCATENATION"),
+    layers.Flatten: _same("RESHAPE"),
+    layers.Reshape: _same("RESHAPE"),
+    layers.Permute: _same("TRANSPOSE"),
+    layers.RepeatVector: _same("RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.repeat_vector),
+    **{
+        getattr(layers, f"Adaptive{kind}Pooling{n}D"): _same(
+            op, "RESHAPE", "TRANSPOSE", decompose=basic.adaptive_pool, **_POOL
+        )
+        for kind, op in (("Average", "AVERAGE_POOL_2D"), ("Max", "MAX_POOL_2D"))
+        for n in (1, 2, 3)
+    },
+    layers.CenterCrop: _same("STRIDED_SLICE", decompose=basic.center_crop, **_POOL),
+    layers.CategoryEncoding: _composite(
+        one_hot.category_encoding, "GATHER", "REDUCE_MAX", "MEAN", "MUL", "RESHAPE"
+    ),
+    layers.SpectralNormalization: _composite(normalization.spectral),
+    layers.ZeroPadding1D: _same("PAD", **_POOL),
+    layers.ZeroPadding2D: _same("PAD", **_POOL),
+    layers.ZeroPadding3D: _same("PAD", **_POOL),
+    layers.Cropping1D: _same("STRIDED_SLICE", **_POOL),
+    layers.Cropping2D: _same("STRIDED_SLICE", **_POOL),
+    layers.Cropping3D: _same("RESHAPE", "STRIDED_SLICE", decompose=basic.crop_3d, **_POOL),
+    layers.UpSampling1D: _same("RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.upsample_1d),
+    layers.UpSampling2D: _same(
+        "RESIZE_NEAREST_NEIGHBOR",
+        "RESIZE_BILINEAR",
+        refuse=rule.nearest_or_bilinear,
+        decompose=basic.upsample_2d,
+    ),
+    layers.Resizing: _resize("RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR"),
+    layers.UpSampling3D: _same(
+        "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.upsample_3d, **_POOL
+    ),
+    layers.LayerNormalization: _composite(normalization.layer_normalization, *_NORMALIZING),
+    layers.RMSNormalization: _composite(normalization.rms_normalization, *_NORMALIZING),
+    layers.EinsumDense: _composite(
+        matrix_products.einsum_dense, "FULLY_CONNECTED", "RESHAPE", "TRANSPOSE", "ADD"
+    ),
+    layers.MultiHeadAttention: _composite(
+        attention.multi_head_attention, *_ATTENDING, "FULLY_CONNECTED", **_MASKS
+    ),
+    layers.Embedding: _own("CAST", "GATHER", weights={"embeddings": None}, table_of_rows=True),
+    layers.GroupNormalization: _composite(normalization.group_normalization, *_NORMALIZING),
+    layers.UnitNormalization: LayerRule(
+        output=Output.FIXED,
+        ops=("L2_NORMALIZATION",),
+        fixed_range=(-1.0, 127 / 128),
+        refuse=rule.last_axis,
+    ),
+    layers.GroupQueryAttention: _composite(
+        attention.group_query_attention, *_ATTENDING, "FULLY_CONNECTED", **_MASKS
+    ),
+    layers.Attention: _composite(attention.attention, *_ATTENDING, "TANH", "MEAN", **_MASKS),
+    layers.AdditiveAttention: _composite(
+        attention.additive_attention, *_ATTENDING, "TANH", "MEAN", "FULLY_CONNECTED", **_MASKS
+    ),
+    layers.Dot: _composite(
+        matrix_products.dot, "BATCH_MATMUL", "RESHAPE", "TRANSPOSE", "L2_NORMALIZATION"
+    ),
+    layers.Conv3D: _composite(
+        time_and_depth.conv_3d,
+        "CONV_2D",
+        "RESHAPE",
+        "TRANSPOSE",
+        "STRIDED_SLICE",
+        "CONCATENATION",
+        "PAD",
+        refuse=rule.channels_last,
+    ),
+    layers.Conv1DTranspose: _composite(
+        time_and_depth.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU", **_POOL
+    ),
+    layers.TimeDistributed: _composite(time_and_depth.time_distributed, *_STEPS),
+    **dict.fromkeys((layers.SimpleRNN, layers.GRU), _RECURRENT),
+    **dict.fromkeys((layers.LSTM, layers.RNN), _LSTM),
+    layers.Bidirectional: _composite(
+        recurrent.bidirectional,
+        *_LSTM.ops,
+        "CONCATENATION",
+        fuse=fused_lstms.fused_bidirectional,
+    ),
+    Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
+    Unstack: _same("UNPACK"),
+    Stack: _same("PACK"),
+    Slice: _same("STRIDED_SLICE"),
+    Take: _same("GATHER"),
+    DepthToSpace: _same("DEPTH_TO_SPACE"),
+    SpaceToDepth: _same("SPACE_TO_DEPTH"),
+    Select: _same("SELECT_V2"),
+    Matmul: _own("BATCH_MATMUL"),
+    ReciprocalSquareRoot: _own(table=True),
+    ChannelAffine: _affine(),
+    Requantize: _own("QUANTIZE"),
+    **dict.fromkeys((*AUGMENTING, *TRAINING_ONLY), _VANISHES),
+}
+
+
+# Layers that are one of several operators: the class, and the name of the function that says which.
+KINDS: dict[tuple[type, str], LayerRule] = {
+    **fused_lstms.KINDS,
+    (WithConstant, "add"): _own("ADD", weights={"value": None}, takes_clamp=True),
+    (WithConstant, "hide"): _own("ADD", weights={"value": None}, hides=True),
+    (WithConstant, "multiply"): _own("MUL", weights={"value": None}, takes_clamp=True),
+    (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
+    (layers.Resizing, "bilinear"): _resize("RESIZE_BILINEAR"),
+    (Reduce, "mean"): _own("MEAN"),
+    (Reduce, "max"): _same("REDUCE_MAX"),
+    (Reduce, "min"): _same("REDUCE_MIN"),
+    (Reduce, "prod"): _own("REDUCE_PROD", refuse=rule.few_factors),
+    (Count, "argmax"): _index("ARG_MAX"),
+    (Count, "argmin"): _index("ARG_MIN"),
+    (Count, "add"): _index("ADD"),
+    (Count, "subtract"): _index("SUB"),
+    (Count, "multiply"): _index("MUL"),
+    **{
+        (Count, kind): _index(kind.upper())
+        for kind in ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")
+    },
+    **{(Count, f"logical_{kind}"): _index(f"LOGICAL_{kind.upper()}") for kind in _LOGICAL},
+}
+
+
+def register_layer(layer_class: type, rule: LayerRule) -> None:
+    """Adds (or replaces) the row of a layer class, a user's own or a stock one."""
+    if not isinstance(rule, LayerRule):
+        raise UnsupportedLayerError(
+            f"Expected a LayerRule for {layer_class.__name__}. Received: {rule!r}."
+        )
+    LAYERS[layer_class] = rule
+
+
+def is_custom(layer: Any) -> bool:
+    """Whether `layer` is of a class that neither Keras nor the table knows."""
+    stock = getattr(layers, type(layer).__name__, None) is type(layer)
+    return isinstance(layer, layers.Layer) and type(layer) not in LAYERS and not stock
+
+
+def _kind(layer: Any) -> str:
+    return str(getattr(layer, "kind", getattr(layer, "interpolation", "")))
+
+
+def rule_for(layer: Any, name: str | None = None) -> LayerRule:
+    """The row of `layer`; custom layers, which have none, are opened up.
+
+    Args:
+        layer: a Keras layer or operation.
+        name: where it stands in the model, for the error message.
+
+    Raises:
+        UnsupportedLayerError: if there is none, or the row refuses this very layer.
+    """
+    where = f"layer '{name or layer.name}' of type {type(layer).__name__}"
+    rule = LAYERS.get(type(layer))
+    if isinstance(layer, layers.Activation):
+        activation = basic.activation_name(layer.activation)
+        rule = FUNCTION if activation is None else ACTIVATIONS.get(activation)
+        where += f" with activation {activation!r}"
+    elif (which := (type(layer), _kind(layer))) in KINDS:
+        rule = KINDS[which]
+    elif rule is None and is_custom(layer):
+        rule = OPENED
+    if rule is None:
+        why = reason(type(layer).__name__, LAYER_REASONS)
+        raise UnsupportedLayerError(
+            f"Expected layers with an integer form. Received: {where}. Leave it float with "
+            f"policy={{'{name or layer.name}': None}}, use one of kqat.supported_layers(), or "
+            f"describe it with kqat.register_layer.{why}"
+        )
+    problem = rule.refuse(layer) if rule.refuse else None
+    if problem:
+        raise UnsupportedLayerError(f"Received: {where}, which cannot ship: {problem}.")
+    return rule
+
+
+def supported_layers() -> tuple[str, ...]:
+    """Names of the layer classes that have a row, sorted."""
+    return tuple(sorted(cls.__name__ for cls in LAYERS))

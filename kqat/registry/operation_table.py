@@ -1,0 +1,211 @@
+"""The one table of `keras.ops` functions, and operators on tensors, as layers of the registry.
+
+A row takes the operation and the name that its layers go by, and returns a callable of the
+operation's own arguments. Constants join in: `x + 3.0` is a Rescaling.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import counts, is_tensor
+from kqat.parts import Matmul
+from kqat.registry.refusals import OPERATION_REASONS, reason
+from kqat.rewrites import (
+    BINARY,
+    NETWORKS,
+    REARRANGING,
+    REDUCING,
+    Row,
+    function,
+    is_number,
+    matrix_products,
+    scaled,
+    truth,
+)
+
+
+def as_layers(operation: Any, name: str) -> Callable[..., Any]:
+    """A callable that computes `operation` with layers.
+
+    Raises:
+        UnsupportedLayerError: if the table has no row, or the row cannot serve this call.
+    """
+    kind = type(operation).__name__
+    if kind not in OPERATIONS:
+        raise UnsupportedLayerError(
+            f"Expected operations with an integer form. Received: operation '{name}' of type "
+            f"{kind}. Leave it float with policy={{'{name}': None}}, or compose it of others."
+            f"{reason(_function_name(kind), OPERATION_REASONS)}"
+        )
+    return OPERATIONS[kind](operation, name)
+
+
+def _function_name(kind: str) -> str:
+    """`nan_to_num` for `NanToNum`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
+
+
+def _activation(function: str) -> Row:
+    return lambda operation, name: layers.Activation(function, name=name)
+
+
+def _clip(operation: Any, name: str) -> Callable[..., Any]:
+    if (operation.x_min, operation.x_max) == (0, 6):
+        return layers.Activation("relu6", name=name)
+    return function(operation, name)
+
+
+def _elu(operation: Any, name: str) -> Callable[..., Any]:
+    if operation.alpha == 1:
+        return layers.Activation("elu", name=name)
+    return function(operation, name)
+
+
+def _power(operation: Any, name: str) -> Callable[..., Any]:
+    def call(a: Any, b: Any) -> Any:
+        if is_tensor(a) and is_number(b) and float(np.asarray(b)) == 2.0:
+            return layers.Multiply(name=name)([a, a])
+        return function(operation, name)(a, b)
+
+    return call
+
+
+def _matmul(operation: Any, name: str) -> Callable[..., Any]:
+    def call(a: Any, b: Any) -> Any:
+        shapes = tuple(a.shape), tuple(b.shape)
+        ranks = len(shapes[0]), len(shapes[1])
+        if is_tensor(a) and is_tensor(b):
+            if ranks[0] == ranks[1] >= 3:
+                return Matmul(name=name)([a, b])
+        elif is_tensor(a) and ranks[1] == 2:
+            return matrix_products.einsum("...y,yz->...z", a, b, name)
+        elif is_tensor(b) and ranks[0] == 2 and ranks[1] == 3:
+            return matrix_products.einsum("xy,byz->bxz", a, b, name)
+        raise UnsupportedLayerError(
+            f"Expected matrices for each sample, or one constant matrix, in operation '{name}'. "
+            f"Received: shapes {shapes[0]} and {shapes[1]}. Reshape so that the ranks are equal."
+        )
+
+    return call
+
+
+def _einsum(operation: Any, name: str) -> Callable[..., Any]:
+    def call(*operands: Any) -> Any:
+        if len(operands) != 2:
+            raise UnsupportedLayerError(
+                f"Expected an equation of two operands in operation '{name}'. Received: "
+                f"{operation.subscripts!r}. Multiply two at a time."
+            )
+        return matrix_products.einsum(operation.subscripts, *operands, name)
+
+    return call
+
+
+_LETTERS = "abcdefghijklmnopqrstuvw"
+
+
+def _tensordot(operation: Any, name: str) -> Callable[..., Any]:
+    def call(a: Any, b: Any) -> Any:
+        ranks, axes = (len(a.shape), len(b.shape)), operation.axes
+        if isinstance(axes, int):
+            axes = [[*range(ranks[0] - axes, ranks[0])], [*range(axes)]]
+        ours, theirs = (
+            [int(i) % rank for i in np.reshape(part, -1)]
+            for part, rank in zip(axes, ranks, strict=True)
+        )
+        return _contracted(a, b, ours, theirs, name)
+
+    return call
+
+
+def _dot(operation: Any, name: str) -> Callable[..., Any]:
+    def call(a: Any, b: Any) -> Any:
+        theirs = max(len(b.shape) - 2, 0)
+        return _contracted(a, b, [len(a.shape) - 1], [theirs], name)
+
+    return call
+
+
+def _inner(operation: Any, name: str) -> Callable[..., Any]:
+    return lambda a, b: _contracted(a, b, [len(a.shape) - 1], [len(b.shape) - 1], name)
+
+
+def _contracted(a: Any, b: Any, ours: list[int], theirs: list[int], name: str) -> Any:
+    first = _LETTERS[: len(a.shape)]
+    more = iter(_LETTERS[len(a.shape) :])
+    pairs = dict(zip(theirs, ours, strict=True))
+    second = "".join(first[pairs[i]] if i in pairs else next(more) for i in range(len(b.shape)))
+    rest = [c for c in first + second if not (c in first and c in second)]
+    return matrix_products.einsum(f"{first},{second}->{''.join(rest)}", a, b, name)
+
+
+def _square(operation: Any, name: str) -> Callable[..., Any]:
+    return lambda x: layers.Multiply(name=name)([x, x])
+
+
+def _cast(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        to_float = str(operation.dtype).startswith(("float", "bfloat"))
+        if to_float and x.dtype == "bool":
+            return truth(x, (0.0, 1.0), x.shape[1:], name)
+        if counts(x) == to_float:
+            raise UnsupportedLayerError(
+                f"Expected a cast between kinds of floats, or of whole numbers, in operation "
+                f"'{name}'. Received: {x.dtype} -> {operation.dtype}. An index is no quantity; "
+                "use one_hot or an Embedding."
+            )
+        return layers.Identity(name=name)(x)
+
+    return call
+
+
+# Functions of one number without an int8 operator of their own on every runtime.
+FUNCTIONS = (
+    "Absolute", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctan2",
+    "Arctanh", "Cbrt", "Ceil", "Celu", "Cos", "Cosh", "Deg2rad", "Erf", "Erfc", "Erfinv", "Exp2",
+    "Expm1", "Fabs", "Floor", "FloorDivide", "Fmax", "Fmin", "Fmod", "HardShrink",
+     "I0", "Log", "Log10", "Log1p", "Log2", "Logaddexp", "Logaddexp2", "Mod", "NanToNum",
+    "Rad2deg", "Reciprocal", "Round", "Rsqrt", "Sign", "Sin", "Sinc", "Sinh", "SoftShrink",
+    "SparsePlus", "SparseSigmoid", "Sqrt", "Squareplus", "Tan", "TanhShrink", "Threshold", "Trunc",
+)  # fmt: skip
+
+OPERATIONS: dict[str, Row] = {
+    **BINARY,
+    **REARRANGING,
+    **REDUCING,
+    **NETWORKS,
+    **dict.fromkeys(FUNCTIONS, function),
+    "Negative": lambda operation, name: lambda x: scaled(x, -1.0, 0.0, name),
+    "Square": _square,
+    "Power": _power,
+    "Clip": _clip,
+    "Relu": _activation("relu"),
+    "Relu6": _activation("relu6"),
+    "Sigmoid": _activation("sigmoid"),
+    "Tanh": _activation("tanh"),
+    "Silu": _activation("silu"),
+    "HardSilu": _activation("hard_silu"),
+    "HardSigmoid": _activation("hard_sigmoid"),
+    "HardTanh": _activation("hard_tanh"),
+    "LogSigmoid": _activation("log_sigmoid"),
+    "Selu": _activation("selu"),
+    "Softplus": _activation("softplus"),
+    "Softsign": _activation("softsign"),
+    "Exp": _activation("exponential"),
+    "Elu": _elu,
+    "Gelu": function,
+    "LeakyRelu": lambda operation, name: layers.LeakyReLU(operation.negative_slope, name=name),
+    "Matmul": _matmul,
+    "Einsum": _einsum,
+    "Tensordot": _tensordot,
+    "Dot": _dot,
+    "Inner": _inner,
+    "Cast": _cast,
+    "StopGradient": lambda operation, name: layers.Identity(name=name),
+    "Copy": lambda operation, name: layers.Identity(name=name),
+}

@@ -1,0 +1,160 @@
+"""What a row of the registry says, and why some layers of a class cannot ship."""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kqat.grids import QuantSpec
+
+# The int16 kernels of SOFTMAX, LOGISTIC and TANH have one scale, 1/32768, and zero point 0 (TFLite
+# quantization specification).
+INT16_FIXED_RANGE = (-1.0, 32767 / 32768)
+
+# Four were one step off at most, six were three (on LiteRT, `benchmarks/op_probe.py`).
+MOST_FACTORS = 4
+
+
+class Output(enum.Enum):
+    """How the scale of a layer's output comes about."""
+
+    OWN = "own range"
+    SAME = "same scale as input"
+    FIXED = "fixed range"
+    INSIDE = "rounded inside"
+    INDEX = "index or truth value"
+    VANISHES = "training only"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRule:
+    """One row of the table.
+
+    Args:
+        output: how the scale of the output comes about.
+        ops: the TFLite operators that the layer may become.
+        weights: name of each quantizable variable -> its channel axes (`None`: one scale only).
+        fixed_range: `(low, high)` that the int8 kernel demands, for `Output.FIXED`.
+        rounds: whether a same-scale layer computes new values, which are rounded again.
+        clamp: `"relu"` or `"relu6"` for a layer that fuses into its producer.
+        takes_clamp: whether a following clamp fuses into this layer.
+        takes_normalization: whether a following BatchNormalization folds into this layer.
+        table: whether the layer is an elementwise function that may ship as a table of 256
+            entries; `ops` then names its own operator, if there is one.
+        wide_table: whether it is one that ships as a table where activations have 16 bits, for
+            which its operator has no kernel.
+        largest_input_scale: beyond it the operator's int8 kernel is wrong, and a table ships.
+        table_of_rows: whether the layer's one weight is a table of which it hands on rows: the
+            table ships on the output's grid, since GATHER cannot rescale. Weights of eight bits
+            then need no rounding of their own.
+        hides: whether the layer adds a mask's bias to scores, see `kqat.rewrites.attention_masks`.
+        masks: whether the layer's decomposition honours the masks of its call.
+        affine: whether the layer is `x * scale + offset`, one pair per channel.
+        decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
+            `None` where the layer is simple already.
+        fuse: the same for a config that says `recurrence="fused"`, where that is another.
+        grid: the grid of the output, where the kernel demands another than the config's.
+        opens: whether the layer is opened up by tracing its own `call`.
+        refuse: layer -> why this very layer cannot ship and what to do instead, or `None`.
+    """
+
+    output: Output
+    ops: tuple[str, ...] = ()
+    weights: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
+    fixed_range: tuple[float, float] | None = None
+    rounds: bool = False
+    clamp: str | None = None
+    takes_clamp: bool = False
+    takes_normalization: bool = False
+    table: bool = False
+    wide_table: bool = False
+    largest_input_scale: float = math.inf
+    table_of_rows: bool = False
+    hides: bool = False
+    masks: bool = False
+    affine: bool = False
+    decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
+    fuse: Callable[[Any, str], Callable[..., Any] | None] | None = None
+    grid: QuantSpec | None = None
+    opens: bool = False
+    refuse: Callable[[Any], str | None] | None = None
+
+    def is_table(self, bits: int) -> bool:
+        """Whether the layer may ship as a table where activations have `bits` bits."""
+        return self.table or (self.wide_table and bits > 8)
+
+    def range_at(self, bits: int) -> tuple[float, float] | None:
+        """The range that the kernel for activations of `bits` bits demands."""
+        return self.fixed_range if bits == 8 or not self.fixed_range else INT16_FIXED_RANGE
+
+
+def channels_last(layer: Any) -> str | None:
+    """Refuses channels first."""
+    if getattr(layer, "data_format", "channels_last") != "channels_last":
+        return "data_format='channels_first' has no TFLite kernel; build it channels_last"
+    return None
+
+
+def _built_rank(layer: Any) -> int:
+    """Number of axes of the input that `layer` was built for; 0 where it was built for none."""
+    return len((layer.get_build_config() or {}).get("input_shape") or ())
+
+
+def last_axis(layer: Any) -> str | None:
+    """Refuses an axis that is not the last."""
+    axis = layer.axis
+    axis = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
+    rank = getattr(layer.input_spec, "ndim", None) or _built_rank(layer)
+    if axis not in ((-1,), (rank - 1,), (None,), ()):
+        return f"axis={layer.axis} is not the last; permute the input so that it is"
+    return None
+
+
+def not_dilated(layer: Any) -> str | None:
+    """Refuses dilation, and channels first."""
+    if any(rate != 1 for rate in layer.dilation_rate):
+        return f"dilation_rate={layer.dilation_rate} has no TFLite kernel; use 1"
+    return channels_last(layer)
+
+
+def softmax(layer: Any) -> str | None:
+    """Refuses an axis that is not the last."""
+    if layer.axis not in (-1,):
+        return f"axis={layer.axis} is not -1; permute the input so that it is the last"
+    return None
+
+
+def nearest_or_bilinear(layer: Any) -> str | None:
+    """Refuses other interpolations, and channels first."""
+    if layer.interpolation not in ("nearest", "bilinear"):
+        return (
+            f"interpolation={layer.interpolation!r} has no TFLite kernel; "
+            "use 'nearest' or 'bilinear'"
+        )
+    return channels_last(layer)
+
+
+def plain_resize(layer: Any) -> str | None:
+    """Refuses options that more than resize."""
+    if layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio or layer.antialias:
+        return "only plain resizing has a TFLite kernel; leave aspect ratio and antialias options"
+    return nearest_or_bilinear(layer)
+
+
+def few_factors(layer: Any) -> str | None:
+    """Refuses a product of more values than its kernel computes rightly."""
+    count = math.prod(layer.input.shape[axis] for axis in layer.axes)
+    if count > MOST_FACTORS:
+        return (
+            f"a product of {count} values: TFLite's REDUCE_PROD rounds after each, and beyond "
+            f"{MOST_FACTORS} its result is some steps off; use keras.layers.Multiply"
+        )
+    return None
+
+
+def channel_axes(axis: Any) -> tuple[int, ...] | None:
+    """The axes of a custom layer's weight along which its spec's `axis` keeps scales."""
+    if axis is None or isinstance(axis, tuple):
+        return axis
+    return (-1,) if axis == "channel" else (axis,)

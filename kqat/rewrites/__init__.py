@@ -1,0 +1,44 @@
+"""Composite layers and `keras.ops` functions written as simpler layers, one module a family.
+
+The tables in `kqat.registry` say which function of these rewrites which layer or operation.
+"""
+
+from kqat.rewrites.layers import (
+    attention,
+    basic,
+    matrix_products,
+    normalization,
+    one_hot,
+    recurrent,
+    time_and_depth,
+)
+from kqat.rewrites.layers.basic import Decomposed
+from kqat.rewrites.layers.one_hot import truth
+from kqat.rewrites.layers.recurrent import Builder, bidirectional, rnn
+from kqat.rewrites.operations.binary import BINARY, Row, function, is_number, scaled
+from kqat.rewrites.operations.nn import NETWORKS
+from kqat.rewrites.operations.reductions import REDUCING
+from kqat.rewrites.operations.shapes import REARRANGING
+
+__all__ = [
+    "BINARY",
+    "NETWORKS",
+    "REARRANGING",
+    "REDUCING",
+    "Builder",
+    "Decomposed",
+    "Row",
+    "attention",
+    "basic",
+    "bidirectional",
+    "function",
+    "is_number",
+    "matrix_products",
+    "normalization",
+    "one_hot",
+    "recurrent",
+    "rnn",
+    "scaled",
+    "time_and_depth",
+    "truth",
+]

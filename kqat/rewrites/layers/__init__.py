@@ -1,0 +1,1 @@
+"""Layers as simpler layers, one module a family."""

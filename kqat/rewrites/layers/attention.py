@@ -1,0 +1,205 @@
+"""Attention as layers with one integer operator each.
+
+Quantizers stand between the parts, so every intermediate value has a range of its own. Matrix
+products become FULLY_CONNECTED and BATCH_MATMUL.
+"""
+
+from typing import Any
+
+import numpy as np
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import Part
+from kqat.parts import Matmul, Take, WithConstant, total
+from kqat.rewrites.layers import matrix_products
+from kqat.rewrites.layers.attention_masks import Keep, attended, causal, window, zeroed
+from kqat.rewrites.layers.basic import Decomposed
+
+
+def multi_head_attention(layer: Any, name: str) -> Decomposed:
+    """`softmax(q k^T / sqrt(d)) v` for each head, projected in and out.
+
+    `1 / sqrt(d)` is multiplied into the query projection. Reference: Vaswani et al. 2017,
+    section 3.2 (https://arxiv.org/abs/1706.03762).
+    """
+    config = layer.get_config()
+    if config["attention_axes"] not in (None, [1], (1,), 1):
+        raise UnsupportedLayerError(
+            f"Expected attention over one axis in layer '{name}'. Received: "
+            f"attention_axes={config['attention_axes']}. Reshape to (steps, features)."
+        )
+    return _multi_head(layer, name, config["key_dim"], 1)
+
+
+def group_query_attention(layer: Any, name: str) -> Decomposed:
+    """As `multi_head_attention`, with several query heads to each head of keys and values.
+
+    Reference: Ainslie et al. 2023, section 2.2 (https://arxiv.org/abs/2305.13245).
+    """
+    config = layer.get_config()
+    sharing = config["num_query_heads"] // config["num_key_value_heads"]
+    return _multi_head(layer, name, config["head_dim"], sharing)
+
+
+def _multi_head(layer: Any, name: str, size: int, sharing: int) -> Decomposed:
+    """Attention with heads of `size` features, `sharing` query heads to each key head."""
+    arrays = {"/".join(v.path.split("/")[-2:]): np.asarray(v) for v in layer.weights}
+    options = matrix_products.options(layer, name)
+    scale = 1.0 / np.sqrt(size)
+    made = {
+        part: _projection(arrays, part, 1.0 if part != "query" else scale, name, options)
+        for part in ("query", "key", "value")
+    }
+    out_kernel, out_bias = arrays["attention_output/kernel"], arrays.get("attention_output/bias")
+    output = matrix_products.dense(out_kernel, out_bias, 2, name, options)
+
+    def heads(part: str, x: Any) -> Any:
+        # Keys are transposed once: to (heads, features, steps).
+        order = (2, 3, 1) if part == "key" else (2, 1, 3)
+        y = layers.Permute(order, name=f"{name}_{part}_heads")(made[part](x))
+        if sharing == 1 or part == "query":
+            return y
+        indices = np.repeat(np.arange(y.shape[1]), sharing).tolist()
+        return Take(indices, 1, name=f"{name}_{part}_shared")(y)
+
+    def gated(steps: Any, query: Any) -> Any:
+        if not layer.get_config().get("use_gate"):
+            return steps
+        gate = _projection(arrays, "gate", 1.0, name, options)(query)
+        gate = layers.Activation("sigmoid", name=f"{name}_gate_sigmoid")(gate)
+        return layers.Multiply(name=f"{name}_gated")([steps, gate])
+
+    def call(
+        query: Any,
+        value: Any,
+        key: Any = None,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        attention_mask: Any = None,
+        use_causal_mask: bool = False,
+        **options: Any,
+    ) -> Any:
+        _check_options(options, name)
+        sizes, reach = (query.shape[1], value.shape[1]), layer.get_config().get("sliding_window")
+        pairs = [attention_mask]
+        pairs += [causal(*sizes)] if use_causal_mask else []
+        pairs += [window(*sizes, reach)] if reach is not None else []
+        masks = [value_mask] if key_mask is value_mask else [value_mask, key_mask]
+        keep = Keep.of(name, pairs=pairs, queries=[query_mask], keys=masks)
+        keys = heads("key", value if key is None else key)
+        scores = Matmul(name=f"{name}_scores")([heads("query", query), keys])
+        # Keras has two ways to compute this, which differ where a query sees nothing.
+        weights = attended(scores, keep, name, zeros=layer.dropout > 0.0)
+        mixed = _mixed(layer, weights, heads("value", value), name, f"{name}_mixed")
+        steps = layers.Permute((2, 1, 3), name=f"{name}_steps")(mixed)
+        return output(gated(steps, query))
+
+    return call
+
+
+def _mixed(layer: Any, weights: Any, value: Any, name: str, last: str) -> Any:
+    if layer.dropout:
+        weights = layers.Dropout(layer.dropout, name=f"{name}_dropout")(weights)
+    return Matmul(name=last)([weights, value])
+
+
+def attention(layer: Any, name: str) -> Decomposed:
+    """`softmax(scores(q, k)) v` without projections: Luong's scores, or `Attention`'s others.
+
+    Reference: Luong et al. 2015, section 3.1 (https://arxiv.org/abs/1508.04025).
+    """
+
+    def call(inputs: Any, mask: Any = None, use_causal_mask: bool = False, **options: Any) -> Any:
+        _check_options(options, name)
+        query, value = inputs[:2]
+        key = inputs[2] if len(inputs) == 3 else value
+        if layer.score_mode == "dot":
+            turned = layers.Permute((2, 1), name=f"{name}_key")(key)
+            scores = Matmul(name=f"{name}_scores")([query, turned])
+            scores = _times(scores, layer.scale, f"{name}_scaled")
+        else:
+            pairs = _times(_sums(query, key, name), layer.scale, f"{name}_scaled")
+            bent = layers.Activation("tanh", name=f"{name}_tanh")(pairs)
+            scores = total(bent, [3], False, f"{name}_scores")
+            scores = _times(scores, layer.concat_score_weight, f"{name}_weighted")
+        return _attended(layer, scores, value, name, mask, use_causal_mask)
+
+    return call
+
+
+def additive_attention(layer: Any, name: str) -> Decomposed:
+    """`softmax(sum(scale * tanh(q + k))) v`.
+
+    Reference: Bahdanau et al. 2015, appendix A.1.2 (https://arxiv.org/abs/1409.0473).
+    """
+
+    def call(inputs: Any, mask: Any = None, use_causal_mask: bool = False, **options: Any) -> Any:
+        _check_options(options, name)
+        query, value = inputs[:2]
+        key = inputs[2] if len(inputs) == 3 else value
+        bent = layers.Activation("tanh", name=f"{name}_tanh")(_sums(query, key, name))
+        if layer.scale is None:
+            scores = total(bent, [3], False, f"{name}_scores")
+        else:
+            kernel = np.asarray(layer.scale).reshape(-1, 1)
+            options = {"trainable": layer.trainable}
+            product = matrix_products.dense(kernel, None, 1, f"{name}_product", options)(bent)
+            scores = layers.Reshape(product.shape[1:3], name=f"{name}_scores")(product)
+        return _attended(layer, scores, value, name, mask, use_causal_mask)
+
+    return call
+
+
+def _attended(
+    layer: Any, scores: Any, value: Any, name: str, mask: Any, use_causal_mask: bool
+) -> Any:
+    """The values, weighted by `softmax(scores)`; `mask` has one of the queries, one of values."""
+    pairs = [causal(*scores.shape[1:])] if use_causal_mask else []
+    keep = Keep.of(name, pairs=pairs, keys=[mask[1]] if mask else [])
+    hidden = mask[0] if mask else None
+    # Where a query sees nothing Keras adds to all scores alike: the weights are equal.
+    weights = attended(scores, keep, name, zeros=False)
+    if hidden is None:
+        return _mixed(layer, weights, value, name, name)
+    queries = Keep.of(f"{name}_query", queries=[hidden])
+    return zeroed(_mixed(layer, weights, value, name, f"{name}_mixed"), queries, name)
+
+
+def _sums(query: Any, key: Any, name: str) -> Any:
+    """`q + k` for each pair of steps: (queries, keys, features)."""
+    rows = layers.Reshape((query.shape[1], 1, query.shape[2]), name=f"{name}_query_rows")(query)
+    columns = layers.Reshape((1, *key.shape[1:]), name=f"{name}_key_columns")(key)
+    return layers.Add(name=f"{name}_pairs")([rows, columns])
+
+
+def _times(x: Any, variable: Any, name: str) -> Any:
+    """`x` times a variable of one number, which stays trained; `None` is one."""
+    if variable is None:
+        return x
+    factor = WithConstant("multiply", [], name=name, trainable=variable.trainable)
+    return Part(factor, [np.asarray(variable, np.float32).reshape(())])(x)
+
+
+def _projection(
+    arrays: dict[str, np.ndarray], part: str, scale: float, name: str, options: dict[str, Any]
+) -> Decomposed:
+    kernel, bias = arrays[f"{part}/kernel"] * scale, arrays.get(f"{part}/bias")
+    bias = None if bias is None else (bias * scale).astype(np.float32)
+    if scale != 1.0 and options["kernel_regularizer"]:
+        raise UnsupportedLayerError(
+            f"Expected no kernel_regularizer in attention layer '{name}': 1/sqrt(key_dim) is "
+            "multiplied into its query kernel. Train without."
+        )
+    return matrix_products.dense(kernel.astype(np.float32), bias, 1, f"{name}_{part}", options)
+
+
+def _check_options(options: dict[str, Any], name: str) -> None:
+    asked = {k: v for k, v in options.items() if v is not None and v is not False}
+    asked.pop("training", None)
+    if asked:
+        raise UnsupportedLayerError(
+            f"Expected no other options than masks in attention layer '{name}'. Received: "
+            f"{sorted(asked)}. Leave them out."
+        )

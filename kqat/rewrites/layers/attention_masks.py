@@ -1,0 +1,147 @@
+"""Attention masks: scores of what is hidden fall below all others, where softmax gives zero.
+
+Keras puts a huge negative number there, which no grid of eight bits holds beside the scores. Here
+`numerics.HIDDEN` is added, and the grid of the sum ends a little below the least score that is
+shown (`numerics.shown_bounds`): there the integer kernel clips.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import Part, counts, is_tensor
+from kqat.grids import HIDDEN
+from kqat.parts import Count, Hide, WithConstant
+from kqat.rewrites.layers.one_hot import truth
+
+
+def causal(queries: int, keys: int) -> np.ndarray:
+    """`(queries, keys)`: each step sees itself and those before it."""
+    return np.tri(queries, keys, dtype=bool)
+
+
+def window(queries: int, keys: int, size: int) -> np.ndarray:
+    """`(queries, keys)`: each step sees those less than `size` away."""
+    return np.abs(np.subtract.outer(np.arange(queries), np.arange(keys))) < size
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """What each query may attend to; `constant` and `seen` must both agree.
+
+    `constant` is of shape `(queries, keys)`; `seen` is a tensor of truth values, of shape
+    `(batch, queries or 1, keys or 1)`. Either may be `None`.
+    """
+
+    constant: np.ndarray | None
+    seen: Any
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        *,
+        pairs: Sequence[Any] = (),
+        queries: Sequence[Any] = (),
+        keys: Sequence[Any] = (),
+    ) -> "Keep":
+        """All masks of a layer `name` as one; some may be `None`.
+
+        Args:
+            name: of the layer.
+            pairs: arrays of shape `(queries, keys)`, with or without a batch axis of one, or
+                tensors of shape `(batch, queries, keys)`.
+            queries: tensors of shape `(batch, queries)`.
+            keys: tensors of shape `(batch, keys)`.
+
+        Raises:
+            UnsupportedLayerError: if a mask has another shape or holds quantities.
+        """
+        arrays = [_array(m, name) for m in pairs if m is not None and not is_tensor(m)]
+        tensors: list[tuple[Any, int, Any]] = [(m, 3, None) for m in pairs if is_tensor(m)]
+        tensors += [(m, 2, (m.shape[1], 1)) for m in queries if m is not None]
+        tensors += [(m, 2, (1, m.shape[1])) for m in keys if m is not None]
+        seen = None
+        for i, (mask, rank, shape) in enumerate(tensors):
+            part = f"{name}_mask_{i}" if i else f"{name}_mask"
+            more = _checked(mask, rank, shape, part, name)
+            both = Count("logical_and", name=f"{part}_and")
+            seen = more if seen is None else both([seen, more])
+        return cls(np.logical_and.reduce(arrays) if arrays else None, seen)
+
+    def hides_rows(self) -> bool:
+        """Whether there may be queries that see nothing."""
+        constant = self.constant
+        return self.seen is not None or (constant is not None and not constant.any(axis=1).all())
+
+
+def attended(scores: Any, keep: Keep, name: str, *, zeros: bool) -> Any:
+    """`softmax(scores)` over the last axis, zero where `keep` hides a key.
+
+    Args:
+        scores: `(batch, …, queries, keys)`.
+        keep: the masks.
+        name: of the layer.
+        zeros: whether a query that sees nothing has weights of zero, or equal ones.
+    """
+    rank = len(scores.shape)
+    if keep.constant is not None:
+        bias = np.where(keep.constant, 0.0, HIDDEN)
+        scores = _constant("hide", bias, f"{name}_hidden")(scores)
+    if keep.seen is not None:
+        bias = _quantity(keep.seen, (HIDDEN, 0.0), rank, f"{name}_bias")
+        # The scores second: Keras has ways of its own to add a vector that comes second.
+        scores = Hide(name=f"{name}_masked")([bias, scores])
+    weights = layers.Softmax(name=f"{name}_weights")(scores)
+    if not zeros or not keep.hides_rows():
+        return weights
+    if keep.constant is not None:
+        weights = _constant("multiply", keep.constant, f"{name}_shown")(weights)
+    if keep.seen is not None:
+        factor = _quantity(keep.seen, (0.0, 1.0), rank, f"{name}_factor")
+        weights = layers.Multiply(name=f"{name}_kept")([weights, factor])
+    return weights
+
+
+def zeroed(x: Any, keep: Keep, name: str) -> Any:
+    """`x` of shape `(batch, steps, features)`, zero at the queries that `keep` hides."""
+    factor = _quantity(keep.seen, (0.0, 1.0), 3, f"{name}_factor")
+    return layers.Multiply(name=name)([x, factor])
+
+
+def _constant(kind: str, value: np.ndarray, name: str) -> Part:
+    layer = WithConstant(kind, list(value.shape), name=name, trainable=False)
+    return Part(layer, [value.astype(np.float32)])
+
+
+def _quantity(seen: Any, values: tuple[float, float], rank: int, name: str) -> Any:
+    return truth(seen, values, (*(1,) * (rank - 3), *seen.shape[1:]), name)
+
+
+def _array(mask: Any, name: str) -> np.ndarray:
+    array = np.asarray(mask).astype(bool)
+    while array.ndim > 2 and len(array) == 1:
+        array = array[0]
+    if array.ndim != 2:
+        raise _wrong(name, f"a constant of shape {array.shape}")
+    return array
+
+
+def _checked(mask: Any, rank: int, shape: Any, part: str, name: str) -> Any:
+    if not counts(mask) or len(mask.shape) != rank:
+        raise _wrong(name, f"a tensor of shape {tuple(mask.shape)} and type {mask.dtype}")
+    if mask.dtype != "bool":
+        mask = Count("not_equal", {"x2": 0}, name=f"{part}_true")(mask)
+    return mask if shape is None else layers.Reshape(shape, name=part)(mask)
+
+
+def _wrong(name: str, found: str) -> UnsupportedLayerError:
+    return UnsupportedLayerError(
+        f"Expected masks of truth values in attention layer '{name}', of shape (batch, queries, "
+        f"keys), or (batch, steps) from the layers before. Received: {found}. Give all heads one "
+        "mask, and compare numbers to make truth values of them."
+    )

@@ -1,0 +1,290 @@
+"""Layers written as simpler layers, so that a quantizer can stand between the parts.
+
+Each function takes a built layer and the name that its parts go by, and returns a callable of the
+same inputs that computes the same values (in inference, bit for bit where the arithmetic allows),
+or `None` where the layer is simple already. The parts own copies of the weights.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import Part, activation_name, clone, duplicate
+from kqat.parts import Elementwise
+
+Decomposed = Callable[..., Any]
+
+
+def split_activation(layer: Any, name: str) -> Decomposed | None:
+    """`Conv(activation=f)` as `Conv` and `f`, so that the sum before `f` can have a range."""
+    if layer.activation is keras.activations.linear:
+        return None
+    changes = {"activation": "linear", "activity_regularizer": None}
+    return activated(layer, name, Part(clone(layer, name, **changes), layer.get_weights()))
+
+
+def dense(layer: Any, name: str) -> Decomposed | None:
+    """As `split_activation`; on more than four axes as a `Dense` on two, between reshapes.
+
+    There the TensorFlow converter adds the bias apart, behind a RESHAPE.
+    """
+    split = split_activation(layer, name)
+    if len(layer.input.shape) <= 4:
+        return split
+    inner = split or duplicate(layer, name)
+
+    def call(x: Any) -> Any:
+        rows = layers.Reshape((int(np.prod(x.shape[1:-1])), x.shape[-1]), name=f"{name}_rows")(x)
+        y = inner(rows)
+        return layers.Reshape((*x.shape[1:-1], y.shape[-1]), name=f"{name}_shape")(y)
+
+    return call
+
+
+def activated(layer: Any, name: str, linear: Decomposed) -> Decomposed:
+    """`linear`, and the activation of `layer` behind it, if it has one."""
+    if layer.activation is keras.activations.linear:
+        return linear
+    activation = _activation(layer, name)
+    return lambda *args, **kwargs: activation(linear(*args, **kwargs))
+
+
+def _activation(layer: Any, name: str) -> keras.layers.Layer:
+    return activation_layer(layer.activation, name, layer.activity_regularizer)
+
+
+def activation_layer(function: Any, name: str, regularizer: Any = None) -> keras.layers.Layer:
+    """The activation `function` of layer `name` as a layer of its own.
+
+    Raises:
+        UnsupportedLayerError: if it is neither a built-in function nor a layer.
+    """
+    if isinstance(function, keras.layers.Layer):
+        return clone(function, name=f"{name}_{function.name}")
+    kind = activation_name(function)
+    options = {"activity_regularizer": regularizer}
+    if kind is None:
+        return layers.Activation(function, name=f"{name}_activation", **options)
+    return layers.Activation(kind, name=f"{name}_{kind}", **options)
+
+
+def separable(layer: Any, name: str) -> Decomposed:
+    """`SeparableConv` as `DepthwiseConv` and a pointwise `Conv`."""
+    one_d = isinstance(layer, layers.SeparableConv1D)
+    config = layer.get_config()
+    shared = {k: config[k] for k in ("data_format", "trainable", "dtype")}
+    depthwise = (layers.DepthwiseConv1D if one_d else layers.DepthwiseConv2D)(
+        kernel_size=config["kernel_size"],
+        strides=config["strides"],
+        padding=config["padding"],
+        dilation_rate=config["dilation_rate"],
+        depth_multiplier=config["depth_multiplier"],
+        use_bias=False,
+        depthwise_regularizer=config["depthwise_regularizer"],
+        depthwise_constraint=config["depthwise_constraint"],
+        name=f"{name}_depthwise",
+        **shared,
+    )
+    pointwise = (layers.Conv1D if one_d else layers.Conv2D)(
+        filters=config["filters"],
+        kernel_size=1,
+        use_bias=config["use_bias"],
+        kernel_regularizer=config["pointwise_regularizer"],
+        kernel_constraint=config["pointwise_constraint"],
+        bias_regularizer=config["bias_regularizer"],
+        bias_constraint=config["bias_constraint"],
+        name=name,
+        **shared,
+    )
+    weights = layer.get_weights()
+    first, second = Part(depthwise, weights[:1]), Part(pointwise, weights[1:])
+    return activated(layer, name, lambda x: second(first(x)))
+
+
+def relu(layer: Any, name: str) -> Decomposed | None:
+    """`ReLU` as one of the clamps that integer kernels fuse, as `LeakyReLU`, or as a table."""
+    slope, top, threshold = layer.negative_slope, layer.max_value, layer.threshold
+    if not slope and not threshold and top in (None, 6):
+        return layers.Activation("relu6" if top == 6 else "relu", name=name)
+    if slope and not threshold and top is None:
+        return layers.LeakyReLU(negative_slope=slope, name=name)
+    return Elementwise.of(layer.call, name=name)
+
+
+def elu(layer: Any, name: str) -> Decomposed | None:
+    """`ELU`, whose kernel knows alpha = 1 alone; with another as a table."""
+    return None if layer.alpha == 1.0 else Elementwise.of(layer.call, name=name)
+
+
+def silu(layer: Any, name: str) -> Decomposed:
+    """`silu(x) = x * sigmoid(x)`."""
+    gate = layers.Activation("sigmoid", name=f"{name}_sigmoid")
+    product = layers.Multiply(name=name)
+    return lambda x: product([x, gate(x)])
+
+
+def pairwise(layer: Any, name: str) -> Decomposed | None:
+    """`Add` or `Multiply` of many inputs as a chain of two-input ones: kernels take two."""
+    inputs = layer.input
+    count = len(inputs) if isinstance(inputs, list | tuple) else 1
+    if count == 2:
+        return None
+    if count == 1:
+        return layers.Identity(name=name)
+    names = [f"{name}_{i}" for i in range(1, count - 1)] + [name]
+    parts = [type(layer)(name=part_name) for part_name in names]
+
+    def chain(tensors: Sequence[Any]) -> Any:
+        total = tensors[0]
+        for part, tensor in zip(parts, tensors[1:], strict=True):
+            total = part([total, tensor])
+        return total
+
+    return chain
+
+
+def average(layer: Any, name: str) -> Decomposed:
+    """`Average` as a sum and a multiplication by one constant."""
+    count = len(layer.input)
+    total = layers.Add(name=f"{name}_sum")
+    # Adding pairwise here too: Add itself is decomposed only where a model holds it.
+    parts = [layers.Add(name=f"{name}_sum_{i}") for i in range(1, count - 1)] + [total]
+    mean = layers.Rescaling(1.0 / count, name=name)
+
+    def chain(tensors: Sequence[Any]) -> Any:
+        result = tensors[0]
+        for part, tensor in zip(parts, tensors[1:], strict=True):
+            result = part([result, tensor])
+        return mean(result)
+
+    return chain
+
+
+def upsample_2d(layer: Any, name: str) -> Decomposed:
+    """`UpSampling2D` as the resize that has an integer kernel, not as a chain of TILEs."""
+
+    def resize(x: Any) -> Any:
+        height, width = x.shape[1] * layer.size[0], x.shape[2] * layer.size[1]
+        return layers.Resizing(height, width, interpolation=layer.interpolation, name=name)(x)
+
+    return resize
+
+
+def _nearest(x: Any, rows: int, columns: int, name: str) -> Any:
+    return layers.Resizing(rows, columns, interpolation="nearest", name=name)(x)
+
+
+def repeat_vector(layer: Any, name: str) -> Decomposed:
+    """`RepeatVector` as a resize: TFLite Micro has no TILE."""
+
+    def repeat(x: Any) -> Any:
+        image = layers.Reshape((1, 1, x.shape[-1]), name=f"{name}_image")(x)
+        image = _nearest(image, layer.n, 1, f"{name}_resize")
+        return layers.Reshape((layer.n, x.shape[-1]), name=name)(image)
+
+    return repeat
+
+
+def upsample_1d(layer: Any, name: str) -> Decomposed:
+    """`UpSampling1D` as a resize: TFLite Micro has no TILE."""
+
+    def resize(x: Any) -> Any:
+        steps, channels = x.shape[1:]
+        image = layers.Reshape((steps, 1, channels), name=f"{name}_image")(x)
+        image = _nearest(image, steps * layer.size, 1, f"{name}_resize")
+        return layers.Reshape((steps * layer.size, channels), name=name)(image)
+
+    return resize
+
+
+def upsample_3d(layer: Any, name: str) -> Decomposed:
+    """`UpSampling3D` as two resizes, of depth × height and of width."""
+
+    def resize(x: Any) -> Any:
+        depth, height, width, channels = x.shape[1:]
+        depth_by, height_by, width_by = layer.size
+        x = layers.Reshape((depth, height, width * channels), name=f"{name}_front")(x)
+        x = _nearest(x, depth * depth_by, height * height_by, f"{name}_front_resize")
+        rows = depth * depth_by * height * height_by
+        x = layers.Reshape((rows, width, channels), name=f"{name}_side")(x)
+        x = _nearest(x, rows, width * width_by, f"{name}_side_resize")
+        shape = (depth * depth_by, height * height_by, width * width_by, channels)
+        return layers.Reshape(shape, name=name)(x)
+
+    return resize
+
+
+def crop_3d(layer: Any, name: str) -> Decomposed:
+    """`Cropping3D` as two 2-D ones: TFLite Micro slices no more than four axes."""
+
+    def crop(x: Any) -> Any:
+        depth, height, width, channels = x.shape[1:]
+        front, top, left = layer.cropping
+        x = layers.Reshape((depth, height, width * channels), name=f"{name}_front")(x)
+        x = layers.Cropping2D((front, top), name=f"{name}_front_crop")(x)
+        depth, height = x.shape[1:3]
+        x = layers.Reshape((depth * height, width, channels), name=f"{name}_side")(x)
+        x = layers.Cropping2D(((0, 0), left), name=f"{name}_side_crop")(x)
+        return layers.Reshape((depth, height, x.shape[2], channels), name=name)(x)
+
+    return crop
+
+
+def pool_3d(layer: Any, name: str) -> Decomposed:
+    """`MaxPooling3D`/`AveragePooling3D` as two 2-D poolings: TFLite has no 3-D pooling.
+
+    Pooling is separable: over height and width with the depth among the samples, then over
+    the depth with height and width flattened.
+    """
+    depth, height, width = layer.pool_size
+    stride_d, stride_h, stride_w = layer.strides
+    average_pool = isinstance(layer, layers.AveragePooling3D)
+    pool = layers.AveragePooling2D if average_pool else layers.MaxPooling2D
+    plane = pool((height, width), (stride_h, stride_w), layer.padding, name=f"{name}_plane")
+    line = pool((depth, 1), (stride_d, 1), layer.padding, name=f"{name}_depth")
+
+    def pooled(x: Any) -> Any:
+        frames, channels = x.shape[1], x.shape[-1]
+        # Depth joins the channels, which pooling leaves alone.
+        x = layers.Permute((2, 3, 1, 4), name=f"{name}_depth_in")(x)
+        x = layers.Reshape((*x.shape[1:3], frames * channels), name=f"{name}_merge")(x)
+        x = plane(x)
+        rows, columns = x.shape[1:3]
+        x = layers.Reshape((rows, columns, frames, channels), name=f"{name}_split")(x)
+        x = layers.Permute((3, 1, 2, 4), name=f"{name}_depth_out")(x)
+        x = layers.Reshape((frames, rows * columns, channels), name=f"{name}_flat")(x)
+        x = line(x)
+        return layers.Reshape((x.shape[1], rows, columns, channels), name=name)(x)
+
+    return pooled
+
+
+def adaptive_pool(layer: Any, name: str) -> Decomposed:
+    """Pooling to a given size, where that divides the input's."""
+    size = layer.input.shape[1:-1]
+    wanted = tuple(np.broadcast_to(layer.output_size, len(size)).tolist())
+    if any(given % asked for given, asked in zip(size, wanted, strict=True)):
+        raise UnsupportedLayerError(
+            f"Expected a size that divides {size} in layer '{name}'. Received: output_size="
+            f"{wanted}. TFLite pools windows of one size; resize the input first."
+        )
+    window = tuple(given // asked for given, asked in zip(size, wanted, strict=True))
+    kind = type(layer).__name__.removeprefix("Adaptive")
+    return getattr(layers, kind)(window, name=name)
+
+
+def center_crop(layer: Any, name: str) -> Decomposed:
+    """The middle of an image, cut out where the image is larger."""
+    size = layer.input.shape[1:3]
+    spare = [given - asked for given, asked in zip(size, (layer.height, layer.width), strict=True)]
+    if min(spare) < 0:
+        raise UnsupportedLayerError(
+            f"Expected images of at least {(layer.height, layer.width)} in layer '{name}'. "
+            f"Received: {size}. Resize them before."
+        )
+    edges = [(extra // 2, extra - extra // 2) for extra in spare]
+    return layers.Cropping2D(tuple(edges), name=name)

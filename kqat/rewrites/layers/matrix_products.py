@@ -1,0 +1,226 @@
+"""Products over axes, as matrix products: Dense where one factor is constant, Matmul elsewhere."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import Part
+from kqat.parts import Matmul, total
+from kqat.rewrites.layers.basic import Decomposed, activated
+
+
+def einsum(
+    subscripts: str, a: Any, b: Any, name: str, options: dict[str, Any] | None = None
+) -> Any:
+    """`einsum` of two tensors, or of a tensor and a constant or variable of two factors.
+
+    Letters that both have and the output lacks are contracted; those that only one has and the
+    output lacks are summed before. `options` are those of the `Dense` that a constant ends up in;
+    by default it is trained if it is a trained variable.
+
+    Raises:
+        UnsupportedLayerError: if it is no (batch of) matrix products.
+    """
+    inputs, output = subscripts.replace(" ", "").split("->")
+    first, second = inputs.split(",")
+    if not isinstance(a, keras.KerasTensor):
+        a, b, first, second = b, a, second, first
+    if not isinstance(b, keras.KerasTensor):
+        return _with_constant((first, second, output), a, b, name, options)
+    if "." in subscripts or first[0] != second[0] or output[:1] != first[0]:
+        raise _no_product(subscripts, name)
+    a, first = _summed(a, first, second + output, f"{name}_left")
+    b, second = _summed(b, second, first + output, f"{name}_right")
+    shared = "".join(c for c in first if c in second and c in output)
+    gone = "".join(c for c in first if c in second and c not in output)
+    left, right = (
+        "".join(c for c in letters if c not in shared + gone) for letters in (first, second)
+    )
+    if not gone:
+        raise _no_product(subscripts, name)
+    sizes = {**dict(zip(first, a.shape, strict=True)), **dict(zip(second, b.shape, strict=True))}
+    matrix = [_matrix(a, first, (shared, left, gone), sizes, f"{name}_left")]
+    matrix.append(_matrix(b, second, (shared, gone, right), sizes, f"{name}_right"))
+    letters = shared + left + right
+    moved = letters != output
+    shape = tuple(sizes[c] for c in letters[1:])
+    product = Matmul(name=f"{name}_product")(matrix)
+    if tuple(product.shape[1:]) != shape:
+        product = layers.Reshape(shape, name=f"{name}_shape")(product)
+    return _permuted(product, letters, output, name) if moved else product
+
+
+def _no_product(subscripts: str, name: str) -> UnsupportedLayerError:
+    return UnsupportedLayerError(
+        f"Expected an equation that is a matrix product for each sample in '{name}', as "
+        f"'bij,bjk->bik'. Received: {subscripts!r}. Permute and reshape, or use Dense."
+    )
+
+
+def _with_constant(
+    letters: tuple[str, str, str], x: Any, constant: Any, name: str, options: dict[str, Any] | None
+) -> Any:
+    """`einsum` of a tensor and a constant, as a Dense over the last axes."""
+    first, second, output = letters
+    trained = isinstance(constant, keras.Variable) and constant.trainable
+    first, output = _spelled(first, output, len(x.shape))
+    gone = "".join(c for c in second if c in first and c not in output)
+    made = "".join(c for c in second if c not in gone)
+    kept = "".join(c for c in first if c not in gone)
+    whole = set(output) == set(kept + made) and not set(made) & set(first)
+    if not gone or not whole or first[:1] in gone or output[:1] != first[:1]:
+        raise _no_product(f"{first},{second}->{output}", name)
+    kernel = np.einsum(f"{second}->{gone}{made}", np.asarray(constant, np.float32))
+    x = _permuted(x, first, kept + gone, f"{name}_moved")
+    final = kept + made == output
+    product_name = name if final and made else f"{name}_product"
+    y = dense(kernel, None, len(gone), product_name, options or {"trainable": trained})(x)
+    if not made:
+        last = name if final else f"{name}_squeezed"
+        y = layers.Reshape(tuple(y.shape[1:-1]), name=last)(y)
+    return y if final else _permuted(y, kept + made, output, name)
+
+
+def _spelled(first: str, output: str, rank: int) -> tuple[str, str]:
+    """Letters in the place of `...`, which stands for the axes that an equation does not name."""
+    free = (c for c in "ABCDEFGH" if c not in first + output)
+    more = "".join(next(free) for _ in range(rank - len(first.replace("...", ""))))
+    return first.replace("...", more), output.replace("...", more)
+
+
+def _summed(x: Any, letters: str, others: str, name: str) -> tuple[Any, str]:
+    axes = [i for i, c in enumerate(letters) if c not in others]
+    if axes:
+        x = total(x, axes, False, f"{name}_sum")
+    return x, "".join(c for c in letters if c in others)
+
+
+def _permuted(x: Any, letters: str, wanted: str, name: str) -> Any:
+    if letters == wanted:
+        return x
+    return layers.Permute([letters.index(c) for c in wanted[1:]], name=name)(x)
+
+
+def _matrix(x: Any, letters: str, parts: Sequence[str], sizes: dict[str, Any], name: str) -> Any:
+    """`x` with its axes in the order of `parts`: the batch, and one axis for each part's rest."""
+    x = _permuted(x, letters, "".join(parts), f"{name}_moved")
+    shape = [int(np.prod([sizes[c] for c in part])) for part in parts[1:]]
+    more = [sizes[c] for c in parts[0][1:]]
+    shape = [*([int(np.prod(more))] if more else []), *shape]
+    if tuple(x.shape[1:]) != tuple(shape):
+        x = layers.Reshape(shape, name=f"{name}_matrix")(x)
+    return x
+
+
+def dot(layer: Any, name: str) -> Decomposed:
+    """`Dot` as a product of matrices for each sample; normalized, of unit vectors."""
+
+    def call(inputs: Any) -> Any:
+        a, b = inputs
+        ranks = len(a.shape), len(b.shape)
+        axes = (layer.axes,) * 2 if isinstance(layer.axes, int) else tuple(layer.axes)
+        ours, theirs = (axis % rank for axis, rank in zip(axes, ranks, strict=True))
+        if layer.normalize:
+            unit = layers.UnitNormalization
+            last = ours - ranks[0], theirs - ranks[1]
+            a = unit(axis=last[0], name=f"{name}_left_unit")(a)
+            b = unit(axis=last[1], name=f"{name}_right_unit")(b)
+        first = "zabcdefgh"[: ranks[0]]
+        second = list("zijklmnop"[: ranks[1]])
+        second[theirs] = first[ours]
+        rest = "".join(c for c in [*first[1:], *second[1:]] if c != first[ours])
+        result = einsum(f"{first},{''.join(second)}->z{rest}", a, b, name)
+        if rest:
+            return result
+        return layers.Reshape((1,), name=f"{name}_column")(result)
+
+    return call
+
+
+def einsum_dense(layer: Any, name: str) -> Decomposed:
+    """`EinsumDense` as `Dense`, where its equation is a matrix product over some axes."""
+    inputs, rest = layer.equation.split(",")
+    kernel, output = rest.split("->")
+    inputs, output = _spelled(inputs, output, len(layer.input.shape))
+    count = len([c for c in kernel if c in inputs and c not in output])
+    gone, made = kernel[:count], kernel[count:]
+    fits = (
+        not set(made) & set(inputs)
+        and inputs.endswith(gone)
+        and output == inputs[: len(inputs) - count] + made
+        and (layer.bias is None or tuple(layer.bias.shape) == tuple(layer.kernel.shape[count:]))
+    )
+    if fits and count:
+        bias = None if layer.bias is None else np.asarray(layer.bias)
+        product = dense(np.asarray(layer.kernel), bias, count, name, options(layer, name))
+    else:
+        product = _permuted_dense(layer, name)
+    return activated(layer, name, product)
+
+
+def _permuted_dense(layer: Any, name: str) -> Decomposed:
+    given, bias = options(layer, name), layer.bias
+    if given["bias_regularizer"]:
+        raise UnsupportedLayerError(
+            f"Expected no bias_regularizer in layer '{name}', whose bias is added apart for its "
+            f"equation {layer.equation!r}. Train without, or permute so that it is a plain product."
+        )
+
+    def call(x: Any) -> Any:
+        product_name = name if bias is None else f"{name}_unbiased"
+        y = einsum(layer.equation, x, layer.kernel, product_name, given)
+        return y if bias is None else keras.ops.add(y, bias)
+
+    return call
+
+
+def options(layer: Any, name: str) -> dict[str, Any]:
+    """What the `Dense` layers that a layer becomes take over from it.
+
+    Raises:
+        UnsupportedLayerError: if a constraint is among it: kernels change their shape.
+    """
+    config = layer.get_config()
+    constrained = [k for k in ("kernel_constraint", "bias_constraint") if config.get(k)]
+    if constrained:
+        raise UnsupportedLayerError(
+            f"Expected no {' or '.join(constrained)} in layer '{name}', whose kernels change their "
+            "shape when it is opened up. Use a regularizer, or train without."
+        )
+    kept = ("kernel_regularizer", "bias_regularizer")
+    return {"trainable": layer.trainable, **{k: config.get(k) for k in kept}}
+
+
+def dense(
+    kernel: np.ndarray, bias: np.ndarray | None, count: int, name: str, options: dict[str, Any]
+) -> Decomposed:
+    """A product over the last `count` axes of a tensor, as a `Dense` between reshapes.
+
+    Args:
+        kernel: of shape (the last `count` axes' sizes, what they become).
+        bias: of the shape that they become, or `None`.
+        count: number of axes that are contracted.
+        name: of the last part.
+        options: further arguments of `Dense`.
+    """
+    made = kernel.shape[count:]
+    matrix = kernel.reshape(int(np.prod(kernel.shape[:count])), -1)
+    weights = [matrix] if bias is None else [matrix, bias.reshape(-1)]
+    reshaped = len(made) > 1
+    dense_name = f"{name}_product" if reshaped else name
+    units = matrix.shape[1]
+    layer = layers.Dense(units, use_bias=bias is not None, name=dense_name, **options)
+    part = Part(layer, weights)
+
+    def call(x: Any) -> Any:
+        kept = tuple(x.shape[1 : len(x.shape) - count])
+        if count > 1:
+            x = layers.Reshape((*kept, matrix.shape[0]), name=f"{name}_joined")(x)
+        y = part(x)
+        return layers.Reshape((*kept, *made), name=name)(y) if reshaped else y
+
+    return call

@@ -1,0 +1,160 @@
+"""Normalization over features and over groups of channels; of kernels by their spectral norm.
+
+Quantizers stand between the parts, so every intermediate value has a range of its own. The
+reciprocal square root is a table.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import Part, clone
+from kqat.parts import ChannelAffine, ReciprocalSquareRoot, Reduce
+from kqat.rewrites.layers.basic import Decomposed
+
+
+def layer_normalization(layer: Any, name: str) -> Decomposed:
+    """`(x - mean) / sqrt(variance + epsilon) * gamma + beta` over the last axis.
+
+    Reference: Ba et al. 2016, section 3 (https://arxiv.org/abs/1607.06450).
+    """
+    _check_last_axis(layer, name)
+    if layer.get_config().get("rms_scaling"):
+        raise UnsupportedLayerError(
+            f"Expected rms_scaling=False in layer '{name}'. Received: True. Use RMSNormalization."
+        )
+    affine = channel_affine(layer, name, layer.scale, layer.center)
+
+    def call(x: Any) -> Any:
+        mean = Reduce("mean", [len(x.shape) - 1], name=f"{name}_mean")(x)
+        centered = layers.Subtract(name=f"{name}_centered")([x, mean])
+        return _unit(centered, layer.epsilon, affine, name)
+
+    return call
+
+
+def _unit(x: Any, epsilon: float, affine: Part | None, name: str) -> Any:
+    axes = [len(x.shape) - 1]
+    if affine is None:
+        return scaled_to_unit(x, epsilon, name, axes)
+    return affine(scaled_to_unit(x, epsilon, f"{name}_unit", axes))
+
+
+def rms_normalization(layer: Any, name: str) -> Decomposed:
+    """`x / sqrt(mean(x**2) + epsilon) * gamma` over the last axis.
+
+    Reference: Zhang & Sennrich 2019, section 4 (https://arxiv.org/abs/1910.07467).
+    """
+    _check_last_axis(layer, name)
+    affine = channel_affine(layer, name, True, False)
+    return lambda x: _unit(x, layer.epsilon, affine, name)
+
+
+def scaled_to_unit(x: Any, epsilon: float, name: str, axes: list[int]) -> Any:
+    """`x / sqrt(mean(x**2) + epsilon)`, the mean over `axes`."""
+    square = layers.Multiply(name=f"{name}_square")([x, x])
+    variance = Reduce("mean", axes, name=f"{name}_variance")(square)
+    scale = ReciprocalSquareRoot(epsilon, name=f"{name}_rsqrt")(variance)
+    return layers.Multiply(name=name)([x, scale])
+
+
+def channel_affine(layer: Any, name: str, scale: bool, center: bool) -> Part | None:
+    """A layer's own gamma and beta, as far as it has them."""
+    if not scale and not center:
+        return None
+    config = layer.get_config()
+    options = {
+        key: config.get(key)
+        for key in (
+            "gamma_regularizer",
+            "beta_regularizer",
+            "gamma_constraint",
+            "beta_constraint",
+        )
+    }
+    affine = ChannelAffine(scale, center, name=name, trainable=layer.trainable, **options)
+    return Part(affine, layer.get_weights())
+
+
+def _check_last_axis(layer: Any, name: str) -> None:
+    axis = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
+    rank = len(layer.input.shape)
+    if [a % rank for a in axis] != [rank - 1]:
+        raise UnsupportedLayerError(
+            f"Expected normalization over the last axis in layer '{name}'. Received: "
+            f"axis={layer.axis}. Permute the input."
+        )
+
+
+def group_normalization(layer: Any, name: str) -> Decomposed:
+    """`(x - mean) / sqrt(variance + epsilon) * gamma + beta` over positions and a group's channels.
+
+    Reference: Wu & He 2018, section 3 (https://arxiv.org/abs/1803.08494).
+    """
+    shape = layer.input.shape
+    if layer.axis % len(shape) != len(shape) - 1:
+        raise UnsupportedLayerError(
+            f"Expected channels on the last axis in layer '{name}'. Received: axis={layer.axis}. "
+            "Permute the input."
+        )
+    affine = channel_affine(layer, name, layer.scale, layer.center)
+    channels = shape[-1]
+    groups = channels if layer.groups == -1 else layer.groups
+    positions = int(np.prod(shape[1:-1], dtype=int))
+
+    def call(x: Any) -> Any:
+        grouped = (positions, groups, channels // groups)
+        y = layers.Reshape(grouped, name=f"{name}_groups")(x)
+        mean = Reduce("mean", [1, 3], name=f"{name}_mean")(y)
+        centered = layers.Subtract(name=f"{name}_centered")([y, mean])
+        unit = scaled_to_unit(centered, layer.epsilon, f"{name}_unit", [1, 3])
+        last = f"{name}_shape" if affine else name
+        y = layers.Reshape(shape[1:], name=last)(unit)
+        return affine(y) if affine else y
+
+    return call
+
+
+def spectral(layer: Any, name: str) -> Decomposed:
+    """The layer inside a `SpectralNormalization`, whose kernel stays of spectral norm one.
+
+    The wrapper divides the kernel by an estimate of its norm in each step of training; here a
+    constraint does, after each step. Reference: Miyato et al. 2018, section 2.1
+    (https://arxiv.org/abs/1802.05957).
+    """
+    inner = layer.layer
+    constraint = SpectralNorm(layer.power_iterations)
+    weights = [np.asarray(v) for v in layer.weights if v is not layer.vector_u]
+    key = "embeddings_constraint" if isinstance(inner, layers.Embedding) else "kernel_constraint"
+    if key not in inner.get_config():
+        raise UnsupportedLayerError(
+            f"Expected a layer with a {key} inside '{name}'. Received: {type(inner).__name__}. "
+            "Use its layer without SpectralNormalization."
+        )
+    return Part(clone(inner, name, **{key: constraint}), weights)
+
+
+@keras.saving.register_keras_serializable("kqat")
+class SpectralNorm(keras.constraints.Constraint):
+    """Divides a kernel by its largest singular value, found by power iteration from ones."""
+
+    def __init__(self, power_iterations: int = 1):
+        # The wrapper goes on from the last step's vector; this starts anew, and so needs more.
+        self.power_iterations = max(power_iterations, 10)
+
+    def __call__(self, w: Any) -> Any:
+        """The kernel, its columns being the last axis."""
+        matrix = keras.ops.reshape(w, (-1, w.shape[-1]))
+        u = keras.ops.ones((1, w.shape[-1]), w.dtype)
+        for _ in range(self.power_iterations):
+            v = keras.ops.normalize(keras.ops.matmul(u, keras.ops.transpose(matrix)), order=2)
+            u = keras.ops.normalize(keras.ops.matmul(v, matrix), order=2)
+        norm = keras.ops.sum(keras.ops.matmul(v, matrix) * u)
+        return w / keras.ops.maximum(norm, keras.config.epsilon())
+
+    def get_config(self) -> dict[str, Any]:
+        """The number of iterations."""
+        return {"power_iterations": self.power_iterations}

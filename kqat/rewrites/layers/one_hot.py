@@ -1,0 +1,60 @@
+"""Whole numbers as quantities: rows of a table, and one-hot codes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import Part
+from kqat.parts import Reduce, total
+from kqat.rewrites.layers.basic import Decomposed
+
+
+def rows(table: np.ndarray, indices: Any, name: str, trained: bool) -> Any:
+    """The rows of a matrix at `indices`, a tensor of whole numbers."""
+    layer = layers.Embedding(*table.shape, name=name, trainable=trained)
+    return Part(layer, [table])(indices)
+
+
+def truth(x: Any, values: tuple[float, float], shape: Sequence[int], name: str) -> Any:
+    """`values[0]` where `x` is false and `values[1]` where it is true, of `shape`."""
+    table = np.array([[v] for v in values], np.float32)
+    return layers.Reshape(tuple(shape), name=name)(rows(table, x, f"{name}_rows", False))
+
+
+def one_hot(indices: Any, classes: int, name: str) -> Any:
+    """A one at each index, along a new last axis."""
+    return rows(np.eye(classes, dtype=np.float32), indices, name, False)
+
+
+def multi_hot(indices: Any, classes: int, name: str) -> Any:
+    """A one at every index that occurs along the last axis, whose place the classes take."""
+    codes = one_hot(indices, classes, f"{name}_codes")
+    return Reduce("max", [len(codes.shape) - 2], False, name=name)(codes)
+
+
+def category_encoding(layer: Any, name: str) -> Decomposed:
+    """`CategoryEncoding` of whole numbers below its `num_tokens`."""
+    if layer.sparse:
+        raise UnsupportedLayerError(
+            f"Expected a dense CategoryEncoding in layer '{name}'. Received: sparse=True. TFLite "
+            "has no sparse tensors; use sparse=False."
+        )
+
+    def call(x: Any, count_weights: Any = None) -> Any:
+        if count_weights is not None:
+            raise UnsupportedLayerError(
+                f"Expected layer '{name}' without count_weights. Received: some. Multiply one-hot "
+                "codes by them and sum."
+            )
+        if layer.output_mode == "multi_hot":
+            return multi_hot(x, layer.num_tokens, name)
+        codes = one_hot(x, layer.num_tokens, f"{name}_codes")
+        if layer.output_mode == "count":
+            return total(codes, [len(codes.shape) - 2], False, name)
+        shape = layer.compute_output_shape(x.shape)
+        return layers.Reshape(shape[1:], name=name)(codes)
+
+    return call

@@ -1,0 +1,327 @@
+"""Recurrent layers as matrix products over all steps at once and a `Recurrence` for the rest.
+
+The input's part of every gate has no recurrence: it is one `Dense` over the whole sequence, in
+the file one FULLY_CONNECTED. Gates with the same activation are computed together.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import Part
+from kqat.parts import Recurrence, Slice
+from kqat.rewrites.layers.basic import Decomposed, activation_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    """A cell taken apart: `x -> projections(x)`, each a sequence, then `recurrence(sequences)`."""
+
+    dropout: float
+    projections: tuple[Callable[..., Any], ...]
+    recurrence: Recurrence
+    name: str
+
+    def __call__(self, x: Any, states: Sequence[Any]) -> Any:
+        if self.dropout:
+            # One mask for all steps, as Keras's cells have it.
+            x = layers.SpatialDropout1D(self.dropout, name=f"{self.name}_dropout")(x)
+        return self.recurrence([*(project(x) for project in self.projections), *states])
+
+
+def rnn(layer: Any, name: str, *, flip: bool = False, cells: "Cells | None" = None) -> Decomposed:
+    """`SimpleRNN`, `LSTM`, `GRU`, or `RNN` around such a cell or a stack of them.
+
+    Dropout draws one mask for each matrix product, where Keras may draw one for each gate.
+
+    Args:
+        layer, name: the layer, and what it is called in the model.
+        flip: whether the output's steps are put in reverse order.
+        cells: kind of cell -> what makes its step.
+
+    Raises:
+        UnsupportedLayerError: if the layer is stateful, or its cell is of another kind.
+    """
+    steps = cells or _CELLS
+    _check(layer, name, steps)
+    stacked = isinstance(layer.cell, layers.StackedRNNCells)
+    inner = list(layer.cell.cells) if stacked else [layer.cell]
+    parts = []
+    for index, cell in enumerate(inner):
+        last = index == len(inner) - 1
+        options = {
+            "return_sequences": layer.return_sequences or not last,
+            "return_state": layer.return_state,
+            # What the first cell hands on is in the order of its steps.
+            "go_backwards": layer.go_backwards and index == 0,
+            "flip": flip and last,
+        }
+        cell_name = name if last else f"{name}_{cell.name}"
+        parts.append(_take_apart(cell, layer, cell_name, options, steps[type(cell)]))
+
+    def call(x: Any, initial_state: Any = None) -> Any:
+        given = keras.tree.flatten(initial_state) if initial_state is not None else []
+        states: list[Any] = []
+        for part, cell in zip(parts, inner, strict=True):
+            count = len(keras.tree.flatten(cell.state_size)) if given else 0
+            initial, given = given[:count], given[count:]
+            x = part(x, initial)
+            if layer.return_state:
+                x, *last_states = x
+                states += last_states
+        return [x, *states] if layer.return_state else x
+
+    return call
+
+
+def bidirectional(layer: Any, name: str, *, make: Callable[..., Decomposed] = rnn) -> Decomposed:
+    """`Bidirectional` as two recurrent layers whose outputs are merged.
+
+    Reference: Schuster & Paliwal 1997, section III (https://doi.org/10.1109/78.650093).
+    """
+    for inner in (layer.forward_layer, layer.backward_layer):
+        if not hasattr(inner, "cell"):
+            raise UnsupportedLayerError(
+                f"Expected a recurrent layer in Bidirectional layer '{name}'. Received: "
+                f"{type(inner).__name__}. Use SimpleRNN, LSTM, GRU, or RNN around their cells."
+            )
+    forward = make(layer.forward_layer, f"{name}_forward")
+    backward = make(layer.backward_layer, f"{name}_backward", flip=layer.return_sequences)
+    merges = {
+        "concat": layers.Concatenate,
+        "sum": layers.Add,
+        "ave": layers.Average,
+        "mul": layers.Multiply,
+    }
+    merge = merges[layer.merge_mode](name=name) if layer.merge_mode else list
+
+    def call(x: Any, initial_state: Any = None) -> Any:
+        half = len(initial_state) // 2 if initial_state is not None else 0
+        given = (initial_state[:half], initial_state[half:]) if half else (None, None)
+        ahead, back = forward(x, given[0]), backward(x, given[1])
+        if not layer.return_state:
+            return merge([ahead, back])
+        merged = merge([ahead[0], back[0]])
+        first = merged if isinstance(merged, list) else [merged]
+        return [*first, *ahead[1:], *back[1:]]
+
+    return call
+
+
+def _check(layer: Any, name: str, cells: "Cells") -> None:
+    if layer.stateful:
+        raise UnsupportedLayerError(
+            f"Expected stateful=False in layer '{name}'. Received: True; an integer file keeps no "
+            "state from one invocation to the next. Use return_state=True and initial_state, and "
+            "carry the states yourself."
+        )
+    if layer.activity_regularizer is not None:
+        raise UnsupportedLayerError(
+            f"Expected no activity_regularizer in layer '{name}', which is opened up. Put "
+            "keras.layers.ActivityRegularization behind it."
+        )
+    inner = getattr(layer.cell, "cells", [layer.cell])
+    unknown = [type(cell).__name__ for cell in inner if type(cell) not in cells]
+    if unknown:
+        raise UnsupportedLayerError(
+            f"Expected one of the cells {sorted(cls.__name__ for cls in cells)} in layer "
+            f"'{name}'. Received: {', '.join(unknown)}. Leave the layer float, or build it of "
+            "these."
+        )
+    asked = [
+        option
+        for cell in inner
+        for option in ("kernel_constraint", "recurrent_constraint", "bias_constraint")
+        if getattr(cell, option) is not None
+    ]
+    if asked:
+        raise UnsupportedLayerError(
+            f"Expected no {' or '.join(sorted(set(asked)))} in layer '{name}', whose kernels are "
+            "divided when it is opened up. Use a regularizer, or train without."
+        )
+
+
+def _take_apart(
+    cell: Any, layer: Any, name: str, options: dict[str, bool], make_step: "MakeStep"
+) -> _Cell:
+    builder = Builder(cell, name, layer.trainable and cell.trainable)
+    step = make_step(builder)
+    trainable = builder.trainable
+    recurrence = Recurrence(step, len(builder.projections), name=name, **options)
+    recurrence.trainable = trainable
+    return _Cell(cell.dropout, tuple(builder.projections), recurrence, name)
+
+
+class Builder:
+    """What the steps of all kinds of cells are made with.
+
+    `gates(part, columns, …)` makes one activated sum `f(x W + h R)` of the gates whose columns in
+    the kernels are given; its `x W` becomes a projection of the whole sequence.
+    """
+
+    def __init__(self, cell: Any, name: str, trainable: bool):
+        self.cell, self.name, self.trainable = cell, name, trainable
+        self.units = cell.units
+        self.projections: list[Callable[..., Any]] = []
+        self.kernel = np.asarray(cell.kernel)
+        self.recurrent_kernel = np.asarray(cell.recurrent_kernel)
+        self.bias: np.ndarray | None = None
+        self.recurrent_bias: np.ndarray | None = None
+        if cell.use_bias:
+            bias = np.asarray(cell.bias)
+            # GRU with reset_after has a bias for each of its two products.
+            self.bias, self.recurrent_bias = bias if bias.ndim == 2 else (bias, None)
+
+    def part_name(self, part: str) -> str:
+        """The name of a part of the layer."""
+        return f"{self.name}_{part}"
+
+    def project(self, part: str, gates: Sequence[int], signs: Sequence[int] = ()) -> Any:
+        """A new sequence `x W + b` for some gates, projected outside; here one step of it."""
+        options = self.regularizers("kernel_regularizer")
+        name = self.part_name(f"{part}_input")
+        dense = self._dense(name, self.kernel, self.bias, gates, signs, options)
+        self.projections.append(dense)
+        return keras.Input((len(gates) * self.units,), name=f"{name}_step")
+
+    def recur(self, part: str, h: Any, gates: Sequence[int], signs: Sequence[int] = ()) -> Any:
+        """`h R + b` for some gates."""
+        name = self.part_name(f"{part}_recurrent")
+        if self.cell.recurrent_dropout:
+            h = layers.Dropout(self.cell.recurrent_dropout, name=f"{name}_dropout")(h)
+        options = self.regularizers("recurrent_regularizer")
+        kernel, bias = self.recurrent_kernel, self.recurrent_bias
+        return self._dense(name, kernel, bias, gates, signs, options)(h)
+
+    def regularizers(self, kernel: str, recurrent: str | None = None) -> dict[str, Any]:
+        """Regularizers of a part of the layer: those of the cell by these names, serialized."""
+        copies = {"kernel_regularizer": kernel, "bias_regularizer": "bias_regularizer"}
+        if recurrent is not None:
+            copies["recurrent_regularizer"] = recurrent
+        serialize = keras.saving.serialize_keras_object
+        given = {key: getattr(self.cell, name) for key, name in copies.items()}
+        return {key: None if value is None else serialize(value) for key, value in given.items()}
+
+    def _dense(
+        self,
+        name: str,
+        kernel: np.ndarray,
+        bias: np.ndarray | None,
+        gates: Sequence[int],
+        signs: Sequence[int],
+        options: dict[str, Any],
+    ) -> Part:
+        def chosen(array: np.ndarray) -> np.ndarray:
+            columns = [array[..., g * self.units : (g + 1) * self.units] for g in gates]
+            signed = zip(columns, signs or [1] * len(columns), strict=True)
+            return np.concatenate([sign * part for part, sign in signed], axis=-1)
+
+        units = len(gates) * self.units
+        dense = layers.Dense(units, use_bias=bias is not None, name=name, **options)
+        dense.trainable = self.trainable
+        return Part(dense, [chosen(kernel)] if bias is None else [chosen(kernel), chosen(bias)])
+
+    def add(self, part: str, a: Any, b: Any) -> Any:
+        """`a + b`, a part of the layer."""
+        return layers.Add(name=self.part_name(part))([b, a])
+
+    def multiply(self, part: str, a: Any, b: Any) -> Any:
+        """`a * b`, a part of the layer."""
+        return layers.Multiply(name=self.part_name(part))([a, b])
+
+    def activate(self, part: str, function: Any, x: Any) -> Any:
+        """`function(x)`; a linear one needs no layer."""
+        if function is keras.activations.linear:
+            return x
+        return activation_layer(function, self.part_name(part))(x)
+
+    def divide(self, x: Any, *parts: str) -> list[Any]:
+        """The gates that were computed together, one by one."""
+        units = self.units
+        return [
+            Slice([i * units], [(i + 1) * units], [1], name=self.part_name(part))(x)
+            for i, part in enumerate(parts)
+        ]
+
+    def state(self, part: str) -> Any:
+        """A state before the step."""
+        return keras.Input((self.units,), name=self.part_name(part))
+
+    def model(self, inputs: list[Any], outputs: list[Any]) -> keras.Model:
+        """The step."""
+        return keras.Model(inputs, outputs, name=self.part_name("step"))
+
+
+def _simple(builder: Builder) -> keras.Model:
+    """`h = f(x W + h R + b)`."""
+    x, h = builder.project("sum", [0]), builder.state("state")
+    total = builder.add("sum", x, builder.recur("sum", h, [0]))
+    return builder.model([x, h], [builder.activate("output", builder.cell.activation, total)])
+
+
+def _lstm(builder: Builder) -> keras.Model:
+    """`c = f c + i g`, `h = o tanh(c)`.
+
+    Reference: Gers et al. 2000, section 3.1 (https://doi.org/10.1162/089976600300015015).
+    """
+    cell = builder.cell
+    # Keras's order of gates: input, forget, candidate, output.
+    x, x_candidate = builder.project("gates", [0, 1, 3]), builder.project("candidate", [2])
+    h, c = builder.state("state"), builder.state("carry_state")
+    gates = builder.add("gates_sum", x, builder.recur("gates", h, [0, 1, 3]))
+    gates = builder.activate("gates", cell.recurrent_activation, gates)
+    i, f, o = builder.divide(gates, "input_gate", "forget_gate", "output_gate")
+    g = builder.add("candidate_sum", x_candidate, builder.recur("candidate", h, [2]))
+    g = builder.activate("candidate", cell.activation, g)
+    carry = builder.add("carry", builder.multiply("kept", f, c), builder.multiply("new", i, g))
+    squashed = builder.activate("squashed", cell.activation, carry)
+    output = builder.multiply("output", o, squashed)
+    return builder.model([x, x_candidate, h, c], [output, carry])
+
+
+# Functions with f(-x) == 1 - f(x).
+_COMPLEMENTARY = (keras.activations.sigmoid, keras.activations.hard_sigmoid)
+
+
+def _gru(builder: Builder) -> keras.Model:
+    """`h' = h + (1 - z) (g - h)`.
+
+    Where `1 - z` is an integer zero, `h` stays what it is, however long: in `z h + (1 - z) g` it
+    would lose 1/256 in every step, because an 8-bit sigmoid never is one. The sign of z's weights
+    is changed, so that the sigmoid itself is `1 - z`.
+    Reference: Cho et al. 2014, section 2.3 (https://arxiv.org/abs/1406.1078).
+    """
+    cell = builder.cell
+    signs = [-1 if cell.recurrent_activation in _COMPLEMENTARY else 1, 1]
+    # Keras's order of gates: update, reset, candidate.
+    x, x_candidate = builder.project("gates", [0, 1], signs), builder.project("candidate", [2])
+    h = builder.state("state")
+    gates = builder.add("gates_sum", x, builder.recur("gates", h, [0, 1], signs))
+    gates = builder.activate("gates", cell.recurrent_activation, gates)
+    update, reset = builder.divide(gates, "update_gate", "reset_gate")
+    if signs[0] == 1:
+        update = layers.Rescaling(-1.0, 1.0, name=builder.part_name("complement"))(update)
+    if cell.reset_after:
+        recurrent = builder.multiply("reset", reset, builder.recur("candidate", h, [2]))
+    else:
+        recurrent = builder.recur("candidate", builder.multiply("reset", reset, h), [2])
+    candidate = builder.add("candidate_sum", x_candidate, recurrent)
+    candidate = builder.activate("candidate", cell.activation, candidate)
+    change = layers.Subtract(name=builder.part_name("difference"))([candidate, h])
+    output = builder.add("output", h, builder.multiply("change", update, change))
+    return builder.model([x, x_candidate, h], [output])
+
+
+_CELLS: dict[type, Callable[[Builder], keras.Model]] = {
+    layers.SimpleRNNCell: _simple,
+    layers.LSTMCell: _lstm,
+    layers.GRUCell: _gru,
+}
+
+MakeStep = Callable[[Builder], keras.Model]
+Cells = Mapping[type, MakeStep]

@@ -1,0 +1,139 @@
+"""Layers over time or depth as one layer that is called step by step, with one set of weights."""
+
+from typing import Any
+
+import numpy as np
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import Part, clone
+from kqat.parts import Slice, stacked
+from kqat.rewrites.layers import matrix_products
+from kqat.rewrites.layers.basic import Decomposed, activated
+
+# Layers that see the last axis alone: they compute all steps at once.
+POINTWISE = (
+    layers.Dense,
+    layers.Activation,
+    layers.ReLU,
+    layers.LeakyReLU,
+    layers.Dropout,
+    layers.LayerNormalization,
+    layers.Rescaling,
+    layers.Identity,
+)
+
+
+def _rows(x: Any, name: str) -> Any:
+    """One row for each step: TFLite Micro slices no more than four axes."""
+    return layers.Reshape((x.shape[1], int(np.prod(x.shape[2:]))), name=f"{name}_rows")(x)
+
+
+def _steps(rows: Any, begin: int, size: int, name: str) -> Any:
+    """`size` rows."""
+    return Slice.of(rows, (slice(None), slice(begin, begin + size)), name)
+
+
+def time_distributed(layer: Any, name: str) -> Decomposed:
+    """The inner layer on each step; on all at once where it sees the last axis alone."""
+    inner = layer.layer
+
+    def call(x: Any, **options: Any) -> Any:
+        if options.get("mask") is not None:
+            raise UnsupportedLayerError(
+                f"Expected layer '{name}' without a mask. Received: one. Pad to a fixed length."
+            )
+        if type(inner) in POINTWISE and getattr(inner, "axis", -1) in (-1, [-1]):
+            return Part(clone(inner, name), inner.get_weights())(x)
+        part = Part(clone(inner, f"{name}_{inner.name}"), inner.get_weights())
+        steps, rows = [], _rows(x, name)
+        for i in range(x.shape[1]):
+            step = _steps(rows, i, 1, f"{name}_step_{i}")
+            step = layers.Reshape(x.shape[2:], name=f"{name}_input_{i}")(step)
+            steps.append(part(step))
+        return stacked(steps, 1, name)
+
+    return call
+
+
+def conv_3d(layer: Any, name: str) -> Decomposed:
+    """`Conv3D` as one `Conv2D` for each frame of its output, over the frames that it reads.
+
+    TFLite has no int8 CONV_3D. The depth of the kernel joins its input channels, so the sum over
+    it stays inside one accumulator: the same integers as a 3-D convolution would give.
+    """
+    config = layer.get_config()
+    depth, stride = config["kernel_size"][0], config["strides"][0]
+    if config["dilation_rate"][0] != 1 or config["groups"] != 1:
+        raise UnsupportedLayerError(
+            f"Expected one group and no dilation of the depth in layer '{name}'. Received: groups="
+            f"{config['groups']}, dilation_rate={config['dilation_rate']}."
+        )
+    matrix_products.options(layer, name)
+    # (depth, height, width, in, out) -> (height, width, depth * in, out)
+    kernel = np.asarray(layer.kernel).transpose(1, 2, 0, 3, 4)
+    kernel = kernel.reshape(*kernel.shape[:2], -1, kernel.shape[-1])
+    kept = ("use_bias", "kernel_regularizer", "bias_regularizer", "padding", "filters")
+    conv = layers.Conv2D(
+        kernel_size=config["kernel_size"][1:],
+        strides=config["strides"][1:],
+        dilation_rate=config["dilation_rate"][1:],
+        trainable=layer.trainable,
+        name=f"{name}_frame",
+        **{key: config[key] for key in kept},
+    )
+    part = Part(conv, [kernel, *layer.get_weights()[1:]])
+
+    def call(x: Any) -> Any:
+        if config["padding"] == "same":
+            x = _padded(x, depth, stride, name)
+        rows, starts = _rows(x, name), range(0, x.shape[1] - depth + 1, stride)
+        frames = [_frames(rows, (i, depth), x.shape[2:], name) for i in starts]
+        return stacked([part(frame) for frame in frames], 1, name)
+
+    return activated(layer, name, call)
+
+
+def _padded(x: Any, depth: int, stride: int, name: str) -> Any:
+    total = max((-(-x.shape[1] // stride) - 1) * stride + depth - x.shape[1], 0)
+    around = ((total // 2, total - total // 2), (0, 0), (0, 0))
+    return layers.ZeroPadding3D(around, name=f"{name}_padded")(x) if total else x
+
+
+def _frames(rows: Any, which: tuple[int, int], shape: tuple[int, ...], name: str) -> Any:
+    """Frames (the first, how many) of a volume as one image, their channels side by side."""
+    begin, size = which
+    part = f"{name}_{begin}"
+    frames = _steps(rows, begin, size, f"{part}_frames")
+    height, width, channels = shape
+    if size > 1:
+        pixels = (size, height * width, channels)
+        frames = layers.Reshape(pixels, name=f"{part}_pixels")(frames)
+        frames = layers.Permute((2, 1, 3), name=f"{part}_turned")(frames)
+    return layers.Reshape((height, width, size * channels), name=f"{part}_image")(frames)
+
+
+def conv_1d_transpose(layer: Any, name: str) -> Decomposed:
+    """`Conv1DTranspose` as `Conv2DTranspose` over images of one row."""
+    config = layer.get_config()
+    matrix_products.options(layer, name)
+    kept = ("use_bias", "kernel_regularizer", "bias_regularizer", "padding", "filters")
+    output_padding = config["output_padding"]
+    conv = layers.Conv2DTranspose(
+        kernel_size=(1, *config["kernel_size"]),
+        strides=(1, *config["strides"]),
+        dilation_rate=(1, *config["dilation_rate"]),
+        output_padding=None if output_padding is None else (0, *np.ravel(output_padding).tolist()),
+        trainable=layer.trainable,
+        name=f"{name}_row",
+        **{key: config[key] for key in kept},
+    )
+    kernel, *bias = layer.get_weights()
+    part = Part(conv, [kernel[np.newaxis], *bias])
+
+    def call(x: Any) -> Any:
+        image = layers.Reshape((1, *x.shape[1:]), name=f"{name}_image")(x)
+        y = part(image)
+        return layers.Reshape(y.shape[2:], name=name)(y)
+
+    return activated(layer, name, call)

@@ -1,0 +1,1 @@
+"""`keras.ops` functions as layers, one module a family."""

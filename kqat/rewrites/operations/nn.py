@@ -1,0 +1,154 @@
+"""The functions of `keras.ops` that are layers by another name: convolution, pooling, attention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import Part, is_tensor
+from kqat.rewrites.layers import matrix_products
+from kqat.rewrites.layers.attention_masks import Keep, attended, causal
+from kqat.rewrites.operations.binary import Row
+from kqat.rewrites.operations.reductions import axis_of
+
+
+def _softmax(kind: str) -> Row:
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            rank = len(x.shape)
+            axis = axis_of(operation.axis, rank, name)
+            if axis == rank - 1:
+                return layers.Activation(kind, name=name)(x)
+            order = [*range(1, rank)]
+            order[axis - 1], order[-1] = order[-1], order[axis - 1]
+            moved = layers.Permute(order, name=f"{name}_moved")(x)
+            values = layers.Activation(kind, name=f"{name}_values")(moved)
+            return layers.Permute(order, name=name)(values)
+
+        return call
+
+    return row
+
+
+def _resize(operation: Any, name: str) -> Callable[..., Any]:
+    options = ("antialias", "crop_to_aspect_ratio", "pad_to_aspect_ratio", "data_format")
+    return layers.Resizing(
+        *operation.size,
+        interpolation=operation.interpolation,
+        name=name,
+        **{option: getattr(operation, option) for option in options},
+    )
+
+
+def _pool(kind: str) -> Row:
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            options = {"data_format": operation.data_format, "name": name}
+            pool = getattr(layers, f"{kind}Pooling{len(x.shape) - 2}D")
+            return pool(operation.pool_size, operation.strides, operation.padding, **options)(x)
+
+        return call
+
+    return row
+
+
+def _glu(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        value, gate = ops.split(x, 2, axis=operation.axis)
+        return layers.Multiply(name=name)([value, ops.sigmoid(gate)])
+
+    return call
+
+
+def _adaptive_pool(kind: str) -> Row:
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            pool = getattr(layers, f"Adaptive{kind}Pooling{len(x.shape) - 2}D")
+            return pool(operation.output_size, data_format=operation.data_format, name=name)(x)
+
+        return call
+
+    return row
+
+
+def _conv(kind: str) -> Row:
+    """`conv` and `depthwise_conv` with a constant or trained kernel."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any, kernel: Any) -> Any:
+            if is_tensor(kernel):
+                raise UnsupportedLayerError(
+                    f"Expected a constant or a variable as kernel of operation '{name}'. Received: "
+                    "a tensor. Integer kernels take constant weights."
+                )
+            trained = isinstance(kernel, keras.Variable) and kernel.trainable
+            array = np.asarray(kernel, np.float32)
+            own = {"filters": array.shape[-1]} if kind == "Conv" else {}
+            if kind == "DepthwiseConv":
+                own = {"depth_multiplier": array.shape[-1]}
+            elif array.shape[-2] != x.shape[-1]:
+                own["groups"] = x.shape[-1] // array.shape[-2]
+            layer = getattr(layers, f"{kind}{len(x.shape) - 2}D")(
+                kernel_size=array.shape[:-2],
+                strides=operation.strides,
+                padding=operation.padding,
+                dilation_rate=operation.dilation_rate,
+                data_format=operation.data_format,
+                use_bias=False,
+                trainable=trained,
+                name=name,
+                **own,
+            )
+            return Part(layer, [array])(x)
+
+        return call
+
+    return row
+
+
+def _normalize(operation: Any, name: str) -> Callable[..., Any]:
+    if operation.order != 2 or operation.epsilon not in (None, keras.config.epsilon()):
+        raise UnsupportedLayerError(
+            f"Expected order=2 and the usual epsilon in operation '{name}'. Received: "
+            f"order={operation.order}, epsilon={operation.epsilon}. Divide by a norm that you "
+            "compute."
+        )
+    return layers.UnitNormalization(axis=operation.axis, name=name)
+
+
+def _dot_product_attention(operation: Any, name: str) -> Callable[..., Any]:
+    def call(query: Any, key: Any, value: Any, scale: Any = None, **options: Any) -> Any:
+        options.pop("flash_attention", None)  # another way to compute the same
+        cap = operation.attn_logits_soft_cap
+        if any(option not in (None, False) for option in (cap, *options.values())):
+            raise UnsupportedLayerError(
+                f"Expected no bias, cap or mask in operation '{name}'. Received: one. Use "
+                "is_causal=True, or MultiHeadAttention, whose masks have an integer form."
+            )
+        scale = scale or 1.0 / float(np.sqrt(query.shape[-1]))
+        scores = matrix_products.einsum("bqhd,bkhd->bhqk", query, key, f"{name}_scores")
+        pairs = [causal(query.shape[1], key.shape[1])] if operation.is_causal else []
+        keep = Keep.of(name, pairs=pairs)
+        weights = attended(ops.multiply(scores, scale), keep, name, zeros=False)
+        return matrix_products.einsum("bhqk,bkhd->bqhd", weights, value, name)
+
+    return call
+
+
+NETWORKS: dict[str, Row] = {
+    "Softmax": _softmax("softmax"),
+    "LogSoftmax": _softmax("log_softmax"),
+    "Glu": _glu,
+    "Resize": _resize,
+    "MaxPool": _pool("Max"),
+    "AveragePool": _pool("Average"),
+    "AdaptiveMaxPool": _adaptive_pool("Max"),
+    "AdaptiveAveragePool": _adaptive_pool("Average"),
+    "Conv": _conv("Conv"),
+    "DepthwiseConv": _conv("DepthwiseConv"),
+    "Normalize": _normalize,
+    "DotProductAttention": _dot_product_attention,
+}

@@ -1,0 +1,170 @@
+"""Functions that reduce axes, as layers of the registry; the batch stays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from keras import layers, ops
+
+from kqat.base import UnsupportedLayerError
+from kqat.parts import Count, Reduce, total
+from kqat.rewrites.layers import matrix_products
+from kqat.rewrites.operations.binary import Row
+
+
+def axes_of(axis: Any, rank: int, name: str) -> list[int]:
+    """Axes as positive numbers, sorted; `None` is all of them.
+
+    Raises:
+        UnsupportedLayerError: if the batch is among them.
+    """
+    given = np.arange(rank) if axis is None else np.reshape(axis, -1)
+    axes = sorted(int(a) % rank for a in given)
+    if 0 in axes:
+        raise UnsupportedLayerError(
+            f"Expected operation '{name}' to leave the batch axis alone. Received: axis={axis} of "
+            f"a tensor of rank {rank}. Name the axes behind the batch."
+        )
+    return axes
+
+
+def axis_of(axis: Any, rank: int, name: str) -> int:
+    """The one axis that an operation works along, as a positive number.
+
+    Raises:
+        UnsupportedLayerError: if it is the batch, or not one.
+    """
+    axes = axes_of(axis, rank, name)
+    if len(axes) != 1:
+        raise UnsupportedLayerError(
+            f"Expected one axis in operation '{name}'. Received: axis={axis}. Name one, or reshape."
+        )
+    return axes[0]
+
+
+def _pools(kind: str) -> dict[int, type]:
+    names = {"mean": "GlobalAveragePooling", "max": "GlobalMaxPooling"}
+    return {rank: getattr(layers, f"{names[kind]}{rank - 2}D") for rank in (3, 4, 5)}
+
+
+def reduction(kind: str) -> Row:
+    """A row for `sum`, `mean`, `max`, `min` or `prod`."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            rank = len(x.shape)
+            axes, keepdims = axes_of(operation.axis, rank, name), operation.keepdims
+            _check_plain(operation, ("initial", "dtype"), name)
+            if kind in ("mean", "max") and rank in (3, 4, 5) and axes == [*range(1, rank - 1)]:
+                return _pools(kind)[rank](keepdims=keepdims, name=name)(x)
+            if kind == "sum":
+                return total(x, axes, keepdims, name)
+            return Reduce(kind, axes, keepdims, name=name)(x)
+
+        return call
+
+    return row
+
+
+def _check_plain(operation: Any, options: tuple[str, ...], name: str) -> None:
+    given = {o: getattr(operation, o, None) for o in options}
+    asked = {option: value for option, value in given.items() if value is not None}
+    if asked:
+        raise UnsupportedLayerError(
+            f"Expected operation '{name}' without {' or '.join(asked)}. Received: {asked}."
+        )
+
+
+def variance(root: bool) -> Row:
+    """`var` and `std`: the mean of the squared distance to the mean."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            axes = axes_of(operation.axis, len(x.shape), name)
+            mean = Reduce("mean", axes, name=f"{name}_mean")(x)
+            centered = layers.Subtract(name=f"{name}_centered")([x, mean])
+            square = layers.Multiply(name=f"{name}_square")([centered, centered])
+            last = f"{name}_variance" if root else name
+            result = Reduce("mean", axes, operation.keepdims, name=last)(square)
+            return ops.sqrt(result) if root else result
+
+        return call
+
+    return row
+
+
+def index_of(kind: str) -> Row:
+    """`argmax` and `argmin`, over one axis."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            axis = axis_of(operation.axis, len(x.shape), name)
+            options = {"axis": axis, "keepdims": operation.keepdims}
+            return Count(kind, options, name=name)(x)
+
+        return call
+
+    return row
+
+
+def _average(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any, weights: Any = None) -> Any:
+        if weights is not None:
+            raise UnsupportedLayerError(
+                f"Expected operation '{name}' without weights. Received: some. Multiply and sum."
+            )
+        return ops.mean(x, axis=operation.axis)
+
+    return call
+
+
+def _cumsum(operation: Any, name: str) -> Callable[..., Any]:
+    """A product with a triangle of ones: exact, for an int8 one is 127 steps of 1/127."""
+
+    def call(x: Any) -> Any:
+        rank = len(x.shape)
+        axis = axis_of(operation.axis, rank, name)
+        _check_plain(operation, ("dtype",), name)
+        letters = "abcdefgh"[:rank]
+        ones = np.triu(np.ones((x.shape[axis],) * 2, np.float32))
+        output = letters.replace(letters[axis], "z")
+        return matrix_products.einsum(f"{letters},{letters[axis]}z->{output}", x, ones, name)
+
+    return call
+
+
+def _logsumexp(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        axes = axes_of(operation.axis, len(x.shape), name)
+        return ops.log(total(ops.exp(x), axes, operation.keepdims, f"{name}_sum"))
+
+    return call
+
+
+def _norm(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        axes = axes_of(operation.axis, len(x.shape), name)
+        if operation.ord not in (None, "fro", 2) or (operation.ord == 2 and len(axes) > 1):
+            raise UnsupportedLayerError(
+                f"Expected the Euclidean norm in operation '{name}'. Received: ord="
+                f"{operation.ord!r}. Compose another of sums and powers."
+            )
+        square = layers.Multiply(name=f"{name}_square")([x, x])
+        return ops.sqrt(total(square, axes, operation.keepdims, f"{name}_sum"))
+
+    return call
+
+
+REDUCING: dict[str, Row] = {
+    **{kind.capitalize(): reduction(kind) for kind in ("sum", "mean", "max", "min", "prod")},
+    "Amax": reduction("max"),
+    "Amin": reduction("min"),
+    "Var": variance(False),
+    "Std": variance(True),
+    "Argmax": index_of("argmax"),
+    "Argmin": index_of("argmin"),
+    "Average": _average,
+    "Cumsum": _cumsum,
+    "Logsumexp": _logsumexp,
+    "Norm": _norm,
+}

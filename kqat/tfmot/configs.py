@@ -1,0 +1,297 @@
+"""One tfmot `QuantizeConfig` and one layer: what the class asks for, and our config for it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from kqat.base import PolicyError, SpecError, UnsupportedLayerError
+from kqat.config import QuantizeConfig
+from kqat.grids import (
+    INT8_ACTIVATION,
+    Fixed,
+    LastValue,
+    MinMax,
+    MovingAverage,
+    QuantSpec,
+    RangeMethod,
+    arithmetic,
+)
+from kqat.registry import LayerRule, Output, rule_for
+
+PACKAGE = "tensorflow_model_optimization"
+# A constant inside tfmot's MovingAverageQuantizer.
+DECAY = 0.999
+
+# tfmot's quantizers -> our way to find the range of an activation.
+RANGES: dict[str, Callable[[Any], RangeMethod]] = {
+    "MovingAverageQuantizer": lambda quantizer: MovingAverage(DECAY),
+    "LastValueQuantizer": lambda quantizer: LastValue(),
+    "AllValuesQuantizer": lambda quantizer: MinMax(),
+    "FixedQuantizer": lambda quantizer: Fixed(quantizer.init_min, quantizer.init_max),
+}
+NONE = "NoQuantizer"
+# Fused activations that leave a layer one grid only.
+ONE_GRID = ("linear", "relu", "relu6")
+
+Grid = tuple[QuantSpec, RangeMethod]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What a tfmot config asks for one layer.
+
+    Attributes:
+        asker: name of the config's class.
+        layer: the Keras 3 layer.
+        where: the layer in words.
+        weights: attribute of the layer -> grid.
+        output: grid and range method of the layer's output, or `None`.
+    """
+
+    asker: str
+    layer: Any
+    where: str
+    weights: dict[str, QuantSpec]
+    output: Grid | None
+
+
+def read(config: Any, layer: Any, name: str) -> Wish:
+    """What `config` asks for `layer`, which is called `name` in messages.
+
+    Raises:
+        PolicyError: if it asks for what no config of ours can say.
+    """
+    where = f"layer '{name}' of type {type(layer).__name__}"
+    asker = type(config).__name__
+    try:
+        weights, output = _weights(config, layer, where), _output(config, layer, where)
+    except SpecError as error:
+        raise PolicyError(f"{error} Asked by {asker} for {where}.") from error
+    return Wish(asker, layer, where, weights, output)
+
+
+def resolve(wish: Wish, *, fused: bool = False) -> QuantizeConfig | None:
+    """The config of ours that fulfils `wish`.
+
+    Args:
+        wish: from `read`.
+        fused: whether the next layer lies in the same kernel, so that the output of this one is
+            never an integer and needs no quantizer.
+
+    Returns:
+        The config, or `None` where nothing is quantized and the layer stays float.
+
+    Raises:
+        PolicyError: if the layer's integer kernel does not allow it.
+        UnsupportedLayerError: if the layer has no integer form.
+    """
+    if not wish.weights and wish.output is None:
+        return _quantizes_nothing(wish.layer, fused)
+    rule = row(wish.layer)
+    if wish.output is not None:
+        _check_output(wish.output, rule, wish, fused)
+    elif rule.output is Output.OWN and not fused:
+        raise PolicyError(
+            f"Expected a quantizer for the output of {wish.where}: an integer kernel has integer "
+            f"outputs. Received: none from get_activations_and_quantizers and "
+            f"get_output_quantizers of {wish.asker}. Return one, or give None as the config to "
+            "leave the layer float."
+        )
+    spec, method = wish.output or (INT8_ACTIVATION, MovingAverage(DECAY))
+    weights = _fit(rule, wish)
+    try:
+        return QuantizeConfig(weights=weights, activation=spec, activation_range=method)
+    except PolicyError as error:
+        raise PolicyError(f"{error} Asked by {wish.asker} for {wish.where}.") from error
+
+
+def row(layer: Any) -> LayerRule:
+    """The registry's row; an operation, which becomes layers later, has a range of its own."""
+    is_layer = isinstance(layer, keras.layers.Layer)
+    return rule_for(layer) if is_layer else LayerRule(output=Output.OWN)
+
+
+def _quantizes_nothing(layer: Any, fused: bool) -> QuantizeConfig | None:
+    try:
+        rule = row(layer)
+    except UnsupportedLayerError:
+        return None
+    if _weights_of(layer) and not rule.affine:
+        return None
+    return QuantizeConfig() if fused or rule.output is not Output.OWN else None
+
+
+def _ask(config: Any, method: str, layer: Any, where: str) -> list[Any]:
+    """What a `get_…` method of the user's class returns for `layer`."""
+    try:
+        return list(getattr(config, method)(layer))
+    except AttributeError as error:
+        raise PolicyError(
+            f"Expected {type(config).__name__}.{method} to use what {where} has in Keras 3: "
+            f"{', '.join(_attributes(layer)) or 'neither weights nor an activation'}. "
+            f"Received: {error}. Name that in the class, or give it to the layers that it was "
+            "written for, as in policy={keras.layers.Dense: config}."
+        ) from error
+
+
+def _weights_of(layer: Any) -> list[Any]:
+    return getattr(layer, "weights", [])  # an operation has none
+
+
+def _attributes(layer: Any) -> list[str]:
+    names = [weight.name for weight in _weights_of(layer)]
+    return [*names, "activation"] if hasattr(layer, "activation") else names
+
+
+def _kind(quantizer: Any, what: str) -> str:
+    """The name of the tfmot quantizer that computes `quantizer`'s rounding."""
+    for cls in type(quantizer).__mro__:
+        if cls.__module__.split(".")[0] == PACKAGE:
+            if cls.__name__ in RANGES or cls.__name__ == NONE:
+                return cls.__name__
+        elif "__call__" in vars(cls):
+            break  # the user's own arithmetic, which integer kernels do not know
+    raise PolicyError(
+        f"Expected one of tfmot's {', '.join(RANGES)} for {what}. Received: {quantizer!r}, whose "
+        "arithmetic is its own. Use one of these, or a kqat.QuantizeConfig."
+    )
+
+
+def _weights(config: Any, layer: Any, where: str) -> dict[str, QuantSpec]:
+    """The grid of each weight that the config quantizes, by attribute of the layer."""
+    specs: dict[str, QuantSpec] = {}
+    for weight, quantizer in _ask(config, "get_weights_and_quantizers", layer, where):
+        name = getattr(weight, "name", "")
+        if getattr(layer, name, None) is not weight:
+            raise PolicyError(
+                f"Expected get_weights_and_quantizers to return weights of {where}: "
+                f"{[w.name for w in _weights_of(layer)]}. Received: {weight!r}."
+            )
+        what = f"weight '{name}' of {where}"
+        if _kind(quantizer, what) != NONE:
+            specs[name] = _weight_spec(quantizer, what)
+    return specs
+
+
+def _weight_spec(quantizer: Any, what: str) -> QuantSpec:
+    kind = _kind(quantizer, what)
+    if kind != "LastValueQuantizer":
+        raise PolicyError(
+            f"Expected a LastValueQuantizer for {what}: weights are rounded on the range of their "
+            f"present values. Received: {kind}. Use "
+            "LastValueQuantizer(num_bits=8, per_axis=True, symmetric=True, narrow_range=True)."
+        )
+    if not quantizer.symmetric:
+        raise PolicyError(
+            f"Expected a symmetric quantizer for {what}: integer kernels take no weight zero "
+            f"point. Received: {kind}(symmetric={quantizer.symmetric}). Use symmetric=True."
+        )
+    return QuantSpec(
+        bits=quantizer.num_bits,
+        symmetric=True,
+        narrow_range=bool(quantizer.narrow_range),
+        axis="channel" if quantizer.per_axis else None,
+    )
+
+
+def _fit(rule: LayerRule, wish: Wish) -> Any:
+    """The wish as `QuantizeConfig.weights`; planning checks names that the registry knows."""
+    for name, spec in wish.weights.items():
+        if spec.bits > 8:
+            raise PolicyError(
+                f"Expected at most 8 bits for weight '{name}' of {wish.where}, the widest that "
+                f"integer kernels take. Received: num_bits={spec.bits}."
+            )
+        if spec.axis is not None and rule.weights.get(name, ()) is None:
+            raise PolicyError(
+                f"Expected one scale for weight '{name}' of {wish.where}, whose integer kernel "
+                "takes no more. Received: per_axis=True. Use per_axis=False."
+            )
+    if rule.weights or not wish.weights:
+        return wish.weights or None
+    # A layer that becomes several, each with a kernel: one grid has to serve all of them.
+    kernels = {w.name for w in wish.layer.weights if w.name.endswith("kernel")}
+    if set(wish.weights) != kernels or len(set(wish.weights.values())) > 1:
+        raise PolicyError(
+            f"Expected the same quantizer for each of {sorted(kernels)} of {wish.where}, and for "
+            f"no other weight. Received: {wish.weights}."
+        )
+    return next(iter(wish.weights.values()))
+
+
+def _output(config: Any, layer: Any, where: str) -> Grid | None:
+    """The one grid that the config asks for the layer's output, or `None`."""
+    quantizers = []
+    for activation, quantizer in _ask(config, "get_activations_and_quantizers", layer, where):
+        if getattr(layer, "activation", None) is not activation:
+            raise PolicyError(
+                f"Expected get_activations_and_quantizers to return layer.activation of {where}, "
+                f"the only one that can be quantized. Received: {activation!r}."
+            )
+        quantizers.append(quantizer)
+    outputs = _ask(config, "get_output_quantizers", layer, where)
+    if len(outputs) > 1:
+        raise PolicyError(
+            f"Expected one quantizer from get_output_quantizers for {where}. Received: "
+            f"{len(outputs)}. Return the one that its output shall have."
+        )
+    what = f"the output of {where}"
+    grids = [_grid(q, what) for q in (*quantizers, *outputs) if _kind(q, what) != NONE]
+    if len(set(grids)) > 1:
+        raise PolicyError(
+            f"Expected one quantizer for {what}. Received: {' and '.join(map(_text, grids))}. "
+            "Return the same from get_activations_and_quantizers and get_output_quantizers, or "
+            "nothing from one of them."
+        )
+    return grids[0] if grids else None
+
+
+def _grid(quantizer: Any, what: str) -> Grid:
+    kind = _kind(quantizer, what)
+    if getattr(quantizer, "per_axis", False):
+        raise PolicyError(
+            f"Expected one scale for {what}: integer kernels take no other. "
+            f"Received: {kind}(per_axis=True). Use per_axis=False."
+        )
+    if quantizer.num_bits != 8 or quantizer.narrow_range:
+        raise PolicyError(
+            f"Expected all 256 integers of 8 bits for {what}. Received: {kind}(num_bits="
+            f"{quantizer.num_bits}, narrow_range={quantizer.narrow_range}). Use num_bits=8, "
+            "narrow_range=False."
+        )
+    spec = QuantSpec(bits=8, symmetric=bool(getattr(quantizer, "symmetric", False)))
+    return spec, RANGES[kind](quantizer)
+
+
+def _text(grid: Grid) -> str:
+    spec, method = grid
+    return f"{'symmetric ' if spec.symmetric else ''}{method}"
+
+
+def _check_output(output: Grid, rule: LayerRule, wish: Wish, fused: bool) -> None:
+    """Refuses a grid that the layer's kernel rules out."""
+    spec, method = output
+    given = isinstance(method, Fixed)
+    if rule.fixed_range is not None:
+        low, high = np.array(rule.fixed_range, np.float32)
+        zero_point = int(arithmetic.nudge(low, high, QuantSpec())[1])
+        if (spec.symmetric and zero_point) or (given and method != Fixed(*rule.fixed_range)):
+            raise PolicyError(
+                f"Expected the range {rule.fixed_range} with zero point {zero_point} for the "
+                f"output of {wish.where}: its integer kernel has no other. Received: "
+                f"{_text(output)}. Return no quantizer for it."
+            )
+    function = getattr(wish.layer, "activation", keras.activations.linear)
+    activation = keras.activations.serialize(function)
+    inside = "the next layer" if fused else f"its activation {activation}"
+    if not isinstance(wish.layer, keras.layers.Layer):
+        inside, fused = "another layer", True  # which ones an operation becomes is decided later
+    if given and (fused or (wish.layer.weights and activation not in ONE_GRID)):
+        raise PolicyError(
+            f"Expected an observed range for the output of {wish.where}, as {inside} comes after "
+            f"it under the same config or kernel. Received: {_text(output)}. Use a "
+            "MovingAverageQuantizer here, and the FixedQuantizer on a layer of its own behind."
+        )

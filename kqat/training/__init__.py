@@ -1,0 +1,24 @@
+"""Plan to QAT model, and all that moves while it trains: quantizers, calibration, callbacks and
+algorithms.
+"""
+
+from kqat.training import algorithms, batchnorm
+from kqat.training.activation_quantizer import ActivationQuantizer
+from kqat.training.build import is_quantized, wrap
+from kqat.training.calibration import calibrate
+from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
+from kqat.training.quantized_recurrence import QuantizedRecurrence
+from kqat.training.weight_wrapper import QuantizeWrapper
+
+__all__ = [
+    "ActivationQuantizer",
+    "FreezeBatchNorm",
+    "FreezeObservers",
+    "QuantizeWrapper",
+    "QuantizedRecurrence",
+    "algorithms",
+    "batchnorm",
+    "calibrate",
+    "is_quantized",
+    "wrap",
+]

@@ -1,0 +1,70 @@
+"""AWQ: the weights that meet large activations are rounded more finely."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from kqat.training.algorithms.scaling import Pair, Statistics, input_axis, rescaled
+from kqat.training.weight_wrapper import QuantizeWrapper
+
+# Exponents that are tried; the paper's grid.
+EXPONENTS = tuple(step / 20 for step in range(21))
+TINY = 1e-4
+
+
+def awq(qat: keras.Model, data: Any) -> keras.Model:
+    """A copy of a QAT model whose weights lose less in the channels that matter.
+
+    Where a layer's input channels can be scaled by the layer before, row `j` of the kernel is
+    multiplied by
+
+        s_j = mean|X_j|**a, over the geometric mean of the largest and the smallest,
+
+    with the exponent `a` of 0, 0.05, … 1 whose rounded kernels give the outputs closest to the
+    unrounded ones. `a = 0` changes nothing, so no layer gets worse on `data`. Meant for weights
+    of 4 bits and less.
+
+    Args:
+        qat: a QAT model; it is left alone. Do this before training.
+        data: typical inputs, as for `kqat.quantize_model`; ranges are found anew with them.
+
+    Raises:
+        ModelError: if no layer of `qat` can be scaled so.
+        CalibrationError: if the data do not fit the model.
+
+    Reference: Lin et al. 2024, section 3.2 (https://arxiv.org/abs/2306.00978).
+    """
+    return rescaled(qat, data, _factors)
+
+
+def _factors(pair: Pair, statistics: Statistics) -> np.ndarray:
+    importance = np.maximum(statistics.mean_magnitude, TINY)
+
+    def scale(exponent: float) -> np.ndarray:
+        power = importance**exponent
+        return power / np.sqrt(power.max() * power.min())
+
+    def error(exponent: float) -> float:
+        return sum(_error(c, scale(exponent), statistics.products) for c in pair.consumers)
+
+    return scale(min(EXPONENTS, key=error))
+
+
+def _error(consumer: QuantizeWrapper, scale: np.ndarray, products: np.ndarray) -> float:
+    """Squared error of the outputs, given the mean products of the input's channels.
+
+    Under a convolution's kernel, products of channels at different positions are left out.
+    """
+    kernel: Any = np.asarray(consumer.layer.kernel)
+    axis = input_axis(consumer)
+    shape = np.ones(kernel.ndim, int)
+    shape[axis] = -1
+    factor = scale.reshape(shape).astype(np.float32)
+    spec = consumer.weight_specs["kernel"]
+    scaled = kernel * factor
+    method = consumer.weight_step
+    rounded = np.asarray(method.fake_quantize(scaled, method.step(scaled, spec), spec))
+    difference = np.moveaxis(rounded / factor - kernel, axis, 0)
+    columns = difference.reshape(kernel.shape[axis], -1)
+    return float(np.sum(columns * (products @ columns)))

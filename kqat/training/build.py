@@ -1,0 +1,158 @@
+"""Plan to QAT model: an ordinary Keras model whose layers quantize."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
+from kqat.parts import PrecisionBoundary, Recurrence
+from kqat.planning import Group, LayerPlan, Plan, Rounding
+from kqat.registry import rule_for
+from kqat.training.activation_quantizer import ActivationQuantizer
+from kqat.training.quantized_recurrence import QuantizedRecurrence
+from kqat.training.weight_wrapper import QuantizeWrapper
+
+
+def all_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """The layers of `model` and of the models inside it."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from all_layers(layer)
+        else:
+            yield layer
+        if isinstance(layer, Recurrence):
+            yield from all_layers(layer.step)
+
+
+def is_quantized(model: keras.Model) -> bool:
+    """Whether `wrap` made this model, or one inside it."""
+    kinds = (QuantizeWrapper, ActivationQuantizer)
+    return any(isinstance(layer, kinds) for layer in all_layers(model))
+
+
+def wrap(plan: Plan) -> keras.Model:
+    """The QAT model of a plan: the same inputs and outputs, by the same names.
+
+    Weights are copies; ranges are empty until calibration or training fills them.
+    """
+    assembly = _Assembly(plan)
+    return rebuild(plan.graph, assembly.call, plan.model_name, plan.output_names)
+
+
+class _Assembly:
+    """The working state of `wrap`.
+
+    The value that a node hands on is rounded if the node computes on integers. A reader of the
+    other kind gets the other form, which is made once, when first asked for.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.decisions: dict[str, LayerPlan] = {layer.name: layer for layer in plan.layers}
+        self.producers = plan.graph.producers()
+        self.integer = {
+            node: self.decisions[node.name].role != "float" for node in plan.graph.nodes
+        }
+        self.groups: dict[str, Group] = {group.name: group for group in plan.groups}
+        self.quantizers: dict[str, ActivationQuantizer] = {}
+        self.copies: dict[int, Any] = {}
+        self.forms: dict[tuple[Ref, bool], Any] = {}
+        names = (node.name for node in plan.graph.nodes)
+        self.names = {*plan.input_names, *plan.output_names, *names}
+
+    def call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
+        """The node's output value, symbolic; see `kqat.graph.tracer.Graph.run`."""
+        given = [t for t in keras.tree.flatten((args, kwargs)) if isinstance(t, keras.KerasTensor)]
+        values = {
+            ref: self._form(ref, tensor, self.integer[node])
+            for ref, tensor in zip(node.inputs, given, strict=True)
+        }
+        args, kwargs = fill((node.args, node.kwargs), values.__getitem__)
+        decision = self.decisions[node.name]
+        if decision.role == "folded" or self._carried_out_by_quantizer(node, decision):
+            value = args[0]
+        else:
+            value = self._layer(node, decision)(*args, **kwargs)
+        if not self.integer[node]:
+            return value
+        values = keras.tree.flatten(value)
+        return [self._rounded(ref, v) for ref, v in zip(node.outputs, values, strict=True)]
+
+    def _carried_out_by_quantizer(self, node: Node, decision: LayerPlan) -> bool:
+        roundings = self.plan.roundings.get(node.outputs[0], ())
+        clamps = [self.groups[rounding.group].clamp for rounding in roundings[:1]]
+        return decision.role == "clamp" and clamps not in ([], [None])
+
+    def _form(self, ref: Ref, tensor: Any, integer: bool) -> Any:
+        if ref.counts:
+            return tensor
+        if (ref, integer) not in self.forms:
+            self.forms[ref, integer] = self._make_form(ref, tensor, integer)
+        return self.forms[ref, integer]
+
+    def _make_form(self, ref: Ref, tensor: Any, integer: bool) -> Any:
+        producer = self.producers.get(ref)
+        if producer is None:
+            if ref not in self.plan.roundings:
+                return tensor
+            rounded = self._form(ref, tensor, True) if not integer else self._rounded(ref, tensor)
+            return rounded if integer else self._boundary(rounded)
+        if self.integer[producer] == integer:
+            return tensor
+        crossed = self._boundary(tensor)
+        return self._rounded(ref, crossed) if integer else crossed
+
+    def _boundary(self, tensor: Any) -> Any:
+        name = unique_name("precision_boundary", self.names)
+        return PrecisionBoundary(name=name)(tensor)
+
+    def _rounded(self, ref: Ref, tensor: Any) -> Any:
+        for rounding in self.plan.roundings.get(ref, ()):
+            tensor = self._quantizer(rounding)(tensor, site=rounding.site, observe=rounding.observe)
+        return tensor
+
+    def _quantizer(self, rounding: Rounding) -> ActivationQuantizer:
+        name = rounding.group
+        if name not in self.quantizers:
+            group = self.groups[name]
+            self.quantizers[name] = ActivationQuantizer(
+                group.spec,
+                group.range_method,
+                clamp=group.clamp,
+                sites=group.sites,
+                hides=group.hides,
+                name=unique_name(name, self.names),
+            )
+        return self.quantizers[name]
+
+    def _layer(self, node: Node, decision: LayerPlan) -> Any:
+        key = id(node.layer)
+        if key not in self.copies:
+            self.copies[key] = self._copy(node, decision)
+        return self.copies[key]
+
+    def _copy(self, node: Node, decision: LayerPlan) -> Any:
+        layer = node.layer
+        if node.name in self.plan.steps:
+            config = {**layer.get_config(), "name": unique_name(f"quant_{node.name}", self.names)}
+            return QuantizedRecurrence(**{**config, "step": wrap(self.plan.steps[node.name])})
+        affine = decision.role == "integer" and rule_for(layer).affine
+        if not decision.weights and not affine:
+            name = node.name
+            if name in self.plan.output_names:
+                name = unique_name(f"{name}_unrounded", self.names)
+            return duplicate(layer, name)
+        norm = self._node(decision.normalization).layer if decision.normalization else None
+        wrapper = QuantizeWrapper(
+            clone(layer),
+            decision.weights,
+            None if norm is None else clone(norm),
+            weight_step=decision.weight_step,
+            name=unique_name(f"quant_{node.name}", self.names),
+        )
+        weights = layer.get_weights(), norm.get_weights() if norm else ()
+        return Part(wrapper, weights, wrapper.take_over)
+
+    def _node(self, name: str) -> Node:
+        return next(node for node in self.plan.graph.nodes if node.name == name)

@@ -1,0 +1,196 @@
+"""Fills ranges from a few batches, so that training starts at post-training quality."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from kqat.base import CalibrationError, ModelError
+from kqat.graph import Graph, Node, trace
+from kqat.training.activation_quantizer import ActivationQuantizer
+from kqat.training.build import is_quantized
+from kqat.training.quantized_recurrence import QuantizedRecurrence
+
+BATCH_SIZE = 32
+
+
+def calibrate(model: keras.Model, data: Any) -> None:
+    """Lets the quantizers of a QAT model observe `data`; weights do not move.
+
+    Weights are rounded meanwhile and activations are not, so one bad early range cannot spoil
+    the later ones.
+
+    Args:
+        model: a QAT model.
+        data: an array of shape `(samples, …)`; a list or dict of such arrays for many inputs; or
+            an iterable of batches (a `tf.data.Dataset`, a generator) that ends. A batch is a
+            tensor, a list or dict of tensors, or a tuple `(inputs, targets…)` as in `fit`.
+
+    Raises:
+        ModelError: if `model` is no QAT model.
+        CalibrationError: if data are empty, misshapen or not finite, naming the input.
+    """
+    graph = trace(model)
+    if not is_quantized(model):
+        raise ModelError(
+            f"Expected a QAT model to calibrate. Received: '{model.name}', which is float. Use "
+            "kqat.quantize_model."
+        )
+    run_batches(graph, batches(data, graph), _observe)
+
+
+def run_batches(
+    graph: Graph, batches: Iterable[list[np.ndarray]], call: Callable[..., Any]
+) -> None:
+    """Runs `graph` on batches; `call` as for `Graph.run`.
+
+    Raises:
+        CalibrationError: if there is not one sample, or a value is not finite, naming the input.
+    """
+    seen = False
+    for batch in batches:
+        if len(batch[0]):
+            graph.run(_tensors(batch, graph), call)
+            seen = True
+    if not seen:
+        raise CalibrationError(
+            f"Expected at least one sample of calibration data for the inputs "
+            f"{list(graph.input_keys)}. Received: none. Give some hundred typical inputs."
+        )
+
+
+def _observe(node: Node, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(node.layer, QuantizedRecurrence):
+        return node.layer.observe(*args)
+    if not isinstance(node.layer, ActivationQuantizer):
+        return node.layer(*args, **kwargs)
+    x = args[0]
+    if kwargs.get("observe", True):
+        node.layer.observe(x, kwargs.get("site", 0))
+    return node.layer.clamped(x)
+
+
+def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
+    """Batches of one array per input, of the inputs' shapes; `data` as for `calibrate`.
+
+    Raises:
+        CalibrationError: if data are misshapen, naming the input.
+    """
+    arrays = _as_arrays(data, graph)
+    if arrays is None:
+        for batch in data:
+            inputs = batch[0] if isinstance(batch, tuple) and batch else batch
+            # tf.data turns the lists of its elements into tuples.
+            inputs = list(inputs) if isinstance(inputs, tuple) else inputs
+            found = _as_arrays(inputs, graph)
+            if found is None:
+                raise CalibrationError(
+                    f"Expected batches of arrays for the inputs {list(graph.input_keys)}. "
+                    f"Received: a batch of type {type(inputs).__name__}."
+                )
+            yield _checked(found, graph)
+        return
+    whole = _checked(arrays, graph)
+    for start in range(0, len(whole[0]), BATCH_SIZE):
+        yield [x[start : start + BATCH_SIZE] for x in whole]
+
+
+def _as_arrays(data: Any, graph: Graph) -> list[Any] | None:
+    """One array-like per model input, or `None` where `data` is an iterable of batches."""
+    names = list(graph.input_keys)
+    if isinstance(data, Mapping):
+        if set(names) != set(data):
+            raise CalibrationError(
+                f"Expected calibration data for the inputs {names}. Received: {list(data)}."
+            )
+        return [data[name] for name in names]
+    if isinstance(data, list):
+        if len(data) != len(names):
+            raise CalibrationError(
+                f"Expected a list of {len(names)} arrays, one per input {names}. "
+                f"Received: {len(data)}."
+            )
+        return data
+    if hasattr(data, "__array__") and hasattr(data, "shape"):
+        if len(names) != 1:
+            raise CalibrationError(
+                f"Expected a list or dict of arrays for the inputs {names}. Received: one array. "
+                "A tuple is taken as (inputs, targets)."
+            )
+        return [data]
+    if not isinstance(data, Iterable):
+        raise CalibrationError(
+            f"Expected an array, a list or dict of arrays, or an iterable of batches as "
+            f"calibration data for the inputs {names}. Received: {type(data).__name__}."
+        )
+    return None
+
+
+def _checked(batch: list[Any], graph: Graph) -> list[np.ndarray]:
+    """The inputs' values as arrays.
+
+    Raises:
+        CalibrationError: if shapes are not the inputs', or the numbers of samples differ.
+    """
+    arrays = [
+        _array(x, ref.shape, name)
+        for x, ref, name in zip(batch, graph.inputs, graph.input_keys, strict=True)
+    ]
+    sizes = [len(x) for x in arrays]
+    if len(set(sizes)) != 1:
+        raise CalibrationError(
+            f"Expected as many samples for every input of {list(graph.input_keys)}. "
+            f"Received: {sizes} samples."
+        )
+    return arrays
+
+
+def _array(x: Any, shape: tuple[int | None, ...], name: str) -> np.ndarray:
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise CalibrationError(
+            f"Expected an array for input '{name}'. Received: rows of different lengths ({error})."
+        ) from error
+    if array.ndim != len(shape) or array.shape[1:] != shape[1:]:
+        raise CalibrationError(
+            f"Expected calibration data of shape {('samples', *shape[1:])} for input '{name}'. "
+            f"Received: {array.shape}."
+        )
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise CalibrationError(
+            f"Expected real numbers for input '{name}'. Received: dtype {array.dtype}."
+        )
+    return array
+
+
+def _whole(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+        raise CalibrationError(
+            f"Expected whole numbers for input '{name}'. Received: fractions. Give indexes."
+        )
+    return array
+
+
+def _tensors(batch: list[np.ndarray], graph: Graph) -> list[Any]:
+    """The batch as the model takes it.
+
+    Raises:
+        CalibrationError: if it holds what is no finite float32.
+    """
+    tensors = []
+    for array, ref, name in zip(batch, graph.inputs, graph.input_keys, strict=True):
+        if ref.counts:
+            tensors.append(keras.ops.convert_to_tensor(_whole(array, name), ref.dtype))
+            continue
+        with np.errstate(over="ignore"):
+            floats = array.astype(np.float32)
+        finite = np.isfinite(floats)
+        if not finite.all():
+            raise CalibrationError(
+                f"Expected finite calibration data for input '{name}'. Received: NaN or infinity "
+                f"in {np.count_nonzero(~finite)} of {array.size} values. Clean the data."
+            )
+        tensors.append(keras.ops.convert_to_tensor(floats, ref.dtype))
+    return tensors

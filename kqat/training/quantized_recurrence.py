@@ -1,0 +1,248 @@
+"""A recurrence that trains with rounded values: one range per quantity, for all steps."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from kqat.graph import Graph, Node, trace
+from kqat.grids import Fixed, arithmetic
+from kqat.parts import LstmState, Recurrence
+from kqat.training.activation_quantizer import ActivationQuantizer
+from kqat.training.weight_wrapper import QuantizeWrapper
+
+Extremes = tuple[Any, Any]
+
+
+@keras.saving.register_keras_serializable("kqat")
+class QuantizedRecurrence(Recurrence):
+    """A `Recurrence` whose step is a QAT model.
+
+    Weights are rounded once per batch. In training all steps are rounded within the ranges as
+    they were before the batch; the batch's extremes over all steps then move them. A first batch
+    that finds no ranges runs unrounded once to make some. Initial states are rounded as states.
+    """
+
+    def __init__(self, step: keras.Model, sequences: int, **kwargs: Any) -> None:
+        super().__init__(step, sequences, **kwargs)
+        self.parts = Parts.of(trace(step))
+
+    def call(self, inputs: Sequence[Any], training: bool | None = None) -> Any:
+        """The states; see `Recurrence`."""
+        quantizers = self.parts.quantizers
+        known = ops.all(ops.stack([_is_known(quantizer) for quantizer in quantizers]))
+        stored = [_bounds(quantizer) for quantizer in quantizers]
+        if not training:
+            return ops.cond(
+                known,
+                lambda: self._scan(inputs, _Pass(self.parts, stored))[0],
+                lambda: self._scan(inputs, _Pass(self.parts, None))[0],
+            )
+        masks = self._masks(inputs)
+        bounds = ops.cond(known, lambda: stored, lambda: self._first_bounds(inputs, masks))
+        bounds = keras.tree.map_structure(ops.stop_gradient, bounds)
+        results, extremes = self._unroll(inputs, _Pass(self.parts, bounds, masks))
+        for (quantizer, site), (low, high) in zip(self.parts.sites, extremes, strict=True):
+            if quantizer.trainable:
+                quantizer.observe(ops.stack([low, high]), site)
+        return results
+
+    def observe(self, inputs: Sequence[Any]) -> Any:
+        """Lets `inputs` shape the ranges; returns the states, not rounded."""
+        results, extremes = self._scan(inputs, _Pass(self.parts, None))
+        for (quantizer, site), (low, high) in zip(self.parts.sites, extremes, strict=True):
+            quantizer.observe(ops.stack([low, high]), site)
+        return results
+
+    def _first_bounds(self, inputs: Sequence[Any], masks: Mapping[str, Any]) -> list[Extremes]:
+        extremes = self._scan(inputs, _Pass(self.parts, None, masks))[1]
+        found: dict[int, list[Extremes]] = {}
+        for (quantizer, _), pair in zip(self.parts.sites, extremes, strict=True):
+            found.setdefault(id(quantizer), []).append(pair)
+        return [
+            _bounds(quantizer, found.get(id(quantizer), ())) for quantizer in self.parts.quantizers
+        ]
+
+    def _scan(self, inputs: Sequence[Any], rounding: "_Pass") -> tuple[Any, list[Extremes]]:
+        """One run in a loop that is traced once: results, and the extremes at the sites."""
+
+        def step(values: list[Any], notes: list[Any]) -> tuple[list[Any], list[Any]]:
+            seen: list[list[Any]] = [[] for _ in notes]
+            states = rounding.step(values, seen)
+            wider = [_wider(old, _extremes(new)) for old, new in zip(notes, seen, strict=True)]
+            return states, wider
+
+        inputs, seen = self._with_rounded_states(inputs, rounding)
+        with keras.StatelessScope(state_mapping=self._rounded_weights()):
+            return self.scan(inputs, step, [_extremes(values) for values in seen])
+
+    def _unroll(self, inputs: Sequence[Any], rounding: "_Pass") -> tuple[Any, list[Extremes]]:
+        """As `_scan`, step by step: slower to trace, but with faster gradients."""
+        inputs, seen = self._with_rounded_states(inputs, rounding)
+        sequences = [ops.unstack(x, axis=1) for x in inputs[: self.sequences]]
+        states = list(inputs[self.sequences :]) or self.zeros(inputs)
+        outputs = []
+        with keras.StatelessScope(state_mapping=self._rounded_weights()):
+            for values in self.steps(sequences):
+                states = rounding.step([*values, *states], seen)
+                outputs.append(states[0])
+        stacked = ops.stack(self.in_order(outputs), axis=1)
+        return self.results(stacked, states), [_extremes(values) for values in seen]
+
+    def _with_rounded_states(
+        self, inputs: Sequence[Any], rounding: "_Pass"
+    ) -> tuple[list[Any], list[list[Any]]]:
+        """The inputs with initial states rounded as states are, and what was seen of them."""
+        seen: list[list[Any]] = [[] for _ in self.parts.sites]
+        states = [
+            rounding.call(seen, node, x)
+            for node, x in zip(self.parts.state_roundings, inputs[self.sequences :], strict=False)
+        ]
+        return [*inputs[: self.sequences], *states], seen
+
+    def _rounded_weights(self) -> list[tuple[Any, Any]]:
+        """All variables of the layers with weights, which a scope would hide, with values."""
+        mapping = []
+        for wrapper in self.parts.wrappers:
+            rounded = {
+                id(getattr(wrapper.layer, name)): wrapper.rounded(name)
+                for name in wrapper.weight_specs
+            }
+            mapping += [(v, rounded.get(id(v), v.value)) for v in wrapper.layer.variables]
+        return mapping
+
+    def _masks(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        """What each Dropout multiplies by: the same in all steps, as in Keras's cells."""
+        batch = ops.shape(inputs[0])[0]
+        return {
+            node.name: node.layer(ops.ones((batch, *node.inputs[0].shape[1:])), training=True)
+            for node in self.parts.dropouts
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The graph of one step, and its nodes and layers by what is done with them.
+
+    `sites` are the places that shape a range, `state_roundings` the roundings of the states.
+    """
+
+    graph: Graph
+    quantizers: tuple[ActivationQuantizer, ...]
+    wrappers: tuple[QuantizeWrapper, ...]
+    dropouts: tuple[Node, ...]
+    sites: tuple[tuple[ActivationQuantizer, int], ...]
+    state_roundings: tuple[Node, ...]
+
+    @classmethod
+    def of(cls, graph: Graph) -> "Parts":
+        """The parts of a step's graph."""
+        producers = graph.producers()
+        layers = {id(node.layer): node.layer for node in graph.nodes}.values()
+        return cls(
+            graph=graph,
+            quantizers=tuple(la for la in layers if isinstance(la, ActivationQuantizer)),
+            wrappers=tuple(la for la in layers if isinstance(la, QuantizeWrapper)),
+            dropouts=tuple(n for n in graph.nodes if isinstance(n.layer, keras.layers.Dropout)),
+            sites=tuple(dict.fromkeys(site for n in graph.nodes if (site := _site(n)))),
+            state_roundings=tuple(producers[ref] for ref in graph.outputs),
+        )
+
+
+def _site(node: Node) -> tuple[ActivationQuantizer, int] | None:
+    """The quantizer and its call site, if the node shapes a range."""
+    quantizer = node.layer
+    if not isinstance(quantizer, ActivationQuantizer) or _is_given(quantizer):
+        return None
+    return (quantizer, node.kwargs.get("site", 0)) if node.kwargs.get("observe", True) else None
+
+
+class _Pass:
+    """How values are rounded in one run along time.
+
+    Args:
+        parts: those of the recurrence.
+        bounds: the range of each of its quantizers, or `None`: nothing is rounded but weights.
+        masks: factors in the place of Dropout layers; without one, a Dropout does nothing.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        bounds: Sequence[Extremes] | None,
+        masks: Mapping[str, Any] | None = None,
+    ):
+        self.parts = parts
+        self.masks = masks or {}
+        self.bounds: dict[int, Extremes] | None = None
+        if bounds is not None:
+            ids = map(id, parts.quantizers)
+            self.bounds = dict(zip(ids, bounds, strict=True))
+
+    def step(self, values: list[Any], seen: list[list[Any]]) -> list[Any]:
+        """One step; adds to `seen` what comes by at each of the sites."""
+        return list(self.parts.graph.run(values, functools.partial(self.call, seen)))
+
+    def call(self, seen: list[list[Any]], node: Node, *args: Any, **kwargs: Any) -> Any:
+        """The value of one node of the step; see `kqat.graph.tracer.Graph.run`."""
+        layer = node.layer
+        if isinstance(layer, ActivationQuantizer):
+            return self._quantizer(seen, node, args[0])
+        if isinstance(layer, keras.layers.Dropout):
+            return args[0] * self.masks[node.name] if node.name in self.masks else args[0]
+        if isinstance(layer, QuantizeWrapper):
+            layer = layer.layer  # Its weights are rounded already.
+        if isinstance(layer, LstmState) and self.bounds is not None:
+            return layer.rounded(*args)
+        return layer(*args, **kwargs)
+
+    def _quantizer(self, seen: list[list[Any]], node: Node, x: Any) -> Any:
+        site = _site(node)
+        if site is not None:
+            seen[self.parts.sites.index(site)].append(x)
+        if self.bounds is None:
+            return node.layer.clamped(x)
+        return _round(node.layer, x, self.bounds[id(node.layer)])
+
+
+def _is_given(quantizer: ActivationQuantizer) -> bool:
+    return isinstance(quantizer.range_method, Fixed)
+
+
+def _is_known(quantizer: ActivationQuantizer) -> Any:
+    return ops.cast(1.0 if _is_given(quantizer) else ops.max(quantizer.count.value), "bool")
+
+
+def _bounds(quantizer: ActivationQuantizer, seen: Sequence[Extremes] = ()) -> Extremes:
+    """The range of a quantizer now, or the one that these extremes would make alone."""
+    if _is_given(quantizer):
+        low, high = quantizer.fixed_range()
+        return ops.convert_to_tensor(low, "float32"), ops.convert_to_tensor(high, "float32")
+    if not seen:
+        return quantizer.union(quantizer.site_low.value, quantizer.site_high.value)
+    lows, highs = (ops.stack([quantizer.clamped(x) for x in xs]) for xs in zip(*seen, strict=True))
+    return quantizer.union(lows, highs)
+
+
+def _round(quantizer: ActivationQuantizer, x: Any, bounds: Extremes) -> Any:
+    """`x` as the quantizer would round it, had it this range."""
+    # Elsewhere the range begins at zero where there is a clamp.
+    if quantizer.spec.symmetric or _is_given(quantizer):
+        x = quantizer.clamped(x)
+    rounded = arithmetic.fake_quantize(ops.cast(x, "float32"), *bounds, quantizer.spec)
+    return ops.cast(rounded, x.dtype)
+
+
+def _extremes(values: Sequence[Any]) -> Extremes:
+    """Smallest and largest of tensors of one shape, and zero, which is in every range."""
+    if not values:
+        return ops.zeros((), "float32"), ops.zeros((), "float32")
+    together = ops.cast(ops.stack(values), "float32")
+    return ops.minimum(ops.min(together), 0.0), ops.maximum(ops.max(together), 0.0)
+
+
+def _wider(a: Extremes, b: Extremes) -> Extremes:
+    return ops.minimum(a[0], b[0]), ops.maximum(a[1], b[1])

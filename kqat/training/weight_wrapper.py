@@ -1,0 +1,212 @@
+"""The layers that quantize.
+
+`QuantizeWrapper` stands around a layer that computes on integers, `ActivationQuantizer` after a
+group. Both are ordinary Keras layers, saved and loaded without a custom-object scope.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+from keras import ops
+
+from kqat.graph import finalize
+from kqat.grids import (
+    LearnedStep,
+    MaxAbs,
+    QuantSpec,
+    StepMethod,
+    arithmetic,
+    step_method_from_dict,
+    step_method_to_dict,
+)
+from kqat.registry import rule_for
+from kqat.training.batchnorm import normalize
+
+
+@keras.saving.register_keras_serializable("kqat")
+class QuantizeWrapper(keras.layers.Layer):
+    """A layer that computes with fake-quantized weights; the layer itself is untouched.
+
+    During a call the weights named in `weights` are replaced by their rounded values
+    (`keras.StatelessScope`); gradients reach the float weights straight through. A
+    BatchNormalization that will fold into the layer follows inside. Per channel, folding
+    commutes with rounding. Per tensor it does not, so there the weights are rounded *as
+    folded*, with the moving variance, and unfolded again (Krishnamoorthi 2018, section 3.2.2,
+    https://arxiv.org/abs/1806.08342).
+
+    Args:
+        layer: the wrapped layer.
+        weights: attribute of the layer -> grid.
+        normalization: the BatchNormalization that folds into the layer, or `None`.
+        weight_step: how the step of each grid is found; a learned one is a variable here.
+        freeze_statistics: whether BatchNormalization uses its moving statistics in training.
+    """
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        weights: Mapping[str, QuantSpec],
+        normalization: keras.layers.Layer | None = None,
+        *,
+        weight_step: StepMethod = MaxAbs(),
+        freeze_statistics: bool = False,
+        **kwargs: Any,
+    ):
+        # The layer inside casts by its own policy; here weights are rounded, in float32.
+        super().__init__(autocast=False, **{"dtype": "float32", **kwargs})
+        self.layer = layer
+        self.weight_specs = dict(weights)
+        self.normalization = normalization
+        self.weight_step = weight_step
+        self.steps: dict[str, keras.Variable] = {}
+        self.freeze_statistics = freeze_statistics
+        self._takes_training = "training" in inspect.signature(layer.call).parameters
+        self.supports_masking = layer.supports_masking
+
+    def build(self, input_shape: Any) -> None:
+        """Builds the layer and the BatchNormalization, and learned steps, which are one."""
+        if not self.layer.built:
+            self.layer.build(input_shape)
+        if self.normalization is not None and not self.normalization.built:
+            self.normalization.build(self.layer.compute_output_shape(input_shape))
+        if isinstance(self.weight_step, LearnedStep):
+            self.steps = {name: self._new_step(name) for name in self.weight_specs}
+
+    def _new_step(self, name: str) -> keras.Variable:
+        variable = self._variable(name)
+        shared = arithmetic.shared_axes(variable, self.weight_specs[name])
+        shape = tuple(1 if a in shared else n for a, n in enumerate(variable.shape))
+        return self.add_weight(name=f"{name}_step", shape=shape, initializer="ones", autocast=False)
+
+    def take_over(self, weights: Any, normalization: Any = ()) -> None:
+        """Assigns the layer's and the BatchNormalization's weights; learned steps start there."""
+        self.layer.set_weights(weights)
+        finalize(self.layer)
+        if self.normalization is not None:
+            self.normalization.set_weights(normalization)
+        self.start_steps()
+
+    def start_steps(self) -> None:
+        """Puts learned steps where they start for the weights as they are."""
+        for name, step in self.steps.items():
+            step.assign(self.weight_step.step(self._folded(name), self.weight_specs[name]))
+
+    def set_weights(self, weights: Any) -> None:
+        """As every layer's; a Normalization inside computes with them at once."""
+        super().set_weights(weights)
+        finalize(self.layer)
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        """What the layer (and BatchNormalization) computes from `x` with rounded weights."""
+        statistics = training and not self.freeze_statistics
+        options = {"training": statistics} if self._takes_training else {}
+        if self.weight_specs:
+            y = self._call_rounded(x, options)
+        else:
+            y = self.layer(x, **options)
+        if self.normalization is None:
+            return y
+        return normalize(self.normalization, y, statistics)
+
+    def _call_rounded(self, x: Any, options: dict[str, Any]) -> Any:
+        variables = self.layer.variables
+        rounded = {id(self._variable(name)): self.rounded(name) for name in self.weight_specs}
+        mapping = [(v, rounded.get(id(v), v.value)) for v in variables]
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+            y = self.layer(x, **options)
+        for loss in scope.losses:
+            self.add_loss(loss)
+        for variable in variables:
+            # A weight that is not trained was replaced too, and must not stay rounded.
+            if variable.trainable or id(variable) in rounded:
+                continue
+            if (new := scope.get_current_value(variable)) is not None:
+                variable.assign(new)
+        return y
+
+    def _variable(self, name: str) -> keras.Variable:
+        return getattr(self.layer, name)
+
+    def rounded(self, name: str) -> Any:
+        """The rounded weight `name`, of the variable's shape: what the layer computes with."""
+        fold = self._fold_before(name)
+        on_grid = self.on_grid(name)
+        return on_grid if fold is None else on_grid / fold
+
+    def on_grid(self, name: str) -> Any:
+        """The rounded weight, integers times `scale(name)`; folded where `folds_before(name)`."""
+        folded, spec = self._folded(name), self.weight_specs[name]
+        return self.weight_step.fake_quantize(folded, self._step(name, folded), spec)
+
+    def scale(self, name: str) -> Any:
+        """The scale of weight `name`: its shape, with the axes that share a scale of size 1."""
+        return ops.stop_gradient(self._step(name, self._folded(name)))
+
+    def _step(self, name: str, folded: Any) -> Any:
+        if isinstance(self.weight_step, LearnedStep):
+            return self.weight_step.scale(self.steps[name].value)
+        return ops.stop_gradient(self.weight_step.step(folded, self.weight_specs[name]))
+
+    def folds_before(self, name: str) -> bool:
+        """Whether the BatchNormalization is folded in before rounding: one scale per tensor."""
+        return self.normalization is not None and self.weight_specs[name].axis is None
+
+    def _fold_before(self, name: str) -> Any:
+        return ops.stop_gradient(self.fold_factor(name)) if self.folds_before(name) else None
+
+    def _folded(self, name: str) -> Any:
+        value = ops.cast(self._variable(name).value, "float32")
+        fold = self._fold_before(name)
+        return value if fold is None else value * fold
+
+    def fold_factor(self, name: str = "kernel") -> Any:
+        """`gamma / sqrt(moving_variance + epsilon)`, shaped to broadcast over weight `name`.
+
+        A factor of zero, which cannot be unfolded, is replaced by one; the layer's output is
+        multiplied by zero then in any case.
+        """
+        norm: Any = self.normalization
+        factor = 1.0 / ops.sqrt(norm.moving_variance.value + norm.epsilon)
+        if norm.scale:
+            factor = factor * norm.gamma.value
+        factor = ops.where(factor == 0.0, ops.ones_like(factor), factor)
+        shape = self._variable(name).shape
+        axes = {a % len(shape) for a in rule_for(self.layer).weights[name] or ()}
+        return ops.reshape(factor, [s if i in axes else 1 for i, s in enumerate(shape)])
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """That of the layer."""
+        return self.layer.compute_output_shape(input_shape)
+
+    def compute_output_spec(self, x: Any, training: bool | None = None) -> Any:
+        """The layer's output shape and dtype."""
+        shape = self.layer.compute_output_spec(x).shape
+        return keras.KerasTensor(shape, dtype=self.layer.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Plain JSON types and the serialized layers."""
+        serialize = keras.saving.serialize_keras_object
+        norm = self.normalization
+        config = super().get_config()
+        config.pop("autocast", None)
+        return {
+            **config,
+            "layer": serialize(self.layer),
+            "weights": {name: spec.to_dict() for name, spec in self.weight_specs.items()},
+            "normalization": None if norm is None else serialize(norm),
+            "weight_step": step_method_to_dict(self.weight_step),
+            "freeze_statistics": self.freeze_statistics,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "QuantizeWrapper":
+        """The inverse of `get_config`."""
+        restore = keras.saving.deserialize_keras_object
+        norm = config.pop("normalization")
+        layer = restore(config.pop("layer"))
+        weights = {name: QuantSpec(**spec) for name, spec in config.pop("weights").items()}
+        method = step_method_from_dict(config.pop("weight_step"))
+        norm = None if norm is None else restore(norm)
+        return cls(layer, weights, norm, weight_step=method, **config)

@@ -1,0 +1,103 @@
+"""Subclassed models, custom layers and functions: opened up by tracing, or refused by line."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+
+import kqat
+from kqat.graph.tracer import rebuild, trace
+from kqat.planning.expansion import expand
+from tests.coverage.cases import inputs_of
+from tests.coverage.custom_cases import CASES
+from tests.coverage.index_cases import CASES as INDEX_CASES
+
+
+def _expanded(model: keras.Model) -> keras.Model:
+    graph, _ = expand(trace(model), lambda node: False, "expanded")
+    return rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "layers")
+
+
+@pytest.mark.parametrize("case", [*CASES, *INDEX_CASES], ids=lambda case: case.name)
+def test_parts_compute_what_the_model_computes(case: Any) -> None:
+    model = case.model()
+    x = inputs_of(model, 5)
+    parts = _expanded(model)
+    ours, theirs = (keras.tree.flatten(m(x, training=False)) for m in (parts, model))
+    for a, b in zip(ours, theirs, strict=True):
+        # Sums run in another order: a few float32 roundings of values near ten.
+        np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=1e-4, atol=1e-5)
+    names = [[v.name for v in m.trainable_variables] for m in (parts, model)]
+    assert len(names[0]) == len(names[1])
+
+
+def test_names_are_the_same_each_time() -> None:
+    model = next(case for case in CASES if case.name == "subclassed").model()
+    first, second = trace(model), trace(model)
+    assert [node.name for node in first.nodes] == [node.name for node in second.nodes]
+    assert first.output_names == second.output_names == ("mix", "score")
+
+
+class Foreign(layers.Layer):
+    def call(self, x: Any) -> Any:
+        return tf.cumsum(x, axis=1)
+
+
+class Hidden(layers.Layer):
+    def build(self, shape: Any) -> None:
+        self.table = self.add_weight(shape=(4,), name="table")
+
+    def call(self, x: Any) -> Any:
+        return x + ops.exp(self.table.value)
+
+
+class Takes(layers.Layer):
+    """A layer that cannot be looked into: its weights have to be named."""
+
+    def build(self, shape: Any) -> None:
+        self.matrix = self.add_weight(name="matrix", shape=(shape[-1], 5))
+
+    def call(self, x: Any) -> Any:
+        return ops.convert_to_tensor(x) @ self.matrix
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Foreign(name="own"), r"line \d+ of test_opening.py, `return tf.cumsum\(x, axis=1\)`"),
+        (Hidden(name="own"), r"own/table, of which only computed constants are seen"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_with_the_way_out(layer: Any, message: str) -> None:
+    x = keras.Input((4,))
+    model = keras.Model(x, layers.Dense(3)(layer(x)))
+    with pytest.raises(kqat.UnsupportedLayerError, match=message):
+        kqat.plan(model)
+    with pytest.raises(kqat.UnsupportedLayerError, match=r"policy=\{'own': None\}"):
+        kqat.plan(model)
+
+
+def _named(spec: kqat.QuantSpec) -> dict[str, kqat.QuantizeConfig]:
+    return {"own": kqat.QuantizeConfig(weights={"matrix": spec})}
+
+
+def test_a_config_that_names_weights_keeps_a_custom_layer_whole() -> None:
+    x = keras.Input((4,))
+    model = keras.Model(x, Takes(name="own")(x))
+    spec = kqat.QuantSpec(bits=8, symmetric=True, narrow_range=True, axis="channel")
+    plan = kqat.plan(model, _named(spec))
+    (layer,) = plan.layers
+    assert layer.kind == "Takes"
+    assert {name: grid.axis for name, grid in layer.weights.items()} == {"matrix": (-1,)}
+
+
+def test_tokens_are_whole_numbers() -> None:
+    x = keras.Input((6,), name="tokens")  # float32, as Keras has it where nothing is said
+    model = keras.Model(x, layers.Dense(2)(layers.Flatten()(layers.Embedding(10, 3)(x))))
+    qat = kqat.quantize_model(model, calibration_data=np.ones((4, 6), np.int32))
+    assert qat.inputs[0].dtype == "int32"
+    with pytest.raises(kqat.CalibrationError, match="whole numbers for input 'tokens'"):
+        kqat.quantize_model(model, calibration_data=np.full((4, 6), 0.5))

@@ -1,0 +1,211 @@
+"""`keras.ops` nodes and operators on tensors: the same values as layers of the registry."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import kqat
+from kqat.graph.tracer import rebuild, trace
+from kqat.planning.expansion import expand
+from kqat.registry.operation_table import OPERATIONS
+from tests.coverage.operation_cases import FUNCTIONS
+
+CHANNELS = np.array([0.5, -1.0, 2.0], np.float32)
+
+MATRIX = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
+
+
+def _camel(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def _of_number(name: str) -> Callable[[Any, Any], Any]:
+    """The function where it is finite: arccosh above one, all others between zero and one."""
+    low = 1.0 if name == "arccosh" else 0.0
+    return lambda x, y: getattr(ops, name)(ops.sigmoid(x) * 0.8 + 0.1 + low, *FUNCTIONS[name])
+
+
+def _compared(name: str) -> Callable[[Any, Any], Any]:
+    return lambda x, y: [x * 2.0, getattr(ops, name)(x, y), getattr(ops, name)(x, 0.5)]
+
+
+# Operation of the table -> a function of two (batch, 4, 6, 3) tensors that uses it.
+CASES: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": lambda x, y: (x + y) + 3.0 + CHANNELS,
+    "Subtract": lambda x, y: (1.0 - x) - y - CHANNELS,
+    "Multiply": lambda x, y: x * y * 2.0 * CHANNELS,
+    "Divide": lambda x, y: ops.divide(x, 4.0),
+    "TrueDivide": lambda x, y: x / 3.0,
+    "Negative": lambda x, y: -x,
+    "Square": lambda x, y: ops.square(x),
+    "Maximum": lambda x, y: ops.maximum(ops.maximum(x, y), 0.0),
+    "Minimum": lambda x, y: ops.minimum(x, y),
+    "Clip": lambda x, y: ops.clip(x * 4.0, 0, 6),
+    "Relu": lambda x, y: ops.relu(x),
+    "Relu6": lambda x, y: ops.relu6(x * 4.0),
+    "Sigmoid": lambda x, y: ops.sigmoid(x),
+    "Tanh": lambda x, y: ops.tanh(x),
+    "Silu": lambda x, y: ops.silu(x),
+    "HardSilu": lambda x, y: ops.hard_silu(x),
+    "HardSigmoid": lambda x, y: ops.hard_sigmoid(x),
+    "HardTanh": lambda x, y: ops.hard_tanh(x),
+    "LogSigmoid": lambda x, y: ops.log_sigmoid(x),
+    "Selu": lambda x, y: ops.selu(x),
+    "Softplus": lambda x, y: ops.softplus(x),
+    "Softsign": lambda x, y: ops.softsign(x),
+    "Exp": lambda x, y: ops.exp(x),
+    "Softmax": lambda x, y: ops.softmax(x),
+    "LogSoftmax": lambda x, y: ops.log_softmax(x),
+    "LeakyRelu": lambda x, y: ops.leaky_relu(x, 0.3),
+    "Mean": lambda x, y: ops.mean(x, axis=(1, 2)),
+    "Max": lambda x, y: ops.max(x, axis=(1, 2), keepdims=True),
+    "Reshape": lambda x, y: ops.reshape(x, (-1, 24, 3)),
+    "Squeeze": lambda x, y: ops.squeeze(ops.max(x, axis=(1, 2), keepdims=True), 1),
+    "ExpandDims": lambda x, y: ops.expand_dims(x, 1),
+    "Transpose": lambda x, y: ops.transpose(x, (0, 2, 1, 3)),
+    "Swapaxes": lambda x, y: ops.swapaxes(x, 1, 2),
+    "Concatenate": lambda x, y: ops.concatenate([x, y], axis=1),
+    "GetItem": lambda x, y: x[:, 1:4:2, ::3, 0:2],
+    "Resize": lambda x, y: ops.image.resize(x, (8, 12), interpolation="nearest"),
+    "MaxPool": lambda x, y: ops.max_pool(x, 2),
+    "AveragePool": lambda x, y: ops.average_pool(x, 2),
+    "Elu": lambda x, y: ops.elu(x) + ops.elu(x, 0.5),
+    "Power": lambda x, y: ops.power(x, 2) + ops.power(y, 3.0),
+    "Glu": lambda x, y: ops.glu(x, axis=1),
+    "Cast": lambda x, y: ops.cast(x, "float32") * 2.0,
+    "StopGradient": lambda x, y: ops.stop_gradient(x) * 2.0,
+    "Copy": lambda x, y: ops.copy(x) * 2.0,
+    "Sum": lambda x, y: ops.sum(x, axis=(1, 3)),
+    "Min": lambda x, y: ops.min(x, axis=2),
+    "Prod": lambda x, y: ops.prod(x, axis=-1, keepdims=True),
+    "Amax": lambda x, y: ops.amax(x, axis=(2, 3)),
+    "Amin": lambda x, y: ops.amin(x, axis=1),
+    "Var": lambda x, y: ops.var(x, axis=2),
+    "Std": lambda x, y: ops.std(x, axis=(1, 2), keepdims=True),
+    "Average": lambda x, y: ops.average(x, axis=1),
+    "Logsumexp": lambda x, y: ops.logsumexp(x, axis=-1),
+    "Norm": lambda x, y: ops.norm(x, axis=2),
+    "Cumsum": lambda x, y: ops.cumsum(x, axis=1),
+    "Argmax": lambda x, y: [x * 2.0, ops.argmax(x, axis=2)],
+    "Argmin": lambda x, y: [x * 2.0, ops.argmin(x, axis=1, keepdims=True)],
+    "Moveaxis": lambda x, y: ops.moveaxis(x, 1, 3),
+    "Stack": lambda x, y: ops.stack([x, y], axis=2),
+    "Split": lambda x, y: ops.split(x, [1, 4], axis=2),
+    "ArraySplit": lambda x, y: ops.array_split(x, 4, axis=2),
+    "Hsplit": lambda x, y: ops.hsplit(x, 2),
+    "Dsplit": lambda x, y: ops.dsplit(x, 3),
+    "Unstack": lambda x, y: ops.unstack(x, axis=3),
+    "Flip": lambda x, y: ops.flip(x, axis=(1, 2)),
+    "Fliplr": lambda x, y: ops.fliplr(x),
+    "Roll": lambda x, y: ops.roll(x, 2, axis=2),
+    "Repeat": lambda x, y: ops.repeat(x, 2, axis=1),
+    "Tile": lambda x, y: ops.tile(x, (1, 1, 2, 3)),
+    "Take": lambda x, y: ops.take(x, [[0, 2], [3, -1]], axis=1),
+    "OneHot": lambda x, y: [x * 2.0, ops.one_hot(ops.argmax(x, axis=2), 6)],
+    "MultiHot": lambda x, y: [x * 2.0, ops.multi_hot(ops.argmax(x[:, :, 0], axis=2), 4)],
+    "Pad": lambda x, y: ops.pad(x, [[0, 0], [1, 2], [0, 0], [0, 3]]),
+    "DepthToSpace": lambda x, y: ops.depth_to_space(ops.tile(x, (1, 1, 1, 4)), 2),
+    "SpaceToDepth": lambda x, y: ops.space_to_depth(x, 2),
+    "Tril": lambda x, y: ops.tril(x, 1),
+    "Triu": lambda x, y: ops.triu(x),
+    "Hstack": lambda x, y: ops.hstack([x, y]),
+    "Dstack": lambda x, y: ops.dstack([x, y]),
+    "Append": lambda x, y: ops.append(x, y, axis=2),
+    "Matmul": lambda x, y: ops.matmul(x, ops.swapaxes(y, 2, 3)) + x @ MATRIX[:, :1],
+    "Einsum": lambda x, y: ops.einsum("bijc,bkjc->bik", x, y),
+    "Tensordot": lambda x, y: ops.tensordot(x, MATRIX, axes=1),
+    "Dot": lambda x, y: ops.dot(x, MATRIX),
+    "Inner": lambda x, y: ops.inner(x, MATRIX.T),
+    "Conv": lambda x, y: ops.conv(x, np.ones((2, 3, 3, 4), np.float32), 2, "same"),
+    "DepthwiseConv": lambda x, y: ops.depthwise_conv(x, np.ones((2, 2, 3, 2), np.float32)),
+    "AdaptiveMaxPool": lambda x, y: ops.adaptive_max_pool(x, (2, 3)),
+    "AdaptiveAveragePool": lambda x, y: ops.adaptive_average_pool(x, (2, 1)),
+    "Normalize": lambda x, y: ops.normalize(x, axis=-1),
+    "DotProductAttention": lambda x, y: ops.dot_product_attention(x, y, x),
+    "Where": lambda x, y: ops.where(x > y, x, y),
+    **{
+        _camel(name): _compared(name)
+        for name in ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")
+    },
+    "LogicalAnd": lambda x, y: [x * 2.0, ops.logical_and(x > 0.0, y > 0.0)],
+    "LogicalOr": lambda x, y: [x * 2.0, ops.logical_or(x > 0.0, y > 0.0)],
+    "LogicalNot": lambda x, y: [x * 2.0, ops.logical_not(x > 0.0)],
+    **{_camel(name): _of_number(name) for name in FUNCTIONS},
+}
+
+
+def _model(function: Callable[[Any, Any], Any]) -> keras.Model:
+    x, y = keras.Input((4, 6, 3), name="x"), keras.Input((4, 6, 3), name="y")
+    return keras.Model([x, y], function(x, y))
+
+
+def _flat(outputs: Any) -> list[np.ndarray]:
+    return [np.asarray(y, np.float32) for y in keras.tree.flatten(outputs)]
+
+
+def _data() -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.normal(size=(8, 4, 6, 3)).astype(np.float32) for _ in range(2)]
+
+
+def test_every_operation_of_the_table_has_a_case() -> None:
+    assert set(CASES) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_compute_what_the_operations_compute(name: str) -> None:
+    model, data = _model(CASES[name]), _data()
+    graph, _ = expand(trace(model), lambda node: False, "expanded")
+    assert all(isinstance(node.layer, keras.layers.Layer) for node in graph.nodes)
+    layers = rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "layers")
+    # The constants are applied in another order: a few float32 roundings.
+    for ours, theirs in zip(_flat(layers(data)), _flat(model(data)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        (np.s_[:, 1:3], (2, 6, 3)),
+        (np.s_[..., 0], (4, 6)),
+        (np.s_[:, -1, :, 1:], (6, 2)),
+        (np.s_[:, None, ::2], (1, 2, 6, 3)),
+    ],
+)
+def test_slices_are_numpys(key: Any, shape: tuple[int, ...]) -> None:
+    x, _ = _data()
+    inputs = keras.Input((4, 6, 3))
+    model = keras.Model(inputs, inputs[key])
+    graph, _ = expand(trace(model), lambda node: False, "expanded")
+    layers = rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "layers")
+    assert layers.output.shape[1:] == shape
+    np.testing.assert_array_equal(layers(x), x[key])
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x, y: ops.sort(x), "operation 'sort.*' of type Sort"),
+        (lambda x, y: ops.arctan2(x, y), "No integer kernel computes it of two"),
+        (lambda x, y: ops.mean(x), "leave the batch axis alone"),
+        (lambda x, y: x[:, ::-1], "forward slice"),
+        (lambda x, y: ops.softmax(x, axis=0), "leave the batch axis alone"),
+        (lambda x, y: x + ops.max(y, axis=(1, 2)), "equal rank"),
+        (lambda x, y: x * np.ones((8, 4, 6, 3), np.float32), "without the batch axis"),
+        (lambda x, y: ops.einsum("bijc,bijc->bijc", x, y), "a matrix product for each sample"),
+        (lambda x, y: ops.cast(x, "int32"), "An index is no quantity"),
+        (lambda x, y: ops.norm(x, ord=1, axis=1), "the Euclidean norm"),
+        (lambda x, y: ops.pad(x, [[0, 0], [1, 1], [0, 0], [0, 0]], "reflect"), "zeros around"),
+        (lambda x, y: ops.where(x > 0.0, x, 1.0), "three tensors"),
+        (lambda x, y: ops.depth_to_space(ops.tile(x, (1, 1, 1, 4)), 2, "channels_first"), "last"),
+    ],
+)
+def test_what_has_no_integer_form_is_named(function: Any, message: str) -> None:
+    model = _model(function)
+    with pytest.raises(kqat.UnsupportedLayerError, match=re.escape(message).replace(r"\.\*", ".*")):
+        kqat.plan(model)

@@ -1,0 +1,135 @@
+"""annotate and apply: the marked layers are quantized, the rest stays float."""
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from kqat import ActivationQuantizer, QuantizeConfig, QuantizeWrapper, QuantSpec
+from kqat.annotate import QuantizeAnnotate, quantize_annotate_layer, quantize_apply
+from kqat.base.errors import ModelError, PolicyError
+from kqat.grids.ranges.fixed import Fixed
+
+IMAGES = np.random.default_rng(0).normal(size=(16, 6, 6, 3)).astype(np.float32)
+W4 = QuantizeConfig(weights=QuantSpec(bits=4, symmetric=True, narrow_range=True, axis="channel"))
+
+
+def conv(name: str, **options: Any) -> layers.Layer:
+    return layers.Conv2D(3, 3, padding="same", name=name, **options)
+
+
+def annotated() -> keras.Model:
+    """Two of four layers, one of them called twice and with a name that is a pattern."""
+    x = keras.Input((6, 6, 3), name="image")
+    twice = quantize_annotate_layer(conv("conv[ab]"), W4)
+    y = layers.BatchNormalization(name="norm")(conv("plain")(twice(twice(x))))
+    y = layers.GlobalAveragePooling2D(name="mean")(y)
+    return keras.Model(x, quantize_annotate_layer(layers.Dense(2, name="head"))(y), name="model")
+
+
+def test_an_annotated_layer_computes_what_the_layer_computes() -> None:
+    layer = layers.BatchNormalization(name="norm")
+    marked = quantize_annotate_layer(layer)
+    assert (marked.name, marked.config) == ("annotate_norm", QuantizeConfig())
+    np.testing.assert_array_equal(marked(IMAGES), layer(IMAGES))
+    before = layer.moving_mean.numpy()
+    marked(IMAGES + 1.0, training=True)
+    assert np.all(layer.moving_mean.numpy() != before)
+
+
+@pytest.mark.filterwarnings("error")
+def test_only_annotated_layers_are_quantized() -> None:
+    model = annotated()
+    qat = quantize_apply(model, calibration_data=IMAGES)
+    wrapped = {w.layer.name: w for w in qat.layers if isinstance(w, QuantizeWrapper)}
+    assert set(wrapped) == {"conv[ab]", "head"}
+    assert wrapped["conv[ab]"].weight_specs["kernel"].bits == 4
+    assert wrapped["head"].weight_specs["kernel"].bits == 8
+    kept = [layer.name for layer in qat.layers if layer.name in ("plain", "norm", "mean")]
+    assert kept == ["plain", "norm", "mean"]
+    assert (qat.name, qat.output_names) == ("model", ["head"])
+
+
+def test_applying_leaves_the_annotated_model_alone() -> None:
+    model = annotated()
+    before = model(IMAGES).numpy()
+    qat = quantize_apply(model, calibration_data=IMAGES)
+    for variable in qat.weights:
+        variable.assign(variable + 1.0)
+    np.testing.assert_array_equal(model(IMAGES), before)
+    quantize_apply(model, calibration_data=IMAGES)
+
+
+def test_layers_of_nested_models_may_be_annotated() -> None:
+    def block(name: str) -> keras.Model:
+        chain = [quantize_annotate_layer(conv("conv")), conv("plain")]
+        return keras.Sequential([keras.Input((6, 6, 3)), *chain], name=name)
+
+    model = keras.Sequential([keras.Input((6, 6, 3)), block("one"), block("two")])
+    qat = quantize_apply(model, calibration_data=IMAGES)
+    names = [layer.name for layer in qat.layers if isinstance(layer, QuantizeWrapper)]
+    assert names == ["quant_one_conv", "quant_two_conv"]
+
+
+def test_a_layer_of_many_inputs_may_be_annotated() -> None:
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    config = QuantizeConfig(activation_range=Fixed(-1.0, 1.0))
+    total = quantize_annotate_layer(layers.Add(name="sum"), config)([a, b])
+    rows = np.ones((8, 4), np.float32)
+    qat = quantize_apply(keras.Model([a, b], total), calibration_data=[rows, 2 * rows])
+    ranges = {q.name: q.range() for q in qat.layers if isinstance(q, ActivationQuantizer)}
+    assert ranges == {
+        "a_quantizer": (0.0, 1.0),
+        "b_quantizer": (0.0, 2.0),
+        "sum_quantizer": (-1.0, 1.0),
+    }
+
+
+def test_wishes_are_saved_with_the_model(tmp_path: Path) -> None:
+    model = annotated()
+    model.save(tmp_path / "annotated.keras")
+    loaded = keras.models.load_model(tmp_path / "annotated.keras")
+    wishes = [layer.config for layer in loaded.layers if isinstance(layer, QuantizeAnnotate)]
+    assert wishes == [W4, QuantizeConfig()]
+    np.testing.assert_array_equal(loaded(IMAGES), model(IMAGES))
+
+
+class Foreign:
+    """Speaks tfmot's protocol."""
+
+    def get_weights_and_quantizers(self, layer: Any) -> list[Any]:
+        return []
+
+    def get_output_quantizers(self, layer: Any) -> list[Any]:
+        return []
+
+
+def test_a_tfmot_wish_cannot_be_saved(tmp_path: Path) -> None:
+    layer = quantize_annotate_layer(layers.Dense(2, name="dense"), Foreign())
+    model = keras.Sequential([keras.Input((4,)), layer])
+    with pytest.raises(PolicyError, match=r"Received: Foreign for layer 'dense'. Save the model"):
+        model.save(tmp_path / "annotated.keras")
+
+
+def test_a_model_without_wishes_is_refused() -> None:
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)], name="model")
+    with pytest.raises(ModelError, match=r"annotated layers. Received: 'model' without any"):
+        quantize_apply(model, calibration_data=IMAGES)
+
+
+NO_WISH = {
+    "a model": (lambda: (keras.Sequential([layers.Dense(2)]), "int8"), "layers of a model one by"),
+    "no layer": (lambda: ("dense", "int8"), r"Keras layer to annotate. Received: str"),
+    "no config": (lambda: (layers.Dense(2), None), "A layer left alone stays float"),
+    "no preset": (lambda: (layers.Dense(2), "int9"), r"one of the presets.*'int9'"),
+    "a number": (lambda: (layers.Dense(2), 8), r"a preset's name.*Received: 8"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), NO_WISH.values(), ids=NO_WISH)
+def test_what_is_no_wish_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        quantize_annotate_layer(*make())

@@ -1,0 +1,254 @@
+"""One tfmot `QuantizeConfig` and one Keras 3 layer: what carries over, and what is refused."""
+
+import dataclasses
+from typing import Any
+
+import keras
+import pytest
+from keras import layers
+
+import kqat
+from kqat.base.errors import PolicyError
+from kqat.tfmot.translation import translate
+from tests.kqat.tfmot.configs import (
+    NO_QUANTIZER,
+    OUTPUT,
+    WEIGHTS,
+    Config,
+    DefaultDenseQuantizeConfig,
+    ModifiedDenseQuantizeConfig,
+    OwnArithmetic,
+    average,
+    fixed,
+    quantizers,
+    tf_keras,
+    tfmot,
+    weight,
+)
+
+NOTHING = Config()
+SPEC8 = kqat.QuantSpec(bits=8, symmetric=True, narrow_range=True)
+CHANNELS = dataclasses.replace(SPEC8, axis="channel")
+AVERAGE = kqat.MovingAverage(0.999)
+
+
+def built(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """`layer` in a model of 8 x 8 x 3 inputs."""
+    layer(keras.Input((8, 8, 3)))
+    return layer
+
+
+def ours(weights: Any, method: Any = AVERAGE, **activation: Any) -> kqat.QuantizeConfig:
+    return kqat.QuantizeConfig(
+        weights=weights, activation=kqat.QuantSpec(**activation), activation_range=method
+    )
+
+
+def tfmot_default(kind: str, *args: Any) -> Any:
+    """What tfmot itself gives a Keras 2 layer."""
+    registry = tfmot.quantization.keras.default_8bit.Default8BitQuantizeRegistry()
+    return registry.get_quantize_config(getattr(tf_keras.layers, kind)(*args))
+
+
+@pytest.mark.parametrize(
+    ("layer", "config", "expected"),
+    [
+        (
+            layers.Dense(2),
+            DefaultDenseQuantizeConfig(),
+            ours({"kernel": kqat.QuantSpec(bits=8, symmetric=True)}),
+        ),
+        (
+            layers.Dense(2, activation="relu"),
+            ModifiedDenseQuantizeConfig(),
+            ours({"kernel": kqat.QuantSpec(bits=4, symmetric=True)}),
+        ),
+        (
+            layers.Conv2D(2, 3),
+            Config({"kernel": weight(per_axis=True)}, output=(average(),)),
+            ours({"kernel": CHANNELS}),
+        ),
+        (
+            layers.Dense(2),
+            Config({"kernel": weight()}, {"activation": average()}, (average(),)),
+            ours({"kernel": SPEC8}),
+        ),
+        (
+            layers.Dense(2),
+            Config({"kernel": weight()}, output=(quantizers.AllValuesQuantizer(**OUTPUT),)),
+            ours({"kernel": SPEC8}, kqat.MinMax()),
+        ),
+        (
+            layers.Dense(2),
+            Config({"kernel": weight()}, output=(quantizers.LastValueQuantizer(**OUTPUT),)),
+            ours({"kernel": SPEC8}, kqat.LastValue()),
+        ),
+        (
+            layers.Dense(2),
+            Config({"kernel": weight()}, output=(average(symmetric=True),)),
+            ours({"kernel": SPEC8}, symmetric=True),
+        ),
+        (
+            layers.Dense(2, activation="relu"),
+            Config({"kernel": weight()}, output=(fixed(-1, 4),)),
+            ours({"kernel": SPEC8}, kqat.Fixed(-1.0, 4.0)),
+        ),
+        (layers.Add(), Config(output=(average(),)), ours(None)),
+        (layers.PReLU(), Config({"alpha": weight()}, output=(average(),)), ours({"alpha": SPEC8})),
+        (
+            layers.SeparableConv2D(2, 3),
+            Config(
+                {"depthwise_kernel": weight(), "pointwise_kernel": weight()}, output=(average(),)
+            ),
+            ours(SPEC8),
+        ),
+        (
+            layers.Conv2D(2, 3, activation="relu"),
+            tfmot_default("Conv2D", 2, 3),
+            ours({"kernel": CHANNELS}),
+        ),
+        (
+            layers.Conv2DTranspose(2, 3),
+            tfmot_default("Conv2DTranspose", 2, 3),
+            ours({"kernel": SPEC8}),
+        ),
+        (layers.Add(), tfmot_default("Add"), ours(None)),
+        (
+            layers.Dense(2),
+            Config({"kernel": weight()}, {"activation": NO_QUANTIZER}, (average(),)),
+            ours({"kernel": SPEC8}),
+        ),
+        (layers.Dense(2), Config({"kernel": NO_QUANTIZER}, output=(NO_QUANTIZER,)), None),
+        # A kernel with one scale for input and output, or with a scale of its own, needs none.
+        (layers.MaxPooling2D(), NOTHING, kqat.QuantizeConfig()),
+        (layers.Softmax(), NOTHING, kqat.QuantizeConfig()),
+        # What is quantized nowhere is float.
+        (layers.Dense(2), NOTHING, None),
+        (layers.ReLU(), NOTHING, None),
+        (layers.Lambda(lambda x: x), NOTHING, None),
+    ],
+)
+def test_translation(layer: Any, config: Any, expected: kqat.QuantizeConfig | None) -> None:
+    layer = layer if isinstance(layer, layers.Add) else built(layer)
+    assert translate(config, layer) == expected
+
+
+@pytest.mark.parametrize(
+    ("layer", "config", "problem"),
+    [
+        (
+            layers.DepthwiseConv2D(3, name="dw"),
+            Config({"depthwise_kernel": weight()}),
+            "Config.get_weights_and_quantizers .*'dw' of type DepthwiseConv2D has in Keras 3: "
+            "kernel, bias, activation. .*no attribute 'depthwise_kernel'. Name that in the class",
+        ),
+        (
+            layers.Flatten(name="flat"),
+            DefaultDenseQuantizeConfig(),
+            "'flat' of type Flatten has in Keras 3: neither weights nor an activation. Received: "
+            ".*'kernel'.* policy={keras.layers.Dense: config}",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight(symmetric=False)}),
+            "symmetric quantizer for weight 'kernel' of layer 'd' of type Dense: integer kernels "
+            r"take no weight zero point. Received: LastValueQuantizer\(symmetric=False\)",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": average(symmetric=True)}),
+            "LastValueQuantizer for weight 'kernel' of layer 'd'.* Received: MovingAverage",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight(num_bits=16)}, output=(average(),)),
+            "at most 8 bits for weight 'kernel' of layer 'd'.* Received: num_bits=16",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight(num_bits=1)}, output=(average(),)),
+            "grid of one bit, .* Asked by Config for layer 'd'",
+        ),
+        (
+            layers.PReLU(name="p"),
+            Config({"alpha": weight(per_axis=True)}, output=(average(),)),
+            "one scale for weight 'alpha' of layer 'p'.* Use per_axis=False",
+        ),
+        (
+            layers.SeparableConv2D(2, 3, name="s"),
+            Config({"depthwise_kernel": weight()}, output=(average(),)),
+            "same quantizer for each of .*depthwise_kernel', 'pointwise_kernel'.* of layer 's'",
+        ),
+        (
+            layers.SeparableConv2D(2, 3, name="s"),
+            Config(
+                {"depthwise_kernel": weight(), "pointwise_kernel": weight(num_bits=4)},
+                output=(average(),),
+            ),
+            "same quantizer for each of .*depthwise_kernel', 'pointwise_kernel'.* of layer 's'",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight()}),
+            "quantizer for the output of layer 'd'.* Received: none from .* give None as the",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight()}, {"activation": average()}, (fixed(-1, 1),)),
+            r"one quantizer for the output of layer 'd'.*MovingAverage\(.* and Fixed\(",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight()}, output=(average(), average())),
+            "one quantizer from get_output_quantizers for layer 'd'.* Received: 2",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight()}, {"use_bias": average()}),
+            "return layer.activation of layer 'd'.* Received: True",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight()}, output=(average(per_axis=True),)),
+            r"one scale for the output of layer 'd'.* Received: MovingAverageQuantizer\(per_axis",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight()}, output=(average(num_bits=4),)),
+            "256 integers of 8 bits for the output of layer 'd'.* Received: .*num_bits=4",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight()}, output=(average(narrow_range=True),)),
+            "256 integers of 8 bits for the output of layer 'd'.*narrow_range=True",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight()}, output=(fixed(1, 2),)),
+            r"low <= 0 <= high.* Received: \[1.0, 2.0\]. Asked by Config for layer 'd'",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": OwnArithmetic(**WEIGHTS)}),
+            "tfmot's MovingAverageQuantizer, .* for weight 'kernel' of layer 'd'.*OwnArithmetic",
+        ),
+        (
+            layers.Dense(2, activation="elu", name="d"),
+            Config({"kernel": weight()}, output=(fixed(-1, 6),)),
+            "observed range for the output of layer 'd'.* as its activation elu comes after",
+        ),
+        (
+            layers.Softmax(name="s"),
+            Config(output=(fixed(0, 1),)),
+            r"range \(0.0, 0.99609375\) with zero point -128 for the output of layer 's'",
+        ),
+        (
+            layers.Softmax(name="s"),
+            Config(output=(average(symmetric=True),)),
+            r"with zero point -128 for the output of layer 's'.* Received: symmetric Moving",
+        ),
+    ],
+)
+def test_what_cannot_carry_over(layer: Any, config: Any, problem: str) -> None:
+    with pytest.raises(PolicyError, match=problem):
+        translate(config, built(layer))

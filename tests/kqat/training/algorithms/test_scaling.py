@@ -1,0 +1,203 @@
+"""Channels scaled between layers: the float function stays, what rounds badly rounds better."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import kqat
+import tflite_export
+from kqat.graph.tracer import trace
+from kqat.training import algorithms
+from kqat.training.algorithms.scaling import LARGEST_FACTOR, Statistics, pairs
+
+OUTLIERS = [3, 9]
+ALGORITHMS: tuple[Callable[..., keras.Model], ...] = (
+    algorithms.smooth_quant,
+    algorithms.awq,
+    algorithms.equalize,
+)
+# Each weight of a chain of some six layers is multiplied and divided once more in float32.
+ROUNDINGS = 1e-5
+
+
+def outlying(model: keras.Model) -> keras.Model:
+    """Two channels behind the normalization are forty times as large, their weights small."""
+    gamma = np.random.default_rng(1).uniform(0.5, 1.5, 16)
+    gamma[OUTLIERS] = 40.0
+    model.get_layer("norm").gamma.assign(gamma)
+    kernel = model.get_layer("wide").kernel.numpy()
+    kernel[OUTLIERS] /= 20.0
+    model.get_layer("wide").kernel.assign(kernel)
+    return model
+
+
+@pytest.fixture(scope="module")
+def block() -> tuple[keras.Model, np.ndarray]:
+    """A transformer's feed-forward block and its data."""
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 16))
+    y = layers.LayerNormalization(name="norm")(x)
+    y = layers.Dense(32, activation="relu", name="wide")(y)
+    y = layers.Dense(16, name="narrow")(y)
+    model = outlying(keras.Model(x, layers.Add(name="sum")([x, y]), name="block"))
+    return model, np.random.default_rng(0).normal(size=(64, 6, 16)).astype(np.float32)
+
+
+def noise(qat: keras.Model, model: keras.Model, data: np.ndarray) -> float:
+    """Mean square of the difference that rounding makes."""
+    return float(np.mean((qat.predict(data, verbose=0) - model.predict(data, verbose=0)) ** 2))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_float_function_stays(algorithm: Any, block: tuple[keras.Model, np.ndarray]) -> None:
+    model, data = block
+    qat = kqat.quantize_model(model, calibration_data=data)
+    before = [np.array(w) for w in qat.get_weights()]
+    scaled = algorithm(qat, data)
+    expected = model.predict(data, verbose=0)
+    found = kqat.strip(scaled).predict(data, verbose=0)
+    assert np.abs(found - expected).max() < ROUNDINGS * np.abs(expected).max()
+    assert any(not np.array_equal(a, b) for a, b in zip(before, scaled.get_weights(), strict=True))
+    for a, b in zip(before, qat.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_smooth_quant_makes_outliers_round_better(block: tuple[keras.Model, np.ndarray]) -> None:
+    model, data = block
+    qat = kqat.quantize_model(model, calibration_data=data)
+    # Two channels of forty times the size cost the others five bits.
+    assert noise(algorithms.smooth_quant(qat, data), model, data) < noise(qat, model, data) / 2
+
+
+def test_awq_makes_four_bits_round_better(block: tuple[keras.Model, np.ndarray]) -> None:
+    model, data = block
+    qat = kqat.quantize_model(model, "w4a8", calibration_data=data)
+    assert noise(algorithms.awq(qat, data), model, data) < noise(qat, model, data) / 2
+
+
+def test_learned_steps_start_anew(block: tuple[keras.Model, np.ndarray]) -> None:
+    model, data = block
+    scaled = algorithms.smooth_quant(
+        kqat.quantize_model(model, "w2a8", calibration_data=data), data
+    )
+    anew = kqat.quantize_model(kqat.strip(scaled), "w2a8", calibration_data=data)
+    for name in ("quant_wide", "quant_narrow"):
+        found, expected = scaled.get_layer(name), anew.get_layer(name)
+        np.testing.assert_array_equal(found.scale("kernel"), expected.scale("kernel"))
+
+
+def test_smooth_quant_is_the_papers_formula(block: tuple[keras.Model, np.ndarray]) -> None:
+    """Equation 4, in NumPy."""
+    model, data = block
+    normalized = keras.Model(model.input, model.get_layer("norm").output)
+    x = np.abs(normalized.predict(data, verbose=0)).reshape(-1, 16).max(axis=0)
+    kernel = model.get_layer("wide").kernel.numpy()
+    factor = x**0.75 / np.abs(kernel).max(axis=1) ** 0.25
+    qat = kqat.quantize_model(model, calibration_data=data)
+    scaled = kqat.strip(algorithms.smooth_quant(qat, data, alpha=0.75))
+    wide = scaled.get_layer("wide").kernel.numpy()
+    np.testing.assert_allclose(wide, kernel * factor[:, None], rtol=1e-4)
+
+
+def test_equalized_layers_have_equal_channels() -> None:
+    """Nagel et al. 2019, equation 11: both largest weights are the same."""
+    keras.utils.set_random_seed(0)
+    x = keras.Input((8, 8, 3))
+    y = layers.Conv2D(4, 3, use_bias=False, name="first")(x)
+    y = layers.BatchNormalization(name="norm")(y)
+    y = layers.ReLU()(y)
+    y = layers.DepthwiseConv2D(3, name="middle")(y)
+    y = layers.Dropout(0.5)(y)
+    model = keras.Model(x, layers.Conv2D(2, 1, name="last")(y))
+    model.get_layer("norm").gamma.assign([0.1, 1.0, 10.0, 100.0])
+    data = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32)
+    qat = algorithms.equalize(kqat.quantize_model(model, calibration_data=data), data)
+    found = {layer.name: layer for layer in qat.layers}
+    first, middle = found["quant_first"], found["quant_middle"]
+    folded = np.abs(first.layer.kernel * first.fold_factor()).max(axis=(0, 1, 2))
+    depthwise = np.abs(middle.layer.kernel).max(axis=(0, 1, 3))
+    # The second pair, depthwise and last, was scaled after the first.
+    last = np.abs(found["quant_last"].layer.kernel).max(axis=(0, 1, 3))
+    np.testing.assert_allclose(depthwise, last, rtol=1e-5)
+    assert folded.max() / folded.min() < 1000 / 2
+
+
+def test_pairs_are_those_that_nothing_else_reads() -> None:
+    x = keras.Input((6, 16))
+    shared = layers.Dense(16, name="shared")
+    y = layers.LayerNormalization(name="pre")(x)
+    y = layers.Dense(16, name="read_by_one")(y)
+    z = layers.Dense(16, activation="relu6", name="cut")(layers.Dense(16, name="before_cut")(y))
+    z = layers.Dense(16, name="after_cut")(z)
+    z = shared(shared(z))
+    w = layers.LayerNormalization(name="post")(z)  # a residual reads it too
+    w = layers.Add()([w, layers.Dense(16, name="after_post")(w)])
+    model = keras.Model(x, layers.Dense(16, name="head")(layers.Dense(16, name="tail")(w)))
+    data = np.random.default_rng(0).normal(size=(8, 6, 16)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    assert [pair.name for pair in pairs(trace(qat))] == [
+        "pre -> read_by_one",
+        "read_by_one -> before_cut",
+        "before_cut -> cut",
+        "tail -> head",
+    ]
+
+
+def test_scaled_model_trains_and_ships(block: tuple[keras.Model, np.ndarray]) -> None:
+    model, data = block
+    qat = algorithms.smooth_quant(kqat.quantize_model(model, calibration_data=data), data)
+    qat.compile("sgd", "mse")
+    qat.fit(data, data, epochs=1, verbose=0)
+    report = tflite_export.verify(
+        qat, tflite_export.convert(qat), data, runtimes=["litert_reference"]
+    )
+    (part,) = report.runtimes
+    assert report.is_full_integer
+    assert part.problem is None
+    assert part.max_steps <= 1
+
+
+def test_statistics_are_those_of_all_batches() -> None:
+    values = np.random.default_rng(0).normal(size=(7, 5, 3))
+    statistics = Statistics(3)
+    for batch in (values[:2], values[2:]):
+        statistics.add(batch)
+    rows = values.reshape(-1, 3)
+    np.testing.assert_allclose(statistics.largest, np.abs(rows).max(axis=0))
+    np.testing.assert_allclose(statistics.mean_magnitude, np.abs(rows).mean(axis=0))
+    np.testing.assert_allclose(statistics.products, rows.T @ rows / len(rows))
+
+
+def test_a_dead_channel_is_scaled_within_bounds() -> None:
+    x = keras.Input((4, 16))
+    y = layers.LayerNormalization(name="norm")(x)
+    model = outlying(keras.Model(x, layers.Dense(8, name="wide")(y)))
+    norm, wide = model.get_layer("norm"), model.get_layer("wide")
+    norm.gamma.assign(norm.gamma * np.r_[0.0, np.ones(15)])
+    wide.kernel.assign(wide.kernel * np.r_[1.0, 0.0, np.ones(14)][:, None])
+    data = np.random.default_rng(0).normal(size=(32, 4, 16)).astype(np.float32)
+    scaled = algorithms.smooth_quant(kqat.quantize_model(model, calibration_data=data), data)
+    assert all(np.isfinite(w).all() for w in scaled.get_weights())
+    ratio = kqat.strip(scaled).get_layer("norm").gamma.numpy() / norm.gamma.numpy().clip(1e-9)
+    assert ratio[1:].max() <= LARGEST_FACTOR
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_nothing_to_scale_is_an_error(algorithm: Any) -> None:
+    x = keras.Input((4,))
+    model = keras.Model(x, layers.Dense(2)(x), name="single")
+    data = np.ones((4, 4), np.float32)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    with pytest.raises(kqat.ModelError, match=r"right before layers with weights.*'single'"):
+        algorithm(qat, data)
+    with pytest.raises(kqat.ModelError, match="Received: 'single', which is float"):
+        algorithm(model, data)
+
+
+def test_alpha_outside_is_an_error(block: tuple[keras.Model, np.ndarray]) -> None:
+    with pytest.raises(kqat.SpecError, match=r"alpha inside \[0, 1\]. Received: alpha=1.5"):
+        algorithms.smooth_quant(block[0], block[1], alpha=1.5)

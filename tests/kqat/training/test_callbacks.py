@@ -1,0 +1,156 @@
+"""Callbacks in a real `fit`: what moves before an epoch and holds still from it on."""
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import kqat
+from kqat import FreezeBatchNorm, FreezeObservers
+from kqat.base.errors import ModelError
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(32, 4)).astype(np.float32)
+Y = X @ RNG.normal(size=(4, 8)).astype(np.float32)
+RANGES = ("/low", "/high", "/count")
+STATISTICS = ("/moving_mean", "/moving_variance")
+LEARNT = ("/kernel", "/gamma", "/beta")
+
+
+def float_model() -> keras.Model:
+    """One BatchNormalization that folds, and one that stands alone."""
+    return keras.Sequential(
+        [
+            keras.Input((4,), name="row"),
+            layers.Dense(8, use_bias=False, name="dense"),
+            layers.BatchNormalization(name="folded", momentum=0.8),
+            layers.ReLU(name="relu"),
+            layers.BatchNormalization(name="alone", momentum=0.8),
+        ],
+        name="model",
+    )
+
+
+def quantized(eager: bool = True) -> keras.Model:
+    """Eager steps cost no compilation; in compiled ones, freezing has to compile anew."""
+    qat = kqat.quantize_model(float_model(), calibration_data=X[:8])
+    qat.compile(keras.optimizers.SGD(0.05), "mse", run_eagerly=eager)
+    return qat
+
+
+class Recorder(keras.callbacks.Callback):
+    """The weights before training and after each epoch."""
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.snapshots = [self.snapshot()]
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.snapshots.append(self.snapshot())
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        return {v.path: v.numpy() for v in self.model.weights}
+
+    def moved(self, epoch: int) -> set[str]:
+        """Names of the weights that moved in the epoch."""
+        before, after = self.snapshots[epoch : epoch + 2]
+        return {path for path in after if not np.array_equal(before[path], after[path])}
+
+
+def fit(model: keras.Model, *callbacks: Any, epochs: int = 3, **options: Any) -> Recorder:
+    recorder = Recorder()
+    options = {"batch_size": 16, "verbose": 0, "shuffle": False, **options}
+    model.fit(X, Y, epochs=epochs, callbacks=[*callbacks, recorder], **options)
+    return recorder
+
+
+def ending(moved: set[str], *endings: str) -> set[str]:
+    return {path for path in moved if path.endswith(endings)}
+
+
+def test_without_callbacks_everything_moves() -> None:
+    moved = fit(quantized(), epochs=1).moved(0)
+    assert {path.split("/")[-2] for path in ending(moved, "/count")} == {
+        "row_quantizer",
+        "relu_quantizer",
+        "alone_quantizer",
+    }
+    assert len(ending(moved, *STATISTICS)) == 4
+    assert len(ending(moved, *LEARNT)) == 1 + 2 + 2
+
+
+def test_observers_stop_and_the_rest_goes_on() -> None:
+    recorder = fit(quantized(eager=False), FreezeObservers(1))
+    assert len(ending(recorder.moved(0), "/count")) == 3
+    for epoch in (1, 2):
+        assert ending(recorder.moved(epoch), *RANGES) == set()
+        assert len(ending(recorder.moved(epoch), *STATISTICS)) == 4
+        assert len(ending(recorder.moved(epoch), *LEARNT)) == 5
+
+
+def test_statistics_stop_and_the_rest_goes_on() -> None:
+    recorder = fit(quantized(eager=False), FreezeBatchNorm(1))
+    assert len(ending(recorder.moved(0), *STATISTICS)) == 4
+    for epoch in (1, 2):
+        assert ending(recorder.moved(epoch), *STATISTICS) == set()
+        assert len(ending(recorder.moved(epoch), "/count")) == 3
+        assert len(ending(recorder.moved(epoch), *LEARNT)) == 5
+
+
+def test_frozen_statistics_are_what_training_computes_with() -> None:
+    """The loss of a training step is then that of inference on the same batch."""
+    qat = quantized()
+    fit(qat, FreezeObservers(0), FreezeBatchNorm(0), epochs=1)
+    inference = qat.evaluate(X, Y, batch_size=32, verbose=0)
+    assert qat.train_on_batch(X, Y) == inference
+
+
+def test_a_later_start_freezes_at_once() -> None:
+    recorder = fit(quantized(), FreezeObservers(2), epochs=4, initial_epoch=3)
+    assert ending(recorder.moved(0), *RANGES) == set()
+
+
+def test_callbacks_serve_fit_after_fit() -> None:
+    first, second = quantized(), quantized()
+    callbacks = FreezeObservers(1), FreezeBatchNorm(1)
+    fit(first, *callbacks, epochs=2)
+    again = fit(first, *callbacks, epochs=1)
+    assert ending(again.moved(0), *RANGES, *STATISTICS) == set()
+    other = fit(second, *callbacks, epochs=2)
+    assert len(ending(other.moved(0), "/count", *STATISTICS)) == 7
+    assert ending(other.moved(1), *RANGES, *STATISTICS) == set()
+
+
+def test_what_was_frozen_stays_so_in_a_saved_model(tmp_path: Path) -> None:
+    qat = quantized()
+    recorder = fit(qat, FreezeObservers(0), FreezeBatchNorm(0), epochs=1)
+    assert ending(recorder.moved(0), *RANGES, *STATISTICS) == set()
+    qat.save(tmp_path / "qat.keras")
+    recorder = fit(keras.models.load_model(tmp_path / "qat.keras"), epochs=1)
+    assert ending(recorder.moved(0), *RANGES, *STATISTICS) == set()
+    assert len(ending(recorder.moved(0), *LEARNT)) == 5
+
+
+def test_a_model_around_a_quantized_one_is_frozen_too() -> None:
+    x = keras.Input((4,))
+    outer = keras.Model(x, quantized()(layers.Rescaling(1.0)(x)))
+    outer.compile("sgd", "mse", run_eagerly=True)
+    recorder = fit(outer, FreezeObservers(0), FreezeBatchNorm(0), epochs=1)
+    assert ending(recorder.moved(0), *RANGES, *STATISTICS) == set()
+
+
+@pytest.mark.parametrize("callback", [FreezeObservers, FreezeBatchNorm])
+@pytest.mark.parametrize("epoch", [-1, 1.0, "1", True, None])
+def test_an_epoch_that_is_none_is_refused(callback: Any, epoch: Any) -> None:
+    with pytest.raises(ModelError, match=rf"0 for the first. Received: epoch={epoch!r}"):
+        callback(epoch)
+
+
+@pytest.mark.parametrize("callback", [FreezeObservers, FreezeBatchNorm])
+def test_a_float_model_is_refused(callback: Any) -> None:
+    model = float_model()
+    model.compile("sgd", "mse")
+    with pytest.raises(ModelError, match=rf"QAT model for {callback.__name__}. Received: 'model'"):
+        fit(model, callback(0), epochs=1)

@@ -1,0 +1,144 @@
+"""RESHAPEs before FULLY_CONNECTED: gone where it flattens its input itself, and only there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+from keras import layers as L
+
+import kqat
+import tflite_export
+from tests.tflite_export.small_models import computed, operators, quantized
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer.edit import new_operator
+from tflite_export.integer_pass import pipeline
+from tflite_export.integer_pass.drop_reshapes import drop_flattening
+from tflite_export.lowering.markers import Labels
+from tflite_export.runtimes.execution import RUNTIMES, run
+
+IMAGE = (4, 4, 6)
+
+
+def flattened(x: Any) -> Any:
+    """Another last axis: 96 numbers of 4 x 4 x 6."""
+    return L.Dense(5)(L.Flatten(name="flat")(L.MaxPooling2D(1, name="pool")(x)))
+
+
+def pooled(x: Any) -> Any:
+    """The same last axis, and two readers."""
+    x = L.Flatten(name="flat")(L.AveragePooling2D(4, name="pool")(x))
+    return L.Concatenate()([L.Dense(5)(x), L.Dense(3, use_bias=False)(x)])
+
+
+def reshaped(x: Any) -> Any:
+    """Two in a row."""
+    return L.Dense(5)(L.Reshape((96,))(L.Reshape((16, 6), name="rows")(L.ReLU(name="relu")(x))))
+
+
+def rows(x: Any) -> Any:
+    """Rows that are no samples: each batch has sixteen."""
+    return L.Dense(5)(L.Reshape((16, 6), name="rows")(L.ReLU(name="relu")(x)))
+
+
+@pytest.mark.parametrize(
+    ("call", "policy", "batch_size"),
+    [
+        (flattened, "int8", 1),
+        pytest.param(rows, "int8", 2, marks=pytest.mark.slow),
+        pytest.param(pooled, "int8", 2, marks=pytest.mark.slow),
+        pytest.param(reshaped, "int8", 1, marks=pytest.mark.slow),
+        pytest.param(flattened, "int16x8", 2, marks=pytest.mark.slow),
+        pytest.param(flattened, "w4a8", 1, marks=pytest.mark.slow),
+        pytest.param(rows, "int16x8", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_every_runtime_computes_the_same_without(
+    call: Callable[[Any], Any], policy: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qat, x = quantized(IMAGE, call, policy)
+    frozen = kqat.freeze(qat)
+    without = tflite_export.convert(frozen, batch_size=batch_size)
+    monkeypatch.setattr(pipeline, "drop_flattening", lambda model, labels: None)
+    whole = tflite_export.convert(frozen, batch_size=batch_size)
+    assert "RESHAPE" in before_dense(whole) and "RESHAPE" not in before_dense(without)
+    dtype = np.int16 if policy == "int16x8" else np.int8
+    feed = [np.random.default_rng(0).integers(-128, 128, x[:8].shape).astype(dtype)]
+    for runtime in RUNTIMES:
+        ours, reference = (run(blob, feed, runtime=runtime).outputs for blob in (without, whole))
+        np.testing.assert_array_equal(ours[0], reference[0])
+    report = tflite_export.verify(frozen, without, x, samples=8, runtimes=RUNTIMES)
+    for part in report.runtimes:
+        assert part.problem is None and part.unmatched == () and part.max_steps <= 1
+
+
+def before_dense(blob: bytes) -> set[str]:
+    """The operators that compute what FULLY_CONNECTED reads."""
+    model = flatbuffer.read(blob)
+    graph = model.subgraphs[0]
+    read = {int(op.inputs[0]) for op in graph.operators if named(model, op) == "FULLY_CONNECTED"}
+    return {named(model, op) for op in graph.operators if int(op.outputs[0]) in read}
+
+
+def named(model: flatbuffer.ModelT, operator: flatbuffer.OperatorT) -> str:
+    return flatbuffer.op_name(model, operator)
+
+
+@pytest.mark.parametrize("reader", ["RELU", "output", "keep_num_dims", "weights", "vector"])
+def test_a_reshape_that_is_needed_stays(reader: str) -> None:
+    qat, _ = quantized(IMAGE, flattened)
+    model = flatbuffer.read(tflite_export.convert(qat))
+    graph = model.subgraphs[0]
+    dense = graph.operators[-1]
+    source = int(dense.inputs[0])
+    value = tensor(model, (1, 96))
+    graph.operators.insert(-1, new_operator(model, "RESHAPE", [source], [value]))
+    dense.inputs = [value, *dense.inputs[1:]]
+    if reader == "RELU":
+        other = tensor(model, (1, 96))
+        graph.operators.append(new_operator(model, "RELU", [value], [other]))
+    elif reader == "output":
+        graph.outputs = [*graph.outputs, value]
+    elif reader == "keep_num_dims":
+        dense.builtinOptions.keepNumDims = True
+    elif reader == "weights":
+        dense.inputs = [value, value, -1]
+    else:
+        graph.tensors[source].shape = np.asarray([96], np.int32)
+    before = operators(model)
+    drop_flattening(model, Labels())
+    assert operators(model) == before
+
+
+def tensor(model: flatbuffer.ModelT, shape: tuple[int, ...]) -> int:
+    new = schema.TensorT()
+    new.name, new.shape, new.buffer = b"new", np.asarray(shape, np.int32), 0
+    new.type = schema.TensorType.INT8
+    model.subgraphs[0].tensors.append(new)
+    return len(model.subgraphs[0].tensors) - 1
+
+
+def test_a_site_that_lost_its_tensor_counts_as_compared_with_the_one_before() -> None:
+    qat, x = quantized(IMAGE, flattened)
+    blob = tflite_export.convert(qat)
+    assert "flat" not in computed(flatbuffer.read(blob))
+    (part,) = tflite_export.verify(qat, blob, x, runtimes=["litert_reference"]).runtimes
+    assert part.unmatched == ()
+    assert {site.name for site in part.sites} == {"x", "pool", "dense"}
+
+
+def test_a_site_whose_integers_are_nowhere_in_their_order_is_missed() -> None:
+    def call(x: Any) -> Any:
+        x = L.Permute((2, 1, 3), name="permute")(L.ReLU(name="relu")(x))
+        return L.Dense(5, name="dense")(L.Flatten(name="flat")(x))
+
+    qat, x = quantized(IMAGE, call)
+    model = flatbuffer.read(tflite_export.convert(qat))
+    relu, transpose, dense = model.subgraphs[0].operators
+    dense.inputs = [relu.outputs[0], *dense.inputs[1:]]
+    model.subgraphs[0].operators.remove(transpose)
+    blob = flatbuffer.write(flatbuffer.compact(model))
+    (part,) = tflite_export.verify(qat, blob, x, runtimes=["litert_reference"]).runtimes
+    assert part.unmatched == ("permute", "flat")
+    assert part.max_steps > 1

@@ -1,0 +1,125 @@
+"""The page: everything inside it, nothing from outside, whatever the names are."""
+
+import dataclasses
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tflite_export.devices.vela import Fallback, NpuEstimate
+from tflite_export.verification import html_page
+from tflite_export.verification.report import (
+    LayerReport,
+    OutputAgreement,
+    Report,
+    RuntimeReport,
+    SiteDifference,
+)
+
+EVIL = "</td><script>alert('é & \"')</script>"
+VOID = {"meta", "br"}
+
+
+def layer(name: str, **changes: object) -> LayerReport:
+    row = LayerReport(
+        name=name, operator="CONV_2D", shape=(4, 4, 2), bits=8, weight_bits=4, scale=0.5,
+        zero_point=-3, clipped_share=0.02, grid_share=0.5, sqnr_db=25.0,
+        max_steps={"litert": 2}, macs=12_345, constant_bytes=678,
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
+
+
+def report(layers: int = 3) -> Report:
+    """A report with everything that one can have, and hostile names."""
+    site = SiteDifference(
+        name=EVIL, operator="CONV_2D", elements=1000, max_steps=2, differing=10, ties=5
+    )
+    agreement = OutputAgreement(name=EVIL, max_steps=3, equal_fraction=0.9, top1_agreement=0.5)
+    npu = NpuEstimate(
+        accelerator="ethos-u55-128", system="s", memory_mode="m", cycles=1234567,
+        inferences_per_second=10.5, sram_bytes=1, dram_bytes=2, flash_bytes=3, compiled_bytes=4,
+        operators=4, fallbacks=(Fallback(operator="CAST", tensor=EVIL, reason=EVIL),),
+    )  # fmt: skip
+    return Report(
+        model_name=EVIL, size_bytes=1 << 20, samples=8, operators={"CONV_2D": 4},
+        float_operators=1, macs=10**9, estimate=npu, notes=(EVIL,),
+        runtimes=(
+            RuntimeReport(runtime="litert", sites=(site,), outputs=(agreement,), unmatched=(EVIL,)),
+            RuntimeReport(runtime="tflite_micro", problem=EVIL),
+        ),
+        layers=tuple(layer(f"{EVIL}{i}", sqnr_db=None if i else 80.0) for i in range(layers)),
+    )  # fmt: skip
+
+
+class Tags(HTMLParser):
+    """Checks that what is opened is closed, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def tags(text: str) -> list[str]:
+    parser = Tags()
+    parser.feed(text)
+    assert parser.open == []
+    return parser.seen
+
+
+def test_the_page_is_whole_and_alone(tmp_path: Path) -> None:
+    report().save_html(tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    seen = tags(text)
+    assert "script" not in seen and "link" not in seen and "img" not in seen
+    assert not re.search(r"https?:|url\(|@import", text)
+    assert "prefers-color-scheme: dark" in text
+    assert seen.count("svg") == 4 and seen.count("rect") == 4 * 3
+    for words in ("1,234,567", "3 of 4 (75 %)", "top-1 agreement from 50.0 %", "50 % ties"):
+        assert words in text
+    assert text.count('class="loud"') > 4
+
+
+@pytest.mark.parametrize("layers", [0, 1, 200])
+def test_any_number_of_layers_fits(layers: int) -> None:
+    text = report(layers).to_html()
+    tags(text)
+    for x, width in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', text):
+        assert float(x) + float(width) <= html_page.WIDTH
+
+
+def test_without_lockstep_there_is_no_range_use() -> None:
+    row = layer("a", clipped_share=None, grid_share=None, sqnr_db=None, max_steps={}, scale=None)
+    text = dataclasses.replace(report(), layers=(row,), estimate=None, notes=()).to_html()
+    assert tags(text).count("svg") == 2
+    assert "Grid used" not in text and "ethos" not in text and "<h2>Notes" not in text
+
+
+@given(st.floats(0, 1e15))
+def test_scales_are_round_and_large_enough(value: float) -> None:
+    top = html_page._round_up(value)
+    assert top >= max(value, 1.0) or math.isclose(top, value)
+    assert top <= max(1.0, 2.5 * value)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (950, "950"), (12_500, "12.5 k"), (2_360_000, "2.36 M"), (3e9, "3 G")],
+)
+def test_counts_are_short(number: float, text: str) -> None:
+    assert html_page.counted(number) == text

@@ -1,0 +1,157 @@
+"""What a device makes of a model, before conversion, and of a file, after it."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from kqat.base import RuntimeUnavailableError, TargetError
+from kqat.devices import TARGETS, Misfit, Target, TargetWarning, target_named
+from kqat.freezing import FrozenModel
+from kqat.graph import Ref, trace
+from kqat.parts import Marker, Requantize, Tabulated, is_marker
+from kqat.planning import activation_of, misfit
+from kqat.registry import rule_for
+from tflite_export import flatbuffer
+from tflite_export.devices import edge_tpu_file
+from tflite_export.devices.vela import ACCELERATORS, NpuEstimate, estimate
+from tflite_export.flatbuffer import Inspection, OperatorInfo
+from tflite_export.kernels import missing_kernels
+
+
+def runtimes_of(target: str | None) -> frozenset[str]:
+    """The runtimes that a file for `target` must run on: without a target, all targets'.
+
+    A device that takes weights of eight bits only counts as a runtime of its own, which has no
+    kernel for packed ones.
+    """
+    if target is None:
+        return frozenset(t.runtime for t in TARGETS.values())
+    device = TARGETS[target]
+    return frozenset({device.runtime} if device.packs_weights else {device.runtime, device.name})
+
+
+def check_target(frozen: FrozenModel, name: str) -> None:
+    """Names every layer that does not fit the target; nothing is converted.
+
+    Layers that an accelerator leaves to the CPU are told in one `kqat.TargetWarning`.
+
+    Raises:
+        TargetError: if nothing on the device runs a layer, or there is no such target.
+    """
+    target = target_named(name)
+    found = list(_misfits(frozen, target))
+    lacking = [
+        f"layer '{m.layer}' needs {', '.join(m.operators)} ({m.remedy})"
+        for m in found
+        if m.blocking
+    ]
+    if lacking:
+        raise TargetError(
+            f"Expected operators that target '{name}' has integer kernels for. Received: "
+            f"{'; '.join(lacking)}. Replace these layers, give them another width in the policy, "
+            "or choose another target."
+        )
+    slow = [str(m) for m in found]
+    if slow and not target.notes_only:
+        warnings.warn(f"Target '{name}': {'; '.join(slow)}.", TargetWarning, stacklevel=3)
+
+
+def check_limits(blob: bytes, target: str | None) -> None:
+    """Tells in one `kqat.TargetWarning` what of a file for the Edge TPU will not map to it."""
+    if target == "edge_tpu" and (limits := list(edge_tpu_file.limits(flatbuffer.read(blob)))):
+        message = f"Target 'edge_tpu' leaves to the CPU: {'; '.join(limits)}."
+        warnings.warn(message, TargetWarning, stacklevel=3)
+
+
+def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
+    """The tables that the target need not look up: it has the function's own kernel.
+
+    Without a target, the kernel must be on every target's runtime.
+    """
+    runtimes = {t.runtime for t in TARGETS.values()} if target is None else set()
+    own = []
+    for table in frozen.tables:
+        rule = rule_for(table.layer)
+        # Else there is no kernel of this width, or it is wrong on this very grid.
+        ops = rule.ops if rule.table and table.bits == 8 else ()
+        if target is not None:
+            has = bool(ops) and _computes(TARGETS[target], ops)
+        else:
+            has = bool(ops) and not any(missing_kernels(ops, runtime) for runtime in runtimes)
+        if has:
+            own.append(table.index)
+    return frozenset(own)
+
+
+def check_file(
+    blob: bytes, inspection: Inspection, target: str | None
+) -> tuple[NpuEstimate | None, tuple[str, ...]]:
+    """What Vela estimates for an Ethos-U, and what of a file does not fit the target.
+
+    Raises:
+        TargetError: if there is no such target.
+    """
+    if target is None:
+        return None, ()
+    device = target_named(target)
+    if target in ACCELERATORS:
+        try:
+            return estimate(blob, target), ()
+        except RuntimeUnavailableError as error:
+            return None, (str(error),)
+    limits = edge_tpu_file.limits(flatbuffer.read(blob)) if target == "edge_tpu" else ()
+    notes = [f"edge_tpu: {limit}" for limit in limits]
+    slow: dict[str, int] = {}
+    for operator in inspection.operators:
+        if device.accelerator and not device.is_fast(operator.name):
+            slow[operator.name] = slow.get(operator.name, 0) + 1
+    if slow:
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(slow.items()))
+        notes.append(f"{target}: not on {device.accelerator}, but on the CPU: {kinds}")
+    if target == "cmsis_nn":
+        notes += _cmsis_nn_notes(inspection)
+    return None, tuple(notes)
+
+
+def _computes(target: Target, ops: tuple[str, ...]) -> bool:
+    """Whether the function's own operators are better there than a table."""
+    if all(target.is_fast(op) for op in ops):
+        return True
+    return all(target.runs(op) for op in ops) and bool(target.unfit((), table=True))
+
+
+def _misfits(frozen: FrozenModel, target: Target) -> Iterator[Misfit]:
+    widths: dict[Ref, int] = {}  # of the values that are integers
+    for node in trace(frozen.model).nodes:
+        layer: Any = node.layer
+        if isinstance(layer, Marker):
+            if is_marker(layer, "site"):
+                widths[node.outputs[0]] = frozen.sites[layer.index].bits
+            continue
+        is_table = isinstance(layer, Tabulated)
+        fed = all(ref.counts or ref in widths for ref in node.inputs)
+        if not node.inputs or not (is_table or fed):
+            continue
+        # A layer may stand between two markers with others, all of them integer.
+        bits = max((widths[ref] for ref in node.inputs if ref in widths), default=8)
+        bits = layer.kernel_bits if isinstance(layer, Requantize) else bits
+        widths |= dict.fromkeys(node.outputs, bits)
+        inner = layer.layer if is_table else layer
+        name = inner.name if is_table else node.name
+        if unfit := target.unfit(rule_for(inner).ops, is_table, bits):
+            yield misfit(name, unfit, activation_of(inner, name), target, bits)
+
+
+def _cmsis_nn_notes(inspection: Inspection) -> Iterator[str]:
+    """Shapes for which CMSIS-NN takes its plain loops (`arm_depthwise_conv_wrapper_s8`)."""
+    for operator in inspection.operators:
+        if operator.name == "DEPTHWISE_CONV_2D" and _multiplies_channels(operator):
+            yield (
+                f"cmsis_nn: '{operator.outputs[0].name}' has more output than input channels; the "
+                "fast depthwise kernel takes a depth_multiplier of 1"
+            )
+
+
+def _multiplies_channels(operator: OperatorInfo) -> bool:
+    shapes = [tensor.shape for tensor in (operator.inputs[0], operator.outputs[0])]
+    return bool(shapes[0] and shapes[1]) and shapes[0][-1] != shapes[1][-1]

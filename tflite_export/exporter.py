@@ -1,0 +1,307 @@
+"""QAT model to bytes: freeze, lower, quantize, give it the asked-for inputs and outputs."""
+
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import keras
+from ai_edge_litert import schema_py_generated as schema
+
+from kqat.base import ExportError, TargetError, write_file
+from kqat.devices import TARGETS
+from kqat.freezing import FrozenModel, freeze
+from tflite_export import flatbuffer
+from tflite_export.devices import check_limits, check_target, computed, runtimes_of
+from tflite_export.flatbuffer import ModelT, new_operator, share_constants
+from tflite_export.integer_pass import quantize
+from tflite_export.kernels import quantization
+from tflite_export.lowering import lower
+from tflite_export.weight_storage import METHODS, halve_weights
+from tflite_export.weight_storage import compress as compress_weights
+
+# Offsets in a flatbuffer are signed 32-bit integers.
+LARGEST_BYTES = 2**31
+IO_TYPES = {"int8": "INT8", "int16": "INT16", "uint8": "UINT8", "float32": "FLOAT32"}
+# What `convert` is asked for -> the encodings that it tries.
+COMPRESS: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "lookup": ("lookup", "prune"),
+    "smallest": METHODS,
+}
+IoType = str | None | Mapping[str, str | None]
+
+
+def convert(
+    qat: keras.Model | FrozenModel,
+    *,
+    inference_input_type: IoType = None,
+    inference_output_type: IoType = None,
+    target: str | None = None,
+    batch_size: int = 1,
+    compress: str | None = None,
+    float_weights: str = "float32",
+) -> bytes:
+    """The full-integer `.tflite` of a QAT model, as bytes.
+
+    Scales, zero points and integer weights are the trained ones; nothing is calibrated. Inputs
+    and outputs keep the Keras model's order and names, in the subgraph and in the signature.
+
+    Args:
+        qat: a model from `kqat.quantize_model`, calibrated or trained; it is left alone.
+        inference_input_type: `"int8"`, `"uint8"`, `"int16"` or `"float32"`, for all inputs, or a
+            mapping from input names. `None` is the integer that the plan makes of the input: int8,
+            or int16 where its width is 16 bits. What counts, as tokens do, is `"int32"` in any
+            case.
+        inference_output_type: the same for outputs.
+        target: a name from `tflite_export.TARGETS`; something on the device must run the int8
+            operators (those that the plan leaves float are not checked). A `kqat.TargetWarning`
+            names the layers that an accelerator leaves to the CPU.
+        batch_size: samples per invocation.
+        compress: for `target="tflite_micro"` and `"cmsis_nn"`: encodes weights where that makes
+            the file smaller; the operator TFLM_DECODE decodes them into the arena each time that
+            they are read. `"lookup"` takes indices into tables of values and bit masks of zeros,
+            which decode fast; `"smallest"` takes prefix codes too, bit by bit, where these are
+            smaller. Such a file does not run on LiteRT.
+        float_weights: `"float16"` rounds the weights of layers that the plan leaves float, by
+            2**-11 of their size at most, and halves their bytes; for `target="litert"`.
+
+    Raises:
+        ModelError, FreezeError: if `qat` is no QAT model, or has seen no data.
+        TargetError: if the target lacks a kernel, before anything is converted.
+        ExportError: if an input or output cannot have the type asked for, or the weights are too
+            large for a flatbuffer.
+        LoweringError: if the converter fails.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ExportError(f"Expected a batch size of at least 1. Received: {batch_size!r}.")
+    _check_compress(compress, target)
+    _check_float_weights(float_weights, target)
+    frozen = qat if isinstance(qat, FrozenModel) else freeze(qat)
+    inputs = dict(zip(frozen.input_names, frozen.model.inputs, strict=True))
+    outputs = dict(zip(frozen.output_names, frozen.model.outputs, strict=True))
+    input_types = _types(inference_input_type, inputs, "inference_input_type")
+    output_types = _types(inference_output_type, outputs, "inference_output_type")
+    _check_size(frozen)
+    if target is not None:
+        check_target(frozen, target)
+        _check_edge_tpu(target, (*input_types, *output_types), batch_size)
+    blob = assemble(
+        frozen,
+        input_types,
+        output_types,
+        runtimes=runtimes_of(target),
+        tables_computed=computed(frozen, target),
+        batch_size=batch_size,
+        methods=COMPRESS[compress],
+        halves=float_weights == "float16",
+    )
+    check_limits(blob, target)
+    return blob
+
+
+def assemble(
+    frozen: FrozenModel,
+    input_types: Sequence[str | None],
+    output_types: Sequence[str | None],
+    *,
+    runtimes: frozenset[str],
+    tables_computed: frozenset[int],
+    batch_size: int = 1,
+    methods: Collection[str] = (),
+    halves: bool = False,
+) -> bytes:
+    """The file of a frozen model, by decisions that were made already.
+
+    Args:
+        frozen: the model.
+        input_types, output_types: as those of `convert`, one for each end.
+        runtimes: those that must have a kernel for packed weights; with none, all are packed.
+        tables_computed: the tables whose function an operator computes.
+        batch_size: samples per invocation.
+        methods: the encodings of weights, of `codec.METHODS`; with any, for TFLite Micro alone.
+        halves: whether float weights are stored in float16.
+
+    Raises:
+        ExportError, LoweringError: as `convert`.
+    """
+    marked = lower(frozen, batch_size, tables_computed)
+    model = quantize(marked, frozen, runtimes)
+    _Interface(model, frozen).apply(list(input_types), list(output_types))
+    share_constants(model)
+    if methods:
+        compress_weights(model, methods)
+    if halves:
+        halve_weights(model)
+    return flatbuffer.write(flatbuffer.compact(model))
+
+
+def _check_size(frozen: FrozenModel) -> None:
+    size_bytes = sum(4 * math.prod(weight.shape) for weight in frozen.model.weights)
+    if size_bytes >= LARGEST_BYTES:
+        raise ExportError(
+            f"Expected weights below {LARGEST_BYTES:,} bytes in float32, as the converter's "
+            f"flatbuffer has 32-bit offsets. Received: {size_bytes:,} bytes in model "
+            f"'{frozen.model.name}'. Use a smaller model, or export it in parts."
+        )
+
+
+def _check_compress(compress: str | None, target: str | None) -> None:
+    if compress not in COMPRESS:
+        raise ExportError(
+            f"Expected compress to be one of {[name for name in COMPRESS if name]} or None. "
+            f"Received: {compress!r}."
+        )
+    decoding = sorted(name for name, device in TARGETS.items() if device.decodes_weights)
+    if compress is not None and target not in decoding:
+        raise TargetError(
+            f"Expected a target of {decoding} with compress={compress!r}: only TFLite Micro has "
+            f"the operator TFLM_DECODE. Received: target={target!r}. Name one, or leave compress "
+            "out."
+        )
+
+
+def _check_float_weights(float_weights: str, target: str | None) -> None:
+    if float_weights not in ("float32", "float16"):
+        raise ExportError(
+            f"Expected float_weights to be 'float32' or 'float16'. Received: {float_weights!r}."
+        )
+    if float_weights == "float16" and target != "litert":
+        raise TargetError(
+            "Expected target='litert' with float_weights='float16': no other runtime widens it. "
+            f"Received: target={target!r}. Name it, or leave float_weights out."
+        )
+
+
+def _check_edge_tpu(target: str, io_types: tuple[str | None, ...], batch_size: int) -> None:
+    # https://coral.ai/docs/edgetpu/models-intro/: quantized ends, a batch of one.
+    if target == "edge_tpu" and (batch_size != 1 or {"float32", "int16"} & {*io_types}):
+        raise TargetError(
+            "Expected a batch of 1 and int8 or uint8 inputs and outputs for target 'edge_tpu'. "
+            f"Received: batch_size={batch_size}, types {sorted(map(str, set(io_types)))}."
+        )
+
+
+def save(blob: bytes, path: str | os.PathLike[str]) -> None:
+    """Writes a file that `convert` made to `path`, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk.
+    """
+    write_file(path, blob)
+
+
+def _types(asked: IoType, tensors: Mapping[str, Any], argument: str) -> list[str | None]:
+    names = list(tensors)
+    counts = {name for name in names if not keras.backend.is_float_dtype(tensors[name].dtype)}
+    if asked is None or isinstance(asked, str):
+        # What counts stays as it is: it has no scale.
+        asked = {name: "int32" if name in counts else asked for name in names}
+    if set(asked) != set(names):
+        raise ExportError(f"Expected {argument} for {list(names)}. Received: {sorted(asked)}.")
+    for name in names:
+        if (asked[name] == "int32") != (name in counts):
+            raise ExportError(
+                f"Expected int32 for what counts, as {sorted(counts)}, and for nothing else. "
+                f"Received: {argument}={asked[name]!r} for '{name}'."
+            )
+        if asked[name] not in (*IO_TYPES, "int32", None):
+            raise ExportError(
+                f"Expected {argument} to be one of {sorted(IO_TYPES)} or None. "
+                f"Received: {asked[name]!r} for '{name}'."
+            )
+    return [asked[name] for name in names]
+
+
+class _Interface:
+    """Orders, names and types the inputs and outputs of an integer model, in place."""
+
+    def __init__(self, model: ModelT, frozen: FrozenModel):
+        self.model = model
+        self.graph = model.subgraphs[0]
+        self.frozen = frozen
+        signature = model.signatureDefs[0]
+        self.signature = signature
+        self.inputs = self._in_order(signature.inputs, "input")
+        self.outputs = self._in_order(signature.outputs, "output")
+
+    def _in_order(self, entries: list, kind: str) -> list[int]:
+        by_name = {_text(entry.name): int(entry.tensorIndex) for entry in entries}
+        return [by_name[f"{kind}_{i}"] for i in range(len(by_name))]
+
+    def apply(self, input_types: list[str | None], output_types: list[str | None]) -> None:
+        graph, names = self.graph, self.frozen
+        graph.inputs = [
+            self._typed(t, io_type, name, "input")
+            for t, io_type, name in zip(self.inputs, input_types, names.input_names, strict=True)
+        ]
+        graph.outputs = [
+            self._typed(t, io_type, name, "output")
+            for t, io_type, name in zip(self.outputs, output_types, names.output_names, strict=True)
+        ]
+        self.signature.inputs = self._entries(graph.inputs, names.input_names)
+        self.signature.outputs = self._entries(graph.outputs, names.output_names)
+        self.signature.signatureKey = b"serving_default"
+        self.model.description = b"kqat"
+        # The converter's own account of how it optimized is not true of this file.
+        self.model.metadata = [
+            entry for entry in self.model.metadata or [] if entry.name == b"min_runtime_version"
+        ]
+
+    def _entries(self, tensors: list[int], names: tuple[str, ...]) -> list:
+        entries = []
+        for tensor, name in zip(tensors, names, strict=True):
+            entry = schema.TensorMapT()
+            entry.name, entry.tensorIndex = name.encode(), tensor
+            entries.append(entry)
+        return entries
+
+    def _typed(self, index: int, io_type: str | None, name: str, kind: str) -> int:
+        tensor = self.graph.tensors[index]
+        if io_type is None:
+            fits = tensor.type in (schema.TensorType.INT8, schema.TensorType.INT16)
+        else:
+            wanted = getattr(schema.TensorType, IO_TYPES.get(io_type, "INT32"))
+            fits = tensor.type == wanted or io_type == "int32"
+        if fits:
+            # An input that is an output too keeps its name; the signature has both.
+            if kind == "input" or index not in self.inputs:
+                tensor.name = name.encode()
+            return index
+        if tensor.type == schema.TensorType.FLOAT32:
+            raise ExportError(
+                f"Expected {kind} '{name}' to be an integer. Received: a float, as the plan leaves "
+                f"the layer there float. Use inference_{kind}_type='float32' (or a mapping)."
+            )
+        wide = tensor.type == schema.TensorType.INT16
+        if io_type != "float32" and (wide or io_type != "uint8"):
+            own = "int16" if wide else "int8"
+            raise ExportError(
+                f"Expected {kind} '{name}' to have the width that the plan gives it, {own}. "
+                f"Received: inference_{kind}_type={io_type!r}. Use '{own}' or 'float32', or a "
+                "policy that gives it another width."
+            )
+        assert io_type is not None, "every integer fits None"
+        return self._converted(index, io_type, name, kind)
+
+    def _converted(self, index: int, io_type: str, name: str, kind: str) -> int:
+        inner = self.graph.tensors[index]
+        outer, grid = getattr(schema.TensorType, IO_TYPES[io_type]), None
+        if io_type == "uint8":
+            zero = int(inner.quantization.zeroPoint[0]) + 128
+            grid = quantization(inner.quantization.scale, [zero], 0)
+        new = flatbuffer.add_tensor(self.model, inner.shape, outer, name=name, grid=grid)
+        self.graph.tensors[new].shapeSignature = inner.shapeSignature
+        wide = inner.type == schema.TensorType.INT16
+        if kind == "input":
+            operator = new_operator(self.model, "QUANTIZE", [new], [index], 2 if wide else 1)
+            self.graph.operators.insert(0, operator)
+        else:
+            float_out = io_type == "float32"
+            op, version = ("DEQUANTIZE", 3 if wide else 2) if float_out else ("QUANTIZE", 1)
+            self.graph.operators.append(new_operator(self.model, op, [index], [new], version))
+        return new
+
+
+def _text(name: bytes | str) -> str:
+    return name.decode() if isinstance(name, bytes) else name

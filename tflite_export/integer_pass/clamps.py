@@ -1,0 +1,73 @@
+"""RELU and RELU6 as the integer kernels have them: inside their producer, or on their own."""
+
+import copy
+from typing import Any
+
+from ai_edge_litert import schema_py_generated as schema
+
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer import ModelT, OperatorT, new_operator
+from tflite_export.kernels import OP_TABLE
+from tflite_export.lowering import Labels
+
+
+def fuse_clamps(model: ModelT, labels: Labels) -> None:
+    """Folds a RELU or RELU6 into its producer where the value between was never marked.
+
+    The integer kernel clamps to the output's range in any case, which for a clamp begins
+    at zero; the option only says so.
+    """
+    graph = model.subgraphs[0]
+    producers = {int(o): op for op in graph.operators for o in op.outputs}
+    kept = []
+    for operator in graph.operators:
+        name = flatbuffer.op_name(model, operator)
+        source = int(operator.inputs[0]) if len(operator.inputs) else -1
+        producer: Any = producers.get(source)
+        marked = source in labels.sites or source in labels.floats
+        clamps = name in ("RELU", "RELU6") and not marked
+        if not clamps or not _may_fuse(model, labels, producer, source):
+            kept.append(operator)
+            continue
+        kind = getattr(schema.ActivationFunctionType, name)
+        producer.builtinOptions.fusedActivationFunction = kind
+        producer.outputs = list(operator.outputs)
+        producers[int(operator.outputs[0])] = producer
+    graph.operators = kept
+
+
+def _may_fuse(model: ModelT, labels: Labels, producer: OperatorT | None, value: int) -> bool:
+    """Whether the clamp is the one reader of a kernel that clamps and scales as it likes."""
+    if producer is None or not hasattr(producer.builtinOptions, "fusedActivationFunction"):
+        return False
+    graph = model.subgraphs[0]
+    rule = OP_TABLE.get(flatbuffer.op_name(model, producer))
+    readers = [op for op in graph.operators if value in map(int, op.inputs)]
+    marked = [int(t) for t in producer.inputs if int(t) in labels.sites]
+    shown = value in map(int, graph.outputs)
+    return bool(rule and rule.scales == "own" and len(readers) == 1 and marked and not shown)
+
+
+def split_clamps(model: ModelT) -> None:
+    """Takes a clamp out of a same-scale operator, into which the converter fused it.
+
+    Behind the clamp the scale may be another, which such an operator cannot give.
+    """
+    graph = model.subgraphs[0]
+    kinds = schema.ActivationFunctionType
+    names = {kinds.RELU: "RELU", kinds.RELU6: "RELU6"}
+    kept: list[OperatorT] = []
+    for operator in graph.operators:
+        kept.append(operator)
+        rule = OP_TABLE.get(flatbuffer.op_name(model, operator))
+        fused = getattr(operator.builtinOptions, "fusedActivationFunction", kinds.NONE)
+        if rule is None or rule.scales != "same" or fused not in names:
+            continue
+        operator.builtinOptions.fusedActivationFunction = kinds.NONE
+        output = int(operator.outputs[0])
+        between = copy.copy(graph.tensors[output])
+        between.name = flatbuffer.tensor_name(between).encode() + b"/unclamped"
+        graph.tensors.append(between)
+        operator.outputs = [len(graph.tensors) - 1]
+        kept.append(new_operator(model, names[fused], list(operator.outputs), [output]))
+    graph.operators = kept

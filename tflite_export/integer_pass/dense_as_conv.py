@@ -1,0 +1,91 @@
+"""FULLY_CONNECTED as a convolution of one pixel, where only that takes weights of four bits.
+
+TFLite Micro packs the weights of FULLY_CONNECTED with one scale only; its CONV_2D packs those with
+one scale per channel. The sums and their rescaling are the same.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer import ModelT, OperatorT, TensorT, new_operator, operator_code
+from tflite_export.kernels import OP_TABLE, PACKED_TYPES, pack, quantization
+
+# Two RESHAPEs with their tensors and shapes; a matrix that saves less stays as it is.
+_COST_BYTES = 512
+_BITS = 4
+
+
+def convolve(model: ModelT, operators: list[OperatorT]) -> None:
+    """Has CONV_2D compute those FULLY_CONNECTED whose matrices, int8 up to here, pay for it.
+
+    The convolution's output has no name; the RESHAPE behind it hands the name on.
+    """
+    graph = model.subgraphs[0]
+    chosen = {id(op) for op in operators if _saved_bytes(model, op) > _COST_BYTES}
+    graph.operators = [
+        made
+        for operator in graph.operators
+        for made in (_convolution(model, operator) if id(operator) in chosen else [operator])
+    ]
+
+
+def _saved_bytes(model: ModelT, operator: OperatorT) -> int:
+    return math.prod(flatbuffer.tensor_shape(model.subgraphs[0].tensors[operator.inputs[1]])) // 2
+
+
+def _convolution(model: ModelT, operator: OperatorT) -> list[OperatorT]:
+    """RESHAPE to an image of one row, CONV_2D, RESHAPE back."""
+    graph = model.subgraphs[0]
+    source, weights, output = int(operator.inputs[0]), int(operator.inputs[1]), operator.outputs[0]
+    matrix = graph.tensors[weights]
+    units, features = flatbuffer.tensor_shape(matrix)
+    pixels = math.prod(flatbuffer.tensor_shape(graph.tensors[source])) // features
+    image = _image(model, source, (1, pixels, 1, features))
+    product = _image(model, output, (1, pixels, 1, units))
+    matrix.shape = [units, 1, 1, features]
+    matrix.type = PACKED_TYPES[_BITS]
+    buffer = schema.BufferT()
+    buffer.data = pack(np.asarray(model.buffers[matrix.buffer].data), _BITS)
+    model.buffers[matrix.buffer] = buffer
+    options = schema.Conv2DOptionsT()
+    options.padding = schema.Padding.VALID
+    options.strideW = options.strideH = 1
+    options.fusedActivationFunction = operator.builtinOptions.fusedActivationFunction
+    operator.builtinOptionsType = schema.BuiltinOptions.Conv2DOptions
+    operator.builtinOptions = options
+    biases = [int(t) for t in operator.inputs[2:] if t >= 0]
+    operator.inputs = [image, weights, *(biases or [_no_bias(model, image, matrix)])]
+    operator.outputs = [product]
+    version = OP_TABLE["CONV_2D"].packing(_BITS).version
+    operator.opcodeIndex = operator_code(model, schema.BuiltinOperator.CONV_2D, version)
+    return [_reshape(model, source, image), operator, _reshape(model, product, int(output))]
+
+
+def _image(model: ModelT, like: int, shape: tuple[int, ...]) -> int:
+    tensor = model.subgraphs[0].tensors[like]
+    return flatbuffer.add_tensor(model, shape, tensor.type, grid=tensor.quantization)
+
+
+def _no_bias(model: ModelT, image: int, matrix: TensorT) -> int:
+    """Zeros: LiteRT's reference kernel of CONV_2D demands a bias, FULLY_CONNECTED does not."""
+    scale = np.float64(model.subgraphs[0].tensors[image].quantization.scale[0])
+    grid = quantization(scale * matrix.quantization.scale, matrix.quantization.zeroPoint, 0)
+    return _constant(model, np.zeros(matrix.shape[0], np.int32), grid)
+
+
+def _constant(model: ModelT, values: np.ndarray, grid: Any = None) -> int:
+    kind = schema.TensorType.INT32
+    return flatbuffer.add_tensor(model, values.shape, kind, grid=grid, data=values)
+
+
+def _reshape(model: ModelT, source: int, result: int) -> OperatorT:
+    shape = np.asarray(flatbuffer.tensor_shape(model.subgraphs[0].tensors[result]), np.int32)
+    operator = new_operator(model, "RESHAPE", [source, _constant(model, shape)], [result])
+    operator.builtinOptionsType = schema.BuiltinOptions.ReshapeOptions
+    operator.builtinOptions = schema.ReshapeOptionsT()
+    operator.builtinOptions.newShape = shape
+    return operator

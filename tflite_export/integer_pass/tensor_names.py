@@ -1,0 +1,45 @@
+"""Tensors named after the sites whose values they hold."""
+
+import math
+
+from kqat.grids import Site
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer import ModelT, OperatorT
+from tflite_export.lowering import Labels
+
+_MOVES = ("RESHAPE", "TRANSPOSE")  # the converter may carry markers across these
+
+
+def name_tensors(model: ModelT, labels: Labels) -> None:
+    """Names the tensors of subgraph 0, in place.
+
+    A chain of markers on one tensor stood between RESHAPEs and TRANSPOSEs that the converter
+    carried them across; walking back over those gives each its own tensor.
+    """
+    graph = model.subgraphs[0]
+    producers = {int(o): op for op in graph.operators for o in op.outputs}
+    for index, named in labels.named.items():
+        tensor: int | None = index
+        for site in reversed(named):
+            while tensor is not None and not _holds(model, tensor, site):
+                tensor = _before_move(model, tensor, producers)
+            if tensor is None:
+                break
+            graph.tensors[tensor].name = site.name.encode()
+            tensor = _before_move(model, tensor, producers)
+
+
+def _before_move(model: ModelT, tensor: int, producers: dict[int, OperatorT]) -> int | None:
+    producer = producers.get(tensor)
+    if producer is None or flatbuffer.op_name(model, producer) not in _MOVES:
+        return None
+    return int(producer.inputs[0])
+
+
+def _holds(model: ModelT, tensor: int, site: Site) -> bool:
+    """Whether the tensor has the site's shape, or its matrix form as FULLY_CONNECTED has it."""
+    graph = model.subgraphs[0]
+    shape = flatbuffer.tensor_shape(graph.tensors[tensor])
+    batch_size = flatbuffer.tensor_shape(graph.tensors[int(graph.inputs[0])])[0]
+    full = (batch_size, *site.shape)
+    return shape in (full, (math.prod(full[:-1]), *full[-1:]))

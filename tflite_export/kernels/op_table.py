@@ -1,0 +1,174 @@
+"""The one table of what integer kernels demand of each TFLite operator.
+
+Sources: the TFLite 8-bit quantization specification
+(https://ai.google.dev/edge/litert/models/quantization_spec); versions from TensorFlow's
+`lite/tools/versioning/op_version.cc`. Which runtime has a kernel, and where int16 kernels differ,
+says `kqat.devices.targets` (`benchmarks/op_probe.py` runs each row).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from kqat.devices import PACKED, runtimes_with
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """The kernels of one operator that take weights of fewer than eight bits.
+
+    Args:
+        version: lowest version of the operator that does.
+        per_axis: the runtimes that have it for one scale per channel.
+        per_tensor: the same for one scale.
+    """
+
+    version: int = 1
+    per_axis: frozenset[str] = frozenset()
+    per_tensor: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpRule:
+    """One row of the table.
+
+    Args:
+        scales: `"own"`: the output has any scale; `"same"`: that of the inputs; `"fixed"`: that
+            of `fixed`; `"none"`: it has none, being an index or a truth value.
+        version: lowest version of the operator that computes on int8.
+        activations: inputs that carry activations (or constants in their place); `None`: all.
+        weights: input that carries weights, or `None`.
+        keras_order: axes of the weights in the file, in the order that the Keras variable has.
+        channel_axis: axis of the weights in the file along which scales may differ.
+        bias: input that carries the bias, int32 of scale input × weights, or `None`.
+        ships_as: the operator that takes this one's place in the file.
+        fixed: `(scale, zero_point)` of the output where the kernel fixes it.
+        packed: bits -> the kernels that take weights of so many.
+        least_input_scale: the input's scale must exceed it, or the kernel ends the process.
+        input_scale_below: the inputs' scales must lie below it, for the same reason.
+    """
+
+    scales: Literal["own", "same", "fixed", "none"]
+    version: int = 1
+    activations: tuple[int, ...] | None = None
+    weights: int | None = None
+    keras_order: tuple[int, ...] = ()
+    channel_axis: int = 0
+    bias: int | None = None
+    ships_as: str | None = None
+    fixed: tuple[float, int] | None = None
+    packed: Mapping[int, Packing] = dataclasses.field(default_factory=dict)
+    least_input_scale: float = 0.0
+    input_scale_below: float = math.inf
+
+    def packing(self, bits: int) -> Packing:
+        """Who takes weights of so many bits."""
+        return self.packed.get(bits, Packing())
+
+    def packs(self, bits: int, per_tensor: bool, runtimes: frozenset[str]) -> bool:
+        """Whether all of `runtimes` do, with one scale or one per channel."""
+        packing = self.packing(bits)
+        return runtimes <= (packing.per_tensor if per_tensor else packing.per_axis)
+
+
+def _conv(version: int, order: tuple[int, ...], axis: int, **options: Any) -> OpRule:
+    return OpRule(
+        scales="own",
+        version=version,
+        activations=(0,),
+        weights=1,
+        keras_order=order,
+        channel_axis=axis,
+        bias=2,
+        **options,
+    )
+
+
+def _packed(op: str, versions: dict[int, int]) -> dict[int, Packing]:
+    return {bits: Packing(version, *PACKED[bits][op]) for bits, version in versions.items()}
+
+
+def _own(version: int = 2, **options: Any) -> OpRule:
+    return OpRule(scales="own", version=version, **options)
+
+
+def _same(version: int = 2, first: bool = True, **options: Any) -> OpRule:
+    return OpRule(scales="same", version=version, activations=(0,) if first else None, **options)
+
+
+def _fixed(scale: float, zero_point: int, least: float = 0.0) -> OpRule:
+    return OpRule(scales="fixed", version=2, fixed=(scale, zero_point), least_input_scale=least)
+
+
+def _none(version: int, **options: Any) -> OpRule:
+    return OpRule(scales="none", version=version, **options)
+
+
+_COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
+
+OP_TABLE: dict[str, OpRule] = {
+    "CONV_2D": _conv(3, (1, 2, 3, 0), 0, packed=_packed("CONV_2D", {4: 7})),
+    # LiteRT's reference resolver computes on four bits but registers no version 7.
+    "DEPTHWISE_CONV_2D": _conv(3, (0, 1, 2, 3), 3, packed=_packed("DEPTHWISE_CONV_2D", {4: 1})),
+    "FULLY_CONNECTED": _conv(4, (1, 0), 0, packed=_packed("FULLY_CONNECTED", {4: 10, 2: 14})),
+    "TRANSPOSE_CONV": OpRule(
+        scales="own", version=2, activations=(2,), weights=1, keras_order=(1, 2, 0, 3), bias=3
+    ),
+    "ADD": _own(),
+    "SUB": _own(),
+    "MUL": _own(),
+    "RELU": _own(),
+    # TFLite Micro's RELU6 does not rescale. RELU does, and clamps to the output's range, which
+    # ends at 6.
+    "RELU6": _own(ships_as="RELU"),
+    "LEAKY_RELU": _own(),
+    "PRELU": OpRule(scales="own", activations=(0,), weights=1, keras_order=()),
+    "ELU": _own(1),
+    "HARD_SWISH": _own(1),
+    "GELU": _own(1),
+    "EXP": _own(1),
+    "BATCH_MATMUL": _own(),
+    "MEAN": _own(activations=(0,)),
+    "SOFTMAX": _fixed(1 / 256, -128, least=2.0**-26),
+    "LOGISTIC": _fixed(1 / 256, -128),
+    "TANH": _fixed(1 / 128, 0),
+    "LOG_SOFTMAX": _fixed(16 / 256, 127, least=2.0**-26),
+    "L2_NORMALIZATION": _fixed(1 / 128, 0),
+    "MAX_POOL_2D": _same(),
+    "AVERAGE_POOL_2D": _same(),
+    "REDUCE_MAX": _same(),
+    "MAXIMUM": _same(first=False),
+    "MINIMUM": _same(first=False),
+    "CONCATENATION": _same(first=False),
+    "RESHAPE": _same(1),
+    "DEPTH_TO_SPACE": _same(1),
+    "SPACE_TO_DEPTH": _same(1),
+    "TRANSPOSE": _same(),
+    "PAD": _same(),
+    "STRIDED_SLICE": _same(),
+    "UNPACK": _same(1),
+    "PACK": _same(1, first=False),
+    "RESIZE_BILINEAR": _same(),
+    "RESIZE_NEAREST_NEIGHBOR": _same(),
+    # The table of an Embedding is a constant in the activation's place.
+    "GATHER": _same(),
+    "SELECT_V2": OpRule(scales="same", version=1, activations=(1, 2)),
+    "SELECT": OpRule(scales="same", version=1, activations=(1, 2), ships_as="SELECT_V2"),
+    "REDUCE_MIN": _same(),
+    "REDUCE_PROD": _own(activations=(0,)),
+    "ARG_MAX": _none(2, activations=(0,)),
+    "ARG_MIN": _none(2, activations=(0,)),
+    "CAST": _none(1),  # truth values to indexes
+    **{f"LOGICAL_{name}": _none(1) for name in ("AND", "OR", "NOT")},
+    **{name: _none(2, input_scale_below=1.0) for name in _COMPARISONS},
+    # The weights are put in behind the pass (`fused_lstm`).
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": _own(1, activations=(0,)),
+    "QUANTIZE": _own(1),
+    "DEQUANTIZE": _own(2),
+}
+
+
+def missing_kernels(ops: tuple[str, ...], runtime: str, bits: int = 8) -> tuple[str, ...]:
+    """The operators of `ops` whose kernel for activations of `bits` bits `runtime` lacks."""
+    return tuple(op for op in ops if op not in OP_TABLE or runtime not in runtimes_with(op, bits))

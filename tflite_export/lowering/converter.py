@@ -1,0 +1,195 @@
+"""`FrozenModel` to marked float flatbuffer, by the official TensorFlow converter.
+
+It goes through a SavedModel: converting concrete functions leaves variables and unfolded
+arithmetic behind.
+"""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from kqat.base import ExportError, LoweringError
+from kqat.freezing import FrozenModel
+from kqat.graph import Node, rebuild, trace
+from kqat.parts import Count, FrozenLSTM, Marker, Tabulated
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer import ModelT
+
+SIGNATURE = "serve"
+_BROADCASTING = {"ADD", "SUB", "MUL"}
+
+
+def lower(
+    frozen: FrozenModel, batch_size: int = 1, computed: frozenset[int] = frozenset()
+) -> ModelT:
+    """The float flatbuffer of `frozen`, with QUANTIZE/DEQUANTIZE pairs where markers stand.
+
+    The signature's inputs are named `input_0` …, its outputs `output_0` …, in the model's order.
+
+    Args:
+        frozen: the model.
+        batch_size: samples per invocation that the file will take.
+        computed: indexes of the tables that ship as an operator, not as a table.
+
+    Raises:
+        ExportError: if Keras does not run on TensorFlow.
+        LoweringError: if the converter fails.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise ExportError(
+            f"Expected the TensorFlow backend, on which the converter works. Received: "
+            f"'{keras.backend.backend()}'. Save the model and convert it in a process with "
+            "KERAS_BACKEND=tensorflow."
+        )
+    with tempfile.TemporaryDirectory(prefix="kqat_") as folder:
+        _save(_with_markers(frozen, computed), folder, batch_size)
+        return _without_squeezes(flatbuffer.read(_convert(Path(folder), frozen.model.name)))
+
+
+def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> keras.Model:
+    """The model with a marker where a function ships as a table, or an LSTM as one operator."""
+
+    lstms = [layer.name for layer in frozen.lstms]
+    plain: dict[int, _Plain] = {}
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        layer = node.layer
+        if isinstance(layer, Tabulated) and layer.index not in computed:
+            layer = Marker("table", layer.index, name=f"{layer.name}_marker")
+        elif isinstance(layer, FrozenLSTM):
+            layer = _StandIn(layer.units, lstms.index(layer.name), name=f"{layer.name}_stand_in")
+        elif isinstance(layer, _TRANSLATED):
+            if id(layer) not in plain:  # Calls of one layer stay those of one layer.
+                plain[id(layer)] = _Plain(layer, name=f"{layer.name}_plain")
+            layer = plain[id(layer)]
+        return layer(*args, **kwargs)
+
+    return rebuild(trace(frozen.model), call, frozen.model.name)
+
+
+class _StandIn(keras.layers.Layer):
+    """Anything that the converter knows with an LSTM's shapes, and a marker that says which."""
+
+    def __init__(self, units: int, index: int, **kwargs: Any) -> None:
+        super().__init__(dtype="float32", **kwargs)
+        self.units, self.index = units, index
+        self.marker = Marker("lstm", index, name=f"{self.name}_marker")
+
+    def call(self, x: Any) -> Any:
+        import tensorflow as tf
+
+        # Numbers of its own for each, or the converter would make one of two.
+        numbers = np.arange(x.shape[-1] * self.units, dtype=np.float32) + self.index + 2
+        # TensorFlow's own product keeps the sequence's three axes, of which Keras's makes two; but
+        # it would take the DEQUANTIZE of the marker before it in.
+        return self.marker(tf.matmul(tf.abs(x), numbers.reshape(-1, self.units)))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return (*input_shape[:2], self.units)
+
+
+_TRANSLATED = (
+    keras.layers.Add,
+    keras.layers.Embedding,
+    keras.layers.UnitNormalization,
+    Count,
+)
+
+
+class _Plain(keras.layers.Layer):
+    """A layer in the TensorFlow words that the converter knows as one operator.
+
+    Keras lets `take` count from the end and `argmax` know minus zero, in further operators; and
+    takes a summand for a bias of the last axis where, for a batch of one, only one of its axes is
+    longer than one.
+    """
+
+    def __init__(self, layer: keras.layers.Layer, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.layer = layer
+
+    def call(self, x: Any) -> Any:
+        import tensorflow as tf
+
+        layer: Any = self.layer
+        if isinstance(layer, keras.layers.Add):
+            return functools.reduce(tf.add, x)
+        if isinstance(layer, keras.layers.Embedding):
+            return tf.gather(
+                layer.embeddings.value, tf.cast(x, "int32") if x.dtype == "bool" else x
+            )
+        if isinstance(layer, keras.layers.UnitNormalization):
+            return tf.math.l2_normalize(x, layer.axis)
+        if layer.kind not in ("argmax", "argmin"):
+            return layer(x)
+        axis = layer.options["axis"]
+        index = getattr(tf.math, layer.kind)(x, axis, output_type=tf.int32)
+        return tf.expand_dims(index, axis) if layer.options["keepdims"] else index
+
+    def compute_output_spec(self, x: Any) -> Any:
+        return self.layer.compute_output_spec(x)
+
+
+def _save(model: keras.Model, folder: str, batch_size: int) -> None:
+    import tensorflow as tf
+
+    def serve(*tensors: Any) -> dict[str, Any]:
+        inputs = keras.tree.pack_sequence_as(model.input, list(tensors))
+        outputs = keras.tree.flatten(model(inputs, training=False))
+        # A value that is an output twice, or an input too, needs an operator of its own.
+        return {f"output_{i}": tf.identity(t) for i, t in enumerate(outputs)}
+
+    signature = [
+        tf.TensorSpec((batch_size, *t.shape[1:]), t.dtype, name=f"input_{i}")
+        for i, t in enumerate(model.inputs)
+    ]
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint(SIGNATURE, serve, input_signature=signature)
+    archive.write_out(folder, verbose=False)
+
+
+def _convert(folder: Path, name: str) -> bytes:
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_saved_model(
+        os.fspath(folder), signature_keys=[SIGNATURE]
+    )
+    try:
+        return converter.convert()
+    except Exception as error:
+        raise LoweringError(
+            f"Expected '{name}' to convert. Received from the TensorFlow converter: "
+            f"{str(error).strip()[:2000]}"
+        ) from error
+
+
+def _without_squeezes(model: ModelT) -> ModelT:
+    """`model` without RESHAPEs from `(1, n)` to `(n,)` whose readers broadcast either; in place.
+
+    The converter puts one before each ADD, SUB or MUL of two matrices of one row.
+    """
+    graph = model.subgraphs[0]
+    ranks = [len(flatbuffer.tensor_shape(tensor)) for tensor in graph.tensors]
+    needed = {int(t) for t in graph.outputs}  # tensors that must keep their rank
+    for operator in graph.operators:
+        same = [t for t in map(int, operator.inputs) if ranks[t] < ranks[int(operator.outputs[0])]]
+        broadcasts = flatbuffer.op_name(model, operator) in _BROADCASTING
+        needed.update(set(map(int, operator.inputs)) - set(same if broadcasts else []))
+    kept, alias = [], {}
+    for operator in graph.operators:
+        source, result = int(operator.inputs[0]), int(operator.outputs[0])
+        shapes = [flatbuffer.tensor_shape(graph.tensors[t]) for t in (source, result)]
+        squeezes = flatbuffer.op_name(model, operator) == "RESHAPE"
+        if squeezes and shapes[0] == (1, *shapes[1]) and result not in needed:
+            alias[result] = source
+            continue
+        operator.inputs = [alias.get(int(t), int(t)) for t in operator.inputs]
+        kept.append(operator)
+    graph.operators = kept
+    return model

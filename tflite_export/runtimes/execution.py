@@ -1,0 +1,384 @@
+"""Runs a `.tflite` on LiteRT and on TensorFlow Lite Micro behind one signature.
+
+LiteRT runs in this process. TFLite Micro runs in a child: its kernels answer a bias or a
+quantization that is missing, or a full arena, by SIGSEGV, SIGFPE or abort(), and all that it has
+to say goes to the C-level stderr. A child cannot take the caller along, and its stderr is its own.
+"""
+
+import copy
+import dataclasses
+import importlib.util
+import inspect
+import io
+import re
+import subprocess
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from ai_edge_litert import interpreter as litert
+
+from kqat.base import ExportError, RuntimeUnavailableError
+from tflite_export import flatbuffer
+from tflite_export.runtimes.child_process import exit_name, run_python
+
+RUNTIMES = ("litert_reference", "litert_builtin", "litert", "tflite_micro")
+
+# BUILTIN alone brings the default delegate, XNNPACK.
+_OP_RESOLVERS = {
+    "litert_reference": litert.OpResolverType.BUILTIN_REF,
+    "litert_builtin": litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    "litert": litert.OpResolverType.BUILTIN,
+}
+# Pages that an arena never touches cost nothing, so the first guess may be ample.
+_FIRST_ARENA_BYTES = 1 << 26
+_LARGEST_ARENA_BYTES = 1 << 30
+# TFLite Micro aligns what it allocates to 16 bytes; the rest of an odd size counts as used.
+_ARENA_ALIGNMENT = 16
+# The allocator's words for a full arena. An unsupported op ends in the same Python exception,
+# but says "Didn't find op for builtin opcode"; an unsupported type has words of its kernel.
+_ARENA_IS_FULL = re.compile(r"available \d+, missing: \d+")
+_ARENA_TOTAL = re.compile(r"Arena allocation total (\d+) bytes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RunResult:
+    """What a runtime computed.
+
+    Attributes:
+        outputs: one array per model output, in the file's order, of shape (samples, …).
+        tensors: index in subgraph 0 → array of shape (samples, …), for the inputs and every
+            operator's outputs; empty unless `run` was asked for all. Strings, resources and
+            state kept in variable tensors are left out. A tensor whose first dimension is not
+            the model's batch size has one entry per batch: (batches, *tensor shape).
+        arena_bytes: as of `tflite_micro_arena_bytes`; None on LiteRT.
+    """
+
+    outputs: tuple[np.ndarray, ...]
+    tensors: dict[int, np.ndarray]
+    arena_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """A file, its tree, what to feed it and which tensors to read besides the outputs.
+
+    `feeds` holds an array of shape (batches, *tensor shape) per model input.
+    """
+
+    blob: bytes
+    model: flatbuffer.ModelT
+    feeds: tuple[np.ndarray, ...]
+    watched: tuple[int, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        return tuple(map(int, self.model.subgraphs[0].inputs))
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return tuple(map(int, self.model.subgraphs[0].outputs))
+
+
+def supports(runtime: str) -> bool:
+    """Returns whether the runtime, a name in `RUNTIMES`, is installed here.
+
+    Raises:
+        ExportError: if there is no runtime of that name.
+    """
+    if runtime not in RUNTIMES:
+        raise ExportError(f"Expected a runtime in {RUNTIMES}. Received: runtime={runtime!r}.")
+    return runtime in _OP_RESOLVERS or importlib.util.find_spec("tflite_micro") is not None
+
+
+def run(
+    blob: bytes,
+    inputs: Sequence[np.ndarray],
+    *,
+    runtime: str,
+    tensors: Literal["outputs", "all"] = "outputs",
+) -> RunResult:
+    """Runs subgraph 0 of a `.tflite` file on samples that do not see each other.
+
+    State (variable tensors, resource variables) starts anew at every batch. One thread computes,
+    so that equal calls give equal bits.
+
+    Args:
+        blob: the file.
+        inputs: one array per model input, in the file's order, of the input tensor's dtype and
+            shape (samples, *input shape[1:]), `samples` a multiple of the model's batch size
+            (the first input's first dimension). For an input without that batch dimension, what
+            each batch needs, one after the other; for a scalar, a vector.
+        runtime: a name in `RUNTIMES`; "litert" is LiteRT's default CPU path, XNNPACK.
+        tensors: "all" reads the intermediate tensors too. XNNPACK shows them only as outputs,
+            so there they come from a copy of the file that has them all as outputs; the values
+            in `outputs` are always the file's own.
+
+    Raises:
+        RuntimeUnavailableError: if the runtime is absent, refuses the file or crashes on it.
+        ExportError: if the file cannot be read, or an input's dtype, shape or values are wrong.
+    """
+    if tensors not in ("outputs", "all"):
+        raise ExportError(f"Expected tensors='outputs' or 'all'. Received: tensors={tensors!r}.")
+    _check_installed(runtime)
+    model = flatbuffer.read(blob)
+    watched = _operator_results(model) if tensors == "all" else ()
+    job = _Job(blob=bytes(blob), model=model, feeds=_batched(model, inputs), watched=watched)
+    arena_bytes = None
+    if runtime in _OP_RESOLVERS:
+        outputs, seen = _run_litert(job, runtime)
+    else:
+        outputs, seen, arena_bytes = _run_micro(job, _FIRST_ARENA_BYTES)
+    fed = zip(job.inputs, job.feeds, strict=True) if tensors == "all" else ()
+    arrays = {index: feed.copy() for index, feed in fed} | seen
+    batch_size, *_ = flatbuffer.tensor_shape(_inputs(model)[0]) or (1,)
+    return RunResult(
+        outputs=tuple(_per_sample(array, batch_size) for array in outputs),
+        tensors={index: _per_sample(arrays[index], batch_size) for index in sorted(arrays)},
+        arena_bytes=arena_bytes,
+    )
+
+
+def tflite_micro_arena_bytes(
+    blob: bytes, *, given_bytes: int = _FIRST_ARENA_BYTES, grow: bool = True
+) -> int:
+    """Returns how many bytes of its arena TFLite Micro uses for a file.
+
+    That is the total which its recording allocator reports after an invocation, on this 64-bit
+    host; an MCU's figure differs, since the arena also holds structs full of pointers.
+
+    Args:
+        blob: the file.
+        given_bytes: the arena to begin with.
+        grow: whether an arena that is too small is doubled, or the file counts as refused.
+
+    Raises:
+        RuntimeUnavailableError: if TFLite Micro is absent, refuses the file or crashes on it.
+        ExportError: if the file cannot be read.
+    """
+    _check_installed("tflite_micro")
+    model = flatbuffer.read(blob)
+    shape, dtype = flatbuffer.tensor_shape, flatbuffer.tensor_dtype
+    zeros = [np.zeros(shape(tensor) or (1,), dtype(tensor)) for tensor in _inputs(model)]
+    job = _Job(blob=bytes(blob), model=model, feeds=_batched(model, zeros))
+    return _run_micro(job, given_bytes, _LARGEST_ARENA_BYTES if grow else 0)[2]
+
+
+def _check_installed(runtime: str) -> None:
+    if not supports(runtime):
+        raise RuntimeUnavailableError(
+            "Expected TFLite Micro to be installed. Received: no module 'tflite_micro'. "
+            'Use `pip install "kqat[tflm]"`.'
+        )
+
+
+def _inputs(model: flatbuffer.ModelT) -> list[flatbuffer.TensorT]:
+    return [model.subgraphs[0].tensors[index] for index in model.subgraphs[0].inputs]
+
+
+def _batched(model: flatbuffer.ModelT, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Checks the inputs and cuts each into batches: (samples, …) → (batches, *tensor shape)."""
+    tensors = _inputs(model)
+    names = [flatbuffer.tensor_name(tensor) for tensor in tensors]
+    if not names or len(inputs) != len(names):
+        raise ExportError(
+            f"Expected one array per model input, {names}. Received: {len(inputs)} arrays. "
+            "Use a sequence, even for one input."
+        )
+    feeds = [_batched_input(t, np.asarray(x)) for t, x in zip(tensors, inputs, strict=True)]
+    counts = {name: len(feed) for name, feed in zip(names, feeds, strict=True)}
+    if len(set(counts.values())) > 1:
+        raise ExportError(
+            f"Expected as many samples for every model input. Received: batches={counts}."
+        )
+    return tuple(feeds)
+
+
+def _batched_input(tensor: flatbuffer.TensorT, array: np.ndarray) -> np.ndarray:
+    name, dtype = flatbuffer.tensor_name(tensor), flatbuffer.tensor_dtype(tensor)
+    if array.dtype != dtype:
+        raise ExportError(
+            f"Expected dtype={dtype} for model input {name!r}. Received: dtype={array.dtype}. "
+            "Use values on the input's own grid: quantize them with its scale and zero point."
+        )
+    shape = flatbuffer.tensor_shape(tensor)
+    batch, *rest = shape or (1,)
+    whole = array.ndim and array.size and batch and len(array) % batch == 0
+    if array.shape[1:] != tuple(rest) or not whole:
+        raise ExportError(
+            f"Expected shape ({', '.join(map(str, ('samples', *rest)))}) for model input {name!r}, "
+            f"samples a positive multiple of {batch}. Received: shape={array.shape}."
+        )
+    if dtype.kind == "f" and np.isnan(array).any():
+        raise ExportError(f"Expected numbers for model input {name!r}. Received: NaN.")
+    return array.reshape(len(array) // batch, *shape)
+
+
+def _per_sample(array: np.ndarray, batch_size: int) -> np.ndarray:
+    """Joins (batches, *tensor shape) along the batch, if the tensor's first dimension is one."""
+    if array.shape[1:2] != (batch_size,):
+        return array
+    return array.reshape(-1, *array.shape[2:])
+
+
+def _operator_results(model: flatbuffer.ModelT) -> tuple[int, ...]:
+    """Returns the tensors that operators of subgraph 0 compute and NumPy can hold."""
+    graph = model.subgraphs[0]
+    results = {int(i) for operator in graph.operators for i in operator.outputs if i >= 0}
+    return tuple(i for i in sorted(results) if flatbuffer.is_numeric(graph.tensors[i]))
+
+
+def _run_litert(job: _Job, runtime: str) -> tuple[list[np.ndarray], dict[int, np.ndarray]]:
+    """Returns outputs and watched tensors, arrays of shape (batches, *tensor shape)."""
+    try:
+        if runtime == "litert" and job.watched:
+            # A delegate keeps its inner tensors to itself. More outputs could change how it
+            # fuses, so the outputs reported are those of the file that ships.
+            seen = _invoke_litert(job, _with_watched_as_outputs(job), runtime, job.watched)
+            own = _invoke_litert(job, job.blob, runtime, job.outputs)
+        else:
+            seen = own = _invoke_litert(job, job.blob, runtime, {*job.outputs, *job.watched})
+    except ExportError:
+        raise
+    # LiteRT refuses with either of these.
+    except (RuntimeError, ValueError) as error:
+        raise _refusal(runtime, str(error)) from error
+    outputs = [own[index] for index in job.outputs]
+    return outputs, {index: own.get(index, seen[index]) for index in job.watched}
+
+
+def _invoke_litert(
+    job: _Job, blob: bytes, runtime: str, indices: Iterable[int]
+) -> dict[int, np.ndarray]:
+    """Feeds batch by batch; returns the arrays, (batches, *tensor shape), of the tensors asked."""
+    batches = len(job.feeds[0])
+    seen: dict[int, np.ndarray] = {}
+    renew = _keeps_resources(job.model)
+    for batch in range(batches):
+        if batch == 0 or renew:
+            interpreter = litert.Interpreter(
+                model_content=blob,
+                num_threads=1,
+                experimental_op_resolver_type=_OP_RESOLVERS[runtime],
+                experimental_preserve_all_tensors=bool(job.watched) and runtime != "litert",
+            )
+            interpreter.allocate_tensors()
+        else:
+            interpreter.reset_all_variables()
+        for index, feed in zip(job.inputs, job.feeds, strict=True):
+            interpreter.set_tensor(index, feed[batch, ...])
+        interpreter.invoke()
+        for index in indices:
+            value = interpreter.get_tensor(index)
+            if index not in seen:
+                seen[index] = np.empty((batches, *value.shape), value.dtype)
+            if seen[index].shape[1:] != value.shape:
+                raise ExportError(
+                    f"Expected shape {seen[index].shape[1:]} of tensor {index} for all samples. "
+                    f"Received: {value.shape}. Use samples whose results have equal shapes."
+                )
+            seen[index][batch] = value
+    return seen
+
+
+def _keeps_resources(model: flatbuffer.ModelT) -> bool:
+    """Whether it has variables that LiteRT's reset keeps, and TFLite Micro's sets to 0."""
+    operators = (operator for graph in model.subgraphs for operator in graph.operators)
+    return any(flatbuffer.op_name(model, o) == "ASSIGN_VARIABLE" for o in operators)
+
+
+def _with_watched_as_outputs(job: _Job) -> bytes:
+    model, graph = copy.copy(job.model), copy.copy(job.model.subgraphs[0])
+    graph.outputs = list(dict.fromkeys((*job.outputs, *job.watched)))
+    model.subgraphs = [graph, *model.subgraphs[1:]]
+    return flatbuffer.write(model)
+
+
+def _run_micro(
+    job: _Job, arena_bytes: int, largest_bytes: int = _LARGEST_ARENA_BYTES
+) -> tuple[list[np.ndarray], dict[int, np.ndarray], int]:
+    """Does the same in a child, with arenas doubled until one suffices; adds the bytes used."""
+    request = io.BytesIO()
+    arrays: dict[str, Any] = {f"feed_{i}": feed for i, feed in enumerate(job.feeds)}
+    arrays["counts"] = np.array([len(job.feeds), len(job.outputs)])
+    arrays["watched"] = np.array(job.watched, int)
+    arrays["renew"] = np.array(_keeps_resources(job.model))
+    np.savez(request, blob=np.frombuffer(job.blob, np.uint8), **arrays)
+    while True:
+        arena_bytes += -arena_bytes % _ARENA_ALIGNMENT
+        child = _micro_child(request.getvalue(), arena_bytes)
+        words = child.stderr.decode(errors="replace").strip()
+        if child.returncode == 0:
+            break
+        if not _ARENA_IS_FULL.search(words) or arena_bytes >= largest_bytes:
+            raise _refusal("tflite_micro", f"{exit_name(child.returncode)}, saying: {words}")
+        arena_bytes = 2 * max(arena_bytes, _ARENA_ALIGNMENT)
+    if (total := _ARENA_TOTAL.search(words)) is None:
+        raise _refusal("tflite_micro", f"no arena total in its words: {words}")
+    with np.load(io.BytesIO(child.stdout)) as answer:
+        outputs = [answer[f"output_{position}"] for position in range(len(job.outputs))]
+        seen = {index: answer[f"tensor_{index}"] for index in job.watched}
+    return outputs, seen, int(total[1])
+
+
+def _micro_child(request: bytes, arena_bytes: int) -> subprocess.CompletedProcess[bytes]:
+    program = f"{inspect.getsource(_serve_micro)}\n_serve_micro()"
+    return run_python(["-c", program, str(arena_bytes)], request=request)
+
+
+def _refusal(runtime: str, words: str) -> RuntimeUnavailableError:
+    # Runtimes report over many lines, and some repeat one complaint for every tensor.
+    words = textwrap.shorten(words, width=600)
+    return RuntimeUnavailableError(
+        f"Expected runtime {runtime!r} to run the file. Received: {words!r}. "
+        "Use ops and types that this runtime has kernels for, or another runtime."
+    )
+
+
+def _serve_micro() -> None:
+    """Is the child's whole program: the job on stdin, its arrays on stdout, words on stderr."""
+    import io
+    import os
+    import sys
+    from typing import Any
+
+    import numpy as np
+    from tflite_micro.python.tflite_micro import runtime
+
+    sys.excepthook = lambda kind, error, trace: print(error, file=sys.stderr)
+    # Kernels may print to stdout.
+    answer = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    job = dict(np.load(io.BytesIO(sys.stdin.buffer.read())))
+    blob, arena_bytes = job["blob"].tobytes(), int(sys.argv[1])
+    feeds = [job[f"feed_{position}"] for position in range(job["counts"][0])]
+    modes = runtime.InterpreterConfig
+
+    def start(mode: runtime.InterpreterConfig) -> runtime.Interpreter:
+        return runtime.Interpreter(blob, [], arena_bytes, mode)
+
+    def invoke(interpreter: runtime.Interpreter, batch: int) -> None:
+        for position, feed in enumerate(feeds):
+            interpreter.set_input(feed[batch, ...], position)
+        interpreter.invoke()
+
+    # One interpreter either records its arena or shows its tensors, never both.
+    recorder = start(modes.kAllocationRecording)
+    invoke(recorder, 0)
+    recorder.print_allocations()
+    mode = modes.kPreserveAllTensors if job["watched"].size else modes.kAllocationRecording
+    rows: list[dict[str, Any]] = []
+    for batch in range(len(feeds[0])):
+        if batch == 0 or job["renew"]:
+            reader = start(mode)
+        else:
+            reader.reset()
+        invoke(reader, batch)
+        row = {f"output_{i}": reader.get_output(i).copy() for i in range(job["counts"][1])}
+        for i in job["watched"]:
+            row[f"tensor_{i}"] = reader.GetTensor(i, 0)["tensor_data"].copy()
+        rows.append(row)
+    stacked: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    np.savez(answer, **stacked)
+    answer.flush()

@@ -1,0 +1,91 @@
+"""What goes into a file and comes out of it: floats on a tensor's grid and back, random inputs."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from kqat.base import ExportError
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer import ModelT, TensorT
+
+# More than any sensible input; what a hostile shape asks for would take all memory.
+LARGEST_INPUT_BYTES = 1 << 30
+
+
+def as_type(x: np.ndarray, tensor: TensorT) -> np.ndarray:
+    """Floats as a tensor's integers, rounded half up and clipped; as floats for a float tensor.
+
+    Integers, which are indices or counts, stay what they are.
+
+    Raises:
+        ExportError: if an integer tensor has no scale.
+    """
+    dtype = flatbuffer.tensor_dtype(tensor)
+    if dtype.kind == "f":
+        return x.astype(dtype)
+    if not np.issubdtype(x.dtype, np.floating):
+        return x
+    limits = np.iinfo(dtype)
+    scale, zero = _grid(tensor)
+    return np.clip(np.floor(x / scale + 0.5) + zero, limits.min, limits.max).astype(dtype)
+
+
+def real(x: np.ndarray, tensor: TensorT) -> np.ndarray:
+    """A tensor's values as float32; those of a tensor without a scale stay what they are."""
+    if x.dtype.kind == "f":
+        return x.astype(np.float32)
+    if not has_grid(tensor):
+        return x
+    scale, zero = _grid(tensor)
+    return (x.astype(np.float32) - zero) * scale
+
+
+def has_grid(tensor: TensorT) -> bool:
+    """Whether the tensor has a scale."""
+    grid = tensor.quantization
+    return grid is not None and grid.scale is not None and len(grid.scale) > 0
+
+
+def random_inputs(model: ModelT, samples: int, seed: int = 0) -> list[np.ndarray]:
+    """Inputs of the file's own types: integers over their whole range, normal floats.
+
+    Args:
+        model: of the file.
+        samples: how many; so many batches for a file whose batch is larger than one.
+        seed: equal ones give equal inputs.
+
+    Raises:
+        ExportError: if an input has no numbers, is empty, or is larger than a gigabyte.
+    """
+    generator = np.random.default_rng(seed)
+    feeds = []
+    for index in model.subgraphs[0].inputs:
+        tensor = model.subgraphs[0].tensors[index]
+        dtype = flatbuffer.tensor_dtype(tensor)
+        batch, *rest = flatbuffer.tensor_shape(tensor) or (1,)
+        shape = (samples * batch, *rest)
+        if not 0 < math.prod(shape) * dtype.itemsize <= LARGEST_INPUT_BYTES:
+            raise ExportError(
+                f"Expected input {flatbuffer.tensor_name(tensor)!r} to have values, and at most "
+                f"{LARGEST_INPUT_BYTES:,} bytes of them. Received: shape {shape} of {dtype}."
+            )
+        if dtype.kind in "iu":
+            limits = np.iinfo(dtype)
+            values: Any = generator.integers(limits.min, limits.max, shape, dtype, endpoint=True)
+        elif dtype.kind == "b":
+            values = generator.integers(0, 2, shape).astype(bool)
+        else:
+            values = generator.normal(size=shape).astype(dtype)
+        feeds.append(values)
+    return feeds
+
+
+def _grid(tensor: TensorT) -> tuple[np.float32, int]:
+    if not has_grid(tensor):
+        raise ExportError(
+            f"Expected a scale for tensor {flatbuffer.tensor_name(tensor)!r} of integers. "
+            "Received: none. Give data of the file's own dtype."
+        )
+    zeros = tensor.quantization.zeroPoint
+    return tensor.quantization.scale[0], int(zeros[0]) if zeros is not None and len(zeros) else 0

@@ -1,0 +1,26 @@
+"""File against model: lockstep on each runtime, the layer profile, and the `Report`."""
+
+from tflite_export.verification import html_page, lockstep, unknown_writer
+from tflite_export.verification.lockstep import DEFAULT_RUNTIMES, verify
+from tflite_export.verification.report import (
+    LayerReport,
+    OutputAgreement,
+    Report,
+    RuntimeReport,
+    SiteDifference,
+)
+from tflite_export.verification.unknown_writer import compare_runtimes
+
+__all__ = [
+    "DEFAULT_RUNTIMES",
+    "LayerReport",
+    "OutputAgreement",
+    "Report",
+    "RuntimeReport",
+    "SiteDifference",
+    "compare_runtimes",
+    "html_page",
+    "lockstep",
+    "unknown_writer",
+    "verify",
+]

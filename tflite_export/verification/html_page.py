@@ -1,0 +1,234 @@
+"""A report as one HTML page without anything from outside: tables, and plots drawn as SVG here.
+
+Colours are variables of the style sheet, so one drawing serves light and dark screens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+# Of a plot, in SVG units; the page scales it to its width.
+WIDTH, HEIGHT = 960, 200
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 12, 22
+# Below this many dB a value has less than five bits' worth of signal.
+LOW_SQNR_DB = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One column of a plot: its box, what it says when pointed at, and whether it stands out."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    title: str
+    stands_out: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One row of the table of runtimes: a cell for each that ran, `None` where it has nothing.
+
+    A cell is a pair of the largest difference and the share of values that differ.
+    """
+
+    name: str
+    values: str
+    cells: tuple[tuple[int, float] | None, ...]
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Columns over a scale: `ticks` are pairs of height and label."""
+
+    title: str
+    about: str
+    bars: tuple[Bar, ...]
+    ticks: tuple[tuple[float, str], ...]
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+def render(report: Any) -> str:
+    """The page of a `tflite_export.Report`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tflite_export.verification"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["counted"] = counted
+    environment.filters["percent"] = lambda share: f"{100 * share:.2f}".rstrip("0").rstrip(".")
+    layers = report.layers
+    page = environment.get_template("report.html.j2")
+    text = page.render(
+        report=report,
+        verdicts=_verdicts(report),
+        figures=_figures(report),
+        ran=[part for part in report.runtimes if part.problem is None],
+        comparisons=_comparisons(report),
+        plots=_plots(layers) if layers else (),
+        low_sqnr_db=LOW_SQNR_DB,
+        measured=any(layer.grid_share is not None for layer in layers),
+        most_macs=max((layer.macs for layer in layers), default=0),
+        most_bytes=max((layer.constant_bytes for layer in layers), default=0),
+    )
+    return text + "\n"
+
+
+def counted(number: float) -> str:
+    """A count in at most 6 characters: 950, 12.5 k, 12.5 M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _verdicts(report: Any) -> list[tuple[bool, str]]:
+    """What was found, each with whether it is as it should be."""
+    found = [
+        (
+            report.is_full_integer,
+            "full integer"
+            if report.is_full_integer
+            else f"{report.float_operators} operators touch floats",
+        )
+    ]
+    for part in report.runtimes:
+        if part.problem is not None:
+            found.append((False, f"{part.runtime} did not run it"))
+        elif part.sites:
+            steps = part.max_steps
+            unit = "step" if steps == 1 else "steps"
+            found.append((steps <= 1, f"{part.runtime}: at most {steps} {unit} in lockstep"))
+        else:
+            found.append((True, f"{part.runtime} ran it"))
+    if (npu := report.estimate) is not None:
+        found.append((not npu.fallbacks, f"{100 * npu.npu_share:.0f} % of operators on the NPU"))
+    return found
+
+
+def _figures(report: Any) -> list[tuple[str, str, str]]:
+    """The totals: name, figure, unit."""
+    figures = [
+        ("Flash", f"{report.size_bytes:,}", "bytes of .tflite"),
+        ("Work", counted(report.macs), "multiply-accumulates"),
+        ("Operators", str(sum(report.operators.values())), f"{report.float_operators} float"),
+    ]
+    if report.arena_bytes is not None:
+        figures.insert(1, ("Arena", f"{report.arena_bytes:,}", "bytes, TFLite Micro on 64 bits"))
+    if (npu := report.estimate) is not None:
+        figures += [
+            ("Cycles", counted(npu.cycles), f"on {npu.accelerator}, as Vela estimates"),
+            ("NPU memory", f"{npu.sram_bytes + npu.dram_bytes:,}", "bytes of SRAM and DRAM"),
+            ("NPU flash", f"{npu.flash_bytes:,}", "bytes of weights and commands"),
+        ]
+    return figures
+
+
+def _comparisons(report: Any) -> list[Comparison]:
+    """Operators in lockstep, then outputs from end to end."""
+    parts = [part for part in report.runtimes if part.problem is None]
+    tables = [part.by_operator() for part in parts]
+    rows = []
+    for operator in sorted({name for table in tables for name in table}):
+        found = [table.get(operator) for table in tables]
+        ties = sum(row.ties for row in found if row) / max(
+            sum(row.differing for row in found if row), 1
+        )
+        cells = tuple(
+            row and (row.max_steps, row.differing / max(row.elements, 1)) for row in found
+        )
+        values = next(f"{row.elements:,}" for row in found if row)
+        rows.append(Comparison(operator, values, cells, f"{100 * ties:.0f} % ties" if ties else ""))
+    for name in dict.fromkeys(output.name for part in parts for output in part.outputs):
+        outputs = [next((o for o in part.outputs if o.name == name), None) for part in parts]
+        agree = [o.top1_agreement for o in outputs if o and o.top1_agreement is not None]
+        note = f"top-1 agreement from {100 * min(agree):.1f} %" if agree else ""
+        ends = tuple(o and (o.max_steps, 1 - o.equal_fraction) for o in outputs)
+        rows.append(Comparison(f"end to end: {name}", "", ends, note))
+    return rows
+
+
+def _plots(layers: Sequence[Any]) -> tuple[Plot, ...]:
+    names = [layer.name for layer in layers]
+    sqnr = [layer.sqnr_db for layer in layers]
+    work = _plot(
+        "Multiply-accumulates",
+        "Where the time goes.",
+        [float(layer.macs) for layer in layers],
+        [f"{layer.name}: {layer.macs:,}" for layer in layers],
+        [False] * len(names),
+    )
+    flash = _plot(
+        "Bytes of constants",
+        "Where the flash goes.",
+        [float(layer.constant_bytes) for layer in layers],
+        [f"{layer.name}: {layer.constant_bytes:,} bytes" for layer in layers],
+        [False] * len(names),
+    )
+    if all(layer.grid_share is None for layer in layers):
+        return work, flash
+    noise = _plot(
+        "Signal over quantization noise, dB",
+        f"Of each value against its own rounding; below {LOW_SQNR_DB:g} dB it stands out. "
+        "Exact values have no column.",
+        [0.0 if value is None else max(value, 0.0) for value in sqnr],
+        [
+            f"{n}: " + ("exact" if v is None else f"{v:.1f} dB")
+            for n, v in zip(names, sqnr, strict=True)
+        ],
+        [v is not None and v < LOW_SQNR_DB for v in sqnr],
+    )
+    grid = _plot(
+        "Share of the grid that is used, %",
+        "How many of the integers occur at all; a column that stands out clips over 1 % of its "
+        "values.",
+        [100 * (layer.grid_share or 0.0) for layer in layers],
+        [
+            f"{x.name}: {100 * x.grid_share:.0f} % used, {100 * x.clipped_share:.2f} % clipped"
+            for x in layers
+            if x.grid_share is not None
+        ],
+        [(layer.clipped_share or 0.0) > 0.01 for layer in layers],
+        top=100.0,
+    )
+    return noise, grid, work, flash
+
+
+def _plot(
+    title: str,
+    about: str,
+    values: Sequence[float],
+    titles: Sequence[str],
+    stands_out: Sequence[bool],
+    top: float | None = None,
+) -> Plot:
+    highest = top or _round_up(max(values, default=0.0))
+    room = HEIGHT - _TOP - _BOTTOM
+    slot = (WIDTH - _LEFT - _RIGHT) / max(len(values), 1)
+    width = min(slot * 0.72, 48.0)
+    bars = []
+    for index, (value, words, loud) in enumerate(zip(values, titles, stands_out, strict=True)):
+        height = room * min(value / highest, 1.0)
+        x = _LEFT + slot * index + (slot - width) / 2
+        y = HEIGHT - _BOTTOM - height
+        bars.append(Bar(round(x, 1), round(y, 1), round(width, 1), round(height, 1), words, loud))
+    steps = [highest * share for share in (0.0, 0.5, 1.0)]
+    ticks = tuple((round(HEIGHT - _BOTTOM - room * s / highest, 1), counted(s)) for s in steps)
+    return Plot(title, about, tuple(bars), ticks)
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 2.5, 5, 10, 20, … that is no smaller; 1 for nothing."""
+    size = 1.0
+    while True:
+        for digit in (1, 2, 2.5, 5):
+            if digit * size >= value:
+                return digit * size
+        size *= 10

@@ -1,0 +1,264 @@
+"""What verification found, as data: text of 80 columns, JSON, and one HTML page."""
+
+import dataclasses
+import json
+import os
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from kqat.base import write_file
+from tflite_export.devices import NpuEstimate
+from tflite_export.verification import html_page
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteDifference:
+    """One value in lockstep: `differing` of its `elements` differ, by `max_steps` at most.
+
+    `ties` of the differing ones lie exactly between two steps in float arithmetic (an average of
+    two integers often does), where kernels choose either neighbour.
+    """
+
+    name: str
+    operator: str
+    elements: int
+    max_steps: int
+    differing: int
+    ties: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputAgreement:
+    """One output end to end: steps between the rounded Keras model and the file.
+
+    For an output that is float by the plan, a step is 1/255 of the spread of its values.
+
+    `top1_agreement` is the share of samples with the same largest class, `None` where the
+    output is not a vector of classes.
+    """
+
+    name: str
+    max_steps: int
+    equal_fraction: float
+    top1_agreement: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuntimeReport:
+    """One runtime; `problem` says why there is no more to say, if it did not run."""
+
+    runtime: str
+    problem: str | None = None
+    sites: tuple[SiteDifference, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    outputs: tuple[OutputAgreement, ...] = ()
+    arena_bytes: int | None = None
+
+    @property
+    def max_steps(self) -> int:
+        """Largest difference of any value in lockstep."""
+        return max((site.max_steps for site in self.sites), default=0)
+
+    def by_operator(self) -> dict[str, SiteDifference]:
+        """Operator -> the differences of all that it wrote, added up."""
+        table: dict[str, SiteDifference] = {}
+        for site in self.sites:
+            total = table.get(site.operator)
+            table[site.operator] = site if total is None else _sum(total, site)
+        return dict(sorted(table.items()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One value of the file, and the operator that computes it.
+
+    Attributes:
+        name, operator, shape: of the value (without batch); `"input"` for a model input.
+        bits, scale, zero_point: its grid, `None` without one.
+        weight_bits: as the file stores the operator's weights; `None` without weights.
+        clipped_share: share of values that lie outside the range, 0..1.
+        grid_share: share of the grid's integers that occur at all, 0..1.
+        sqnr_db: power of the values over that of their rounding error; `None` where there is none.
+            Without lockstep these three are `None`.
+        max_steps: runtime -> largest difference in lockstep.
+        macs, constant_bytes: multiply-accumulates of the operator, bytes of its constants.
+    """
+
+    name: str
+    operator: str
+    shape: tuple[int, ...]
+    bits: int | None
+    weight_bits: int | None
+    scale: float | None
+    zero_point: int | None
+    clipped_share: float | None
+    grid_share: float | None
+    sqnr_db: float | None
+    max_steps: Mapping[str, int]
+    macs: int
+    constant_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """A verified file: `print` it, keep it as JSON (`save`) or as a page (`save_html`).
+
+    Attributes:
+        model_name, size_bytes, samples: what was verified, on how many samples.
+        operators, float_operators: operator -> count, and how many touch a float.
+        runtimes: what each of them found.
+        layers: the values in the order in which they are computed; ranges and noise are those of
+            the first runtime that ran the file.
+        macs: multiply-accumulates of one invocation.
+        estimate: what Vela says, for a target with an NPU that it knows.
+        notes: what could not be compared, or does not fit the target.
+    """
+
+    model_name: str
+    size_bytes: int
+    samples: int
+    operators: dict[str, int]
+    float_operators: int
+    runtimes: tuple[RuntimeReport, ...]
+    layers: tuple[LayerReport, ...] = ()
+    macs: int = 0
+    estimate: NpuEstimate | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def arena_bytes(self) -> int | None:
+        """What TFLite Micro uses of its arena; `None` where it did not run the file."""
+        return next((p.arena_bytes for p in self.runtimes if p.arena_bytes is not None), None)
+
+    @property
+    def is_full_integer(self) -> bool:
+        """Whether no operator reads or writes a float."""
+        return self.float_operators == 0
+
+    def on(self, runtime: str) -> RuntimeReport:
+        """The part about one runtime."""
+        return next(part for part in self.runtimes if part.runtime == runtime)
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the JSON to `path`, whole or not at all."""
+        write_file(path, self.to_json().encode())
+
+    def to_html(self) -> str:
+        """The report as one self-contained page, for light and dark screens."""
+        return html_page.render(self)
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the page to `path`, whole or not at all."""
+        write_file(path, self.to_html().encode())
+
+    def __str__(self) -> str:
+        count = sum(self.operators.values())
+        kinds = ", ".join(f"{number} {name}" for name, number in self.operators.items())
+        lines = [
+            *_wrapped(
+                f"{self.model_name}: {self.size_bytes:,} bytes, {count} operators, "
+                f"{self.float_operators} of them float, {self.macs:,} multiply-accumulates",
+                "",
+            ),
+            *_wrapped(kinds, "  "),
+            f"over {self.samples} samples, differences in output steps:",
+        ]
+        for part in self.runtimes:
+            lines += _runtime_lines(part)
+        for note in self.notes:
+            lines += _wrapped(f"note: {note}", "")
+        if self.estimate is not None:
+            lines += _estimate_lines(self.estimate)
+        lines += _layer_lines(self.layers)
+        return "\n".join(lines)
+
+
+def _sum(a: SiteDifference, b: SiteDifference) -> SiteDifference:
+    return SiteDifference(
+        name=a.operator,
+        operator=a.operator,
+        elements=a.elements + b.elements,
+        max_steps=max(a.max_steps, b.max_steps),
+        differing=a.differing + b.differing,
+        ties=a.ties + b.ties,
+    )
+
+
+def _runtime_lines(part: RuntimeReport) -> list[str]:
+    if part.problem is not None:
+        return [f"  {part.runtime}: did not run", *_wrapped(part.problem, "    ")]
+    arena = "" if part.arena_bytes is None else f", arena {part.arena_bytes:,} bytes"
+    said = f"at most {part.max_steps} in lockstep" if part.sites else "ran it"
+    lines = [f"  {part.runtime}: {said}{arena}"]
+    for operator, row in part.by_operator().items():
+        share = 100 * row.differing / max(row.elements, 1)
+        ties = f", {100 * row.ties / row.differing:.0f} % ties" if row.ties else ""
+        lines += _wrapped(
+            f"{operator:<23} max {row.max_steps} {share:7.3f} % of {row.elements:,} differ{ties}",
+            "    ",
+        )
+    if part.unmatched:
+        lines += _wrapped("not compared: " + ", ".join(part.unmatched), "    ")
+    for output in part.outputs:
+        top1: Any = output.top1_agreement
+        lines += _wrapped(
+            f"output {output.name!r} end to end: max {output.max_steps}, "
+            f"{100 * output.equal_fraction:.1f} % equal"
+            + ("" if top1 is None else f", top-1 agreement {100 * top1:.1f} %"),
+            "    ",
+        )
+    return lines
+
+
+def _estimate_lines(npu: NpuEstimate) -> list[str]:
+    on_npu = npu.operators - len(npu.fallbacks)
+    lines = _wrapped(
+        f"Vela for {npu.accelerator}: {on_npu} of {npu.operators} operators on the NPU "
+        f"({100 * npu.npu_share:.0f} %), {npu.cycles:,} cycles, SRAM {npu.sram_bytes:,} bytes, "
+        f"DRAM {npu.dram_bytes:,} bytes, flash {npu.flash_bytes:,} bytes",
+        "",
+    )
+    for left in npu.fallbacks:
+        lines += _wrapped(f"on the CPU: {left.operator} '{left.tensor}': {left.reason}", "  ")
+    return lines
+
+
+LAYER_LEGEND = (
+    "bits: weights/values; clip: values outside the range; grid: integers that occur; SQNR: power "
+    "over rounding error, in dB; steps: largest difference in lockstep"
+)
+
+
+def _layer_lines(layers: tuple[LayerReport, ...]) -> list[str]:
+    """The layers as a table of 80 columns."""
+    if not layers:
+        return []
+    head = f"{'layer':<22} {'bits':>5} {'scale':>9} {'clip':>6} {'grid':>5} {'SQNR':>5}"
+    lines = ["", f"{head} {'steps':>5} {'MACs':>7} {'bytes':>7}", "-" * 80]
+    for row in layers:
+        name = " ".join(row.name.split())[-22:]
+        bits = f"{row.weight_bits or '-'}/{row.bits or '-'}"
+        scale = "" if row.scale is None else f"{row.scale:.3g}"
+        lines.append(
+            f"{name:<22} {bits:>5} {scale:>9} {_use_cells(row)} "
+            f"{html_page.counted(row.macs):>7} {html_page.counted(row.constant_bytes):>7}"
+        )
+    return [*lines, *_wrapped(LAYER_LEGEND, "")]
+
+
+def _use_cells(row: LayerReport) -> str:
+    if row.grid_share is None or row.clipped_share is None:
+        return " " * 24
+    sqnr = "exact" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+    steps = max(row.max_steps.values(), default=0)
+    return f"{100 * row.clipped_share:>5.2f}% {100 * row.grid_share:>4.0f}% {sqnr:>5} {steps:>5}"
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    """`text` in lines of 80 characters; those that go on stand further in."""
+    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=f"{indent}  ")
