@@ -15,9 +15,8 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.grids import INT16_ACTIVATION, QuantSpec, Site, arithmetic
+from kqat.kernels import GATES
 
-# In the order of the operator's inputs, which is that of Keras's columns.
-GATES = ("input", "forget", "candidate", "output")
 CARRY = QuantSpec(bits=16, symmetric=True, power_of_two=True)
 _SUMS = (-8.0, 8.0 - 2.0**-12)
 _UNIT = (-1.0, 1.0 - 2.0**-15)
