@@ -22,7 +22,7 @@ def mean(xp: Arrays, x: Any, axes: Sequence[int], given: Grid, result: Grid) -> 
     power = min(count.bit_length() - 1, 32, 31 + factor.shift)
     factor = Factor((factor.mantissa << power) // count, factor.shift - power)
     total = _sum(xp, x, axes, given)
-    return onto(xp, (of_wide_sum if given.wide else twice_rounded)(xp, total, factor), result)
+    return onto(xp, twice_rounded(xp, total, factor), result)
 
 
 def mean_by_xnnpack(xp: Arrays, x: Any, axes: Sequence[int], given: Grid, result: Grid) -> Any:

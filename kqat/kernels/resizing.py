@@ -62,3 +62,39 @@ def bilinear(
         for column, other in ((left, (1 << 10) - across), (right, across)):
             total = total + xp.take(part, column, axis=2) * weight * other
     return xp.cast(divided(xp, total, 20), "int32")
+
+
+def bilinear_places_of_xnnpack(
+    given: int, result: int, *, corners: bool, centers: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same for XNNPACK, computed in float32; distances have 11 bits behind the point."""
+    less = int(corners and result != 1)
+    scale = np.float32(given - less) / np.float32(result - less)
+    place = np.arange(result, dtype=np.float32) * scale
+    if centers and not corners:
+        offset = np.float32(0.5) * scale - np.float32(0.5)
+        place = np.maximum(place + offset, np.float32(0))
+    place = np.minimum(place, np.float32(given - 1))
+    low = place.astype(np.int64)
+    distance = np.rint((place - low.astype(np.float32)) * np.float32(2**11)).astype(np.int64)
+    return low, np.minimum(low + 1, given - 1), distance
+
+
+def bilinear_by_xnnpack(
+    xp: Arrays,
+    x: Any,
+    rows: tuple[np.ndarray, np.ndarray, np.ndarray],
+    columns: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> Any:
+    """RESIZE_BILINEAR on XNNPACK: products with 22 bits, halves up."""
+    x = xp.cast(x, "int32")
+    (top, bottom, down), (left, right, across) = rows, columns
+    down = down.astype(np.int32).reshape(1, -1, 1, 1)
+    across = across.astype(np.int32).reshape(1, 1, -1, 1)
+
+    def between(part: Any) -> Any:
+        first, second = xp.take(part, left, axis=2), xp.take(part, right, axis=2)
+        return first * 2**11 + (second - first) * across
+
+    first, second = between(xp.take(x, top, axis=1)), between(xp.take(x, bottom, axis=1))
+    return xp.right_shift(first * 2**11 + (second - first) * down + 2**21, 22)

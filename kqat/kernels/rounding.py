@@ -51,14 +51,26 @@ def divided(xp: Arrays, values: Any, bits: Any) -> Any:
 
 
 def twice_rounded(xp: Arrays, values: Any, factor: Factor) -> Any:
-    """`values * factor` as gemmlowp rounds it; int64."""
-    left = np.maximum(factor.shift, 0)
-    right = np.maximum(-np.asarray(factor.shift), 0)
+    """`values * factor` as gemmlowp rounds it, halves away from zero in the end; int64."""
+    high, right = _high(xp, values, factor)
+    return divided(xp, high, right) if np.any(right) else high
+
+
+def twice_rounded_up(xp: Arrays, values: Any, factor: Factor) -> Any:
+    """The same as LiteRT's optimized matrix products (ruy) round it: halves go up; int64."""
+    high, right = _high(xp, values, factor)
+    half = np.left_shift(np.int64(1), right) >> 1
+    return xp.right_shift(high + half, right) if np.any(right) else high
+
+
+def _high(xp: Arrays, values: Any, factor: Factor) -> tuple[Any, np.ndarray]:
+    """The product's upper half, and how far it is to be shifted to the right."""
+    left = np.maximum(np.asarray(factor.shift, np.int64), 0)
+    right = np.maximum(-np.asarray(factor.shift, np.int64), 0)
     wide = xp.cast(values, "int64")
     if np.any(left):
         wide = wide * np.left_shift(np.int64(1), left)
-    high = halved_up(xp, wide * np.asarray(factor.mantissa, np.int64), 31)
-    return divided(xp, high, right) if np.any(right) else high
+    return halved_up(xp, wide * np.asarray(factor.mantissa, np.int64), 31), right
 
 
 def of_wide_sum(xp: Arrays, values: Any, factor: Factor) -> Any:

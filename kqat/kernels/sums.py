@@ -5,6 +5,7 @@ up to less are right in any order. The weights, which are known, tell how large 
 """
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from kqat.kernels.arrays import Arrays
 from kqat.kernels.grids import Grid, onto
-from kqat.kernels.rounding import fixed_point, of_wide_sum, once_rounded, twice_rounded
+from kqat.kernels.rounding import fixed_point, of_wide_sum, once_rounded, twice_rounded, twice_rounded_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,16 @@ def spread(xp: Arrays, x: Any, strides: tuple[int, int]) -> Any:
     return x[:, : rows - down + 1, : x.shape[2] - right + 1, :]
 
 
+class Rounding(enum.Enum):
+    """How exact sums become the output's integers."""
+
+    ONCE = enum.auto()  # XNNPACK: times a float32, halves to even
+    TWICE = enum.auto()  # reference and micro kernels on int32 sums: halves away from zero
+    TWICE_UP = enum.auto()  # matrix products of LiteRT's optimized kernels: the last halves go up
+    WIDE = enum.auto()  # int64 sums: times 15 bits, halves up
+    DOUBLE = enum.auto()  # LiteRT's reference FULLY_CONNECTED: times a float64, halves away
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Requantize:
     """From exact sums to the output's grid.
@@ -116,17 +127,14 @@ class Requantize:
         given: grid of the input.
         weights: grid of the weights.
         result: grid of the output.
-        once: rounded once, as by XNNPACK.
-        per_tensor_product: the two scales of one number each are multiplied in float32 first.
+        rounding: of the kernel.
         activation: fused, or `"none"`.
-        fits_int64: the bias is int64, and so are the sums.
     """
 
     given: Grid
     weights: Grid
     result: Grid
-    once: bool
-    per_tensor_product: bool = False
+    rounding: Rounding
     activation: str = "none"
 
     def __call__(self, xp: Arrays, sums: Any, bias: Any | None) -> Any:
@@ -135,18 +143,23 @@ class Requantize:
         sums = xp.cast(sums, wide)
         if bias is not None:
             sums = sums + xp.cast(bias, wide)
+        return onto(xp, self._steps(xp, sums), self.result, self.activation)
+
+    def _steps(self, xp: Arrays, sums: Any) -> Any:
         scales = np.asarray(self.weights.scales, np.float32)
         scales = scales[0] if len(scales) == 1 else scales
-        if self.once:
+        if self.rounding is Rounding.ONCE:
             steps = once_rounded(xp, sums, self.given.scale * scales / self.result.scale)
-            low, high = self.result.limits
             # A float beyond int32 has no integer; it is clipped anyway.
-            steps = xp.clip(steps, low - 256.0 * 256.0, high + 256.0 * 256.0)
-            return onto(xp, xp.cast(steps, "int32"), self.result, self.activation)
-        if self.per_tensor_product and scales.ndim == 0:
-            product = np.float64(self.given.scale * scales)
-        else:
-            product = np.float64(self.given.scale) * np.asarray(scales, np.float64)
-        factor = fixed_point(product / np.float64(self.result.scale))
-        rescale = of_wide_sum if self.given.wide and bias is not None else twice_rounded
-        return onto(xp, rescale(xp, sums, factor), self.result, self.activation)
+            return xp.cast(xp.clip(steps, -(2.0**24), 2.0**24), "int32")
+        product = np.float64(self.given.scale) * np.asarray(scales, np.float64)
+        real = product / np.float64(self.result.scale)
+        if self.rounding is Rounding.DOUBLE:
+            value = xp.cast(sums, "float64") * real
+            return xp.cast(xp.sign(value) * xp.floor(xp.abs(value) + 0.5), "int64")
+        rescale = {
+            Rounding.TWICE: twice_rounded,
+            Rounding.TWICE_UP: twice_rounded_up,
+            Rounding.WIDE: of_wide_sum,
+        }[self.rounding]
+        return rescale(xp, sums, fixed_point(real))

@@ -147,8 +147,10 @@ def _is_delegated(step: Step) -> bool:
         weights = step.given(1)
         return weights.dtype == "int8" and weights.data is not None
     if name == "FULLY_CONNECTED":
-        return step.given(1).dtype in ("int8", "int4") and step.given(1).data is not None
-    return name in ("MEAN", "LOGISTIC", "TANH", "ELU", "DEQUANTIZE", "BATCH_MATMUL", "RESIZE_BILINEAR")
+        weights = step.given(1)
+        per_axis = len(weights.on_grid.scales) > 1
+        return weights.data is not None and (weights.dtype != "int2" or per_axis)
+    return name in ("MEAN", "LOGISTIC", "TANH", "ELU", "DEQUANTIZE", "RESIZE_BILINEAR")
 
 
 def _int8(step: Step) -> bool:
@@ -180,15 +182,32 @@ def _window(step: Step, kernel: tuple[int, int], options: Any) -> sums.Window:
     return sums.Window(strides=strides, dilations=dilations, padding=padding)
 
 
-def _requantize(step: Step, runtime: str, weights: Tensor, given: Tensor, once: bool) -> sums.Requantize:
+def _requantize(step: Step, runtime: str, weights: Tensor, given: Tensor) -> sums.Requantize:
     return sums.Requantize(
         given=given.on_grid,
         weights=weights.on_grid,
         result=step.result.on_grid,
-        once=once,
-        per_tensor_product=step.name == "FULLY_CONNECTED",
+        rounding=_rounding(step, runtime, weights, given),
         activation=step.activation,
     )
+
+
+def _rounding(step: Step, runtime: str, weights: Tensor, given: Tensor) -> sums.Rounding:
+    """How the kernel of a sum of products rounds."""
+    rounding, kind = sums.Rounding, kind_of(step, runtime)
+    if kind == "xnnpack":
+        return rounding.ONCE
+    dense = step.name == "FULLY_CONNECTED"
+    if dense and kind == "reference":
+        return rounding.DOUBLE
+    if given.dtype == "int16":
+        # Without a bias, LiteRT's optimized kernel adds up in int32.
+        if dense and kind == "optimized" and step.inputs[2:3] in ((), (None,)):
+            return rounding.TWICE_UP
+        return rounding.WIDE
+    if kind == "optimized" and (dense or step.name == "CONV_2D"):
+        return rounding.TWICE_UP
+    return rounding.TWICE
 
 
 @makes("CONV_2D", "DEPTHWISE_CONV_2D")
@@ -208,7 +227,7 @@ def convolution(step: Step, runtime: str) -> Kernel:
     axes = (0, 1) if depthwise else (0, 1, 2)
     dtype = sums.exact_dtype(kernel, axes, sums.largest_magnitude(grid))
     window = _window(step, kernel.shape[:2], step.options)
-    finish = _requantize(step, runtime, weights, given, kind_of(step, runtime) == "xnnpack")
+    finish = _requantize(step, runtime, weights, given)
     constants = {"kernel": kernel.astype(dtype), **_bias(step, 2)}
 
     def compute(xp: Arrays, x: Values, c: Mapping[str, Any]) -> Values:
@@ -259,7 +278,7 @@ def fully_connected(step: Step, runtime: str) -> Kernel:
     data = _constant(weights)
     grid = given.on_grid
     dtype = sums.exact_dtype(data, (1,), sums.largest_magnitude(grid))
-    finish = _requantize(step, runtime, weights, given, kind_of(step, runtime) == "xnnpack")
+    finish = _requantize(step, runtime, weights, given)
 
     def compute(xp: Arrays, x: Values, c: Mapping[str, Any]) -> Values:
         rows = xp.reshape(xp.cast(x[0], "int32") - grid.zero_point, (-1, data.shape[1]))
@@ -291,7 +310,7 @@ def transpose_conv(step: Step, runtime: str) -> Kernel:
         dilations=(1, 1),
         padding=tuple((b, max(a, 0)) for b, a in padding),  # type: ignore[arg-type]
     )
-    finish = _requantize(step, runtime, weights, given, kind_of(step, runtime) == "xnnpack")
+    finish = _requantize(step, runtime, weights, given)
 
     def compute(xp: Arrays, x: Values, c: Mapping[str, Any]) -> Values:
         images = _images(xp, xp.cast(x[2], "int32") - grid.zero_point, given.shape)
@@ -315,9 +334,7 @@ def batch_matmul(step: Step, runtime: str) -> Kernel:
         given=grids[0],
         weights=grids[1],
         result=result.on_grid,
-        once=kind_of(step, runtime) == "xnnpack",
-        per_tensor_product=True,
-        activation="none",
+        rounding=_rounding(step, runtime, b, a),
     )
 
     def compute(xp: Arrays, x: Values, c: Mapping[str, Any]) -> Values:
@@ -936,11 +953,14 @@ def resize_bilinear(step: Step, runtime: str) -> Kernel:
     kind = kind_of(step, runtime)
     flags = {"corners": bool(options.alignCorners), "centers": bool(options.halfPixelCenters)}
     sizes = [(given.shape[axis], result.shape[axis]) for axis in (1, 2)]
-    places = [resizing.bilinear_places(*size, **flags) for size in sizes]
+    by_xnnpack = kind == "xnnpack"
+    find = resizing.bilinear_places_of_xnnpack if by_xnnpack else resizing.bilinear_places
+    kernel = resizing.bilinear_by_xnnpack if by_xnnpack else resizing.bilinear
+    places = [find(*size, **flags) for size in sizes]
 
     def compute(xp: Arrays, x: Values, c: Mapping[str, Any]) -> Values:
         images = _images(xp, x[0], given.shape)
-        return [xp.reshape(resizing.bilinear(xp, images, *places), (-1, *result.shape))]
+        return [xp.reshape(kernel(xp, images, *places), (-1, *result.shape))]
 
     return Kernel(compute)
 
