@@ -24,6 +24,7 @@ from kqat.base import (
     UnsupportedLayerError,
 )
 from kqat.config import QuantizeConfig, QuantizePolicy
+from kqat.device_model import GapCallback, integer_model
 from kqat.devices import TARGETS, Misfit, Target, TargetWarning
 from kqat.freezing import FrozenModel, freeze, strip
 from kqat.grids import (
@@ -63,6 +64,7 @@ __all__ = [
     "FreezeError",
     "FreezeObservers",
     "FrozenModel",
+    "GapCallback",
     "KqatError",
     "LastValue",
     "LayerRule",
@@ -96,6 +98,7 @@ __all__ = [
     "algorithms",
     "calibrate",
     "freeze",
+    "integer_model",
     "plan",
     "quantize_annotate_layer",
     "quantize_apply",

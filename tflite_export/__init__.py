@@ -10,6 +10,7 @@ from tflite_export.devices import Fallback, NpuEstimate
 from tflite_export.exporter import convert, save
 from tflite_export.firmware import CSource, to_c
 from tflite_export.flatbuffer import Inspection, OperatorInfo, TensorInfo, inspect
+from tflite_export.integer_model import integer_model
 from tflite_export.runtimes import RUNTIMES
 from tflite_export.verification import (
     LayerReport,
@@ -36,6 +37,7 @@ __all__ = [
     "TensorInfo",
     "convert",
     "inspect",
+    "integer_model",
     "save",
     "to_c",
     "verify",

@@ -104,9 +104,7 @@ def run_lstm(numbers: Numbers, x: Any, runtime: str, xp: Arrays = NUMPY) -> Any:
     return xp.cast(xp.stack(outputs, axis=1), "int8")
 
 
-def _sum(
-    xp: Arrays, numbers: Numbers, gate: str, x: Any, h: Any, arithmetic: _Arithmetic
-) -> Any:
+def _sum(xp: Arrays, numbers: Numbers, gate: str, x: Any, h: Any, arithmetic: _Arithmetic) -> Any:
     """The argument of one gate's function, Q3.12."""
     # The runtimes multiply the scales in float32.
     input_factor = np.float32(numbers.input_scale * numbers.kernel_scales[gate])

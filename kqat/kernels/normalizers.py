@@ -10,8 +10,8 @@ from kqat.kernels import fixed_point
 from kqat.kernels.arrays import NUMPY, Arrays
 from kqat.kernels.grids import Grid, onto
 from kqat.kernels.lstm_arithmetic import interpolated_sigmoid, interpolated_tanh
-from kqat.kernels.rounding import Factor, divided, fixed_point as as_factor, halved_up
-from kqat.kernels.rounding import twice_rounded
+from kqat.kernels.rounding import Factor, divided, halved_up, twice_rounded
+from kqat.kernels.rounding import fixed_point as as_factor
 from kqat.kernels.tables import integers_of
 
 _BITS = 31
@@ -28,9 +28,7 @@ def squashed(given: Grid, result: Grid, kind: str) -> np.ndarray:
     low, high = result.limits
     inner = np.clip(x, -radius, radius)
     rescaled = twice_rounded(NUMPY, inner, factor)
-    function, behind = (
-        (fixed_point.sigmoid, 8) if kind == "LOGISTIC" else (fixed_point.tanh, 7)
-    )
+    function, behind = (fixed_point.sigmoid, 8) if kind == "LOGISTIC" else (fixed_point.tanh, 7)
     steps = onto(NUMPY, divided(NUMPY, function(rescaled, bits, _BITS), _BITS - behind), result)
     return np.where(x <= -radius, low, np.where(x >= radius, high, steps)).astype(np.int32)
 
@@ -200,7 +198,10 @@ def _reciprocal_root(xp: Arrays, total: Any) -> tuple[Any, Any]:
 def _interpolation_points(
     scale: float, zero_point: int, function: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """A function of int16 at 513 points, in steps of 2 / 65535, moved to halve the error between."""
+    """A function of int16 at 513 points, in steps of 2 / 65535.
+
+    Each is moved by half the error that lies between it and the next.
+    """
     one = np.float32
     step_in, step_out = one(scale), one(2.0 / 65535.0)
     low, high = (step_in * one(end - zero_point) for end in (-(2**15), 2**15 - 1))
@@ -212,7 +213,11 @@ def _interpolation_points(
     def at(x: np.ndarray) -> np.ndarray:
         return function(x.astype(np.float64)).astype(np.float32) * inverse
 
-    here, middle, after = at(low + i * step), at(low + i * step + step / 2), at(low + (i + 1) * step)
+    here, middle, after = (
+        at(low + i * step),
+        at(low + i * step + step / 2),
+        at(low + (i + 1) * step),
+    )
     between = _half_away((after + _half_away(here)) / one(2))
     bias = _half_away((between - _half_away(middle)) / one(2))
     points = np.append(_half_away(here) - bias, _half_away(at(np.asarray([high]))))

@@ -10,10 +10,15 @@ from kqat.kernels.rounding import fixed_point, once_rounded, twice_rounded
 
 
 def add(
-    xp: Arrays, a: Any, b: Any, given: tuple[Grid, Grid], result: Grid, sign: int = 1,
+    xp: Arrays,
+    a: Any,
+    b: Any,
+    given: tuple[Grid, Grid],
+    result: Grid,
+    sign: int = 1,
     activation: str = "none",
 ) -> Any:
-    """`a + sign * b` on LiteRT's own and the micro kernels: both lifted by many bits first."""  # fmt: skip
+    """`a + sign * b` on LiteRT's own and the micro kernels: both lifted by many bits first."""
     lift = 15 if result.wide else 20
     most = np.float64(2 * max(given[0].scale, given[1].scale))
     parts = []
@@ -26,10 +31,15 @@ def add(
 
 
 def add_by_xnnpack(
-    xp: Arrays, a: Any, b: Any, given: tuple[Grid, Grid], result: Grid, sign: int = 1,
+    xp: Arrays,
+    a: Any,
+    b: Any,
+    given: tuple[Grid, Grid],
+    result: Grid,
+    sign: int = 1,
     activation: str = "none",
 ) -> Any:
-    """The same on XNNPACK: two products with 21 bits, one shift, halves up."""  # fmt: skip
+    """The same on XNNPACK: two products with 21 bits, one shift, halves up."""
     ratios = [grid.scale / result.scale for grid in given]
     shift = 20 - (int(np.frexp(max(ratios))[1]) - 1)
     x, y = (int(np.rint(np.float64(ratio) * 2.0**shift)) for ratio in ratios)
@@ -40,10 +50,15 @@ def add_by_xnnpack(
 
 
 def multiply(
-    xp: Arrays, a: Any, b: Any, given: tuple[Grid, Grid], result: Grid, once: bool,
+    xp: Arrays,
+    a: Any,
+    b: Any,
+    given: tuple[Grid, Grid],
+    result: Grid,
+    once: bool,
     activation: str = "none",
 ) -> Any:
-    """`a * b`; `once` as XNNPACK rounds it."""  # fmt: skip
+    """`a * b`; `once` as XNNPACK rounds it."""
     product = (xp.cast(a, "int32") - given[0].zero_point) * (
         xp.cast(b, "int32") - given[1].zero_point
     )
@@ -65,9 +80,7 @@ def prelu(xp: Arrays, x: Any, slopes: Any, given: tuple[Grid, Grid], result: Gri
     return onto(xp, steps, result)
 
 
-def squared_difference(
-    xp: Arrays, a: Any, b: Any, given: tuple[Grid, Grid], result: Grid
-) -> Any:
+def squared_difference(xp: Arrays, a: Any, b: Any, given: tuple[Grid, Grid], result: Grid) -> Any:
     """SQUARED_DIFFERENCE: both lifted by 7 bits, the difference squared."""
     most = np.float64(2 * max(given[0].scale, given[1].scale))
     parts = []

@@ -91,9 +91,7 @@ def max_pool(
 ) -> Any:
     """MAX_POOL_2D."""
     low = result.limits[0]
-    padded = xp.pad(
-        xp.cast(x, "int32"), ((0, 0), *window.padding, (0, 0)), constant_values=low
-    )
+    padded = xp.pad(xp.cast(x, "int32"), ((0, 0), *window.padding, (0, 0)), constant_values=low)
     parts = windows(padded, size, window)
     most = parts[0]
     for part in parts[1:]:

@@ -13,7 +13,13 @@ import numpy as np
 
 from kqat.kernels.arrays import Arrays
 from kqat.kernels.grids import Grid, onto
-from kqat.kernels.rounding import fixed_point, of_wide_sum, once_rounded, twice_rounded, twice_rounded_up
+from kqat.kernels.rounding import (
+    fixed_point,
+    of_wide_sum,
+    once_rounded,
+    twice_rounded,
+    twice_rounded_up,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,10 +32,12 @@ class Window:
 
 
 def same_padding(
-    size: tuple[int, int], kernel: tuple[int, int], strides: tuple[int, int],
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
     dilations: tuple[int, int] = (1, 1),
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The zeros before and after that give `ceil(size / stride)` results."""  # fmt: skip
+    """The zeros before and after that give `ceil(size / stride)` results."""
     pads = []
     for length, taps, stride, dilation in zip(size, kernel, strides, dilations, strict=True):
         needed = (-(-length // stride) - 1) * stride + (taps - 1) * dilation + 1 - length

@@ -36,17 +36,14 @@ def execute(program: Program, feeds: Sequence[np.ndarray], runtime: str) -> dict
         ExportError: if the arithmetic of an operator is not known.
     """
     values = {
-        tensor.index: np.asarray(feed)
-        for tensor, feed in zip(program.inputs, feeds, strict=True)
+        tensor.index: np.asarray(feed) for tensor, feed in zip(program.inputs, feeds, strict=True)
     }
     for step in program.steps:
         values |= carry_out(step, values, runtime)
     return values
 
 
-def carry_out(
-    step: Step, values: Mapping[int, np.ndarray], runtime: str
-) -> dict[int, np.ndarray]:
+def carry_out(step: Step, values: Mapping[int, np.ndarray], runtime: str) -> dict[int, np.ndarray]:
     """The outputs of one step, of the values before it."""
     kernel = kernel_of(step, runtime)
     inputs = []
@@ -54,7 +51,7 @@ def carry_out(
         value = None if tensor is None else values.get(tensor.index)
         if value is None:
             value = kernel.constants.get(f"input_{position}")
-        inputs.append(value.astype(np.int32) if _is_small(value) else value)
+        inputs.append(_widened(value))
     outputs = kernel.compute(NUMPY, inputs, kernel.constants)
     return {
         tensor.index: np.asarray(value).astype(tensor.dtype)
@@ -62,8 +59,10 @@ def carry_out(
     }
 
 
-def _is_small(value: np.ndarray | None) -> bool:
-    return value is not None and value.dtype.kind in "iu" and value.dtype.itemsize < 4
+def _widened(value: np.ndarray | None) -> np.ndarray | None:
+    """Integers as int32, in which kernels compute."""
+    small = value is not None and value.dtype.kind in "iu" and value.dtype.itemsize < 4
+    return value.astype(np.int32) if small and value is not None else value
 
 
 def differing_steps(

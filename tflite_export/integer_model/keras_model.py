@@ -160,9 +160,7 @@ class IntegerOperator(keras.layers.Layer):
         ]
         for position, value in zip(self.positions, values, strict=True):
             given[position] = value
-        constants = {
-            key: ops.convert_to_tensor(value) for key, value in self.constants.items()
-        }
+        constants = {key: ops.convert_to_tensor(value) for key, value in self.constants.items()}
         outputs = [
             ops.reshape(y, (-1, *tensor.shape))
             for y, tensor in zip(

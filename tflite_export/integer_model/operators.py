@@ -13,9 +13,18 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kqat.base import ExportError
-from kqat.kernels import Arrays, Grid, Numbers, normalizers, pointwise, reductions, resizing
-from kqat.kernels import GATES, run_lstm, sums, tables
-from kqat.kernels.rounding import twice_rounded
+from kqat.kernels import (
+    GATES,
+    Arrays,
+    Numbers,
+    normalizers,
+    pointwise,
+    reductions,
+    resizing,
+    run_lstm,
+    sums,
+    tables,
+)
 from tflite_export.integer_model.program import Step, Tensor
 
 Values = list[Any]
@@ -38,6 +47,8 @@ class Kernel:
 
 Maker = Callable[[Step, str], Kernel]
 _MAKERS: dict[str, Maker] = {}
+# They read or write floats, or hand them on as they are.
+_TAKE_FLOATS = ("QUANTIZE", "DEQUANTIZE", "CAST", "RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS")
 
 
 def makes(*names: str) -> Callable[[Maker], Maker]:
@@ -65,6 +76,13 @@ def kernel_of(step: Step, runtime: str) -> Kernel:
         raise ExportError(
             f"Expected operators whose integer arithmetic is known: {', '.join(supported())}. "
             f"Received: {step.name}, which computes {step.result.name!r}."
+        )
+    floats = [t for t in (*step.inputs, step.result) if t is not None and t.dtype == "float32"]
+    if floats and step.name not in _TAKE_FLOATS:
+        raise ExportError(
+            f"Expected integer operators. Received: {step.name} of floats, which computes "
+            f"{step.result.name!r}: floats are added up in an order that each runtime chooses. "
+            "Quantize that layer."
         )
     return _MAKERS[step.name](step, runtime)
 
@@ -95,7 +113,9 @@ def aligned(xp: Arrays, values: Sequence[Any]) -> Values:
 def broadcast_together(xp: Arrays, values: Sequence[Any]) -> Values:
     """Values of one number of samples: a constant is repeated for each."""
     most = next((x for x in values if x.shape[0] != 1 or x.shape[0] is None), values[0])
-    zeros = xp.cast(xp.zeros_like(most[(slice(None), *[slice(0, 1)] * (len(most.shape) - 1))]), "int32")
+    zeros = xp.cast(
+        xp.zeros_like(most[(slice(None), *[slice(0, 1)] * (len(most.shape) - 1))]), "int32"
+    )
     return [
         x + xp.cast(xp.reshape(zeros, (-1, *[1] * (len(x.shape) - 1))), "int32") for x in values
     ]
@@ -205,7 +225,7 @@ def _rounding(step: Step, runtime: str, weights: Tensor, given: Tensor) -> sums.
         if dense and kind == "optimized" and step.inputs[2:3] in ((), (None,)):
             return rounding.TWICE_UP
         return rounding.WIDE
-    if kind == "optimized" and (dense or step.name == "CONV_2D"):
+    if kind == "optimized" and (dense or step.name in ("CONV_2D", "BATCH_MATMUL")):
         return rounding.TWICE_UP
     return rounding.TWICE
 
@@ -233,9 +253,7 @@ def convolution(step: Step, runtime: str) -> Kernel:
     def compute(xp: Arrays, x: Values, c: Mapping[str, Any]) -> Values:
         images = _images(xp, xp.cast(x[0], "int32") - grid.zero_point, given.shape)
         if groups == 1:
-            total = sums.convolve(
-                xp, images, c["kernel"], window, dtype=dtype, depthwise=depthwise
-            )
+            total = sums.convolve(xp, images, c["kernel"], window, dtype=dtype, depthwise=depthwise)
         else:
             size = channels // groups
             outputs = kernel.shape[-1] // groups
@@ -493,9 +511,7 @@ def _table(step: Step, entries: np.ndarray) -> Kernel:
 def leaky_relu(step: Step, runtime: str) -> Kernel:
     """LEAKY_RELU."""
     make = (
-        tables.leaky_relu_by_xnnpack
-        if kind_of(step, runtime) == "xnnpack"
-        else tables.leaky_relu
+        tables.leaky_relu_by_xnnpack if kind_of(step, runtime) == "xnnpack" else tables.leaky_relu
     )
     return _table(step, make(step.given(0).on_grid, step.result.on_grid, step.options.alpha))
 
@@ -878,9 +894,7 @@ def depth_and_space(step: Step, runtime: str) -> Kernel:
             parts = xp.reshape(x[0], (-1, rows, columns, block, block, channels // block**2))
             parts = xp.transpose(parts, (0, 1, 3, 2, 4, 5))
         else:
-            parts = xp.reshape(
-                x[0], (-1, rows // block, block, columns // block, block, channels)
-            )
+            parts = xp.reshape(x[0], (-1, rows // block, block, columns // block, block, channels))
             parts = xp.transpose(parts, (0, 1, 3, 2, 4, 5))
         return [xp.reshape(parts, (-1, *step.result.shape))]
 

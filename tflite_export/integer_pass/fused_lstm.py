@@ -12,10 +12,10 @@ import keras
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from kqat.kernels import Numbers, run_lstm
 from kqat.parts import GATES, FrozenLSTM, GateNumbers
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
-from kqat.kernels import Numbers, run_lstm
 from tflite_export.kernels import TENSOR_TYPES, Weights, fit_bias, quantization
 from tflite_export.lowering import Labels
 
