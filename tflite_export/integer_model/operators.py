@@ -166,6 +166,8 @@ def _is_delegated(step: Step) -> bool:
     if name in ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"):
         weights = step.given(1)
         return weights.dtype == "int8" and weights.data is not None
+    if name == "BATCH_MATMUL":
+        return _int8(step) and step.given(1).on_grid.zero_point == 0
     if name == "FULLY_CONNECTED":
         weights = step.given(1)
         per_axis = len(weights.on_grid.scales) > 1
@@ -225,7 +227,7 @@ def _rounding(step: Step, runtime: str, weights: Tensor, given: Tensor) -> sums.
         if dense and kind == "optimized" and step.inputs[2:3] in ((), (None,)):
             return rounding.TWICE_UP
         return rounding.WIDE
-    if kind == "optimized" and (dense or step.name in ("CONV_2D", "BATCH_MATMUL")):
+    if kind == "optimized" and (dense or step.name == "CONV_2D"):
         return rounding.TWICE_UP
     return rounding.TWICE
 
