@@ -18,6 +18,7 @@ import numpy as np
 from kqat.base import ExportError, RuntimeUnavailableError, write_files
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import DECODE, ModelT
+from tflite_export.kernels import OP_TABLE
 from tflite_export.runtimes import random_inputs, run, tflite_micro_arena_bytes
 
 TEMPLATES = ("model.h", "model.cc", "ops.h", "golden.h", "golden.cc", "main.cc")
@@ -26,12 +27,11 @@ TEMPLATES = ("model.h", "model.cc", "ops.h", "golden.h", "golden.cc", "main.cc")
 ARENA_STEP_BYTES = 256
 _ARENA_TRIES = 64
 _VALUES_PER_LINE = 12
-# Where MicroMutableOpResolver spells an operator otherwise than by the rule of `_adder`.
+# The same as `OpRule.resolver_method`, of operators that only other writers' files have, and of
+# custom ones.
 _ADDERS = {
-    "BATCH_MATMUL": "AddBatchMatMul",
     "CUMSUM": "AddCumSum",
     "PADV2": "AddPadV2",
-    "UNIDIRECTIONAL_SEQUENCE_LSTM": "AddUnidirectionalSequenceLSTM",
     DECODE: "AddDecode",
     "CIRCULAR_BUFFER": "AddCircularBuffer",
     "TFLite_Detection_PostProcess": "AddDetectionPostprocess",
@@ -189,8 +189,9 @@ def _operators(model: ModelT) -> tuple[str, ...]:
 
 def _adder(operator: str) -> str:
     """The resolver's method: AddConv2D for CONV_2D."""
+    own = OP_TABLE[operator].resolver_method if operator in OP_TABLE else _ADDERS.get(operator)
     camel = "".join(part.capitalize() for part in operator.split("_"))
-    return _ADDERS.get(operator) or "Add" + re.sub(r"(\d)d", r"\1D", camel)
+    return own or "Add" + re.sub(r"(\d)d", r"\1D", camel)
 
 
 def _check_types(model: ModelT) -> None:

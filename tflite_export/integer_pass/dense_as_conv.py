@@ -12,6 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT, new_operator, operator_code
+from tflite_export.integer_pass.draft import Draft
 from tflite_export.kernels import OP_TABLE, PACKED_TYPES, pack, quantization
 
 # Two RESHAPEs with their tensors and shapes; a matrix that saves less stays as it is.
@@ -19,13 +20,13 @@ _COST_BYTES = 512
 _BITS = 4
 
 
-def convolve(model: ModelT, operators: list[OperatorT]) -> None:
-    """Has CONV_2D compute those FULLY_CONNECTED whose matrices, int8 up to here, pay for it.
+def convolve(draft: Draft) -> None:
+    """Has CONV_2D compute the FULLY_CONNECTED whose matrices, int8 up to here, are large enough.
 
     The convolution's output has no name; the RESHAPE behind it hands the name on.
     """
-    graph = model.subgraphs[0]
-    chosen = {id(op) for op in operators if _saved_bytes(model, op) > _COST_BYTES}
+    model, graph = draft.model, draft.graph
+    chosen = {id(op) for op in draft.unpacked if _saved_bytes(model, op) > _COST_BYTES}
     graph.operators = [
         made
         for operator in graph.operators

@@ -15,8 +15,8 @@ from ai_edge_litert import schema_py_generated as schema
 from kqat.parts import GATES, FrozenLSTM, GateNumbers
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
+from tflite_export.integer_pass.draft import Draft
 from tflite_export.kernels import TENSOR_TYPES, Numbers, Weights, fit_bias, quantization, run_lstm
-from tflite_export.lowering import Labels
 
 _LEFT_OUT = -1
 
@@ -53,10 +53,10 @@ def _fitted(gate: GateNumbers, input_scale: np.float32) -> tuple[Weights, np.nda
     return weights, bias.integers
 
 
-def insert_lstms(model: ModelT, labels: Labels, lstms: tuple[FrozenLSTM, ...]) -> None:
-    """Completes the placeholders of `labels.lstms`, in place."""
-    for operator, index in labels.lstms:
-        _complete(model, operator, lstms[index])
+def insert_lstms(draft: Draft) -> None:
+    """Gives the placeholders of `labels.lstms` their weights, states and options."""
+    for operator, index in draft.labels.lstms:
+        _complete(draft.model, operator, draft.frozen.lstms[index])
 
 
 def _complete(model: ModelT, operator: OperatorT, layer: FrozenLSTM) -> None:

@@ -14,46 +14,35 @@ from ai_edge_litert import schema_py_generated as schema
 
 from kqat.devices import LITERT
 from kqat.grids import Site
-from kqat.parts import Tabulated
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, new_operator
+from tflite_export.integer_pass.draft import Draft
 from tflite_export.integer_pass.piecewise_linear import INTEGERS, Pieces, fit
-from tflite_export.kernels import ACTIVATION_DTYPES, TENSOR_TYPES, quantization
-from tflite_export.lowering import Labels
+from tflite_export.kernels import ACTIVATION_DTYPES, TENSOR_TYPES, kernel_version, quantization
 
 _INT32 = schema.TensorType.INT32
-# Versions: TensorFlow's `lite/tools/versioning/op_version.cc`.
-_GATHER_VERSIONS = {schema.TensorType.INT8: 2, schema.TensorType.INT16: 4}
 # A byte from 0 to 255 is stored as int8, 128 less: what that takes off numbers of so many bytes.
 _TAKEN_OFF = {count: 128 * sum(256**i for i in range(count)) for count in (1, 2, 3)}
 
 
-def insert_tables(
-    model: ModelT, labels: Labels, tables: tuple[Tabulated, ...], runtimes: frozenset[str]
-) -> None:
-    """Puts a look-up in the place of each placeholder of `labels.tables`, in place.
-
-    Args:
-        model: the flatbuffer.
-        labels: what its tensors are.
-        tables: the functions, by index.
-        runtimes: those that must run it.
+def insert_tables(draft: Draft) -> None:
+    """Puts a lookup in the place of each placeholder of `labels.tables`.
 
     Raises:
         LoweringError: if a function of 16 bits has too many jumps for TFLite Micro.
     """
-    graph = model.subgraphs[0]
-    chosen = {id(placeholder): tables[index] for placeholder, index in labels.tables}
+    graph, sites = draft.graph, draft.sites
+    chosen = {id(op): draft.frozen.tables[index] for op, index in draft.labels.tables}
     kept: list[OperatorT] = []
     for operator in graph.operators:
         if id(operator) not in chosen:
             kept.append(operator)
             continue
         table, (source, result) = chosen[id(operator)], (operator.inputs[0], operator.outputs[0])
-        grids = labels.sites[source], labels.sites[result]
+        grids = sites[source], sites[result]
         dtype = TENSOR_TYPES[ACTIVATION_DTYPES[grids[1].bits]]
-        writer = _Writer(model, grids[1].name, source, dtype)
-        if grids[1].bits == 8 or runtimes <= LITERT:
+        writer = _Writer(draft.model, grids[1].name, source, dtype)
+        if grids[1].bits == 8 or draft.runtimes <= LITERT:
             _whole(writer, table.lookup(*grids), source, result, grids[1])
         else:
             steps = table.values(grids[0]) / np.float64(grids[1].scale)
@@ -125,7 +114,7 @@ class _Writer:
         """The entry at each of `index`."""
         dtype = self.tensors[entries].type
         result = self._tensor("byte", dtype) if result is None else result
-        version = _GATHER_VERSIONS[dtype]
+        version = kernel_version("GATHER", 16 if dtype == schema.TensorType.INT16 else 8)
         return self._append("GATHER", [entries, index], result, schema.GatherOptionsT(), version)
 
     def number(self, values: np.ndarray, count: int, index: int, name: str) -> int:

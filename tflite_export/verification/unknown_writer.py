@@ -4,10 +4,6 @@ Nothing is known about its writer, so LiteRT too runs in a child here: a hostile
 process, ask for all memory, or never end.
 """
 
-import inspect
-import io
-import subprocess
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,14 +14,12 @@ from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 from tflite_export.runtimes import (
     as_type,
-    exit_name,
     has_grid,
     random_inputs,
     real,
     run,
-    run_python,
+    run_litert_apart,
     supports,
-    tflite_micro_arena_bytes,
 )
 from tflite_export.verification.report import OutputAgreement, RuntimeReport
 
@@ -71,82 +65,16 @@ def _run(
     blob: bytes, feeds: list[np.ndarray], runtime: str
 ) -> tuple[Sequence[np.ndarray], int | None]:
     if supports(runtime) and runtime != "tflite_micro":
-        return _run_apart(blob, feeds, runtime), None
-    outputs = run(blob, feeds, runtime=runtime).outputs
-    return outputs, tflite_micro_arena_bytes(blob)
-
-
-def _run_apart(blob: bytes, feeds: list[np.ndarray], runtime: str) -> list[np.ndarray]:
-    """The outputs of each sample, (samples, …), as a child computes them."""
-    request = io.BytesIO()
-    arrays: dict[str, Any] = {f"feed_{i}": feed for i, feed in enumerate(feeds)}
-    np.savez(request, blob=np.frombuffer(blob, np.uint8), count=np.array(len(feeds)), **arrays)
-    program = f"{inspect.getsource(_serve)}\n_serve()"
-    arguments = ["-c", program, runtime, str(MEMORY_BYTES)]
-    try:
-        child = run_python(arguments, request=request.getvalue(), timeout_seconds=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeUnavailableError(
-            f"Expected runtime {runtime!r} to run the file within {TIMEOUT_SECONDS:g} s. Received: "
-            "no answer. Use a smaller file, or fewer samples."
-        ) from error
-    if child.returncode != 0:
-        words = textwrap.shorten(child.stderr.decode(errors="replace"), 600)
-        raise RuntimeUnavailableError(
-            f"Expected runtime {runtime!r} to run the file. Received: "
-            f"{exit_name(child.returncode)}, saying: {words!r}."
+        outputs = run_litert_apart(
+            blob,
+            feeds,
+            runtime=runtime,
+            timeout_seconds=TIMEOUT_SECONDS,
+            memory_bytes=MEMORY_BYTES,
         )
-    with np.load(io.BytesIO(child.stdout)) as answer:
-        return [answer[f"output_{i}"] for i in range(len(answer.files))]
-
-
-def _serve() -> None:
-    """Is the child's whole program: the job on stdin, its outputs on stdout, words on stderr."""
-    import io
-    import os
-    import resource
-    import sys
-    from typing import Any
-
-    import numpy as np
-    from ai_edge_litert import interpreter as litert
-
-    sys.excepthook = lambda kind, error, trace: print(error, file=sys.stderr)
-    # Kernels may print to stdout.
-    answer = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    runtime, memory_bytes = sys.argv[1], int(sys.argv[2])
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    kinds = litert.OpResolverType
-    resolver = {
-        "litert_reference": kinds.BUILTIN_REF,
-        "litert_builtin": kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-        "litert": kinds.BUILTIN,
-    }[runtime]
-    job = dict(np.load(io.BytesIO(sys.stdin.buffer.read())))
-    feeds = [job[f"feed_{i}"] for i in range(job["count"])]
-    rows = []
-    interpreter = litert.Interpreter(
-        model_content=job["blob"].tobytes(), num_threads=1, experimental_op_resolver_type=resolver
-    )
-    interpreter.allocate_tensors()
-    details = interpreter.get_input_details()
-    batch = int(details[0]["shape"][0]) if details and len(details[0]["shape"]) else 1
-    for start in range(0, len(feeds[0]) if feeds else 1, max(batch, 1)):
-        interpreter.reset_all_variables()
-        for detail, feed in zip(details, feeds, strict=True):
-            value = feed[start : start + max(batch, 1)].reshape(detail["shape"])
-            interpreter.set_tensor(detail["index"], value)
-        interpreter.invoke()
-        outputs = interpreter.get_output_details()
-        rows.append([interpreter.get_tensor(output["index"]) for output in outputs])
-    joined: dict[str, Any] = {
-        f"output_{i}": np.concatenate([np.atleast_1d(row[i]) for row in rows])
-        for i in range(len(rows[0]))
-    }
-    np.savez(answer, **joined)
-    answer.flush()
+        return outputs, None
+    result = run(blob, feeds, runtime=runtime)
+    return result.outputs, result.arena_bytes
 
 
 def _feeds(model: ModelT, data: Any, samples: int) -> list[np.ndarray]:

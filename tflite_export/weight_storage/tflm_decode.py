@@ -34,7 +34,7 @@ def compress(model: ModelT, methods: Collection[str]) -> None:
     operators = []
     for operator in graph.operators:
         rule = OP_TABLE.get(flatbuffer.op_name(model, operator))
-        if rule is not None and rule.weights is not None:
+        if rule is not None and rule.has_trained_weights:
             _drop_bias_scales(graph.tensors, operator, rule)
             operators += compressor.decoders(operator, rule)
         operators.append(operator)
