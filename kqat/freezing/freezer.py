@@ -15,6 +15,7 @@ from kqat.base import FreezeError
 from kqat.freezing.folding import channelwise, freeze_layer, gate_numbers
 from kqat.freezing.frozen_model import FrozenModel
 from kqat.freezing.frozen_weight import FrozenWeight
+from kqat.freezing.node_facts import find_node_facts
 from kqat.freezing.stripper import checked_graph
 from kqat.graph import (
     Graph,
@@ -39,7 +40,7 @@ from kqat.parts import (
     Unstack,
     sliced,
 )
-from kqat.registry import LayerRule, Output, rule_for
+from kqat.registry import LayerFacts, LayerRule, Output, rule_for
 from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrapper
 
 
@@ -60,7 +61,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
         )
     freezer = _Freezer(graph)
     model = rebuild(graph, freezer.call, qat.name)
-    return FrozenModel(
+    frozen = FrozenModel(
         model=model,
         sites=tuple(freezer.sites),
         weights=tuple(freezer.weights),
@@ -69,6 +70,8 @@ def freeze(qat: keras.Model) -> FrozenModel:
         input_names=graph.input_keys,
         output_names=graph.output_keys,
     )
+    facts = find_node_facts(frozen.graph, frozen.sites, freezer.carried)
+    return dataclasses.replace(frozen, node_facts=facts)
 
 
 def _float_copy(layer: Any) -> Any:
@@ -116,6 +119,7 @@ class _Freezer:
         self.copies: dict[int, Any] = {}
         self.names: dict[str, int] = {}
         self.fences = 0
+        self.carried: dict[int, LayerFacts] = {}  # of frozen layers, by their identity
 
     def call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
         """The node's frozen output value, symbolic; see `kqat.graph.tracer.Graph.run`."""
