@@ -194,5 +194,5 @@ def _affine(layer: Any) -> tuple[np.ndarray, np.ndarray]:
         return 1.0 / deviation, -mean / deviation
     raise UnsupportedLayerError(
         f"Expected a layer that scales and shifts channels. Received: '{layer.name}' of type "
-        f"{type(layer).__name__}, registered with affine=True ({rule_for(layer).output.value})."
+        f"{type(layer).__name__}, wrapped without a grid for a weight. Name its weights' grids."
     )

@@ -15,6 +15,7 @@ from kqat.base import FreezeError
 from kqat.freezing.folding import channelwise, freeze_layer, gate_numbers
 from kqat.freezing.frozen_model import FrozenModel
 from kqat.freezing.frozen_weight import FrozenWeight
+from kqat.freezing.node_facts import find_node_facts
 from kqat.freezing.stripper import checked_graph
 from kqat.graph import (
     Graph,
@@ -37,8 +38,9 @@ from kqat.parts import (
     Tabulated,
     Take,
     Unstack,
+    sliced,
 )
-from kqat.registry import LayerRule, Output, rule_for
+from kqat.registry import LayerFacts, LayerRule, Output, rule_for
 from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrapper
 
 
@@ -59,7 +61,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
         )
     freezer = _Freezer(graph)
     model = rebuild(graph, freezer.call, qat.name)
-    return FrozenModel(
+    frozen = FrozenModel(
         model=model,
         sites=tuple(freezer.sites),
         weights=tuple(freezer.weights),
@@ -68,6 +70,8 @@ def freeze(qat: keras.Model) -> FrozenModel:
         input_names=graph.input_keys,
         output_names=graph.output_keys,
     )
+    facts = find_node_facts(frozen.graph, frozen.sites, freezer.carried)
+    return dataclasses.replace(frozen, node_facts=facts)
 
 
 def _float_copy(layer: Any) -> Any:
@@ -115,6 +119,7 @@ class _Freezer:
         self.copies: dict[int, Any] = {}
         self.names: dict[str, int] = {}
         self.fences = 0
+        self.carried: dict[int, LayerFacts] = {}  # of frozen layers, by their identity
 
     def call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
         """The node's frozen output value, symbolic; see `kqat.graph.tracer.Graph.run`."""
@@ -205,7 +210,7 @@ class _Freezer:
         if layer.return_sequences:
             y = Take(backwards, 1, name=f"{name}_flip")(y)
         else:
-            y = Slice.of(y, (slice(None), -1), f"{name}_last")
+            y = sliced(y, (slice(None), -1), f"{name}_last")
         return [self._mark(ref, name, y, result)]
 
     def _zeros(self, x: Any, units: int, name: str) -> Any:
@@ -229,7 +234,7 @@ class _Freezer:
 
     def _check_same(self, node: Node, grids: list[Site]) -> None:
         distinct = {(grid.scale, grid.zero_point, grid.bits) for grid in grids}
-        if len(distinct) != 1 or len(grids) != sum(not ref.counts for ref in node.inputs):
+        if len(distinct) != 1 or len(grids) != sum(not ref.holds_indexes for ref in node.inputs):
             raise FreezeError(
                 f"Expected one scale for all inputs of '{node.name}'. Received: {distinct}. The "
                 "model was changed after kqat.quantize_model; quantize it anew."
