@@ -13,7 +13,6 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kqat.devices import LITERT
-from kqat.freezing import Tabulated
 from kqat.grids import Site
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, new_operator

@@ -14,14 +14,13 @@ from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 from tflite_export.runtimes import (
     as_type,
-    has_grid,
     random_inputs,
-    real,
     run,
     run_litert_apart,
     supports,
 )
-from tflite_export.verification.report import OutputAgreement, RuntimeReport
+from tflite_export.verification.end_to_end import agreement_of_runtimes
+from tflite_export.verification.report import RuntimeReport
 
 TIMEOUT_SECONDS = 120.0
 MEMORY_BYTES = 8 << 30
@@ -55,7 +54,7 @@ def compare_runtimes(
         except RuntimeUnavailableError as error:
             reports.append(RuntimeReport(runtime=runtime, problem=str(error)))
             continue
-        agreements = () if first is None else _agreement(model, first, outputs)
+        agreements = () if first is None else agreement_of_runtimes(model, first, outputs)
         first = first or outputs
         reports.append(RuntimeReport(runtime=runtime, outputs=agreements, arena_bytes=arena))
     return tuple(reports), len(feeds[0]) if feeds else 0
@@ -95,30 +94,3 @@ def _feeds(model: ModelT, data: Any, samples: int) -> list[np.ndarray]:
         is_own = given.dtype == flatbuffer.tensor_dtype(tensor)
         feeds.append(given if is_own else as_type(given.astype(np.float32), tensor))
     return feeds
-
-
-def _agreement(
-    model: ModelT, first: Sequence[np.ndarray], results: Sequence[np.ndarray]
-) -> tuple[OutputAgreement, ...]:
-    rows = []
-    graph = model.subgraphs[0]
-    for index, expected, found in zip(graph.outputs, first, results, strict=True):
-        tensor = graph.tensors[index]
-        if expected.dtype.kind != "f" and has_grid(tensor):
-            steps = np.abs(found.astype(np.int64) - expected.astype(np.int64))
-        else:
-            a, b = (np.asarray(x, np.float64) for x in (expected, found))
-            spread = float(np.ptp(a)) / 255 or 1.0
-            steps = np.abs(np.rint((b - a) / spread))
-        values = [real(x, tensor) if has_grid(tensor) else x for x in (expected, found)]
-        classes = values[0].ndim == 2 and values[0].shape[1] > 1
-        agree = float(np.mean(values[0].argmax(-1) == values[1].argmax(-1))) if classes else None
-        rows.append(
-            OutputAgreement(
-                name=flatbuffer.tensor_name(tensor),
-                max_steps=int(steps.max(initial=0)),
-                equal_fraction=float(np.mean(steps == 0)),
-                top1_agreement=agree,
-            )
-        )
-    return tuple(rows)
