@@ -60,8 +60,8 @@ def listing() -> str:
         places = [*order[package]]
         upwards = [pair for pair in joined if places.index(pair[0]) < places.index(pair[1])]
         parts.append(
-            f"`{package}`: imports join {len(joined)} pairs of sub-packages, {len(upwards)} of them "
-            "upwards."
+            f"`{package}`: imports join {len(joined)} pairs of sub-packages, {len(upwards)} of "
+            "them upwards."
         )
     return "\n".join(parts) + "\n"
 
