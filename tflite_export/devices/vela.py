@@ -1,7 +1,7 @@
-"""Compiles a `.tflite` for an Arm Ethos-U NPU with Arm's own compiler, and reads what it says.
+"""Compiles a `.tflite` for an Arm Ethos-U NPU with Arm's compiler Vela, and reads its estimates.
 
-Vela runs in a child: it is slow on large files, and a hostile one cannot take the caller along.
-What it estimates is for the system that its own configuration file describes, not for a board.
+Vela runs in a child process, so that a file that hangs or crashes it does no harm to the caller.
+Its estimates are for the system that its own configuration file describes, not for a board.
 Source: https://pypi.org/project/ethos-u-vela/
 """
 

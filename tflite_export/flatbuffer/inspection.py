@@ -78,7 +78,7 @@ class Inspection:
 
     @property
     def constant_bytes(self) -> int:
-        """Of all constants that operators read, once per reader."""
+        """Bytes of all constants that operators read, counted once per reader."""
         return sum(operator.constant_bytes for operator in self.operators)
 
     @property
@@ -88,11 +88,11 @@ class Inspection:
 
     @property
     def decoded(self) -> tuple[TensorInfo, ...]:
-        """The tensors that DECODE writes, each until the next operator has read it."""
+        """The tensors that DECODE writes; each lives until the next operator has read it."""
         return tuple(t for op in self.operators if op.name == DECODE for t in op.outputs)
 
     def decoding_notes(self) -> list[str]:
-        """What it costs that weights are decoded at run time, in words."""
+        """A line on what decoding weights at run time costs; empty where none are decoded."""
         if not self.decoded:
             return []
         sizes = [math.prod(tensor.shape) for tensor in self.decoded]
@@ -117,7 +117,7 @@ def inspect(blob: bytes) -> Inspection:
 
 
 def inspect_model(model: ModelT, size_bytes: int) -> Inspection:
-    """The same of a file of `size_bytes` that was read already."""
+    """What `inspect` returns, for the tree of a file of `size_bytes` bytes."""
     first = model.subgraphs[0]
     return Inspection(
         size_bytes=size_bytes,

@@ -1,4 +1,4 @@
-"""RESHAPEs that FULLY_CONNECTED makes itself."""
+"""Drops RESHAPEs before FULLY_CONNECTED, which flattens its input itself."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def drop_flattening(draft: Draft) -> None:
 
 
 def _readers(model: ModelT, operator: OperatorT) -> list[OperatorT]:
-    """Those of a RESHAPE's result that flatten what they read; none if anything else reads it."""
+    """The readers of a RESHAPE's result if all of them flatten it themselves, else none."""
     graph = model.subgraphs[0]
     value = int(operator.outputs[0])
     if flatbuffer.op_name(model, operator) != "RESHAPE" or value in map(int, graph.outputs):

@@ -9,7 +9,7 @@ from kqat.freezing import FrozenModel
 from tflite_export.flatbuffer import ModelT
 from tflite_export.integer_pass.clamps import drop_vast_clamps, fuse_clamps, split_clamps
 from tflite_export.integer_pass.constants import pack_weights, quantize_constants
-from tflite_export.integer_pass.dense_as_conv import convolve
+from tflite_export.integer_pass.dense_as_conv import convolve_dense
 from tflite_export.integer_pass.draft import Draft, Fact, Pass
 from tflite_export.integer_pass.drop_reshapes import drop_flattening
 from tflite_export.integer_pass.fused_lstm import insert_lstms
@@ -82,7 +82,7 @@ PASSES: tuple[Pass, ...] = (
     Pass(drop_flattening, needs={Fact.NAMES}, leaves={Fact.NO_FLATTENING}),
     # It adds RESHAPEs without names, and tensors of the types and grids of those around them.
     Pass(
-        convolve,
+        convolve_dense,
         needs={Fact.PACKED, Fact.CODES, Fact.INTEGER_TENSORS, Fact.NAMES, Fact.NO_FLATTENING},
         leaves={Fact.DENSE_PACKED},
     ),

@@ -1,9 +1,9 @@
-"""Elementwise functions as tables: of 256 entries at 8 bits, as straight pieces at 16.
+"""Elementwise functions as lookup tables: 256 entries at 8 bits, straight pieces at 16 bits.
 
-No runtime has an integer table operator, but all have the parts. At 8 bits: CAST to int32, ADD 128,
-GATHER; the table holds the function's value for every integer, rounded as in training. At 16 bits
-LiteRT gathers from all 65,536 values in the same way; TFLite Micro's GATHER knows bytes only, so
-where that is to run the file, int32 arithmetic follows `interpolation.Pieces`, whose numbers are
+No runtime has an operator for an integer lookup table, but all have its parts. At 8 bits: CAST to
+int32, ADD 128, GATHER; the table holds the function's value for every integer, rounded as in
+training. At 16 bits LiteRT gathers from all 65,536 values in the same way. TFLite Micro's GATHER
+takes bytes only, so a file for it computes `piecewise_linear.Pieces` in int32, whose numbers are
 gathered byte by byte (`benchmarks/op_probe.py` runs the parts).
 """
 
@@ -21,7 +21,8 @@ from tflite_export.integer_pass.piecewise_linear import INTEGERS, Pieces, fit
 from tflite_export.kernels import ACTIVATION_DTYPES, TENSOR_TYPES, kernel_version, quantization
 
 _INT32 = schema.TensorType.INT32
-# A byte from 0 to 255 is stored as int8, 128 less: what that takes off numbers of so many bytes.
+# Number of bytes -> by how much an unsigned number of so many bytes comes out too small, since
+# each byte from 0 to 255 is stored as int8, 128 less.
 _TAKEN_OFF = {count: 128 * sum(256**i for i in range(count)) for count in (1, 2, 3)}
 
 
@@ -52,7 +53,7 @@ def insert_tables(draft: Draft) -> None:
 
 
 def _whole(writer: "_Writer", table: np.ndarray, source: int, result: int, site: Site) -> None:
-    """One gathering from a table of every value."""
+    """A GATHER from a table with an entry for every integer."""
     wide = writer.cast(source, name="wide")
     index = writer.by("ADD", wide, len(table) // 2, name="index")
     entries = writer.constant(table, "table")
@@ -61,12 +62,13 @@ def _whole(writer: "_Writer", table: np.ndarray, source: int, result: int, site:
 
 
 def _pieces(writer: "_Writer", pieces: Pieces, source: int, result: int) -> None:
-    """What `Pieces.evaluate` computes."""
+    """The operators that compute `Pieces.evaluate`."""
     half = INTEGERS // 2
     x = writer.by("ADD", writer.cast(source), half)
     piece = writer.by("DIV", x, pieces.points)
     point = writer.of_two("SUB", x, writer.by("MUL", piece, pieces.points))
-    # Two bytes hold a slope plus 2**15, which takes back most of what the bytes take off.
+    # Two bytes hold a slope plus 2**15, which makes up for most of what storing them as int8 takes
+    # off.
     slope = writer.number(pieces.slope + half, 2, piece, "slope")
     slope = writer.by("ADD", slope, _TAKEN_OFF[2] - half)
     line = writer.number(pieces.base, 3, piece, "base")
@@ -107,11 +109,11 @@ class _Writer:
         return self._append(op, [x, y], self._tensor(name or op.lower(), _INT32), options)
 
     def by(self, op: str, x: int, number: int, name: str = "") -> int:
-        """The same of a tensor and one number."""
+        """ADD, SUB, MUL or DIV of an int32 tensor and one number."""
         return self.of_two(op, x, self.constant(np.asarray(number, np.int32), str(number)), name)
 
     def gather(self, entries: int, index: int, result: int | None = None) -> int:
-        """The entry at each of `index`."""
+        """The entries that `index` points to."""
         dtype = self.tensors[entries].type
         result = self._tensor("byte", dtype) if result is None else result
         version = kernel_version("GATHER", 16 if dtype == schema.TensorType.INT16 else 8)

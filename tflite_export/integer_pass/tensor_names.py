@@ -1,4 +1,4 @@
-"""Tensors named after the sites whose values they hold."""
+"""Names tensors after the sites whose values they hold."""
 
 import math
 
@@ -13,8 +13,8 @@ _MOVES = ("RESHAPE", "TRANSPOSE")  # the converter may carry markers across thes
 def name_tensors(draft: Draft) -> None:
     """Names the tensors of subgraph 0 after their sites.
 
-    A chain of markers on one tensor stood between RESHAPEs and TRANSPOSEs that the converter
-    carried them across; walking back over those gives each its own tensor.
+    Where several markers stood on one tensor, the converter had moved them there across RESHAPEs
+    and TRANSPOSEs. Walking back over these operators gives each site the tensor of its own shape.
     """
     model, graph = draft.model, draft.graph
     producers = {int(o): op for op in graph.operators for o in op.outputs}

@@ -26,9 +26,9 @@ class Packing:
     """The kernels of one operator that take weights of fewer than eight bits.
 
     Args:
-        version: lowest version of the operator that does.
-        per_axis: the runtimes that have it for one scale per channel.
-        per_tensor: the same for one scale.
+        version: lowest version of the operator that takes them.
+        per_axis: the runtimes with a kernel for one scale per channel.
+        per_tensor: the runtimes with a kernel for one scale.
     """
 
     version: int = 1
@@ -93,11 +93,11 @@ class OpRule:
         return tuple(range(inputs)) if self.activations is None else self.activations
 
     def packing(self, bits: int) -> Packing:
-        """Who takes weights of so many bits."""
+        """The kernels that take weights of so many bits."""
         return self.packed.get(bits, Packing())
 
     def packs(self, bits: int, per_tensor: bool, runtimes: frozenset[str]) -> bool:
-        """Whether all of `runtimes` do, with one scale or one per channel."""
+        """Whether all of `runtimes` take such weights, with one scale or one per channel."""
         packing = self.packing(bits)
         return runtimes <= (packing.per_tensor if per_tensor else packing.per_axis)
 

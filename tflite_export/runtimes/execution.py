@@ -1,8 +1,8 @@
 """Runs a `.tflite` on LiteRT and on TensorFlow Lite Micro behind one signature.
 
-LiteRT runs in this process. TFLite Micro runs in a child: its kernels answer a bias or a
-quantization that is missing, or a full arena, by SIGSEGV, SIGFPE or abort(), and all that it has
-to say goes to the C-level stderr. A child cannot take the caller along, and its stderr is its own.
+LiteRT runs in this process. TFLite Micro runs in a child: where a bias or a quantization is
+missing, or the arena is full, its kernels end the process by SIGSEGV, SIGFPE or abort(), and its
+messages go to the C-level stderr. In a child neither reaches the caller.
 """
 
 import copy
@@ -36,8 +36,8 @@ _FIRST_ARENA_BYTES = 1 << 26
 _LARGEST_ARENA_BYTES = 1 << 30
 # TFLite Micro aligns what it allocates to 16 bytes; the rest of an odd size counts as used.
 _ARENA_ALIGNMENT = 16
-# The allocator's words for a full arena. An unsupported op ends in the same Python exception,
-# but says "Didn't find op for builtin opcode"; an unsupported type has words of its kernel.
+# What the allocator writes when the arena is full. An unsupported operator raises the same Python
+# exception, but TFLite Micro writes "Didn't find op for builtin opcode" then.
 _ARENA_IS_FULL = re.compile(r"available \d+, missing: \d+")
 _ARENA_TOTAL = re.compile(r"Arena allocation total (\d+) bytes")
 
@@ -241,7 +241,7 @@ def _run_litert(job: _Job, runtime: str) -> tuple[list[np.ndarray], dict[int, np
             seen = own = _invoke_litert(job, job.blob, runtime, {*job.outputs, *job.watched})
     except ExportError:
         raise
-    # LiteRT refuses with either of these.
+    # LiteRT refuses a file with either of these.
     except (RuntimeError, ValueError) as error:
         raise _refusal(runtime, str(error)) from error
     outputs = [own[index] for index in job.outputs]
@@ -283,7 +283,7 @@ def _invoke_litert(
 
 
 def _keeps_resources(model: flatbuffer.ModelT) -> bool:
-    """Whether it has variables that LiteRT's reset keeps, and TFLite Micro's sets to 0."""
+    """Whether it has resource variables: LiteRT's reset keeps them, TFLite Micro's zeroes them."""
     operators = (operator for graph in model.subgraphs for operator in graph.operators)
     return any(flatbuffer.op_name(model, o) == "ASSIGN_VARIABLE" for o in operators)
 
@@ -298,7 +298,10 @@ def _with_watched_as_outputs(job: _Job) -> bytes:
 def _run_micro(
     job: _Job, arena_bytes: int, largest_bytes: int = _LARGEST_ARENA_BYTES
 ) -> tuple[list[np.ndarray], dict[int, np.ndarray], int]:
-    """Does the same in a child, with arenas doubled until one suffices; adds the bytes used."""
+    """The outputs and watched tensors on TFLite Micro, and the bytes of the arena that it used.
+
+    The child is run again with twice the arena until one is large enough.
+    """
     request = _request(
         job.blob,
         job.feeds,
@@ -331,7 +334,7 @@ def run_litert_apart(
     timeout_seconds: float,
     memory_bytes: int,
 ) -> list[np.ndarray]:
-    """The outputs of a file on LiteRT, computed in a child: for a file that nobody vouches for.
+    """The outputs of a file on LiteRT, computed in a child, as for a file of an unknown writer.
 
     Args:
         blob: the file.

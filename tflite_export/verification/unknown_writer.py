@@ -1,4 +1,4 @@
-"""A `.tflite` without its Keras model: what each runtime makes of it, and whether they agree.
+"""A `.tflite` without its Keras model: which runtimes run it, and whether their outputs agree.
 
 Nothing is known about its writer, so LiteRT too runs in a child here: a hostile file may end the
 process, ask for all memory, or never end.

@@ -80,7 +80,7 @@ def test_a_clamp_that_a_pool_was_given_is_taken_out() -> None:
     """The converter fuses a ReLU into a pooling, whose kernel cannot change the scale."""
 
     def call(x: Any) -> Any:
-        return L.ReLU(name="clamp")(L.AveragePooling2D(name="pool")(x))
+        return L.ReLU(name="clamp")(L.AveragePooling2D(2, name="pool")(x))
 
     qat, x = quantized((8, 8, 3), call)
     blob = tflite_export.convert(qat)
