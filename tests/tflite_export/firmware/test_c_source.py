@@ -285,6 +285,20 @@ def test_identifiers_stay_readable(name: str, expected: str) -> None:
     assert c_identifier(name, set()) == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (np.int64(-(2**63)), "INT64_MIN"), (np.int64(2**63 - 1), "9223372036854775807LL"),
+        (np.int64(-(2**31)), "-2147483648LL"), (np.int32(-(2**31)), "INT32_MIN"),
+        (np.int32(2**31 - 1), "2147483647"), (np.int8(-128), "-128"), (np.uint8(255), "255"),
+        (np.float32(0.1), "0x1.99999a0000000p-4f"), (np.bool_(True), "true"),
+    ],
+)  # fmt: skip
+def test_literals_are_of_the_tensor_s_own_type(value: Any, text: str) -> None:
+    """-2**63 and -2**31 are expressions in C++: their digits alone are of a wider type, or none."""
+    assert c_source._literal(value) == text
+
+
 def test_nothing_is_written_where_something_fails(
     net: tuple[bytes, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

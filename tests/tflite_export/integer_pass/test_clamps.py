@@ -14,7 +14,7 @@ from kqat.base.errors import LoweringError
 from kqat.freezing.frozen_model import FrozenModel
 from tests.tflite_export.small_models import operators, quantized
 from tflite_export import flatbuffer
-from tflite_export.integer_pass.clamps import drop_vast_clamps
+from tflite_export.integer_pass.clamps import drop_vast_clamps, fuse_clamps
 from tflite_export.integer_pass.draft import Draft
 from tflite_export.integer_pass.pipeline import PASSES
 from tflite_export.lowering.markers import Labels
@@ -90,3 +90,29 @@ def test_a_clamp_that_a_pool_was_given_is_taken_out() -> None:
     assert pool.builtinOptions.fusedActivationFunction == KINDS.NONE
     report = tflite_export.verify(qat, blob, x, runtimes=["litert_reference"])
     assert report.on("litert_reference").unmatched == ()
+
+
+@pytest.mark.parametrize("reason", ["", "two readers", "an output", "marked between"])
+def test_a_clamp_fuses_where_nothing_else_sees_the_value_before_it(reason: str) -> None:
+    """One FULLY_CONNECTED, then a RELU on its own, in float."""
+    frozen = kqat.freeze(quantized((8,), clamped)[0])
+    model = flatbuffer.read(tflite_export.convert(frozen))
+    graph, (dense,) = model.subgraphs[0], model.subgraphs[0].operators
+    result, (site,) = int(dense.outputs[0]), [s for s in frozen.sites if s.name == "six"]
+    dense.builtinOptions.fusedActivationFunction = KINDS.NONE
+    between = flatbuffer.add_tensor(model, (1, 4), schema.TensorType.FLOAT32)
+    dense.outputs = [between]
+    graph.operators.append(flatbuffer.new_operator(model, "RELU", [between], [result]))
+    labels = Labels(sites={int(dense.inputs[0]): site, result: site})
+    if reason == "two readers":
+        other = flatbuffer.add_tensor(model, (1, 4), schema.TensorType.FLOAT32)
+        graph.operators.append(flatbuffer.new_operator(model, "TANH", [between], [other]))
+    elif reason == "an output":
+        graph.outputs = [*graph.outputs, between]
+    elif reason:
+        labels.sites[between] = site
+    fuse_clamps(Draft(model, frozen, frozenset(), labels=labels))
+    assert ("RELU" not in operators(model)) == (reason == "")
+    fused = dense.builtinOptions.fusedActivationFunction
+    assert fused == (KINDS.NONE if reason else KINDS.RELU)
+    assert int(dense.outputs[0]) == (between if reason else result)
