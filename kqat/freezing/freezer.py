@@ -229,7 +229,7 @@ class _Freezer:
         return self.copies[id(layer)]
 
     def _check_same(self, node: Node, grids: list[Site]) -> None:
-        distinct = {(grid.scale, grid.zero_point, grid.bits) for grid in grids}
+        distinct = {grid.grid for grid in grids}
         if len(distinct) != 1 or len(grids) != sum(not ref.holds_indexes for ref in node.inputs):
             raise FreezeError(
                 f"Expected one scale for all inputs of '{node.name}'. Received: {distinct}. The "

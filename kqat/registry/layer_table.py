@@ -6,13 +6,13 @@ a row are refused by name; `register_layer` adds one.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
+from kqat.devices import INT8_FIXED
 from kqat.grids import Clamp
 from kqat.parts import (
     ChannelAffine,
@@ -70,6 +70,10 @@ def _same(*ops: str, **options: Any) -> LayerRule:
     return LayerRule(output=Output.SAME, ops=ops, **options)
 
 
+def _fixed(op: str, **options: Any) -> LayerRule:
+    return LayerRule(output=Output.FIXED, ops=(op,), fixed_range=INT8_FIXED[op].range, **options)
+
+
 def _resize(*ops: str) -> LayerRule:
     return _same(*ops, refuse=rule.plain_resize, rounds=True)
 
@@ -122,14 +126,9 @@ _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": basic.pairwise}
 _POOL = {"refuse": rule.channels_last}
 
-# Fixed scales: TFLite quantization specification, SOFTMAX, LOGISTIC, TANH, LOG_SOFTMAX. Last the
-# input scale up to which TFLite Micro is right: beyond 4, it cuts off what is not saturated yet.
-_FIXED = {
-    "sigmoid": ("LOGISTIC", (0.0, 255 / 256), 4.0),
-    "softmax": ("SOFTMAX", (0.0, 255 / 256), math.inf),
-    "tanh": ("TANH", (-1.0, 127 / 128), 4.0),
-    "log_softmax": ("LOG_SOFTMAX", (-255 / 16, 0.0), math.inf),
-}
+# TFLite Micro's LOGISTIC and TANH cut off inputs that are not saturated yet where the input's scale
+# is larger.
+_MICRO_LARGEST_SCALE = 4.0
 
 # Elementwise functions without an int8 operator of their own.
 _TABULATED = (
@@ -160,10 +159,10 @@ ACTIVATIONS: dict[str, LayerRule] = {
     "exponential": _own("EXP", table=True),
     **{name: _own(table=True) for name in _TABULATED},
     "silu": _own("LOGISTIC", "MUL", decompose=basic.silu),
-    **{
-        name: LayerRule(output=Output.FIXED, ops=(op,), fixed_range=r, largest_input_scale=most)
-        for name, (op, r, most) in _FIXED.items()
-    },
+    "sigmoid": _fixed("LOGISTIC", largest_input_scale=_MICRO_LARGEST_SCALE),
+    "softmax": _fixed("SOFTMAX"),
+    "tanh": _fixed("TANH", largest_input_scale=_MICRO_LARGEST_SCALE),
+    "log_softmax": _fixed("LOG_SOFTMAX"),
 }
 
 # A function of the user's own, and a layer of the user's own without a row.
@@ -262,12 +261,7 @@ LAYERS: dict[type, LayerRule] = {
     ),
     layers.Embedding: _own("CAST", "GATHER", weights={"embeddings": None}, table_of_rows=True),
     layers.GroupNormalization: _composite(normalization.group_normalization, *_NORMALIZING),
-    layers.UnitNormalization: LayerRule(
-        output=Output.FIXED,
-        ops=("L2_NORMALIZATION",),
-        fixed_range=(-1.0, 127 / 128),
-        refuse=rule.last_axis,
-    ),
+    layers.UnitNormalization: _fixed("L2_NORMALIZATION", refuse=rule.last_axis),
     layers.GroupQueryAttention: _composite(
         attention.group_query_attention, *_ATTENDING, "FULLY_CONNECTED", **_MASKS
     ),
