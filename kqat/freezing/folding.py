@@ -10,7 +10,7 @@ from keras import layers
 from kqat.base import FreezeError, UnsupportedLayerError
 from kqat.freezing.frozen_weight import EMPTY_SCALE, FrozenWeight
 from kqat.graph import Part, clone
-from kqat.parts import ChannelAffine, GateNumbers, LstmState
+from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState
 from kqat.training import QuantizeWrapper
 
 
@@ -32,7 +32,7 @@ def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
     values = [by_variable.get(id(v), np.asarray(v)) for v in layer.weights]
     changes: dict[str, Any] = {"dtype": "float32"}
     if wrapper.facts.hides:
-        changes["kind"] = "add"
+        changes["kind"] = ConstantKind.ADD
     if norm is not None:
         factor, offset = _normalization(norm)
         bias = np.asarray(layer.bias, np.float64) if layer.use_bias else 0.0

@@ -21,7 +21,7 @@ from kqat.freezing.stripper import checked_graph
 from kqat.freezing.unplanned import check_planned
 from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild, trace
 from kqat.grids import Site, arithmetic
-from kqat.parts import Hide, PrecisionBoundary
+from kqat.parts import Hide, PrecisionBoundary, RecurrenceKind
 from kqat.registry import LayerFacts, Output, stock_facts
 from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrapper
 
@@ -100,7 +100,7 @@ class _GraphFreezer:
         """The node's output values, by what kind of layer `training.build` put there."""
         layer = node.layer
         if isinstance(layer, ActivationQuantizer):
-            return [self._round(node, args[0])]
+            return [self.round(node, args[0])]
         if isinstance(layer, QuantizedRecurrence):
             return self._recurrence(node, self._values(node.inputs, args[0]))
         if isinstance(layer, PrecisionBoundary):
@@ -168,13 +168,13 @@ class _GraphFreezer:
 
     def _recurrence(self, node: Node, inputs: list[Value]) -> list[Value]:
         layer: QuantizedRecurrence = node.layer
-        if layer.kind == "unrolled":
+        if layer.kind is RecurrenceKind.UNROLLED:
             step = _GraphFreezer(layer.parts.graph, self.parts)
-            return unrolled(node, inputs, self.parts, step.run, step._round)
+            return unrolled(node, inputs, self.parts, step.run, step.round)
         grids = [_site(n.layer, node.name) for n in layer.parts.state_roundings]
         return fused(node, self.labels[node], inputs[0], (grids[0], grids[1]), self.parts)
 
-    def _round(self, node: Node, x: Any) -> Value:
+    def round(self, node: Node, x: Any) -> Value:
         """The site of a value that a quantizer rounds, behind the clamp that it carries out."""
         layer: ActivationQuantizer = node.layer
         observes = node.kwargs.get("observe", True)
@@ -197,7 +197,7 @@ class _GraphFreezer:
         return producer.name if is_quantizer else self.labels[producer]
 
     def _check_same(self, node: Node, grids: list[Site]) -> None:
-        distinct = {(grid.scale, grid.zero_point, grid.bits) for grid in grids}
+        distinct = {grid.grid for grid in grids}
         quantities = sum(not ref.holds_indexes for ref in node.inputs)
         if len(distinct) != 1 or len(grids) != quantities:
             raise FreezeError(

@@ -7,7 +7,7 @@ from typing import Any
 from kqat.freezing.frozen_weight import FrozenWeight
 from kqat.graph import Graph, Node, clone, unique_name
 from kqat.grids import Site
-from kqat.parts import FrozenLSTM, Marker, Tabulated
+from kqat.parts import FrozenLSTM, Marker, MarkerKind, Tabulated
 from kqat.registry import LayerFacts
 from kqat.training import QuantizedRecurrence, QuantizeWrapper
 
@@ -55,13 +55,15 @@ class FrozenParts:
         index, shape = len(self.sites), tuple(tensor.shape[1:])
         site = dataclasses.replace(grid, name=self._site_name(name), shape=shape)
         self.sites.append(site)
-        marker = Marker("site", index, name=self.free_name(f"kqat_marker_{index}"))
+        marker = Marker(MarkerKind.SITE, index, name=self.free_name(f"kqat_marker_{index}"))
         return Value(marker(tensor), site)
 
     def fence(self, tensor: Any) -> Any:
         """The tensor where integers and floats meet."""
         self._fences += 1
-        return Marker("fence", 0, name=self.free_name(f"kqat_fence_{self._fences}"))(tensor)
+        return Marker(MarkerKind.FENCE, 0, name=self.free_name(f"kqat_fence_{self._fences}"))(
+            tensor
+        )
 
     def table(self, layer: Any, name: str, bits: int) -> Tabulated:
         """A layer that may ship as a lookup table for integers of `bits` bits."""

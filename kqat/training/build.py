@@ -7,7 +7,7 @@ import keras
 
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
 from kqat.parts import PrecisionBoundary, Recurrence
-from kqat.planning import Group, LayerPlan, Plan, Rounding
+from kqat.planning import Group, LayerPlan, Plan, Role, Rounding
 from kqat.registry import LayerFacts, registered_rule
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.quantized_recurrence import QuantizedRecurrence
@@ -52,7 +52,7 @@ class _Assembly:
         self.decisions: dict[str, LayerPlan] = {layer.name: layer for layer in plan.layers}
         self.producers = plan.graph.producers()
         self.integer = {
-            node: self.decisions[node.name].role != "float" for node in plan.graph.nodes
+            node: self.decisions[node.name].role is not Role.FLOAT for node in plan.graph.nodes
         }
         self.groups: dict[str, Group] = {group.name: group for group in plan.groups}
         self.quantizers: dict[str, ActivationQuantizer] = {}
@@ -70,7 +70,7 @@ class _Assembly:
         }
         args, kwargs = fill((node.args, node.kwargs), values.__getitem__)
         decision = self.decisions[node.name]
-        if decision.role == "folded" or self._carried_out_by_quantizer(node, decision):
+        if decision.role is Role.FOLDED or self._carried_out_by_quantizer(node, decision):
             value = args[0]
         else:
             value = self._layer(node, decision)(*args, **kwargs)
@@ -82,7 +82,7 @@ class _Assembly:
     def _carried_out_by_quantizer(self, node: Node, decision: LayerPlan) -> bool:
         roundings = self.plan.roundings.get(node.outputs[0], ())
         clamps = [self.groups[rounding.group].clamp for rounding in roundings[:1]]
-        return decision.role == "clamp" and clamps not in ([], [None])
+        return decision.role is Role.CLAMP and clamps not in ([], [None])
 
     def _form(self, ref: Ref, tensor: Any, integer: bool) -> Any:
         if ref.holds_indexes:
@@ -140,7 +140,7 @@ class _Assembly:
             config |= {"step": wrap(self.plan.steps[node.name]), "label": node.name}
             return QuantizedRecurrence(**config)
         rule = self.plan.rules.get(node.name)
-        affine = decision.role == "integer" and rule is not None and rule.affine
+        affine = decision.role is Role.INTEGER and rule is not None and rule.affine
         # No process that loads the model can be expected to know a row that a user registered.
         carries_facts = rule is not None and rule is registered_rule(layer)
         if not (decision.weights or affine or carries_facts):
