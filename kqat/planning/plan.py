@@ -39,7 +39,8 @@ class Rounding:
 class Group:
     """Values that share one quantizer: `sources` bring ranges, one call site each.
 
-    `hides` says that they are scores of which a mask hides some.
+    `hides` says that they are scores of which a mask hides some. `label` is what a report calls the
+    rounded value, where it has one source.
     """
 
     name: str
