@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from kqat.devices import INT16, PACKED, runtimes_with
+from kqat.devices import INT8_FIXED, INT16, PACKED, runtimes_with
 
 Shape = tuple[int, ...]
 # The multiply-accumulates of one invocation, by the shapes of all inputs and of the first output.
@@ -153,8 +153,9 @@ def _same(version: int = 2, first: bool = True, **options: Any) -> OpRule:
     return OpRule(scales="same", version=version, activations=(0,) if first else None, **options)
 
 
-def _fixed(scale: float, zero_point: int, least: float = 0.0) -> OpRule:
-    return OpRule(scales="fixed", version=2, fixed=(scale, zero_point), least_input_scale=least)
+def _fixed(op: str, least: float = 0.0) -> OpRule:
+    grid = INT8_FIXED[op].scale, INT8_FIXED[op].zero_point
+    return OpRule(scales="fixed", version=2, fixed=grid, least_input_scale=least)
 
 
 def _none(version: int, **options: Any) -> OpRule:
@@ -200,11 +201,11 @@ OP_TABLE: dict[str, OpRule] = {
     "EXP": _own(1),
     "BATCH_MATMUL": _own(macs=_matmul_macs, resolver_method="AddBatchMatMul"),
     "MEAN": _own(activations=(0,)),
-    "SOFTMAX": _fixed(1 / 256, -128, least=2.0**-26),
-    "LOGISTIC": _fixed(1 / 256, -128),
-    "TANH": _fixed(1 / 128, 0),
-    "LOG_SOFTMAX": _fixed(16 / 256, 127, least=2.0**-26),
-    "L2_NORMALIZATION": _fixed(1 / 128, 0),
+    "SOFTMAX": _fixed("SOFTMAX", least=2.0**-26),
+    "LOGISTIC": _fixed("LOGISTIC"),
+    "TANH": _fixed("TANH"),
+    "LOG_SOFTMAX": _fixed("LOG_SOFTMAX", least=2.0**-26),
+    "L2_NORMALIZATION": _fixed("L2_NORMALIZATION"),
     "MAX_POOL_2D": _same(),
     "AVERAGE_POOL_2D": _same(),
     "REDUCE_MAX": _same(),
