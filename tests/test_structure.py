@@ -21,7 +21,7 @@ SUBPACKAGES = {
         "planning", "tfmot", "training", "freezing",
     ),
     "tflite_export": (
-        "flatbuffer", "kernels", "runtimes", "integer_model", "lowering", "integer_pass",
+        "kernels", "flatbuffer", "runtimes", "integer_model", "lowering", "integer_pass",
         "weight_storage", "devices", "verification", "firmware",
     ),
 }  # fmt: skip

@@ -6,23 +6,28 @@ a row are refused by name; `register_layer` adds one.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
+import keras
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
+from kqat.devices import INT8_FIXED
+from kqat.grids import Clamp
 from kqat.parts import (
     ChannelAffine,
+    ConstantKind,
     DepthToSpace,
     Elementwise,
     Hide,
+    IndexKind,
     IndexOperation,
     Matmul,
     ReciprocalSquareRoot,
     Recurrence,
     Reduce,
+    ReduceKind,
     Requantize,
     Select,
     Slice,
@@ -33,6 +38,7 @@ from kqat.parts import (
     WithConstant,
 )
 from kqat.registry import fused_lstms, rule
+from kqat.registry.layer_facts import LayerFacts
 from kqat.registry.refusals import LAYER_REASONS, reason
 from kqat.registry.rule import LayerRule, Output
 from kqat.rewrites import (
@@ -64,6 +70,10 @@ def _own(*ops: str, **options: Any) -> LayerRule:
 
 def _same(*ops: str, **options: Any) -> LayerRule:
     return LayerRule(output=Output.SAME, ops=ops, **options)
+
+
+def _fixed(op: str, **options: Any) -> LayerRule:
+    return LayerRule(output=Output.FIXED, ops=(op,), fixed_range=INT8_FIXED[op].range, **options)
 
 
 def _resize(*ops: str) -> LayerRule:
@@ -108,7 +118,8 @@ TRAINING_ONLY = (
     layers.SpatialDropout3D, layers.AlphaDropout, layers.GaussianDropout, layers.GaussianNoise,
     layers.ActivityRegularization,
 )  # fmt: skip
-_LOGICAL = ("and", "or", "not")
+# Layers that scale and shift channels by numbers which freezing knows how to find.
+AFFINE = (layers.BatchNormalization, layers.Rescaling, ChannelAffine, layers.Normalization)
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
     "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D",
@@ -119,14 +130,9 @@ _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": basic.pairwise}
 _POOL = {"refuse": rule.channels_last}
 
-# Fixed scales: TFLite quantization specification, SOFTMAX, LOGISTIC, TANH, LOG_SOFTMAX. Last the
-# input scale up to which TFLite Micro is right: beyond 4, it cuts off what is not saturated yet.
-_FIXED = {
-    "sigmoid": ("LOGISTIC", (0.0, 255 / 256), 4.0),
-    "softmax": ("SOFTMAX", (0.0, 255 / 256), math.inf),
-    "tanh": ("TANH", (-1.0, 127 / 128), 4.0),
-    "log_softmax": ("LOG_SOFTMAX", (-255 / 16, 0.0), math.inf),
-}
+# TFLite Micro's LOGISTIC and TANH cut off inputs that are not saturated yet where the input's scale
+# is larger.
+_MICRO_LARGEST_SCALE = 4.0
 
 # Elementwise functions without an int8 operator of their own.
 _TABULATED = (
@@ -148,8 +154,8 @@ _TABULATED = (
 
 ACTIVATIONS: dict[str, LayerRule] = {
     "linear": _VANISHES,
-    "relu": _own("RELU", clamp="relu"),
-    "relu6": _own("RELU", clamp="relu6"),
+    "relu": _own("RELU", clamp=Clamp.RELU),
+    "relu6": _own("RELU", clamp=Clamp.RELU6),
     "leaky_relu": _own("LEAKY_RELU"),
     "elu": _own("ELU", wide_table=True),
     "hard_silu": _own("HARD_SWISH", wide_table=True),
@@ -157,10 +163,10 @@ ACTIVATIONS: dict[str, LayerRule] = {
     "exponential": _own("EXP", table=True),
     **{name: _own(table=True) for name in _TABULATED},
     "silu": _own("LOGISTIC", "MUL", decompose=basic.silu),
-    **{
-        name: LayerRule(output=Output.FIXED, ops=(op,), fixed_range=r, largest_input_scale=most)
-        for name, (op, r, most) in _FIXED.items()
-    },
+    "sigmoid": _fixed("LOGISTIC", largest_input_scale=_MICRO_LARGEST_SCALE),
+    "softmax": _fixed("SOFTMAX"),
+    "tanh": _fixed("TANH", largest_input_scale=_MICRO_LARGEST_SCALE),
+    "log_softmax": _fixed("LOG_SOFTMAX"),
 }
 
 # A function of the user's own, and a layer of the user's own without a row.
@@ -259,12 +265,7 @@ LAYERS: dict[type, LayerRule] = {
     ),
     layers.Embedding: _own("CAST", "GATHER", weights={"embeddings": None}, table_of_rows=True),
     layers.GroupNormalization: _composite(normalization.group_normalization, *_NORMALIZING),
-    layers.UnitNormalization: LayerRule(
-        output=Output.FIXED,
-        ops=("L2_NORMALIZATION",),
-        fixed_range=(-1.0, 127 / 128),
-        refuse=rule.last_axis,
-    ),
+    layers.UnitNormalization: _fixed("L2_NORMALIZATION", refuse=rule.last_axis),
     layers.GroupQueryAttention: _composite(
         attention.group_query_attention, *_ATTENDING, "FULLY_CONNECTED", **_MASKS
     ),
@@ -316,41 +317,83 @@ LAYERS: dict[type, LayerRule] = {
 # Layers that are one of several operators: the class, and the name of the function that says which.
 KINDS: dict[tuple[type, str], LayerRule] = {
     **fused_lstms.KINDS,
-    (WithConstant, "add"): _own("ADD", weights={"value": None}, takes_clamp=True),
-    (WithConstant, "hide"): _own("ADD", weights={"value": None}, hides=True),
-    (WithConstant, "multiply"): _own("MUL", weights={"value": None}, takes_clamp=True),
+    (WithConstant, ConstantKind.ADD): _own("ADD", weights={"value": None}, takes_clamp=True),
+    (WithConstant, ConstantKind.HIDE): _own("ADD", weights={"value": None}, hides=True),
+    (WithConstant, ConstantKind.MULTIPLY): _own("MUL", weights={"value": None}, takes_clamp=True),
     (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
     (layers.Resizing, "bilinear"): _resize("RESIZE_BILINEAR"),
-    (Reduce, "mean"): _own("MEAN"),
-    (Reduce, "max"): _same("REDUCE_MAX"),
-    (Reduce, "min"): _same("REDUCE_MIN"),
-    (Reduce, "prod"): _own("REDUCE_PROD", refuse=rule.few_factors),
-    (IndexOperation, "argmax"): _index("ARG_MAX"),
-    (IndexOperation, "argmin"): _index("ARG_MIN"),
-    (IndexOperation, "add"): _index("ADD"),
-    (IndexOperation, "subtract"): _index("SUB"),
-    (IndexOperation, "multiply"): _index("MUL"),
-    **{
-        (IndexOperation, kind): _index(kind.upper())
-        for kind in ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")
-    },
-    **{(IndexOperation, f"logical_{kind}"): _index(f"LOGICAL_{kind.upper()}") for kind in _LOGICAL},
+    (Reduce, ReduceKind.MEAN): _own("MEAN"),
+    (Reduce, ReduceKind.MAX): _same("REDUCE_MAX"),
+    (Reduce, ReduceKind.MIN): _same("REDUCE_MIN"),
+    (Reduce, ReduceKind.PROD): _own("REDUCE_PROD", refuse=rule.few_factors),
+    (IndexOperation, IndexKind.ARGMAX): _index("ARG_MAX"),
+    (IndexOperation, IndexKind.ARGMIN): _index("ARG_MIN"),
+    (IndexOperation, IndexKind.ADD): _index("ADD"),
+    (IndexOperation, IndexKind.SUBTRACT): _index("SUB"),
+    (IndexOperation, IndexKind.MULTIPLY): _index("MUL"),
+    (IndexOperation, IndexKind.EQUAL): _index("EQUAL"),
+    (IndexOperation, IndexKind.NOT_EQUAL): _index("NOT_EQUAL"),
+    (IndexOperation, IndexKind.GREATER): _index("GREATER"),
+    (IndexOperation, IndexKind.GREATER_EQUAL): _index("GREATER_EQUAL"),
+    (IndexOperation, IndexKind.LESS): _index("LESS"),
+    (IndexOperation, IndexKind.LESS_EQUAL): _index("LESS_EQUAL"),
+    (IndexOperation, IndexKind.LOGICAL_AND): _index("LOGICAL_AND"),
+    (IndexOperation, IndexKind.LOGICAL_OR): _index("LOGICAL_OR"),
+    (IndexOperation, IndexKind.LOGICAL_NOT): _index("LOGICAL_NOT"),
 }
 
 
+# Rows that users registered; they go before the stock ones.
+REGISTERED: dict[type, LayerRule] = {}
+
+
 def register_layer(layer_class: type, rule: LayerRule) -> None:
-    """Adds (or replaces) the row of a layer class, a user's own or a stock one."""
+    """Adds the row of a layer class, or replaces one: of the user's own, or of a stock layer.
+
+    The row holds for layers of exactly this class, in every model that is planned from now on. A
+    QAT model keeps the rows that it was planned with, also when it is saved and loaded.
+
+    Raises:
+        UnsupportedLayerError: if `rule` is no `LayerRule`, or no row could take effect: for a
+            class that is no layer, for models and inputs (kqat takes them apart or passes them by
+            before it looks for a row), and for `affine=True` on a layer of unknown numbers.
+    """
+    name = getattr(layer_class, "__name__", repr(layer_class))
     if not isinstance(rule, LayerRule):
+        raise UnsupportedLayerError(f"Expected a LayerRule for {name}. Received: {rule!r}.")
+    if not isinstance(layer_class, type) or not issubclass(layer_class, layers.Layer):
         raise UnsupportedLayerError(
-            f"Expected a LayerRule for {layer_class.__name__}. Received: {rule!r}."
+            f"Expected a class of keras.layers.Layer to register. Received: {name}. Functions of "
+            "keras.ops have no rows of their own; wrap them in a layer."
         )
-    LAYERS[layer_class] = rule
+    if issubclass(layer_class, keras.Model | layers.InputLayer):
+        raise UnsupportedLayerError(
+            f"Expected a layer that a row can describe. Received: {name}. kqat plans the layers "
+            "inside a model, and an input has none; register those layers."
+        )
+    if rule.affine and not issubclass(layer_class, AFFINE):
+        raise UnsupportedLayerError(
+            f"Expected affine=True only for layers that scale and shift channels by known numbers: "
+            f"{', '.join(c.__name__ for c in AFFINE)} and their subclasses. Received: {name}. "
+            "Leave affine out, and name its variables in weights."
+        )
+    REGISTERED[layer_class] = rule
+
+
+def registered_rule(layer: Any) -> LayerRule | None:
+    """The row that a user registered for the class of `layer`, if one did."""
+    return REGISTERED.get(type(layer))
+
+
+def row_of_class(layer_class: type) -> LayerRule | None:
+    """The row of a class, a registered one before a stock one; `None` where there is none."""
+    return REGISTERED.get(layer_class, LAYERS.get(layer_class))
 
 
 def is_custom(layer: Any) -> bool:
     """Whether `layer` is of a class that neither Keras nor the table knows."""
     stock = getattr(layers, type(layer).__name__, None) is type(layer)
-    return isinstance(layer, layers.Layer) and type(layer) not in LAYERS and not stock
+    return isinstance(layer, layers.Layer) and row_of_class(type(layer)) is None and not stock
 
 
 def _kind(layer: Any) -> str:
@@ -367,16 +410,8 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     Raises:
         UnsupportedLayerError: if there is none, or the row refuses this very layer.
     """
-    where = f"layer '{name or layer.name}' of type {type(layer).__name__}"
-    rule = LAYERS.get(type(layer))
-    if isinstance(layer, layers.Activation):
-        activation = basic.activation_name(layer.activation)
-        rule = FUNCTION if activation is None else ACTIVATIONS.get(activation)
-        where += f" with activation {activation!r}"
-    elif (which := (type(layer), _kind(layer))) in KINDS:
-        rule = KINDS[which]
-    elif rule is None and is_custom(layer):
-        rule = OPENED
+    where = _described(layer, name)
+    rule = registered_rule(layer) or _stock_rule(layer)
     if rule is None:
         why = reason(type(layer).__name__, LAYER_REASONS)
         raise UnsupportedLayerError(
@@ -390,6 +425,33 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     return rule
 
 
+def stock_facts(layer: Any) -> LayerFacts | None:
+    """The facts of a layer that carries none, as it was planned with a stock row.
+
+    A row that a user registered for a stock class is not asked: a QAT model carries such rows. A
+    class of the user's own has no other row; models saved by older releases do not carry it.
+    """
+    rule = _stock_rule(layer) or registered_rule(layer)
+    return None if rule is None else LayerFacts.of(rule)
+
+
+def _described(layer: Any, name: str | None) -> str:
+    where = f"layer '{name or layer.name}' of type {type(layer).__name__}"
+    if isinstance(layer, layers.Activation) and registered_rule(layer) is None:
+        where += f" with activation {basic.activation_name(layer.activation)!r}"
+    return where
+
+
+def _stock_rule(layer: Any) -> LayerRule | None:
+    if isinstance(layer, layers.Activation):
+        activation = basic.activation_name(layer.activation)
+        return FUNCTION if activation is None else ACTIVATIONS.get(activation)
+    if (which := (type(layer), _kind(layer))) in KINDS:
+        return KINDS[which]
+    stock = LAYERS.get(type(layer))
+    return OPENED if stock is None and is_custom(layer) else stock
+
+
 def supported_layers() -> tuple[str, ...]:
     """Names of the layer classes that have a row, sorted."""
-    return tuple(sorted(cls.__name__ for cls in LAYERS))
+    return tuple(sorted({cls.__name__ for cls in (*LAYERS, *REGISTERED)}))

@@ -19,7 +19,7 @@ from kqat.grids import (
     RangeMethod,
     arithmetic,
 )
-from kqat.registry import LayerRule, Output, rule_for
+from kqat.registry import ACTIVATIONS, LayerRule, Output, rule_for
 
 PACKAGE = "tensorflow_model_optimization"
 # A constant inside tfmot's MovingAverageQuantizer.
@@ -33,8 +33,10 @@ RANGES: dict[str, Callable[[Any], RangeMethod]] = {
     "FixedQuantizer": lambda quantizer: Fixed(quantizer.init_min, quantizer.init_max),
 }
 NONE = "NoQuantizer"
-# Fused activations that leave a layer one grid only.
-ONE_GRID = ("linear", "relu", "relu6")
+# Activations that are computed inside the layer's kernel, so that there is one grid only.
+ONE_GRID = tuple(
+    name for name, row in ACTIVATIONS.items() if row.clamp or row.output is Output.VANISHES
+)
 
 Grid = tuple[QuantSpec, RangeMethod]
 

@@ -7,6 +7,7 @@ from keras import ops
 
 from kqat.base import FreezeError
 from kqat.grids import (
+    Clamp,
     Fixed,
     QuantSpec,
     RangeMethod,
@@ -14,6 +15,7 @@ from kqat.grids import (
     range_method_from_dict,
     range_method_to_dict,
 )
+from kqat.training.older_files import with_label
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -36,6 +38,8 @@ class ActivationQuantizer(keras.layers.Layer):
         sites: number of call sites.
         hides: whether the values are attention scores of which a mask hides some: the range is that
             of the others, with room below.
+        label: what reports and the file call the value that is rounded, where there is one call
+            site; the layer's own name if it is left out.
     """
 
     def __init__(
@@ -43,9 +47,10 @@ class ActivationQuantizer(keras.layers.Layer):
         spec: QuantSpec,
         range_method: RangeMethod,
         *,
-        clamp: str | None = None,
+        clamp: Clamp | str | None = None,
         sites: int = 1,
         hides: bool = False,
+        label: str | None = None,
         **kwargs: Any,
     ):
         # Ranges are float32 under every policy. Only where the layer's own policy is float32 too
@@ -53,9 +58,10 @@ class ActivationQuantizer(keras.layers.Layer):
         super().__init__(autocast=False, **{"dtype": "float32", **kwargs})
         self.spec = spec
         self.range_method = range_method
-        self.clamp = clamp
+        self.clamp = None if clamp is None else Clamp(clamp)
         self.sites = sites
         self.hides = hides
+        self.label = label or self.name
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
@@ -96,9 +102,9 @@ class ActivationQuantizer(keras.layers.Layer):
 
     def clamped(self, x: Any) -> Any:
         """`x` after the clamp alone."""
-        if self.clamp == "relu":
+        if self.clamp is Clamp.RELU:
             return ops.relu(x)
-        return ops.relu6(x) if self.clamp == "relu6" else x
+        return ops.relu6(x) if self.clamp is Clamp.RELU6 else x
 
     def observe(self, x: Any, site: int = 0) -> None:
         """Lets `x` (any shape) shape the range of `site`, as a training batch does."""
@@ -184,14 +190,16 @@ class ActivationQuantizer(keras.layers.Layer):
             **config,
             "spec": self.spec.to_dict(),
             "range_method": range_method_to_dict(self.range_method),
-            "clamp": self.clamp,
+            "clamp": self.clamp and self.clamp.value,
             "sites": self.sites,
             "hides": self.hides,
+            "label": self.label,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ActivationQuantizer":
         """The inverse of `get_config`."""
+        config = with_label(config, suffix="_quantizer")
         spec = QuantSpec(**config.pop("spec"))
         method = range_method_from_dict(config.pop("range_method"))
         return cls(spec, method, **config)

@@ -1,6 +1,13 @@
 """What integer kernels demand of operators (`op_table`) and of weights."""
 
-from tflite_export.kernels.op_table import OP_TABLE, OpRule, missing_kernels
+from tflite_export.kernels.op_table import (
+    OP_TABLE,
+    OpRule,
+    fixed_output,
+    kernel_version,
+    missing_kernels,
+    multiply_accumulates,
+)
 from tflite_export.kernels.weight_layout import (
     ACTIVATION_DTYPES,
     PACKED_TYPES,
@@ -22,7 +29,10 @@ __all__ = [
     "Weights",
     "constant_on_grid",
     "fit_bias",
+    "fixed_output",
+    "kernel_version",
     "missing_kernels",
+    "multiply_accumulates",
     "pack",
     "quantization",
     "unpack",
