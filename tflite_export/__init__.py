@@ -13,6 +13,7 @@ from tflite_export.flatbuffer import Inspection, OperatorInfo, TensorInfo, inspe
 from tflite_export.integer_model import integer_model
 from tflite_export.runtimes import RUNTIMES
 from tflite_export.verification import (
+    Exactness,
     LayerReport,
     OutputAgreement,
     Report,
@@ -25,6 +26,7 @@ __all__ = [
     "RUNTIMES",
     "TARGETS",
     "CSource",
+    "Exactness",
     "Fallback",
     "Inspection",
     "LayerReport",

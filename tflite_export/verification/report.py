@@ -45,8 +45,43 @@ class OutputAgreement:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Exactness:
+    """Whether a runtime computed the integers that its kernels are known to compute.
+
+    Attributes:
+        elements: how many integers were compared, each operator fed the runtime's own inputs.
+        differing: how many of them differ.
+        first: the first operator that differs and its tensor, in words; empty where none does.
+        unknown: what was not compared, and why; empty where all was.
+    """
+
+    elements: int
+    differing: int
+    first: str = ""
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every operator was compared and no integer differs."""
+        return not self.differing and not self.unknown
+
+    def __str__(self) -> str:
+        if self.first:
+            return (
+                f"not exact: {self.differing:,} of {self.elements:,} integers are not those of "
+                f"the kernels, first those of {self.first}"
+            )
+        if self.unknown:
+            return f"exact, but for what has no integer arithmetic here: {'; '.join(self.unknown)}"
+        return f"exact: all {self.elements:,} integers are those of the kernels"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeReport:
-    """One runtime; `problem` says why there is no more to say, if it did not run."""
+    """One runtime; `problem` says why there is no more to say, if it did not run.
+
+    `exact` is `None` where no lockstep took place.
+    """
 
     runtime: str
     problem: str | None = None
@@ -54,6 +89,7 @@ class RuntimeReport:
     unmatched: tuple[str, ...] = ()
     outputs: tuple[OutputAgreement, ...] = ()
     arena_bytes: int | None = None
+    exact: Exactness | None = None
 
     @property
     def max_steps(self) -> int:
@@ -195,6 +231,8 @@ def _runtime_lines(part: RuntimeReport) -> list[str]:
     arena = "" if part.arena_bytes is None else f", arena {part.arena_bytes:,} bytes"
     said = f"at most {part.max_steps} in lockstep" if part.sites else "ran it"
     lines = [f"  {part.runtime}: {said}{arena}"]
+    if part.exact is not None:
+        lines += _wrapped(str(part.exact), "    ")
     for operator, row in part.by_operator().items():
         share = 100 * row.differing / max(row.elements, 1)
         ties = f", {100 * row.ties / row.differing:.0f} % ties" if row.ties else ""

@@ -14,6 +14,7 @@ from tflite_export.devices import check_file
 from tflite_export.flatbuffer import ModelT, inspect_model
 from tflite_export.runtimes import run
 from tflite_export.verification.end_to_end import agreement_with_model
+from tflite_export.verification.exactness import exactness
 from tflite_export.verification.layer_profile import (
     GridUse,
     layer_reports,
@@ -141,5 +142,6 @@ def _verify_on(
         unmatched=found.unmatched,
         outputs=agreement_with_model(frozen, tensors, model, inputs, result.outputs),
         arena_bytes=result.arena_bytes,
+        exact=exactness(model, result.tensors, runtime),
     )
     return part, found.uses
