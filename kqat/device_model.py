@@ -56,7 +56,8 @@ class GapCallback(keras.callbacks.Callback):
 
     The QAT model is converted and its integer model evaluated with the loss and metrics that `fit`
     was compiled with. A callback behind it can go by these logs, as
-    `keras.callbacks.EarlyStopping("val_accuracy_device", restore_best_weights=True)` does.
+    `keras.callbacks.EarlyStopping("val_accuracy_device", mode="max", restore_best_weights=True)`
+    does.
 
     Args:
         data: what `evaluate` takes: `(x, y)`, `(x, y, sample_weight)`, or a data set.
@@ -74,7 +75,7 @@ class GapCallback(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Evaluates the integer model and adds to `logs`."""
-        if self.model.get_compile_config() is None:
+        if not self.model.compiled:
             raise ModelError(
                 f"Expected a compiled model for GapCallback. Received: '{self.model.name}'."
             )
