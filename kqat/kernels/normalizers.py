@@ -303,14 +303,14 @@ def _log(xp: Arrays, z: Any) -> Any:
     return xp.clip(total * 2, low, high)
 
 
-def log_softmax_in_float32(xp: Arrays, x: Any, given: Grid, result: Grid) -> Any:
-    """LOG_SOFTMAX of int8 on LiteRT's optimized kernels."""
+def log_softmax_in_float32(xp: Arrays, x: Any, given: Grid, result: Grid, scale: Any) -> Any:
+    """LOG_SOFTMAX of int8 on LiteRT's optimized kernels; `scale` is the result's, as an array."""
     table = _float_exps(given, 1.0)
     x = xp.cast(x, "int32")
     most = xp.max(x, axis=-1, keepdims=True)
     total = xp.expand_dims(_in_turn(xp.take(table, most - x, axis=0)), -1)
     log = xp.cast(xp.log(xp.cast(total, "float64")), "float32")
-    precomputed = (xp.cast(most, "float32") * given.scale + log) / result.scale
+    precomputed = (xp.cast(most, "float32") * given.scale + log) / scale
     value = xp.cast(x, "float32") * (given.scale / result.scale) - precomputed
     low, high = result.limits
     return xp.cast(xp.clip(xp.round(value) + result.zero_point, low, high), "int32")

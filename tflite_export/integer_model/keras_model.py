@@ -177,13 +177,19 @@ class Entry(keras.layers.Layer):
         super().__init__(name=name, trainable=False, autocast=False)
         self.tensor = tensor
         self.rounds = rounds and tensor.grid is not None and tensor.dtype != "float32"
+        # A compiler that knows a divisor multiplies by its reciprocal, which rounds differently.
+        self.scale: Any = None
+        if self.rounds:
+            self.scale = self.add_weight(shape=(), dtype="float32", trainable=False, name="scale")
+            self.scale.assign(tensor.on_grid.scale)
+        self.built = True
 
     def call(self, x: Any) -> Any:
         """The file's input."""
         if self.rounds:
             grid = self.tensor.on_grid
             low, high = grid.limits
-            steps = ops.floor(x / grid.scale + np.float32(0.5))
+            steps = ops.floor(x / ops.convert_to_tensor(self.scale) + np.float32(0.5))
             # A float beyond int32 has no integer; it is clipped anyway.
             steps = ops.clip(steps, -(2.0**24), 2.0**24) + np.float32(grid.zero_point)
             x = ops.cast(ops.clip(steps, low, high), "int32")

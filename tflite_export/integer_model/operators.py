@@ -562,19 +562,21 @@ def quantize(step: Step, runtime: str) -> Kernel:
         make = tables.rescaled_by_xnnpack if kind == "xnnpack" else tables.rescaled
         return _table(step, make(given.on_grid, result))
     low, high = result.limits
+    # A compiler that knows a divisor multiplies by its reciprocal: so it is a weight.
+    constants = {"scale": np.asarray(result.scale)}
 
     def compute(xp: Arrays, x: Values, c: Mapping[str, Any]) -> Values:
         if kind == "xnnpack":
             steps = xp.round(x[0] * (np.float32(1) / result.scale))
         else:
-            ratio = x[0] / result.scale
+            ratio = x[0] / c["scale"]
             size = xp.abs(ratio)
             whole = xp.floor(size)
             steps = xp.sign(ratio) * (whole + xp.cast(size - whole >= 0.5, "float32"))
         steps = xp.clip(steps, -1e6, 1e6) + result.zero_point
         return [xp.cast(xp.clip(steps, low, high), "int32")]
 
-    return Kernel(compute)
+    return Kernel(compute, constants)
 
 
 @makes("DEQUANTIZE")
@@ -695,12 +697,13 @@ def softmax(step: Step, runtime: str) -> Kernel:
 def log_softmax(step: Step, runtime: str) -> Kernel:
     """LOG_SOFTMAX over the last axis."""
     grids = step.given(0).on_grid, step.result.on_grid
-    kernel = (
-        normalizers.log_softmax_in_float32
-        if kind_of(step, runtime) == "optimized"
-        else normalizers.log_softmax
+    if kind_of(step, runtime) != "optimized":
+        return Kernel(lambda xp, x, c: [normalizers.log_softmax(xp, x[0], *grids)])
+    return Kernel(
+        lambda xp, x, c: [normalizers.log_softmax_in_float32(xp, x[0], *grids, c["scale"])],
+        # A compiler that knows a divisor multiplies by its reciprocal: so it is a weight.
+        {"scale": np.asarray(grids[1].scale)},
     )
-    return Kernel(lambda xp, x, c: [kernel(xp, x[0], *grids)])
 
 
 @makes("L2_NORMALIZATION")

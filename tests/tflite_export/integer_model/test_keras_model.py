@@ -69,8 +69,8 @@ def test_one_layer_per_operator_and_nothing_to_train(
     names = [layer.name.rsplit("_", 1)[0] for layer in model.layers]
     assert [name for name in names if name in operators] == operators
     assert model.trainable_weights == []
-    # Two convolutions and the head.
-    assert len(model.non_trainable_weights) == 3
+    # Two convolutions, the head, and the scale of the input.
+    assert len(model.non_trainable_weights) == 4
 
 
 def test_roundings_of_runtimes_are_told_apart(
