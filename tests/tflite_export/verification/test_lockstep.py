@@ -21,6 +21,7 @@ from tflite_export import flatbuffer
 from tflite_export.flatbuffer.tree import ModelT
 from tflite_export.verification import verifier
 from tflite_export.verification.report import (
+    Exactness,
     LayerReport,
     OutputAgreement,
     Report,
@@ -281,7 +282,10 @@ def rebuilt(table: dict[str, Any]) -> Report:
         sites = tuple(SiteDifference(**site) for site in part.pop("sites"))
         outputs = tuple(OutputAgreement(**output) for output in part.pop("outputs"))
         unmatched = tuple(part.pop("unmatched"))
-        parts.append(RuntimeReport(sites=sites, outputs=outputs, unmatched=unmatched, **part))
+        if (exact := part.pop("exact")) is not None:
+            exact = Exactness(**{**exact, "unknown": tuple(exact["unknown"])})
+        ends = {"outputs": outputs, "unmatched": unmatched, "exact": exact}
+        parts.append(RuntimeReport(sites=sites, **ends, **part))
     layers = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in table.pop("layers")]
     notes = tuple(table.pop("notes"))
     return Report(runtimes=tuple(parts), layers=tuple(layers), notes=notes, **table)
