@@ -75,12 +75,12 @@ def read(config: Any, layer: Any, name: str) -> Wish:
     return Wish(asker, layer, where, weights, output)
 
 
-def resolve(wish: Wish, *, fused: bool = False) -> QuantizeConfig | None:
+def resolve(wish: Wish, *, inside: bool = False) -> QuantizeConfig | None:
     """The config of ours that fulfils `wish`.
 
     Args:
         wish: from `read`.
-        fused: whether the next layer lies in the same kernel, so that the output of this one is
+        inside: whether the next layer lies in the same kernel, so that the output of this one is
             never an integer and needs no quantizer.
 
     Returns:
@@ -91,11 +91,11 @@ def resolve(wish: Wish, *, fused: bool = False) -> QuantizeConfig | None:
         UnsupportedLayerError: if the layer has no integer form.
     """
     if not wish.weights and wish.output is None:
-        return _quantizes_nothing(wish.layer, fused)
+        return _quantizes_nothing(wish.layer, inside)
     rule = row(wish.layer)
     if wish.output is not None:
-        _check_output(wish.output, rule, wish, fused)
-    elif rule.output is Output.OWN and not fused:
+        _check_output(wish.output, rule, wish, inside)
+    elif rule.output is Output.OWN and not inside:
         raise PolicyError(
             f"Expected a quantizer for the output of {wish.where}: an integer kernel has integer "
             f"outputs. Received: none from get_activations_and_quantizers and "
@@ -116,14 +116,14 @@ def row(layer: Any) -> LayerRule:
     return rule_for(layer) if is_layer else LayerRule(output=Output.OWN)
 
 
-def _quantizes_nothing(layer: Any, fused: bool) -> QuantizeConfig | None:
+def _quantizes_nothing(layer: Any, inside: bool) -> QuantizeConfig | None:
     try:
         rule = row(layer)
     except UnsupportedLayerError:
         return None
     if _weights_of(layer) and not rule.affine:
         return None
-    return QuantizeConfig() if fused or rule.output is not Output.OWN else None
+    return QuantizeConfig() if inside or rule.output is not Output.OWN else None
 
 
 def _ask(config: Any, method: str, layer: Any, where: str) -> list[Any]:
@@ -273,7 +273,7 @@ def _text(grid: Grid) -> str:
     return f"{'symmetric ' if spec.symmetric else ''}{method}"
 
 
-def _check_output(output: Grid, rule: LayerRule, wish: Wish, fused: bool) -> None:
+def _check_output(output: Grid, rule: LayerRule, wish: Wish, inside: bool) -> None:
     """Refuses a grid that the layer's kernel rules out."""
     spec, method = output
     given = isinstance(method, Fixed)
@@ -288,12 +288,13 @@ def _check_output(output: Grid, rule: LayerRule, wish: Wish, fused: bool) -> Non
             )
     function = getattr(wish.layer, "activation", keras.activations.linear)
     activation = keras.activations.serialize(function)
-    inside = "the next layer" if fused else f"its activation {activation}"
+    follower = "the next layer" if inside else f"its activation {activation}"
     if not isinstance(wish.layer, keras.layers.Layer):
-        inside, fused = "another layer", True  # which ones an operation becomes is decided later
-    if given and (fused or (wish.layer.weights and activation not in ONE_GRID)):
+        # Which layers an operation becomes is decided later.
+        follower, inside = "another layer", True
+    if given and (inside or (wish.layer.weights and activation not in ONE_GRID)):
         raise PolicyError(
-            f"Expected an observed range for the output of {wish.where}, as {inside} comes after "
+            f"Expected an observed range for the output of {wish.where}, as {follower} comes after "
             f"it under the same config or kernel. Received: {_text(output)}. Use a "
             "MovingAverageQuantizer here, and the FixedQuantizer on a layer of its own behind."
         )

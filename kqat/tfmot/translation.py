@@ -112,7 +112,7 @@ class _Neighbours:
 
     def configs(self) -> dict[Node, QuantizeConfig | None]:
         """Every node's config, none of tfmot's among them."""
-        # Backwards: whether a layer is fused depends on what becomes of its reader.
+        # Backwards: whether a value lies inside its reader's kernel depends on the reader's config.
         for node in reversed(self.graph.nodes):
             self.translated[node] = self._config(node)
         for node, wish in self.wishes.items():
@@ -128,9 +128,9 @@ class _Neighbours:
         if node in self.by_default and rule and rule.output is Output.VANISHES:
             return QuantizeConfig()
         self.wishes[node] = read(asked, node.layer, node.name)
-        return resolve(self.wishes[node], fused=self._is_fused(node))
+        return resolve(self.wishes[node], inside=self._is_inside(node))
 
-    def _is_fused(self, node: Node) -> bool:
+    def _is_inside(self, node: Node) -> bool:
         """Whether the only reader lies in the same kernel; if in doubt, it does not."""
         ref, rule = node.outputs[0], self.rules[node]
         readers = self.consumers[ref]

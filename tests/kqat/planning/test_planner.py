@@ -124,6 +124,14 @@ def test_relu_fuses_into_no_kernel_that_has_none() -> None:
     assert groups(plan)["relu"].clamp == "relu6"
 
 
+def test_a_clamp_with_a_regularizer_is_not_carried_out_by_the_quantizer() -> None:
+    # The regularizer needs the clamp's output before it is rounded.
+    act = layers.Activation("relu", activity_regularizer="l2", name="relu")
+    plan = image_plan(lambda x: act(conv("conv")(x)))
+    assert layer(plan, "relu").note == "fused into conv"
+    assert groups(plan)["relu"].clamp is None
+
+
 def test_a_float_norm_folds_into_nothing() -> None:
     plan = image_plan(lambda x: norm()(conv("conv")(x)), {"norm": None})
     assert roles(plan) == {"conv": "integer", "norm": "float"}
