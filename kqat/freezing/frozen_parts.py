@@ -83,9 +83,18 @@ class FrozenParts:
 
 
 def labels(graph: Graph) -> dict[Node, str]:
-    """What reports and the file call the value of each node: the user's name of its layer."""
-    taken: set[str] = set()
-    return {node: unique_name(_label(node.layer), taken, "_call{}") for node in graph.nodes}
+    """What reports and the file call the value of each node: the user's name of its layer.
+
+    A further call of a layer is numbered, never as another layer is called.
+    """
+    taken = {_label(node.layer) for node in graph.nodes}
+    found: dict[Node, str] = {}
+    seen: set[str] = set()
+    for node in graph.nodes:
+        label = _label(node.layer)
+        found[node] = unique_name(label, taken, "_call{}") if label in seen else label
+        seen.add(label)
+    return found
 
 
 def _label(layer: Any) -> str:
