@@ -4,6 +4,7 @@ a range or the step of a weight.
 
 from kqat.grids import arithmetic
 from kqat.grids.arithmetic import HIDDEN, LOWEST
+from kqat.grids.clamp import Clamp
 from kqat.grids.methods import (
     RANGE_METHODS,
     STEP_METHODS,
@@ -35,6 +36,7 @@ __all__ = [
     "RANGE_METHODS",
     "STEP_METHODS",
     "Binary",
+    "Clamp",
     "Fixed",
     "LastValue",
     "LearnedStep",

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from kqat.base import TextEnum
 from kqat.grids import INT16_ACTIVATION, QuantSpec, Site, arithmetic
 
 # In the order of the operator's inputs, which is that of Keras's columns.
@@ -21,6 +22,24 @@ GATES = ("input", "forget", "candidate", "output")
 CARRY = QuantSpec(bits=16, symmetric=True, power_of_two=True)
 _SUMS = (-8.0, 8.0 - 2.0**-12)
 _UNIT = (-1.0, 1.0 - 2.0**-15)
+
+
+class StateKind(TextEnum):
+    """Which of an LSTM's two states."""
+
+    CARRY = "carry"
+    OUTPUT = "output"
+
+
+class RecurrenceKind(TextEnum):
+    """How a recurrence ships: step by step, or as one operator.
+
+    For the last kind, sequences have to be turned around before the operator or behind it.
+    """
+
+    UNROLLED = "unrolled"
+    FUSED = "fused"
+    FUSED_BACKWARDS = "fused_backwards"
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -32,7 +51,7 @@ class LstmState(layers.Layer):
     `g_bias`.
 
     Args:
-        kind: `"carry"`, or `"output"`, which takes the carry of the same step.
+        kind: the carry, or the output, which takes the carry of the same step.
         units: size of a state.
         use_bias: whether gates have biases.
         kernel_regularizer, recurrent_regularizer, bias_regularizer: as of `keras.layers.LSTM`.
@@ -40,11 +59,11 @@ class LstmState(layers.Layer):
     Reference: Gers et al. 2000, section 3.1 (https://doi.org/10.1162/089976600300015015).
     """
 
-    KINDS = {"carry": GATES[:3], "output": GATES[3:]}  # noqa: RUF012 - a constant of the class
+    KINDS = {StateKind.CARRY: GATES[:3], StateKind.OUTPUT: GATES[3:]}  # noqa: RUF012 - a constant of the class
 
     def __init__(
         self,
-        kind: str,
+        kind: StateKind | str,
         units: int,
         *,
         use_bias: bool = True,
@@ -54,7 +73,7 @@ class LstmState(layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.kind, self.units, self.use_bias = kind, units, use_bias
+        self.kind, self.units, self.use_bias = StateKind(kind), units, use_bias
         self.regularizers = tuple(
             keras.regularizers.get(r)
             for r in (kernel_regularizer, recurrent_regularizer, bias_regularizer)
@@ -99,7 +118,7 @@ class LstmState(layers.Layer):
             gate: rounding(ops.tanh(s) if gate == "candidate" else ops.sigmoid(s), *_UNIT)
             for gate, s in parts.items()
         }
-        if self.kind == "carry":
+        if self.kind is StateKind.CARRY:
             return values["forget"] * c + values["input"] * values["candidate"]
         return values["output"] * rounding(ops.tanh(c), *_UNIT)
 
@@ -118,7 +137,7 @@ class LstmState(layers.Layer):
         serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
-            "kind": self.kind,
+            "kind": self.kind.value,
             "units": self.units,
             "use_bias": self.use_bias,
             **{
@@ -160,7 +179,7 @@ class FrozenLSTM(layers.Layer):
         source, carry, result: grids of the input, the carry and the output.
     """
 
-    kind = "fused"
+    kind = RecurrenceKind.FUSED
 
     def __init__(
         self,

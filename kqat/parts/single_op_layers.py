@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from kqat.base import UnsupportedLayerError
+from kqat.base import TextEnum, UnsupportedLayerError
 from kqat.grids import HIDDEN, LOWEST
 
 
@@ -21,56 +21,6 @@ class Slice(layers.Layer):
     def __init__(self, begin: list[int], end: list[int], steps: list[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.begin, self.end, self.steps = list(begin), list(end), list(steps)
-
-    @classmethod
-    def of(cls, x: Any, key: Any, name: str) -> Any:
-        """`x[key]` with a slice, and a Reshape where `key` drops or adds axes.
-
-        Raises:
-            UnsupportedLayerError: if `key` slices the batch, steps backwards, or is an array.
-        """
-        keys = list(key) if isinstance(key, tuple) else [key]
-        if Ellipsis in keys:
-            at = keys.index(Ellipsis)
-            given = sum(k is not None for k in keys) - 1
-            keys[at : at + 1] = [slice(None)] * (len(x.shape) - given)
-        axes = iter(x.shape)
-        triples: list[tuple[Any, Any, int]] = []
-        shape: list[Any] = []
-        for k in keys:
-            if k is None:
-                shape.append(1)
-                continue
-            size = next(axes)
-            triple = cls._triple(k, size, name, first=not triples)
-            triples.append(triple)
-            if isinstance(k, slice):
-                shape.append(None if size is None else len(range(*triple)))
-        rest = list(axes)
-        triples += [(0, size, 1) for size in rest]
-        shape += rest
-        begin, end, steps = (list(v) for v in zip(*triples[1:], strict=True))
-        plain = len(shape) == len(x.shape) and all(isinstance(k, slice) for k in keys)
-        sliced = cls(begin, end, steps, name=name if plain else f"{name}_slice")(x)
-        return sliced if plain else layers.Reshape(shape[1:], name=name)(sliced)
-
-    @staticmethod
-    def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]:
-        if first and key == slice(None):
-            return (0, None, 1)
-        if first or not isinstance(key, int | slice):
-            raise UnsupportedLayerError(
-                f"Expected slices and numbers behind the batch axis in '{name}'. Received: {key!r}."
-            )
-        if isinstance(key, int):
-            start = key % size
-            return (start, start + 1, 1)
-        begin, end, step = key.indices(size)
-        if step < 1:
-            raise UnsupportedLayerError(
-                f"Expected a forward slice in '{name}'. Received: step={step}."
-            )
-        return (begin, end, step)
 
     def call(self, x: Any) -> Any:
         """The slice."""
@@ -87,16 +37,76 @@ class Slice(layers.Layer):
         return {**super().get_config(), "begin": self.begin, "end": self.end, "steps": self.steps}
 
 
+def sliced(x: Any, key: Any, name: str) -> Any:
+    """`x[key]` as a `Slice`, and a Reshape where `key` drops or adds axes.
+
+    Raises:
+        UnsupportedLayerError: if `key` slices the batch, steps backwards, or is an array.
+    """
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if Ellipsis in keys:
+        at = keys.index(Ellipsis)
+        given = sum(k is not None for k in keys) - 1
+        keys[at : at + 1] = [slice(None)] * (len(x.shape) - given)
+    axes = iter(x.shape)
+    triples: list[tuple[Any, Any, int]] = []
+    shape: list[Any] = []
+    for k in keys:
+        if k is None:
+            shape.append(1)
+            continue
+        size = next(axes)
+        triple = _triple(k, size, name, first=not triples)
+        triples.append(triple)
+        if isinstance(k, slice):
+            shape.append(None if size is None else len(range(*triple)))
+    rest = list(axes)
+    triples += [(0, size, 1) for size in rest]
+    shape += rest
+    begin, end, steps = (list(v) for v in zip(*triples[1:], strict=True))
+    plain = len(shape) == len(x.shape) and all(isinstance(k, slice) for k in keys)
+    part = Slice(begin, end, steps, name=name if plain else f"{name}_slice")(x)
+    return part if plain else layers.Reshape(shape[1:], name=name)(part)
+
+
+def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]:
+    """`(begin, end, step)` of one axis."""
+    if first and key == slice(None):
+        return (0, None, 1)
+    if first or not isinstance(key, int | slice):
+        raise UnsupportedLayerError(
+            f"Expected slices and numbers behind the batch axis in '{name}'. Received: {key!r}."
+        )
+    if isinstance(key, int):
+        start = key % size
+        return (start, start + 1, 1)
+    begin, end, step = key.indices(size)
+    if step < 1:
+        raise UnsupportedLayerError(f"Expected a forward slice in '{name}'. Received: step={step}.")
+    return (begin, end, step)
+
+
+class ReduceKind(TextEnum):
+    """The function of `keras.ops` that a `Reduce` computes."""
+
+    MEAN = "mean"
+    MAX = "max"
+    MIN = "min"
+    PROD = "prod"
+
+
 @keras.saving.register_keras_serializable("kqat")
 class Reduce(layers.Layer):
-    """The mean, max, min or prod (`kind`) over axes.
+    """The mean, maximum, minimum or product over axes.
 
-    Input shape `(batch, d1, …)`; `axes` count the batch as 0, and leave it out.
+    Input shape `(batch, d1, …)`; the batch is axis 0 and none of `axes`.
     """
 
-    def __init__(self, kind: str, axes: list[int], keepdims: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, kind: ReduceKind | str, axes: list[int], keepdims: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.kind, self.axes, self.keepdims = kind, list(axes), keepdims
+        self.kind, self.axes, self.keepdims = ReduceKind(kind), list(axes), keepdims
 
     def call(self, x: Any) -> Any:
         """The reduced tensor."""
@@ -104,14 +114,14 @@ class Reduce(layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, beside what every layer has."""
-        own = {"kind": self.kind, "axes": self.axes, "keepdims": self.keepdims}
+        own = {"kind": self.kind.value, "axes": self.axes, "keepdims": self.keepdims}
         return {**super().get_config(), **own}
 
 
 def total(x: Any, axes: list[int], keepdims: bool, name: str) -> Any:
     """The sum over axes, as a multiple of the mean: LiteRT's reference SUM does not rescale."""
     count = float(np.prod([x.shape[axis] for axis in axes]))
-    mean = Reduce("mean", axes, keepdims, name=f"{name}_mean")(x)
+    mean = Reduce(ReduceKind.MEAN, axes, keepdims, name=f"{name}_mean")(x)
     return layers.Rescaling(count, name=name)(mean)
 
 
@@ -179,30 +189,56 @@ class SpaceToDepth(layers.Layer):
         return {**super().get_config(), "block_size": self.block_size}
 
 
-@keras.saving.register_keras_serializable("kqat")
-class Count(layers.Layer):
-    """A function of `keras.ops` whose result is no quantity: an index, or true or false.
+class IndexKind(TextEnum):
+    """The function of `keras.ops` that an `IndexOperation` computes."""
+
+    ARGMAX = "argmax"
+    ARGMIN = "argmin"
+    ADD = "add"
+    SUBTRACT = "subtract"
+    MULTIPLY = "multiply"
+    EQUAL = "equal"
+    NOT_EQUAL = "not_equal"
+    GREATER = "greater"
+    GREATER_EQUAL = "greater_equal"
+    LESS = "less"
+    LESS_EQUAL = "less_equal"
+    LOGICAL_AND = "logical_and"
+    LOGICAL_OR = "logical_or"
+    LOGICAL_NOT = "logical_not"
+
+
+# Saved files know it by this name.
+@keras.saving.register_keras_serializable("kqat", "Count")
+class IndexOperation(layers.Layer):
+    """A function of `keras.ops` that makes indexes or truth values, which have no scale.
 
     Args:
-        kind: the function's name: `"argmax"`, `"greater"` ….
+        kind: the function.
         options: its other arguments by name, plain JSON types.
     """
 
-    def __init__(self, kind: str, options: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, kind: IndexKind | str, options: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(autocast=False, **kwargs)
-        self.kind, self.options = kind, dict(options or {})
+        self.kind, self.options = IndexKind(kind), dict(options or {})
 
     def call(self, x: Any) -> Any:
         """The function's value of a tensor, or of a list of them."""
         tensors = x if isinstance(x, list | tuple) else [x]
         result = getattr(ops, self.kind)(*tensors, **self.options)
-        return ops.cast(result, "int32") if self.kind in ("argmax", "argmin") else result
+        return (
+            ops.cast(result, "int32")
+            if self.kind in (IndexKind.ARGMAX, IndexKind.ARGMIN)
+            else result
+        )
 
     def get_config(self) -> dict[str, Any]:
         """The function and its options, beside what every layer has."""
         config = super().get_config()
         config.pop("autocast", None)
-        return {**config, "kind": self.kind, "options": self.options}
+        return {**config, "kind": self.kind.value, "options": self.options}
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -232,17 +268,24 @@ def _shown(bias: Any, scores: Any) -> Any:
     return ops.where(bias < HIDDEN / 2, LOWEST, scores)
 
 
+class ConstantKind(TextEnum):
+    """What a `WithConstant` computes; `HIDE` adds the bias of a mask, as the layer `Hide` does."""
+
+    ADD = "add"
+    MULTIPLY = "multiply"
+    HIDE = "hide"
+
+
 @keras.saving.register_keras_serializable("kqat")
 class WithConstant(layers.Layer):
-    """`x + value` or `x * value` (`kind` `"add"` or `"multiply"`); `value` may be trained.
+    """`x + value` or `x * value`; `value` may be trained.
 
-    `value` has the given shape, which broadcasts with that of `x`. Kind `"hide"` adds the bias of a
-    mask, as `Hide` does.
+    `value` has the given shape, which broadcasts with that of `x`.
     """
 
-    def __init__(self, kind: str, shape: list[int], **kwargs: Any) -> None:
+    def __init__(self, kind: ConstantKind | str, shape: list[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.kind, self.shape = kind, list(shape)
+        self.kind, self.shape = ConstantKind(kind), list(shape)
 
     def build(self, input_shape: Any) -> None:
         """Creates the value, zero."""
@@ -251,7 +294,7 @@ class WithConstant(layers.Layer):
     def call(self, x: Any) -> Any:
         """The sum or product."""
         # The value first: Keras has ways of its own to add a vector that comes second.
-        if self.kind == "hide":
+        if self.kind is ConstantKind.HIDE:
             return _shown(self.value, x)
         return getattr(ops, self.kind)(self.value, x)
 
@@ -262,7 +305,7 @@ class WithConstant(layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Kind and shape, beside what every layer has."""
-        return {**super().get_config(), "kind": self.kind, "shape": self.shape}
+        return {**super().get_config(), "kind": self.kind.value, "shape": self.shape}
 
 
 @keras.saving.register_keras_serializable("kqat")

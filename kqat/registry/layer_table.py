@@ -13,16 +13,20 @@ from typing import Any
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
+from kqat.grids import Clamp
 from kqat.parts import (
     ChannelAffine,
-    Count,
+    ConstantKind,
     DepthToSpace,
     Elementwise,
     Hide,
+    IndexKind,
+    IndexOperation,
     Matmul,
     ReciprocalSquareRoot,
     Recurrence,
     Reduce,
+    ReduceKind,
     Requantize,
     Select,
     Slice,
@@ -108,12 +112,11 @@ TRAINING_ONLY = (
     layers.SpatialDropout3D, layers.AlphaDropout, layers.GaussianDropout, layers.GaussianNoise,
     layers.ActivityRegularization,
 )  # fmt: skip
-_LOGICAL = ("and", "or", "not")
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
     "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D",
 )  # fmt: skip
-_RECURRENT = _composite(recurrent.rnn, *_RECURRENT_OPS, fuse=fused_lstms.fused_rnn)
+_RECURRENT = _composite(recurrent.rnn, *_RECURRENT_OPS, decompose_fused=fused_lstms.fused_rnn)
 _LSTM = dataclasses.replace(_RECURRENT, ops=(*_RECURRENT_OPS, *fused_lstms.OPS))
 _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": basic.pairwise}
@@ -148,8 +151,8 @@ _TABULATED = (
 
 ACTIVATIONS: dict[str, LayerRule] = {
     "linear": _VANISHES,
-    "relu": _own("RELU", clamp="relu"),
-    "relu6": _own("RELU", clamp="relu6"),
+    "relu": _own("RELU", clamp=Clamp.RELU),
+    "relu6": _own("RELU", clamp=Clamp.RELU6),
     "leaky_relu": _own("LEAKY_RELU"),
     "elu": _own("ELU", wide_table=True),
     "hard_silu": _own("HARD_SWISH", wide_table=True),
@@ -295,7 +298,7 @@ LAYERS: dict[type, LayerRule] = {
         recurrent.bidirectional,
         *_LSTM.ops,
         "CONCATENATION",
-        fuse=fused_lstms.fused_bidirectional,
+        decompose_fused=fused_lstms.fused_bidirectional,
     ),
     Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
     Unstack: _same("UNPACK"),
@@ -316,25 +319,29 @@ LAYERS: dict[type, LayerRule] = {
 # Layers that are one of several operators: the class, and the name of the function that says which.
 KINDS: dict[tuple[type, str], LayerRule] = {
     **fused_lstms.KINDS,
-    (WithConstant, "add"): _own("ADD", weights={"value": None}, takes_clamp=True),
-    (WithConstant, "hide"): _own("ADD", weights={"value": None}, hides=True),
-    (WithConstant, "multiply"): _own("MUL", weights={"value": None}, takes_clamp=True),
+    (WithConstant, ConstantKind.ADD): _own("ADD", weights={"value": None}, takes_clamp=True),
+    (WithConstant, ConstantKind.HIDE): _own("ADD", weights={"value": None}, hides=True),
+    (WithConstant, ConstantKind.MULTIPLY): _own("MUL", weights={"value": None}, takes_clamp=True),
     (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
     (layers.Resizing, "bilinear"): _resize("RESIZE_BILINEAR"),
-    (Reduce, "mean"): _own("MEAN"),
-    (Reduce, "max"): _same("REDUCE_MAX"),
-    (Reduce, "min"): _same("REDUCE_MIN"),
-    (Reduce, "prod"): _own("REDUCE_PROD", refuse=rule.few_factors),
-    (Count, "argmax"): _index("ARG_MAX"),
-    (Count, "argmin"): _index("ARG_MIN"),
-    (Count, "add"): _index("ADD"),
-    (Count, "subtract"): _index("SUB"),
-    (Count, "multiply"): _index("MUL"),
-    **{
-        (Count, kind): _index(kind.upper())
-        for kind in ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")
-    },
-    **{(Count, f"logical_{kind}"): _index(f"LOGICAL_{kind.upper()}") for kind in _LOGICAL},
+    (Reduce, ReduceKind.MEAN): _own("MEAN"),
+    (Reduce, ReduceKind.MAX): _same("REDUCE_MAX"),
+    (Reduce, ReduceKind.MIN): _same("REDUCE_MIN"),
+    (Reduce, ReduceKind.PROD): _own("REDUCE_PROD", refuse=rule.few_factors),
+    (IndexOperation, IndexKind.ARGMAX): _index("ARG_MAX"),
+    (IndexOperation, IndexKind.ARGMIN): _index("ARG_MIN"),
+    (IndexOperation, IndexKind.ADD): _index("ADD"),
+    (IndexOperation, IndexKind.SUBTRACT): _index("SUB"),
+    (IndexOperation, IndexKind.MULTIPLY): _index("MUL"),
+    (IndexOperation, IndexKind.EQUAL): _index("EQUAL"),
+    (IndexOperation, IndexKind.NOT_EQUAL): _index("NOT_EQUAL"),
+    (IndexOperation, IndexKind.GREATER): _index("GREATER"),
+    (IndexOperation, IndexKind.GREATER_EQUAL): _index("GREATER_EQUAL"),
+    (IndexOperation, IndexKind.LESS): _index("LESS"),
+    (IndexOperation, IndexKind.LESS_EQUAL): _index("LESS_EQUAL"),
+    (IndexOperation, IndexKind.LOGICAL_AND): _index("LOGICAL_AND"),
+    (IndexOperation, IndexKind.LOGICAL_OR): _index("LOGICAL_OR"),
+    (IndexOperation, IndexKind.LOGICAL_NOT): _index("LOGICAL_NOT"),
 }
 
 

@@ -1,12 +1,12 @@
 """What a row of the registry says, and why some layers of a class cannot ship."""
 
 import dataclasses
-import enum
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kqat.grids import QuantSpec
+from kqat.base import TextEnum
+from kqat.grids import Clamp, QuantSpec
 
 # The int16 kernels of SOFTMAX, LOGISTIC and TANH have one scale, 1/32768, and zero point 0 (TFLite
 # quantization specification).
@@ -16,7 +16,7 @@ INT16_FIXED_RANGE = (-1.0, 32767 / 32768)
 MOST_FACTORS = 4
 
 
-class Output(enum.Enum):
+class Output(TextEnum):
     """How the scale of a layer's output comes about."""
 
     OWN = "own range"
@@ -37,8 +37,8 @@ class LayerRule:
         weights: name of each quantizable variable -> its channel axes (`None`: one scale only).
         fixed_range: `(low, high)` that the int8 kernel demands, for `Output.FIXED`.
         rounds: whether a same-scale layer computes new values, which are rounded again.
-        clamp: `"relu"` or `"relu6"` for a layer that fuses into its producer.
-        takes_clamp: whether a following clamp fuses into this layer.
+        clamp: the clamp that the layer is, which may be the fused activation of the layer before.
+        takes_clamp: whether a clamp behind this layer is carried out by its kernel.
         takes_normalization: whether a following BatchNormalization folds into this layer.
         table: whether the layer is an elementwise function that may ship as a table of 256
             entries; `ops` then names its own operator, if there is one.
@@ -53,7 +53,8 @@ class LayerRule:
         affine: whether the layer is `x * scale + offset`, one pair per channel.
         decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
             `None` where the layer is simple already.
-        fuse: the same for a config that says `recurrence="fused"`, where that is another.
+        decompose_fused: the same for a config that says `recurrence="fused"`; `None` for layers
+            without such a form.
         grid: the grid of the output, where the kernel demands another than the config's.
         opens: whether the layer is opened up by tracing its own `call`.
         refuse: layer -> why this very layer cannot ship and what to do instead, or `None`.
@@ -64,7 +65,7 @@ class LayerRule:
     weights: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
     fixed_range: tuple[float, float] | None = None
     rounds: bool = False
-    clamp: str | None = None
+    clamp: Clamp | None = None
     takes_clamp: bool = False
     takes_normalization: bool = False
     table: bool = False
@@ -75,7 +76,7 @@ class LayerRule:
     masks: bool = False
     affine: bool = False
     decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
-    fuse: Callable[[Any, str], Callable[..., Any] | None] | None = None
+    decompose_fused: Callable[[Any, str], Callable[..., Any] | None] | None = None
     grid: QuantSpec | None = None
     opens: bool = False
     refuse: Callable[[Any], str | None] | None = None

@@ -7,7 +7,7 @@ import keras
 
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
 from kqat.parts import PrecisionBoundary, Recurrence
-from kqat.planning import Group, LayerPlan, Plan, Rounding
+from kqat.planning import Group, LayerPlan, Plan, Role, Rounding
 from kqat.registry import rule_for
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.quantized_recurrence import QuantizedRecurrence
@@ -52,7 +52,7 @@ class _Assembly:
         self.decisions: dict[str, LayerPlan] = {layer.name: layer for layer in plan.layers}
         self.producers = plan.graph.producers()
         self.integer = {
-            node: self.decisions[node.name].role != "float" for node in plan.graph.nodes
+            node: self.decisions[node.name].role is not Role.FLOAT for node in plan.graph.nodes
         }
         self.groups: dict[str, Group] = {group.name: group for group in plan.groups}
         self.quantizers: dict[str, ActivationQuantizer] = {}
@@ -70,7 +70,7 @@ class _Assembly:
         }
         args, kwargs = fill((node.args, node.kwargs), values.__getitem__)
         decision = self.decisions[node.name]
-        if decision.role == "folded" or self._carried_out_by_quantizer(node, decision):
+        if decision.role is Role.FOLDED or self._carried_out_by_quantizer(node, decision):
             value = args[0]
         else:
             value = self._layer(node, decision)(*args, **kwargs)
@@ -82,10 +82,10 @@ class _Assembly:
     def _carried_out_by_quantizer(self, node: Node, decision: LayerPlan) -> bool:
         roundings = self.plan.roundings.get(node.outputs[0], ())
         clamps = [self.groups[rounding.group].clamp for rounding in roundings[:1]]
-        return decision.role == "clamp" and clamps not in ([], [None])
+        return decision.role is Role.CLAMP and clamps not in ([], [None])
 
     def _form(self, ref: Ref, tensor: Any, integer: bool) -> Any:
-        if ref.counts:
+        if ref.holds_indexes:
             return tensor
         if (ref, integer) not in self.forms:
             self.forms[ref, integer] = self._make_form(ref, tensor, integer)
@@ -137,7 +137,7 @@ class _Assembly:
         if node.name in self.plan.steps:
             config = {**layer.get_config(), "name": unique_name(f"quant_{node.name}", self.names)}
             return QuantizedRecurrence(**{**config, "step": wrap(self.plan.steps[node.name])})
-        affine = decision.role == "integer" and rule_for(layer).affine
+        affine = decision.role is Role.INTEGER and rule_for(layer).affine
         if not decision.weights and not affine:
             name = node.name
             if name in self.plan.output_names:

@@ -16,7 +16,7 @@ import numpy as np
 from kqat.base import ExportError, LoweringError
 from kqat.freezing import FrozenModel
 from kqat.graph import Node, rebuild, trace
-from kqat.parts import Count, FrozenLSTM, Marker, Tabulated
+from kqat.parts import FrozenLSTM, IndexOperation, Marker, Tabulated
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 
@@ -97,7 +97,7 @@ _TRANSLATED = (
     keras.layers.Add,
     keras.layers.Embedding,
     keras.layers.UnitNormalization,
-    Count,
+    IndexOperation,
 )
 
 
