@@ -12,8 +12,8 @@ it, so that tfmot's own classes serve. What carries over:
     output channel, where integer kernels have them; tfmot takes the last axis of any kernel.
   * outputs: `MovingAverageQuantizer`, `LastValueQuantizer`, `AllValuesQuantizer` and
     `FixedQuantizer`, of 8 bits, or of 16 where they are symmetric. The moving average has tfmot's
-    decay, and none of its start at ±6. A layer has one grid for its output, so the quantizers of its `activation` and of its output
-    must agree where both are given.
+    decay, and none of its start at ±6. A layer has one grid for its output, so the quantizers of
+    its `activation` and of its output must agree where both are given.
   * model inputs, which no tfmot config describes, get the quantizer that tfmot itself gives them.
 
 A config that quantizes nothing leaves a layer float, unless the layer only hands integers on
