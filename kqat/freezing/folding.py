@@ -17,7 +17,7 @@ from kqat.training import QuantizeWrapper
 Frozen = tuple[list["FrozenWeight"], Callable[..., Any]]
 
 
-def freeze_layer(wrapper: QuantizeWrapper) -> Frozen:
+def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> Frozen:
     """The frozen weights of a wrapped layer, and the float layer that computes with them.
 
     A folded BatchNormalization multiplies channel scales, which leaves the trained integers as
@@ -26,8 +26,9 @@ def freeze_layer(wrapper: QuantizeWrapper) -> Frozen:
     Raises:
         FreezeError: if a folded weight or bias overflows float32.
     """
-    layer, norm = wrapper.layer, wrapper.normalization
-    frozen = [_frozen(wrapper, name) for name in wrapper.weight_specs]
+    layer, norms = wrapper.layer, wrapper.normalizations
+    norm = norms[branch] if norms else None
+    frozen = [_frozen(wrapper, name, branch) for name in wrapper.weight_specs]
     by_variable = {
         id(getattr(layer, name)): weight.values
         for name, weight in zip(wrapper.weight_specs, frozen, strict=True)
@@ -43,16 +44,18 @@ def freeze_layer(wrapper: QuantizeWrapper) -> Frozen:
         _check_fits(bias, layer.name)
         values = [values[0], bias.astype(np.float32)]
         changes["use_bias"] = True
+    if branch:
+        changes["name"] = f"{layer.name}_branch_{branch}"
     return frozen, Part(clone(layer, **changes), values)
 
 
-def _frozen(wrapper: QuantizeWrapper, name: str) -> FrozenWeight:
+def _frozen(wrapper: QuantizeWrapper, name: str, branch: int) -> FrozenWeight:
     spec = wrapper.weight_specs[name]
-    scale = np.asarray(wrapper.scale(name), np.float32)
-    integers = np.rint(np.asarray(wrapper.on_grid(name), np.float32) / scale)
-    if wrapper.normalization is not None:
-        factor = _normalization(wrapper.normalization)[0]
-        factor = factor.reshape(np.shape(wrapper.fold_factor(name)))
+    scale = np.asarray(wrapper.scale(name, branch), np.float32)
+    integers = np.rint(np.asarray(wrapper.on_grid(name, branch), np.float32) / scale)
+    if wrapper.normalizations:
+        factor = _normalization(wrapper.normalizations[branch])[0]
+        factor = factor.reshape(np.shape(wrapper.fold_factor(name, branch)))
         if wrapper.folds_before(name):
             integers = np.where(factor == 0.0, 0.0, integers)
         else:

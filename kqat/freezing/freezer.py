@@ -114,6 +114,7 @@ class _Freezer:
         self.lstms: list[FrozenLSTM] = []
         self.grids: dict[Ref, Site] = {}
         self.copies: dict[int, Any] = {}
+        self.wrappers: dict[tuple[QuantizeWrapper, int], Any] = {}  # by layer and branch
         self.names: dict[str, int] = {}
         self.fences = 0
 
@@ -129,11 +130,12 @@ class _Freezer:
             self.fences += 1
             return Marker("fence", 0, name=f"kqat_fence_{self.fences}")(args[0])
         if isinstance(layer, QuantizeWrapper):
-            kwargs = {k: v for k, v in kwargs.items() if k != "training"}
+            branch = kwargs.get("branch", 0)
+            kwargs = {k: v for k, v in kwargs.items() if k not in ("training", "branch")}
             channels = node.outputs[0].shape[-1] or 0
-            return self._cached(layer, lambda la: self._freeze_wrapper(la, channels))(
-                *args, **kwargs
-            )
+            if (layer, branch) not in self.wrappers:
+                self.wrappers[layer, branch] = self._freeze_wrapper(layer, channels, branch)
+            return self.wrappers[layer, branch](*args, **kwargs)
         grids = [self.grids[ref] for ref in node.inputs if ref in self.grids]
         rule = rule_for(layer, node.name) if grids else None
         if rule is not None and rule.output is Output.VANISHES:
@@ -191,7 +193,7 @@ class _Freezer:
         result, carry = (_site(n.layer, node.name) for n in layer.parts.state_roundings)
         gates: dict[str, GateNumbers] = {}
         for wrapper in layer.parts.wrappers:
-            frozen, _ = freeze_layer(wrapper)
+            frozen, _ = freeze_layer(wrapper, branch)
             self.weights.extend(frozen)
             gates |= gate_numbers(wrapper.layer, {w.name.split("/")[-1]: w for w in frozen})
         ref, backwards = node.outputs[0], [*range(x.shape[1])][::-1]
@@ -261,10 +263,10 @@ class _Freezer:
         index = len(self.sites) - 1
         return Marker("site", index, name=f"kqat_marker_{index}")(value)
 
-    def _freeze_wrapper(self, wrapper: QuantizeWrapper, channels: int) -> Any:
+    def _freeze_wrapper(self, wrapper: QuantizeWrapper, channels: int, branch: int) -> Any:
         if not wrapper.weight_specs:
             frozen, layer = channelwise(wrapper.layer, channels)
         else:
-            frozen, layer = freeze_layer(wrapper)
+            frozen, layer = freeze_layer(wrapper, branch)
         self.weights.extend(frozen)
         return layer

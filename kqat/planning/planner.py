@@ -149,10 +149,10 @@ def _role(
     rule = planned.rules[node]
     if rule is None:
         return Role.FLOAT, "the policy leaves it float"
-    if rule.output is Output.VANISHES:
-        return Role.TRAINING_ONLY, "no operator in the file"
     if node in fusions.folded:
         return Role.FOLDED, f"into {fusions.folded[node].name}"
+    if rule.output is Output.VANISHES:
+        return Role.TRAINING_ONLY, "no operator in the file"
     if node in fusions.activations:
         return Role.CLAMP, f"fused into {fusions.activations[node].name}"
     if node.outputs[0] in quantizers.clamped:
