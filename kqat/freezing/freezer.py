@@ -193,7 +193,7 @@ class _Freezer:
         result, carry = (_site(n.layer, node.name) for n in layer.parts.state_roundings)
         gates: dict[str, GateNumbers] = {}
         for wrapper in layer.parts.wrappers:
-            frozen, _ = freeze_layer(wrapper, branch)
+            frozen, _ = freeze_layer(wrapper)
             self.weights.extend(frozen)
             gates |= gate_numbers(wrapper.layer, {w.name.split("/")[-1]: w for w in frozen})
         ref, backwards = node.outputs[0], [*range(x.shape[1])][::-1]
