@@ -90,7 +90,7 @@ def one_operator(call: Call, rank: int) -> bytes | None:
     """An int8 file of `call` for a value of `rank` axes; `None` if the converter refuses."""
     import tensorflow as tf
 
-    shape = [1, 3, 2, 2, 2, 2][: rank - 1] + [4]
+    shape = [*[1, 3, 2, 2, 2][: rank - 1], 4]
     data = np.random.default_rng(0).uniform(-1, 1, (8, *shape)).astype(np.float32)
     try:
         function = tf.function(call, input_signature=[tf.TensorSpec(shape, tf.float32)])

@@ -5,7 +5,9 @@ replacements for what is not on it.
 from kqat.devices import edge_tpu_shapes
 from kqat.devices.edge_tpu_shapes import shape_limit, too_many_axes, version_limit
 from kqat.devices.kernels import (
+    INT8_FIXED,
     INT16,
+    INT16_FIXED,
     LITERT,
     NEVER_PACKED,
     PACKED,
@@ -13,13 +15,24 @@ from kqat.devices.kernels import (
     PACKS_AS,
     RUNTIMES,
     TABLE_OPS,
+    FixedScale,
     runtimes_with,
 )
 from kqat.devices.replacements import NEAREST
-from kqat.devices.targets import TARGETS, Misfit, Target, TargetWarning, target_named
+from kqat.devices.targets import (
+    TARGETS,
+    Misfit,
+    Replacement,
+    Target,
+    TargetWarning,
+    misfit,
+    target_named,
+)
 
 __all__ = [
+    "INT8_FIXED",
     "INT16",
+    "INT16_FIXED",
     "LITERT",
     "NEAREST",
     "NEVER_PACKED",
@@ -29,10 +42,13 @@ __all__ = [
     "RUNTIMES",
     "TABLE_OPS",
     "TARGETS",
+    "FixedScale",
     "Misfit",
+    "Replacement",
     "Target",
     "TargetWarning",
     "edge_tpu_shapes",
+    "misfit",
     "runtimes_with",
     "shape_limit",
     "target_named",

@@ -15,13 +15,15 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import TextEnum
+from kqat.devices import INT16_FIXED
 from kqat.grids import INT16_ACTIVATION, QuantSpec, Site, arithmetic
 
 # In the order of the operator's inputs, which is that of Keras's columns.
 GATES = ("input", "forget", "candidate", "output")
 CARRY = QuantSpec(bits=16, symmetric=True, power_of_two=True)
 _SUMS = (-8.0, 8.0 - 2.0**-12)
-_UNIT = (-1.0, 1.0 - 2.0**-15)
+# Of sigmoid and tanh.
+_UNIT = INT16_FIXED.range
 
 
 class StateKind(TextEnum):
@@ -212,17 +214,11 @@ class FrozenLSTM(layers.Layer):
         h = c = ops.zeros((ops.shape(x)[0], self.units))
         outputs = []
         for step in ops.unstack(x, axis=1):
-            c = _on_grid(carry.rounded([step, h, c]), self.carry)
-            h = _on_grid(output.rounded([step, h, c]), self.result)
+            c = self.carry.rounded(carry.rounded([step, h, c]))
+            h = self.result.rounded(output.rounded([step, h, c]))
             outputs.append(h)
         return ops.stack(outputs, axis=1)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """`(batch, steps, units)`."""
         return (*input_shape[:2], self.units)
-
-
-def _on_grid(x: Any, grid: Site) -> Any:
-    low, high = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
-    integers = ops.clip(ops.floor(x / grid.scale + 0.5) + grid.zero_point, low, high)
-    return (integers - grid.zero_point) * grid.scale

@@ -164,12 +164,11 @@ def _make_group(
         first = None
         if source.fixed is not None and common is None:
             # The kernel's own scale first, then the group's: an explicit requantization.
-            kernel, grid = f"{source.name}_kernel_quantizer", QuantSpec(bits=spec.bits)
-            first = Group(kernel, grid, Fixed(*source.fixed), None, 1, (source.name,))
+            label, grid = f"{source.name}_kernel", QuantSpec(bits=spec.bits)
+            first = _group_of_one(label, source, grid, Fixed(*source.fixed), None)
         elif source.ends_at_6 and clamp is None:
             # An operator of its own has to end at 6; the group's grid may go beyond.
-            alone = f"{source.name}_clamp_quantizer"
-            first = Group(alone, spec, method, Clamp.RELU6, 1, (source.name,))
+            first = _group_of_one(f"{source.name}_clamp", source, spec, method, Clamp.RELU6)
         if first is not None:
             before.append(first)
             here = (Rounding(first.name, 0, observe=True), *here)
@@ -177,7 +176,15 @@ def _make_group(
     names = tuple(source.name for source in sources)
     rules = [planned.rules[source.node] for source in sources if source.node]
     hides = any(rule is not None and rule.hides for rule in rules)
-    return [*before, Group(name, spec, method, clamp, len(sources), names, hides)], roundings
+    group = Group(name, spec, method, clamp, len(sources), names, hides, label=sources[0].name)
+    return [*before, group], roundings
+
+
+def _group_of_one(
+    label: str, source: Source, spec: QuantSpec, method: RangeMethod, clamp: Clamp | None
+) -> Group:
+    """A group that rounds one value before its own group does."""
+    return Group(f"{label}_quantizer", spec, method, clamp, 1, (source.name,), label=label)
 
 
 def _check_end(sources: list[Source], method: RangeMethod) -> None:

@@ -20,7 +20,7 @@ from kqat.grids import (
     range_method_to_dict,
     step_method_to_dict,
 )
-from kqat.registry import Output
+from kqat.registry import LayerRule, Output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Rounding:
 class Group:
     """Values that share one quantizer: `sources` bring ranges, one call site each.
 
-    `hides` says that they are scores of which a mask hides some.
+    `hides` says that they are scores of which a mask hides some. `label` is what a report calls the
+    rounded value, where it has one source.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Group:
     sites: int
     sources: tuple[str, ...]
     hides: bool = False
+    label: str = ""
 
     @property
     def is_observed(self) -> bool:
@@ -107,7 +109,8 @@ class Plan:
 
     `misfits` are the layers that do not fit `target`, where one was asked for. `graph`, `roundings`
     and `steps` (the plan of one step of each recurrence, by the name of its node) are what
-    `training.build` builds from; they are left out of both.
+    `training.build` builds from, with `rules`, the row that each integer node was planned with, by
+    the node's name; they are left out of both.
     """
 
     model_name: str
@@ -119,6 +122,9 @@ class Plan:
     graph: Any = dataclasses.field(repr=False, compare=False)
     roundings: Any = dataclasses.field(repr=False, compare=False)
     steps: Mapping[str, "Plan"] = dataclasses.field(repr=False, compare=False, default_factory=dict)
+    rules: Mapping[str, LayerRule] = dataclasses.field(
+        repr=False, compare=False, default_factory=dict
+    )
     target: str | None = None
     misfits: tuple[Misfit, ...] = ()
 

@@ -107,6 +107,7 @@ def _decide(
         graph=graph,
         roundings=quantizers.roundings,
         steps={node.name: plan for node, plan in steps.items()},
+        rules={node.name: rule for node, rule in planned.rules.items() if rule is not None},
     )
 
 

@@ -6,7 +6,7 @@ import keras
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part
+from kqat.graph import Part, activation_name
 from kqat.parts import CARRY, GATES, FrozenLSTM, LstmState, Recurrence, RecurrenceKind, StateKind
 from kqat.registry.rule import LayerRule, Output
 from kqat.rewrites import Builder, Decomposed, bidirectional, rnn
@@ -70,7 +70,10 @@ def _options(cell: Any) -> dict[str, Any]:
     if not isinstance(cell, layers.LSTMCell):
         return {"cell": type(cell).__name__}
     functions = ("activation", "recurrent_activation")
-    found = {option: getattr(getattr(cell, option), "__name__", "") for option in functions}
+    found = {
+        option: activation_name(getattr(cell, option)) or "a function of your own"
+        for option in functions
+    }
     return {**found, "recurrent_dropout": cell.recurrent_dropout}
 
 

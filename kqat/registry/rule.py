@@ -6,11 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kqat.base import TextEnum
+from kqat.devices import INT16_FIXED
 from kqat.grids import Clamp, QuantSpec
-
-# The int16 kernels of SOFTMAX, LOGISTIC and TANH have one scale, 1/32768, and zero point 0 (TFLite
-# quantization specification).
-INT16_FIXED_RANGE = (-1.0, 32767 / 32768)
 
 # Four were one step off at most, six were three (on LiteRT, `benchmarks/op_probe.py`).
 MOST_FACTORS = 4
@@ -87,7 +84,7 @@ class LayerRule:
 
     def range_at(self, bits: int) -> tuple[float, float] | None:
         """The range that the kernel for activations of `bits` bits demands."""
-        return self.fixed_range if bits == 8 or not self.fixed_range else INT16_FIXED_RANGE
+        return self.fixed_range if bits == 8 or not self.fixed_range else INT16_FIXED.range
 
 
 def channels_last(layer: Any) -> str | None:

@@ -19,7 +19,7 @@ from kqat.grids import (
     RangeMethod,
     arithmetic,
 )
-from kqat.registry import LayerRule, Output, rule_for
+from kqat.registry import ACTIVATIONS, LayerRule, Output, rule_for
 from kqat.tfmot.keras2_view import Keras2View, original
 
 PACKAGE = "tensorflow_model_optimization"
@@ -36,8 +36,10 @@ RANGES: dict[str, Callable[[Any], RangeMethod]] = {
 NONE = "NoQuantizer"
 # Where tfmot has the quantizers that keep pruned or clustered weights so.
 _PRESERVING = "collab_opts"
-# Fused activations that leave a layer one grid only.
-ONE_GRID = ("linear", "relu", "relu6")
+# Activations that are computed inside the layer's kernel, so that there is one grid only.
+ONE_GRID = tuple(
+    name for name, row in ACTIVATIONS.items() if row.clamp or row.output is Output.VANISHES
+)
 
 Grid = tuple[QuantSpec, RangeMethod]
 

@@ -24,8 +24,8 @@ class Keras2View:
     def __init__(self, layer: Any):
         self._layer = layer
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         """The class of the same name in the Keras that tfmot uses."""
         used = getattr(sys.modules.get(_COMPAT), "keras", None)
         found = getattr(getattr(used, "layers", None), type(self._layer).__name__, None)

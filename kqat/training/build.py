@@ -8,7 +8,7 @@ import keras
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
 from kqat.parts import PrecisionBoundary, Recurrence
 from kqat.planning import Group, LayerPlan, Plan, Role, Rounding
-from kqat.registry import rule_for
+from kqat.registry import LayerFacts, registered_rule
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -123,6 +123,7 @@ class _Assembly:
                 clamp=group.clamp,
                 sites=group.sites,
                 hides=group.hides,
+                label=group.label,
                 name=unique_name(name, self.names),
             )
         return self.quantizers[name]
@@ -137,9 +138,13 @@ class _Assembly:
         layer = node.layer
         if node.name in self.plan.steps:
             config = {**layer.get_config(), "name": unique_name(f"quant_{node.name}", self.names)}
-            return QuantizedRecurrence(**{**config, "step": wrap(self.plan.steps[node.name])})
-        affine = decision.role is Role.INTEGER and rule_for(layer).affine
-        if not decision.weights and not affine:
+            config |= {"step": wrap(self.plan.steps[node.name]), "label": node.name}
+            return QuantizedRecurrence(**config)
+        rule = self.plan.rules.get(node.name)
+        affine = decision.role is Role.INTEGER and rule is not None and rule.affine
+        # No process that loads the model can be expected to know a row that a user registered.
+        carries_facts = rule is not None and rule is registered_rule(layer)
+        if not (decision.weights or affine or carries_facts):
             name = node.name
             if name in self.plan.output_names:
                 name = unique_name(f"{name}_unrounded", self.names)
@@ -152,6 +157,7 @@ class _Assembly:
             weight_step=decision.weight_step,
             between=[clone(part) for part in self._between(node, decision)],
             branches=[clone(norm) for norm in norms[1:]],
+            facts=None if rule is None else LayerFacts.of(rule),
             name=unique_name(f"quant_{node.name}", self.names),
         )
         weights = [part.get_weights() for part in (layer, *norms)]

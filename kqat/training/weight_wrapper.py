@@ -21,7 +21,7 @@ from kqat.grids import (
     step_method_from_dict,
     step_method_to_dict,
 )
-from kqat.registry import rule_for
+from kqat.registry import LayerFacts, Output, stock_facts
 from kqat.training.batchnorm import normalize
 
 
@@ -46,6 +46,9 @@ class QuantizeWrapper(keras.layers.Layer):
         branches: further BatchNormalizations, of a layer that is called more than once with one of
             their own each: `call(x, branch=1)` takes the first of them. Per channel, all branches
             have the same integers.
+        facts: what the registry knew of the layer when it was planned; they are saved, so that no
+            later process has to know a row that a user registered. Those of the stock table if
+            they are left out, as in the files of older releases.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class QuantizeWrapper(keras.layers.Layer):
         freeze_statistics: bool = False,
         between: Sequence[keras.layers.Layer] = (),
         branches: Sequence[keras.layers.Layer] = (),
+        facts: LayerFacts | None = None,
         **kwargs: Any,
     ):
         # The layer inside casts by its own policy; here weights are rounded, in float32.
@@ -69,17 +73,17 @@ class QuantizeWrapper(keras.layers.Layer):
         self.steps: dict[str, keras.Variable] = {}
         self.freeze_statistics = freeze_statistics
         self.between, self.branches = list(between), list(branches)
+        self.facts = facts or stock_facts(layer) or LayerFacts(output=Output.OWN)
         self._takes_training = "training" in inspect.signature(layer.call).parameters
         self.supports_masking = layer.supports_masking
 
     def build(self, input_shape: Any) -> None:
         """Builds the layer and the BatchNormalization, and learned steps, which are one."""
-        if not self.layer.built:
+        if not self.layer.built and self.computes_with_grids:
             self.layer.build(input_shape)
-        shape = self.layer.compute_output_shape(input_shape)
         for part in (*self.between, *self.normalizations):
             if not part.built:
-                part.build(shape)
+                part.build(self.layer.compute_output_shape(input_shape))
         if isinstance(self.weight_step, LearnedStep):
             self.steps = {name: self._new_step(name) for name in self.weight_specs}
 
@@ -112,26 +116,37 @@ class QuantizeWrapper(keras.layers.Layer):
         super().set_weights(weights)
         finalize(self.layer)
 
-    def call(self, x: Any, training: bool | None = None, branch: int = 0) -> Any:
-        """What the layer (and BatchNormalization) computes from `x` with rounded weights."""
+    @property
+    def computes_with_grids(self) -> bool:
+        """Whether the layer has numbers that ship as integers; else only its facts are carried."""
+        return bool(self.weight_specs) or self.facts.affine
+
+    def call(
+        self, x: Any, *args: Any, training: bool | None = None, branch: int = 0, **kwargs: Any
+    ) -> Any:
+        """What the layer (and BatchNormalization) computes with rounded weights.
+
+        `x` and further arguments are those of the layer.
+        """
         statistics = training and not self.freeze_statistics
-        options = {"training": statistics} if self._takes_training else {}
+        if self._takes_training:
+            kwargs["training"] = statistics
         if self.weight_specs:
-            y = self._call_rounded(x, options, branch)
+            y = self._call_rounded(branch, x, *args, **kwargs)
         else:
-            y = self.layer(x, **options)
+            y = self.layer(x, *args, **kwargs)
         for part in self.between:
             y = part(y, training=training)
         norms = self.normalizations
         return normalize(norms[branch], y, statistics) if norms else y
 
-    def _call_rounded(self, x: Any, options: dict[str, Any], branch: int) -> Any:
+    def _call_rounded(self, branch: int, *args: Any, **kwargs: Any) -> Any:
         variables = self.layer.variables
         names = self.weight_specs
         rounded = {id(self._variable(name)): self.rounded(name, branch) for name in names}
         mapping = [(v, rounded.get(id(v), v.value)) for v in variables]
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-            y = self.layer(x, **options)
+            y = self.layer(*args, **kwargs)
         for loss in scope.losses:
             self.add_loss(loss)
         for variable in variables:
@@ -191,16 +206,22 @@ class QuantizeWrapper(keras.layers.Layer):
             factor = factor * norm.gamma.value
         factor = ops.where(factor == 0.0, ops.ones_like(factor), factor)
         shape = self._variable(name).shape
-        axes = {a % len(shape) for a in rule_for(self.layer).weights[name] or ()}
+        axes = {a % len(shape) for a in self.facts.channel_axes.get(name) or ()}
         return ops.reshape(factor, [s if i in axes else 1 for i, s in enumerate(shape)])
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """That of the layer."""
         return self.layer.compute_output_shape(input_shape)
 
-    def compute_output_spec(self, x: Any, training: bool | None = None, branch: int = 0) -> Any:
+    def compute_output_spec(
+        self, x: Any, *args: Any, training: bool | None = None, branch: int = 0, **kwargs: Any
+    ) -> Any:
         """The layer's output shape and dtype."""
-        shape = self.layer.compute_output_spec(x).shape
+        if not self.computes_with_grids:
+            # As Keras calls it, so that a layer which builds itself when it is called is built.
+            made = self.layer(x, *args, **kwargs)
+            return keras.tree.map_structure(lambda t: keras.KerasTensor(t.shape, t.dtype), made)
+        shape = self.layer.compute_output_spec(x, *args, **kwargs).shape
         return keras.KerasTensor(shape, dtype=self.layer.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
@@ -218,6 +239,7 @@ class QuantizeWrapper(keras.layers.Layer):
             "freeze_statistics": self.freeze_statistics,
             "between": [serialize(part) for part in self.between],
             "branches": [serialize(part) for part in self.branches],
+            "facts": self.facts.to_dict(),
         }
 
     @classmethod
@@ -229,5 +251,9 @@ class QuantizeWrapper(keras.layers.Layer):
         weights = {name: QuantSpec(**spec) for name, spec in config.pop("weights").items()}
         method = step_method_from_dict(config.pop("weight_step"))
         norm = None if norm is None else restore(norm)
-        more = {key: [restore(p) for p in config.pop(key, ())] for key in ("between", "branches")}
-        return cls(layer, weights, norm, weight_step=method, **more, **config)
+        facts = config.pop("facts", None)
+        facts = None if facts is None else LayerFacts.from_dict(facts)
+        more: Any = {
+            key: [restore(p) for p in config.pop(key, ())] for key in ("between", "branches")
+        }
+        return cls(layer, weights, norm, weight_step=method, facts=facts, **more, **config)

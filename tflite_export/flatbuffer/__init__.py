@@ -1,6 +1,6 @@
 """The bytes of a `.tflite` and its tree: `read`, `write`, `inspect`, and edits of a tree."""
 
-from tflite_export.flatbuffer.edit import new_operator, operator_code
+from tflite_export.flatbuffer.edit import add_tensor, new_operator, operator_code
 from tflite_export.flatbuffer.inspection import (
     DECODE,
     Inspection,
@@ -13,8 +13,8 @@ from tflite_export.flatbuffer.shared_tables import share_constants
 from tflite_export.flatbuffer.tree import (
     ModelT,
     OperatorT,
+    SubGraphT,
     TensorT,
-    add_tensor,
     compact,
     is_numeric,
     op_name,
@@ -33,6 +33,7 @@ __all__ = [
     "ModelT",
     "OperatorInfo",
     "OperatorT",
+    "SubGraphT",
     "TensorInfo",
     "TensorT",
     "add_tensor",

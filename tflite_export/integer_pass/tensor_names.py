@@ -1,24 +1,24 @@
-"""Tensors named after the sites whose values they hold."""
+"""Names tensors after the sites whose values they hold."""
 
 import math
 
 from kqat.grids import Site
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
-from tflite_export.lowering import Labels
+from tflite_export.integer_pass.draft import Draft
 
 _MOVES = ("RESHAPE", "TRANSPOSE")  # the converter may carry markers across these
 
 
-def name_tensors(model: ModelT, labels: Labels) -> None:
-    """Names the tensors of subgraph 0, in place.
+def name_tensors(draft: Draft) -> None:
+    """Names the tensors of subgraph 0 after their sites.
 
-    A chain of markers on one tensor stood between RESHAPEs and TRANSPOSEs that the converter
-    carried them across; walking back over those gives each its own tensor.
+    Where several markers stood on one tensor, the converter had moved them there across RESHAPEs
+    and TRANSPOSEs. Walking back over these operators gives each site the tensor of its own shape.
     """
-    graph = model.subgraphs[0]
+    model, graph = draft.model, draft.graph
     producers = {int(o): op for op in graph.operators for o in op.outputs}
-    for index, named in labels.named.items():
+    for index, named in draft.labels.named.items():
         tensor: int | None = index
         for site in reversed(named):
             while tensor is not None and not _holds(model, tensor, site):

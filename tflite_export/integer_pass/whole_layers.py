@@ -10,9 +10,9 @@ import itertools
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from kqat.freezing import FrozenModel
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, new_operator
+from tflite_export.integer_pass.draft import Draft
 from tflite_export.kernels import OP_TABLE
 from tflite_export.lowering import Labels
 
@@ -20,18 +20,12 @@ from tflite_export.lowering import Labels
 _KEEPS_AXES = 5
 
 
-def make_whole(model: ModelT, labels: Labels, frozen: FrozenModel) -> None:
-    """Gives the layers of subgraph 0 one operator each, in place, where the converter made more.
-
-    Args:
-        model: a float model whose markers are labels.
-        labels: of the model.
-        frozen: what it was lowered from.
-    """
-    kernels = {w.values.tobytes() for w in frozen.weights if len(w.values.shape) == 2}
-    graph = model.subgraphs[0]
-    graph.operators = [_product(model, operator, kernels) for operator in graph.operators]
-    _join_biases(model, labels)
+def make_layers_whole(draft: Draft) -> None:
+    """Gives the layers one operator each where the converter made more."""
+    kernels = {w.values.tobytes() for w in draft.frozen.weights if len(w.values.shape) == 2}
+    operators = draft.graph.operators
+    draft.graph.operators = [_product(draft.model, operator, kernels) for operator in operators]
+    _join_biases(draft.model, draft.labels)
 
 
 def _product(model: ModelT, operator: OperatorT, kernels: set[bytes]) -> OperatorT:

@@ -14,9 +14,7 @@ import keras
 import numpy as np
 
 from kqat.base import ExportError, LoweringError
-from kqat.freezing import FrozenModel
-from kqat.graph import Node, rebuild, trace
-from kqat.parts import FrozenLSTM, IndexOperation, Marker, Tabulated
+from kqat.freezing import FrozenLSTM, FrozenModel, IndexOperation, Marker, Node, Tabulated
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 
@@ -54,7 +52,7 @@ def lower(
 def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> keras.Model:
     """The model with a marker where a function ships as a table, or an LSTM as one operator."""
 
-    lstms = [layer.name for layer in frozen.lstms]
+    lstms = [id(layer) for layer in frozen.lstms]
     plain: dict[int, _Plain] = {}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
@@ -62,14 +60,14 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> keras.Model:
         if isinstance(layer, Tabulated) and layer.index not in computed:
             layer = Marker("table", layer.index, name=f"{layer.name}_marker")
         elif isinstance(layer, FrozenLSTM):
-            layer = _StandIn(layer.units, lstms.index(layer.name), name=f"{layer.name}_stand_in")
+            layer = _StandIn(layer.units, lstms.index(id(layer)), name=f"{layer.name}_stand_in")
         elif isinstance(layer, _TRANSLATED):
             if id(layer) not in plain:  # Calls of one layer stay those of one layer.
                 plain[id(layer)] = _Plain(layer, name=f"{layer.name}_plain")
             layer = plain[id(layer)]
         return layer(*args, **kwargs)
 
-    return rebuild(trace(frozen.model), call, frozen.model.name)
+    return frozen.rebuilt(call)
 
 
 class _StandIn(keras.layers.Layer):

@@ -19,7 +19,7 @@ from tests.coverage.cases import inputs_of
 from tests.tflite_export.small_models import constants, operators, quantized
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer.tree import ModelT
-from tflite_export.verification import lockstep
+from tflite_export.verification import verifier
 from tflite_export.verification.report import (
     LayerReport,
     OutputAgreement,
@@ -27,6 +27,7 @@ from tflite_export.verification.report import (
     RuntimeReport,
     SiteDifference,
 )
+from tflite_export.verification.verifier import DEFAULT_RUNTIMES
 
 REFERENCE = "litert_reference"
 
@@ -76,7 +77,7 @@ def test_a_right_file_is_right_everywhere(net: Net) -> None:
     assert report.operators == {
         "CONV_2D": 1, "FULLY_CONNECTED": 1, "MAX_POOL_2D": 1, "SOFTMAX": 1
     }  # fmt: skip
-    assert [part.runtime for part in report.runtimes] == list(lockstep.DEFAULT_RUNTIMES)
+    assert [part.runtime for part in report.runtimes] == list(DEFAULT_RUNTIMES)
     for part in report.runtimes:
         assert part.problem is None and part.unmatched == () and part.max_steps <= 1
         assert {site.name: site.operator for site in part.sites} == {
@@ -192,7 +193,7 @@ def test_a_runtime_that_is_absent_is_reported(net: Net, monkeypatch: pytest.Monk
     def absent(*args: Any, **kwargs: Any) -> None:
         raise RuntimeUnavailableError("Expected TFLite Micro to be installed.")
 
-    monkeypatch.setattr(lockstep, "run", absent)
+    monkeypatch.setattr(verifier, "run", absent)
     report = tflite_export.verify(net.frozen, net.blob, net.x)
     problems = [part.problem for part in report.runtimes]
     assert problems == ["Expected TFLite Micro to be installed."] * 3
