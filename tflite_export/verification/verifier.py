@@ -17,8 +17,8 @@ from tflite_export.verification.end_to_end import agreement_with_model
 from tflite_export.verification.layer_profile import (
     GridUse,
     layer_reports,
-    producers,
     static_reports,
+    work_of,
 )
 from tflite_export.verification.lockstep import compare
 from tflite_export.verification.report import LayerReport, Report, RuntimeReport
@@ -71,7 +71,8 @@ def verify(
         found = [_verify_on(runtime, frozen, model, blob, inputs) for runtime in runtimes]
         parts, count = tuple(part for part, _ in found), len(inputs[0])
         uses = next((uses for _, uses in found if uses), ())
-        layers = layer_reports(inspection, uses, producers(model), parts)
+        work = work_of(model, [use.tensor for use in uses])
+        layers = layer_reports(inspection, uses, work, parts)
     notes += inspection.decoding_notes()
     estimated, misfits = check_file(blob, inspection, target)
     return Report(
