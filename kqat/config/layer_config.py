@@ -192,7 +192,7 @@ PRESETS: dict[str, QuantizeConfig] = {
 }
 
 RuleKey = str | type
-ConfigLike = Any  # None, a preset's name, a QuantizeConfig, or a config that interop converts
+ConfigLike = Any  # None, a preset's name, a QuantizeConfig, or a config that `kqat.tfmot` converts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState
 from kqat.training import QuantizeWrapper
 
 
-def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
+def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[FrozenWeight], Part]:
     """The frozen weights of a wrapped layer, and the float layer that computes with them.
 
     A folded BatchNormalization multiplies channel scales, which leaves the trained integers as
@@ -23,8 +23,9 @@ def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
     Raises:
         FreezeError: if a folded weight or bias overflows float32.
     """
-    layer, norm = wrapper.layer, wrapper.normalization
-    frozen = [_frozen(wrapper, name) for name in wrapper.weight_specs]
+    layer, norms = wrapper.layer, wrapper.normalizations
+    norm = norms[branch] if norms else None
+    frozen = [_frozen(wrapper, name, branch) for name in wrapper.weight_specs]
     by_variable = {
         id(getattr(layer, name)): weight.values
         for name, weight in zip(wrapper.weight_specs, frozen, strict=True)
@@ -40,16 +41,18 @@ def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
         _check_fits(bias, layer.name)
         values = [values[0], bias.astype(np.float32)]
         changes["use_bias"] = True
+    if branch:
+        changes["name"] = f"{layer.name}_branch_{branch}"
     return frozen, Part(clone(layer, **changes), values)
 
 
-def _frozen(wrapper: QuantizeWrapper, name: str) -> FrozenWeight:
+def _frozen(wrapper: QuantizeWrapper, name: str, branch: int) -> FrozenWeight:
     spec = wrapper.weight_specs[name]
-    scale = np.asarray(wrapper.scale(name), np.float32)
-    integers = np.rint(np.asarray(wrapper.on_grid(name), np.float32) / scale)
-    if wrapper.normalization is not None:
-        factor = _normalization(wrapper.normalization)[0]
-        factor = factor.reshape(np.shape(wrapper.fold_factor(name)))
+    scale = np.asarray(wrapper.scale(name, branch), np.float32)
+    integers = np.rint(np.asarray(wrapper.on_grid(name, branch), np.float32) / scale)
+    if wrapper.normalizations:
+        factor = _normalization(wrapper.normalizations[branch])[0]
+        factor = factor.reshape(np.shape(wrapper.fold_factor(name, branch)))
         if wrapper.folds_before(name):
             integers = np.where(factor == 0.0, 0.0, integers)
         else:

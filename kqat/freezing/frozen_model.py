@@ -9,7 +9,7 @@ import keras
 
 from kqat.devices import Replacement
 from kqat.freezing.frozen_weight import FrozenWeight
-from kqat.graph import Graph, Node, rebuild, trace
+from kqat.graph import Graph, Node, rebuild, trace, unique_name
 from kqat.grids import Site
 from kqat.parts import (
     FrozenLSTM,
@@ -75,6 +75,10 @@ class FrozenModel:
     def facts(self, node: Node) -> NodeFacts:
         """What is known of a node of `graph`; of one that computes on floats, nothing."""
         return self.node_facts.get(node.name, NodeFacts())
+
+    def unused_name(self, name: str) -> str:
+        """`name`, or where a layer of `model` bears it, with a number behind."""
+        return unique_name(name, {layer.name for layer in self.model.layers})
 
     def rebuilt(self, call: Callable[..., Any]) -> keras.Model:
         """The model made anew, with `call` for every node, as `Graph.run` calls it."""

@@ -133,7 +133,7 @@ class LstmState(layers.Layer):
         return (input_shape[0][0], self.units)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, beside what every layer has."""
+        """The config of every layer, with the arguments above."""
         names = ("kernel_regularizer", "recurrent_regularizer", "bias_regularizer")
         serialize = keras.saving.serialize_keras_object
         return {

@@ -1,4 +1,4 @@
-"""Which value is which: what stands in a model beside the numbers, and what the exporter reads."""
+"""Layers that compute nothing: they tell the exporter which value is which."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ class Marker(keras.layers.Layer):
         self.kind, self.index = MarkerKind(kind), index
 
     def call(self, x: Any) -> Any:
-        """`x`, rounded on a grid that nobody uses."""
+        """`x` through a fake-quant op whose scale and zero point encode index and kind."""
         step, zero = (self.index + 1) * self.STEP, self.KINDS[self.kind]
         low, high = -zero * step, (255 - zero) * step
         return arithmetic.fake_quantize(x, low, high, QuantSpec())
@@ -66,7 +66,7 @@ class Marker(keras.layers.Layer):
         return kinds[zero_point], round(scale / cls.STEP) - 1
 
     def get_config(self) -> dict[str, Any]:
-        """Kind and index, beside what every layer has."""
+        """The config of every layer, with `kind` and `index`."""
         return {**super().get_config(), "kind": self.kind.value, "index": self.index}
 
 
@@ -108,7 +108,7 @@ class Requantize(keras.layers.Layer):
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        """Both widths, beside what every layer has."""
+        """The config of every layer, with `source_bits` and `bits`."""
         return {**super().get_config(), "source_bits": self.source_bits, "bits": self.bits}
 
 

@@ -1,4 +1,4 @@
-"""Layers that Keras lacks: each is one TFLite operator, for what is decomposed to be made of."""
+"""Layers that Keras lacks, each one TFLite operator; composite layers are rewritten with them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +33,7 @@ class Slice(layers.Layer):
         return (input_shape[0], *(len(range(b, e, s)) for b, e, s in triples))
 
     def get_config(self) -> dict[str, Any]:
-        """The three lists, beside what every layer has."""
+        """The config of every layer, with `begin`, `end` and `steps`."""
         return {**super().get_config(), "begin": self.begin, "end": self.end, "steps": self.steps}
 
 
@@ -113,7 +113,7 @@ class Reduce(layers.Layer):
         return getattr(ops, self.kind)(x, axis=tuple(self.axes), keepdims=self.keepdims)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, beside what every layer has."""
+        """The config of every layer, with the arguments above."""
         own = {"kind": self.kind.value, "axes": self.axes, "keepdims": self.keepdims}
         return {**super().get_config(), **own}
 
@@ -126,7 +126,7 @@ def total(x: Any, axes: list[int], keepdims: bool, name: str) -> Any:
 
 
 def stacked(values: Sequence[Any], axis: int, name: str) -> Any:
-    """Values of equal shape along a new axis, which counts the batch as 0."""
+    """Values of equal shape side by side along a new axis; the batch is axis 0."""
     shape = list(values[0].shape[1:])
     shape.insert(axis - 1, 1)
     if len(values) == 1:
@@ -151,7 +151,7 @@ class Take(layers.Layer):
         return ops.take(x, ops.convert_to_tensor(self.indices, "int32"), axis=self.axis)
 
     def get_config(self) -> dict[str, Any]:
-        """The indices and the axis, beside what every layer has."""
+        """The config of every layer, with `indices` and `axis`."""
         return {**super().get_config(), "indices": self.indices, "axis": self.axis}
 
 
@@ -168,7 +168,7 @@ class DepthToSpace(layers.Layer):
         return ops.depth_to_space(x, self.block_size, data_format="channels_last")
 
     def get_config(self) -> dict[str, Any]:
-        """The block's size, beside what every layer has."""
+        """The config of every layer, with `block_size`."""
         return {**super().get_config(), "block_size": self.block_size}
 
 
@@ -185,7 +185,7 @@ class SpaceToDepth(layers.Layer):
         return ops.space_to_depth(x, self.block_size, data_format="channels_last")
 
     def get_config(self) -> dict[str, Any]:
-        """The block's size, beside what every layer has."""
+        """The config of every layer, with `block_size`."""
         return {**super().get_config(), "block_size": self.block_size}
 
 
@@ -235,7 +235,7 @@ class IndexOperation(layers.Layer):
         )
 
     def get_config(self) -> dict[str, Any]:
-        """The function and its options, beside what every layer has."""
+        """The config of every layer, with `kind` and `options`."""
         config = super().get_config()
         config.pop("autocast", None)
         return {**config, "kind": self.kind.value, "options": self.options}
@@ -252,10 +252,10 @@ class Select(layers.Layer):
 
 @keras.saving.register_keras_serializable("kqat")
 class Hide(layers.Add):
-    """`bias + scores` of `[bias, scores]`; the bias is `numerics.HIDDEN` for keys that are hidden.
+    """`bias + scores` of `[bias, scores]`; the bias of a hidden key is `arithmetic.HIDDEN`.
 
-    What is hidden is `numerics.LOWEST` whatever its score, and softmax finds it equal; on integers
-    the grid ends above it, so that a sum does the same. Ships as an addition.
+    A hidden score becomes `arithmetic.LOWEST`, so softmax gives it no weight. In the file it is an
+    ADD: there the sum is cut off at the lowest integer of the grid, with the same result.
     """
 
     def call(self, inputs: Any) -> Any:
@@ -304,7 +304,7 @@ class WithConstant(layers.Layer):
         return (input_shape[0], *np.broadcast_shapes(fixed, tuple(self.shape))[1:])
 
     def get_config(self) -> dict[str, Any]:
-        """Kind and shape, beside what every layer has."""
+        """The config of every layer, with `kind` and `shape`."""
         return {**super().get_config(), "kind": self.kind.value, "shape": self.shape}
 
 
@@ -316,7 +316,7 @@ class Matmul(layers.Layer):
     """
 
     def call(self, inputs: Any) -> Any:
-        """The product."""
+        """`a @ b`, batch by batch."""
         a, b = inputs
         return ops.matmul(a, b)
 
@@ -330,11 +330,11 @@ class ReciprocalSquareRoot(layers.Layer):
         self.epsilon = epsilon
 
     def call(self, x: Any) -> Any:
-        """The function's value; a rounding below zero counts as zero."""
+        """`1 / sqrt(x + epsilon)`; an `x` that rounding put below zero is taken as zero."""
         return ops.rsqrt(ops.maximum(x, 0.0) + self.epsilon)
 
     def get_config(self) -> dict[str, Any]:
-        """Epsilon, beside what every layer has."""
+        """The config of every layer, with `epsilon`."""
         return {**super().get_config(), "epsilon": self.epsilon}
 
 
@@ -391,7 +391,7 @@ class ChannelAffine(layers.Layer):
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        """The options, serialized, beside what every layer has."""
+        """The config of every layer, with the options serialized."""
         serialize = keras.saving.serialize_keras_object
         options = {k: None if v is None else serialize(v) for k, v in self.options.items()}
         own = {"scale": self.scale, "center": self.center}

@@ -73,7 +73,8 @@ class _Assembly:
         if decision.role is Role.FOLDED or self._carried_out_by_quantizer(node, decision):
             value = args[0]
         else:
-            value = self._layer(node, decision)(*args, **kwargs)
+            branch = self._branch(node, decision)
+            value = self._layer(node, decision)(*args, **kwargs, **branch)
         if not self.integer[node]:
             return value
         values = keras.tree.flatten(value)
@@ -148,17 +149,44 @@ class _Assembly:
             if name in self.plan.output_names:
                 name = unique_name(f"{name}_unrounded", self.names)
             return duplicate(layer, name)
-        norm = self._node(decision.normalization).layer if decision.normalization else None
+        norms = self._normalizations(layer)
         wrapper = QuantizeWrapper(
             clone(layer),
             decision.weights,
-            None if norm is None else clone(norm),
+            clone(norms[0]) if norms else None,
             weight_step=decision.weight_step,
+            between=[clone(part) for part in self._between(node, decision)],
+            branches=[clone(norm) for norm in norms[1:]],
             facts=None if rule is None else LayerFacts.of(rule),
             name=unique_name(f"quant_{node.name}", self.names),
         )
-        weights = layer.get_weights(), norm.get_weights() if norm else ()
+        weights = [part.get_weights() for part in (layer, *norms)]
         return Part(wrapper, weights, wrapper.take_over)
+
+    def _normalizations(self, layer: Any) -> list[Any]:
+        """The BatchNormalizations that fold into a layer, in the order of its calls."""
+        calls = [node for node in self.plan.graph.nodes if node.layer is layer]
+        names = [self.decisions[node.name].normalization for node in calls]
+        norms = [self._node(name).layer for name in names if name]
+        return list({id(norm): norm for norm in norms}.values())
+
+    def _between(self, node: Node, decision: LayerPlan) -> list[Any]:
+        """The layers between a layer and the BatchNormalization that folds into it."""
+        between: list[Any] = []
+        if decision.normalization:
+            part = self.producers[self._node(decision.normalization).inputs[0]]
+            while part is not node:
+                between.insert(0, part.layer)
+                part = self.producers[part.inputs[0]]
+        return between
+
+    def _branch(self, node: Node, decision: LayerPlan) -> dict[str, int]:
+        """Which BatchNormalization a call of a layer with more than one takes."""
+        if not decision.normalization:
+            return {}
+        norms = [id(norm) for norm in self._normalizations(node.layer)]
+        branch = norms.index(id(self._node(decision.normalization).layer))
+        return {"branch": branch} if branch else {}
 
     def _node(self, name: str) -> Node:
         return next(node for node in self.plan.graph.nodes if node.name == name)

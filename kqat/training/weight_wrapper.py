@@ -5,7 +5,7 @@ group. Both are ordinary Keras layers, saved and loaded without a custom-object 
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -42,6 +42,10 @@ class QuantizeWrapper(keras.layers.Layer):
         normalization: the BatchNormalization that folds into the layer, or `None`.
         weight_step: how the step of each grid is found; a learned one is a variable here.
         freeze_statistics: whether BatchNormalization uses its moving statistics in training.
+        between: layers between the two that change nothing in inference, as Dropout.
+        branches: further BatchNormalizations, of a layer that is called more than once with one of
+            their own each: `call(x, branch=1)` takes the first of them. Per channel, all branches
+            have the same integers.
         facts: what the registry knew of the layer when it was planned; they are saved, so that no
             later process has to know a row that a user registered. Those of the stock table if
             they are left out, as in the files of older releases.
@@ -55,6 +59,8 @@ class QuantizeWrapper(keras.layers.Layer):
         *,
         weight_step: StepMethod = MaxAbs(),
         freeze_statistics: bool = False,
+        between: Sequence[keras.layers.Layer] = (),
+        branches: Sequence[keras.layers.Layer] = (),
         facts: LayerFacts | None = None,
         **kwargs: Any,
     ):
@@ -66,6 +72,7 @@ class QuantizeWrapper(keras.layers.Layer):
         self.weight_step = weight_step
         self.steps: dict[str, keras.Variable] = {}
         self.freeze_statistics = freeze_statistics
+        self.between, self.branches = list(between), list(branches)
         self.facts = facts or stock_facts(layer) or LayerFacts(output=Output.OWN)
         self._takes_training = "training" in inspect.signature(layer.call).parameters
         self.supports_masking = layer.supports_masking
@@ -74,10 +81,16 @@ class QuantizeWrapper(keras.layers.Layer):
         """Builds the layer and the BatchNormalization, and learned steps, which are one."""
         if not self.layer.built and self.computes_with_grids:
             self.layer.build(input_shape)
-        if self.normalization is not None and not self.normalization.built:
-            self.normalization.build(self.layer.compute_output_shape(input_shape))
+        for part in (*self.between, *self.normalizations):
+            if not part.built:
+                part.build(self.layer.compute_output_shape(input_shape))
         if isinstance(self.weight_step, LearnedStep):
             self.steps = {name: self._new_step(name) for name in self.weight_specs}
+
+    @property
+    def normalizations(self) -> list[keras.layers.Layer]:
+        """The BatchNormalization of each branch; none without one."""
+        return [] if self.normalization is None else [self.normalization, *self.branches]
 
     def _new_step(self, name: str) -> keras.Variable:
         variable = self._variable(name)
@@ -85,12 +98,12 @@ class QuantizeWrapper(keras.layers.Layer):
         shape = tuple(1 if a in shared else n for a, n in enumerate(variable.shape))
         return self.add_weight(name=f"{name}_step", shape=shape, initializer="ones", autocast=False)
 
-    def take_over(self, weights: Any, normalization: Any = ()) -> None:
-        """Assigns the layer's and the BatchNormalization's weights; learned steps start there."""
+    def take_over(self, weights: Any, *normalizations: Any) -> None:
+        """Assigns the layer's and the BatchNormalizations' weights; learned steps start there."""
         self.layer.set_weights(weights)
         finalize(self.layer)
-        if self.normalization is not None:
-            self.normalization.set_weights(normalization)
+        for norm, values in zip(self.normalizations, normalizations, strict=True):
+            norm.set_weights(values)
         self.start_steps()
 
     def start_steps(self) -> None:
@@ -108,7 +121,9 @@ class QuantizeWrapper(keras.layers.Layer):
         """Whether the layer has numbers that ship as integers; else only its facts are carried."""
         return bool(self.weight_specs) or self.facts.affine
 
-    def call(self, x: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
+    def call(
+        self, x: Any, *args: Any, training: bool | None = None, branch: int = 0, **kwargs: Any
+    ) -> Any:
         """What the layer (and BatchNormalization) computes with rounded weights.
 
         `x` and further arguments are those of the layer.
@@ -117,16 +132,18 @@ class QuantizeWrapper(keras.layers.Layer):
         if self._takes_training:
             kwargs["training"] = statistics
         if self.weight_specs:
-            y = self._call_rounded(x, *args, **kwargs)
+            y = self._call_rounded(branch, x, *args, **kwargs)
         else:
             y = self.layer(x, *args, **kwargs)
-        if self.normalization is None:
-            return y
-        return normalize(self.normalization, y, statistics)
+        for part in self.between:
+            y = part(y, training=training)
+        norms = self.normalizations
+        return normalize(norms[branch], y, statistics) if norms else y
 
-    def _call_rounded(self, *args: Any, **kwargs: Any) -> Any:
+    def _call_rounded(self, branch: int, *args: Any, **kwargs: Any) -> Any:
         variables = self.layer.variables
-        rounded = {id(self._variable(name)): self.rounded(name) for name in self.weight_specs}
+        names = self.weight_specs
+        rounded = {id(self._variable(name)): self.rounded(name, branch) for name in names}
         mapping = [(v, rounded.get(id(v), v.value)) for v in variables]
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
             y = self.layer(*args, **kwargs)
@@ -143,20 +160,20 @@ class QuantizeWrapper(keras.layers.Layer):
     def _variable(self, name: str) -> keras.Variable:
         return getattr(self.layer, name)
 
-    def rounded(self, name: str) -> Any:
+    def rounded(self, name: str, branch: int = 0) -> Any:
         """The rounded weight `name`, of the variable's shape: what the layer computes with."""
-        fold = self._fold_before(name)
-        on_grid = self.on_grid(name)
+        fold = self._fold_before(name, branch)
+        on_grid = self.on_grid(name, branch)
         return on_grid if fold is None else on_grid / fold
 
-    def on_grid(self, name: str) -> Any:
+    def on_grid(self, name: str, branch: int = 0) -> Any:
         """The rounded weight, integers times `scale(name)`; folded where `folds_before(name)`."""
-        folded, spec = self._folded(name), self.weight_specs[name]
+        folded, spec = self._folded(name, branch), self.weight_specs[name]
         return self.weight_step.fake_quantize(folded, self._step(name, folded), spec)
 
-    def scale(self, name: str) -> Any:
+    def scale(self, name: str, branch: int = 0) -> Any:
         """The scale of weight `name`: its shape, with the axes that share a scale of size 1."""
-        return ops.stop_gradient(self._step(name, self._folded(name)))
+        return ops.stop_gradient(self._step(name, self._folded(name, branch)))
 
     def _step(self, name: str, folded: Any) -> Any:
         if isinstance(self.weight_step, LearnedStep):
@@ -167,21 +184,23 @@ class QuantizeWrapper(keras.layers.Layer):
         """Whether the BatchNormalization is folded in before rounding: one scale per tensor."""
         return self.normalization is not None and self.weight_specs[name].axis is None
 
-    def _fold_before(self, name: str) -> Any:
-        return ops.stop_gradient(self.fold_factor(name)) if self.folds_before(name) else None
+    def _fold_before(self, name: str, branch: int) -> Any:
+        return (
+            ops.stop_gradient(self.fold_factor(name, branch)) if self.folds_before(name) else None
+        )
 
-    def _folded(self, name: str) -> Any:
+    def _folded(self, name: str, branch: int = 0) -> Any:
         value = ops.cast(self._variable(name).value, "float32")
-        fold = self._fold_before(name)
+        fold = self._fold_before(name, branch)
         return value if fold is None else value * fold
 
-    def fold_factor(self, name: str = "kernel") -> Any:
+    def fold_factor(self, name: str = "kernel", branch: int = 0) -> Any:
         """`gamma / sqrt(moving_variance + epsilon)`, shaped to broadcast over weight `name`.
 
         A factor of zero, which cannot be unfolded, is replaced by one; the layer's output is
         multiplied by zero then in any case.
         """
-        norm: Any = self.normalization
+        norm: Any = self.normalizations[branch]
         factor = 1.0 / ops.sqrt(norm.moving_variance.value + norm.epsilon)
         if norm.scale:
             factor = factor * norm.gamma.value
@@ -195,7 +214,7 @@ class QuantizeWrapper(keras.layers.Layer):
         return self.layer.compute_output_shape(input_shape)
 
     def compute_output_spec(
-        self, x: Any, *args: Any, training: bool | None = None, **kwargs: Any
+        self, x: Any, *args: Any, training: bool | None = None, branch: int = 0, **kwargs: Any
     ) -> Any:
         """The layer's output shape and dtype."""
         if not self.computes_with_grids:
@@ -218,6 +237,8 @@ class QuantizeWrapper(keras.layers.Layer):
             "normalization": None if norm is None else serialize(norm),
             "weight_step": step_method_to_dict(self.weight_step),
             "freeze_statistics": self.freeze_statistics,
+            "between": [serialize(part) for part in self.between],
+            "branches": [serialize(part) for part in self.branches],
             "facts": self.facts.to_dict(),
         }
 
@@ -232,4 +253,7 @@ class QuantizeWrapper(keras.layers.Layer):
         norm = None if norm is None else restore(norm)
         facts = config.pop("facts", None)
         facts = None if facts is None else LayerFacts.from_dict(facts)
-        return cls(layer, weights, norm, weight_step=method, facts=facts, **config)
+        more: Any = {
+            key: [restore(p) for p in config.pop(key, ())] for key in ("between", "branches")
+        }
+        return cls(layer, weights, norm, weight_step=method, facts=facts, **more, **config)

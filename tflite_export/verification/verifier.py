@@ -18,8 +18,8 @@ from tflite_export.verification.exactness import exactness
 from tflite_export.verification.layer_profile import (
     GridUse,
     layer_reports,
-    producers,
     static_reports,
+    work_of,
 )
 from tflite_export.verification.lockstep import compare
 from tflite_export.verification.report import LayerReport, Report, RuntimeReport
@@ -72,7 +72,8 @@ def verify(
         found = [_verify_on(runtime, frozen, model, blob, inputs) for runtime in runtimes]
         parts, count = tuple(part for part, _ in found), len(inputs[0])
         uses = next((uses for _, uses in found if uses), ())
-        layers = layer_reports(inspection, uses, producers(model), parts)
+        work = work_of(model, [use.tensor for use in uses])
+        layers = layer_reports(inspection, uses, work, parts)
     notes += inspection.decoding_notes()
     estimated, misfits = check_file(blob, inspection, target)
     return Report(

@@ -1,8 +1,8 @@
 """Attention masks: scores of what is hidden fall below all others, where softmax gives zero.
 
 Keras puts a huge negative number there, which no grid of eight bits holds beside the scores. Here
-`numerics.HIDDEN` is added, and the grid of the sum ends a little below the least score that is
-shown (`numerics.shown_bounds`): there the integer kernel clips.
+`arithmetic.HIDDEN` is added, and the grid of the sum ends a little below the least score that is
+shown (`arithmetic.shown_bounds`): there the integer kernel clips.
 """
 
 import dataclasses

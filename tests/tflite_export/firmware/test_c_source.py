@@ -104,7 +104,7 @@ def stubs(folder: Path) -> Path:
 
 def compiler(*arguments: Any) -> None:
     done = subprocess.run(
-        ["g++", *FLAGS, *map(str, arguments)], capture_output=True, text=True, timeout=120
+        ["g++", *FLAGS, *map(str, arguments)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
 
@@ -217,7 +217,7 @@ def test_main_tells_right_outputs_from_wrong(
     sources = [path for path in source.files if path.suffix == ".cc"]
     folder = source.files[0].parent
     compiler("-I", stubs(tmp_path), "-I", folder, "-o", tmp_path / "a", fake, *sources)
-    done = subprocess.run([tmp_path / "a"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([tmp_path / "a"], capture_output=True, text=True, timeout=600)
     assert done.returncode == int(wrong)
     assert f"n_9_lives: {int(wrong)} values differ in 3 samples" in done.stdout
 

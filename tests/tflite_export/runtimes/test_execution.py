@@ -380,7 +380,7 @@ def test_the_child_s_program_needs_nothing_of_this_package(image: bytes, tmp_pat
         capture_output=True,
         cwd=tmp_path,
         env={"PATH": os.environ["PATH"], "PYTHONSAFEPATH": "1"},
-        timeout=120,
+        timeout=600,
     )
     assert child.returncode == 0, child.stderr
     with np.load(io.BytesIO(child.stdout)) as answer:
