@@ -121,7 +121,7 @@ NO_MODEL: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "integer input": (
         lambda: model_of(lambda x: layers.Rescaling(2.0)(x), (8,), dtype="uint8"),
-        r"floats, or of int32.*input 'image' of dtype uint8. Declare indexes int32 and quantities",
+        r"float inputs, or int32 inputs that hold indexes.*input 'image' of dtype uint8. Declare ",
     ),
     "nothing inside": (
         lambda: model_of(layers.Dropout(0.5)),
