@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter
 
 from kqat.base import ExportError, TargetError, write_file
 from kqat.devices import TARGETS
@@ -69,8 +70,8 @@ def convert(
     Raises:
         ModelError, FreezeError: if `qat` is no QAT model, or has seen no data.
         TargetError: if the target lacks a kernel, before anything is converted.
-        ExportError: if an input or output cannot have the type asked for, or the weights are too
-            large for a flatbuffer.
+        ExportError: if an input or output cannot have the type asked for, the weights are too
+            large for a flatbuffer, or LiteRT does not load the file.
         LoweringError: if the converter fails.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -97,6 +98,8 @@ def convert(
         halves=float_weights == "float16",
     )
     check_limits(blob, target)
+    if not COMPRESS[compress]:  # LiteRT does not know the operator that decodes.
+        _check_loads(blob, frozen.model.name)
     return blob
 
 
@@ -144,6 +147,18 @@ def _check_size(frozen: FrozenModel) -> None:
             f"flatbuffer has 32-bit offsets. Received: {size_bytes:,} bytes in model "
             f"'{frozen.model.name}'. Use a smaller model, or export it in parts."
         )
+
+
+def _check_loads(blob: bytes, name: str) -> None:
+    """Raises where LiteRT does not take the file: an error of ours, which no user should meet."""
+    try:
+        Interpreter(model_content=blob, num_threads=1).allocate_tensors()
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(
+            f"Expected LiteRT to load the file of '{name}'. Received from it: "
+            f"'{' '.join(str(error).split())[:300]}'. This is a fault of kqat: please report it "
+            "with the model. Until it is mended, leave the layer at fault float by the policy."
+        ) from error
 
 
 def _check_compress(compress: str | None, target: str | None) -> None:
