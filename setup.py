@@ -14,6 +14,12 @@ EXTRAS = {
     "lint": ["ruff==0.17.6", "mypy==2.4.1"],
 }
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# Collections of other people's architectures, which `benchmarks/zoo.py` takes the whole road. They
+# are large, and no test needs them.
+EXTRAS["zoo"] = [
+    "keras-hub>=0.32", "kimm>=0.2.5", "keras-tcn>=3.5.7", "k3im>=0.1.1", "kyolo>=0.1.5",
+    "medicai>=0.0.4",
+]  # fmt: skip
 
 setup(
     name="kqat",

@@ -37,6 +37,7 @@ from kqat.parts import (
     Tabulated,
     Take,
     Unstack,
+    sliced,
 )
 from kqat.registry import LayerRule, Output, rule_for
 from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrapper
@@ -205,7 +206,7 @@ class _Freezer:
         if layer.return_sequences:
             y = Take(backwards, 1, name=f"{name}_flip")(y)
         else:
-            y = Slice.of(y, (slice(None), -1), f"{name}_last")
+            y = sliced(y, (slice(None), -1), f"{name}_last")
         return [self._mark(ref, name, y, result)]
 
     def _zeros(self, x: Any, units: int, name: str) -> Any:
@@ -229,7 +230,7 @@ class _Freezer:
 
     def _check_same(self, node: Node, grids: list[Site]) -> None:
         distinct = {(grid.scale, grid.zero_point, grid.bits) for grid in grids}
-        if len(distinct) != 1 or len(grids) != sum(not ref.counts for ref in node.inputs):
+        if len(distinct) != 1 or len(grids) != sum(not ref.holds_indexes for ref in node.inputs):
             raise FreezeError(
                 f"Expected one scale for all inputs of '{node.name}'. Received: {distinct}. The "
                 "model was changed after kqat.quantize_model; quantize it anew."

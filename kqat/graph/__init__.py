@@ -16,7 +16,7 @@ from kqat.graph.tracer import (
     trace_call,
     unique_name,
 )
-from kqat.graph.values import counts, is_tensor
+from kqat.graph.values import holds_indexes, is_tensor
 
 __all__ = [
     "Graph",
@@ -26,11 +26,11 @@ __all__ = [
     "activation_name",
     "attach_masks",
     "clone",
-    "counts",
     "duplicate",
     "fill",
     "finalize",
     "hands_on_mask",
+    "holds_indexes",
     "is_tensor",
     "non_finite_variable",
     "rebuild",

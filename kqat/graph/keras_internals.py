@@ -290,7 +290,7 @@ def _tensors(structure: Any) -> list[Any]:
 
 
 def typed_inputs(function: Any) -> list[tuple[Any, str]]:
-    """Inputs with their types: what only an Embedding reads counts rows, and so is int32."""
+    """Inputs with their types: what only an Embedding reads holds indexes, and so is int32."""
     readers: dict[int, list[Any]] = {id(t): [] for t in function.inputs}
     for operation in function.operations:
         for call in operation._inbound_nodes:
@@ -299,8 +299,8 @@ def typed_inputs(function: Any) -> list[tuple[Any, str]]:
     typed = []
     for tensor in function.inputs:
         operations = readers[id(tensor)]
-        counts = operations and all(isinstance(o, keras.layers.Embedding) for o in operations)
-        typed.append((tensor, "int32" if counts else str(tensor.dtype)))
+        indexes = operations and all(isinstance(o, keras.layers.Embedding) for o in operations)
+        typed.append((tensor, "int32" if indexes else str(tensor.dtype)))
     return typed
 
 

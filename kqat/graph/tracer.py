@@ -41,8 +41,8 @@ class Ref:
     dtype: str
 
     @property
-    def counts(self) -> bool:
-        """Whether it is no quantity, which has no scale: an index, or a truth value."""
+    def holds_indexes(self) -> bool:
+        """Whether it holds indexes or truth values, which have no scale; not quantities."""
         return not keras.backend.is_float_dtype(self.dtype)
 
 
@@ -244,10 +244,10 @@ def _check_input(tensor: Any, model_name: str) -> None:
         )
     if not str(tensor.dtype).startswith(("float", "bfloat", "int32")):
         raise ModelError(
-            f"Expected inputs of floats, or of int32 that count, in model '{model_name}'. "
-            f"Received: input '{tensor.name}' of dtype {tensor.dtype}. Declare indexes int32 and "
-            "quantities float32; tflite_export.convert(inference_input_type='uint8') makes the "
-            "file take bytes."
+            "Expected float inputs, or int32 inputs that hold indexes (token ids), in model "
+            f"'{model_name}'. Received: input '{tensor.name}' of dtype {tensor.dtype}. Declare "
+            "indexes int32 and quantities float32; "
+            "tflite_export.convert(inference_input_type='uint8') makes the file take bytes."
         )
 
 

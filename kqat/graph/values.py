@@ -10,6 +10,6 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, keras.KerasTensor)
 
 
-def counts(x: Any) -> bool:
-    """Whether a tensor holds no quantities: indexes, or truth values."""
+def holds_indexes(x: Any) -> bool:
+    """Whether a tensor holds indexes or truth values, which have no scale; not quantities."""
     return not keras.backend.is_float_dtype(x.dtype)

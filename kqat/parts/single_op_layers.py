@@ -22,56 +22,6 @@ class Slice(layers.Layer):
         super().__init__(**kwargs)
         self.begin, self.end, self.steps = list(begin), list(end), list(steps)
 
-    @classmethod
-    def of(cls, x: Any, key: Any, name: str) -> Any:
-        """`x[key]` with a slice, and a Reshape where `key` drops or adds axes.
-
-        Raises:
-            UnsupportedLayerError: if `key` slices the batch, steps backwards, or is an array.
-        """
-        keys = list(key) if isinstance(key, tuple) else [key]
-        if Ellipsis in keys:
-            at = keys.index(Ellipsis)
-            given = sum(k is not None for k in keys) - 1
-            keys[at : at + 1] = [slice(None)] * (len(x.shape) - given)
-        axes = iter(x.shape)
-        triples: list[tuple[Any, Any, int]] = []
-        shape: list[Any] = []
-        for k in keys:
-            if k is None:
-                shape.append(1)
-                continue
-            size = next(axes)
-            triple = cls._triple(k, size, name, first=not triples)
-            triples.append(triple)
-            if isinstance(k, slice):
-                shape.append(None if size is None else len(range(*triple)))
-        rest = list(axes)
-        triples += [(0, size, 1) for size in rest]
-        shape += rest
-        begin, end, steps = (list(v) for v in zip(*triples[1:], strict=True))
-        plain = len(shape) == len(x.shape) and all(isinstance(k, slice) for k in keys)
-        sliced = cls(begin, end, steps, name=name if plain else f"{name}_slice")(x)
-        return sliced if plain else layers.Reshape(shape[1:], name=name)(sliced)
-
-    @staticmethod
-    def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]:
-        if first and key == slice(None):
-            return (0, None, 1)
-        if first or not isinstance(key, int | slice):
-            raise UnsupportedLayerError(
-                f"Expected slices and numbers behind the batch axis in '{name}'. Received: {key!r}."
-            )
-        if isinstance(key, int):
-            start = key % size
-            return (start, start + 1, 1)
-        begin, end, step = key.indices(size)
-        if step < 1:
-            raise UnsupportedLayerError(
-                f"Expected a forward slice in '{name}'. Received: step={step}."
-            )
-        return (begin, end, step)
-
     def call(self, x: Any) -> Any:
         """The slice."""
         triples = zip(self.begin, self.end, self.steps, strict=True)
@@ -85,6 +35,55 @@ class Slice(layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """The three lists, beside what every layer has."""
         return {**super().get_config(), "begin": self.begin, "end": self.end, "steps": self.steps}
+
+
+def sliced(x: Any, key: Any, name: str) -> Any:
+    """`x[key]` as a `Slice`, and a Reshape where `key` drops or adds axes.
+
+    Raises:
+        UnsupportedLayerError: if `key` slices the batch, steps backwards, or is an array.
+    """
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if Ellipsis in keys:
+        at = keys.index(Ellipsis)
+        given = sum(k is not None for k in keys) - 1
+        keys[at : at + 1] = [slice(None)] * (len(x.shape) - given)
+    axes = iter(x.shape)
+    triples: list[tuple[Any, Any, int]] = []
+    shape: list[Any] = []
+    for k in keys:
+        if k is None:
+            shape.append(1)
+            continue
+        size = next(axes)
+        triple = _triple(k, size, name, first=not triples)
+        triples.append(triple)
+        if isinstance(k, slice):
+            shape.append(None if size is None else len(range(*triple)))
+    rest = list(axes)
+    triples += [(0, size, 1) for size in rest]
+    shape += rest
+    begin, end, steps = (list(v) for v in zip(*triples[1:], strict=True))
+    plain = len(shape) == len(x.shape) and all(isinstance(k, slice) for k in keys)
+    part = Slice(begin, end, steps, name=name if plain else f"{name}_slice")(x)
+    return part if plain else layers.Reshape(shape[1:], name=name)(part)
+
+
+def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]:
+    """`(begin, end, step)` of one axis."""
+    if first and key == slice(None):
+        return (0, None, 1)
+    if first or not isinstance(key, int | slice):
+        raise UnsupportedLayerError(
+            f"Expected slices and numbers behind the batch axis in '{name}'. Received: {key!r}."
+        )
+    if isinstance(key, int):
+        start = key % size
+        return (start, start + 1, 1)
+    begin, end, step = key.indices(size)
+    if step < 1:
+        raise UnsupportedLayerError(f"Expected a forward slice in '{name}'. Received: step={step}.")
+    return (begin, end, step)
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -179,9 +178,10 @@ class SpaceToDepth(layers.Layer):
         return {**super().get_config(), "block_size": self.block_size}
 
 
-@keras.saving.register_keras_serializable("kqat")
-class Count(layers.Layer):
-    """A function of `keras.ops` whose result is no quantity: an index, or true or false.
+# Saved files know it by this name.
+@keras.saving.register_keras_serializable("kqat", "Count")
+class IndexOperation(layers.Layer):
+    """A function of `keras.ops` that makes indexes or truth values, which have no scale.
 
     Args:
         kind: the function's name: `"argmax"`, `"greater"` ….

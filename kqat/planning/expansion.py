@@ -17,9 +17,9 @@ from kqat.graph import (
     Ref,
     attach_masks,
     clone,
-    counts,
     duplicate,
     fill,
+    holds_indexes,
     is_tensor,
     rebuild,
     refs_in,
@@ -75,7 +75,7 @@ def _simpler(node: Node, origin: str, fused: Collection[str]) -> Callable[..., A
     rule = rule_for(layer, origin)
     if rule.opens:
         return _opened_function(node, origin) if rule.table else _opened_layer(node, origin)
-    decompose = rule.fuse if rule.fuse and origin in fused else rule.decompose
+    decompose = rule.decompose_fused if rule.decompose_fused and origin in fused else rule.decompose
     made = decompose(layer, node.name) if decompose else None
     return None if made is None else _tried(layer, made, node.name)
 
@@ -118,7 +118,7 @@ def _trial_values(tensor: Any, seed: int) -> Any:
     rng = np.random.default_rng(seed)
     shape = [size or 2 for size in tensor.shape]
     # The first two rows of any table are there.
-    values = rng.integers(0, 2, shape) if counts(tensor) else rng.normal(size=shape)
+    values = rng.integers(0, 2, shape) if holds_indexes(tensor) else rng.normal(size=shape)
     if tensor.dtype == "bool":
         values[..., 0] = 1  # A mask shows something.
     return keras.ops.convert_to_tensor(values, tensor.dtype)
@@ -128,7 +128,7 @@ def _alike(expected: Any, found: Any) -> bool:
     """Whether values are equal but for roundings, where the expected ones are finite."""
     if tuple(expected.shape) != tuple(found.shape):
         return False
-    if counts(expected):
+    if holds_indexes(expected):
         return bool(np.array_equal(expected, found))
     a, b = (np.asarray(keras.ops.cast(x, "float32")) for x in (expected, found))
     # Two roundings of the type, of sums that may cancel; another function differs by more.

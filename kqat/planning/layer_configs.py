@@ -63,7 +63,7 @@ def fused_nodes(graph: Graph, configs: Mapping[str, QuantizeConfig | None]) -> f
 def _is_recurrent(layer: Any) -> bool:
     """Whether a config decides how the layer, or the one that it wraps, runs along time."""
     rule = LAYERS.get(type(getattr(layer, "layer", layer)))
-    return rule is not None and rule.fuse is not None
+    return rule is not None and rule.decompose_fused is not None
 
 
 def stays_whole(layer: Any, config: QuantizeConfig | None) -> bool:

@@ -21,7 +21,7 @@ from kqat.planning.layer_configs import assign_configs, fused_nodes, row_for, st
 from kqat.planning.plan import Group, LayerPlan, Plan, Rounding
 from kqat.planning.shared_scales import Joined
 from kqat.planning.weight_grids import resolve_weights
-from kqat.planning.width_changes import cross_widths
+from kqat.planning.width_changes import match_widths
 from kqat.registry import LayerRule, Output
 
 
@@ -36,8 +36,11 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     whole = {n.name for n in graph.nodes if stays_whole(n.layer, configs[n.name])}
     fused = fused_nodes(graph, configs)
     expanded, origins = expand(graph, lambda node: node.name in whole, model_name, fused)
-    expanded, crossings = cross_widths(expanded, origins, configs, input_configs)
-    origins, configs = {**origins, **{name: name for name in crossings}}, {**configs, **crossings}
+    expanded, requantizations = match_widths(expanded, origins, configs, input_configs)
+    origins, configs = (
+        {**origins, **{name: name for name in requantizations}},
+        {**configs, **requantizations},
+    )
     plan = _Planner(expanded, origins, configs, input_configs).plan(model_name)
     return dataclasses.replace(plan, unused_rules=unused, output_names=graph.output_names)
 
@@ -118,7 +121,9 @@ class _Planner:
 
     def rounded_input(self, ref: Ref) -> bool:
         """Whether a model input becomes integers: some consumer computes on them."""
-        return not ref.counts and any(self._computes_on_integers(n) for n in self.consumers[ref])
+        return not ref.holds_indexes and any(
+            self._computes_on_integers(n) for n in self.consumers[ref]
+        )
 
     def _computes_on_integers(self, node: Node) -> bool:
         rule = self.rules[node]
@@ -176,7 +181,7 @@ class _Planner:
             if rule.output is Output.VANISHES and not self.integer(node):
                 continue
             for ref in (*node.inputs, *node.outputs[1:]):
-                if not ref.counts and not node.outputs[0].counts:
+                if not ref.holds_indexes and not node.outputs[0].holds_indexes:
                     self.joined.join(ref, node.outputs[0])
 
     def place_roundings(self) -> None:
@@ -207,7 +212,7 @@ class _Planner:
         for node in self.graph.nodes:
             rule = self.rules[node]
             ref = node.outputs[0]
-            if ref.counts:
+            if ref.holds_indexes:
                 continue
             if rule is None or not self.integer(node):
                 for index, value in enumerate(node.outputs):

@@ -18,7 +18,7 @@ from kqat.planning.layer_configs import row_for
 from kqat.registry import LayerRule, Output
 
 
-def cross_widths(
+def match_widths(
     graph: Graph,
     origins: Mapping[str, str],
     configs: Mapping[str, QuantizeConfig | None],
@@ -67,7 +67,7 @@ class _Walk:
         self.taken = {*graph.input_names, *graph.output_names, *(n.name for n in graph.nodes)}
         self.nodes: list[Node] = []
         self.new_configs: dict[str, QuantizeConfig] = {}
-        self.crossed: dict[tuple[Ref, int], Ref] = {}
+        self.requantized: dict[tuple[Ref, int], Ref] = {}
         self.floats: set[Ref] = set()  # what float layers make
         self.widths: dict[Ref, int] = {}
         for ref, name in self.names.items():
@@ -120,9 +120,9 @@ class _Walk:
     def _at(self, ref: Ref, width: int, config: QuantizeConfig) -> Ref:
         """The value `ref` at a width; requantized, once, where it has another."""
         given = self.widths[ref]
-        if given == width or ref.counts:
+        if given == width or ref.holds_indexes:
             return ref
-        if (ref, width) not in self.crossed:
+        if (ref, width) not in self.requantized:
             name = unique_name(f"{self.names[ref]}_int{width}", self.taken)
             output = Ref(ref.shape, ref.dtype)
             layer = Requantize(given, width, name=name)
@@ -131,13 +131,13 @@ class _Walk:
             if isinstance(config.activation_range, Fixed):
                 config = dataclasses.replace(config, activation_range=MovingAverage())
             self.new_configs[name] = config
-            self.crossed[ref, width] = output
-        return self.crossed[ref, width]
+            self.requantized[ref, width] = output
+        return self.requantized[ref, width]
 
     def _check(self, node: Node, config: QuantizeConfig) -> None:
         rule = self._rule(node)
         values = (*node.inputs, *node.outputs)
-        if rule is None or config.activation.bits == 8 or all(ref.counts for ref in values):
+        if rule is None or config.activation.bits == 8 or all(ref.holds_indexes for ref in values):
             return
         lacking = [op for op in rule.ops if not runtimes_with(op, config.activation.bits)]
         if lacking and not rule.is_table(config.activation.bits):

@@ -15,10 +15,10 @@ from keras import layers
 from kqat.base import UnsupportedLayerError
 from kqat.parts import (
     ChannelAffine,
-    Count,
     DepthToSpace,
     Elementwise,
     Hide,
+    IndexOperation,
     Matmul,
     ReciprocalSquareRoot,
     Recurrence,
@@ -113,7 +113,7 @@ _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
     "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D",
 )  # fmt: skip
-_RECURRENT = _composite(recurrent.rnn, *_RECURRENT_OPS, fuse=fused_lstms.fused_rnn)
+_RECURRENT = _composite(recurrent.rnn, *_RECURRENT_OPS, decompose_fused=fused_lstms.fused_rnn)
 _LSTM = dataclasses.replace(_RECURRENT, ops=(*_RECURRENT_OPS, *fused_lstms.OPS))
 _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": basic.pairwise}
@@ -295,7 +295,7 @@ LAYERS: dict[type, LayerRule] = {
         recurrent.bidirectional,
         *_LSTM.ops,
         "CONCATENATION",
-        fuse=fused_lstms.fused_bidirectional,
+        decompose_fused=fused_lstms.fused_bidirectional,
     ),
     Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
     Unstack: _same("UNPACK"),
@@ -325,16 +325,16 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (Reduce, "max"): _same("REDUCE_MAX"),
     (Reduce, "min"): _same("REDUCE_MIN"),
     (Reduce, "prod"): _own("REDUCE_PROD", refuse=rule.few_factors),
-    (Count, "argmax"): _index("ARG_MAX"),
-    (Count, "argmin"): _index("ARG_MIN"),
-    (Count, "add"): _index("ADD"),
-    (Count, "subtract"): _index("SUB"),
-    (Count, "multiply"): _index("MUL"),
+    (IndexOperation, "argmax"): _index("ARG_MAX"),
+    (IndexOperation, "argmin"): _index("ARG_MIN"),
+    (IndexOperation, "add"): _index("ADD"),
+    (IndexOperation, "subtract"): _index("SUB"),
+    (IndexOperation, "multiply"): _index("MUL"),
     **{
-        (Count, kind): _index(kind.upper())
+        (IndexOperation, kind): _index(kind.upper())
         for kind in ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")
     },
-    **{(Count, f"logical_{kind}"): _index(f"LOGICAL_{kind.upper()}") for kind in _LOGICAL},
+    **{(IndexOperation, f"logical_{kind}"): _index(f"LOGICAL_{kind.upper()}") for kind in _LOGICAL},
 }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import counts, is_tensor
+from kqat.graph import holds_indexes, is_tensor
 from kqat.parts import Matmul
 from kqat.registry.refusals import OPERATION_REASONS, reason
 from kqat.rewrites import (
@@ -153,7 +153,7 @@ def _cast(operation: Any, name: str) -> Callable[..., Any]:
         to_float = str(operation.dtype).startswith(("float", "bfloat"))
         if to_float and x.dtype == "bool":
             return truth(x, (0.0, 1.0), x.shape[1:], name)
-        if counts(x) == to_float:
+        if holds_indexes(x) == to_float:
             raise UnsupportedLayerError(
                 f"Expected a cast between kinds of floats, or of whole numbers, in operation "
                 f"'{name}'. Received: {x.dtype} -> {operation.dtype}. An index is no quantity; "

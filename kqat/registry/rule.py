@@ -53,7 +53,8 @@ class LayerRule:
         affine: whether the layer is `x * scale + offset`, one pair per channel.
         decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
             `None` where the layer is simple already.
-        fuse: the same for a config that says `recurrence="fused"`, where that is another.
+        decompose_fused: the same for a config that says `recurrence="fused"`; `None` for layers
+            without such a form.
         grid: the grid of the output, where the kernel demands another than the config's.
         opens: whether the layer is opened up by tracing its own `call`.
         refuse: layer -> why this very layer cannot ship and what to do instead, or `None`.
@@ -75,7 +76,7 @@ class LayerRule:
     masks: bool = False
     affine: bool = False
     decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
-    fuse: Callable[[Any, str], Callable[..., Any] | None] | None = None
+    decompose_fused: Callable[[Any, str], Callable[..., Any] | None] | None = None
     grid: QuantSpec | None = None
     opens: bool = False
     refuse: Callable[[Any], str | None] | None = None

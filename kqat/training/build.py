@@ -85,7 +85,7 @@ class _Assembly:
         return decision.role == "clamp" and clamps not in ([], [None])
 
     def _form(self, ref: Ref, tensor: Any, integer: bool) -> Any:
-        if ref.counts:
+        if ref.holds_indexes:
             return tensor
         if (ref, integer) not in self.forms:
             self.forms[ref, integer] = self._make_form(ref, tensor, integer)

@@ -181,7 +181,7 @@ def _tensors(batch: list[np.ndarray], graph: Graph) -> list[Any]:
     """
     tensors = []
     for array, ref, name in zip(batch, graph.inputs, graph.input_keys, strict=True):
-        if ref.counts:
+        if ref.holds_indexes:
             tensors.append(keras.ops.convert_to_tensor(_whole(array, name), ref.dtype))
             continue
         with np.errstate(over="ignore"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tf_keras
 
-from benchmarks import applications, convert, file_sizes, peers, training_step
+from benchmarks import applications, convert, file_sizes, peers, training_step, zoo
 from benchmarks.networks import NETWORKS
 from recipes.models import resnet8
 from recipes.timing import Seconds, Spread, ratio, spread, take_turns
@@ -126,3 +126,17 @@ def test_narrow_weights_make_small_files(tmp_path: Path) -> None:
     for policy in ("int8", "w4a8", "ternary"):
         assert sizes[policy, "smallest"] <= sizes[policy, "lookup"] <= sizes[policy, "micro"]
     assert len(json.loads((tmp_path / "file_sizes.json").read_text())) == len(found)
+
+
+@pytest.mark.slow
+def test_an_architecture_of_the_zoo_goes_the_whole_road(tmp_path: Path) -> None:
+    results = zoo.main(["--only", "MobileNetV2", "--out", str(tmp_path)])
+    found = results["models"]["MobileNetV2"]
+    assert found["outcome"] == "integer"
+    assert found["float_operators"] == 0 and found["unmatched"] == 0
+    assert found["operators"] <= found["converter_operators"]
+    assert found["size_bytes"] < found["converter_bytes"]
+    # Of random weights and noise little is left in either file; ours may not lose more.
+    assert found["sqnr_db"] > found["converter_sqnr_db"] - 0.5
+    ((title, _, rows, _),) = zoo.tables(results)
+    assert title.startswith("1 of 1 ") and rows[0][:2] == ("MobileNetV2", "integer")

@@ -8,7 +8,7 @@ from keras import layers as L
 from keras import ops
 
 from kqat.parts.elementwise import Elementwise
-from kqat.parts.single_op_layers import Count, DepthToSpace, Select, SpaceToDepth, Take
+from kqat.parts.single_op_layers import DepthToSpace, IndexOperation, Select, SpaceToDepth, Take
 from tests.coverage.cases import Case, functional
 
 STEPS, IMAGE, VOLUME = (5, 8), (8, 8, 4), (4, 6, 6, 2)
@@ -46,7 +46,7 @@ def _augmented(x: Any) -> Any:
 def _primitives(x: Any) -> list[Any]:
     deep = SpaceToDepth(2)(x)
     bent = Elementwise.of(lambda t: t * ops.tanh(t))(Take([3, 0, 3], 1)(deep))
-    positive = Count("greater", {"x2": 0.0})(deep)
+    positive = IndexOperation("greater", {"x2": 0.0})(deep)
     return [DepthToSpace(2)(Select()([positive, deep, deep])), bent]
 
 

@@ -129,7 +129,7 @@ def _misfits(frozen: FrozenModel, target: Target) -> Iterator[Misfit]:
                 widths[node.outputs[0]] = frozen.sites[layer.index].bits
             continue
         is_table = isinstance(layer, Tabulated)
-        fed = all(ref.counts or ref in widths for ref in node.inputs)
+        fed = all(ref.holds_indexes or ref in widths for ref in node.inputs)
         if not node.inputs or not (is_table or fed):
             continue
         # A layer may stand between two markers with others, all of them integer.

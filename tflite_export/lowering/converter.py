@@ -17,7 +17,7 @@ from ai_edge_litert import schema_py_generated as schema
 from kqat.base import ExportError, LoweringError
 from kqat.freezing import FrozenModel
 from kqat.graph import Node, trace
-from kqat.parts import Count, FrozenLSTM, Marker, Tabulated
+from kqat.parts import FrozenLSTM, IndexOperation, Marker, Tabulated
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 
@@ -127,7 +127,7 @@ _TRANSLATED = (
     keras.layers.Add,
     keras.layers.Embedding,
     keras.layers.UnitNormalization,
-    Count,
+    IndexOperation,
 )
 
 

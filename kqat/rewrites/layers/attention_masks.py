@@ -13,9 +13,9 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part, counts, is_tensor
+from kqat.graph import Part, holds_indexes, is_tensor
 from kqat.grids import HIDDEN
-from kqat.parts import Count, Hide, WithConstant
+from kqat.parts import Hide, IndexOperation, WithConstant
 from kqat.rewrites.layers.one_hot import truth
 
 
@@ -69,7 +69,7 @@ class Keep:
         for i, (mask, rank, shape) in enumerate(tensors):
             part = f"{name}_mask_{i}" if i else f"{name}_mask"
             more = _checked(mask, rank, shape, part, name)
-            both = Count("logical_and", name=f"{part}_and")
+            both = IndexOperation("logical_and", name=f"{part}_and")
             seen = more if seen is None else both([seen, more])
         return cls(np.logical_and.reduce(arrays) if arrays else None, seen)
 
@@ -132,10 +132,10 @@ def _array(mask: Any, name: str) -> np.ndarray:
 
 
 def _checked(mask: Any, rank: int, shape: Any, part: str, name: str) -> Any:
-    if not counts(mask) or len(mask.shape) != rank:
+    if not holds_indexes(mask) or len(mask.shape) != rank:
         raise _wrong(name, f"a tensor of shape {tuple(mask.shape)} and type {mask.dtype}")
     if mask.dtype != "bool":
-        mask = Count("not_equal", {"x2": 0}, name=f"{part}_true")(mask)
+        mask = IndexOperation("not_equal", {"x2": 0}, name=f"{part}_true")(mask)
     return mask if shape is None else layers.Reshape(shape, name=part)(mask)
 
 

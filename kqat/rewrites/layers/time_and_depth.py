@@ -7,7 +7,7 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, clone
-from kqat.parts import Slice, stacked
+from kqat.parts import sliced, stacked
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.layers.basic import Decomposed, activated
 
@@ -31,7 +31,7 @@ def _rows(x: Any, name: str) -> Any:
 
 def _steps(rows: Any, begin: int, size: int, name: str) -> Any:
     """`size` rows."""
-    return Slice.of(rows, (slice(None), slice(begin, begin + size)), name)
+    return sliced(rows, (slice(None), slice(begin, begin + size)), name)
 
 
 def time_distributed(layer: Any, name: str) -> Decomposed:

@@ -11,8 +11,15 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part, counts, is_tensor
-from kqat.parts import ChannelAffine, Count, Elementwise, Select, WithConstant, within_domain
+from kqat.graph import Part, holds_indexes, is_tensor
+from kqat.parts import (
+    ChannelAffine,
+    Elementwise,
+    IndexOperation,
+    Select,
+    WithConstant,
+    within_domain,
+)
 
 Row = Callable[[Any, str], Callable[..., Any]]
 
@@ -53,8 +60,8 @@ def binary(merge: type, constant: Callable[[Any, Any, bool, str], Any]) -> Row:
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(a: Any, b: Any) -> Any:
             tensors = [v for v in (a, b) if is_tensor(v)]
-            if all(counts(x) for x in tensors):
-                return count(operation, name)(a, b)
+            if all(holds_indexes(x) for x in tensors):
+                return index_operation(operation, name)(a, b)
             if len(tensors) == 2:
                 _check_rank(a, b, name)
                 return merge(name=name)([a, b])
@@ -73,14 +80,14 @@ def _check_rank(x: Any, y: Any, name: str) -> None:
         )
 
 
-def count(operation: Any, name: str) -> Callable[..., Any]:
+def index_operation(operation: Any, name: str) -> Callable[..., Any]:
     """Arithmetic on indexes, and comparisons: what comes out is no quantity."""
     kind = _KINDS[type(operation).__name__]
 
     def call(*args: Any) -> Any:
         tensors = [a for a in args if is_tensor(a)]
         if len(tensors) == len(args):
-            return Count(kind, name=name)(tensors if len(args) > 1 else tensors[0])
+            return IndexOperation(kind, name=name)(tensors if len(args) > 1 else tensors[0])
         constant = next(a for a in args if not is_tensor(a))
         if not is_number(constant):
             raise UnsupportedLayerError(
@@ -89,7 +96,7 @@ def count(operation: Any, name: str) -> Callable[..., Any]:
             )
         number = np.asarray(constant).item()
         option = {"x2" if is_tensor(args[0]) else "x1": number}
-        return Count(kind, option, name=name)(tensors[0])
+        return IndexOperation(kind, option, name=name)(tensors[0])
 
     return call
 
@@ -210,5 +217,5 @@ BINARY: dict[str, Row] = {
     "Maximum": _bound(layers.Maximum),
     "Minimum": _bound(layers.Minimum),
     "Where": _where,
-    **{kind: count for kind in _KINDS if kind not in ("Add", "Subtract", "Multiply")},
+    **{kind: index_operation for kind in _KINDS if kind not in ("Add", "Subtract", "Multiply")},
 }

@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
-from kqat.parts import Count, Reduce, total
+from kqat.parts import IndexOperation, Reduce, total
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.operations.binary import Row
 
@@ -100,7 +100,7 @@ def index_of(kind: str) -> Row:
         def call(x: Any) -> Any:
             axis = axis_of(operation.axis, len(x.shape), name)
             options = {"axis": axis, "keepdims": operation.keepdims}
-            return Count(kind, options, name=name)(x)
+            return IndexOperation(kind, options, name=name)(x)
 
         return call
 

@@ -8,8 +8,8 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import counts, is_tensor
-from kqat.parts import DepthToSpace, Slice, SpaceToDepth, Take, stacked
+from kqat.graph import holds_indexes, is_tensor
+from kqat.parts import DepthToSpace, SpaceToDepth, Take, sliced, stacked
 from kqat.rewrites.layers.one_hot import multi_hot, one_hot, rows
 from kqat.rewrites.operations.binary import Row, is_number
 from kqat.rewrites.operations.reductions import axes_of, axis_of
@@ -97,7 +97,7 @@ def _split(operation: Any, name: str) -> Callable[..., Any]:
         keys = [
             (*[slice(None)] * axis, slice(begin, end)) for begin, end in itertools.pairwise(edges)
         ]
-        return [Slice.of(x, key, f"{name}_{i}") for i, key in enumerate(keys)]
+        return [sliced(x, key, f"{name}_{i}") for i, key in enumerate(keys)]
 
     return call
 
@@ -106,13 +106,13 @@ def _unstack(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
         axis = axis_of(operation.axis, len(x.shape), name)
         before = [slice(None)] * axis
-        return [Slice.of(x, (*before, i), f"{name}_{i}") for i in range(x.shape[axis])]
+        return [sliced(x, (*before, i), f"{name}_{i}") for i in range(x.shape[axis])]
 
     return call
 
 
 def _get_item(operation: Any, name: str) -> Callable[..., Any]:
-    return lambda x, key: Slice.of(x, key, name)
+    return lambda x, key: sliced(x, key, name)
 
 
 def _picked(pick: Callable[[Any, np.ndarray], np.ndarray], axis_of: Callable[[Any], Any]) -> Row:
@@ -177,7 +177,7 @@ def _take(operation: Any, name: str) -> Callable[..., Any]:
                 return taken
             shape = (*x.shape[1:axis], *flat.shape, *x.shape[axis + 1 :])
             return layers.Reshape(shape, name=name)(taken)
-        by_rows = is_tensor(indices) and counts(indices) and operation.axis in (0, -2)
+        by_rows = is_tensor(indices) and holds_indexes(indices) and operation.axis in (0, -2)
         if by_rows and not is_tensor(x) and np.ndim(x) == 2:
             return rows(np.asarray(x, np.float32), indices, name, getattr(x, "trainable", False))
         raise UnsupportedLayerError(

@@ -27,7 +27,7 @@ def chain() -> keras.Model:
     return functional(VECTOR, call)
 
 
-def crossings(model: keras.Model, policy: Any) -> dict[str, str]:
+def requantizations(model: keras.Model, policy: Any) -> dict[str, str]:
     """The plan's requantizations: name -> note."""
     plan = kqat.plan(model, policy)
     return {layer.name: layer.note for layer in plan.layers if layer.kind == "Requantize"}
@@ -52,7 +52,7 @@ UP, DOWN = "two widths meet: int8 to int16", "two widths meet: int16 to int8"
     ids=str,
 )
 def test_a_requantization_stands_only_where_two_widths_meet(policy: Any, expected: Any) -> None:
-    assert crossings(chain(), policy) == expected
+    assert requantizations(chain(), policy) == expected
 
 
 def test_readers_of_one_width_share_a_requantization() -> None:
@@ -64,7 +64,7 @@ def test_readers_of_one_width_share_a_requantization() -> None:
     model = functional(VECTOR, call)
     policy = {"left": "int16x8", "right": "int16x8"}
     both = {"stem_int16": UP, "left_int8": DOWN, "right_int8": DOWN}
-    assert crossings(model, policy) == both
+    assert requantizations(model, policy) == both
 
 
 def test_a_float_value_with_readers_of_two_widths() -> None:
@@ -75,7 +75,7 @@ def test_a_float_value_with_readers_of_two_widths() -> None:
     policy = {"stem": None, "right": "int16x8", "add": "int16x8"}
     # The first reader decides, as it does about an input.
     expected = {"stem_int16": UP, "left_int16": UP}
-    assert crossings(functional(VECTOR, call), policy) == expected
+    assert requantizations(functional(VECTOR, call), policy) == expected
 
 
 def test_layers_of_one_scale_meet_at_one_width() -> None:
@@ -84,7 +84,7 @@ def test_layers_of_one_scale_meet_at_one_width() -> None:
         return L.Concatenate(name="join")([left, right])
 
     model = functional(VECTOR, call)
-    assert crossings(model, {"left": "int16x8"}) == {"x_int8": DOWN, "left_int8": DOWN}
+    assert requantizations(model, {"left": "int16x8"}) == {"x_int8": DOWN, "left_int8": DOWN}
     groups = {group.name: group.spec.bits for group in kqat.plan(model, {"join": "int16x8"}).groups}
     assert groups == {
         "x_quantizer": 8, "left_quantizer": 8, "right_quantizer": 8, "left_int16_quantizer": 16,

@@ -1,0 +1,285 @@
+"""Architectures of other people's collections: quantized, trained for a step, converted, verified.
+
+    python -m benchmarks.zoo --out out/zoo [--only BERT ViT] [--seconds 300]
+
+Needs the extra `zoo` (KerasHub, kimm, keras-tcn, …). Weights are random, so only operators, bytes
+and signal-to-noise ratios mean something. Each architecture runs in a process of its own with a
+time limit; results.json is written after each. Beside ours stands what TensorFlow's converter makes
+of the same float model with the same calibration data (post-training, full integer).
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import kqat
+import tflite_export
+from benchmarks.zoo_models import MODELS, VOCABULARY
+from recipes import converter, running
+from recipes.running import Table
+
+SAMPLES, VERIFIED = 16, 2
+RUNTIME = "litert"
+
+LEGEND = """\
+outcome    "integer": no float operator and at most 1 step in lockstep; else what stopped it
+operators  in our file, and in that of TensorFlow's converter (post-training, int8)
+bytes      likewise
+SQNR       of the outputs against the float model's, in dB: ours, the converter's
+seconds    of the processor: quantize_model, convert"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one architecture; the converter's figures are `None` where it failed."""
+
+    outcome: str
+    operators: int | None = None
+    size_bytes: int | None = None
+    float_operators: int | None = None
+    max_steps: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    unmatched: int | None = None
+    sqnr_db: float | None = None
+    quantize_seconds: float | None = None
+    convert_seconds: float | None = None
+    converter_operators: int | None = None
+    converter_bytes: int | None = None
+    converter_sqnr_db: float | None = None
+    converter_problem: str | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the architectures, prints a table and writes results.json; returns what it holds."""
+    options = _parser().parse_args(arguments)
+    if options.one is not None:
+        return _one(options)
+    running.start(options)
+    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    for collection, name in _chosen(options):
+        found[name] = {"collection": collection, **_apart(name, options)}
+        results = running.save_results(options, "zoo", {"models": found}, package="benchmarks")
+        print(*_cells(name, found[name]), flush=True)
+    running.show(tables(results))
+    return results
+
+
+def _chosen(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    for collection, rows in MODELS.items():
+        for name in rows:
+            if options.only is None or name in options.only or collection in options.only:
+                yield collection, name
+
+
+def _apart(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One architecture in a process of its own, which may be stopped or crash."""
+    path = options.out / "one.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.zoo", "--one", name, "--out", str(options.out)]
+    if options.no_converter:
+        command.append("--no-converter")
+    try:
+        child = subprocess.run(
+            command, timeout=options.seconds, capture_output=True, text=True, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return dataclasses.asdict(Outcome(outcome=f"stopped after {options.seconds} s"))
+    if not path.exists():
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        return dataclasses.asdict(Outcome(outcome=f"crashed: {last[:200]}"))
+    outcome: dict[str, Any] = json.loads(path.read_text())
+    return outcome
+
+
+def _one(options: argparse.Namespace) -> dict[str, Any]:
+    build = next(rows[options.one] for rows in MODELS.values() if options.one in rows)
+    options.out.mkdir(parents=True, exist_ok=True)
+    keras.utils.set_random_seed(options.seed)
+    outcome = dataclasses.asdict(run(build(), options.seed, options.no_converter))
+    (options.out / "one.json").write_text(json.dumps(outcome))
+    return outcome
+
+
+def run(model: keras.Model, seed: int, without_converter: bool = False) -> Outcome:
+    """Takes one float model the whole road."""
+    inputs = typical_inputs(model, seed)
+    settle(model, inputs)
+    theirs = {} if without_converter else _converters(model, inputs)
+    try:
+        return dataclasses.replace(_ours(model, inputs), **theirs)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        kind = "refused" if isinstance(error, kqat.KqatError) else "crashed"
+        place = "" if kind == "refused" else f" ({Path(where.filename).name}:{where.lineno})"
+        first = " ".join(str(error).split())[:400]
+        return Outcome(outcome=f"{kind}: {type(error).__name__}{place}: {first}", **theirs)
+
+
+def _ours(model: keras.Model, inputs: Any) -> Outcome:
+    arrays = keras.tree.flatten(inputs)
+    quantize, qat = _timed(lambda: kqat.quantize_model(model, calibration_data=inputs))
+    expected = model(inputs, training=False)
+    convert, blob = _timed(lambda: tflite_export.convert(qat))
+    sqnr = _sqnr(expected, running.predict(blob, arrays, runtime=RUNTIME))
+    report = tflite_export.verify(qat, blob, inputs, samples=VERIFIED)
+    steps: dict[str, int | str] = {
+        part.runtime: part.problem or part.max_steps for part in report.runtimes
+    }
+    worst = max((s for s in steps.values() if isinstance(s, int)), default=0)
+    _train(qat, inputs)
+    whole = report.float_operators == 0 and worst <= 1
+    return Outcome(
+        outcome="integer" if whole else f"{report.float_operators} float, {worst} steps",
+        operators=sum(report.operators.values()),
+        size_bytes=len(blob),
+        float_operators=report.float_operators,
+        max_steps=steps,
+        unmatched=max(len(part.unmatched) for part in report.runtimes),
+        sqnr_db=sqnr,
+        quantize_seconds=quantize,
+        convert_seconds=convert,
+    )
+
+
+def _train(qat: keras.Model, inputs: Any) -> None:
+    """One step; raises if no weight moves."""
+    targets = keras.tree.map_structure(np.zeros_like, qat.predict_on_batch(inputs))
+    before = [w.numpy() for w in qat.trainable_weights]
+    qat.compile(keras.optimizers.SGD(1e-5), "mse")
+    qat.train_on_batch(inputs, targets)
+    if not any(np.any(w.numpy() != b) for w, b in zip(qat.trainable_weights, before, strict=True)):
+        raise RuntimeError("no weight of the QAT model moved in a step of training")
+
+
+def _converters(model: keras.Model, inputs: Any) -> dict[str, Any]:
+    """What TensorFlow's converter makes of the model."""
+    try:
+        blob = converter.post_training_int8_of_many(model, inputs)
+        found = converter.run_signature(blob, model, inputs)
+        return {
+            "converter_operators": len(tflite_export.inspect(blob).operators),
+            "converter_bytes": len(blob),
+            "converter_sqnr_db": _sqnr(model(inputs, training=False), found),
+        }
+    except Exception as error:  # Whatever the converter raises.
+        return {
+            "converter_problem": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        }
+
+
+def _sqnr(expected: Any, found: list[np.ndarray]) -> float:
+    """Over all outputs together, each divided by its own root mean square."""
+    signal = noise = 0.0
+    for e, f in zip(keras.tree.flatten(expected), found, strict=True):
+        e = np.asarray(e, np.float64)
+        power = float(np.mean(np.square(e))) or 1.0
+        signal += float(np.sum(np.square(e))) / power
+        noise += float(np.sum(np.square(e - f.reshape(e.shape)))) / power
+    return float(10 * np.log10(signal / max(noise, 1e-30)))
+
+
+def typical_inputs(model: keras.Model, seed: int) -> Any:
+    """Random values in the model's input structure: token ids, masks with padding, images."""
+    rng = np.random.default_rng(seed)
+
+    def values(tensor: Any) -> np.ndarray:
+        shape = (SAMPLES, *tensor.shape[1:])
+        if "mask" in tensor.name:
+            lengths = rng.integers(shape[1] // 2, shape[1] + 1, SAMPLES)
+            return (np.arange(shape[1]) < lengths[:, None]).astype(np.int32)
+        if "segment" in tensor.name:
+            return rng.integers(0, 2, shape).astype(np.int32)
+        if "int" in str(tensor.dtype):
+            return rng.integers(1, VOCABULARY, shape).astype(np.int32)
+        return rng.normal(size=shape).astype(np.float32)
+
+    if isinstance(model, keras.Sequential):
+        return values(model.inputs[0])
+    return keras.tree.map_structure(values, model.input)
+
+
+def settle(model: keras.Model, inputs: Any) -> None:
+    """Gives the BatchNormalization layers, wherever they are, the statistics of `inputs`.
+
+    Untrained networks otherwise die out on the way, and no file of theirs means anything.
+    """
+    kinds = [layer for layer in all_layers(model) if _is_batch_normalization(layer)]
+    momenta = [layer.momentum for layer in kinds]
+    for layer in kinds:
+        layer.momentum = 0.0
+    model(inputs, training=True)
+    for layer, momentum in zip(kinds, momenta, strict=True):
+        layer.momentum = momentum
+
+
+def _is_batch_normalization(layer: Any) -> bool:
+    return isinstance(layer, keras.layers.BatchNormalization)
+
+
+def all_layers(root: Any) -> list[Any]:
+    """Every layer inside a model, those that custom layers hold as attributes among them."""
+    found: dict[int, Any] = {}
+    waiting = [root]
+    while waiting:
+        layer = waiting.pop()
+        if id(layer) in found:
+            continue
+        found[id(layer)] = layer
+        held = [*vars(layer).values(), *getattr(layer, "layers", ())]
+        waiting += [x for x in keras.tree.flatten(held) if isinstance(x, keras.layers.Layer)]
+    return list(found.values())
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """What the benchmark prints, from what results.json holds."""
+    header = ("", "outcome", "operators", "bytes", "SQNR dB", "seconds")
+    rows = [_cells(name, found) for name, found in results["models"].items()]
+    whole = sum(found["outcome"] == "integer" for found in results["models"].values())
+    kinds = {found["collection"] for found in results["models"].values()}
+    title = f"{whole} of {len(rows)} architectures of {len(kinds)} collections ship as integers"
+    return [Table(title, header, rows, LEGEND)]
+
+
+def _cells(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    def pair(key: str, form: str) -> str:
+        both = (found[key], found[f"converter_{key.removeprefix('size_')}"])
+        return " / ".join("-" if x is None else format(x, form) for x in both)
+
+    seconds = [found["quantize_seconds"], found["convert_seconds"]]
+    return (
+        name,
+        found["outcome"][:60],
+        pair("operators", "d"),
+        pair("size_bytes", ",d"),
+        pair("sqnr_db", ".1f"),
+        " + ".join("-" if s is None else f"{s:.1f}" for s in seconds),
+    )
+
+
+def _timed(call: Any) -> tuple[float, Any]:
+    start = time.process_time()
+    result = call()
+    return time.process_time() - start, result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = running.parser(__doc__, out="out/zoo", reads_data=False)
+    parser.add_argument("--only", nargs="+", help="names of architectures or collections")
+    parser.add_argument("--seconds", type=int, default=300, help="limit for one architecture")
+    parser.add_argument("--no-converter", action="store_true", help="leave the comparison out")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
