@@ -16,7 +16,15 @@ from kqat.devices.kernels import (
     runtimes_with,
 )
 from kqat.devices.replacements import NEAREST
-from kqat.devices.targets import TARGETS, Misfit, Target, TargetWarning, target_named
+from kqat.devices.targets import (
+    TARGETS,
+    Misfit,
+    Replacement,
+    Target,
+    TargetWarning,
+    misfit,
+    target_named,
+)
 
 __all__ = [
     "INT16",
@@ -30,9 +38,11 @@ __all__ = [
     "TABLE_OPS",
     "TARGETS",
     "Misfit",
+    "Replacement",
     "Target",
     "TargetWarning",
     "edge_tpu_shapes",
+    "misfit",
     "runtimes_with",
     "shape_limit",
     "target_named",

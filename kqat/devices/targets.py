@@ -7,7 +7,7 @@ runtime lacks a kernel was seen by running each operator (`benchmarks/op_probe.p
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 from kqat.base import TargetError
 from kqat.devices.kernels import (
@@ -202,6 +202,64 @@ class Misfit:
 
     def __str__(self) -> str:
         return f"layer '{self.layer}' ({', '.join(self.operators)}) {self.reason}: {self.remedy}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """An activation function that may take the place of a layer's own, as kernels see it.
+
+    Attributes:
+        function: Keras's name of it.
+        ops: the operators that it becomes.
+        table: whether it may become a lookup table instead.
+    """
+
+    function: str
+    ops: tuple[str, ...]
+    table: bool
+
+
+def misfit(
+    layer: str,
+    ops: Mapping[str, bool],
+    function: str | None,
+    replacements: Sequence[Replacement],
+    target: Target,
+    bits: int = 8,
+) -> Misfit:
+    """What to say about a layer some of whose operators do not fit.
+
+    Args:
+        layer: its name.
+        ops: the operators that are not on the accelerator, and whether anything runs them.
+        function: the layer's activation, where it has one.
+        replacements: the functions nearest to that, best first; the first that fits is taken.
+        target: the device.
+        bits: width of the layer's activations.
+    """
+    fitting = (r.function for r in replacements if not target.unfit(r.ops, r.table, bits))
+    replacement = next(fitting, None)
+    if replacement is not None:
+        remedy = f"use {replacement} for {function}, as kqat.adapt does, and train on"
+    elif bits > 8 and set(ops) == {"QUANTIZE"}:
+        remedy = "give the layers on both sides of it one width"
+    elif bits > 8 and all(target.is_fast(op) for op in ops):
+        remedy = "give it 'int8' in the policy, for which the kernel is there"
+    elif target.accelerator:
+        remedy = "use other layers if that is too slow"
+    else:
+        remedy = "use another layer, or leave it float"
+    blocking = not all(ops.values())
+    width = f" on int{bits}" if bits > 8 else ""
+    lacking = "does not run there" if blocking else f"runs, but not on {target.accelerator}"
+    return Misfit(
+        layer=layer,
+        operators=tuple(sorted(ops)),
+        blocking=blocking,
+        reason=lacking + width,
+        replacement=replacement,
+        remedy=remedy,
+    )
 
 
 def target_named(name: str) -> Target:

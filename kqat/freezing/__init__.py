@@ -1,16 +1,40 @@
 """QAT model to `FrozenModel`, the only seam between `kqat` and `tflite_export`.
 
-Besides the frozen model itself, this face shows what it is made of: markers, tables and LSTMs.
+Besides the frozen model itself, this face shows what it is made of: its graph, with markers, lookup
+tables and LSTMs among the layers.
 """
 
 from kqat.freezing.freezer import freeze
-from kqat.freezing.frozen_model import FrozenModel
+from kqat.freezing.frozen_model import FrozenModel, NodeFacts
 from kqat.freezing.frozen_weight import FrozenWeight
 from kqat.freezing.stripper import strip
+from kqat.graph import Graph, Node, Ref
+from kqat.parts import (
+    GATES,
+    FrozenLSTM,
+    GateNumbers,
+    IndexOperation,
+    Marker,
+    Requantize,
+    Tabulated,
+    is_marker,
+)
 
 __all__ = [
+    "GATES",
+    "FrozenLSTM",
     "FrozenModel",
     "FrozenWeight",
+    "GateNumbers",
+    "Graph",
+    "IndexOperation",
+    "Marker",
+    "Node",
+    "NodeFacts",
+    "Ref",
+    "Requantize",
+    "Tabulated",
     "freeze",
+    "is_marker",
     "strip",
 ]

@@ -11,13 +11,10 @@ from kqat.base import FreezeError, UnsupportedLayerError
 from kqat.freezing.frozen_weight import EMPTY_SCALE, FrozenWeight
 from kqat.graph import Part, clone
 from kqat.parts import ChannelAffine, GateNumbers, LstmState
-from kqat.registry import rule_for
 from kqat.training import QuantizeWrapper
 
-Frozen = tuple[list["FrozenWeight"], Callable[..., Any]]
 
-
-def freeze_layer(wrapper: QuantizeWrapper) -> Frozen:
+def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
     """The frozen weights of a wrapped layer, and the float layer that computes with them.
 
     A folded BatchNormalization multiplies channel scales, which leaves the trained integers as
@@ -34,7 +31,7 @@ def freeze_layer(wrapper: QuantizeWrapper) -> Frozen:
     }
     values = [by_variable.get(id(v), np.asarray(v)) for v in layer.weights]
     changes: dict[str, Any] = {"dtype": "float32"}
-    if rule_for(layer).hides:
+    if wrapper.facts.hides:
         changes["kind"] = "add"
     if norm is not None:
         factor, offset = _normalization(norm)
@@ -93,7 +90,9 @@ def _normalization(norm: Any) -> tuple[np.ndarray, np.ndarray]:
     return factor, offset
 
 
-def channelwise(layer: Any, channels: int) -> Frozen:
+def channelwise(
+    layer: Any, channels: int, free_name: Callable[[str], str] = lambda name: name
+) -> tuple[list[FrozenWeight], Callable[..., Any]]:
     """`x * scale + offset` per channel as one integer operator with exact weights.
 
     A 1x1 depthwise convolution has one weight per channel, which is ±127 steps of the channel's
@@ -103,6 +102,7 @@ def channelwise(layer: Any, channels: int) -> Frozen:
     Args:
         layer: an affine layer.
         channels: size of the last axis of its input.
+        free_name: a name -> one that no other layer of the frozen model bears.
 
     Raises:
         FreezeError: if a factor or offset overflows float32.
@@ -116,7 +116,7 @@ def channelwise(layer: Any, channels: int) -> Frozen:
     weight = _single_steps(layer.name, kernel, True)
     bias = np.broadcast_to(offset, (channels,)).astype(np.float32)
     part = Part(layers.DepthwiseConv2D(1, name=layer.name, dtype="float32"), [weight.values, bias])
-    return [weight], _AsImage(part)
+    return [weight], _AsImage(part, free_name)
 
 
 def gate_numbers(state: LstmState, frozen: Mapping[str, FrozenWeight]) -> dict[str, GateNumbers]:
@@ -136,8 +136,9 @@ def gate_numbers(state: LstmState, frozen: Mapping[str, FrozenWeight]) -> dict[s
 class _AsImage:
     """Calls a 4-D layer that works channel by channel on values of any rank."""
 
-    def __init__(self, part: Part):
+    def __init__(self, part: Part, free_name: Callable[[str], str]):
         self.part = part
+        self.free_name = free_name
         # A layer may be called often, and each of its calls needs the same two.
         self.reshapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
@@ -150,11 +151,10 @@ class _AsImage:
             columns = shape[-2] if len(shape) > 1 else 1
             name = f"kqat_{self.part.layer.name}"
             ending = f"_{len(self.reshapes)}" if self.reshapes else ""
+            image, back = (self.free_name(f"{name}_{part}{ending}") for part in ("image", "shape"))
             self.reshapes[shape] = (
-                layers.Reshape(
-                    (rows, columns, shape[-1]), name=f"{name}_image{ending}", dtype="float32"
-                ),
-                layers.Reshape(shape, name=f"{name}_shape{ending}", dtype="float32"),
+                layers.Reshape((rows, columns, shape[-1]), name=image, dtype="float32"),
+                layers.Reshape(shape, name=back, dtype="float32"),
             )
         before, after = self.reshapes[shape]
         return after(self.part(before(x)))
@@ -194,5 +194,5 @@ def _affine(layer: Any) -> tuple[np.ndarray, np.ndarray]:
         return 1.0 / deviation, -mean / deviation
     raise UnsupportedLayerError(
         f"Expected a layer that scales and shifts channels. Received: '{layer.name}' of type "
-        f"{type(layer).__name__}, registered with affine=True ({rule_for(layer).output.value})."
+        f"{type(layer).__name__}, wrapped without a grid for a weight. Name its weights' grids."
     )

@@ -1,15 +1,46 @@
 """`FrozenModel`: all that `tflite_export` sees of a trained model."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 
+from kqat.devices import Replacement
 from kqat.freezing.frozen_weight import FrozenWeight
+from kqat.graph import Graph, Node, trace
 from kqat.grids import Site
 from kqat.parts import (
     FrozenLSTM,
     Tabulated,
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NodeFacts:
+    """What the exporter asks of one node of the frozen graph.
+
+    Attributes:
+        label: the name of the layer in messages: for a lookup table, that of its function's layer.
+        bits: width of the integers that the node's kernel works on; `None` where it computes on
+            floats, or is a marker.
+        ops: the TFLite operators that the layer may become; for a lookup table, those that its
+            function would become instead.
+        own_kernel: for a lookup table: the operators that compute its function rightly for
+            integers of this width and scale; empty where only the table is right.
+        keeps_integers: whether the output holds the very integers of the input.
+        function: Keras's name of the activation function that the layer applies, if it does.
+        replacements: the functions nearest to that, best first.
+    """
+
+    label: str = ""
+    bits: int | None = None
+    ops: tuple[str, ...] = ()
+    own_kernel: tuple[str, ...] = ()
+    keeps_integers: bool = False
+    function: str | None = None
+    replacements: tuple[Replacement, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +54,8 @@ class FrozenModel:
         tables: the elementwise layers that may ship as tables, by their `Tabulated` index.
         lstms: the LSTMs that ship as one operator.
         input_names, output_names: those of the user's model, in its order: the keys of a dict.
+        node_facts: what the exporter asks of the nodes of `graph` that compute on integers, by
+            their names; see `facts`.
     """
 
     model: keras.Model
@@ -32,3 +65,13 @@ class FrozenModel:
     lstms: tuple[FrozenLSTM, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    node_facts: Mapping[str, NodeFacts] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def graph(self) -> Graph:
+        """The graph of `model`: its nodes in the order in which they run, and how to run them."""
+        return trace(self.model)
+
+    def facts(self, node: Node) -> NodeFacts:
+        """What is known of a node of `graph`; of one that computes on floats, nothing."""
+        return self.node_facts.get(node.name, NodeFacts())

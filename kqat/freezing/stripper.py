@@ -64,7 +64,7 @@ class _Stripper:
         if _is_plumbing(node, self.output_names):
             return args[0]
         if isinstance(layer, ActivationQuantizer):
-            name = self._name(layer.name.removesuffix("_quantizer"), output)
+            name = self._name(layer.label, output)
             return keras.layers.Activation(layer.clamp, name=name)(args[0])
         if id(layer) not in self.copies:
             self.copies[id(layer)] = self._float_parts(layer, output)
@@ -79,8 +79,9 @@ class _Stripper:
 
     def _float_parts(self, layer: Any, output: Ref) -> list[Any]:
         if isinstance(layer, QuantizedRecurrence):
-            name = self._name(layer.name.removeprefix("quant_"), output)
-            return [Recurrence(**{**layer.get_config(), "step": strip(layer.step), "name": name})]
+            config = {**layer.get_config(), "step": strip(layer.step)}
+            config["name"] = self._name(config.pop("label"), output)
+            return [Recurrence(**config)]
         if not isinstance(layer, QuantizeWrapper):
             return [duplicate(layer, self._name(layer.name, output))]
         if layer.normalization is None:

@@ -2,7 +2,7 @@
 
 from kqat.planning.plan import Group, LayerPlan, Plan, Rounding
 from kqat.planning.planner import make_plan
-from kqat.planning.target_fit import activation_of, misfit, misfits, with_replacements
+from kqat.planning.target_fit import activation_of, misfits, replacements, with_replacements
 
 __all__ = [
     "Group",
@@ -11,7 +11,7 @@ __all__ = [
     "Rounding",
     "activation_of",
     "make_plan",
-    "misfit",
     "misfits",
+    "replacements",
     "with_replacements",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 from kqat.base import PolicyError
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.graph import Graph
-from kqat.registry import LAYERS, LayerRule, Output, channel_axes, is_custom, rule_for
+from kqat.registry import LayerRule, Output, channel_axes, is_custom, row_of_class, rule_for
 
 
 def assign_configs(
@@ -62,7 +62,7 @@ def fused_nodes(graph: Graph, configs: Mapping[str, QuantizeConfig | None]) -> f
 
 def _is_recurrent(layer: Any) -> bool:
     """Whether a config decides how the layer, or the one that it wraps, runs along time."""
-    rule = LAYERS.get(type(getattr(layer, "layer", layer)))
+    rule = row_of_class(type(getattr(layer, "layer", layer)))
     return rule is not None and rule.decompose_fused is not None
 
 

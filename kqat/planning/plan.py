@@ -17,6 +17,7 @@ from kqat.grids import (
     range_method_to_dict,
     step_method_to_dict,
 )
+from kqat.registry import LayerRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Rounding:
 class Group:
     """Values that share one quantizer: `sources` bring ranges, one call site each.
 
-    `hides` says that they are scores of which a mask hides some.
+    `hides` says that they are scores of which a mask hides some. `label` is what a report calls the
+    rounded value, where it has one source.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Group:
     sites: int
     sources: tuple[str, ...]
     hides: bool = False
+    label: str = ""
 
     @property
     def is_observed(self) -> bool:
@@ -78,7 +81,8 @@ class Plan:
 
     `misfits` are the layers that do not fit `target`, where one was asked for. `graph`, `roundings`
     and `steps` (the plan of one step of each recurrence, by the name of its node) are what
-    `wrapping` builds from; they are left out of both.
+    `wrapping` builds from, with `rules`, the row that each integer node was planned with, by the
+    node's name; they are left out of both.
     """
 
     model_name: str
@@ -90,6 +94,9 @@ class Plan:
     graph: Any = dataclasses.field(repr=False, compare=False)
     roundings: Any = dataclasses.field(repr=False, compare=False)
     steps: Mapping[str, "Plan"] = dataclasses.field(repr=False, compare=False, default_factory=dict)
+    rules: Mapping[str, LayerRule] = dataclasses.field(
+        repr=False, compare=False, default_factory=dict
+    )
     target: str | None = None
     misfits: tuple[Misfit, ...] = ()
 
@@ -130,7 +137,7 @@ class Plan:
         write_file(path, self.to_json().encode())
 
     def __str__(self) -> str:
-        widths_of = {group.name: group.spec.bits for group in self.groups}
+        groups = {group.name: group for group in self.groups}
         rows = [("layer", "type", "role", "weights", "output range", "note")]
         rows += [
             (
@@ -138,7 +145,7 @@ class Plan:
                 layer.kind,
                 layer.role,
                 ", ".join(_weight_text(s, layer.weight_step) for s in layer.weights.values()),
-                _range_text(layer.group, widths_of[layer.group]) if layer.group else "",
+                _range_text(groups[layer.group]) if layer.group else "",
                 layer.note,
             )
             for layer in self.layers
@@ -160,9 +167,8 @@ class Plan:
         return "\n".join([f"plan of {self.model_name}", *lines])
 
 
-def _range_text(group: str, bits: int) -> str:
-    text = group.removesuffix("_quantizer")
-    return text if bits == 8 else f"{text}, int{bits}"
+def _range_text(group: Group) -> str:
+    return group.label if group.spec.bits == 8 else f"{group.label}, int{group.spec.bits}"
 
 
 def _weight_text(spec: QuantSpec, step: StepMethod) -> str:

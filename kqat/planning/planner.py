@@ -109,6 +109,7 @@ class _Planner:
             graph=self.graph,
             roundings=self.roundings,
             steps={node.name: plan for node, plan in self.steps.items()},
+            rules={node.name: rule for node, rule in self.rules.items() if rule is not None},
         )
 
     def integer(self, node: Node) -> bool:
@@ -245,9 +246,12 @@ class _Planner:
             here: tuple[Rounding, ...] = (Rounding(name, site, observe=True),)
             if range_ is not None and common is None:
                 # The kernel's own scale first, then the group's: an explicit requantization.
-                kernel = f"{own_name}_kernel_quantizer"
+                label = f"{own_name}_kernel"
+                kernel = f"{label}_quantizer"
                 grid, fixed_range = QuantSpec(bits=spec.bits), Fixed(*range_)
-                self.groups[kernel] = Group(kernel, grid, fixed_range, None, 1, (own_name,))
+                self.groups[kernel] = Group(
+                    kernel, grid, fixed_range, None, 1, (own_name,), label=label
+                )
                 here = (Rounding(kernel, 0, observe=True), *here)
             elif clamp is None and self._stands_alone(ref, "relu6"):
                 # An operator of its own has to end at 6; the group's grid may go beyond.
@@ -257,7 +261,7 @@ class _Planner:
                 self.clamps.pop(ref, None)
         names = tuple(source[0] for source in sources)
         hides = any(n and (rule := self.rules[n]) and rule.hides for _, _, n in sources)
-        self.groups[name] = Group(name, spec, method, clamp, len(sources), names, hides)
+        self.groups[name] = Group(name, spec, method, clamp, len(sources), names, hides, names[0])
         return name
 
     def _stands_alone(self, ref: Ref, clamp: str) -> bool:
@@ -266,8 +270,9 @@ class _Planner:
         return node is not None and self._clamp(ref) == clamp and self.fused_clamp(node) is None
 
     def _clamped_group(self, source: str, spec: QuantSpec, method: RangeMethod) -> str:
-        name = f"{source}_clamp_quantizer"
-        self.groups[name] = Group(name, spec, method, "relu6", 1, (source,))
+        label = f"{source}_clamp"
+        name = f"{label}_quantizer"
+        self.groups[name] = Group(name, spec, method, "relu6", 1, (source,), label=label)
         return name
 
     def _fixed_range(self, node: Node | None, ref: Ref) -> tuple[float, float] | None:

@@ -1,6 +1,6 @@
 """Which layers of a model do not fit a device, and the model in which they are replaced."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -14,8 +14,10 @@ from kqat.devices import (
     PACKED_BITS,
     TARGETS,
     Misfit,
+    Replacement,
     Target,
     edge_tpu_shapes,
+    misfit,
 )
 from kqat.graph import Graph, Node, activation_name, duplicate, rebuild
 from kqat.parts import Requantize
@@ -39,11 +41,11 @@ def misfits(graph: Graph, plan: Plan, target: Target) -> tuple[Misfit, ...]:
         layer = made[part.name]
         bits = layer.kernel_bits if isinstance(layer, Requantize) else part.bits
         unfit.setdefault((part.origin, bits), {}).update(_unfit(part, layer, target, bits))
-    slow = [
-        misfit(origin, ops, functions.get(origin), target, bits)
-        for (origin, bits), ops in unfit.items()
-        if ops
-    ]
+    slow = []
+    for (origin, bits), ops in unfit.items():
+        function = functions.get(origin)
+        if ops:
+            slow.append(misfit(origin, ops, function, replacements(function, bits), target, bits))
     more = [m for part in parts for m in _unpacked(part, target)]
     if target.name == "edge_tpu":
         more += _limited(plan)
@@ -56,43 +58,6 @@ def _layers(plan: Plan) -> dict[str, Any]:
     for step in plan.steps.values():
         made |= _layers(step)
     return made
-
-
-def misfit(
-    layer: str, ops: Mapping[str, bool], function: str | None, target: Target, bits: int = 8
-) -> Misfit:
-    """What to say about a layer some of whose operators do not fit.
-
-    Args:
-        layer: its name.
-        ops: the operators that are not on the accelerator, and whether anything runs them.
-        function: the layer's activation, where it has one.
-        target: the device.
-        bits: width of the layer's activations.
-    """
-    nearest = (name for name in NEAREST.get(function or "", ()) if _fits(name, target, bits))
-    replacement = next(nearest, None)
-    if replacement is not None:
-        remedy = f"use {replacement} for {function}, as kqat.adapt does, and train on"
-    elif bits > 8 and set(ops) == {"QUANTIZE"}:
-        remedy = "give the layers on both sides of it one width"
-    elif bits > 8 and all(target.is_fast(op) for op in ops):
-        remedy = "give it 'int8' in the policy, for which the kernel is there"
-    elif target.accelerator:
-        remedy = "use other layers if that is too slow"
-    else:
-        remedy = "use another layer, or leave it float"
-    blocking = not all(ops.values())
-    width = f" on int{bits}" if bits > 8 else ""
-    lacking = "does not run there" if blocking else f"runs, but not on {target.accelerator}"
-    return Misfit(
-        layer=layer,
-        operators=tuple(sorted(ops)),
-        blocking=blocking,
-        reason=lacking + width,
-        replacement=replacement,
-        remedy=remedy,
-    )
 
 
 def activation_of(layer: Any, name: str) -> str | None:
@@ -109,9 +74,21 @@ def activation_of(layer: Any, name: str) -> str | None:
     return None if function is None else activation_name(function)
 
 
+def replacements(function: str | None, bits: int) -> tuple[Replacement, ...]:
+    """The activation functions nearest to `function`, best first.
+
+    Args:
+        function: Keras's name of an activation, or `None`.
+        bits: width of the activations that they would read.
+    """
+    names = NEAREST.get(function or "", ())
+    rules = [(name, ACTIVATIONS[name]) for name in names]
+    return tuple(Replacement(name, rule.ops, rule.is_table(bits)) for name, rule in rules)
+
+
 def with_replacements(graph: Graph, found: Sequence[Misfit], name: str) -> keras.Model:
     """A copy of the model `graph` was traced from, with the activations that `found` names."""
-    chosen = {misfit.layer: misfit.replacement for misfit in found if misfit.replacement}
+    chosen = {unfit.layer: unfit.replacement for unfit in found if unfit.replacement}
     copies: dict[int, Any] = {}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
@@ -178,8 +155,3 @@ def _limited(plan: Plan) -> Iterator[Misfit]:
 def _unfit(part: LayerPlan, layer: Any, target: Target, bits: int) -> dict[str, bool]:
     table = rule_for(layer, part.name).is_table(bits) and part.role == "integer"
     return target.unfit(part.ops, table, bits)
-
-
-def _fits(function: str, target: Target, bits: int) -> bool:
-    rule = ACTIVATIONS[function]
-    return not target.unfit(rule.ops, rule.is_table(bits), bits)

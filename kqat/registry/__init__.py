@@ -2,12 +2,16 @@
 (`operation_table`), and why the others are refused (`refusals`).
 """
 
+from kqat.registry.layer_facts import LayerFacts
 from kqat.registry.layer_table import (
     ACTIVATIONS,
     LAYERS,
     is_custom,
     register_layer,
+    registered_rule,
+    row_of_class,
     rule_for,
+    stock_facts,
     supported_layers,
 )
 from kqat.registry.operation_table import FUNCTIONS, NETWORKS, OPERATIONS, REDUCING, as_layers
@@ -23,12 +27,16 @@ __all__ = [
     "OPERATIONS",
     "OPERATION_REASONS",
     "REDUCING",
+    "LayerFacts",
     "LayerRule",
     "Output",
     "as_layers",
     "channel_axes",
     "is_custom",
     "register_layer",
+    "registered_rule",
+    "row_of_class",
     "rule_for",
+    "stock_facts",
     "supported_layers",
 ]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import keras
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
@@ -33,6 +34,7 @@ from kqat.parts import (
     WithConstant,
 )
 from kqat.registry import fused_lstms, rule
+from kqat.registry.layer_facts import LayerFacts
 from kqat.registry.refusals import LAYER_REASONS, reason
 from kqat.registry.rule import LayerRule, Output
 from kqat.rewrites import (
@@ -108,6 +110,8 @@ TRAINING_ONLY = (
     layers.SpatialDropout3D, layers.AlphaDropout, layers.GaussianDropout, layers.GaussianNoise,
     layers.ActivityRegularization,
 )  # fmt: skip
+# Layers that scale and shift channels by numbers which freezing knows how to find.
+AFFINE = (layers.BatchNormalization, layers.Rescaling, ChannelAffine, layers.Normalization)
 _LOGICAL = ("and", "or", "not")
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
@@ -338,19 +342,57 @@ KINDS: dict[tuple[type, str], LayerRule] = {
 }
 
 
+# Rows that users registered; they go before the stock ones.
+REGISTERED: dict[type, LayerRule] = {}
+
+
 def register_layer(layer_class: type, rule: LayerRule) -> None:
-    """Adds (or replaces) the row of a layer class, a user's own or a stock one."""
+    """Adds the row of a layer class, or replaces one: of the user's own, or of a stock layer.
+
+    The row holds for layers of exactly this class, in every model that is planned from now on. A
+    QAT model keeps the rows that it was planned with, also when it is saved and loaded.
+
+    Raises:
+        UnsupportedLayerError: if `rule` is no `LayerRule`, or no row could take effect: for a
+            class that is no layer, for models and inputs (kqat takes them apart or passes them by
+            before it looks for a row), and for `affine=True` on a layer of unknown numbers.
+    """
+    name = getattr(layer_class, "__name__", repr(layer_class))
     if not isinstance(rule, LayerRule):
+        raise UnsupportedLayerError(f"Expected a LayerRule for {name}. Received: {rule!r}.")
+    if not isinstance(layer_class, type) or not issubclass(layer_class, layers.Layer):
         raise UnsupportedLayerError(
-            f"Expected a LayerRule for {layer_class.__name__}. Received: {rule!r}."
+            f"Expected a class of keras.layers.Layer to register. Received: {name}. Functions of "
+            "keras.ops have no rows of their own; wrap them in a layer."
         )
-    LAYERS[layer_class] = rule
+    if issubclass(layer_class, keras.Model | layers.InputLayer):
+        raise UnsupportedLayerError(
+            f"Expected a layer that a row can describe. Received: {name}. kqat plans the layers "
+            "inside a model, and an input has none; register those layers."
+        )
+    if rule.affine and not issubclass(layer_class, AFFINE):
+        raise UnsupportedLayerError(
+            f"Expected affine=True only for layers that scale and shift channels by known numbers: "
+            f"{', '.join(c.__name__ for c in AFFINE)} and their subclasses. Received: {name}. "
+            "Leave affine out, and name its variables in weights."
+        )
+    REGISTERED[layer_class] = rule
+
+
+def registered_rule(layer: Any) -> LayerRule | None:
+    """The row that a user registered for the class of `layer`, if one did."""
+    return REGISTERED.get(type(layer))
+
+
+def row_of_class(layer_class: type) -> LayerRule | None:
+    """The row of a class, a registered one before a stock one; `None` where there is none."""
+    return REGISTERED.get(layer_class, LAYERS.get(layer_class))
 
 
 def is_custom(layer: Any) -> bool:
     """Whether `layer` is of a class that neither Keras nor the table knows."""
     stock = getattr(layers, type(layer).__name__, None) is type(layer)
-    return isinstance(layer, layers.Layer) and type(layer) not in LAYERS and not stock
+    return isinstance(layer, layers.Layer) and row_of_class(type(layer)) is None and not stock
 
 
 def _kind(layer: Any) -> str:
@@ -367,16 +409,8 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     Raises:
         UnsupportedLayerError: if there is none, or the row refuses this very layer.
     """
-    where = f"layer '{name or layer.name}' of type {type(layer).__name__}"
-    rule = LAYERS.get(type(layer))
-    if isinstance(layer, layers.Activation):
-        activation = basic.activation_name(layer.activation)
-        rule = FUNCTION if activation is None else ACTIVATIONS.get(activation)
-        where += f" with activation {activation!r}"
-    elif (which := (type(layer), _kind(layer))) in KINDS:
-        rule = KINDS[which]
-    elif rule is None and is_custom(layer):
-        rule = OPENED
+    where = _described(layer, name)
+    rule = registered_rule(layer) or _stock_rule(layer)
     if rule is None:
         why = reason(type(layer).__name__, LAYER_REASONS)
         raise UnsupportedLayerError(
@@ -390,6 +424,33 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     return rule
 
 
+def stock_facts(layer: Any) -> LayerFacts | None:
+    """The facts of a layer that carries none, as it was planned with a stock row.
+
+    A row that a user registered for a stock class is not asked: a QAT model carries such rows. A
+    class of the user's own has no other row; models saved by older releases do not carry it.
+    """
+    rule = _stock_rule(layer) or registered_rule(layer)
+    return None if rule is None else LayerFacts.of(rule)
+
+
+def _described(layer: Any, name: str | None) -> str:
+    where = f"layer '{name or layer.name}' of type {type(layer).__name__}"
+    if isinstance(layer, layers.Activation) and registered_rule(layer) is None:
+        where += f" with activation {basic.activation_name(layer.activation)!r}"
+    return where
+
+
+def _stock_rule(layer: Any) -> LayerRule | None:
+    if isinstance(layer, layers.Activation):
+        activation = basic.activation_name(layer.activation)
+        return FUNCTION if activation is None else ACTIVATIONS.get(activation)
+    if (which := (type(layer), _kind(layer))) in KINDS:
+        return KINDS[which]
+    stock = LAYERS.get(type(layer))
+    return OPENED if stock is None and is_custom(layer) else stock
+
+
 def supported_layers() -> tuple[str, ...]:
     """Names of the layer classes that have a row, sorted."""
-    return tuple(sorted(cls.__name__ for cls in LAYERS))
+    return tuple(sorted({cls.__name__ for cls in (*LAYERS, *REGISTERED)}))

@@ -14,6 +14,7 @@ from kqat.grids import (
     range_method_from_dict,
     range_method_to_dict,
 )
+from kqat.training.older_files import with_label
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -36,6 +37,8 @@ class ActivationQuantizer(keras.layers.Layer):
         sites: number of call sites.
         hides: whether the values are attention scores of which a mask hides some: the range is that
             of the others, with room below.
+        label: what reports and the file call the value that is rounded, where there is one call
+            site; the layer's own name if it is left out.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class ActivationQuantizer(keras.layers.Layer):
         clamp: str | None = None,
         sites: int = 1,
         hides: bool = False,
+        label: str | None = None,
         **kwargs: Any,
     ):
         # Ranges are float32 under every policy. Only where the layer's own policy is float32 too
@@ -56,6 +60,7 @@ class ActivationQuantizer(keras.layers.Layer):
         self.clamp = clamp
         self.sites = sites
         self.hides = hides
+        self.label = label or self.name
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
@@ -187,11 +192,13 @@ class ActivationQuantizer(keras.layers.Layer):
             "clamp": self.clamp,
             "sites": self.sites,
             "hides": self.hides,
+            "label": self.label,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ActivationQuantizer":
         """The inverse of `get_config`."""
+        config = with_label(config, suffix="_quantizer")
         spec = QuantSpec(**config.pop("spec"))
         method = range_method_from_dict(config.pop("range_method"))
         return cls(spec, method, **config)

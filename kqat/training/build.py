@@ -8,7 +8,7 @@ import keras
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
 from kqat.parts import PrecisionBoundary, Recurrence
 from kqat.planning import Group, LayerPlan, Plan, Rounding
-from kqat.registry import rule_for
+from kqat.registry import LayerFacts, registered_rule
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -122,6 +122,7 @@ class _Assembly:
                 clamp=group.clamp,
                 sites=group.sites,
                 hides=group.hides,
+                label=group.label,
                 name=unique_name(name, self.names),
             )
         return self.quantizers[name]
@@ -136,9 +137,13 @@ class _Assembly:
         layer = node.layer
         if node.name in self.plan.steps:
             config = {**layer.get_config(), "name": unique_name(f"quant_{node.name}", self.names)}
-            return QuantizedRecurrence(**{**config, "step": wrap(self.plan.steps[node.name])})
-        affine = decision.role == "integer" and rule_for(layer).affine
-        if not decision.weights and not affine:
+            config |= {"step": wrap(self.plan.steps[node.name]), "label": node.name}
+            return QuantizedRecurrence(**config)
+        rule = self.plan.rules.get(node.name)
+        affine = decision.role == "integer" and rule is not None and rule.affine
+        # No process that loads the model can be expected to know a row that a user registered.
+        carries_facts = rule is not None and rule is registered_rule(layer)
+        if not (decision.weights or affine or carries_facts):
             name = node.name
             if name in self.plan.output_names:
                 name = unique_name(f"{name}_unrounded", self.names)
@@ -149,6 +154,7 @@ class _Assembly:
             decision.weights,
             None if norm is None else clone(norm),
             weight_step=decision.weight_step,
+            facts=None if rule is None else LayerFacts.of(rule),
             name=unique_name(f"quant_{node.name}", self.names),
         )
         weights = layer.get_weights(), norm.get_weights() if norm else ()

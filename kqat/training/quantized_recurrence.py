@@ -12,6 +12,7 @@ from kqat.graph import Graph, Node, trace
 from kqat.grids import Fixed, arithmetic
 from kqat.parts import LstmState, Recurrence
 from kqat.training.activation_quantizer import ActivationQuantizer
+from kqat.training.older_files import with_label
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 Extremes = tuple[Any, Any]
@@ -24,11 +25,28 @@ class QuantizedRecurrence(Recurrence):
     Weights are rounded once per batch. In training all steps are rounded within the ranges as
     they were before the batch; the batch's extremes over all steps then move them. A first batch
     that finds no ranges runs unrounded once to make some. Initial states are rounded as states.
+
+    Args:
+        step, sequences, kwargs: as of `Recurrence`.
+        label: the name of the float layer in whose place it stands; its own if it is left out.
     """
 
-    def __init__(self, step: keras.Model, sequences: int, **kwargs: Any) -> None:
+    def __init__(
+        self, step: keras.Model, sequences: int, *, label: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(step, sequences, **kwargs)
+        self.label = label or self.name
         self.parts = Parts.of(trace(step))
+
+    def get_config(self) -> dict[str, Any]:
+        """The label, beside what a `Recurrence` has."""
+        return {**super().get_config(), "label": self.label}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "QuantizedRecurrence":
+        """The inverse of `get_config`."""
+        config = with_label(config, prefix="quant_")
+        return cls(keras.saving.deserialize_keras_object(config.pop("step")), **config)
 
     def call(self, inputs: Sequence[Any], training: bool | None = None) -> Any:
         """The states; see `Recurrence`."""

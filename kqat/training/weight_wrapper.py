@@ -21,7 +21,7 @@ from kqat.grids import (
     step_method_from_dict,
     step_method_to_dict,
 )
-from kqat.registry import rule_for
+from kqat.registry import LayerFacts, Output, stock_facts
 from kqat.training.batchnorm import normalize
 
 
@@ -42,6 +42,9 @@ class QuantizeWrapper(keras.layers.Layer):
         normalization: the BatchNormalization that folds into the layer, or `None`.
         weight_step: how the step of each grid is found; a learned one is a variable here.
         freeze_statistics: whether BatchNormalization uses its moving statistics in training.
+        facts: what the registry knew of the layer when it was planned; they are saved, so that no
+            later process has to know a row that a user registered. Those of the stock table if
+            they are left out, as in the files of older releases.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class QuantizeWrapper(keras.layers.Layer):
         *,
         weight_step: StepMethod = MaxAbs(),
         freeze_statistics: bool = False,
+        facts: LayerFacts | None = None,
         **kwargs: Any,
     ):
         # The layer inside casts by its own policy; here weights are rounded, in float32.
@@ -62,12 +66,13 @@ class QuantizeWrapper(keras.layers.Layer):
         self.weight_step = weight_step
         self.steps: dict[str, keras.Variable] = {}
         self.freeze_statistics = freeze_statistics
+        self.facts = facts or stock_facts(layer) or LayerFacts(output=Output.OWN)
         self._takes_training = "training" in inspect.signature(layer.call).parameters
         self.supports_masking = layer.supports_masking
 
     def build(self, input_shape: Any) -> None:
         """Builds the layer and the BatchNormalization, and learned steps, which are one."""
-        if not self.layer.built:
+        if not self.layer.built and self.computes_with_grids:
             self.layer.build(input_shape)
         if self.normalization is not None and not self.normalization.built:
             self.normalization.build(self.layer.compute_output_shape(input_shape))
@@ -98,24 +103,33 @@ class QuantizeWrapper(keras.layers.Layer):
         super().set_weights(weights)
         finalize(self.layer)
 
-    def call(self, x: Any, training: bool | None = None) -> Any:
-        """What the layer (and BatchNormalization) computes from `x` with rounded weights."""
+    @property
+    def computes_with_grids(self) -> bool:
+        """Whether the layer has numbers that ship as integers; else only its facts are carried."""
+        return bool(self.weight_specs) or self.facts.affine
+
+    def call(self, x: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
+        """What the layer (and BatchNormalization) computes with rounded weights.
+
+        `x` and further arguments are those of the layer.
+        """
         statistics = training and not self.freeze_statistics
-        options = {"training": statistics} if self._takes_training else {}
+        if self._takes_training:
+            kwargs["training"] = statistics
         if self.weight_specs:
-            y = self._call_rounded(x, options)
+            y = self._call_rounded(x, *args, **kwargs)
         else:
-            y = self.layer(x, **options)
+            y = self.layer(x, *args, **kwargs)
         if self.normalization is None:
             return y
         return normalize(self.normalization, y, statistics)
 
-    def _call_rounded(self, x: Any, options: dict[str, Any]) -> Any:
+    def _call_rounded(self, *args: Any, **kwargs: Any) -> Any:
         variables = self.layer.variables
         rounded = {id(self._variable(name)): self.rounded(name) for name in self.weight_specs}
         mapping = [(v, rounded.get(id(v), v.value)) for v in variables]
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-            y = self.layer(x, **options)
+            y = self.layer(*args, **kwargs)
         for loss in scope.losses:
             self.add_loss(loss)
         for variable in variables:
@@ -173,16 +187,22 @@ class QuantizeWrapper(keras.layers.Layer):
             factor = factor * norm.gamma.value
         factor = ops.where(factor == 0.0, ops.ones_like(factor), factor)
         shape = self._variable(name).shape
-        axes = {a % len(shape) for a in rule_for(self.layer).weights[name] or ()}
+        axes = {a % len(shape) for a in self.facts.channel_axes.get(name) or ()}
         return ops.reshape(factor, [s if i in axes else 1 for i, s in enumerate(shape)])
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """That of the layer."""
         return self.layer.compute_output_shape(input_shape)
 
-    def compute_output_spec(self, x: Any, training: bool | None = None) -> Any:
+    def compute_output_spec(
+        self, x: Any, *args: Any, training: bool | None = None, **kwargs: Any
+    ) -> Any:
         """The layer's output shape and dtype."""
-        shape = self.layer.compute_output_spec(x).shape
+        if not self.computes_with_grids:
+            # As Keras calls it, so that a layer which builds itself when it is called is built.
+            made = self.layer(x, *args, **kwargs)
+            return keras.tree.map_structure(lambda t: keras.KerasTensor(t.shape, t.dtype), made)
+        shape = self.layer.compute_output_spec(x, *args, **kwargs).shape
         return keras.KerasTensor(shape, dtype=self.layer.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
@@ -198,6 +218,7 @@ class QuantizeWrapper(keras.layers.Layer):
             "normalization": None if norm is None else serialize(norm),
             "weight_step": step_method_to_dict(self.weight_step),
             "freeze_statistics": self.freeze_statistics,
+            "facts": self.facts.to_dict(),
         }
 
     @classmethod
@@ -209,4 +230,6 @@ class QuantizeWrapper(keras.layers.Layer):
         weights = {name: QuantSpec(**spec) for name, spec in config.pop("weights").items()}
         method = step_method_from_dict(config.pop("weight_step"))
         norm = None if norm is None else restore(norm)
-        return cls(layer, weights, norm, weight_step=method, **config)
+        facts = config.pop("facts", None)
+        facts = None if facts is None else LayerFacts.from_dict(facts)
+        return cls(layer, weights, norm, weight_step=method, facts=facts, **config)

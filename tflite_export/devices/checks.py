@@ -2,15 +2,10 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 from kqat.base import RuntimeUnavailableError, TargetError
-from kqat.devices import TARGETS, Misfit, Target, TargetWarning, target_named
-from kqat.freezing import FrozenModel
-from kqat.graph import Ref, trace
-from kqat.parts import Marker, Requantize, Tabulated, is_marker
-from kqat.planning import activation_of, misfit
-from kqat.registry import rule_for
+from kqat.devices import TARGETS, Misfit, Target, TargetWarning, misfit, target_named
+from kqat.freezing import FrozenModel, Tabulated
 from tflite_export import flatbuffer
 from tflite_export.devices import edge_tpu_file
 from tflite_export.devices.vela import ACCELERATORS, NpuEstimate, estimate
@@ -70,16 +65,14 @@ def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
     """
     runtimes = {t.runtime for t in TARGETS.values()} if target is None else set()
     own = []
-    for table in frozen.tables:
-        rule = rule_for(table.layer)
-        # Else there is no kernel of this width, or it is wrong on this very grid.
-        ops = rule.ops if rule.table and table.bits == 8 else ()
+    for node in frozen.graph.nodes:
+        ops = frozen.facts(node).own_kernel
         if target is not None:
             has = bool(ops) and _computes(TARGETS[target], ops)
         else:
             has = bool(ops) and not any(missing_kernels(ops, runtime) for runtime in runtimes)
         if has:
-            own.append(table.index)
+            own.append(node.layer.index)
     return frozenset(own)
 
 
@@ -121,25 +114,13 @@ def _computes(target: Target, ops: tuple[str, ...]) -> bool:
 
 
 def _misfits(frozen: FrozenModel, target: Target) -> Iterator[Misfit]:
-    widths: dict[Ref, int] = {}  # of the values that are integers
-    for node in trace(frozen.model).nodes:
-        layer: Any = node.layer
-        if isinstance(layer, Marker):
-            if is_marker(layer, "site"):
-                widths[node.outputs[0]] = frozen.sites[layer.index].bits
+    for node in frozen.graph.nodes:
+        facts = frozen.facts(node)
+        if facts.bits is None:
             continue
-        is_table = isinstance(layer, Tabulated)
-        fed = all(ref.holds_indexes or ref in widths for ref in node.inputs)
-        if not node.inputs or not (is_table or fed):
-            continue
-        # A layer may stand between two markers with others, all of them integer.
-        bits = max((widths[ref] for ref in node.inputs if ref in widths), default=8)
-        bits = layer.kernel_bits if isinstance(layer, Requantize) else bits
-        widths |= dict.fromkeys(node.outputs, bits)
-        inner = layer.layer if is_table else layer
-        name = inner.name if is_table else node.name
-        if unfit := target.unfit(rule_for(inner).ops, is_table, bits):
-            yield misfit(name, unfit, activation_of(inner, name), target, bits)
+        unfit = target.unfit(facts.ops, isinstance(node.layer, Tabulated), facts.bits)
+        if unfit:
+            yield misfit(facts.label, unfit, facts.function, facts.replacements, target, facts.bits)
 
 
 def _cmsis_nn_notes(inspection: Inspection) -> Iterator[str]:

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from kqat.parts import GATES, FrozenLSTM, GateNumbers
+from kqat.freezing import GATES, FrozenLSTM, GateNumbers
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
 from tflite_export.kernels import TENSOR_TYPES, Numbers, Weights, fit_bias, quantization, run_lstm

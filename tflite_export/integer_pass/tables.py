@@ -13,8 +13,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kqat.devices import LITERT
+from kqat.freezing import Tabulated
 from kqat.grids import Site
-from kqat.parts import Tabulated
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, new_operator
 from tflite_export.integer_pass.piecewise_linear import INTEGERS, Pieces, fit

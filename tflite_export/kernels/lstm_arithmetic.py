@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from kqat.parts import GATES
+from kqat.freezing import GATES
 
 # Q3.12, of the sums that a gate is a function of.
 SUM_SCALE = np.float32(2.0**-12)

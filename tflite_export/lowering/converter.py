@@ -15,9 +15,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kqat.base import ExportError, LoweringError
-from kqat.freezing import FrozenModel
-from kqat.graph import Node, trace
-from kqat.parts import FrozenLSTM, IndexOperation, Marker, Tabulated
+from kqat.freezing import FrozenLSTM, FrozenModel, IndexOperation, Marker, Node, Tabulated
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 
@@ -60,13 +58,12 @@ def _concrete(frozen: FrozenModel, batch_size: int, computed: frozenset[int]) ->
     import tensorflow as tf
 
     model, call = frozen.model, _with_markers(frozen, computed)
-    graph = trace(model)
     values = [(variable, variable.numpy()) for variable in model.variables]
 
     def serve(*tensors: Any) -> list[Any]:
         weights = [(variable, tf.constant(value)) for variable, value in values]
         with keras.StatelessScope(state_mapping=weights):
-            outputs = keras.tree.flatten(graph.run(tensors, call))
+            outputs = keras.tree.flatten(frozen.graph.run(tensors, call))
         # A value that is an output twice, or an input too, needs an operator of its own.
         return [tf.identity(t) for t in outputs]
 
@@ -82,7 +79,7 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
 
     A marker stands where a function ships as a table, or an LSTM as one operator.
     """
-    lstms = [layer.name for layer in frozen.lstms]
+    lstms = [id(layer) for layer in frozen.lstms]
     plain: dict[int, _Plain] = {}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
@@ -90,7 +87,7 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
         if isinstance(layer, Tabulated) and layer.index not in computed:
             layer = Marker("table", layer.index, name=f"{layer.name}_marker")
         elif isinstance(layer, FrozenLSTM):
-            layer = _StandIn(layer.units, lstms.index(layer.name), name=f"{layer.name}_stand_in")
+            layer = _StandIn(layer.units, lstms.index(id(layer)), name=f"{layer.name}_stand_in")
         elif isinstance(layer, _TRANSLATED):
             if id(layer) not in plain:  # Calls of one layer stay those of one layer.
                 plain[id(layer)] = _Plain(layer, name=f"{layer.name}_plain")

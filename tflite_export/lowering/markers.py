@@ -4,8 +4,8 @@ import dataclasses
 import math
 
 from kqat.base import LoweringError
+from kqat.freezing import Marker
 from kqat.grids import Site
-from kqat.parts import Marker
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, new_operator
 

@@ -15,11 +15,8 @@ import keras
 import numpy as np
 
 from kqat.base import ExportError, RuntimeUnavailableError
-from kqat.freezing import FrozenModel, freeze
-from kqat.graph import Node, Ref, trace
+from kqat.freezing import FrozenModel, Marker, Node, Ref, freeze, is_marker
 from kqat.grids import Site
-from kqat.parts import Marker, Tabulated, is_marker
-from kqat.registry import Output, rule_for
 from tflite_export import flatbuffer
 from tflite_export.devices import check_file
 from tflite_export.flatbuffer import ModelT, inspect_model
@@ -261,7 +258,7 @@ class _Tensors:
 
 def _output_sites(frozen: FrozenModel) -> list[int]:
     """Index of the site of each output, -1 for a float one."""
-    graph = trace(frozen.model)
+    graph = frozen.graph
     producers = graph.producers()
     layers: list[Any] = [
         producers[ref].layer if ref in producers else None for ref in graph.outputs
@@ -284,7 +281,7 @@ def _rounded_outputs(frozen: FrozenModel, inputs: list[np.ndarray], runtime: str
         site = frozen.sites[node.layer.index]
         return keras.ops.convert_to_tensor(site.reals(site.integers(np.asarray(args[0]))))
 
-    outputs = trace(frozen.model).run([keras.ops.convert_to_tensor(x) for x in inputs], call)
+    outputs = frozen.graph.run([keras.ops.convert_to_tensor(x) for x in inputs], call)
     return keras.tree.map_structure(np.asarray, outputs)
 
 
@@ -326,7 +323,7 @@ class _Lockstep:
         return [name for name in self.missed if name not in self.compared - self.used]
 
     def run(self, inputs: list[np.ndarray]) -> None:
-        trace(self.frozen.model).run([keras.ops.convert_to_tensor(x) for x in inputs], self._call)
+        self.frozen.graph.run([keras.ops.convert_to_tensor(x) for x in inputs], self._call)
         # The converter makes one operator of two that compute the same; either name may be left.
         unmatched = [self.missed[name] for name in self.unmatched]
         missed = {index: self.holders.get(self.values[index]) for index in unmatched}
@@ -340,7 +337,7 @@ class _Lockstep:
         if is_marker(node.layer, "site"):
             return self._site(node, waiting, args[0])
         held = [self.held[ref] for ref in node.inputs if ref in self.held]
-        if (waiting or held) and _hands_on(node):
+        if (waiting or held) and self.frozen.facts(node).keeps_integers:
             self.waiting.update(dict.fromkeys(node.outputs, waiting))
             self.held.update(dict.fromkeys(node.outputs, held[0]) if held else {})
         else:
@@ -389,11 +386,3 @@ class _Lockstep:
         """Whether the tensor before holds just these integers, as where no RESHAPE is needed."""
         before = self.held.get(node.inputs[0])
         return before is not None and np.array_equal(self.found[before].ravel(), expected.ravel())
-
-
-def _hands_on(node: Node) -> bool:
-    """Whether the node's output holds its inputs' integers as they are."""
-    if isinstance(node.layer, Marker | Tabulated):
-        return False
-    rule = rule_for(node.layer, node.name)
-    return rule.output is Output.SAME and not rule.rounds
