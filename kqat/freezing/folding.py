@@ -33,13 +33,20 @@ def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
     changes: dict[str, Any] = {"dtype": "float32"}
     if wrapper.facts.hides:
         changes["kind"] = "add"
+    # Training rounds in float32: where float64 would fall on the other side, training is right.
+    rounded = wrapper.bias_on_grid()
     if norm is not None:
         factor, offset = _normalization(norm)
         bias = np.asarray(layer.bias, np.float64) if layer.use_bias else 0.0
         bias = offset + bias * factor
         _check_fits(bias, layer.name)
-        values = [values[0], bias.astype(np.float32)]
+        values = [values[0], bias.astype(np.float32) if rounded is None else rounded]
         changes["use_bias"] = True
+    elif rounded is not None:
+        values = [
+            rounded if v is layer.bias else value
+            for v, value in zip(layer.weights, values, strict=True)
+        ]
     return frozen, Part(clone(layer, **changes), values)
 
 

@@ -108,7 +108,7 @@ class _GraphFreezer:
         if not isinstance(layer, QuantizeWrapper):
             facts = stock_facts(layer) if self._grids_read(node) else None
             return self._plain(node, layer, facts, args, kwargs)
-        kwargs = {key: value for key, value in kwargs.items() if key != "training"}
+        kwargs = layer.layer_options(kwargs)
         if not layer.computes_with_grids:
             facts = layer.facts if self._grids_read(node) else None
             return self._plain(node, layer.layer, facts, args, kwargs)

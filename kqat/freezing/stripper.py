@@ -69,6 +69,8 @@ class _Stripper:
         if id(layer) not in self.copies:
             self.copies[id(layer)] = self._float_parts(layer, output)
         first, *rest = self.copies[id(layer)]
+        if isinstance(layer, QuantizeWrapper):
+            kwargs = layer.layer_options(kwargs)
         value = first(*args, **kwargs)
         for part in rest:
             value = part(value)

@@ -6,6 +6,7 @@ Keras spells it in some ten operators, each of which reads and writes the whole 
 from typing import Any
 
 import keras
+from keras import ops
 
 # The fused kernel silently raises a smaller one to this.
 LEAST_EPSILON = 1.001e-5
@@ -48,3 +49,17 @@ def _fused(norm: Any, x: Any) -> Any:
     for moving, now in ((norm.moving_mean, mean), (norm.moving_variance, biased)):
         moving.assign(moving.value * norm.momentum + now * (1.0 - norm.momentum))
     return y
+
+
+def normalization_factor(norm: Any) -> Any:
+    """`gamma / sqrt(moving_variance + epsilon)` per channel, float32."""
+    factor = 1.0 / ops.sqrt(norm.moving_variance.value + norm.epsilon)
+    return factor * norm.gamma.value if norm.scale else factor
+
+
+def normalization_numbers(norm: Any, bias: Any = None) -> tuple[Any, Any]:
+    """Factor and offset per channel, float32, of `norm(y + bias)` with moving statistics."""
+    factor = normalization_factor(norm)
+    start = -norm.moving_mean.value if bias is None else bias.value - norm.moving_mean.value
+    offset = ops.cast(start, "float32") * factor
+    return factor, offset + norm.beta.value if norm.center else offset
