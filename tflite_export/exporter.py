@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
@@ -16,13 +17,15 @@ from tflite_export import flatbuffer
 from tflite_export.devices import check_limits, check_target, computed, runtimes_of
 from tflite_export.flatbuffer import ModelT, new_operator, share_constants
 from tflite_export.integer_pass import quantize
-from tflite_export.kernels import quantization
+from tflite_export.kernels import OP_TABLE, quantization
 from tflite_export.lowering import lower
 from tflite_export.weight_storage import METHODS, halve_weights
 from tflite_export.weight_storage import compress as compress_weights
 
 # Offsets in a flatbuffer are signed 32-bit integers.
 LARGEST_BYTES = 2**31
+# XNNPACK takes no larger one (`src/operators/convolution-nhwc.c`).
+LARGEST_MULTIPLIER = 256
 IO_TYPES = {"int8": "INT8", "int16": "INT16", "uint8": "UINT8", "float32": "FLOAT32"}
 # What `convert` is asked for -> the encodings that it tries.
 COMPRESS: dict[str | None, tuple[str, ...]] = {
@@ -130,6 +133,7 @@ def assemble(
     """
     marked = lower(frozen, batch_size, tables_computed)
     model = quantize(marked, frozen, runtimes)
+    _check_multipliers(model)
     _Interface(model, frozen).apply(list(input_types), list(output_types))
     share_constants(model)
     if methods:
@@ -147,6 +151,32 @@ def _check_size(frozen: FrozenModel) -> None:
             f"flatbuffer has 32-bit offsets. Received: {size_bytes:,} bytes in model "
             f"'{frozen.model.name}'. Use a smaller model, or export it in parts."
         )
+
+
+def _check_multipliers(model: ModelT) -> None:
+    """Raises where one step of a sum of int8 products is `LARGEST_MULTIPLIER` output steps or more.
+
+    No kernel can multiply by that: XNNPACK refuses the file, and others saturate.
+    """
+    graph = model.subgraphs[0]
+    for operator in graph.operators:
+        rule = OP_TABLE.get(flatbuffer.op_name(model, operator))
+        if rule is None or rule.weights is None or rule.bias is None:
+            continue
+        (source, *_), output = rule.activations or (0,), graph.tensors[int(operator.outputs[0])]
+        if output.type != schema.TensorType.INT8:
+            continue
+        read = (graph.tensors[int(operator.inputs[i])] for i in (source, rule.weights))
+        step = math.prod(float(np.max(tensor.quantization.scale)) for tensor in read)
+        scale = float(output.quantization.scale[0])
+        if step / scale >= LARGEST_MULTIPLIER:
+            raise ExportError(
+                f"Expected less than {LARGEST_MULTIPLIER} steps of the output in one step of "
+                f"'{flatbuffer.tensor_name(output)}', input scale times weight scale. Received: "
+                f"{step:.3g} beside an output scale of {scale:.3g}. Its outputs hardly differ, as "
+                "behind a ReLU that never fires: train the layer again, take it out, or leave it "
+                "float by the policy."
+            )
 
 
 def _check_loads(blob: bytes, name: str) -> None:

@@ -98,7 +98,10 @@ def _normalization(norm: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def channelwise(
-    layer: Any, channels: int, free_name: Callable[[str], str] = lambda name: name
+    layer: Any,
+    channels: int,
+    free_name: Callable[[str], str] = lambda name: name,
+    rounded: np.ndarray | None = None,
 ) -> tuple[list[FrozenWeight], Callable[..., Any]]:
     """`x * scale + offset` per channel as one integer operator with exact weights.
 
@@ -110,6 +113,7 @@ def channelwise(
         layer: an affine layer.
         channels: size of the last axis of its input.
         free_name: a name -> one that no other layer of the frozen model bears.
+        rounded: the offset as training rounds it, of shape `(channels,)` or `(1,)`, if it does.
 
     Raises:
         FreezeError: if a factor or offset overflows float32.
@@ -121,7 +125,7 @@ def channelwise(
         return [weight], layers.Rescaling(float(weight.values), name=layer.name, dtype="float32")
     kernel = np.broadcast_to(factor, (channels,)).reshape(1, 1, channels, 1)
     weight = _single_steps(layer.name, kernel, True)
-    bias = np.broadcast_to(offset, (channels,)).astype(np.float32)
+    bias = np.broadcast_to(offset if rounded is None else rounded, (channels,)).astype(np.float32)
     part = Part(layers.DepthwiseConv2D(1, name=layer.name, dtype="float32"), [weight.values, bias])
     return [weight], _AsImage(part, free_name)
 

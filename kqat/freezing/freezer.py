@@ -158,7 +158,8 @@ class _GraphFreezer:
     def _freeze_wrapper(self, channels: int, wrapper: QuantizeWrapper) -> Any:
         """The float layer, or layers, that compute with the wrapper's integers."""
         if not wrapper.weight_specs:
-            weights, affine = channelwise(wrapper.layer, channels, self.parts.free_name)
+            rounded = wrapper.bias_on_grid()
+            weights, affine = channelwise(wrapper.layer, channels, self.parts.free_name, rounded)
             self.parts.weights.extend(weights)
             return affine
         weights, part = freeze_layer(wrapper)

@@ -25,7 +25,12 @@ from kqat.grids import (
 )
 from kqat.registry import LayerFacts, Output, stock_facts
 from kqat.training.activation_quantizer import ActivationQuantizer
-from kqat.training.batchnorm import normalization_factor, normalization_numbers, normalize
+from kqat.training.batchnorm import (
+    affine_numbers,
+    normalization_factor,
+    normalization_numbers,
+    normalize,
+)
 
 
 class _Quantizers:
@@ -145,8 +150,7 @@ class QuantizeWrapper(keras.layers.Layer):
         if self._takes_training:
             kwargs["training"] = statistics
         quantizer = self._quantizers.by_name.get(input_quantizer)
-        rounds_bias = quantizer is not None and self._ships_bias()
-        if rounds_bias and not (self.normalization is not None and statistics):
+        if quantizer is not None and self._ships_bias(bool(statistics)):
             return self._call_as_shipped(quantizer.scale(), x, *args, **kwargs)
         if self.weight_specs:
             y = self._call_rounded({}, x, *args, **kwargs)
@@ -156,11 +160,22 @@ class QuantizeWrapper(keras.layers.Layer):
             return y
         return normalize(self.normalization, y, statistics)
 
-    def _ships_bias(self) -> bool:
-        """Whether the layer has one weight, and a bias (or a normalization's) beside it."""
-        if self.normalization is None and getattr(self.layer, "bias", None) is None:
-            return False
-        return list(self.weight_specs) == ["kernel"]
+    def _ships_bias(self, statistics: bool = False) -> bool:
+        """Whether the file has a bias for the layer, which is known now.
+
+        It is not where a BatchNormalization takes the `statistics` of a batch.
+        """
+        if self._is_affine:
+            return not (statistics and isinstance(self.layer, keras.layers.BatchNormalization))
+        if self.normalization is not None:
+            return not statistics and list(self.weight_specs) == ["kernel"]
+        bias = getattr(self.layer, "bias", None)
+        return bias is not None and list(self.weight_specs) == ["kernel"]
+
+    @property
+    def _is_affine(self) -> bool:
+        """Whether the layer ships as one weight per channel, 127 steps of a scale of its own."""
+        return self.facts.affine and not self.weight_specs
 
     def bias_on_grid(self) -> np.ndarray | None:
         """The bias that ships, a normalization folded in: float32, of the bias's shape.
@@ -171,10 +186,16 @@ class QuantizeWrapper(keras.layers.Layer):
         if len(self._quantizers.by_name) != 1 or not self._ships_bias():
             return None
         (quantizer,) = self._quantizers.by_name.values()
+        if self._is_affine:
+            return np.asarray(self._affine_as_shipped(quantizer.scale())[1])
         return np.asarray(self._as_shipped(quantizer.scale())[1])
 
     def _call_as_shipped(self, input_scale: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer with the weights and the bias that ship, a normalization folded into both."""
+        if self._is_affine:
+            factor, offset = self._affine_as_shipped(input_scale)
+            y = ops.cast(args[0], "float32") * factor + offset
+            return ops.cast(y, self.layer.compute_dtype)
         (name,), norm = self.weight_specs, self.normalization
         kernel, rounded = self._as_shipped(input_scale)
         values, bias = {id(self._variable(name)): kernel}, getattr(self.layer, "bias", None)
@@ -184,6 +205,11 @@ class QuantizeWrapper(keras.layers.Layer):
         y = self._call_rounded(values, *args, **kwargs)
         shape = [n if a == norm.axis % len(y.shape) else 1 for a, n in enumerate(y.shape)]
         return ops.cast(y, "float32") + ops.reshape(rounded, shape)
+
+    def _affine_as_shipped(self, input_scale: Any) -> tuple[Any, Any]:
+        factor, offset = affine_numbers(self.layer)
+        step = ops.stop_gradient(input_scale * (ops.abs(factor) / 127.0))
+        return factor, on_bias_grid(offset, step)
 
     def _as_shipped(self, input_scale: Any) -> tuple[Any, Any]:
         """The kernel and the bias that ship, both as reals."""

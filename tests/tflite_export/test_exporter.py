@@ -266,3 +266,14 @@ def test_no_saved_model_is_written(net: Net, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tf.saved_model, "save", never)
     monkeypatch.setattr(keras.export.ExportArchive, "write_out", never)
     assert tflite_export.convert(net.frozen) == net.plain
+
+
+def test_a_multiplier_that_no_kernel_has_is_refused_by_name() -> None:
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, L.Dense(2, name="faint")(inputs))
+    qat = kqat.quantize_model(model, calibration_data=inputs_of(model, 16))
+    faint = [la for la in qat.layers if isinstance(la, kqat.ActivationQuantizer)][-1]
+    faint.site_low.assign([0.0])
+    faint.site_high.assign([1e-6])
+    with pytest.raises(ExportError, match=r"less than 256 steps .* of 'faint'.*leave it float"):
+        tflite_export.convert(qat)
