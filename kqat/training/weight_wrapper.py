@@ -196,13 +196,14 @@ class QuantizeWrapper(keras.layers.Layer):
             factor, offset = self._affine_as_shipped(input_scale)
             y = ops.cast(args[0], "float32") * factor + offset
             return ops.cast(y, self.layer.compute_dtype)
-        (name,), norm = self.weight_specs, self.normalization
+        (name,) = self.weight_specs
         kernel, rounded = self._as_shipped(input_scale)
         values, bias = {id(self._variable(name)): kernel}, getattr(self.layer, "bias", None)
         if bias is not None:
             values[id(bias)] = rounded
             return self._call_rounded(values, *args, **kwargs)
         y = self._call_rounded(values, *args, **kwargs)
+        norm: Any = self.normalization
         shape = [n if a == norm.axis % len(y.shape) else 1 for a, n in enumerate(y.shape)]
         return ops.cast(y, "float32") + ops.reshape(rounded, shape)
 
@@ -215,7 +216,8 @@ class QuantizeWrapper(keras.layers.Layer):
         """The kernel and the bias that ship, both as reals."""
         (name,) = self.weight_specs
         kernel, scale = self.on_grid(name), self.scale(name)
-        bias, norm = getattr(self.layer, "bias", None), self.normalization
+        bias: Any = getattr(self.layer, "bias", None)
+        norm = self.normalization
         if norm is None:
             folded = ops.cast(bias.value, "float32")
         else:
