@@ -91,7 +91,7 @@ def _weighted(activations: str, bits: int) -> list[Precision]:
 def precisions(operator: str) -> list[Precision]:
     """What an operator is probed at: int16 where `kqat.devices.targets.INT16` has a row."""
     widths = [width for width in ACTIVATIONS if width == "int8" or operator in INT16]
-    if OP_TABLE[operator].weights is None:
+    if not OP_TABLE[operator].has_trained_weights:
         return [
             Precision(width, None, None, kqat.QuantizeConfig(activation=ACTIVATIONS[width]))
             for width in widths
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> list[Cell]:
     parser.add_argument("--only", choices=sorted(MODELS), help="one operator (default all)")
     parser.add_argument("--write", action="store_true", help="replace the repository's table")
     options = parser.parse_args(argv)
-    operators = [options.only] if options.only else list(MODELS)
+    operators = [options.only] if options.only else probed_operators()
     cells = []
     for operator in operators:
         found = list(probe(operator))
@@ -255,6 +255,21 @@ def main(argv: Sequence[str] | None = None) -> list[Cell]:
         write_file(TABLE, to_json([*others, *cells]).encode())
     print(f"{len(cells)} cells: {_summary(cells)}")
     return cells
+
+
+def probed_operators() -> list[str]:
+    """The operators of `OP_TABLE` that a file may hold, in the table's order.
+
+    Raises:
+        AssertionError: if one has no model to be probed with.
+    """
+    operators = [name for name, rule in OP_TABLE.items() if rule.ships_as is None]
+    if missing := [name for name in operators if name not in MODELS]:
+        raise AssertionError(
+            f"Expected a model in MODELS for each row of OP_TABLE. Received: none for {missing}. "
+            "Add one whose file holds the operator."
+        )
+    return operators
 
 
 def probe(operator: str) -> Iterator[Cell]:
@@ -296,11 +311,7 @@ def _data(model: keras.Model) -> Any:
 def _check_holds(operator: str, precision: Precision, blob: bytes) -> None:
     """Raises where the file is not of the operator and the weights that the cell is about."""
     found = [o for o in inspect(blob).operators if o.name == operator]
-    types = (
-        {o.weight_dtype for o in found}
-        if operator != "PRELU"
-        else {o.inputs[1].dtype for o in found}
-    )
+    types = {o.weight_dtype for o in found}
     if not found or (precision.weights and types != {precision.weights}):
         raise AssertionError(f"{operator} at {precision} became {inspect(blob).counts()}, {types}")
 

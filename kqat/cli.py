@@ -92,7 +92,7 @@ def plan(
     found = kqat.plan(_load(model), _policy(policy, rules), target=target)
     if json_path is not None:
         found.save(json_path)
-    _show_plan(found)
+    click.echo(found.text(WIDTH))
     if any(misfit.blocking for misfit in found.misfits):
         sys.exit(1)
 
@@ -323,27 +323,6 @@ def _table(**columns: str) -> Table:
 def _say(words: str) -> None:
     """Prints in lines of 80 characters."""
     click.echo(textwrap.fill(words, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
-
-
-def _show_plan(found: Any) -> None:
-    table = _table(layer="fold", type="cut", role="left", weights="left", note="cut")
-    for layer in found.layers:
-        weights = ", ".join(
-            f"int{spec.bits}" + ("" if spec.axis is None else "/ch")
-            for spec in layer.weights.values()
-        )
-        table.add_row(layer.name, layer.kind, layer.role, weights, layer.note)
-    _say(f"plan of {found.model_name}")
-    _print(table)
-    for group in found.groups:
-        if group.sites > 1:
-            _say(f"one scale: {', '.join(group.sources)}")
-    for rule in found.unused_rules:
-        _say(f"rule matched nothing: {rule}")
-    if found.target is not None and not found.misfits:
-        _say(f"target {found.target}: every layer fits")
-    for misfit in found.misfits:
-        _say(f"target {found.target}: {misfit}")
 
 
 def _show_inspection(found: Any, name: str) -> None:

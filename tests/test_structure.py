@@ -21,7 +21,7 @@ SUBPACKAGES = {
         "tfmot", "training", "freezing",
     ),
     "tflite_export": (
-        "flatbuffer", "kernels", "runtimes", "lowering", "integer_pass", "weight_storage",
+        "kernels", "flatbuffer", "runtimes", "lowering", "integer_pass", "weight_storage",
         "devices", "verification", "firmware",
     ),
 }  # fmt: skip

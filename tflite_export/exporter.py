@@ -54,9 +54,9 @@ def convert(
     Args:
         qat: a model from `kqat.quantize_model`, calibrated or trained; it is left alone.
         inference_input_type: `"int8"`, `"uint8"`, `"int16"` or `"float32"`, for all inputs, or a
-            mapping from input names. `None` is the integer that the plan makes of the input: int8,
-            or int16 where its width is 16 bits. What counts, as tokens do, is `"int32"` in any
-            case.
+            mapping from input names. `None` is what the plan makes of the input: int8, int16 where
+            its width is 16 bits, float32 where the layers that read it stay float. What counts, as
+            tokens do, is `"int32"` in any case.
         inference_output_type: the same for outputs.
         target: a name from `tflite_export.TARGETS`; something on the device must run the int8
             operators (those that the plan leaves float are not checked). A `kqat.TargetWarning`
@@ -304,7 +304,8 @@ class _Interface:
     def _typed(self, index: int, io_type: str | None, name: str, kind: str) -> int:
         tensor = self.graph.tensors[index]
         if io_type is None:
-            fits = tensor.type in (schema.TensorType.INT8, schema.TensorType.INT16)
+            kinds = schema.TensorType
+            fits = tensor.type in (kinds.INT8, kinds.INT16, kinds.FLOAT32)
         else:
             wanted = getattr(schema.TensorType, IO_TYPES.get(io_type, "INT32"))
             fits = tensor.type == wanted or io_type == "int32"

@@ -1,4 +1,4 @@
-"""Errors, and files that are written whole or not at all."""
+"""Errors, enumerations that are plain strings, and files that are written whole or not at all."""
 
 from kqat.base.atomic_files import save_model, write_file, write_files
 from kqat.base.errors import (
@@ -14,6 +14,7 @@ from kqat.base.errors import (
     TargetError,
     UnsupportedLayerError,
 )
+from kqat.base.text_enum import TextEnum
 
 __all__ = [
     "CalibrationError",
@@ -26,6 +27,7 @@ __all__ = [
     "RuntimeUnavailableError",
     "SpecError",
     "TargetError",
+    "TextEnum",
     "UnsupportedLayerError",
     "save_model",
     "write_file",

@@ -4,6 +4,7 @@ from kqat.config.layer_config import (
     PRESETS,
     QuantizeConfig,
     QuantizePolicy,
+    RecurrenceForm,
     is_foreign_config,
     resolve_config,
 )
@@ -12,6 +13,7 @@ __all__ = [
     "PRESETS",
     "QuantizeConfig",
     "QuantizePolicy",
+    "RecurrenceForm",
     "is_foreign_config",
     "resolve_config",
 ]

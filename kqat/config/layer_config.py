@@ -8,7 +8,7 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from kqat.base import PolicyError
+from kqat.base import PolicyError, TextEnum
 from kqat.grids import (
     INT8_ACTIVATION,
     INT8_WEIGHTS,
@@ -30,6 +30,13 @@ from kqat.grids import (
 )
 
 WeightSpecs = QuantSpec | Mapping[str, QuantSpec] | None
+
+
+class RecurrenceForm(TextEnum):
+    """How an LSTM ships: into operators for every step, or as one operator."""
+
+    UNROLLED = "unrolled"
+    FUSED = "fused"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +65,7 @@ class QuantizeConfig:
     weight_step: StepMethod = MaxAbs()
     activation: QuantSpec = INT8_ACTIVATION
     activation_range: RangeMethod = MovingAverage()
-    recurrence: Literal["unrolled", "fused"] = "unrolled"
+    recurrence: RecurrenceForm | Literal["unrolled", "fused"] = RecurrenceForm.UNROLLED
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, Mapping):
@@ -82,11 +89,12 @@ class QuantizeConfig:
                 f"Expected activation_range to be one of {sorted(RANGE_METHODS)}. "
                 f"Received: {self.activation_range!r}."
             )
-        if self.recurrence not in ("unrolled", "fused"):
+        if self.recurrence not in tuple(RecurrenceForm):
             raise PolicyError(
                 f"Expected recurrence='unrolled' or 'fused'. Received: {self.recurrence!r}."
             )
-        if self.recurrence == "fused" and self.activation.bits != 8:
+        object.__setattr__(self, "recurrence", RecurrenceForm(self.recurrence))
+        if self.recurrence is RecurrenceForm.FUSED and self.activation.bits != 8:
             raise PolicyError(
                 "Expected activations of 8 bits for recurrence='fused', whose operator is verified "
                 f"on them. Received: bits={self.activation.bits}. Use recurrence='unrolled'."
@@ -107,7 +115,7 @@ class QuantizeConfig:
             "weight_step": step_method_to_dict(self.weight_step),
             "activation": self.activation.to_dict(),
             "activation_range": range_method_to_dict(self.activation_range),
-            "recurrence": self.recurrence,
+            "recurrence": RecurrenceForm(self.recurrence).value,
         }
 
     @classmethod
@@ -184,7 +192,7 @@ PRESETS: dict[str, QuantizeConfig] = {
 }
 
 RuleKey = str | type
-ConfigLike = Any  # None, a preset's name, a QuantizeConfig, or a config that interop converts
+ConfigLike = Any  # None, a preset's name, a QuantizeConfig, or a config that `kqat.tfmot` converts
 
 
 @dataclasses.dataclass(frozen=True)

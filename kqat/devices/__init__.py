@@ -5,7 +5,9 @@ replacements for what is not on it.
 from kqat.devices import edge_tpu_shapes
 from kqat.devices.edge_tpu_shapes import shape_limit, too_many_axes, version_limit
 from kqat.devices.kernels import (
+    INT8_FIXED,
     INT16,
+    INT16_FIXED,
     LITERT,
     NEVER_PACKED,
     PACKED,
@@ -13,6 +15,7 @@ from kqat.devices.kernels import (
     PACKS_AS,
     RUNTIMES,
     TABLE_OPS,
+    FixedScale,
     runtimes_with,
 )
 from kqat.devices.replacements import NEAREST
@@ -27,7 +30,9 @@ from kqat.devices.targets import (
 )
 
 __all__ = [
+    "INT8_FIXED",
     "INT16",
+    "INT16_FIXED",
     "LITERT",
     "NEAREST",
     "NEVER_PACKED",
@@ -37,6 +42,7 @@ __all__ = [
     "RUNTIMES",
     "TABLE_OPS",
     "TARGETS",
+    "FixedScale",
     "Misfit",
     "Replacement",
     "Target",

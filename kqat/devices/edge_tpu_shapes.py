@@ -27,7 +27,7 @@ VERSIONS = {
 
 
 def too_many_axes(shape: tuple[int, ...]) -> str | None:
-    """What is wrong with a tensor of `shape`, its batch of one counted or left out."""
+    """What is wrong with a tensor of `shape`, with or without its batch of one."""
     if any(size != 1 for size in shape[:-AXES]):
         return f"has shape {shape}; only the three innermost axes may be larger than 1"
     return None
@@ -36,7 +36,7 @@ def too_many_axes(shape: tuple[int, ...]) -> str | None:
 def shape_limit(op: str, source: tuple[int, ...], result: tuple[int, ...]) -> str | None:
     """Why an operator does not map for these shapes of its input and output, or `None`.
 
-    Either both shapes count the batch of one or neither does.
+    Both shapes have the batch of one, or neither.
     """
     if not source or not result:
         return None

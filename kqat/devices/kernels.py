@@ -28,6 +28,33 @@ KERNELS: dict[str, frozenset[str]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class FixedScale:
+    """The one grid on which a kernel can write its output."""
+
+    scale: float
+    zero_point: int
+    bits: int = 8
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest value of the grid."""
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale
+
+
+# The operators whose int8 kernel fixes the output's grid, and the one grid of those of them that
+# have an int16 kernel (TFLite quantization specification).
+INT8_FIXED: dict[str, FixedScale] = {
+    "SOFTMAX": FixedScale(1 / 256, -128),
+    "LOGISTIC": FixedScale(1 / 256, -128),
+    "TANH": FixedScale(1 / 128, 0),
+    "LOG_SOFTMAX": FixedScale(16 / 256, 127),
+    "L2_NORMALIZATION": FixedScale(1 / 128, 0),
+}
+INT16_FIXED = FixedScale(2.0**-15, 0, bits=16)
+
+
+@dataclasses.dataclass(frozen=True)
 class Int16Kernel:
     """Where an operator's kernel for int16 activations differs from its int8 kernel.
 
@@ -63,9 +90,9 @@ INT16: dict[str, Int16Kernel] = {
     "LEAKY_RELU": Int16Kernel(2),
     "BATCH_MATMUL": Int16Kernel(3),
     "MEAN": Int16Kernel(3),
-    "SOFTMAX": Int16Kernel(3, fixed_scale=2.0**-15),
-    "LOGISTIC": Int16Kernel(3, fixed_scale=2.0**-15),
-    "TANH": Int16Kernel(3, fixed_scale=2.0**-15),
+    "SOFTMAX": Int16Kernel(3, fixed_scale=INT16_FIXED.scale),
+    "LOGISTIC": Int16Kernel(3, fixed_scale=INT16_FIXED.scale),
+    "TANH": Int16Kernel(3, fixed_scale=INT16_FIXED.scale),
     "MAX_POOL_2D": Int16Kernel(3),
     "AVERAGE_POOL_2D": Int16Kernel(3),
     "REDUCE_MAX": Int16Kernel(3, LITERT),

@@ -10,11 +10,11 @@ from keras import layers
 from kqat.base import FreezeError, UnsupportedLayerError
 from kqat.freezing.frozen_weight import EMPTY_SCALE, FrozenWeight
 from kqat.graph import Part, clone
-from kqat.parts import ChannelAffine, GateNumbers, LstmState
+from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState
 from kqat.training import QuantizeWrapper
 
 
-def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
+def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[FrozenWeight], Part]:
     """The frozen weights of a wrapped layer, and the float layer that computes with them.
 
     A folded BatchNormalization multiplies channel scales, which leaves the trained integers as
@@ -23,8 +23,9 @@ def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
     Raises:
         FreezeError: if a folded weight or bias overflows float32.
     """
-    layer, norm = wrapper.layer, wrapper.normalization
-    frozen = [_frozen(wrapper, name) for name in wrapper.weight_specs]
+    layer, norms = wrapper.layer, wrapper.normalizations
+    norm = norms[branch] if norms else None
+    frozen = [_frozen(wrapper, name, branch) for name in wrapper.weight_specs]
     by_variable = {
         id(getattr(layer, name)): weight.values
         for name, weight in zip(wrapper.weight_specs, frozen, strict=True)
@@ -32,9 +33,9 @@ def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
     values = [by_variable.get(id(v), np.asarray(v)) for v in layer.weights]
     changes: dict[str, Any] = {"dtype": "float32"}
     if wrapper.facts.hides:
-        changes["kind"] = "add"
+        changes["kind"] = ConstantKind.ADD
     # Training rounds in float32: where float64 would fall on the other side, training is right.
-    rounded = wrapper.bias_on_grid()
+    rounded = wrapper.bias_on_grid(branch)
     if norm is not None:
         factor, offset = _normalization(norm)
         bias = np.asarray(layer.bias, np.float64) if layer.use_bias else 0.0
@@ -47,16 +48,18 @@ def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
             rounded if v is layer.bias else value
             for v, value in zip(layer.weights, values, strict=True)
         ]
+    if branch:
+        changes["name"] = f"{layer.name}_branch_{branch}"
     return frozen, Part(clone(layer, **changes), values)
 
 
-def _frozen(wrapper: QuantizeWrapper, name: str) -> FrozenWeight:
+def _frozen(wrapper: QuantizeWrapper, name: str, branch: int) -> FrozenWeight:
     spec = wrapper.weight_specs[name]
-    scale = np.asarray(wrapper.scale(name), np.float32)
-    integers = np.rint(np.asarray(wrapper.on_grid(name), np.float32) / scale)
-    if wrapper.normalization is not None:
-        factor = _normalization(wrapper.normalization)[0]
-        factor = factor.reshape(np.shape(wrapper.fold_factor(name)))
+    scale = np.asarray(wrapper.scale(name, branch), np.float32)
+    integers = np.rint(np.asarray(wrapper.on_grid(name, branch), np.float32) / scale)
+    if wrapper.normalizations:
+        factor = _normalization(wrapper.normalizations[branch])[0]
+        factor = factor.reshape(np.shape(wrapper.fold_factor(name, branch)))
         if wrapper.folds_before(name):
             integers = np.where(factor == 0.0, 0.0, integers)
         else:

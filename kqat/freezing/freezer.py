@@ -21,7 +21,7 @@ from kqat.freezing.stripper import checked_graph
 from kqat.freezing.unplanned import check_planned
 from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild, trace
 from kqat.grids import Site, arithmetic
-from kqat.parts import Hide, PrecisionBoundary
+from kqat.parts import Hide, PrecisionBoundary, RecurrenceKind
 from kqat.registry import LayerFacts, Output, stock_facts
 from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrapper
 
@@ -100,7 +100,7 @@ class _GraphFreezer:
         """The node's output values, by what kind of layer `training.build` put there."""
         layer = node.layer
         if isinstance(layer, ActivationQuantizer):
-            return [self._round(node, args[0])]
+            return [self.round(node, args[0])]
         if isinstance(layer, QuantizedRecurrence):
             return self._recurrence(node, self._values(node.inputs, args[0]))
         if isinstance(layer, PrecisionBoundary):
@@ -108,12 +108,14 @@ class _GraphFreezer:
         if not isinstance(layer, QuantizeWrapper):
             facts = stock_facts(layer) if self._grids_read(node) else None
             return self._plain(node, layer, facts, args, kwargs)
+        branch = kwargs.get("branch", 0)
         kwargs = layer.layer_options(kwargs)
         if not layer.computes_with_grids:
             facts = layer.facts if self._grids_read(node) else None
             return self._plain(node, layer.layer, facts, args, kwargs)
         channels = node.outputs[0].shape[-1] or 0
-        frozen = self.parts.once(layer, functools.partial(self._freeze_wrapper, channels))
+        make = functools.partial(self._freeze_wrapper, channels, branch)
+        frozen = self.parts.once(layer, make, branch)
         return [Value(tensor) for tensor in keras.tree.flatten(frozen(*args, **kwargs))]
 
     def _grids_read(self, node: Node) -> list[Site]:
@@ -155,27 +157,27 @@ class _GraphFreezer:
         self.parts.carried[id(getattr(copy, "layer", copy))] = facts
         return copy
 
-    def _freeze_wrapper(self, channels: int, wrapper: QuantizeWrapper) -> Any:
+    def _freeze_wrapper(self, channels: int, branch: int, wrapper: QuantizeWrapper) -> Any:
         """The float layer, or layers, that compute with the wrapper's integers."""
         if not wrapper.weight_specs:
             rounded = wrapper.bias_on_grid()
             weights, affine = channelwise(wrapper.layer, channels, self.parts.free_name, rounded)
             self.parts.weights.extend(weights)
             return affine
-        weights, part = freeze_layer(wrapper)
+        weights, part = freeze_layer(wrapper, branch)
         self.parts.weights.extend(weights)
         self.parts.carried[id(part.layer)] = wrapper.facts
         return part
 
     def _recurrence(self, node: Node, inputs: list[Value]) -> list[Value]:
         layer: QuantizedRecurrence = node.layer
-        if layer.kind == "unrolled":
+        if layer.kind is RecurrenceKind.UNROLLED:
             step = _GraphFreezer(layer.parts.graph, self.parts)
-            return unrolled(node, inputs, self.parts, step.run, step._round)
+            return unrolled(node, inputs, self.parts, step.run, step.round)
         grids = [_site(n.layer, node.name) for n in layer.parts.state_roundings]
         return fused(node, self.labels[node], inputs[0], (grids[0], grids[1]), self.parts)
 
-    def _round(self, node: Node, x: Any) -> Value:
+    def round(self, node: Node, x: Any) -> Value:
         """The site of a value that a quantizer rounds, behind the clamp that it carries out."""
         layer: ActivationQuantizer = node.layer
         observes = node.kwargs.get("observe", True)
@@ -198,7 +200,7 @@ class _GraphFreezer:
         return producer.name if is_quantizer else self.labels[producer]
 
     def _check_same(self, node: Node, grids: list[Site]) -> None:
-        distinct = {(grid.scale, grid.zero_point, grid.bits) for grid in grids}
+        distinct = {grid.grid for grid in grids}
         quantities = sum(not ref.holds_indexes for ref in node.inputs)
         if len(distinct) != 1 or len(grids) != quantities:
             raise FreezeError(

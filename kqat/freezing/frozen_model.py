@@ -8,7 +8,7 @@ import keras
 
 from kqat.devices import Replacement
 from kqat.freezing.frozen_weight import FrozenWeight
-from kqat.graph import Graph, Node, trace
+from kqat.graph import Graph, Node, trace, unique_name
 from kqat.grids import Site
 from kqat.parts import (
     FrozenLSTM,
@@ -74,3 +74,7 @@ class FrozenModel:
     def facts(self, node: Node) -> NodeFacts:
         """What is known of a node of `graph`; of one that computes on floats, nothing."""
         return self.node_facts.get(node.name, NodeFacts())
+
+    def unused_name(self, name: str) -> str:
+        """`name`, or where a layer of `model` bears it, with a number behind."""
+        return unique_name(name, {layer.name for layer in self.model.layers})

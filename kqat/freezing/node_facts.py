@@ -6,7 +6,7 @@ from typing import Any
 from kqat.freezing.frozen_model import NodeFacts
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import Site
-from kqat.parts import Marker, Requantize, Tabulated, is_marker
+from kqat.parts import Marker, MarkerKind, Requantize, Tabulated, is_marker
 from kqat.planning import activation_of, replacements
 from kqat.registry import LayerFacts, stock_facts
 
@@ -26,7 +26,7 @@ def find_node_facts(
     for node in graph.nodes:
         layer: Any = node.layer
         if isinstance(layer, Marker):
-            if is_marker(layer, "site"):
+            if is_marker(layer, MarkerKind.SITE):
                 widths[node.outputs[0]] = sites[layer.index].bits
             continue
         is_table = isinstance(layer, Tabulated)

@@ -5,6 +5,7 @@ a range or the step of a weight.
 from kqat.grids import arithmetic
 from kqat.grids.arithmetic import HIDDEN, LOWEST
 from kqat.grids.bias import bias_steps, least_bias_step, on_bias_grid
+from kqat.grids.clamp import Clamp
 from kqat.grids.methods import (
     RANGE_METHODS,
     STEP_METHODS,
@@ -36,6 +37,7 @@ __all__ = [
     "RANGE_METHODS",
     "STEP_METHODS",
     "Binary",
+    "Clamp",
     "Fixed",
     "LastValue",
     "LearnedStep",

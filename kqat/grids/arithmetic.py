@@ -21,6 +21,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from kqat.grids.clamp import Clamp
 from kqat.grids.spec import QuantSpec
 
 # TensorFlow's kernels flush subnormal floats to zero and NumPy does not. Above this bound no
@@ -64,11 +65,11 @@ def symmetrize(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
     return high * ratio, high
 
 
-def bounds(x: Any, clamp: str | None) -> tuple[Any, Any]:
-    """Least and greatest of `x` and zero, after the clamp `"relu"` or `"relu6"`; no gradient."""
+def bounds(x: Any, clamp: Clamp | None) -> tuple[Any, Any]:
+    """Least and greatest of `x` and zero, after the clamp; float32 scalars without a gradient."""
     low = ops.zeros((), "float32") if clamp else ops.minimum(ops.min(x), 0.0)
     high = ops.maximum(ops.max(x), 0.0)
-    if clamp == "relu6":
+    if clamp is Clamp.RELU6:
         high = ops.minimum(high, 6.0)
     return ops.stop_gradient(low), ops.stop_gradient(high)
 

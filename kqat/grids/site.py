@@ -1,8 +1,10 @@
 """`Site`: a value that is an integer in the file, and its grid."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+from keras import ops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +20,26 @@ class Site:
     bits: int
     shape: tuple[int, ...]
 
-    def integers(self, real: np.ndarray) -> np.ndarray:
-        """The integers of real values, of their shape, as floats: floor(real / scale + 1/2)."""
-        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        return np.clip(np.floor(real / self.scale + np.float32(0.5)) + self.zero_point, low, high)
+    @property
+    def grid(self) -> tuple[np.float32, int, int]:
+        """Scale, zero point and bits: sites with equal grids have equal integers for a value."""
+        return self.scale, self.zero_point, self.bits
+
+    def integers(self, real: Any) -> Any:
+        """The integers of real values, as floats: `floor(real / scale + 1/2) + zero_point`, or the
+        nearest that the bits hold.
+
+        Args:
+            real: NumPy array or tensor of any shape, float32; the result is of its kind and shape.
+        """
+        library = np if isinstance(real, np.ndarray | np.generic) else ops
+        steps = library.floor(real / self.scale + np.float32(0.5)) + self.zero_point
+        return library.clip(steps, -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
 
     def reals(self, integers: np.ndarray) -> np.ndarray:
         """The real values of integers, float32."""
         return (integers.astype(np.float32) - np.float32(self.zero_point)) * self.scale
+
+    def rounded(self, real: Any) -> Any:
+        """The values of the grid nearest to those of a float32 tensor of any shape."""
+        return (self.integers(real) - np.float32(self.zero_point)) * self.scale

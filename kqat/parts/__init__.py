@@ -1,17 +1,35 @@
 """Layers that Keras lacks: each becomes one TFLite operator, or marks a value for the exporter."""
 
 from kqat.parts.elementwise import Elementwise, is_elementwise, within_domain
-from kqat.parts.lstm_step import CARRY, GATES, FrozenLSTM, GateNumbers, LstmState
-from kqat.parts.markers import Marker, PrecisionBoundary, Requantize, Tabulated, is_marker
+from kqat.parts.lstm_step import (
+    CARRY,
+    GATES,
+    FrozenLSTM,
+    GateNumbers,
+    LstmState,
+    RecurrenceKind,
+    StateKind,
+)
+from kqat.parts.markers import (
+    Marker,
+    MarkerKind,
+    PrecisionBoundary,
+    Requantize,
+    Tabulated,
+    is_marker,
+)
 from kqat.parts.recurrence import Recurrence, Stack, Unstack
 from kqat.parts.single_op_layers import (
     ChannelAffine,
+    ConstantKind,
     DepthToSpace,
     Hide,
+    IndexKind,
     IndexOperation,
     Matmul,
     ReciprocalSquareRoot,
     Reduce,
+    ReduceKind,
     Select,
     Slice,
     SpaceToDepth,
@@ -26,24 +44,30 @@ __all__ = [
     "CARRY",
     "GATES",
     "ChannelAffine",
+    "ConstantKind",
     "DepthToSpace",
     "Elementwise",
     "FrozenLSTM",
     "GateNumbers",
     "Hide",
+    "IndexKind",
     "IndexOperation",
     "LstmState",
     "Marker",
+    "MarkerKind",
     "Matmul",
     "PrecisionBoundary",
     "ReciprocalSquareRoot",
     "Recurrence",
+    "RecurrenceKind",
     "Reduce",
+    "ReduceKind",
     "Requantize",
     "Select",
     "Slice",
     "SpaceToDepth",
     "Stack",
+    "StateKind",
     "Tabulated",
     "Take",
     "Unstack",

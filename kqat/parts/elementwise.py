@@ -1,8 +1,8 @@
-"""Functions of one number: how they are told, kept in a model, and saved with it.
+"""Elementwise functions: how they are recognized, kept in a model, and saved with it.
 
-An integer model looks such a function up (`tflite_export.integer_pass`), whatever it is: in 256
-entries, or where activations have 16 bits, in straight pieces that are at most one output step
-off. So all that matters here is that it *is* one: that each output depends on one input alone.
+The exporter turns any elementwise function into a lookup table of 256 entries or, where activations
+have 16 bits, into straight pieces that are at most one output step off
+(`tflite_export.integer_pass`). So it is enough to know that each output depends on one input alone.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ class Elementwise(keras.layers.Layer):
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        """The function, serialized, beside what every layer has."""
+        """The config of every layer, with the function serialized."""
         function = keras.saving.serialize_keras_object(self.function)
         return {**super().get_config(), "function": function}
 

@@ -14,13 +14,34 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from kqat.base import TextEnum
+from kqat.devices import INT16_FIXED
 from kqat.grids import INT16_ACTIVATION, QuantSpec, Site, arithmetic
 
 # In the order of the operator's inputs, which is that of Keras's columns.
 GATES = ("input", "forget", "candidate", "output")
 CARRY = QuantSpec(bits=16, symmetric=True, power_of_two=True)
 _SUMS = (-8.0, 8.0 - 2.0**-12)
-_UNIT = (-1.0, 1.0 - 2.0**-15)
+# Of sigmoid and tanh.
+_UNIT = INT16_FIXED.range
+
+
+class StateKind(TextEnum):
+    """Which of an LSTM's two states."""
+
+    CARRY = "carry"
+    OUTPUT = "output"
+
+
+class RecurrenceKind(TextEnum):
+    """How a recurrence ships: step by step, or as one operator.
+
+    For the last kind, sequences have to be turned around before the operator or behind it.
+    """
+
+    UNROLLED = "unrolled"
+    FUSED = "fused"
+    FUSED_BACKWARDS = "fused_backwards"
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -32,7 +53,7 @@ class LstmState(layers.Layer):
     `g_bias`.
 
     Args:
-        kind: `"carry"`, or `"output"`, which takes the carry of the same step.
+        kind: the carry, or the output, which takes the carry of the same step.
         units: size of a state.
         use_bias: whether gates have biases.
         kernel_regularizer, recurrent_regularizer, bias_regularizer: as of `keras.layers.LSTM`.
@@ -40,11 +61,11 @@ class LstmState(layers.Layer):
     Reference: Gers et al. 2000, section 3.1 (https://doi.org/10.1162/089976600300015015).
     """
 
-    KINDS = {"carry": GATES[:3], "output": GATES[3:]}  # noqa: RUF012 - a constant of the class
+    KINDS = {StateKind.CARRY: GATES[:3], StateKind.OUTPUT: GATES[3:]}  # noqa: RUF012 - a constant of the class
 
     def __init__(
         self,
-        kind: str,
+        kind: StateKind | str,
         units: int,
         *,
         use_bias: bool = True,
@@ -54,7 +75,7 @@ class LstmState(layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.kind, self.units, self.use_bias = kind, units, use_bias
+        self.kind, self.units, self.use_bias = StateKind(kind), units, use_bias
         self.regularizers = tuple(
             keras.regularizers.get(r)
             for r in (kernel_regularizer, recurrent_regularizer, bias_regularizer)
@@ -99,7 +120,7 @@ class LstmState(layers.Layer):
             gate: rounding(ops.tanh(s) if gate == "candidate" else ops.sigmoid(s), *_UNIT)
             for gate, s in parts.items()
         }
-        if self.kind == "carry":
+        if self.kind is StateKind.CARRY:
             return values["forget"] * c + values["input"] * values["candidate"]
         return values["output"] * rounding(ops.tanh(c), *_UNIT)
 
@@ -113,12 +134,12 @@ class LstmState(layers.Layer):
         return (input_shape[0][0], self.units)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, beside what every layer has."""
+        """The config of every layer, with the arguments above."""
         names = ("kernel_regularizer", "recurrent_regularizer", "bias_regularizer")
         serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
-            "kind": self.kind,
+            "kind": self.kind.value,
             "units": self.units,
             "use_bias": self.use_bias,
             **{
@@ -160,7 +181,7 @@ class FrozenLSTM(layers.Layer):
         source, carry, result: grids of the input, the carry and the output.
     """
 
-    kind = "fused"
+    kind = RecurrenceKind.FUSED
 
     def __init__(
         self,
@@ -193,17 +214,11 @@ class FrozenLSTM(layers.Layer):
         h = c = ops.zeros((ops.shape(x)[0], self.units))
         outputs = []
         for step in ops.unstack(x, axis=1):
-            c = _on_grid(carry.rounded([step, h, c]), self.carry)
-            h = _on_grid(output.rounded([step, h, c]), self.result)
+            c = self.carry.rounded(carry.rounded([step, h, c]))
+            h = self.result.rounded(output.rounded([step, h, c]))
             outputs.append(h)
         return ops.stack(outputs, axis=1)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """`(batch, steps, units)`."""
         return (*input_shape[:2], self.units)
-
-
-def _on_grid(x: Any, grid: Site) -> Any:
-    low, high = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
-    integers = ops.clip(ops.floor(x / grid.scale + 0.5) + grid.zero_point, low, high)
-    return (integers - grid.zero_point) * grid.scale

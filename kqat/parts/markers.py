@@ -1,11 +1,26 @@
-"""Which value is which: what stands in a model beside the numbers, and what the exporter reads."""
+"""Layers that compute nothing: they tell the exporter which value is which."""
 
 from typing import Any
 
 import keras
 import numpy as np
 
+from kqat.base import TextEnum
 from kqat.grids import QuantSpec, Site, arithmetic
+
+
+class MarkerKind(TextEnum):
+    """What a marker says of the value that it stands on.
+
+    SITE: the value of `sites[index]`. TABLE: the elementwise function `tables[index]` is to be
+    applied here. LSTM: what stands between the site before and here is the operator of
+    `lstms[index]`. FENCE: integers and floats meet here.
+    """
+
+    FENCE = "fence"
+    TABLE = "table"
+    SITE = "site"
+    LSTM = "lstm"
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -17,22 +32,25 @@ class Marker(keras.layers.Layer):
     trained, and any bit width travels the same way. The pair's zero point encodes `kind`.
 
     Args:
-        kind: `"site"`: the value of `sites[index]`; `"table"`: an elementwise function, the one of
-            `tables[index]`, is to be applied here; `"lstm"`: what stands between the site before
-            and here is the operator of `lstms[index]`; `"fence"`: integers and floats meet here.
-        index: which one.
+        kind: what the marker says.
+        index: of the site, table or LSTM in the frozen model; 0 for a fence.
     """
 
     STEP = 2.0**-10
     # Zero points on the converter's uint8 grid.
-    KINDS = {"fence": 0, "table": 64, "site": 128, "lstm": 192}  # noqa: RUF012 - a constant of the class
+    KINDS = {  # noqa: RUF012 - a constant of the class
+        MarkerKind.FENCE: 0,
+        MarkerKind.TABLE: 64,
+        MarkerKind.SITE: 128,
+        MarkerKind.LSTM: 192,
+    }
 
-    def __init__(self, kind: str, index: int, **kwargs: Any):
+    def __init__(self, kind: MarkerKind | str, index: int, **kwargs: Any):
         super().__init__(**{"dtype": "float32", **kwargs})
-        self.kind, self.index = kind, index
+        self.kind, self.index = MarkerKind(kind), index
 
     def call(self, x: Any) -> Any:
-        """`x`, rounded on a grid that nobody uses."""
+        """`x` through a fake-quant op whose scale and zero point encode index and kind."""
         step, zero = (self.index + 1) * self.STEP, self.KINDS[self.kind]
         low, high = -zero * step, (255 - zero) * step
         return arithmetic.fake_quantize(x, low, high, QuantSpec())
@@ -48,8 +66,8 @@ class Marker(keras.layers.Layer):
         return kinds[zero_point], round(scale / cls.STEP) - 1
 
     def get_config(self) -> dict[str, Any]:
-        """Kind and index, beside what every layer has."""
-        return {**super().get_config(), "kind": self.kind, "index": self.index}
+        """The config of every layer, with `kind` and `index`."""
+        return {**super().get_config(), "kind": self.kind.value, "index": self.index}
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -90,7 +108,7 @@ class Requantize(keras.layers.Layer):
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        """Both widths, beside what every layer has."""
+        """The config of every layer, with `source_bits` and `bits`."""
         return {**super().get_config(), "source_bits": self.source_bits, "bits": self.bits}
 
 
@@ -127,6 +145,6 @@ class Tabulated(keras.layers.Layer):
         return np.asarray(self.layer(keras.ops.convert_to_tensor(real[:, np.newaxis])))[:, 0]
 
 
-def is_marker(layer: Any, kind: str) -> bool:
+def is_marker(layer: Any, kind: MarkerKind | str) -> bool:
     """Whether `layer` is a marker of this kind."""
     return isinstance(layer, Marker) and layer.kind == kind

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import layers, ops
 
-from kqat.parts.lstm_step import LstmState
+from kqat.parts.lstm_step import LstmState, RecurrenceKind
 
 Step = Callable[[list[Any], list[Any]], tuple[list[Any], list[Any]]]
 
@@ -154,15 +154,13 @@ class Recurrence(layers.Layer):
         }
 
     @property
-    def kind(self) -> str:
-        """How it ships: `"unrolled"`, or as the one operator that its step is of.
-
-        That is `"fused"`, or `"fused_backwards"` where sequences have to be turned around it.
-        """
+    def kind(self) -> RecurrenceKind:
+        """How it ships: as one operator where the step is made of that operator's layers."""
         parts = [getattr(layer, "layer", layer) for layer in self.step.layers]
         if not any(isinstance(part, LstmState) for part in parts):
-            return "unrolled"
-        return "fused_backwards" if self.go_backwards or self.flip else "fused"
+            return RecurrenceKind.UNROLLED
+        turned = self.go_backwards or self.flip
+        return RecurrenceKind.FUSED_BACKWARDS if turned else RecurrenceKind.FUSED
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Recurrence":

@@ -1,4 +1,4 @@
-"""Layers that Keras lacks: each is one TFLite operator, for what is decomposed to be made of."""
+"""Layers that Keras lacks, each one TFLite operator; composite layers are rewritten with them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from kqat.base import UnsupportedLayerError
+from kqat.base import TextEnum, UnsupportedLayerError
 from kqat.grids import HIDDEN, LOWEST
 
 
@@ -33,7 +33,7 @@ class Slice(layers.Layer):
         return (input_shape[0], *(len(range(b, e, s)) for b, e, s in triples))
 
     def get_config(self) -> dict[str, Any]:
-        """The three lists, beside what every layer has."""
+        """The config of every layer, with `begin`, `end` and `steps`."""
         return {**super().get_config(), "begin": self.begin, "end": self.end, "steps": self.steps}
 
 
@@ -86,36 +86,47 @@ def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]
     return (begin, end, step)
 
 
+class ReduceKind(TextEnum):
+    """The function of `keras.ops` that a `Reduce` computes."""
+
+    MEAN = "mean"
+    MAX = "max"
+    MIN = "min"
+    PROD = "prod"
+
+
 @keras.saving.register_keras_serializable("kqat")
 class Reduce(layers.Layer):
-    """The mean, max, min or prod (`kind`) over axes.
+    """The mean, maximum, minimum or product over axes.
 
-    Input shape `(batch, d1, …)`; `axes` count the batch as 0, and leave it out.
+    Input shape `(batch, d1, …)`; the batch is axis 0 and none of `axes`.
     """
 
-    def __init__(self, kind: str, axes: list[int], keepdims: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, kind: ReduceKind | str, axes: list[int], keepdims: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.kind, self.axes, self.keepdims = kind, list(axes), keepdims
+        self.kind, self.axes, self.keepdims = ReduceKind(kind), list(axes), keepdims
 
     def call(self, x: Any) -> Any:
         """The reduced tensor."""
         return getattr(ops, self.kind)(x, axis=tuple(self.axes), keepdims=self.keepdims)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, beside what every layer has."""
-        own = {"kind": self.kind, "axes": self.axes, "keepdims": self.keepdims}
+        """The config of every layer, with the arguments above."""
+        own = {"kind": self.kind.value, "axes": self.axes, "keepdims": self.keepdims}
         return {**super().get_config(), **own}
 
 
 def total(x: Any, axes: list[int], keepdims: bool, name: str) -> Any:
     """The sum over axes, as a multiple of the mean: LiteRT's reference SUM does not rescale."""
     count = float(np.prod([x.shape[axis] for axis in axes]))
-    mean = Reduce("mean", axes, keepdims, name=f"{name}_mean")(x)
+    mean = Reduce(ReduceKind.MEAN, axes, keepdims, name=f"{name}_mean")(x)
     return layers.Rescaling(count, name=name)(mean)
 
 
 def stacked(values: Sequence[Any], axis: int, name: str) -> Any:
-    """Values of equal shape along a new axis, which counts the batch as 0."""
+    """Values of equal shape side by side along a new axis; the batch is axis 0."""
     shape = list(values[0].shape[1:])
     shape.insert(axis - 1, 1)
     if len(values) == 1:
@@ -140,7 +151,7 @@ class Take(layers.Layer):
         return ops.take(x, ops.convert_to_tensor(self.indices, "int32"), axis=self.axis)
 
     def get_config(self) -> dict[str, Any]:
-        """The indices and the axis, beside what every layer has."""
+        """The config of every layer, with `indices` and `axis`."""
         return {**super().get_config(), "indices": self.indices, "axis": self.axis}
 
 
@@ -157,7 +168,7 @@ class DepthToSpace(layers.Layer):
         return ops.depth_to_space(x, self.block_size, data_format="channels_last")
 
     def get_config(self) -> dict[str, Any]:
-        """The block's size, beside what every layer has."""
+        """The config of every layer, with `block_size`."""
         return {**super().get_config(), "block_size": self.block_size}
 
 
@@ -174,8 +185,27 @@ class SpaceToDepth(layers.Layer):
         return ops.space_to_depth(x, self.block_size, data_format="channels_last")
 
     def get_config(self) -> dict[str, Any]:
-        """The block's size, beside what every layer has."""
+        """The config of every layer, with `block_size`."""
         return {**super().get_config(), "block_size": self.block_size}
+
+
+class IndexKind(TextEnum):
+    """The function of `keras.ops` that an `IndexOperation` computes."""
+
+    ARGMAX = "argmax"
+    ARGMIN = "argmin"
+    ADD = "add"
+    SUBTRACT = "subtract"
+    MULTIPLY = "multiply"
+    EQUAL = "equal"
+    NOT_EQUAL = "not_equal"
+    GREATER = "greater"
+    GREATER_EQUAL = "greater_equal"
+    LESS = "less"
+    LESS_EQUAL = "less_equal"
+    LOGICAL_AND = "logical_and"
+    LOGICAL_OR = "logical_or"
+    LOGICAL_NOT = "logical_not"
 
 
 # Saved files know it by this name.
@@ -184,25 +214,31 @@ class IndexOperation(layers.Layer):
     """A function of `keras.ops` that makes indexes or truth values, which have no scale.
 
     Args:
-        kind: the function's name: `"argmax"`, `"greater"` ….
+        kind: the function.
         options: its other arguments by name, plain JSON types.
     """
 
-    def __init__(self, kind: str, options: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, kind: IndexKind | str, options: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(autocast=False, **kwargs)
-        self.kind, self.options = kind, dict(options or {})
+        self.kind, self.options = IndexKind(kind), dict(options or {})
 
     def call(self, x: Any) -> Any:
         """The function's value of a tensor, or of a list of them."""
         tensors = x if isinstance(x, list | tuple) else [x]
         result = getattr(ops, self.kind)(*tensors, **self.options)
-        return ops.cast(result, "int32") if self.kind in ("argmax", "argmin") else result
+        return (
+            ops.cast(result, "int32")
+            if self.kind in (IndexKind.ARGMAX, IndexKind.ARGMIN)
+            else result
+        )
 
     def get_config(self) -> dict[str, Any]:
-        """The function and its options, beside what every layer has."""
+        """The config of every layer, with `kind` and `options`."""
         config = super().get_config()
         config.pop("autocast", None)
-        return {**config, "kind": self.kind, "options": self.options}
+        return {**config, "kind": self.kind.value, "options": self.options}
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -216,10 +252,10 @@ class Select(layers.Layer):
 
 @keras.saving.register_keras_serializable("kqat")
 class Hide(layers.Add):
-    """`bias + scores` of `[bias, scores]`; the bias is `numerics.HIDDEN` for keys that are hidden.
+    """`bias + scores` of `[bias, scores]`; the bias of a hidden key is `arithmetic.HIDDEN`.
 
-    What is hidden is `numerics.LOWEST` whatever its score, and softmax finds it equal; on integers
-    the grid ends above it, so that a sum does the same. Ships as an addition.
+    A hidden score becomes `arithmetic.LOWEST`, so softmax gives it no weight. In the file it is an
+    ADD: there the sum is cut off at the lowest integer of the grid, with the same result.
     """
 
     def call(self, inputs: Any) -> Any:
@@ -232,17 +268,24 @@ def _shown(bias: Any, scores: Any) -> Any:
     return ops.where(bias < HIDDEN / 2, LOWEST, scores)
 
 
+class ConstantKind(TextEnum):
+    """What a `WithConstant` computes; `HIDE` adds the bias of a mask, as the layer `Hide` does."""
+
+    ADD = "add"
+    MULTIPLY = "multiply"
+    HIDE = "hide"
+
+
 @keras.saving.register_keras_serializable("kqat")
 class WithConstant(layers.Layer):
-    """`x + value` or `x * value` (`kind` `"add"` or `"multiply"`); `value` may be trained.
+    """`x + value` or `x * value`; `value` may be trained.
 
-    `value` has the given shape, which broadcasts with that of `x`. Kind `"hide"` adds the bias of a
-    mask, as `Hide` does.
+    `value` has the given shape, which broadcasts with that of `x`.
     """
 
-    def __init__(self, kind: str, shape: list[int], **kwargs: Any) -> None:
+    def __init__(self, kind: ConstantKind | str, shape: list[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.kind, self.shape = kind, list(shape)
+        self.kind, self.shape = ConstantKind(kind), list(shape)
 
     def build(self, input_shape: Any) -> None:
         """Creates the value, zero."""
@@ -251,7 +294,7 @@ class WithConstant(layers.Layer):
     def call(self, x: Any) -> Any:
         """The sum or product."""
         # The value first: Keras has ways of its own to add a vector that comes second.
-        if self.kind == "hide":
+        if self.kind is ConstantKind.HIDE:
             return _shown(self.value, x)
         return getattr(ops, self.kind)(self.value, x)
 
@@ -261,8 +304,8 @@ class WithConstant(layers.Layer):
         return (input_shape[0], *np.broadcast_shapes(fixed, tuple(self.shape))[1:])
 
     def get_config(self) -> dict[str, Any]:
-        """Kind and shape, beside what every layer has."""
-        return {**super().get_config(), "kind": self.kind, "shape": self.shape}
+        """The config of every layer, with `kind` and `shape`."""
+        return {**super().get_config(), "kind": self.kind.value, "shape": self.shape}
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -273,7 +316,7 @@ class Matmul(layers.Layer):
     """
 
     def call(self, inputs: Any) -> Any:
-        """The product."""
+        """`a @ b`, batch by batch."""
         a, b = inputs
         return ops.matmul(a, b)
 
@@ -287,11 +330,11 @@ class ReciprocalSquareRoot(layers.Layer):
         self.epsilon = epsilon
 
     def call(self, x: Any) -> Any:
-        """The function's value; a rounding below zero counts as zero."""
+        """`1 / sqrt(x + epsilon)`; an `x` that rounding put below zero is taken as zero."""
         return ops.rsqrt(ops.maximum(x, 0.0) + self.epsilon)
 
     def get_config(self) -> dict[str, Any]:
-        """Epsilon, beside what every layer has."""
+        """The config of every layer, with `epsilon`."""
         return {**super().get_config(), "epsilon": self.epsilon}
 
 
@@ -348,7 +391,7 @@ class ChannelAffine(layers.Layer):
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        """The options, serialized, beside what every layer has."""
+        """The config of every layer, with the options serialized."""
         serialize = keras.saving.serialize_keras_object
         options = {k: None if v is None else serialize(v) for k, v in self.options.items()}
         own = {"scale": self.scale, "center": self.center}

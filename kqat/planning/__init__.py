@@ -1,6 +1,6 @@
 """Graph and policy to `Plan`: every decision, before a weight is touched."""
 
-from kqat.planning.plan import Group, LayerPlan, Plan, Rounding
+from kqat.planning.plan import Group, LayerPlan, Plan, Role, Rounding
 from kqat.planning.planner import make_plan
 from kqat.planning.target_fit import activation_of, misfits, replacements, with_replacements
 
@@ -8,6 +8,7 @@ __all__ = [
     "Group",
     "LayerPlan",
     "Plan",
+    "Role",
     "Rounding",
     "activation_of",
     "make_plan",

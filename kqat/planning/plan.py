@@ -1,14 +1,17 @@
-"""The plan as data: immutable, printable, JSON. What is decided here is decided in `planning`."""
+"""The plan: what was decided about a model, as data, as text and as JSON."""
 
+import collections
 import dataclasses
 import json
 import os
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from kqat.base import write_file
+from kqat.base import TextEnum, write_file
 from kqat.devices import Misfit
 from kqat.grids import (
+    Clamp,
     Fixed,
     MaxAbs,
     QuantSpec,
@@ -17,7 +20,7 @@ from kqat.grids import (
     range_method_to_dict,
     step_method_to_dict,
 )
-from kqat.registry import LayerRule
+from kqat.registry import LayerRule, Output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Group:
     name: str
     spec: QuantSpec
     range_method: RangeMethod
-    clamp: str | None
+    clamp: Clamp | None
     sites: int
     sources: tuple[str, ...]
     hides: bool = False
@@ -55,17 +58,40 @@ class Group:
         return not isinstance(self.range_method, Fixed)
 
 
+class Role(TextEnum):
+    """What becomes of a layer."""
+
+    INTEGER = "integer"
+    FLOAT = "float"
+    FOLDED = "folded"
+    CLAMP = "clamp"
+    TRAINING_ONLY = "training only"
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer (`role`: integer, float, folded, clamp or training only).
+    """What becomes of one layer.
 
-    `bits` is the width of its activations, 0 where it is float.
+    Args:
+        name: of the layer, or of the part that a composite layer is taken apart into.
+        origin: name of the user's layer that it is a part of.
+        kind: name of its class.
+        role: what becomes of it.
+        weights: name of each weight -> its grid.
+        weight_step: how the steps of these grids are found.
+        normalization: name of the BatchNormalization that folds into it.
+        group: name of the group whose quantizer rounds its output.
+        ops: the TFLite operators that it may become.
+        bits: width of its activations; 0 where it is float.
+        note: on its role, for a reader.
+        into: name of the layer whose kernel computes it, where it is folded or fused.
+        output: how the scale of its output comes about; `None` where it is float.
     """
 
     name: str
     origin: str
     kind: str
-    role: str
+    role: Role
     weights: Mapping[str, QuantSpec]
     weight_step: StepMethod
     normalization: str | None
@@ -73,6 +99,8 @@ class LayerPlan:
     ops: tuple[str, ...]
     bits: int
     note: str
+    into: str | None = None
+    output: Output | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +109,8 @@ class Plan:
 
     `misfits` are the layers that do not fit `target`, where one was asked for. `graph`, `roundings`
     and `steps` (the plan of one step of each recurrence, by the name of its node) are what
-    `wrapping` builds from, with `rules`, the row that each integer node was planned with, by the
-    node's name; they are left out of both.
+    `training.build` builds from, with `rules`, the row that each integer node was planned with, by
+    the node's name; they are left out of both.
     """
 
     model_name: str
@@ -102,7 +130,7 @@ class Plan:
 
     def float_layers(self) -> tuple[str, ...]:
         """Names of the layers that stay float."""
-        return tuple(layer.name for layer in self.layers if layer.role == "float")
+        return tuple(layer.name for layer in self.layers if layer.role is Role.FLOAT)
 
     def to_json(self) -> str:
         """The plan as JSON text, for keeping beside the `.tflite`."""
@@ -137,43 +165,136 @@ class Plan:
         write_file(path, self.to_json().encode())
 
     def __str__(self) -> str:
-        groups = {group.name: group for group in self.groups}
-        rows = [("layer", "type", "role", "weights", "output range", "note")]
-        rows += [
-            (
-                layer.name,
-                layer.kind,
-                layer.role,
-                ", ".join(_weight_text(s, layer.weight_step) for s in layer.weights.values()),
-                _range_text(groups[layer.group]) if layer.group else "",
-                layer.note,
-            )
-            for layer in self.layers
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        if any(spec.bits <= 4 for layer in self.layers for spec in layer.weights.values()):
-            lines.append("int4: two a byte where the target has such kernels, else in int8")
+        return self.text()
+
+    def text(self, width: int = 80) -> str:
+        """The plan as a table, in lines of at most `width` characters where names allow it.
+
+        A name that is too long for its column is shortened in the middle. Columns: what becomes of
+        the layer; the integers of its weights, `/ch` where each channel has a scale; the scale of
+        its output. That is `own`, found from data; a range that is given, or that the kernel
+        demands; `as input`; or `shared` with the values that are listed below the table.
+        """
         shared = [group for group in self.groups if group.sites > 1]
-        lines += [f"one scale: {', '.join(group.sources)}" for group in shared]
-        lines += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
+        numbers = {group.name: number for number, group in enumerate(shared, 1)}
+        groups = {group.name: group for group in self.groups}
+        names = [layer.name for layer in self.layers]
+        rows = [tuple(_Cell(column) for column in _COLUMNS)] + [
+            (
+                _Cell("", layer.name),
+                _Cell("", layer.kind),
+                _becomes(layer, above),
+                _Cell(_all_weights(layer)),
+                _Cell(_output_scale(layer, groups, numbers)),
+            )
+            for layer, above in zip(self.layers, ["", *names], strict=False)
+        ]
+        lines = [f"plan of {self.model_name}", *_table(rows, width)]
+        notes = [
+            f"shared {numbers[group.name]}: one scale for {', '.join(group.sources)}"
+            for group in shared
+        ]
+        if any(spec.bits <= 4 for layer in self.layers for spec in layer.weights.values()):
+            notes.append("int4: two a byte where the target has such kernels, else one, as int8")
+        notes += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
         if self.target is not None and not self.misfits:
-            lines.append(f"target {self.target}: every layer fits")
-        lines += [f"target {self.target}: {misfit}" for misfit in self.misfits]
-        return "\n".join([f"plan of {self.model_name}", *lines])
+            notes.append(f"target {self.target}: every layer fits")
+        notes += [f"target {self.target}: {misfit}" for misfit in self.misfits]
+        return "\n".join(lines + [_filled(note, width) for note in notes])
 
 
-def _range_text(group: Group) -> str:
-    return group.label if group.spec.bits == 8 else f"{group.label}, int{group.spec.bits}"
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    """One cell of the table: words that stay whole, then a name that may be shortened."""
+
+    words: str
+    name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.words) + len(self.name)
+
+    def text(self, width: int) -> str:
+        """The cell in `width` characters, its name shortened in the middle."""
+        room = max(width - len(self.words), _LEAST_NAME)
+        if len(self.name) <= room:
+            return (self.words + self.name).ljust(width)
+        tail = (room - 1) // 2
+        return f"{self.words}{self.name[: room - 1 - tail]}…{self.name[-tail:]}"
 
 
-def _weight_text(spec: QuantSpec, step: StepMethod) -> str:
+# The columns, and how narrow one may become before the others do, for a name cannot be told from
+# its ends alone.
+_COLUMNS = ("layer", "type", "becomes", "weights", "output scale")
+_LEAST_NAME = 9
+_LEAST_TYPE = 14
+
+
+def _table(rows: list[tuple[_Cell, ...]], width: int) -> list[str]:
+    """The rows in columns; those of names are narrowed until a line fits, types first."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    least = [
+        max(len(cell.words) + min(len(cell.name), _LEAST_NAME) for cell in column)
+        for column in columns
+    ]
+    types = _COLUMNS.index("type")
+    over = sum(widths) + 2 * (len(columns) - 1) - width
+    while over > 0 and (spare := [i for i, wide in enumerate(widths) if wide > least[i]]):
+        widest = max(spare, key=widths.__getitem__)
+        widths[types if widths[types] > _LEAST_TYPE else widest] -= 1
+        over -= 1
+    lines = [
+        "  ".join(cell.text(wide) for cell, wide in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * wide for wide in widths))
+    return lines
+
+
+def _becomes(layer: LayerPlan, above: str) -> _Cell:
+    """What becomes of a layer that stands below the one named `above`."""
+    if layer.role is Role.TRAINING_ONLY:
+        return _Cell("nothing")
+    if layer.into is None:
+        return _Cell("integer" if layer.role is Role.CLAMP else layer.role.value)
+    verb = "folded into" if layer.role is Role.FOLDED else "fused into"
+    return _Cell(f"{verb} above") if layer.into == above else _Cell(f"{verb} ", layer.into)
+
+
+def _output_scale(layer: LayerPlan, groups: Mapping[str, Group], numbers: Mapping[str, int]) -> str:
+    """Where the scale of a layer's output comes from; empty where it has none of its own."""
+    if layer.group is None:
+        words = {Output.SAME: "as input", Output.INDEX: "none", Output.INSIDE: "inside"}
+        return words.get(layer.output, "") if layer.output else ""
+    group = groups[layer.group]
+    if layer.name not in group.sources:
+        return "as input"
+    method, parts = group.range_method, []
+    if group.name in numbers:
+        parts.append(f"shared {numbers[group.name]}")
+    if isinstance(method, Fixed):
+        parts.append(f"{method.low:.4g} to {method.high:.4g}")
+    parts = parts or ["own"]
+    return ", ".join(parts if group.spec.bits == 8 else [*parts, f"int{group.spec.bits}"])
+
+
+def _filled(words: str, width: int) -> str:
+    """A note in lines of `width` characters; a name stays in one piece."""
+    return textwrap.fill(
+        words, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )
+
+
+def _all_weights(layer: LayerPlan) -> str:
+    """The integers of a layer's weights: `int8/ch`, `6 × int8`."""
+    texts = collections.Counter(_weights(s, layer.weight_step) for s in layer.weights.values())
+    return ", ".join(text if n == 1 else f"{n} × {text}" for text, n in texts.items())
+
+
+def _weights(spec: QuantSpec, step: StepMethod) -> str:
+    """The integers of a weight: `int8/ch` with one scale per channel, `3 bits in int4/ch lsq`."""
     storage = 4 if spec.bits <= 4 else 8
-    text = f"int{storage}" if spec.bits == storage else f"{spec.bits}-bit grid in int{storage}"
+    text = f"int{storage}" if spec.bits == storage else f"{spec.bits} bits in int{storage}"
     if spec.axis is not None:
-        text += " per channel"
+        text += "/ch"
     return text if step == MaxAbs() else f"{text} {step_method_to_dict(step)['name']}"

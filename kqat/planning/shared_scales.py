@@ -1,9 +1,16 @@
-"""Values that share one scale."""
+"""Which values share one scale.
+
+Operators that move values (pools, reshapes, concatenations) demand one scale for their inputs and
+outputs (TFLite quantization specification). So do the states of a recurrence before and after a
+step.
+"""
 
 from kqat.graph import Ref
+from kqat.planning.planned_graph import PlannedGraph
+from kqat.registry import Output
 
 
-class Joined:
+class SharedScales:
     """Disjoint sets of values; each has a root, the first value that others were joined to."""
 
     def __init__(self) -> None:
@@ -20,3 +27,19 @@ class Joined:
         a, b = self.root(a), self.root(b)
         if a is not b:
             self._above[b] = a
+
+
+def share_scales(planned: PlannedGraph) -> SharedScales:
+    """The sets of values that must share one scale, from the graph's edges."""
+    shared = SharedScales()
+    for before, after in planned.states or ():
+        shared.join(before, after)
+    for node in planned.graph.nodes:
+        kind = planned.output_kind(node)
+        moves = kind is Output.SAME or (kind is Output.VANISHES and planned.is_integer(node))
+        if not moves or node.outputs[0].holds_indexes:
+            continue
+        for ref in (*node.inputs, *node.outputs[1:]):
+            if not ref.holds_indexes:
+                shared.join(ref, node.outputs[0])
+    return shared

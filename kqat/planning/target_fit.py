@@ -21,7 +21,7 @@ from kqat.devices import (
 )
 from kqat.graph import Graph, Node, activation_name, duplicate, rebuild
 from kqat.parts import Requantize
-from kqat.planning.plan import LayerPlan, Plan
+from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.registry import ACTIVATIONS, as_layers, rule_for
 
 
@@ -35,7 +35,7 @@ def misfits(graph: Graph, plan: Plan, target: Target) -> tuple[Misfit, ...]:
     """
     functions = {node.name: activation_of(node.layer, node.name) for node in graph.nodes}
     made = _layers(plan)
-    parts = [part for part in plan.layers if part.role != "float"]
+    parts = [part for part in plan.layers if part.role is not Role.FLOAT]
     unfit: dict[tuple[str, int], dict[str, bool]] = {}
     for part in parts:
         layer = made[part.name]
@@ -122,9 +122,9 @@ def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
             layer=part.origin,
             operators=(packable[0],),
             blocking=False,
-            reason=f"stores its weights of {spec.bits} bits in 8",
+            reason=f"stores its {spec.bits}-bit weights as int8",
             replacement=None,
-            remedy="none is packed there",
+            remedy="this target has no kernel for packed weights",
         )
 
 
@@ -134,7 +134,7 @@ def _limited(plan: Plan) -> Iterator[Misfit]:
     nodes = {node.name: node for node in plan.graph.nodes}
     for part in plan.layers:
         for op in part.ops if part.name in nodes else ():
-            if part.role == "float" or not device.accelerates(op, part.bits):
+            if part.role is Role.FLOAT or not device.accelerates(op, part.bits):
                 continue
             node = nodes[part.name]
             # A plan's shapes have no size for the batch, which is one there.
@@ -153,5 +153,5 @@ def _limited(plan: Plan) -> Iterator[Misfit]:
 
 
 def _unfit(part: LayerPlan, layer: Any, target: Target, bits: int) -> dict[str, bool]:
-    table = rule_for(layer, part.name).is_table(bits) and part.role == "integer"
+    table = rule_for(layer, part.name).is_table(bits) and part.role is Role.INTEGER
     return target.unfit(part.ops, table, bits)

@@ -6,8 +6,8 @@ import keras
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part
-from kqat.parts import CARRY, GATES, FrozenLSTM, LstmState, Recurrence
+from kqat.graph import Part, activation_name
+from kqat.parts import CARRY, GATES, FrozenLSTM, LstmState, Recurrence, RecurrenceKind, StateKind
 from kqat.registry.rule import LayerRule, Output
 from kqat.rewrites import Builder, Decomposed, bidirectional, rnn
 
@@ -26,15 +26,17 @@ _TAKES_LAST = ("STRIDED_SLICE", "RESHAPE")
 OPS = (_OPERATOR, "GATHER")
 # Rows of the registry.
 KINDS: dict[tuple[type, str], LayerRule] = {
-    (FrozenLSTM, "fused"): LayerRule(output=Output.OWN, ops=(_OPERATOR,)),
-    (Recurrence, "fused"): LayerRule(output=Output.INSIDE, ops=_TAKES_LAST),
-    (Recurrence, "fused_backwards"): LayerRule(output=Output.INSIDE, ops=("GATHER", *_TAKES_LAST)),
+    (FrozenLSTM, RecurrenceKind.FUSED): LayerRule(output=Output.OWN, ops=(_OPERATOR,)),
+    (Recurrence, RecurrenceKind.FUSED): LayerRule(output=Output.INSIDE, ops=_TAKES_LAST),
+    (Recurrence, RecurrenceKind.FUSED_BACKWARDS): LayerRule(
+        output=Output.INSIDE, ops=("GATHER", *_TAKES_LAST)
+    ),
     **{
         (LstmState, kind): LayerRule(
             output=Output.OWN,
             ops=(_OPERATOR,),
             weights={f"{gate}_{part}": None for gate in gates for part in ("kernel", "recurrent")},
-            grid=CARRY if kind == "carry" else None,
+            grid=CARRY if kind is StateKind.CARRY else None,
         )
         for kind, gates in LstmState.KINDS.items()
     },
@@ -68,7 +70,10 @@ def _options(cell: Any) -> dict[str, Any]:
     if not isinstance(cell, layers.LSTMCell):
         return {"cell": type(cell).__name__}
     functions = ("activation", "recurrent_activation")
-    found = {option: getattr(getattr(cell, option), "__name__", "") for option in functions}
+    found = {
+        option: activation_name(getattr(cell, option)) or "a function of your own"
+        for option in functions
+    }
     return {**found, "recurrent_dropout": cell.recurrent_dropout}
 
 
@@ -88,11 +93,11 @@ def _step(builder: Builder) -> keras.Model:
     builder.projections.append(lambda x: x)
     x = keras.Input((builder.kernel.shape[0],), name=builder.part_name("input_step"))
     h, c = builder.state("state"), builder.state("carry_state")
-    carry = _state(builder, "carry")([x, h, c])
-    return builder.model([x, h, c], [_state(builder, "output")([x, h, carry]), carry])
+    carry = _state(builder, StateKind.CARRY)([x, h, c])
+    return builder.model([x, h, c], [_state(builder, StateKind.OUTPUT)([x, h, carry]), carry])
 
 
-def _state(builder: Builder, kind: str) -> Part:
+def _state(builder: Builder, kind: StateKind) -> Part:
     """One state; its weights are the cell's, gate by gate."""
     options = builder.regularizers("kernel_regularizer", "recurrent_regularizer")
     use_bias = builder.bias is not None

@@ -6,7 +6,6 @@ a row are refused by name; `register_layer` adds one.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +13,21 @@ import keras
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
+from kqat.devices import INT8_FIXED
+from kqat.grids import Clamp
 from kqat.parts import (
     ChannelAffine,
+    ConstantKind,
     DepthToSpace,
     Elementwise,
     Hide,
+    IndexKind,
     IndexOperation,
     Matmul,
     ReciprocalSquareRoot,
     Recurrence,
     Reduce,
+    ReduceKind,
     Requantize,
     Select,
     Slice,
@@ -66,6 +70,10 @@ def _own(*ops: str, **options: Any) -> LayerRule:
 
 def _same(*ops: str, **options: Any) -> LayerRule:
     return LayerRule(output=Output.SAME, ops=ops, **options)
+
+
+def _fixed(op: str, **options: Any) -> LayerRule:
+    return LayerRule(output=Output.FIXED, ops=(op,), fixed_range=INT8_FIXED[op].range, **options)
 
 
 def _resize(*ops: str) -> LayerRule:
@@ -112,7 +120,6 @@ TRAINING_ONLY = (
 )  # fmt: skip
 # Layers that scale and shift channels by numbers which freezing knows how to find.
 AFFINE = (layers.BatchNormalization, layers.Rescaling, ChannelAffine, layers.Normalization)
-_LOGICAL = ("and", "or", "not")
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
     "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D",
@@ -123,14 +130,9 @@ _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": basic.pairwise}
 _POOL = {"refuse": rule.channels_last}
 
-# Fixed scales: TFLite quantization specification, SOFTMAX, LOGISTIC, TANH, LOG_SOFTMAX. Last the
-# input scale up to which TFLite Micro is right: beyond 4, it cuts off what is not saturated yet.
-_FIXED = {
-    "sigmoid": ("LOGISTIC", (0.0, 255 / 256), 4.0),
-    "softmax": ("SOFTMAX", (0.0, 255 / 256), math.inf),
-    "tanh": ("TANH", (-1.0, 127 / 128), 4.0),
-    "log_softmax": ("LOG_SOFTMAX", (-255 / 16, 0.0), math.inf),
-}
+# TFLite Micro's LOGISTIC and TANH cut off inputs that are not saturated yet where the input's scale
+# is larger.
+_MICRO_LARGEST_SCALE = 4.0
 
 # Elementwise functions without an int8 operator of their own.
 _TABULATED = (
@@ -152,8 +154,8 @@ _TABULATED = (
 
 ACTIVATIONS: dict[str, LayerRule] = {
     "linear": _VANISHES,
-    "relu": _own("RELU", clamp="relu"),
-    "relu6": _own("RELU", clamp="relu6"),
+    "relu": _own("RELU", clamp=Clamp.RELU),
+    "relu6": _own("RELU", clamp=Clamp.RELU6),
     "leaky_relu": _own("LEAKY_RELU"),
     "elu": _own("ELU", wide_table=True),
     "hard_silu": _own("HARD_SWISH", wide_table=True),
@@ -161,10 +163,10 @@ ACTIVATIONS: dict[str, LayerRule] = {
     "exponential": _own("EXP", table=True),
     **{name: _own(table=True) for name in _TABULATED},
     "silu": _own("LOGISTIC", "MUL", decompose=basic.silu),
-    **{
-        name: LayerRule(output=Output.FIXED, ops=(op,), fixed_range=r, largest_input_scale=most)
-        for name, (op, r, most) in _FIXED.items()
-    },
+    "sigmoid": _fixed("LOGISTIC", largest_input_scale=_MICRO_LARGEST_SCALE),
+    "softmax": _fixed("SOFTMAX"),
+    "tanh": _fixed("TANH", largest_input_scale=_MICRO_LARGEST_SCALE),
+    "log_softmax": _fixed("LOG_SOFTMAX"),
 }
 
 # A function of the user's own, and a layer of the user's own without a row.
@@ -263,12 +265,7 @@ LAYERS: dict[type, LayerRule] = {
     ),
     layers.Embedding: _own("CAST", "GATHER", weights={"embeddings": None}, table_of_rows=True),
     layers.GroupNormalization: _composite(normalization.group_normalization, *_NORMALIZING),
-    layers.UnitNormalization: LayerRule(
-        output=Output.FIXED,
-        ops=("L2_NORMALIZATION",),
-        fixed_range=(-1.0, 127 / 128),
-        refuse=rule.last_axis,
-    ),
+    layers.UnitNormalization: _fixed("L2_NORMALIZATION", refuse=rule.last_axis),
     layers.GroupQueryAttention: _composite(
         attention.group_query_attention, *_ATTENDING, "FULLY_CONNECTED", **_MASKS
     ),
@@ -320,25 +317,29 @@ LAYERS: dict[type, LayerRule] = {
 # Layers that are one of several operators: the class, and the name of the function that says which.
 KINDS: dict[tuple[type, str], LayerRule] = {
     **fused_lstms.KINDS,
-    (WithConstant, "add"): _own("ADD", weights={"value": None}, takes_clamp=True),
-    (WithConstant, "hide"): _own("ADD", weights={"value": None}, hides=True),
-    (WithConstant, "multiply"): _own("MUL", weights={"value": None}, takes_clamp=True),
+    (WithConstant, ConstantKind.ADD): _own("ADD", weights={"value": None}, takes_clamp=True),
+    (WithConstant, ConstantKind.HIDE): _own("ADD", weights={"value": None}, hides=True),
+    (WithConstant, ConstantKind.MULTIPLY): _own("MUL", weights={"value": None}, takes_clamp=True),
     (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
     (layers.Resizing, "bilinear"): _resize("RESIZE_BILINEAR"),
-    (Reduce, "mean"): _own("MEAN"),
-    (Reduce, "max"): _same("REDUCE_MAX"),
-    (Reduce, "min"): _same("REDUCE_MIN"),
-    (Reduce, "prod"): _own("REDUCE_PROD", refuse=rule.few_factors),
-    (IndexOperation, "argmax"): _index("ARG_MAX"),
-    (IndexOperation, "argmin"): _index("ARG_MIN"),
-    (IndexOperation, "add"): _index("ADD"),
-    (IndexOperation, "subtract"): _index("SUB"),
-    (IndexOperation, "multiply"): _index("MUL"),
-    **{
-        (IndexOperation, kind): _index(kind.upper())
-        for kind in ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")
-    },
-    **{(IndexOperation, f"logical_{kind}"): _index(f"LOGICAL_{kind.upper()}") for kind in _LOGICAL},
+    (Reduce, ReduceKind.MEAN): _own("MEAN"),
+    (Reduce, ReduceKind.MAX): _same("REDUCE_MAX"),
+    (Reduce, ReduceKind.MIN): _same("REDUCE_MIN"),
+    (Reduce, ReduceKind.PROD): _own("REDUCE_PROD", refuse=rule.few_factors),
+    (IndexOperation, IndexKind.ARGMAX): _index("ARG_MAX"),
+    (IndexOperation, IndexKind.ARGMIN): _index("ARG_MIN"),
+    (IndexOperation, IndexKind.ADD): _index("ADD"),
+    (IndexOperation, IndexKind.SUBTRACT): _index("SUB"),
+    (IndexOperation, IndexKind.MULTIPLY): _index("MUL"),
+    (IndexOperation, IndexKind.EQUAL): _index("EQUAL"),
+    (IndexOperation, IndexKind.NOT_EQUAL): _index("NOT_EQUAL"),
+    (IndexOperation, IndexKind.GREATER): _index("GREATER"),
+    (IndexOperation, IndexKind.GREATER_EQUAL): _index("GREATER_EQUAL"),
+    (IndexOperation, IndexKind.LESS): _index("LESS"),
+    (IndexOperation, IndexKind.LESS_EQUAL): _index("LESS_EQUAL"),
+    (IndexOperation, IndexKind.LOGICAL_AND): _index("LOGICAL_AND"),
+    (IndexOperation, IndexKind.LOGICAL_OR): _index("LOGICAL_OR"),
+    (IndexOperation, IndexKind.LOGICAL_NOT): _index("LOGICAL_NOT"),
 }
 
 

@@ -50,6 +50,17 @@ def _function_name(kind: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
 
 
+# `keras.ops` functions that are one of Keras's activations as they stand. (Others have options, and
+# rows of their own below.)
+_ACTIVATIONS = {
+    "".join(word.capitalize() for word in name.split("_")): name
+    for name in (
+        "relu relu6 sigmoid tanh silu hard_silu hard_sigmoid hard_tanh log_sigmoid selu softplus "
+        "softsign"
+    ).split()
+} | {"Exp": "exponential"}
+
+
 def _activation(function: str) -> Row:
     return lambda operation, name: layers.Activation(function, name=name)
 
@@ -184,19 +195,7 @@ OPERATIONS: dict[str, Row] = {
     "Square": _square,
     "Power": _power,
     "Clip": _clip,
-    "Relu": _activation("relu"),
-    "Relu6": _activation("relu6"),
-    "Sigmoid": _activation("sigmoid"),
-    "Tanh": _activation("tanh"),
-    "Silu": _activation("silu"),
-    "HardSilu": _activation("hard_silu"),
-    "HardSigmoid": _activation("hard_sigmoid"),
-    "HardTanh": _activation("hard_tanh"),
-    "LogSigmoid": _activation("log_sigmoid"),
-    "Selu": _activation("selu"),
-    "Softplus": _activation("softplus"),
-    "Softsign": _activation("softsign"),
-    "Exp": _activation("exponential"),
+    **{operation: _activation(name) for operation, name in _ACTIVATIONS.items()},
     "Elu": _elu,
     "Gelu": function,
     "LeakyRelu": lambda operation, name: layers.LeakyReLU(operation.negative_slope, name=name),

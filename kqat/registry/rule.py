@@ -1,22 +1,19 @@
 """What a row of the registry says, and why some layers of a class cannot ship."""
 
 import dataclasses
-import enum
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kqat.grids import QuantSpec
-
-# The int16 kernels of SOFTMAX, LOGISTIC and TANH have one scale, 1/32768, and zero point 0 (TFLite
-# quantization specification).
-INT16_FIXED_RANGE = (-1.0, 32767 / 32768)
+from kqat.base import TextEnum
+from kqat.devices import INT16_FIXED
+from kqat.grids import Clamp, QuantSpec
 
 # Four were one step off at most, six were three (on LiteRT, `benchmarks/op_probe.py`).
 MOST_FACTORS = 4
 
 
-class Output(enum.Enum):
+class Output(TextEnum):
     """How the scale of a layer's output comes about."""
 
     OWN = "own range"
@@ -37,8 +34,8 @@ class LayerRule:
         weights: name of each quantizable variable -> its channel axes (`None`: one scale only).
         fixed_range: `(low, high)` that the int8 kernel demands, for `Output.FIXED`.
         rounds: whether a same-scale layer computes new values, which are rounded again.
-        clamp: `"relu"` or `"relu6"` for a layer that fuses into its producer.
-        takes_clamp: whether a following clamp fuses into this layer.
+        clamp: the clamp that the layer is, which may be the fused activation of the layer before.
+        takes_clamp: whether a clamp behind this layer is carried out by its kernel.
         takes_normalization: whether a following BatchNormalization folds into this layer.
         table: whether the layer is an elementwise function that may ship as a table of 256
             entries; `ops` then names its own operator, if there is one.
@@ -65,7 +62,7 @@ class LayerRule:
     weights: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
     fixed_range: tuple[float, float] | None = None
     rounds: bool = False
-    clamp: str | None = None
+    clamp: Clamp | None = None
     takes_clamp: bool = False
     takes_normalization: bool = False
     table: bool = False
@@ -87,7 +84,7 @@ class LayerRule:
 
     def range_at(self, bits: int) -> tuple[float, float] | None:
         """The range that the kernel for activations of `bits` bits demands."""
-        return self.fixed_range if bits == 8 or not self.fixed_range else INT16_FIXED_RANGE
+        return self.fixed_range if bits == 8 or not self.fixed_range else INT16_FIXED.range
 
 
 def channels_last(layer: Any) -> str | None:

@@ -19,7 +19,8 @@ from kqat.grids import (
     RangeMethod,
     arithmetic,
 )
-from kqat.registry import LayerRule, Output, rule_for
+from kqat.registry import ACTIVATIONS, LayerRule, Output, rule_for
+from kqat.tfmot.keras2_view import Keras2View, original
 
 PACKAGE = "tensorflow_model_optimization"
 # A constant inside tfmot's MovingAverageQuantizer.
@@ -33,8 +34,12 @@ RANGES: dict[str, Callable[[Any], RangeMethod]] = {
     "FixedQuantizer": lambda quantizer: Fixed(quantizer.init_min, quantizer.init_max),
 }
 NONE = "NoQuantizer"
-# Fused activations that leave a layer one grid only.
-ONE_GRID = ("linear", "relu", "relu6")
+# Where tfmot has the quantizers that keep pruned or clustered weights so.
+_PRESERVING = "collab_opts"
+# Activations that are computed inside the layer's kernel, so that there is one grid only.
+ONE_GRID = tuple(
+    name for name, row in ACTIVATIONS.items() if row.clamp or row.output is Output.VANISHES
+)
 
 Grid = tuple[QuantSpec, RangeMethod]
 
@@ -73,12 +78,12 @@ def read(config: Any, layer: Any, name: str) -> Wish:
     return Wish(asker, layer, where, weights, output)
 
 
-def resolve(wish: Wish, *, fused: bool = False) -> QuantizeConfig | None:
+def resolve(wish: Wish, *, inside: bool = False) -> QuantizeConfig | None:
     """The config of ours that fulfils `wish`.
 
     Args:
         wish: from `read`.
-        fused: whether the next layer lies in the same kernel, so that the output of this one is
+        inside: whether the next layer lies in the same kernel, so that the output of this one is
             never an integer and needs no quantizer.
 
     Returns:
@@ -89,11 +94,11 @@ def resolve(wish: Wish, *, fused: bool = False) -> QuantizeConfig | None:
         UnsupportedLayerError: if the layer has no integer form.
     """
     if not wish.weights and wish.output is None:
-        return _quantizes_nothing(wish.layer, fused)
+        return _quantizes_nothing(wish.layer, inside)
     rule = row(wish.layer)
     if wish.output is not None:
-        _check_output(wish.output, rule, wish, fused)
-    elif rule.output is Output.OWN and not fused:
+        _check_output(wish.output, rule, wish, inside)
+    elif rule.output is Output.OWN and not inside:
         raise PolicyError(
             f"Expected a quantizer for the output of {wish.where}: an integer kernel has integer "
             f"outputs. Received: none from get_activations_and_quantizers and "
@@ -114,27 +119,51 @@ def row(layer: Any) -> LayerRule:
     return rule_for(layer) if is_layer else LayerRule(output=Output.OWN)
 
 
-def _quantizes_nothing(layer: Any, fused: bool) -> QuantizeConfig | None:
+def _quantizes_nothing(layer: Any, inside: bool) -> QuantizeConfig | None:
     try:
         rule = row(layer)
     except UnsupportedLayerError:
         return None
     if _weights_of(layer) and not rule.affine:
         return None
-    return QuantizeConfig() if fused or rule.output is not Output.OWN else None
+    return QuantizeConfig() if inside or rule.output is not Output.OWN else None
 
 
 def _ask(config: Any, method: str, layer: Any, where: str) -> list[Any]:
-    """What a `get_…` method of the user's class returns for `layer`."""
+    """What a `get_…` method of the user's class returns for `layer`; `None` is nothing.
+
+    A class that does not know the layer as Keras 3 has it is asked again about a view of it as
+    Keras 2 had it, for which tfmot's own classes are written.
+    """
+    asker = f"{type(config).__name__}.{method}"
     try:
-        return list(getattr(config, method)(layer))
-    except AttributeError as error:
+        returned = getattr(config, method)(layer)
+    except Exception as error:
+        try:
+            returned = getattr(config, method)(Keras2View(layer))
+        except Exception as second:
+            # A class that knows Keras 2's layers says more about those.
+            error = error if isinstance(second, AttributeError) else second
+            raise PolicyError(
+                f"Expected {asker} to use what {where} has in Keras 3: "
+                f"{', '.join(_attributes(layer)) or 'neither weights nor an activation'}. "
+                f"Received: {type(error).__name__}: {error}. Name that in the class, or give it "
+                "to the layers that it was written for, as in "
+                "policy={keras.layers.Dense: config}."
+            ) from error
+    returned = [] if returned is None else returned
+    pairs = method != "get_output_quantizers"
+    if not isinstance(returned, list | tuple) or (pairs and not all(map(_is_pair, returned))):
+        kind = "pairs" if pairs else "quantizers"
         raise PolicyError(
-            f"Expected {type(config).__name__}.{method} to use what {where} has in Keras 3: "
-            f"{', '.join(_attributes(layer)) or 'neither weights nor an activation'}. "
-            f"Received: {error}. Name that in the class, or give it to the layers that it was "
-            "written for, as in policy={keras.layers.Dense: config}."
-        ) from error
+            f"Expected {asker} to return a list of {kind} for {where}. Received: {returned!r}. "
+            "Return a list, which may be empty."
+        )
+    return list(returned)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
 
 
 def _weights_of(layer: Any) -> list[Any]:
@@ -149,6 +178,13 @@ def _attributes(layer: Any) -> list[str]:
 def _kind(quantizer: Any, what: str) -> str:
     """The name of the tfmot quantizer that computes `quantizer`'s rounding."""
     for cls in type(quantizer).__mro__:
+        if _PRESERVING in cls.__module__:
+            raise PolicyError(
+                f"Expected a quantizer that rounds for {what}. Received: {cls.__name__}, which "
+                "also keeps the zeros or clusters of its weights in training, for which kqat has "
+                "no counterpart. Use LastValueQuantizer, and keep them with a kernel_constraint "
+                "of the layer, or with a callback that sets them again after each batch."
+            )
         if cls.__module__.split(".")[0] == PACKAGE:
             if cls.__name__ in RANGES or cls.__name__ == NONE:
                 return cls.__name__
@@ -165,7 +201,7 @@ def _weights(config: Any, layer: Any, where: str) -> dict[str, QuantSpec]:
     specs: dict[str, QuantSpec] = {}
     for weight, quantizer in _ask(config, "get_weights_and_quantizers", layer, where):
         name = getattr(weight, "name", "")
-        if getattr(layer, name, None) is not weight:
+        if not any(getattr(owner, name, None) is weight for owner in _owners(layer)):
             raise PolicyError(
                 f"Expected get_weights_and_quantizers to return weights of {where}: "
                 f"{[w.name for w in _weights_of(layer)]}. Received: {weight!r}."
@@ -174,6 +210,18 @@ def _weights(config: Any, layer: Any, where: str) -> dict[str, QuantSpec]:
         if _kind(quantizer, what) != NONE:
             specs[name] = _weight_spec(quantizer, what)
     return specs
+
+
+def _owners(layer: Any) -> tuple[Any, ...]:
+    """The layer, and the cell that a recurrent layer repeats."""
+    return (layer, layer.cell) if hasattr(layer, "cell") else (layer,)
+
+
+def _activations_of(layer: Any) -> list[Any]:
+    """The functions that the layer applies, those of its gates among them."""
+    names = ("activation", "recurrent_activation") if hasattr(layer, "cell") else ("activation",)
+    found = [getattr(owner, name, None) for owner in _owners(layer) for name in names]
+    return [function for function in found if function is not None]
 
 
 def _weight_spec(quantizer: Any, what: str) -> QuantSpec:
@@ -226,7 +274,7 @@ def _output(config: Any, layer: Any, where: str) -> Grid | None:
     """The one grid that the config asks for the layer's output, or `None`."""
     quantizers = []
     for activation, quantizer in _ask(config, "get_activations_and_quantizers", layer, where):
-        if getattr(layer, "activation", None) is not activation:
+        if not any(original(activation) is known for known in _activations_of(layer)):
             raise PolicyError(
                 f"Expected get_activations_and_quantizers to return layer.activation of {where}, "
                 f"the only one that can be quantized. Received: {activation!r}."
@@ -256,14 +304,19 @@ def _grid(quantizer: Any, what: str) -> Grid:
             f"Expected one scale for {what}: integer kernels take no other. "
             f"Received: {kind}(per_axis=True). Use per_axis=False."
         )
-    if quantizer.num_bits != 8 or quantizer.narrow_range:
+    if quantizer.num_bits not in (8, 16) or quantizer.narrow_range:
         raise PolicyError(
-            f"Expected all 256 integers of 8 bits for {what}. Received: {kind}(num_bits="
-            f"{quantizer.num_bits}, narrow_range={quantizer.narrow_range}). Use num_bits=8, "
-            "narrow_range=False."
+            f"Expected all 256 integers of 8 bits for {what}, or all of 16 bits. Received: "
+            f"{kind}(num_bits={quantizer.num_bits}, narrow_range={quantizer.narrow_range}). Use "
+            "num_bits=8 or 16, narrow_range=False."
         )
-    spec = QuantSpec(bits=8, symmetric=bool(getattr(quantizer, "symmetric", False)))
-    return spec, RANGES[kind](quantizer)
+    symmetric = bool(getattr(quantizer, "symmetric", False))
+    if quantizer.num_bits == 16 and not symmetric:
+        raise PolicyError(
+            f"Expected a symmetric quantizer of 16 bits for {what}: int16 kernels take no zero "
+            f"point. Received: {kind}(num_bits=16, symmetric=False). Use symmetric=True."
+        )
+    return QuantSpec(bits=quantizer.num_bits, symmetric=symmetric), RANGES[kind](quantizer)
 
 
 def _text(grid: Grid) -> str:
@@ -271,27 +324,30 @@ def _text(grid: Grid) -> str:
     return f"{'symmetric ' if spec.symmetric else ''}{method}"
 
 
-def _check_output(output: Grid, rule: LayerRule, wish: Wish, fused: bool) -> None:
+def _check_output(output: Grid, rule: LayerRule, wish: Wish, inside: bool) -> None:
     """Refuses a grid that the layer's kernel rules out."""
     spec, method = output
     given = isinstance(method, Fixed)
-    if rule.fixed_range is not None:
-        low, high = np.array(rule.fixed_range, np.float32)
-        zero_point = int(arithmetic.nudge(low, high, QuantSpec())[1])
-        if (spec.symmetric and zero_point) or (given and method != Fixed(*rule.fixed_range)):
+    fixed_range = rule.range_at(spec.bits)
+    if fixed_range is not None:
+        low, high = np.array(fixed_range, np.float32)
+        # At 16 bits every zero point is 0.
+        zero_point = 0 if spec.bits == 16 else int(arithmetic.nudge(low, high, QuantSpec())[1])
+        if (spec.symmetric and zero_point) or (given and method != Fixed(*fixed_range)):
             raise PolicyError(
-                f"Expected the range {rule.fixed_range} with zero point {zero_point} for the "
+                f"Expected the range {fixed_range} with zero point {zero_point} for the "
                 f"output of {wish.where}: its integer kernel has no other. Received: "
                 f"{_text(output)}. Return no quantizer for it."
             )
     function = getattr(wish.layer, "activation", keras.activations.linear)
     activation = keras.activations.serialize(function)
-    inside = "the next layer" if fused else f"its activation {activation}"
+    follower = "the next layer" if inside else f"its activation {activation}"
     if not isinstance(wish.layer, keras.layers.Layer):
-        inside, fused = "another layer", True  # which ones an operation becomes is decided later
-    if given and (fused or (wish.layer.weights and activation not in ONE_GRID)):
+        # Which layers an operation becomes is decided later.
+        follower, inside = "another layer", True
+    if given and (inside or (wish.layer.weights and activation not in ONE_GRID)):
         raise PolicyError(
-            f"Expected an observed range for the output of {wish.where}, as {inside} comes after "
+            f"Expected an observed range for the output of {wish.where}, as {follower} comes after "
             f"it under the same config or kernel. Received: {_text(output)}. Use a "
             "MovingAverageQuantizer here, and the FixedQuantizer on a layer of its own behind."
         )

@@ -1,17 +1,19 @@
 """A tfmot `QuantizeConfig`, the user's own class, read as a config of ours.
 
 The class stays as it was written for TensorFlow Model Optimization: its methods are called with
-the Keras 3 layer, once, while planning. What carries over:
+the Keras 3 layer, once, while planning; where that raises, with a view of the layer as Keras 2 has
+it, so that tfmot's own classes serve. What carries over:
 
   * weights: a symmetric `LastValueQuantizer`, which is what our weights always have: the range of
     their present values. Bits and narrow range carry over; without narrow range the grid has one
     integer more, qmin, which our max-abs scale leaves unused (integer kernels may rely on that;
-    tfmot reaches for it where the largest weight is negative). `per_axis` becomes one scale per
+    tfmot reaches for it where the largest weight is negative). Quantizers that also keep zeros or
+    clusters in training are refused. `per_axis` becomes one scale per
     output channel, where integer kernels have them; tfmot takes the last axis of any kernel.
   * outputs: `MovingAverageQuantizer`, `LastValueQuantizer`, `AllValuesQuantizer` and
-    `FixedQuantizer`, of 8 bits. The moving average has tfmot's decay, and none of its start at ±6.
-    A layer has one grid for its output, so the quantizers of its `activation` and of its output
-    must agree where both are given.
+    `FixedQuantizer`, of 8 bits, or of 16 where they are symmetric. The moving average has tfmot's
+    decay, and none of its start at ±6. A layer has one grid for its output, so the quantizers of
+    its `activation` and of its output must agree where both are given.
   * model inputs, which no tfmot config describes, get the quantizer that tfmot itself gives them.
 
 A config that quantizes nothing leaves a layer float, unless the layer only hands integers on
@@ -22,6 +24,7 @@ Whatever else cannot carry over is a `PolicyError`.
 tfmot is never imported here: a user who has such a config has imported it.
 """
 
+import dataclasses
 import glob
 from collections.abc import Iterator
 from typing import Any
@@ -76,9 +79,9 @@ def translate_policy(policy: QuantizePolicy, graph: Graph) -> QuantizePolicy:
     configs = _Neighbours(graph, asked, by_default).configs()
     rules: list[tuple[Any, Any]] = [(glob.escape(node.name), configs[node]) for node in foreign]
     rules += [
-        (glob.escape(name), INPUT_CONFIG)
+        (glob.escape(name), _at_width_of(configs[reader], INPUT_CONFIG))
         for name, ref in zip(graph.input_names, graph.inputs, strict=True)
-        if _first_reader(graph, ref, configs) in foreign
+        if (reader := _first_reader(graph, ref, configs)) in foreign
         and ((i := policy.match(name, None)) is None or is_foreign_config(values[i + 1]))
     ]
     used = set(chosen.values())
@@ -112,9 +115,11 @@ class _Neighbours:
 
     def configs(self) -> dict[Node, QuantizeConfig | None]:
         """Every node's config, none of tfmot's among them."""
-        # Backwards: whether a layer is fused depends on what becomes of its reader.
+        # Backwards: whether a value lies inside its reader's kernel depends on the reader's config.
         for node in reversed(self.graph.nodes):
             self.translated[node] = self._config(node)
+        self.wishes = {node: self.wishes[node] for node in self.graph.nodes if node in self.wishes}
+        self._follow_widths()
         for node, wish in self.wishes.items():
             if wish.output is not None:
                 self._check_shared_scale(node)
@@ -127,10 +132,26 @@ class _Neighbours:
             return asked
         if node in self.by_default and rule and rule.output is Output.VANISHES:
             return QuantizeConfig()
-        self.wishes[node] = read(asked, node.layer, node.name)
-        return resolve(self.wishes[node], fused=self._is_fused(node))
+        wish = self.wishes[node] = read(asked, node.layer, node.name)
+        inside = self._is_inside(node)
+        config = resolve(wish, inside=inside)
+        if config is not None and wish.output is None and inside:
+            behind = self.translated[self.consumers[node.outputs[0]][0]]
+            config = _at_width_of(behind, config)
+        return config
 
-    def _is_fused(self, node: Node) -> bool:
+    def _follow_widths(self) -> None:
+        """Gives layers that hand integers on, and were asked no width, that of their input."""
+        for node, wish in self.wishes.items():
+            config, rule = self.translated[node], self.rules[node]
+            if config is None or rule is None or wish.output is not None:
+                continue
+            if rule.output is not Output.OWN and node.inputs:
+                producer = self.producers.get(node.inputs[0])
+                behind = self.translated[producer] if producer else None
+                self.translated[node] = _at_width_of(behind, config)
+
+    def _is_inside(self, node: Node) -> bool:
         """Whether the only reader lies in the same kernel; if in doubt, it does not."""
         ref, rule = node.outputs[0], self.rules[node]
         readers = self.consumers[ref]
@@ -187,6 +208,13 @@ class _Neighbours:
             if producer is not None and rule is not None:
                 hands_on = rule.output in (Output.SAME, Output.VANISHES)
                 yield from self._sources(producer) if hands_on else (producer,)
+
+
+def _at_width_of(other: QuantizeConfig | None, config: QuantizeConfig) -> QuantizeConfig:
+    """`config` with activations as wide as those of `other`."""
+    if other is None or other.activation.bits == config.activation.bits:
+        return config
+    return dataclasses.replace(config, activation=other.activation)
 
 
 def _fixed(config: QuantizeConfig) -> tuple[QuantSpec, Fixed | None]:

@@ -7,6 +7,7 @@ from keras import ops
 
 from kqat.base import FreezeError
 from kqat.grids import (
+    Clamp,
     Fixed,
     QuantSpec,
     RangeMethod,
@@ -46,7 +47,7 @@ class ActivationQuantizer(keras.layers.Layer):
         spec: QuantSpec,
         range_method: RangeMethod,
         *,
-        clamp: str | None = None,
+        clamp: Clamp | str | None = None,
         sites: int = 1,
         hides: bool = False,
         label: str | None = None,
@@ -57,7 +58,7 @@ class ActivationQuantizer(keras.layers.Layer):
         super().__init__(autocast=False, **{"dtype": "float32", **kwargs})
         self.spec = spec
         self.range_method = range_method
-        self.clamp = clamp
+        self.clamp = None if clamp is None else Clamp(clamp)
         self.sites = sites
         self.hides = hides
         self.label = label or self.name
@@ -101,9 +102,9 @@ class ActivationQuantizer(keras.layers.Layer):
 
     def clamped(self, x: Any) -> Any:
         """`x` after the clamp alone."""
-        if self.clamp == "relu":
+        if self.clamp is Clamp.RELU:
             return ops.relu(x)
-        return ops.relu6(x) if self.clamp == "relu6" else x
+        return ops.relu6(x) if self.clamp is Clamp.RELU6 else x
 
     def observe(self, x: Any, site: int = 0) -> None:
         """Lets `x` (any shape) shape the range of `site`, as a training batch does."""
@@ -199,7 +200,7 @@ class ActivationQuantizer(keras.layers.Layer):
             **config,
             "spec": self.spec.to_dict(),
             "range_method": range_method_to_dict(self.range_method),
-            "clamp": self.clamp,
+            "clamp": self.clamp and self.clamp.value,
             "sites": self.sites,
             "hides": self.hides,
             "label": self.label,

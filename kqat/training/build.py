@@ -7,7 +7,7 @@ import keras
 
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
 from kqat.parts import PrecisionBoundary, Recurrence
-from kqat.planning import Group, LayerPlan, Plan, Rounding
+from kqat.planning import Group, LayerPlan, Plan, Role, Rounding
 from kqat.registry import LayerFacts, registered_rule
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.quantized_recurrence import QuantizedRecurrence
@@ -57,7 +57,7 @@ class _Assembly:
         self.decisions: dict[str, LayerPlan] = {layer.name: layer for layer in plan.layers}
         self.producers = plan.graph.producers()
         self.integer = {
-            node: self.decisions[node.name].role != "float" for node in plan.graph.nodes
+            node: self.decisions[node.name].role is not Role.FLOAT for node in plan.graph.nodes
         }
         self.groups: dict[str, Group] = {group.name: group for group in plan.groups}
         self.quantizers: dict[str, ActivationQuantizer] = {}
@@ -76,14 +76,14 @@ class _Assembly:
         }
         args, kwargs = fill((node.args, node.kwargs), values.__getitem__)
         decision = self.decisions[node.name]
-        if decision.role == "folded" or self._carried_out_by_quantizer(node, decision):
+        if decision.role is Role.FOLDED or self._carried_out_by_quantizer(node, decision):
             value = args[0]
         else:
             layer = self._layer(node, decision)
             grid = self.grids.get(node.inputs[0]) if node.inputs else None
             if grid is not None and _rounds_bias(layer):
                 kwargs["input_quantizer"] = grid
-            value = layer(*args, **kwargs)
+            value = layer(*args, **kwargs, **self._branch(node, decision))
         if not self.integer[node]:
             return value
         if node.inputs and node.name not in self.plan.steps:
@@ -96,7 +96,7 @@ class _Assembly:
     def _carried_out_by_quantizer(self, node: Node, decision: LayerPlan) -> bool:
         roundings = self.plan.roundings.get(node.outputs[0], ())
         clamps = [self.groups[rounding.group].clamp for rounding in roundings[:1]]
-        return decision.role == "clamp" and clamps not in ([], [None])
+        return decision.role is Role.CLAMP and clamps not in ([], [None])
 
     def _form(self, ref: Ref, tensor: Any, integer: bool) -> Any:
         if ref.holds_indexes:
@@ -156,7 +156,7 @@ class _Assembly:
             config |= {"step": wrap(self.plan.steps[node.name]), "label": node.name}
             return QuantizedRecurrence(**config)
         rule = self.plan.rules.get(node.name)
-        affine = decision.role == "integer" and rule is not None and rule.affine
+        affine = decision.role is Role.INTEGER and rule is not None and rule.affine
         # No process that loads the model can be expected to know a row that a user registered.
         carries_facts = rule is not None and rule is registered_rule(layer)
         if not (decision.weights or affine or carries_facts):
@@ -164,17 +164,44 @@ class _Assembly:
             if name in self.plan.output_names:
                 name = unique_name(f"{name}_unrounded", self.names)
             return duplicate(layer, name)
-        norm = self._node(decision.normalization).layer if decision.normalization else None
+        norms = self._normalizations(layer)
         wrapper = QuantizeWrapper(
             clone(layer),
             decision.weights,
-            None if norm is None else clone(norm),
+            clone(norms[0]) if norms else None,
             weight_step=decision.weight_step,
+            between=[clone(part) for part in self._between(node, decision)],
+            branches=[clone(norm) for norm in norms[1:]],
             facts=None if rule is None else LayerFacts.of(rule),
             name=unique_name(f"quant_{node.name}", self.names),
         )
-        weights = layer.get_weights(), norm.get_weights() if norm else ()
+        weights = [part.get_weights() for part in (layer, *norms)]
         return Part(wrapper, weights, wrapper.take_over)
+
+    def _normalizations(self, layer: Any) -> list[Any]:
+        """The BatchNormalizations that fold into a layer, in the order of its calls."""
+        calls = [node for node in self.plan.graph.nodes if node.layer is layer]
+        names = [self.decisions[node.name].normalization for node in calls]
+        norms = [self._node(name).layer for name in names if name]
+        return list({id(norm): norm for norm in norms}.values())
+
+    def _between(self, node: Node, decision: LayerPlan) -> list[Any]:
+        """The layers between a layer and the BatchNormalization that folds into it."""
+        between: list[Any] = []
+        if decision.normalization:
+            part = self.producers[self._node(decision.normalization).inputs[0]]
+            while part is not node:
+                between.insert(0, part.layer)
+                part = self.producers[part.inputs[0]]
+        return between
+
+    def _branch(self, node: Node, decision: LayerPlan) -> dict[str, int]:
+        """Which BatchNormalization a call of a layer with more than one takes."""
+        if not decision.normalization:
+            return {}
+        norms = [id(norm) for norm in self._normalizations(node.layer)]
+        branch = norms.index(id(self._node(decision.normalization).layer))
+        return {"branch": branch} if branch else {}
 
     def _node(self, name: str) -> Node:
         return next(node for node in self.plan.graph.nodes if node.name == name)

@@ -38,7 +38,7 @@ from tests.coverage.cases import Case, ends, inputs_of
 from tflite_export import exporter
 from tflite_export.devices.checks import check_target
 from tflite_export.kernels.op_table import missing_kernels
-from tflite_export.verification.lockstep import DEFAULT_RUNTIMES
+from tflite_export.verification.verifier import DEFAULT_RUNTIMES
 
 # `tests/kqat/test_masks.py` looks at it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*leaves masked steps:kqat.TrainerWarning")

@@ -207,10 +207,10 @@ def test_a_float_end_stays_float(policy: dict[str, None], argument: str) -> None
         return L.Dense(2, name="head")(L.Dense(4, name="middle")(L.Dense(4, name="stem")(x)))
 
     qat, _ = quantized((8,), call, policy)
+    options: dict[str, Any] = {argument: "int8"}
     with pytest.raises(ExportError, match=f"as the plan leaves.*{argument}='float32'"):
-        tflite_export.convert(qat)
-    options: dict[str, Any] = {argument: "float32"}
-    model = flatbuffer.read(tflite_export.convert(qat, **options))
+        tflite_export.convert(qat, **options)
+    model = flatbuffer.read(tflite_export.convert(qat))
     assert sorted(operators(model))[-1] == ("QUANTIZE" if "stem" in policy else "FULLY_CONNECTED")
 
 

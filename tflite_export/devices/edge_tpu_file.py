@@ -9,12 +9,11 @@ from ai_edge_litert import schema_py_generated as schema
 from kqat.devices import TARGETS, shape_limit, too_many_axes, version_limit
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
+from tflite_export.kernels import OP_TABLE
 
 IO_TYPES = ("int8", "uint8")
 # "No fused activation function."
 _WITHOUT_CLAMP = ("AVERAGE_POOL_2D", "MAX_POOL_2D", "CONCATENATION")
-# "Model parameters (such as bias tensors) are constant at compile-time."
-_PARAMETERS = {"CONV_2D": (1, 2), "DEPTHWISE_CONV_2D": (1, 2), "FULLY_CONNECTED": (1, 2)}
 # "No padding in batch dimension", "No packing …", "Cannot operate on the batch dimension": the
 # input that names axes. PACK has an option instead.
 _REDUCTIONS = ("MEAN", "SUM", "REDUCE_MAX", "REDUCE_MIN")
@@ -104,7 +103,8 @@ class _Reader:
         return None
 
     def _constants(self, name: str, operator: OperatorT) -> str | None:
-        for position in _PARAMETERS.get(name, ()):
+        # "Model parameters (such as bias tensors) are constant at compile-time."
+        for position in OP_TABLE[name].parameters if name in OP_TABLE else ():
             given = position < len(operator.inputs) and operator.inputs[position] >= 0
             if given and self._constant(operator, position) is None:
                 return "computes with weights that are no constants"

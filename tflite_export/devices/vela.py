@@ -1,7 +1,7 @@
-"""Compiles a `.tflite` for an Arm Ethos-U NPU with Arm's own compiler, and reads what it says.
+"""Compiles a `.tflite` for an Arm Ethos-U NPU with Arm's compiler Vela, and reads its estimates.
 
-Vela runs in a child: it is slow on large files, and a hostile one cannot take the caller along.
-What it estimates is for the system that its own configuration file describes, not for a board.
+Vela runs in a child process, so that a file that hangs or crashes it does no harm to the caller.
+Its estimates are for the system that its own configuration file describes, not for a board.
 Source: https://pypi.org/project/ethos-u-vela/
 """
 
@@ -27,12 +27,23 @@ ACCELERATORS = {
 }
 TIMEOUT_SECONDS = 300.0
 _NPU_OPERATOR = "ethos-u"
-_REFUSAL = re.compile(r"Warning \(supported operators\) operator: (\S+), ofm: '(.*)'\n((?:.+\n?)*)")
+# Vela writes a line that names the operator, a line with the reason, and then, for some, the
+# constraint in full. Whatever follows the reason's own line is not read: other parts of Vela write
+# to the same stream, in an order that depends on how busy the machine is.
+_REFUSAL = re.compile(
+    r"^Warning \(supported operators\) operator: \S+, ofm: '(.*)'\r?\nReason: (.*?)\s*$",
+    re.MULTILINE,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fallback:
-    """An operator that the NPU leaves to the CPU: its name, what it writes, and why."""
+    """An operator that the NPU leaves to the CPU.
+
+    Attributes:
+        operator, tensor: its name, and the name of the tensor that it writes.
+        reason: the line in which Vela says why, or "not said".
+    """
 
     operator: str
     tensor: str
@@ -87,11 +98,11 @@ def estimate(blob: bytes, target: str, *, timeout_seconds: float = TIMEOUT_SECON
             'Use `pip install "kqat[ethos-u]"`.'
         )
     with tempfile.TemporaryDirectory() as folder:
-        words = _compile(bytes(blob), ACCELERATORS[target], Path(folder), timeout_seconds)
+        child = _compile(bytes(blob), ACCELERATORS[target], Path(folder), timeout_seconds)
         compiled = Path(folder, "out", "model_vela.tflite")
         summaries = list(Path(folder, "out").glob("model_summary_*.csv"))
         if not compiled.exists() or len(summaries) != 1:
-            raise _failure(ACCELERATORS[target], words)
+            raise _failure(ACCELERATORS[target], child)
         (row,) = csv.DictReader(io.StringIO(summaries[0].read_text()))
         result = compiled.read_bytes()
     return NpuEstimate(
@@ -105,7 +116,7 @@ def estimate(blob: bytes, target: str, *, timeout_seconds: float = TIMEOUT_SECON
         flash_bytes=_bytes(row, "on_chip_flash") + _bytes(row, "off_chip_flash"),
         compiled_bytes=len(result),
         operators=len(before.operators),
-        fallbacks=_fallbacks(result, words),
+        fallbacks=_fallbacks(result, child.stdout.decode(errors="replace")),
     )
 
 
@@ -114,7 +125,9 @@ def _bytes(row: dict[str, str], memory: str) -> int:
     return round(1024 * float(row[f"{memory}_memory_used"]))
 
 
-def _compile(blob: bytes, accelerator: str, folder: Path, timeout_seconds: float) -> str:
+def _compile(
+    blob: bytes, accelerator: str, folder: Path, timeout_seconds: float
+) -> subprocess.CompletedProcess[bytes]:
     (folder / "model.tflite").write_bytes(blob)
     command = ["-m", "ethosu.vela", "model.tflite", "--output-dir", "out"]
     try:
@@ -128,13 +141,15 @@ def _compile(blob: bytes, accelerator: str, folder: Path, timeout_seconds: float
             f"Expected Vela to compile the file within {timeout_seconds:g} s. Received: a timeout. "
             "Use a smaller model or a longer timeout_seconds."
         ) from error
-    words = (child.stdout + child.stderr).decode(errors="replace")
     if child.returncode != 0:
-        raise _failure(accelerator, words)
-    return words
+        raise _failure(accelerator, child)
+    return child
 
 
-def _failure(accelerator: str, words: str) -> RuntimeUnavailableError:
+def _failure(
+    accelerator: str, child: subprocess.CompletedProcess[bytes]
+) -> RuntimeUnavailableError:
+    words = b"\n".join((child.stdout, child.stderr)).decode(errors="replace")
     last = [line for line in words.splitlines() if line.strip() and "Warning: No " not in line]
     return RuntimeUnavailableError(
         f"Expected Vela to compile the file for {accelerator}. Received: "
@@ -143,11 +158,8 @@ def _failure(accelerator: str, words: str) -> RuntimeUnavailableError:
 
 
 def _fallbacks(compiled: bytes, words: str) -> tuple[Fallback, ...]:
-    """The operators that are left in the compiled file, with Vela's reasons."""
-    reasons = {
-        tensor: " ".join(line.removeprefix("Reason: ").strip(" -") for line in lines.splitlines())
-        for _, tensor, lines in _REFUSAL.findall(words)
-    }
+    """The operators that are left in the compiled file, with the reasons that Vela wrote."""
+    reasons = dict(_REFUSAL.findall(words))
     left = [operator for operator in inspect(compiled).operators if operator.name != _NPU_OPERATOR]
     return tuple(
         Fallback(

@@ -18,20 +18,20 @@ import numpy as np
 from kqat.base import ExportError, RuntimeUnavailableError, write_files
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import DECODE, ModelT
+from tflite_export.kernels import OP_TABLE
 from tflite_export.runtimes import random_inputs, run, tflite_micro_arena_bytes
 
 TEMPLATES = ("model.h", "model.cc", "ops.h", "golden.h", "golden.cc", "main.cc")
-# The recording allocator's total leaves out what kernels borrow while they are prepared, some
-# hundred bytes (seen); sizes are tried in steps of this many.
+# The recording allocator's total leaves out the scratch memory of preparing kernels, some hundred
+# bytes on the files that were measured. Larger arenas are tried in steps of this many.
 ARENA_STEP_BYTES = 256
 _ARENA_TRIES = 64
 _VALUES_PER_LINE = 12
-# Where MicroMutableOpResolver spells an operator otherwise than by the rule of `_adder`.
+# `OpRule.resolver_method` of operators that the op table does not have: those that only files of
+# other writers hold, and custom ones.
 _ADDERS = {
-    "BATCH_MATMUL": "AddBatchMatMul",
     "CUMSUM": "AddCumSum",
     "PADV2": "AddPadV2",
-    "UNIDIRECTIONAL_SEQUENCE_LSTM": "AddUnidirectionalSequenceLSTM",
     DECODE: "AddDecode",
     "CIRCULAR_BUFFER": "AddCircularBuffer",
     "TFLite_Detection_PostProcess": "AddDetectionPostprocess",
@@ -166,7 +166,7 @@ def c_identifier(name: str, taken: set[str]) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    # C++ has no characters that would have to be escaped, and names are identifiers by now.
+    # Nothing is escaped: `c_identifier` and `_comment` have made the names harmless.
     return jinja2.Environment(
         loader=jinja2.PackageLoader("tflite_export.firmware"),
         undefined=jinja2.StrictUndefined,
@@ -189,8 +189,9 @@ def _operators(model: ModelT) -> tuple[str, ...]:
 
 def _adder(operator: str) -> str:
     """The resolver's method: AddConv2D for CONV_2D."""
+    own = OP_TABLE[operator].resolver_method if operator in OP_TABLE else _ADDERS.get(operator)
     camel = "".join(part.capitalize() for part in operator.split("_"))
-    return _ADDERS.get(operator) or "Add" + re.sub(r"(\d)d", r"\1D", camel)
+    return own or "Add" + re.sub(r"(\d)d", r"\1D", camel)
 
 
 def _check_types(model: ModelT) -> None:
@@ -210,10 +211,10 @@ def _check_types(model: ModelT) -> None:
 
 
 def _least_arena_bytes(blob: bytes) -> int:
-    """The least arena, in steps from what TFLite Micro says it used, with which it runs.
+    """The smallest arena that TFLite Micro runs in, in steps from the total that it reports.
 
     Raises:
-        RuntimeUnavailableError: if it runs with none that is reasonable.
+        RuntimeUnavailableError: if it does not run in an arena little above that total.
     """
     used = tflite_micro_arena_bytes(blob)
     for tries in range(_ARENA_TRIES):
@@ -249,7 +250,7 @@ def _ports(
 
 
 def _comment(name: str) -> str:
-    """A name that ends no comment and continues no line."""
+    """A name that is safe in a C++ comment: it neither ends it nor continues its line."""
     return re.sub(r"[^\x20-\x5b\x5d-\x7e]|\*/|\?\?", "?", name)
 
 

@@ -1,6 +1,6 @@
 """The bytes of a `.tflite` and its tree: `read`, `write`, `inspect`, and edits of a tree."""
 
-from tflite_export.flatbuffer.edit import new_operator, operator_code
+from tflite_export.flatbuffer.edit import add_tensor, new_operator, operator_code
 from tflite_export.flatbuffer.inspection import (
     DECODE,
     Inspection,
@@ -15,7 +15,6 @@ from tflite_export.flatbuffer.tree import (
     OperatorT,
     SubGraphT,
     TensorT,
-    add_tensor,
     compact,
     is_numeric,
     op_name,

@@ -1,6 +1,7 @@
-"""What a file or an object tree must be before anyone walks it: hostile ones are refused here.
+"""Checks of a file and of an object tree, before any other code walks them.
 
-A flatbuffer's parser follows whatever offsets and indices it finds; these checks come first.
+A flatbuffer's parser follows whatever offsets and indices it finds, so damaged and hostile files
+are refused here.
 """
 
 import math
@@ -12,9 +13,10 @@ from ai_edge_litert.schema_py_generated import ModelT
 
 from kqat.base import ExportError
 
-# A table takes 8 bytes at least: its offset in a vector and the offset of its vtable.
+# A table takes at least 8 bytes: its offset in a vector and the offset of its vtable.
 _TABLE_BYTES = 8
-# Writers may share strings and tables a little; a file that shares more is an unpacking bomb.
+# Writers may share strings and tables. A file that shares many times more than that is made to
+# exhaust memory when it is unpacked.
 _UNPACKED_BYTES_PER_FILE_BYTE = 16
 
 

@@ -1,8 +1,46 @@
-"""New operators and operator codes in a model that was read."""
+"""Edits of an object tree: new tensors, operators and operator codes."""
 
+from typing import Any
+
+import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export.flatbuffer.tree import ModelT, OperatorT
+
+
+def add_tensor(
+    model: ModelT,
+    shape: Any,
+    kind: int,
+    *,
+    name: str | bytes | None = None,
+    grid: Any = None,
+    data: np.ndarray | bytes | None = None,
+) -> int:
+    """Gives the first subgraph a new tensor, a constant if there is `data`; returns its index.
+
+    Args:
+        model: the flatbuffer.
+        shape: of the tensor.
+        kind: its type, of `schema.TensorType`.
+        name: its name; `None` where it needs none.
+        grid: its quantization parameters, or `None`.
+        data: what a constant holds, of any NumPy type, in the tensor's order.
+    """
+    tensor = schema.TensorT()
+    tensor.shape, tensor.type, tensor.buffer = np.asarray(shape, np.int32), kind, 0
+    tensor.name = name.encode() if isinstance(name, str) else name
+    tensor.quantization = grid
+    if data is not None:
+        buffer = schema.BufferT()
+        buffer.data = np.frombuffer(
+            data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes(), np.uint8
+        )
+        model.buffers.append(buffer)
+        tensor.buffer = len(model.buffers) - 1
+    tensors = model.subgraphs[0].tensors
+    tensors.append(tensor)
+    return len(tensors) - 1
 
 
 def new_operator(

@@ -9,17 +9,10 @@ import math
 from tflite_export.flatbuffer import tree
 from tflite_export.flatbuffer.checks import text
 from tflite_export.flatbuffer.tree import ModelT, OperatorT, SubGraphT, TensorT
+from tflite_export.kernels import OP_TABLE, multiply_accumulates
 
 # TFLite Micro's custom operator that decodes constants; each of its outputs has two inputs.
 DECODE = "TFLM_DECODE"
-# Inputs that carry weights, by operator; the second operand of others may be weights too.
-_WEIGHTS = {
-    "CONV_2D": 1,
-    "DEPTHWISE_CONV_2D": 1,
-    "FULLY_CONNECTED": 1,
-    "TRANSPOSE_CONV": 1,
-    "UNIDIRECTIONAL_SEQUENCE_LSTM": 1,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +78,7 @@ class Inspection:
 
     @property
     def constant_bytes(self) -> int:
-        """Of all constants that operators read, once per reader."""
+        """Bytes of all constants that operators read, counted once per reader."""
         return sum(operator.constant_bytes for operator in self.operators)
 
     @property
@@ -95,11 +88,11 @@ class Inspection:
 
     @property
     def decoded(self) -> tuple[TensorInfo, ...]:
-        """The tensors that DECODE writes, each until the next operator has read it."""
+        """The tensors that DECODE writes; each lives until the next operator has read it."""
         return tuple(t for op in self.operators if op.name == DECODE for t in op.outputs)
 
     def decoding_notes(self) -> list[str]:
-        """What it costs that weights are decoded at run time, in words."""
+        """A line on what decoding weights at run time costs; empty where none are decoded."""
         if not self.decoded:
             return []
         sizes = [math.prod(tensor.shape) for tensor in self.decoded]
@@ -124,7 +117,7 @@ def inspect(blob: bytes) -> Inspection:
 
 
 def inspect_model(model: ModelT, size_bytes: int) -> Inspection:
-    """The same of a file of `size_bytes` that was read already."""
+    """What `inspect` returns, for the tree of a file of `size_bytes` bytes."""
     first = model.subgraphs[0]
     return Inspection(
         size_bytes=size_bytes,
@@ -180,7 +173,7 @@ def _operator(
     read = [int(i) for i in operator.inputs if i >= 0 and name != DECODE]
     sizes = [encoded.get(i, _constant_bytes(model, graph.tensors[i])) for i in read]
     shapes = [tree.tensor_shape(graph.tensors[i]) if i >= 0 else () for i in operator.inputs]
-    position = _WEIGHTS.get(name)
+    position = OP_TABLE[name].weights if name in OP_TABLE else None
     weights = None
     if position is not None and position < len(operator.inputs):
         weights = operator.inputs[position]
@@ -190,29 +183,9 @@ def _operator(
         subgraph=index,
         inputs=tuple(map(_tensor, inputs)),
         outputs=tuple(map(_tensor, outputs)),
-        macs=_macs(name, shapes, [tree.tensor_shape(t) for t in outputs]),
+        macs=multiply_accumulates(name, shapes, [tree.tensor_shape(t) for t in outputs]),
         constant_bytes=sum(sizes),
         weight_dtype=None
         if weights is None or weights < 0
         else tree.type_name(graph.tensors[weights]),
     )
-
-
-def _macs(name: str, inputs: list[tuple[int, ...]], outputs: list[tuple[int, ...]]) -> int:
-    """Multiply-accumulates of one operator; 0 where shapes are not those of a right file."""
-    if not outputs or len(inputs) < 2:
-        return 0
-    weights, results = inputs[1], math.prod(outputs[0])
-    if name == "CONV_2D":
-        return results * math.prod(weights[1:])
-    if name == "DEPTHWISE_CONV_2D":
-        return results * math.prod(weights[1:3])
-    if name == "FULLY_CONNECTED" and weights:
-        return results * weights[-1]
-    if name == "TRANSPOSE_CONV" and len(inputs) > 2 and weights:
-        return math.prod(inputs[2]) * math.prod(weights[:3])
-    if name == "UNIDIRECTIONAL_SEQUENCE_LSTM" and len(inputs) > 5 and weights and inputs[5]:
-        return results * 4 * (weights[-1] + inputs[5][-1])
-    if name == "BATCH_MATMUL" and inputs[0]:
-        return results * inputs[0][-1]
-    return 0

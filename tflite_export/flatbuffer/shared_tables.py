@@ -1,4 +1,4 @@
-"""What is equal is written once: constants, and the strings, vectors and tables of a file.
+"""Writes equal parts of a file once: constants, strings, vectors and tables.
 
 The steps of a recurrence share weights; zero points are 8 bytes a channel, all zero; a network
 has few shapes and few kinds of options.
@@ -12,7 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 
 class SharingBuilder(flatbuffers.Builder):
-    """Points to a string or a vector of numbers that it wrote before, instead of writing it anew.
+    """A flatbuffer builder that writes equal strings and equal vectors of numbers once.
 
     Buffers of constants, which have an alignment of their own, are written by `CreateByteVector`
     and left alone.
@@ -37,7 +37,7 @@ class SharingBuilder(flatbuffers.Builder):
 
 
 class _Once:
-    """A table that packs as one equal to it did before."""
+    """A table that is packed once; an equal table packed later points to it."""
 
     def __init__(self, table: Any, packed: dict[bytes, int]):
         self._table = table
@@ -53,7 +53,7 @@ class _Once:
 def share_tables(model: schema.ModelT) -> None:
     """Has equal options and equal quantization parameters share one table when `model` is packed.
 
-    The tree is only good for packing afterwards.
+    Afterwards the tree can only be packed: its options are no longer the schema's objects.
     """
     packed: dict[bytes, int] = {}
     for graph in model.subgraphs or ():
@@ -66,7 +66,7 @@ def share_tables(model: schema.ModelT) -> None:
 
 
 def share_constants(model: schema.ModelT) -> None:
-    """Has the operators of `model` that read equal constants on equal grids read one, in place."""
+    """Has operators of `model` that read equal constants on equal grids read the same tensor."""
     for graph in model.subgraphs:
         first: dict[Any, int] = {}
         same: dict[int, int] = {}
@@ -90,7 +90,7 @@ def _as_bytes(*vectors: Any) -> tuple[bytes, ...]:
 
 
 def _key(table: Any) -> bytes:
-    """All that a table holds, tables inside it too."""
+    """The whole content of a table, with the tables inside it, as a key."""
     if hasattr(table, "__dict__"):
         inner = b"".join(name.encode() + _key(value) for name, value in sorted(vars(table).items()))
         return type(table).__name__.encode() + b"(" + inner + b")"

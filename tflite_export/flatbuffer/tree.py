@@ -1,4 +1,4 @@
-"""Reads, writes and tidies TFLite flatbuffers; no other room touches their bytes.
+"""Reads, writes and compacts TFLite flatbuffers; no other module touches their bytes.
 
 A model travels as the schema's object tree, `ModelT`: `model.subgraphs[i].tensors[j]` and so on.
 Integer vectors of a tree that was read are read-only views of the file: assign a new list or
@@ -10,7 +10,6 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import flatbuffers
 import numpy as np
@@ -76,7 +75,7 @@ def read(blob: bytes) -> ModelT:
         check_references(model)
     except ExportError:
         raise
-    # Hostile bytes make the generated parser raise nearly anything, from struct.error on.
+    # Damaged bytes make the generated parser raise nearly any exception.
     except Exception as error:
         raise ExportError(
             "Expected a whole TFLite file. "
@@ -107,7 +106,7 @@ def write(model: ModelT) -> bytes:
         builder = SharingBuilder(size_bytes + 65536)
         builder.Finish(packed.Pack(builder), _IDENTIFIER)
         return bytes(builder.Output())
-    # The packer checks no types: a wrong one surfaces as whatever its arithmetic raises.
+    # The packer checks no types; a wrong one makes it raise nearly any exception.
     except Exception as error:
         raise ExportError(
             "Expected an object tree that fits the TFLite schema. "
@@ -117,7 +116,7 @@ def write(model: ModelT) -> bytes:
 
 
 def compact(model: ModelT) -> ModelT:
-    """Returns the same network without what nothing refers to, with all indices renumbered.
+    """Returns the same network without unused parts, with all indices renumbered.
 
     Dropped: tensors that no operator, subgraph or signature names; buffers that no tensor or
     metadata names; unused operator codes. Constants with equal bytes share one buffer; buffer 0
@@ -156,41 +155,6 @@ def op_name(model: ModelT, operator: OperatorT) -> str:
 def tensor_name(tensor: TensorT) -> str:
     """Returns the tensor's name, empty when it has none."""
     return text(tensor.name)
-
-
-def add_tensor(
-    model: ModelT,
-    shape: Any,
-    kind: int,
-    *,
-    name: str | bytes | None = None,
-    grid: Any = None,
-    data: np.ndarray | bytes | None = None,
-) -> int:
-    """Gives the first subgraph a new tensor, a constant if there is `data`; returns its index.
-
-    Args:
-        model: the flatbuffer.
-        shape: of the tensor.
-        kind: its type, of `schema.TensorType`.
-        name: its name; `None` where it needs none.
-        grid: its quantization parameters, or `None`.
-        data: what a constant holds, of any NumPy type, in the tensor's order.
-    """
-    tensor = schema.TensorT()
-    tensor.shape, tensor.type, tensor.buffer = np.asarray(shape, np.int32), kind, 0
-    tensor.name = name.encode() if isinstance(name, str) else name
-    tensor.quantization = grid
-    if data is not None:
-        buffer = schema.BufferT()
-        buffer.data = np.frombuffer(
-            data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes(), np.uint8
-        )
-        model.buffers.append(buffer)
-        tensor.buffer = len(model.buffers) - 1
-    tensors = model.subgraphs[0].tensors
-    tensors.append(tensor)
-    return len(tensors) - 1
 
 
 def tensor_shape(tensor: TensorT) -> tuple[int, ...]:
@@ -254,7 +218,7 @@ def tensor_data(model: ModelT, tensor: TensorT) -> np.ndarray | None:
 
 
 class _AlignedBuffer(schema.BufferT):
-    """A buffer that packs its data at the alignment which the Python packer leaves out."""
+    """A buffer that packs its data at the schema's alignment, which the Python packer ignores."""
 
     def Pack(self, builder: flatbuffers.Builder) -> int:
         vector = None
@@ -302,7 +266,7 @@ def _set_vector_dtypes(model: ModelT) -> None:
 
 
 def _drop_tensors(graph: SubGraphT, signature_maps: Sequence[schema.TensorMapT]) -> None:
-    """Drops the tensors that nothing names, in place, and renumbers those that name one."""
+    """Drops unused tensors, in place, and renumbers whatever refers to a tensor."""
     named = {*items(graph.inputs), *items(graph.outputs)}
     named |= {m.tensorIndex for m in signature_maps}
     fields = ("inputs", "outputs", "intermediates")
@@ -343,7 +307,7 @@ def _merge_buffers(model: ModelT) -> None:
             positions[key] = len(new)
             new.append(schema.BufferT(data=data))
         tensor.buffer = positions[key]
-    # A metadata buffer stays its own: a tool may rewrite it without thinking of constants.
+    # A metadata buffer is never shared with a constant: a tool may rewrite it.
     moved: dict[int, int] = {}
     named = [metadata.buffer for metadata in items(model.metadata)]
     for index in (*named, *items(model.metadataBuffer)):

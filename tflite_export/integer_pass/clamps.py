@@ -1,4 +1,4 @@
-"""RELU and RELU6 as the integer kernels have them: inside their producer, or on their own."""
+"""RELU and RELU6 as the integer kernels have them: fused into their producer, or on their own."""
 
 import copy
 from typing import Any
@@ -7,17 +7,18 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, new_operator
+from tflite_export.integer_pass.draft import Draft
 from tflite_export.kernels import OP_TABLE
 from tflite_export.lowering import Labels
 
 
-def fuse_clamps(model: ModelT, labels: Labels) -> None:
+def fuse_clamps(draft: Draft) -> None:
     """Folds a RELU or RELU6 into its producer where the value between was never marked.
 
     The integer kernel clamps to the output's range in any case, which for a clamp begins
     at zero; the option only says so.
     """
-    graph = model.subgraphs[0]
+    model, labels, graph = draft.model, draft.labels, draft.graph
     producers = {int(o): op for op in graph.operators for o in op.outputs}
     kept = []
     for operator in graph.operators:
@@ -48,12 +49,12 @@ def _may_fuse(model: ModelT, labels: Labels, producer: OperatorT | None, value: 
     return bool(rule and rule.scales == "own" and len(readers) == 1 and marked and not shown)
 
 
-def split_clamps(model: ModelT) -> None:
+def split_clamps(draft: Draft) -> None:
     """Takes a clamp out of a same-scale operator, into which the converter fused it.
 
     Behind the clamp the scale may be another, which such an operator cannot give.
     """
-    graph = model.subgraphs[0]
+    model, graph = draft.model, draft.graph
     kinds = schema.ActivationFunctionType
     names = {kinds.RELU: "RELU", kinds.RELU6: "RELU6"}
     kept: list[OperatorT] = []
@@ -71,3 +72,17 @@ def split_clamps(model: ModelT) -> None:
         operator.outputs = [len(graph.tensors) - 1]
         kept.append(new_operator(model, names[fused], list(operator.outputs), [output]))
     graph.operators = kept
+
+
+def drop_vast_clamps(draft: Draft) -> None:
+    """Makes RELU of a fused RELU6 whose 6 is no int32 on the output's grid: kernels refuse that.
+
+    The output's range ends below 6, so the two are the same.
+    """
+    kinds = schema.ActivationFunctionType
+    for operator in draft.integer_operators:
+        options = operator.builtinOptions
+        if getattr(options, "fusedActivationFunction", None) == kinds.RELU6:
+            scale = float(draft.sites[int(operator.outputs[0])].scale)
+            if 6.0 / scale >= 2.0**31:
+                options.fusedActivationFunction = kinds.RELU

@@ -1,7 +1,7 @@
-"""FULLY_CONNECTED as a convolution of one pixel, where only that takes weights of four bits.
+"""FULLY_CONNECTED as a 1 × 1 convolution, where only that takes packed weights of four bits.
 
 TFLite Micro packs the weights of FULLY_CONNECTED with one scale only; its CONV_2D packs those with
-one scale per channel. The sums and their rescaling are the same.
+one scale per channel. The sums and their requantization are the same.
 """
 
 import math
@@ -12,20 +12,21 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, TensorT, new_operator, operator_code
+from tflite_export.integer_pass.draft import Draft
 from tflite_export.kernels import OP_TABLE, PACKED_TYPES, pack, quantization
 
-# Two RESHAPEs with their tensors and shapes; a matrix that saves less stays as it is.
+# Bytes of two RESHAPEs with their tensors and shapes; a matrix that saves fewer stays as it is.
 _COST_BYTES = 512
 _BITS = 4
 
 
-def convolve(model: ModelT, operators: list[OperatorT]) -> None:
-    """Has CONV_2D compute those FULLY_CONNECTED whose matrices, int8 up to here, pay for it.
+def convolve_dense(draft: Draft) -> None:
+    """Has CONV_2D compute the FULLY_CONNECTED whose matrices, int8 up to here, are large enough.
 
     The convolution's output has no name; the RESHAPE behind it hands the name on.
     """
-    graph = model.subgraphs[0]
-    chosen = {id(op) for op in operators if _saved_bytes(model, op) > _COST_BYTES}
+    model, graph = draft.model, draft.graph
+    chosen = {id(op) for op in draft.unpacked if _saved_bytes(model, op) > _COST_BYTES}
     graph.operators = [
         made
         for operator in graph.operators
@@ -71,7 +72,7 @@ def _image(model: ModelT, like: int, shape: tuple[int, ...]) -> int:
 
 
 def _no_bias(model: ModelT, image: int, matrix: TensorT) -> int:
-    """Zeros: LiteRT's reference kernel of CONV_2D demands a bias, FULLY_CONNECTED does not."""
+    """A bias of zeros, which LiteRT's reference kernel of CONV_2D demands."""
     scale = np.float64(model.subgraphs[0].tensors[image].quantization.scale[0])
     grid = quantization(scale * matrix.quantization.scale, matrix.quantization.zeroPoint, 0)
     return _constant(model, np.zeros(matrix.shape[0], np.int32), grid)

@@ -1,22 +1,22 @@
-"""RESHAPEs that FULLY_CONNECTED makes itself."""
+"""Drops RESHAPEs before FULLY_CONNECTED, which flattens its input itself."""
 
 from typing import Any
 
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
-from tflite_export.lowering import Labels
+from tflite_export.integer_pass.draft import Draft
 
 
-def drop_flattening(model: ModelT, labels: Labels) -> None:
-    """Removes the RESHAPEs of subgraph 0 that only FULLY_CONNECTED reads, in place.
+def drop_flattening(draft: Draft) -> None:
+    """Removes the RESHAPEs of subgraph 0 that only FULLY_CONNECTED reads.
 
     Without `keep_num_dims` that operator takes an input of two or more axes, whatever their sizes,
     as rows of as many numbers as its weights have (schema.fbs, `FullyConnectedOptions`): its output
     is the same, batch and all. A site that only the dropped tensor was named after is given to the
     tensor that is read in its place.
     """
-    graph = model.subgraphs[0]
-    names = {site.name for sites in labels.named.values() for site in sites}
+    model, graph = draft.model, draft.graph
+    names = {site.name for sites in draft.labels.named.values() for site in sites}
     kept: list[OperatorT] = []
     # From the end, so that of two RESHAPEs in a row both may go.
     for operator in reversed(graph.operators):
@@ -34,7 +34,7 @@ def drop_flattening(model: ModelT, labels: Labels) -> None:
 
 
 def _readers(model: ModelT, operator: OperatorT) -> list[OperatorT]:
-    """Those of a RESHAPE's result that flatten what they read; none if anything else reads it."""
+    """The readers of a RESHAPE's result if all of them flatten it themselves, else none."""
     graph = model.subgraphs[0]
     value = int(operator.outputs[0])
     if flatbuffer.op_name(model, operator) != "RESHAPE" or value in map(int, graph.outputs):

@@ -1,9 +1,10 @@
 """A trained LSTM as one UNIDIRECTIONAL_SEQUENCE_LSTM.
 
 The operator has 24 inputs: the sequence, four kernels, four recurrent kernels, four biases, and two
-states, variables that it changes and that live on after it. What it leaves out (peepholes, a
-projection, layer normalization) no Keras LSTM has. LiteRT reads the scale of the output from the
-last of five tensors that hold nothing; TFLite Micro reads the variables' own.
+states: variables that it changes and that keep their values between invocations. The inputs that
+are left out (peepholes, a projection, layer normalization) belong to variants that Keras does not
+have. LiteRT reads the output's scale from the last of five empty tensors (the intermediates),
+TFLite Micro from the output state.
 """
 
 from typing import Any
@@ -15,8 +16,8 @@ from ai_edge_litert import schema_py_generated as schema
 from kqat.freezing import GATES, FrozenLSTM, GateNumbers
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
+from tflite_export.integer_pass.draft import Draft
 from tflite_export.kernels import TENSOR_TYPES, Numbers, Weights, fit_bias, quantization, run_lstm
-from tflite_export.lowering import Labels
 
 _LEFT_OUT = -1
 
@@ -39,7 +40,7 @@ def numbers(layer: FrozenLSTM) -> Numbers:
 
 
 def call_layer(layer: Any, runtime: str, *args: Any, **kwargs: Any) -> Any:
-    """What a layer of a frozen model computes, a fused LSTM as the runtime does, bit for bit."""
+    """The output of a layer of a frozen model; of a fused LSTM, bit for bit that of the runtime."""
     if not isinstance(layer, FrozenLSTM):
         return layer(*args, **kwargs)
     integers = layer.source.integers(np.asarray(args[0])).astype(np.int8)
@@ -53,10 +54,10 @@ def _fitted(gate: GateNumbers, input_scale: np.float32) -> tuple[Weights, np.nda
     return weights, bias.integers
 
 
-def insert_lstms(model: ModelT, labels: Labels, lstms: tuple[FrozenLSTM, ...]) -> None:
-    """Completes the placeholders of `labels.lstms`, in place."""
-    for operator, index in labels.lstms:
-        _complete(model, operator, lstms[index])
+def insert_lstms(draft: Draft) -> None:
+    """Gives the placeholders of `labels.lstms` their weights, states and options."""
+    for operator, index in draft.labels.lstms:
+        _complete(draft.model, operator, draft.frozen.lstms[index])
 
 
 def _complete(model: ModelT, operator: OperatorT, layer: FrozenLSTM) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 from kqat.base import LoweringError
 
 INTEGERS = 2**16
-# TFLite's own int16 tables (TANH, LOGISTIC) have the first; more pieces are straighter ones.
+# Numbers of pieces that are tried. TFLite's own int16 tables (TANH, LOGISTIC) have 512.
 COUNTS = (512, 1024, 2048, 4096, 8192)
-# What the lines and the rounding to a whole step may be off by.
+# The largest error allowed, of the lines and the rounding to a whole step together.
 MOST_STEPS = 1.0
 MOST_SLOPE = 2**15 - 1  # two bytes
 # Rows of exceptions are numbered by one byte; row 0 is that of pieces without.
@@ -95,14 +95,16 @@ def _fit(values: np.ndarray, count: int) -> Pieces:
     shift = min(MOST_SHIFT, int(np.floor(np.log2(MOST_SLOPE / steepest))))
     slope = np.rint(steepness * 2**shift).astype(np.int64)
     along = slope[:, np.newaxis] * np.arange(points)
-    # Half of what is left lies above the line, half below; and half a step makes // round.
+    # The base puts the line half way between the largest and the smallest residual; the half step
+    # makes // round to nearest.
     left = (exact + 2**15 + 0.5) * 2**shift - along
     middle = np.floor((left.max(axis=1) + left.min(axis=1)) / 2).astype(np.int64)
     low, high = along.min(axis=1), along.max(axis=1)
     base = np.clip(middle, -low, INTEGERS * 2**shift - 1 - high)
     line = (base[:, np.newaxis] + along) // 2**shift - 2**15
     bent = np.abs(line - exact).max(axis=1) > MOST_STEPS
-    # A level line half way, from which no value is further than two bytes hold.
+    # A piece with exceptions is a level line half way between its extremes, so that the distance
+    # to each value fits two bytes.
     whole = np.floor(exact[bent] + 0.5).astype(np.int64)
     level = (whole.max(axis=1) + whole.min(axis=1) + 1) // 2
     base[bent], slope[bent] = (level + 2**15) * 2**shift, 0

@@ -1,9 +1,9 @@
-"""Elementwise functions as tables: of 256 entries at 8 bits, as straight pieces at 16.
+"""Elementwise functions as lookup tables: 256 entries at 8 bits, straight pieces at 16 bits.
 
-No runtime has an integer table operator, but all have the parts. At 8 bits: CAST to int32, ADD 128,
-GATHER; the table holds the function's value for every integer, rounded as in training. At 16 bits
-LiteRT gathers from all 65,536 values in the same way; TFLite Micro's GATHER knows bytes only, so
-where that is to run the file, int32 arithmetic follows `interpolation.Pieces`, whose numbers are
+No runtime has an operator for an integer lookup table, but all have its parts. At 8 bits: CAST to
+int32, ADD 128, GATHER; the table holds the function's value for every integer, rounded as in
+training. At 16 bits LiteRT gathers from all 65,536 values in the same way. TFLite Micro's GATHER
+takes bytes only, so a file for it computes `piecewise_linear.Pieces` in int32, whose numbers are
 gathered byte by byte (`benchmarks/op_probe.py` runs the parts).
 """
 
@@ -13,47 +13,37 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kqat.devices import LITERT
-from kqat.freezing import Tabulated
 from kqat.grids import Site
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, new_operator
+from tflite_export.integer_pass.draft import Draft
 from tflite_export.integer_pass.piecewise_linear import INTEGERS, Pieces, fit
-from tflite_export.kernels import ACTIVATION_DTYPES, TENSOR_TYPES, quantization
-from tflite_export.lowering import Labels
+from tflite_export.kernels import ACTIVATION_DTYPES, TENSOR_TYPES, kernel_version, quantization
 
 _INT32 = schema.TensorType.INT32
-# Versions: TensorFlow's `lite/tools/versioning/op_version.cc`.
-_GATHER_VERSIONS = {schema.TensorType.INT8: 2, schema.TensorType.INT16: 4}
-# A byte from 0 to 255 is stored as int8, 128 less: what that takes off numbers of so many bytes.
+# Number of bytes -> by how much an unsigned number of so many bytes comes out too small, since
+# each byte from 0 to 255 is stored as int8, 128 less.
 _TAKEN_OFF = {count: 128 * sum(256**i for i in range(count)) for count in (1, 2, 3)}
 
 
-def insert_tables(
-    model: ModelT, labels: Labels, tables: tuple[Tabulated, ...], runtimes: frozenset[str]
-) -> None:
-    """Puts a look-up in the place of each placeholder of `labels.tables`, in place.
-
-    Args:
-        model: the flatbuffer.
-        labels: what its tensors are.
-        tables: the functions, by index.
-        runtimes: those that must run it.
+def insert_tables(draft: Draft) -> None:
+    """Puts a lookup in the place of each placeholder of `labels.tables`.
 
     Raises:
         LoweringError: if a function of 16 bits has too many jumps for TFLite Micro.
     """
-    graph = model.subgraphs[0]
-    chosen = {id(placeholder): tables[index] for placeholder, index in labels.tables}
+    graph, sites = draft.graph, draft.sites
+    chosen = {id(op): draft.frozen.tables[index] for op, index in draft.labels.tables}
     kept: list[OperatorT] = []
     for operator in graph.operators:
         if id(operator) not in chosen:
             kept.append(operator)
             continue
         table, (source, result) = chosen[id(operator)], (operator.inputs[0], operator.outputs[0])
-        grids = labels.sites[source], labels.sites[result]
+        grids = sites[source], sites[result]
         dtype = TENSOR_TYPES[ACTIVATION_DTYPES[grids[1].bits]]
-        writer = _Writer(model, grids[1].name, source, dtype)
-        if grids[1].bits == 8 or runtimes <= LITERT:
+        writer = _Writer(draft.model, grids[1].name, source, dtype)
+        if grids[1].bits == 8 or draft.runtimes <= LITERT:
             _whole(writer, table.lookup(*grids), source, result, grids[1])
         else:
             steps = table.values(grids[0]) / np.float64(grids[1].scale)
@@ -63,7 +53,7 @@ def insert_tables(
 
 
 def _whole(writer: "_Writer", table: np.ndarray, source: int, result: int, site: Site) -> None:
-    """One gathering from a table of every value."""
+    """A GATHER from a table with an entry for every integer."""
     wide = writer.cast(source, name="wide")
     index = writer.by("ADD", wide, len(table) // 2, name="index")
     entries = writer.constant(table, "table")
@@ -72,12 +62,13 @@ def _whole(writer: "_Writer", table: np.ndarray, source: int, result: int, site:
 
 
 def _pieces(writer: "_Writer", pieces: Pieces, source: int, result: int) -> None:
-    """What `Pieces.evaluate` computes."""
+    """The operators that compute `Pieces.evaluate`."""
     half = INTEGERS // 2
     x = writer.by("ADD", writer.cast(source), half)
     piece = writer.by("DIV", x, pieces.points)
     point = writer.of_two("SUB", x, writer.by("MUL", piece, pieces.points))
-    # Two bytes hold a slope plus 2**15, which takes back most of what the bytes take off.
+    # Two bytes hold a slope plus 2**15, which makes up for most of what storing them as int8 takes
+    # off.
     slope = writer.number(pieces.slope + half, 2, piece, "slope")
     slope = writer.by("ADD", slope, _TAKEN_OFF[2] - half)
     line = writer.number(pieces.base, 3, piece, "base")
@@ -118,14 +109,14 @@ class _Writer:
         return self._append(op, [x, y], self._tensor(name or op.lower(), _INT32), options)
 
     def by(self, op: str, x: int, number: int, name: str = "") -> int:
-        """The same of a tensor and one number."""
+        """ADD, SUB, MUL or DIV of an int32 tensor and one number."""
         return self.of_two(op, x, self.constant(np.asarray(number, np.int32), str(number)), name)
 
     def gather(self, entries: int, index: int, result: int | None = None) -> int:
-        """The entry at each of `index`."""
+        """The entries that `index` points to."""
         dtype = self.tensors[entries].type
         result = self._tensor("byte", dtype) if result is None else result
-        version = _GATHER_VERSIONS[dtype]
+        version = kernel_version("GATHER", 16 if dtype == schema.TensorType.INT16 else 8)
         return self._append("GATHER", [entries, index], result, schema.GatherOptionsT(), version)
 
     def number(self, values: np.ndarray, count: int, index: int, name: str) -> int:

@@ -2,7 +2,14 @@
 
 from tflite_export.kernels import lstm_arithmetic
 from tflite_export.kernels.lstm_arithmetic import Numbers, run_lstm
-from tflite_export.kernels.op_table import OP_TABLE, OpRule, missing_kernels
+from tflite_export.kernels.op_table import (
+    OP_TABLE,
+    OpRule,
+    fixed_output,
+    kernel_version,
+    missing_kernels,
+    multiply_accumulates,
+)
 from tflite_export.kernels.weight_layout import (
     ACTIVATION_DTYPES,
     PACKED_TYPES,
@@ -25,8 +32,11 @@ __all__ = [
     "Weights",
     "constant_on_grid",
     "fit_bias",
+    "fixed_output",
+    "kernel_version",
     "lstm_arithmetic",
     "missing_kernels",
+    "multiply_accumulates",
     "pack",
     "quantization",
     "run_lstm",

@@ -1,17 +1,24 @@
-"""The one table of what integer kernels demand of each TFLite operator.
+"""The one table of TFLite operators: what their integer kernels demand, where their weights are.
+
+A new operator is one row. The integer pass, the checks of grids, the encoders of weights, the
+inspection of files, the C++ resolver and `benchmarks/op_probe.py` all read it here.
 
 Sources: the TFLite 8-bit quantization specification
 (https://ai.google.dev/edge/litert/models/quantization_spec); versions from TensorFlow's
-`lite/tools/versioning/op_version.cc`. Which runtime has a kernel, and where int16 kernels differ,
-says `kqat.devices.targets` (`benchmarks/op_probe.py` runs each row).
+`lite/tools/versioning/op_version.cc`. `kqat.devices` says which runtime has a kernel, and where
+int16 kernels differ.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from kqat.devices import PACKED, runtimes_with
+from kqat.devices import INT8_FIXED, INT16, PACKED, runtimes_with
+
+Shape = tuple[int, ...]
+# The multiply-accumulates of one invocation, by the shapes of all inputs and of the first output.
+Macs = Callable[[Sequence[Shape], Shape], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +26,9 @@ class Packing:
     """The kernels of one operator that take weights of fewer than eight bits.
 
     Args:
-        version: lowest version of the operator that does.
-        per_axis: the runtimes that have it for one scale per channel.
-        per_tensor: the same for one scale.
+        version: lowest version of the operator that takes them.
+        per_axis: the runtimes with a kernel for one scale per channel.
+        per_tensor: the runtimes with a kernel for one scale.
     """
 
     version: int = 1
@@ -39,6 +46,8 @@ class OpRule:
         version: lowest version of the operator that computes on int8.
         activations: inputs that carry activations (or constants in their place); `None`: all.
         weights: input that carries weights, or `None`.
+        is_made_by_the_pass: whether the pass makes the weights itself (`fused_lstm`), so that the
+            converter's file has none.
         keras_order: axes of the weights in the file, in the order that the Keras variable has.
         channel_axis: axis of the weights in the file along which scales may differ.
         bias: input that carries the bias, int32 of scale input × weights, or `None`.
@@ -47,12 +56,17 @@ class OpRule:
         packed: bits -> the kernels that take weights of so many.
         least_input_scale: the input's scale must exceed it, or the kernel ends the process.
         input_scale_below: the inputs' scales must lie below it, for the same reason.
+        macs: the multiply-accumulates of one invocation, or `None` for an operator that multiplies
+            no matrix. It is asked about files of any writer: shapes may be of any rank.
+        resolver_method: the method of TFLite Micro's `MicroMutableOpResolver` that registers the
+            operator, where its name is not `Add` and the operator's in camel case.
     """
 
     scales: Literal["own", "same", "fixed", "none"]
     version: int = 1
     activations: tuple[int, ...] | None = None
     weights: int | None = None
+    is_made_by_the_pass: bool = False
     keras_order: tuple[int, ...] = ()
     channel_axis: int = 0
     bias: int | None = None
@@ -61,15 +75,57 @@ class OpRule:
     packed: Mapping[int, Packing] = dataclasses.field(default_factory=dict)
     least_input_scale: float = 0.0
     input_scale_below: float = math.inf
+    macs: Macs | None = None
+    resolver_method: str | None = None
+
+    @property
+    def has_trained_weights(self) -> bool:
+        """Whether the converter hands on weights that training used, for the pass to quantize."""
+        return self.weights is not None and not self.is_made_by_the_pass
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """The inputs that carry weights and the bias."""
+        return tuple(i for i in (self.weights, self.bias) if i is not None)
+
+    def activation_positions(self, inputs: int) -> tuple[int, ...]:
+        """The inputs that carry activations, of an operator that has so many inputs."""
+        return tuple(range(inputs)) if self.activations is None else self.activations
 
     def packing(self, bits: int) -> Packing:
-        """Who takes weights of so many bits."""
+        """The kernels that take weights of so many bits."""
         return self.packed.get(bits, Packing())
 
     def packs(self, bits: int, per_tensor: bool, runtimes: frozenset[str]) -> bool:
-        """Whether all of `runtimes` do, with one scale or one per channel."""
+        """Whether all of `runtimes` take such weights, with one scale or one per channel."""
         packing = self.packing(bits)
         return runtimes <= (packing.per_tensor if per_tensor else packing.per_axis)
+
+
+def _per_output(first: int, last: int | None = None) -> Macs:
+    """Each value of the output takes as many as the weights have along these axes."""
+    return lambda inputs, result: math.prod(result) * math.prod(inputs[1][first:last])
+
+
+def _dense_macs(inputs: Sequence[Shape], result: Shape) -> int:
+    return math.prod(result) * inputs[1][-1] if inputs[1] else 0
+
+
+def _transpose_conv_macs(inputs: Sequence[Shape], result: Shape) -> int:
+    """Each value of the input is multiplied by a kernel of its channel."""
+    del result
+    return math.prod(inputs[2]) * math.prod(inputs[1][:3]) if len(inputs) > 2 and inputs[1] else 0
+
+
+def _matmul_macs(inputs: Sequence[Shape], result: Shape) -> int:
+    return math.prod(result) * inputs[0][-1] if inputs[0] else 0
+
+
+def _lstm_macs(inputs: Sequence[Shape], result: Shape) -> int:
+    """Four gates read the input and the state; input 5 is the first recurrent kernel."""
+    if len(inputs) <= 5 or not inputs[1] or not inputs[5]:
+        return 0
+    return math.prod(result) * 4 * (inputs[1][-1] + inputs[5][-1])
 
 
 def _conv(version: int, order: tuple[int, ...], axis: int, **options: Any) -> OpRule:
@@ -97,8 +153,9 @@ def _same(version: int = 2, first: bool = True, **options: Any) -> OpRule:
     return OpRule(scales="same", version=version, activations=(0,) if first else None, **options)
 
 
-def _fixed(scale: float, zero_point: int, least: float = 0.0) -> OpRule:
-    return OpRule(scales="fixed", version=2, fixed=(scale, zero_point), least_input_scale=least)
+def _fixed(op: str, least: float = 0.0) -> OpRule:
+    grid = INT8_FIXED[op].scale, INT8_FIXED[op].zero_point
+    return OpRule(scales="fixed", version=2, fixed=grid, least_input_scale=least)
 
 
 def _none(version: int, **options: Any) -> OpRule:
@@ -108,12 +165,26 @@ def _none(version: int, **options: Any) -> OpRule:
 _COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
 
 OP_TABLE: dict[str, OpRule] = {
-    "CONV_2D": _conv(3, (1, 2, 3, 0), 0, packed=_packed("CONV_2D", {4: 7})),
+    "CONV_2D": _conv(3, (1, 2, 3, 0), 0, packed=_packed("CONV_2D", {4: 7}), macs=_per_output(1)),
     # LiteRT's reference resolver computes on four bits but registers no version 7.
-    "DEPTHWISE_CONV_2D": _conv(3, (0, 1, 2, 3), 3, packed=_packed("DEPTHWISE_CONV_2D", {4: 1})),
-    "FULLY_CONNECTED": _conv(4, (1, 0), 0, packed=_packed("FULLY_CONNECTED", {4: 10, 2: 14})),
+    "DEPTHWISE_CONV_2D": _conv(
+        3,
+        (0, 1, 2, 3),
+        3,
+        packed=_packed("DEPTHWISE_CONV_2D", {4: 1}),
+        macs=_per_output(1, 3),
+    ),
+    "FULLY_CONNECTED": _conv(
+        4, (1, 0), 0, packed=_packed("FULLY_CONNECTED", {4: 10, 2: 14}), macs=_dense_macs
+    ),
     "TRANSPOSE_CONV": OpRule(
-        scales="own", version=2, activations=(2,), weights=1, keras_order=(1, 2, 0, 3), bias=3
+        scales="own",
+        version=2,
+        activations=(2,),
+        weights=1,
+        keras_order=(1, 2, 0, 3),
+        bias=3,
+        macs=_transpose_conv_macs,
     ),
     "ADD": _own(),
     "SUB": _own(),
@@ -128,13 +199,13 @@ OP_TABLE: dict[str, OpRule] = {
     "HARD_SWISH": _own(1),
     "GELU": _own(1),
     "EXP": _own(1),
-    "BATCH_MATMUL": _own(),
+    "BATCH_MATMUL": _own(macs=_matmul_macs, resolver_method="AddBatchMatMul"),
     "MEAN": _own(activations=(0,)),
-    "SOFTMAX": _fixed(1 / 256, -128, least=2.0**-26),
-    "LOGISTIC": _fixed(1 / 256, -128),
-    "TANH": _fixed(1 / 128, 0),
-    "LOG_SOFTMAX": _fixed(16 / 256, 127, least=2.0**-26),
-    "L2_NORMALIZATION": _fixed(1 / 128, 0),
+    "SOFTMAX": _fixed("SOFTMAX", least=2.0**-26),
+    "LOGISTIC": _fixed("LOGISTIC"),
+    "TANH": _fixed("TANH"),
+    "LOG_SOFTMAX": _fixed("LOG_SOFTMAX", least=2.0**-26),
+    "L2_NORMALIZATION": _fixed("L2_NORMALIZATION"),
     "MAX_POOL_2D": _same(),
     "AVERAGE_POOL_2D": _same(),
     "REDUCE_MAX": _same(),
@@ -162,11 +233,43 @@ OP_TABLE: dict[str, OpRule] = {
     "CAST": _none(1),  # truth values to indexes
     **{f"LOGICAL_{name}": _none(1) for name in ("AND", "OR", "NOT")},
     **{name: _none(2, input_scale_below=1.0) for name in _COMPARISONS},
-    # The weights are put in behind the pass (`fused_lstm`).
-    "UNIDIRECTIONAL_SEQUENCE_LSTM": _own(1, activations=(0,)),
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": _own(
+        1,
+        activations=(0,),
+        weights=1,
+        is_made_by_the_pass=True,
+        macs=_lstm_macs,
+        resolver_method="AddUnidirectionalSequenceLSTM",
+    ),
     "QUANTIZE": _own(1),
     "DEQUANTIZE": _own(2),
 }
+
+
+def fixed_output(op: str, bits: int) -> tuple[float, int] | None:
+    """Scale and zero point that the kernel for activations of `bits` bits gives its output."""
+    if bits == 16 and op in INT16 and (scale := INT16[op].fixed_scale) is not None:
+        return scale, 0
+    return OP_TABLE[op].fixed
+
+
+def kernel_version(op: str, bits: int) -> int:
+    """Lowest version of the operator that computes on activations of `bits` bits."""
+    return INT16[op].version if bits == 16 else OP_TABLE[op].version
+
+
+def multiply_accumulates(op: str, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    """Multiply-accumulates of one invocation; 0 for an operator that multiplies no matrix.
+
+    Args:
+        op: the operator.
+        inputs: shapes of all inputs, `()` of one that is left out.
+        outputs: shapes of the outputs.
+
+    An operator whose inputs are not those of a right file counts as 0.
+    """
+    macs = OP_TABLE[op].macs if op in OP_TABLE else None
+    return macs(inputs, outputs[0]) if macs and outputs and len(inputs) >= 2 else 0
 
 
 def missing_kernels(ops: tuple[str, ...], runtime: str, bits: int = 8) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ TENSOR_TYPES = {
 }
 PACKED_TYPES = {2: schema.TensorType.INT2, 4: schema.TensorType.INT4}
 ACTIVATION_DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.int8), 16: np.dtype(np.int16)}
-# Activation bits -> the bias's dtype.
+# Activation bits -> the dtype of the bias.
 BIAS_DTYPES: dict[int, type[np.signedinteger]] = {8: np.int32, 16: np.int64}
 
 
@@ -39,7 +39,14 @@ class Weights:
     def in_file(
         cls, frozen: FrozenWeight, shape: tuple[int, ...], order: tuple[int, ...], axis: int
     ) -> "Weights":
-        """`frozen` in a tensor of `shape`, whose axes taken in `order` are Keras's order."""
+        """The weights of `frozen` in the file's layout.
+
+        Args:
+            frozen: the weights in Keras's order of axes.
+            shape: of the file's tensor.
+            order: the file's axes in the order in which Keras has them.
+            axis: the file's axis along which scales differ.
+        """
         keras_shape = tuple(shape[a] for a in order)
         integers = frozen.integers.reshape(keras_shape).transpose(np.argsort(order))
         scale = frozen.scale.reshape(-1)
@@ -111,8 +118,8 @@ def constant_on_grid(data: np.ndarray, site: Site | None) -> tuple[np.ndarray, n
 
     Args:
         data: its float32 values.
-        site: the grid that it must have; `None`: it is one number that values are compared with,
-            and has a grid of its own.
+        site: the grid that it must have; `None` for the number of a comparison, which gets a grid
+            of its own.
 
     Raises:
         LoweringError: if the number is too large for a comparison's kernel.

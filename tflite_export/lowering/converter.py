@@ -85,12 +85,16 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         layer = node.layer
         if isinstance(layer, Tabulated) and layer.index not in computed:
-            layer = Marker("table", layer.index, name=f"{layer.name}_marker")
+            layer = Marker("table", layer.index, name=frozen.unused_name(f"{layer.name}_marker"))
         elif isinstance(layer, FrozenLSTM):
-            layer = _StandIn(layer.units, lstms.index(id(layer)), name=f"{layer.name}_stand_in")
+            layer = _StandIn(
+                layer.units,
+                lstms.index(id(layer)),
+                name=frozen.unused_name(f"{layer.name}_stand_in"),
+            )
         elif isinstance(layer, _TRANSLATED):
             if id(layer) not in plain:  # Calls of one layer stay those of one layer.
-                plain[id(layer)] = _Plain(layer, name=f"{layer.name}_plain")
+                plain[id(layer)] = _Plain(layer, name=frozen.unused_name(f"{layer.name}_plain"))
             layer = plain[id(layer)]
         if "training" in inspect.signature(layer.call).parameters:
             kwargs["training"] = False  # The default of Keras's augmenting layers is True.

@@ -1,4 +1,4 @@
-"""Python programs in a child process, where a crash or a hang cannot take the caller along."""
+"""Runs Python programs in a child process, which may crash or hang without harm to the caller."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ def run_python(
     folder: Path | None = None,
     timeout_seconds: float | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Runs this Python with `arguments`; what it writes is captured.
+    """Runs this Python interpreter with `arguments` and captures stdout and stderr.
 
     The child finds the very packages that this process finds, and none in its directory.
 
@@ -40,5 +40,5 @@ def run_python(
 
 
 def exit_name(code: int) -> str:
-    """What a return code says: the signal that ended the child, or its exit code."""
+    """A return code in words: the signal that ended the child, or its exit code."""
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"

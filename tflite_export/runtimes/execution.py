@@ -1,26 +1,26 @@
 """Runs a `.tflite` on LiteRT and on TensorFlow Lite Micro behind one signature.
 
-LiteRT runs in this process. TFLite Micro runs in a child: its kernels answer a bias or a
-quantization that is missing, or a full arena, by SIGSEGV, SIGFPE or abort(), and all that it has
-to say goes to the C-level stderr. A child cannot take the caller along, and its stderr is its own.
+LiteRT runs in this process. TFLite Micro runs in a child: where a bias or a quantization is
+missing, or the arena is full, its kernels end the process by SIGSEGV, SIGFPE or abort(), and its
+messages go to the C-level stderr. In a child neither reaches the caller.
 """
 
 import copy
 import dataclasses
 import importlib.util
-import inspect
 import io
 import re
 import subprocess
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from ai_edge_litert import interpreter as litert
 
 from kqat.base import ExportError, RuntimeUnavailableError
 from tflite_export import flatbuffer
+from tflite_export.runtimes import child_programs
 from tflite_export.runtimes.child_process import exit_name, run_python
 
 RUNTIMES = ("litert_reference", "litert_builtin", "litert", "tflite_micro")
@@ -36,8 +36,8 @@ _FIRST_ARENA_BYTES = 1 << 26
 _LARGEST_ARENA_BYTES = 1 << 30
 # TFLite Micro aligns what it allocates to 16 bytes; the rest of an odd size counts as used.
 _ARENA_ALIGNMENT = 16
-# The allocator's words for a full arena. An unsupported op ends in the same Python exception,
-# but says "Didn't find op for builtin opcode"; an unsupported type has words of its kernel.
+# What the allocator writes when the arena is full. An unsupported operator raises the same Python
+# exception, but TFLite Micro writes "Didn't find op for builtin opcode" then.
 _ARENA_IS_FULL = re.compile(r"available \d+, missing: \d+")
 _ARENA_TOTAL = re.compile(r"Arena allocation total (\d+) bytes")
 
@@ -241,7 +241,7 @@ def _run_litert(job: _Job, runtime: str) -> tuple[list[np.ndarray], dict[int, np
             seen = own = _invoke_litert(job, job.blob, runtime, {*job.outputs, *job.watched})
     except ExportError:
         raise
-    # LiteRT refuses with either of these.
+    # LiteRT refuses a file with either of these.
     except (RuntimeError, ValueError) as error:
         raise _refusal(runtime, str(error)) from error
     outputs = [own[index] for index in job.outputs]
@@ -283,7 +283,7 @@ def _invoke_litert(
 
 
 def _keeps_resources(model: flatbuffer.ModelT) -> bool:
-    """Whether it has variables that LiteRT's reset keeps, and TFLite Micro's sets to 0."""
+    """Whether it has resource variables: LiteRT's reset keeps them, TFLite Micro's zeroes them."""
     operators = (operator for graph in model.subgraphs for operator in graph.operators)
     return any(flatbuffer.op_name(model, o) == "ASSIGN_VARIABLE" for o in operators)
 
@@ -298,16 +298,20 @@ def _with_watched_as_outputs(job: _Job) -> bytes:
 def _run_micro(
     job: _Job, arena_bytes: int, largest_bytes: int = _LARGEST_ARENA_BYTES
 ) -> tuple[list[np.ndarray], dict[int, np.ndarray], int]:
-    """Does the same in a child, with arenas doubled until one suffices; adds the bytes used."""
-    request = io.BytesIO()
-    arrays: dict[str, Any] = {f"feed_{i}": feed for i, feed in enumerate(job.feeds)}
-    arrays["counts"] = np.array([len(job.feeds), len(job.outputs)])
-    arrays["watched"] = np.array(job.watched, int)
-    arrays["renew"] = np.array(_keeps_resources(job.model))
-    np.savez(request, blob=np.frombuffer(job.blob, np.uint8), **arrays)
+    """The outputs and watched tensors on TFLite Micro, and the bytes of the arena that it used.
+
+    The child is run again with twice the arena until one is large enough.
+    """
+    request = _request(
+        job.blob,
+        job.feeds,
+        outputs=np.array(len(job.outputs)),
+        watched=np.array(job.watched, int),
+        renew=np.array(_keeps_resources(job.model)),
+    )
     while True:
         arena_bytes += -arena_bytes % _ARENA_ALIGNMENT
-        child = _micro_child(request.getvalue(), arena_bytes)
+        child = _run_child("tflite_micro", str(arena_bytes), request=request)
         words = child.stderr.decode(errors="replace").strip()
         if child.returncode == 0:
             break
@@ -322,9 +326,59 @@ def _run_micro(
     return outputs, seen, int(total[1])
 
 
-def _micro_child(request: bytes, arena_bytes: int) -> subprocess.CompletedProcess[bytes]:
-    program = f"{inspect.getsource(_serve_micro)}\n_serve_micro()"
-    return run_python(["-c", program, str(arena_bytes)], request=request)
+def run_litert_apart(
+    blob: bytes,
+    feeds: Sequence[np.ndarray],
+    *,
+    runtime: str,
+    timeout_seconds: float,
+    memory_bytes: int,
+) -> list[np.ndarray]:
+    """The outputs of a file on LiteRT, computed in a child, as for a file of an unknown writer.
+
+    Args:
+        blob: the file.
+        feeds: one array per model input, (samples, …).
+        runtime: one of the names of LiteRT in `RUNTIMES`.
+        timeout_seconds: how long the child may take.
+        memory_bytes: how large its address space may become.
+
+    Raises:
+        RuntimeUnavailableError: if the runtime refuses the file, crashes on it, or takes too long.
+    """
+    arguments = (_OP_RESOLVERS[runtime].name, str(memory_bytes))
+    request = _request(blob, feeds)
+    try:
+        child = _run_child("litert", *arguments, request=request, timeout_seconds=timeout_seconds)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeUnavailableError(
+            f"Expected runtime {runtime!r} to run the file within {timeout_seconds:g} s. Received: "
+            "no answer. Use a smaller file, or fewer samples."
+        ) from error
+    if child.returncode != 0:
+        words = textwrap.shorten(child.stderr.decode(errors="replace"), 600)
+        raise RuntimeUnavailableError(
+            f"Expected runtime {runtime!r} to run the file. Received: "
+            f"{exit_name(child.returncode)}, saying: {words!r}."
+        )
+    with np.load(io.BytesIO(child.stdout)) as answer:
+        return [answer[f"output_{i}"] for i in range(len(answer.files))]
+
+
+def _request(blob: bytes, feeds: Sequence[np.ndarray], **arrays: np.ndarray) -> bytes:
+    """A job for a child, as `child_programs` reads it."""
+    request = io.BytesIO()
+    arrays |= {f"feed_{i}": feed for i, feed in enumerate(feeds)}
+    np.savez(request, blob=np.frombuffer(blob, np.uint8), **arrays)  # type: ignore[arg-type]
+    return request.getvalue()
+
+
+def _run_child(
+    *arguments: str, request: bytes, timeout_seconds: float | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    return run_python(
+        [child_programs.__file__, *arguments], request=request, timeout_seconds=timeout_seconds
+    )
 
 
 def _refusal(runtime: str, words: str) -> RuntimeUnavailableError:
@@ -334,51 +388,3 @@ def _refusal(runtime: str, words: str) -> RuntimeUnavailableError:
         f"Expected runtime {runtime!r} to run the file. Received: {words!r}. "
         "Use ops and types that this runtime has kernels for, or another runtime."
     )
-
-
-def _serve_micro() -> None:
-    """Is the child's whole program: the job on stdin, its arrays on stdout, words on stderr."""
-    import io
-    import os
-    import sys
-    from typing import Any
-
-    import numpy as np
-    from tflite_micro.python.tflite_micro import runtime
-
-    sys.excepthook = lambda kind, error, trace: print(error, file=sys.stderr)
-    # Kernels may print to stdout.
-    answer = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    job = dict(np.load(io.BytesIO(sys.stdin.buffer.read())))
-    blob, arena_bytes = job["blob"].tobytes(), int(sys.argv[1])
-    feeds = [job[f"feed_{position}"] for position in range(job["counts"][0])]
-    modes = runtime.InterpreterConfig
-
-    def start(mode: runtime.InterpreterConfig) -> runtime.Interpreter:
-        return runtime.Interpreter(blob, [], arena_bytes, mode)
-
-    def invoke(interpreter: runtime.Interpreter, batch: int) -> None:
-        for position, feed in enumerate(feeds):
-            interpreter.set_input(feed[batch, ...], position)
-        interpreter.invoke()
-
-    # One interpreter either records its arena or shows its tensors, never both.
-    recorder = start(modes.kAllocationRecording)
-    invoke(recorder, 0)
-    recorder.print_allocations()
-    mode = modes.kPreserveAllTensors if job["watched"].size else modes.kAllocationRecording
-    rows: list[dict[str, Any]] = []
-    for batch in range(len(feeds[0])):
-        if batch == 0 or job["renew"]:
-            reader = start(mode)
-        else:
-            reader.reset()
-        invoke(reader, batch)
-        row = {f"output_{i}": reader.get_output(i).copy() for i in range(job["counts"][1])}
-        for i in job["watched"]:
-            row[f"tensor_{i}"] = reader.GetTensor(i, 0)["tensor_data"].copy()
-        rows.append(row)
-    stacked: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    np.savez(answer, **stacked)
-    answer.flush()

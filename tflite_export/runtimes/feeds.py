@@ -1,4 +1,4 @@
-"""What goes into a file and comes out of it: floats on a tensor's grid and back, random inputs."""
+"""Inputs and outputs of a file: floats to a tensor's integers and back, and random inputs."""
 
 import math
 from typing import Any
@@ -9,14 +9,14 @@ from kqat.base import ExportError
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, TensorT
 
-# More than any sensible input; what a hostile shape asks for would take all memory.
+# More than any sensible input. A damaged or hostile shape may ask for more than there is memory.
 LARGEST_INPUT_BYTES = 1 << 30
 
 
 def as_type(x: np.ndarray, tensor: TensorT) -> np.ndarray:
     """Floats as a tensor's integers, rounded half up and clipped; as floats for a float tensor.
 
-    Integers, which are indices or counts, stay what they are.
+    Integers, which are indexes (token ids), are returned as they are.
 
     Raises:
         ExportError: if an integer tensor has no scale.
@@ -32,7 +32,7 @@ def as_type(x: np.ndarray, tensor: TensorT) -> np.ndarray:
 
 
 def real(x: np.ndarray, tensor: TensorT) -> np.ndarray:
-    """A tensor's values as float32; those of a tensor without a scale stay what they are."""
+    """A tensor's values as float32; integers without a scale are returned as they are."""
     if x.dtype.kind == "f":
         return x.astype(np.float32)
     if not has_grid(tensor):

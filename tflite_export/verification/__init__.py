@@ -1,7 +1,6 @@
 """File against model: lockstep on each runtime, the layer profile, and the `Report`."""
 
-from tflite_export.verification import html_page, lockstep, unknown_writer
-from tflite_export.verification.lockstep import DEFAULT_RUNTIMES, verify
+from tflite_export.verification import html_page, unknown_writer
 from tflite_export.verification.report import (
     LayerReport,
     OutputAgreement,
@@ -10,6 +9,7 @@ from tflite_export.verification.report import (
     SiteDifference,
 )
 from tflite_export.verification.unknown_writer import compare_runtimes
+from tflite_export.verification.verifier import DEFAULT_RUNTIMES, verify
 
 __all__ = [
     "DEFAULT_RUNTIMES",
@@ -20,7 +20,6 @@ __all__ = [
     "SiteDifference",
     "compare_runtimes",
     "html_page",
-    "lockstep",
     "unknown_writer",
     "verify",
 ]

@@ -32,7 +32,7 @@ class Encoding:
 
     @property
     def size_bytes(self) -> int:
-        """Of both buffers, aligned."""
+        """Bytes of both buffers in the file, each rounded up to its alignment."""
         return sum(len(part) + -len(part) % _ALIGNMENT for part in (self.data, self.ancillary))
 
 
@@ -54,7 +54,7 @@ def _ancillary(method: str, parameters: bytes, tables: bytes) -> bytes:
 
 
 def _lookup(integers: np.ndarray, axis: int | None) -> Iterator[Encoding]:
-    """Indices into one table for all channels, or into one for each."""
+    """Weights as indices: into one table for all channels, or into a table for each channel."""
     values, indices = np.unique(integers, return_inverse=True)
     # A stride of 0 has each channel read the same table.
     yield from _indexed(indices.reshape(integers.shape), values, stride=0)
@@ -80,7 +80,7 @@ def _indexed(indices: np.ndarray, tables: np.ndarray, stride: int) -> Iterator[E
 
 
 def _prune(integers: np.ndarray, axis: int | None) -> Iterator[Encoding]:
-    """A bit for each weight that is not zero, and these in turn."""
+    """One bit a weight, set where it is not zero; then the values that are not zero."""
     del axis
     kept = integers.reshape(-1) != 0
     table = integers.reshape(-1)[kept].astype(np.int8).tobytes()
@@ -88,7 +88,7 @@ def _prune(integers: np.ndarray, axis: int | None) -> Iterator[Encoding]:
 
 
 def _huffman(integers: np.ndarray, axis: int | None) -> Iterator[Encoding]:
-    """A code of few bits for what occurs often."""
+    """A prefix code: few bits for values that occur often."""
     del axis
     code = best_code(integers)
     if code is not None:

@@ -7,9 +7,9 @@ from kqat.base import ExportError
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, new_operator
 
-# A DEQUANTIZE and a second tensor cost as many bytes as so many weights save.
+# With fewer weights, a DEQUANTIZE and a second tensor cost more bytes than float16 saves.
 _FEWEST = 128
-# `lite/tools/versioning/op_version.cc` of TensorFlow, for float16.
+# Of DEQUANTIZE for float16: TensorFlow's `lite/tools/versioning/op_version.cc`.
 _VERSION = 3
 
 
@@ -19,7 +19,7 @@ def halve_weights(model: ModelT) -> None:
     The rounding is 2**-11 of a weight at most, or 2**-25 below 2**-14.
 
     Raises:
-        ExportError: if there is none, or one is beyond the range of float16.
+        ExportError: if the file has no large float constant, or one is beyond float16's range.
     """
     graph = model.subgraphs[0]
     widened: dict[int, int] = {}
@@ -47,7 +47,7 @@ def _is_large(model: ModelT, index: int) -> bool:
 
 
 def _halved(model: ModelT, index: int) -> tuple[int, OperatorT]:
-    """The tensor that is widened again, and the operator that does it."""
+    """The float32 tensor that DEQUANTIZE makes of the float16 one, and that operator."""
     tensor = model.subgraphs[0].tensors[index]
     name = flatbuffer.tensor_name(tensor)
     values = np.asarray(flatbuffer.tensor_data(model, tensor))

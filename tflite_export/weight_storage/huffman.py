@@ -11,12 +11,13 @@ import math
 
 import numpy as np
 
-# An entry of 16 bits: found?, 4 bits of a count, 11 bits of a symbol or of an offset.
+# A table entry has 16 bits: whether a code ends here, a count in 4 bits, and in 11 bits a symbol,
+# or the offset of the table in which the code goes on.
 _FOUND = 0x8000
 _COUNT_SHIFT = 11
 _LARGEST_OFFSET = 0x07FF
 _LONGEST = 15
-# The first table is looked up by whole words of the stream, which may reach past its end.
+# The decoder reads the stream in whole words, and may read past its end.
 _PADDING = b"\0" * 4
 
 
@@ -86,7 +87,9 @@ def code_lengths(counts: list[int], limit: int) -> list[int]:
 
 
 def _canonical(symbols: list[int], lengths: list[int]) -> dict[int, str]:
-    """Codes in the order of their lengths; each is the one before it plus 1, made longer."""
+    """The canonical code: in the order of lengths, each code is the one before plus 1, shifted
+    left to its own length.
+    """
     codes, code, before = {}, 0, 0
     for length, symbol in sorted(zip(lengths, symbols, strict=True)):
         code <<= length - before
@@ -96,7 +99,7 @@ def _canonical(symbols: list[int], lengths: list[int]) -> dict[int, str]:
 
 
 def _tables(codes: dict[int, str], root_bits: int) -> np.ndarray | None:
-    """A table for the first `root_bits` bits and one for each prefix that codes go on behind.
+    """A table for the first `root_bits` bits, and one for each prefix of a longer code.
 
     `None` if an offset would not fit its 11 bits.
     """

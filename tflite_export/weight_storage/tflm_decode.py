@@ -1,9 +1,9 @@
 """Weights that TFLite Micro decodes into its arena before the operator that reads them runs.
 
-One DECODE, the custom operator "TFLM_DECODE", stands before each reader of an encoded tensor: what
-it writes lives until the next operator has run. What LiteRT demands and TFLite Micro does not, a
-zero point for each channel and the scales of a bias whose weights have one scale per channel, is
-left out too, since LiteRT has no such operator and cannot read the file anyway.
+One DECODE, the custom operator "TFLM_DECODE", stands before each reader of an encoded tensor: its
+output lives until the next operator has run. Two things that LiteRT demands and TFLite Micro does
+not are left out: a zero point for each channel, and the scales of a bias whose weights have one
+scale per channel. LiteRT has no DECODE, so it cannot read such a file in any case.
 """
 
 import copy
@@ -18,7 +18,7 @@ from tflite_export.flatbuffer import DECODE, ModelT, OperatorT, TensorT, operato
 from tflite_export.kernels import OP_TABLE, PACKED_TYPES, OpRule, unpack
 from tflite_export.weight_storage import encodings
 
-# What DECODE itself takes of a file: the operator, its tensors, their buffers.
+# Bytes that one DECODE adds to a file: the operator, its tensors, their buffers.
 _COST_BYTES = 224
 
 
@@ -26,15 +26,15 @@ def compress(model: ModelT, methods: Collection[str]) -> None:
     """Encodes the weights of `model`, in place, where that makes the file smaller.
 
     Args:
-        model: an integer model for TFLite Micro alone; weights may be packed, two a byte.
-        methods: those of `codec.METHODS` that may be used.
+        model: an integer model for TFLite Micro alone; 4-bit weights may be packed two a byte.
+        methods: those of `encodings.METHODS` that may be used.
     """
     graph = model.subgraphs[0]
     compressor = _Compressor(model, methods)
     operators = []
     for operator in graph.operators:
         rule = OP_TABLE.get(flatbuffer.op_name(model, operator))
-        if rule is not None and rule.weights is not None:
+        if rule is not None and rule.has_trained_weights:
             _drop_bias_scales(graph.tensors, operator, rule)
             operators += compressor.decoders(operator, rule)
         operators.append(operator)
@@ -57,7 +57,10 @@ class _Compressor:
         self.readers = Counter(read)
 
     def decoders(self, operator: OperatorT, rule: OpRule) -> list[OperatorT]:
-        """The DECODE before `operator`, which reads what it writes; none where it would not pay."""
+        """The DECODE of the weights of `operator`, which reads its output from now on.
+
+        Empty where decoding would not make the file smaller.
+        """
         index = int(operator.inputs[rule.weights])
         if index not in self.encodings:
             self.encodings[index] = self._encoding(self.graph.tensors[index], self.readers[index])
@@ -79,7 +82,7 @@ class _Compressor:
         return [self._decode(encoding, operator.inputs[rule.weights])]
 
     def _encoding(self, tensor: TensorT, readers: int) -> encodings.Encoding | None:
-        """What is smaller than the tensor as it stands, with a DECODE for each reader."""
+        """The encoding that, with a DECODE for each reader, is smaller than the tensor itself."""
         data = flatbuffer.tensor_data(self.model, tensor)
         axis = int(tensor.quantization.quantizedDimension) if _channels(tensor) > 1 else None
         if data is None or data.size == 0 or axis not in (None, 0, len(tensor.shape) - 1):
@@ -100,7 +103,7 @@ class _Compressor:
         return operator
 
     def _constant(self, data: bytes) -> int:
-        """A tensor of bytes; one of equal bytes serves again."""
+        """The tensor of these bytes, made when they are first asked for."""
         if data not in self.constants:
             kind = schema.TensorType.UINT8
             self.constants[data] = flatbuffer.add_tensor(self.model, [len(data)], kind, data=data)
@@ -108,7 +111,7 @@ class _Compressor:
 
 
 def _drop_bias_scales(tensors: list[TensorT], operator: OperatorT, rule: OpRule) -> None:
-    """Kernels read a bias's scale only where the weights have a single one."""
+    """Drops the scales of a bias whose weights have one per channel: no kernel reads them."""
     if rule.bias is None or len(operator.inputs) <= rule.bias or operator.inputs[rule.bias] < 0:
         return
     if _channels(tensors[int(operator.inputs[rule.weights])]) > 1:

@@ -23,7 +23,7 @@ class LearnedStep:
         d out/d w = 1 where |w / s| <= qmax, else 0
         d out/d s = (round(v) - w / s if |w / s| <= qmax, else ±qmax) / sqrt(N * qmax)
 
-    A step that training takes below zero counts by its magnitude.
+    A step that training takes below zero is used by its magnitude.
 
     Args:
         start: where the step starts: at the least squared error (`"mse"`, as `LeastSquares`), or

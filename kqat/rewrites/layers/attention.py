@@ -11,7 +11,7 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part
-from kqat.parts import Matmul, Take, WithConstant, total
+from kqat.parts import ConstantKind, Matmul, Take, WithConstant, total
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.layers.attention_masks import Keep, attended, causal, window, zeroed
 from kqat.rewrites.layers.basic import Decomposed
@@ -178,7 +178,7 @@ def _times(x: Any, variable: Any, name: str) -> Any:
     """`x` times a variable of one number, which stays trained; `None` is one."""
     if variable is None:
         return x
-    factor = WithConstant("multiply", [], name=name, trainable=variable.trainable)
+    factor = WithConstant(ConstantKind.MULTIPLY, [], name=name, trainable=variable.trainable)
     return Part(factor, [np.asarray(variable, np.float32).reshape(())])(x)
 
 

@@ -1,8 +1,8 @@
 """Attention masks: scores of what is hidden fall below all others, where softmax gives zero.
 
 Keras puts a huge negative number there, which no grid of eight bits holds beside the scores. Here
-`numerics.HIDDEN` is added, and the grid of the sum ends a little below the least score that is
-shown (`numerics.shown_bounds`): there the integer kernel clips.
+`arithmetic.HIDDEN` is added, and the grid of the sum ends a little below the least score that is
+shown (`arithmetic.shown_bounds`): there the integer kernel clips.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from keras import layers
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, holds_indexes, is_tensor
 from kqat.grids import HIDDEN
-from kqat.parts import Hide, IndexOperation, WithConstant
+from kqat.parts import ConstantKind, Hide, IndexKind, IndexOperation, WithConstant
 from kqat.rewrites.layers.one_hot import truth
 
 
@@ -69,7 +69,7 @@ class Keep:
         for i, (mask, rank, shape) in enumerate(tensors):
             part = f"{name}_mask_{i}" if i else f"{name}_mask"
             more = _checked(mask, rank, shape, part, name)
-            both = IndexOperation("logical_and", name=f"{part}_and")
+            both = IndexOperation(IndexKind.LOGICAL_AND, name=f"{part}_and")
             seen = more if seen is None else both([seen, more])
         return cls(np.logical_and.reduce(arrays) if arrays else None, seen)
 
@@ -91,7 +91,7 @@ def attended(scores: Any, keep: Keep, name: str, *, zeros: bool) -> Any:
     rank = len(scores.shape)
     if keep.constant is not None:
         bias = np.where(keep.constant, 0.0, HIDDEN)
-        scores = _constant("hide", bias, f"{name}_hidden")(scores)
+        scores = _constant(ConstantKind.HIDE, bias, f"{name}_hidden")(scores)
     if keep.seen is not None:
         bias = _quantity(keep.seen, (HIDDEN, 0.0), rank, f"{name}_bias")
         # The scores second: Keras has ways of its own to add a vector that comes second.
@@ -100,7 +100,7 @@ def attended(scores: Any, keep: Keep, name: str, *, zeros: bool) -> Any:
     if not zeros or not keep.hides_rows():
         return weights
     if keep.constant is not None:
-        weights = _constant("multiply", keep.constant, f"{name}_shown")(weights)
+        weights = _constant(ConstantKind.MULTIPLY, keep.constant, f"{name}_shown")(weights)
     if keep.seen is not None:
         factor = _quantity(keep.seen, (0.0, 1.0), rank, f"{name}_factor")
         weights = layers.Multiply(name=f"{name}_kept")([weights, factor])
@@ -113,7 +113,7 @@ def zeroed(x: Any, keep: Keep, name: str) -> Any:
     return layers.Multiply(name=name)([x, factor])
 
 
-def _constant(kind: str, value: np.ndarray, name: str) -> Part:
+def _constant(kind: ConstantKind, value: np.ndarray, name: str) -> Part:
     layer = WithConstant(kind, list(value.shape), name=name, trainable=False)
     return Part(layer, [value.astype(np.float32)])
 
@@ -135,7 +135,7 @@ def _checked(mask: Any, rank: int, shape: Any, part: str, name: str) -> Any:
     if not holds_indexes(mask) or len(mask.shape) != rank:
         raise _wrong(name, f"a tensor of shape {tuple(mask.shape)} and type {mask.dtype}")
     if mask.dtype != "bool":
-        mask = IndexOperation("not_equal", {"x2": 0}, name=f"{part}_true")(mask)
+        mask = IndexOperation(IndexKind.NOT_EQUAL, {"x2": 0}, name=f"{part}_true")(mask)
     return mask if shape is None else layers.Reshape(shape, name=part)(mask)
 
 

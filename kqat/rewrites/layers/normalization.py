@@ -12,7 +12,7 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, clone
-from kqat.parts import ChannelAffine, ReciprocalSquareRoot, Reduce
+from kqat.parts import ChannelAffine, ReciprocalSquareRoot, Reduce, ReduceKind
 from kqat.rewrites.layers.basic import Decomposed
 
 
@@ -29,7 +29,7 @@ def layer_normalization(layer: Any, name: str) -> Decomposed:
     affine = channel_affine(layer, name, layer.scale, layer.center)
 
     def call(x: Any) -> Any:
-        mean = Reduce("mean", [len(x.shape) - 1], name=f"{name}_mean")(x)
+        mean = Reduce(ReduceKind.MEAN, [len(x.shape) - 1], name=f"{name}_mean")(x)
         centered = layers.Subtract(name=f"{name}_centered")([x, mean])
         return _unit(centered, layer.epsilon, affine, name)
 
@@ -56,7 +56,7 @@ def rms_normalization(layer: Any, name: str) -> Decomposed:
 def scaled_to_unit(x: Any, epsilon: float, name: str, axes: list[int]) -> Any:
     """`x / sqrt(mean(x**2) + epsilon)`, the mean over `axes`."""
     square = layers.Multiply(name=f"{name}_square")([x, x])
-    variance = Reduce("mean", axes, name=f"{name}_variance")(square)
+    variance = Reduce(ReduceKind.MEAN, axes, name=f"{name}_variance")(square)
     scale = ReciprocalSquareRoot(epsilon, name=f"{name}_rsqrt")(variance)
     return layers.Multiply(name=name)([x, scale])
 
@@ -108,7 +108,7 @@ def group_normalization(layer: Any, name: str) -> Decomposed:
     def call(x: Any) -> Any:
         grouped = (positions, groups, channels // groups)
         y = layers.Reshape(grouped, name=f"{name}_groups")(x)
-        mean = Reduce("mean", [1, 3], name=f"{name}_mean")(y)
+        mean = Reduce(ReduceKind.MEAN, [1, 3], name=f"{name}_mean")(y)
         centered = layers.Subtract(name=f"{name}_centered")([y, mean])
         unit = scaled_to_unit(centered, layer.epsilon, f"{name}_unit", [1, 3])
         last = f"{name}_shape" if affine else name

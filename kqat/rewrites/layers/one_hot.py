@@ -8,7 +8,7 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part
-from kqat.parts import Reduce, total
+from kqat.parts import Reduce, ReduceKind, total
 from kqat.rewrites.layers.basic import Decomposed
 
 
@@ -32,7 +32,7 @@ def one_hot(indices: Any, classes: int, name: str) -> Any:
 def multi_hot(indices: Any, classes: int, name: str) -> Any:
     """A one at every index that occurs along the last axis, whose place the classes take."""
     codes = one_hot(indices, classes, f"{name}_codes")
-    return Reduce("max", [len(codes.shape) - 2], False, name=name)(codes)
+    return Reduce(ReduceKind.MAX, [len(codes.shape) - 2], False, name=name)(codes)
 
 
 def category_encoding(layer: Any, name: str) -> Decomposed:

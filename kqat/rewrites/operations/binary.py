@@ -14,7 +14,9 @@ from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, holds_indexes, is_tensor
 from kqat.parts import (
     ChannelAffine,
+    ConstantKind,
     Elementwise,
+    IndexKind,
     IndexOperation,
     Select,
     WithConstant,
@@ -102,18 +104,18 @@ def index_operation(operation: Any, name: str) -> Callable[..., Any]:
 
 
 _KINDS = {
-    "Add": "add",
-    "Subtract": "subtract",
-    "Multiply": "multiply",
-    "Equal": "equal",
-    "NotEqual": "not_equal",
-    "Greater": "greater",
-    "GreaterEqual": "greater_equal",
-    "Less": "less",
-    "LessEqual": "less_equal",
-    "LogicalAnd": "logical_and",
-    "LogicalOr": "logical_or",
-    "LogicalNot": "logical_not",
+    "Add": IndexKind.ADD,
+    "Subtract": IndexKind.SUBTRACT,
+    "Multiply": IndexKind.MULTIPLY,
+    "Equal": IndexKind.EQUAL,
+    "NotEqual": IndexKind.NOT_EQUAL,
+    "Greater": IndexKind.GREATER,
+    "GreaterEqual": IndexKind.GREATER_EQUAL,
+    "Less": IndexKind.LESS,
+    "LessEqual": IndexKind.LESS_EQUAL,
+    "LogicalAnd": IndexKind.LOGICAL_AND,
+    "LogicalOr": IndexKind.LOGICAL_OR,
+    "LogicalNot": IndexKind.LOGICAL_NOT,
 }
 
 
@@ -122,16 +124,17 @@ def scaled(x: Any, scale: float, offset: float, name: str) -> Any:
     return layers.Rescaling(scale, offset, name=name)(x)
 
 
-def _with_constant(kind: str, x: Any, value: Any, name: str) -> Any:
+def _with_constant(kind: ConstantKind, x: Any, value: Any, name: str) -> Any:
     """`x + value` or `x * value`."""
+    product = kind is ConstantKind.MULTIPLY
     trained = isinstance(value, keras.Variable) and value.trainable
     array = np.asarray(value, np.float32)
     channels = x.shape[-1]
     if array.size == 1 and not trained:
         number = float(array.reshape(()))
-        return scaled(x, *((1.0, number) if kind == "add" else (number, 0.0)), name)
+        return scaled(x, *((number, 0.0) if product else (1.0, number)), name)
     if array.size == channels == array.shape[-1]:
-        layer = ChannelAffine(kind == "multiply", kind == "add", name=name, trainable=trained)
+        layer = ChannelAffine(product, not product, name=name, trainable=trained)
         return Part(layer, [array.reshape(-1)])(x)
     if array.ndim > len(x.shape) or (array.ndim == len(x.shape) and array.shape[0] != 1):
         raise UnsupportedLayerError(
@@ -149,19 +152,19 @@ def _negative(value: Any) -> Any:
 
 
 def _add(x: Any, c: Any, first: bool, name: str) -> Any:
-    return _with_constant("add", x, c, name)
+    return _with_constant(ConstantKind.ADD, x, c, name)
 
 
 def _subtract(x: Any, c: Any, first: bool, name: str) -> Any:
     if not first:
-        return _with_constant("add", x, _negative(c), name)
+        return _with_constant(ConstantKind.ADD, x, _negative(c), name)
     if is_number(c):
         return scaled(x, -1.0, float(np.asarray(c).reshape(())), name)
-    return _with_constant("add", scaled(x, -1.0, 0.0, f"{name}_negative"), c, name)
+    return _with_constant(ConstantKind.ADD, scaled(x, -1.0, 0.0, f"{name}_negative"), c, name)
 
 
 def _multiply(x: Any, c: Any, first: bool, name: str) -> Any:
-    return _with_constant("multiply", x, c, name)
+    return _with_constant(ConstantKind.MULTIPLY, x, c, name)
 
 
 def _divide(operation: Any, name: str) -> Callable[..., Any]:
@@ -172,11 +175,11 @@ def _divide(operation: Any, name: str) -> Callable[..., Any]:
                     f"Expected division by a constant or a tensor in operation '{name}'. "
                     "Received: a variable. Multiply by one instead."
                 )
-            return _with_constant("multiply", a, np.divide(1.0, b), name)
+            return _with_constant(ConstantKind.MULTIPLY, a, np.divide(1.0, b), name)
         if is_tensor(a):
             _check_rank(a, b, name)
             return layers.Multiply(name=name)([a, ops.reciprocal(b)])
-        return _with_constant("multiply", ops.reciprocal(b), a, name)
+        return _with_constant(ConstantKind.MULTIPLY, ops.reciprocal(b), a, name)
 
     return call
 

@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
-from kqat.parts import IndexOperation, Reduce, total
+from kqat.parts import IndexKind, IndexOperation, Reduce, ReduceKind, total
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.operations.binary import Row
 
@@ -42,23 +42,29 @@ def axis_of(axis: Any, rank: int, name: str) -> int:
     return axes[0]
 
 
-def _pools(kind: str) -> dict[int, type]:
-    names = {"mean": "GlobalAveragePooling", "max": "GlobalMaxPooling"}
-    return {rank: getattr(layers, f"{names[kind]}{rank - 2}D") for rank in (3, 4, 5)}
+# Kind and rank of the input -> Keras's own layer that reduces all axes between batch and channels.
+_POOLS: dict[tuple[ReduceKind, int], type] = {
+    (ReduceKind.MEAN, 3): layers.GlobalAveragePooling1D,
+    (ReduceKind.MEAN, 4): layers.GlobalAveragePooling2D,
+    (ReduceKind.MEAN, 5): layers.GlobalAveragePooling3D,
+    (ReduceKind.MAX, 3): layers.GlobalMaxPooling1D,
+    (ReduceKind.MAX, 4): layers.GlobalMaxPooling2D,
+    (ReduceKind.MAX, 5): layers.GlobalMaxPooling3D,
+}
 
 
-def reduction(kind: str) -> Row:
-    """A row for `sum`, `mean`, `max`, `min` or `prod`."""
+def reduction(kind: ReduceKind | None) -> Row:
+    """A row for `mean`, `max`, `min` or `prod`, or (`None`) for `sum`."""
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any) -> Any:
             rank = len(x.shape)
             axes, keepdims = axes_of(operation.axis, rank, name), operation.keepdims
             _check_plain(operation, ("initial", "dtype"), name)
-            if kind in ("mean", "max") and rank in (3, 4, 5) and axes == [*range(1, rank - 1)]:
-                return _pools(kind)[rank](keepdims=keepdims, name=name)(x)
-            if kind == "sum":
+            if kind is None:
                 return total(x, axes, keepdims, name)
+            if (kind, rank) in _POOLS and axes == [*range(1, rank - 1)]:
+                return _POOLS[kind, rank](keepdims=keepdims, name=name)(x)
             return Reduce(kind, axes, keepdims, name=name)(x)
 
         return call
@@ -81,11 +87,11 @@ def variance(root: bool) -> Row:
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any) -> Any:
             axes = axes_of(operation.axis, len(x.shape), name)
-            mean = Reduce("mean", axes, name=f"{name}_mean")(x)
+            mean = Reduce(ReduceKind.MEAN, axes, name=f"{name}_mean")(x)
             centered = layers.Subtract(name=f"{name}_centered")([x, mean])
             square = layers.Multiply(name=f"{name}_square")([centered, centered])
             last = f"{name}_variance" if root else name
-            result = Reduce("mean", axes, operation.keepdims, name=last)(square)
+            result = Reduce(ReduceKind.MEAN, axes, operation.keepdims, name=last)(square)
             return ops.sqrt(result) if root else result
 
         return call
@@ -93,7 +99,7 @@ def variance(root: bool) -> Row:
     return row
 
 
-def index_of(kind: str) -> Row:
+def index_of(kind: IndexKind) -> Row:
     """`argmax` and `argmin`, over one axis."""
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
@@ -156,13 +162,17 @@ def _norm(operation: Any, name: str) -> Callable[..., Any]:
 
 
 REDUCING: dict[str, Row] = {
-    **{kind.capitalize(): reduction(kind) for kind in ("sum", "mean", "max", "min", "prod")},
-    "Amax": reduction("max"),
-    "Amin": reduction("min"),
+    "Sum": reduction(None),
+    "Mean": reduction(ReduceKind.MEAN),
+    "Max": reduction(ReduceKind.MAX),
+    "Min": reduction(ReduceKind.MIN),
+    "Prod": reduction(ReduceKind.PROD),
+    "Amax": reduction(ReduceKind.MAX),
+    "Amin": reduction(ReduceKind.MIN),
     "Var": variance(False),
     "Std": variance(True),
-    "Argmax": index_of("argmax"),
-    "Argmin": index_of("argmin"),
+    "Argmax": index_of(IndexKind.ARGMAX),
+    "Argmin": index_of(IndexKind.ARGMIN),
     "Average": _average,
     "Cumsum": _cumsum,
     "Logsumexp": _logsumexp,

@@ -14,7 +14,7 @@ from keras import layers
 
 from kqat.base import ModelError
 from kqat.graph import Graph, Node, Ref, trace
-from kqat.grids import Fixed
+from kqat.grids import Clamp, Fixed
 from kqat.parts import ChannelAffine
 from kqat.training import calibration
 from kqat.training.activation_quantizer import ActivationQuantizer
@@ -188,7 +188,7 @@ def _follow(ref: Ref, readers: dict[Ref, list[Node]], outputs: set[Ref]) -> tupl
         (node,) = readers[ref]
         passes = isinstance(node.layer, layers.Dropout) or (
             isinstance(node.layer, ActivationQuantizer)
-            and node.layer.clamp in (None, "relu")
+            and node.layer.clamp in (None, Clamp.RELU)
             # A range that is given does not move with the channels.
             and not isinstance(node.layer.range_method, Fixed)
         )

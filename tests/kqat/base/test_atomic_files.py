@@ -4,12 +4,12 @@ import errno
 import os
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from kqat.base.atomic_files import write_file
+from kqat.base.atomic_files import save_model, write_file
 
 OLD, NEW = b"old and whole", b"new" * 1000
 
@@ -105,3 +105,38 @@ def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="folder"):
         write_file(tmp_path / "folder", NEW)
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+class Model:
+    """Saves half of itself, then what `failure` does."""
+
+    def __init__(self, failure: Callable[[], None]) -> None:
+        self.failure = failure
+
+    def save(self, path: Path) -> None:
+        assert path.suffix == ".keras"  # Keras saves by the name's ending.
+        path.write_bytes(NEW[:5])
+        self.failure()
+        path.write_bytes(NEW)
+
+
+@pytest.mark.parametrize("old", [OLD, None], ids=["a file before", "none before"])
+@pytest.mark.parametrize("failure", [full, interrupted], ids=["full", "^C"])
+def test_a_model_that_is_saved_by_half_leaves_what_was_there(
+    tmp_path: Path, old: bytes | None, failure: Callable[[], None]
+) -> None:
+    path = tmp_path / "model.keras"
+    if old is not None:
+        path.write_bytes(old)
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        save_model(Model(failure), path)
+    assert [p.name for p in tmp_path.iterdir()] == (["model.keras"] if old is not None else [])
+    assert old is None or path.read_bytes() == old
+
+
+def test_a_saved_model_replaces_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "model.keras"
+    path.write_bytes(OLD)
+    save_model(Model(lambda: None), path)
+    assert path.read_bytes() == NEW
+    assert [p.name for p in tmp_path.iterdir()] == ["model.keras"]

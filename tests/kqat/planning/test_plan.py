@@ -23,15 +23,86 @@ def test_a_plan_prints_as_a_table() -> None:
         layers.Conv2D(2, 3, name="conv"),
         layers.BatchNormalization(name="norm"),
         layers.ReLU(name="relu"),
+        layers.AveragePooling2D(2, name="pool"),
+        layers.Dropout(0.5, name="drop"),
+        layers.Flatten(name="flat"),
+        layers.Dense(3, activation="softmax", name="head"),
     )
     assert str(plan).splitlines() == [
         "plan of model",
-        "layer  type                role     weights           output range  note",
-        "-----  ------------------  -------  ----------------  ------------  ---------------",
-        "conv   Conv2D              integer  int8 per channel                own range",
-        "norm   BatchNormalization  folded                                   into conv",
-        "relu   Activation          clamp                      relu          fused into norm",
+        "layer         type                becomes            weights  output scale",
+        "------------  ------------------  -----------------  -------  ------------",
+        "conv          Conv2D              integer            int8/ch",
+        "norm          BatchNormalization  folded into above",
+        "relu          Activation          fused into above            own",
+        "pool          AveragePooling2D    integer                     as input",
+        "drop          Dropout             nothing",
+        "flat          Flatten             integer                     as input",
+        "head          Dense               integer            int8/ch  own",
+        "head_softmax  Activation          integer                     0 to 0.9961",
     ]
+
+
+def test_values_that_share_a_scale_are_listed_below_the_table() -> None:
+    x = keras.Input((6, 6, 3), name="image")
+    left, right = (layers.Conv2D(3, 1, activation="relu", name=n)(x) for n in ("left", "right"))
+    model = keras.Model(x, layers.Concatenate(name="join")([left, right]), name="model")
+    plan = kqat.plan(model, {"*": "int16x8", "nobody": None})
+    assert str(plan).splitlines()[3:] == [
+        "right       Conv2D       integer           int8/ch",
+        "left        Conv2D       integer           int8/ch",
+        "left_relu   Activation   fused into above           shared 1, int16",
+        "right_relu  Activation   fused into right           shared 1, int16",
+        "join        Concatenate  integer                    as input",
+        "shared 1: one scale for left_relu, right_relu",
+        "rule matched nothing: nobody",
+    ]
+
+
+def test_packed_weights_and_misfits_are_said_below_the_table() -> None:
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2, name="dense")], name="model")
+    plan = kqat.plan(model, "w3a8", target="ethos_u55")
+    assert str(plan).splitlines()[3:] == [
+        "dense  Dense  integer  3 bits in int4/ch lsq  own",
+        "int4: two a byte where the target has such kernels, else one, as int8",
+        "target ethos_u55: layer 'dense' (FULLY_CONNECTED) stores its 3-bit weights as",
+        "  int8: this target has no kernel for packed weights",
+    ]
+
+
+LONG = "stage_with_a_name_that_says_everything_block_{}_depthwise"
+
+
+@pytest.mark.parametrize("width", [64, 80, 200])
+def test_a_line_fits_and_names_are_shortened_in_the_middle(width: int) -> None:
+    chain = [
+        layer
+        for i in range(3)
+        for layer in (
+            layers.DepthwiseConv2D(1, name=LONG.format(i)),
+            layers.BatchNormalization(name=f"{LONG.format(i)}_norm"),
+        )
+    ]
+    plan = plan_of(*chain, layers.ReLU(6.0, name="end"))
+    lines = plan.text(width).splitlines()
+    assert len(lines) == 3 + 7  # one line a layer
+    assert max(map(len, lines)) <= width
+    names = [line.split()[0] for line in lines[3:]]
+    for name, layer in zip(names, plan.layers, strict=True):
+        head, cut, tail = name.partition("…")
+        assert cut or name == layer.name
+        assert layer.name.startswith(head) and layer.name.endswith(tail)
+    assert (width < 200) == any("…" in name for name in names)
+
+
+def test_a_list_of_names_breaks_between_names() -> None:
+    x = keras.Input((4, 4, 2), name="image")
+    parts = [layers.Conv2D(2, 1, name=f"convolution-number-{i}")(x) for i in range(6)]
+    plan = kqat.plan(keras.Model(x, layers.Concatenate(name="join")(parts), name="model"))
+    text = plan.text(60)
+    assert max(map(len, text.splitlines())) <= 60
+    words = text.replace(",", " ").split()
+    assert all(words.count(f"convolution-number-{i}") >= 1 for i in range(6))
 
 
 def test_a_plan_is_kept_as_json(tmp_path: Path) -> None:

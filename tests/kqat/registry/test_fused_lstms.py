@@ -37,7 +37,7 @@ def test_only_the_config_that_asks_for_it_fuses() -> None:
     carry = next(layer for layer in plan.layers if layer.name == "lstm_carry")
     assert carry.ops == ("UNIDIRECTIONAL_SEQUENCE_LSTM",)
     assert {spec.axis for spec in carry.weights.values()} == {None}
-    assert "lstm_carry, int16" in str(plan)
+    assert "6 × int8  own, int16" in str(plan)
 
 
 def test_a_default_reaches_the_lstm_and_leaves_the_rest() -> None:

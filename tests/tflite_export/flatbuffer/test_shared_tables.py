@@ -3,12 +3,14 @@
 import keras
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from keras import layers
 
 import kqat
 import tflite_export
 from tests.tflite_export.small_models import constants
 from tflite_export import flatbuffer
+from tflite_export.kernels.weight_layout import quantization
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,30 @@ def test_equal_vectors_are_written_once_and_read_back_alike(wide: bytes) -> None
     # Two vectors of scales, one of zero points, the integers; the rest is names and tables.
     payload = channels * (2 * 4 + 8 + 8 + 4)
     assert payload < len(wide) < payload + channels * 8
+
+
+def test_constants_are_one_where_type_shape_bytes_and_grid_are_equal() -> None:
+    model, graph = schema.ModelT(), schema.SubGraphT()
+    model.buffers, model.operatorCodes, model.subgraphs = [schema.BufferT()], [], [graph]
+    graph.tensors = []
+    data, int8 = np.arange(4, dtype=np.int8), schema.TensorType.INT8
+    kinds = [
+        (int8, [2, 2], quantization([0.5, 0.5], [0, 0], 0)),
+        (int8, [2, 2], quantization([0.5, 0.5], [0, 0], 0)),  # the only equal one
+        (int8, [2, 2], quantization([0.5, 0.5], [0, 0], 1)),
+        (int8, [2, 2], quantization([0.5, 0.25], [0, 0], 0)),
+        (int8, [2, 2], quantization([0.5, 0.5], [0, 1], 0)),
+        (int8, [4], quantization([0.5, 0.5], [0, 0], 0)),
+        (schema.TensorType.UINT8, [2, 2], quantization([0.5, 0.5], [0, 0], 0)),
+        (int8, [2, 2], None),
+    ]
+    inputs = [
+        flatbuffer.add_tensor(model, shape, kind, grid=grid, data=data)
+        for kind, shape, grid in kinds
+    ]
+    graph.operators = [flatbuffer.new_operator(model, "CONCATENATION", inputs, [])]
+    flatbuffer.share_constants(model)
+    assert graph.operators[0].inputs == [0, 0, 2, 3, 4, 5, 6, 7]
 
 
 def test_weights_are_named_by_layer_and_variable_and_biases_by_their_operator(wide: bytes) -> None:

@@ -14,8 +14,8 @@ from tests.tflite_export.small_models import computed, operators, quantized
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer.edit import new_operator
 from tflite_export.integer_pass import pipeline
+from tflite_export.integer_pass.draft import Draft
 from tflite_export.integer_pass.drop_reshapes import drop_flattening
-from tflite_export.lowering.markers import Labels
 from tflite_export.runtimes.execution import RUNTIMES, run
 
 IMAGE = (4, 4, 6)
@@ -60,7 +60,8 @@ def test_every_runtime_computes_the_same_without(
     qat, x = quantized(IMAGE, call, policy)
     frozen = kqat.freeze(qat)
     without = tflite_export.convert(frozen, batch_size=batch_size)
-    monkeypatch.setattr(pipeline, "drop_flattening", lambda model, labels: None)
+    others = tuple(step for step in pipeline.PASSES if step.run is not drop_flattening)
+    monkeypatch.setattr(pipeline, "PASSES", others)
     whole = tflite_export.convert(frozen, batch_size=batch_size)
     assert "RESHAPE" in before_dense(whole) and "RESHAPE" not in before_dense(without)
     dtype = np.int16 if policy == "int16x8" else np.int8
@@ -87,8 +88,8 @@ def named(model: flatbuffer.ModelT, operator: flatbuffer.OperatorT) -> str:
 
 @pytest.mark.parametrize("reader", ["RELU", "output", "keep_num_dims", "weights", "vector"])
 def test_a_reshape_that_is_needed_stays(reader: str) -> None:
-    qat, _ = quantized(IMAGE, flattened)
-    model = flatbuffer.read(tflite_export.convert(qat))
+    frozen = kqat.freeze(quantized(IMAGE, flattened)[0])
+    model = flatbuffer.read(tflite_export.convert(frozen))
     graph = model.subgraphs[0]
     dense = graph.operators[-1]
     source = int(dense.inputs[0])
@@ -107,7 +108,7 @@ def test_a_reshape_that_is_needed_stays(reader: str) -> None:
     else:
         graph.tensors[source].shape = np.asarray([96], np.int32)
     before = operators(model)
-    drop_flattening(model, Labels())
+    drop_flattening(Draft(model, frozen, frozenset()))
     assert operators(model) == before
 
 

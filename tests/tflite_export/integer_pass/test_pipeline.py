@@ -1,7 +1,7 @@
 """The integer pass: what was trained is what ships, and what it cannot place it refuses."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -19,6 +19,8 @@ from kqat.parts.markers import Marker
 from tests.tflite_export.small_models import computed, constants, operators, quantized
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer.tree import ModelT
+from tflite_export.integer_pass import pipeline
+from tflite_export.integer_pass.draft import Fact, Pass
 from tflite_export.kernels.op_table import OP_TABLE
 
 IMAGE = (8, 8, 3)
@@ -227,3 +229,39 @@ def test_a_value_without_a_marker_is_refused() -> None:
     )
     with pytest.raises(LoweringError, match=r"a marked tensor\. Received: .*hidden.*without a"):
         tflite_export.convert(frozen)
+
+
+# The order of the passes.
+
+
+def unmet(passes: Sequence[Pass]) -> list[str]:
+    """The passes that need what does not hold where they stand, and what that is."""
+    holds = set(pipeline.START)
+    found = []
+    for step in passes:
+        found += [f"{step.name} needs {fact.name}" for fact in step.needs - holds]
+        holds = (holds - step.ends) | step.leaves
+    return found + [f"nothing leaves {fact.name}" for fact in pipeline.GOAL - holds]
+
+
+def test_each_pass_finds_what_it_needs() -> None:
+    assert unmet(pipeline.PASSES) == []
+    # Each leaves something, and no two the same.
+    left = [fact for step in pipeline.PASSES for fact in step.leaves]
+    assert all(step.leaves for step in pipeline.PASSES)
+    assert sorted(left, key=list(Fact).index) == [f for f in Fact if f not in pipeline.START]
+
+
+@pytest.mark.parametrize("position", range(len(pipeline.PASSES)))
+def test_a_pass_that_is_left_out_is_missed(position: int) -> None:
+    passes = [*pipeline.PASSES]
+    del passes[position]
+    assert unmet(passes)
+
+
+def test_passes_that_change_places_are_noticed() -> None:
+    passes = [*pipeline.PASSES]
+    names = [step.name for step in passes]
+    types, constants = names.index("convert tensors"), names.index("quantize constants")
+    passes.insert(constants, passes.pop(types))
+    assert "quantize constants needs FLOAT_TENSORS" in unmet(passes)

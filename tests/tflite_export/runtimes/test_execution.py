@@ -1,6 +1,8 @@
 """The runtimes room: four kernel sets behind one signature, and none that takes us along."""
 
+import io
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from ai_edge_litert import interpreter as litert
 
 from kqat.base.errors import ExportError, RuntimeUnavailableError
 from tflite_export import flatbuffer
-from tflite_export.runtimes import execution
+from tflite_export.runtimes import child_programs, execution
 
 needs_micro = pytest.mark.skipif(
     not execution.supports("tflite_micro"), reason="tflite-micro is not installed"
@@ -364,6 +366,30 @@ _TWO, _ONE = np.zeros((2, 3), np.float32), np.zeros(1, np.float32)
 def test_wrong_inputs_are_named(pairs: bytes, inputs: list[np.ndarray], match: str) -> None:
     with pytest.raises(ExportError, match=match):
         execution.run(pairs, inputs, runtime="litert_reference")
+
+
+def test_the_child_s_program_needs_nothing_of_this_package(image: bytes, tmp_path: Path) -> None:
+    """It is a file that this Python runs by its path, from anywhere, with the package installed
+    or not.
+    """
+    request = execution._request(image, [_pixels(3)])
+    program = [child_programs.__file__, "litert", "BUILTIN_REF", str(8 << 30)]
+    child = subprocess.run(
+        [sys.executable, *program],
+        input=request,
+        capture_output=True,
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONSAFEPATH": "1"},
+        timeout=600,
+    )
+    assert child.returncode == 0, child.stderr
+    with np.load(io.BytesIO(child.stdout)) as answer:
+        outputs = {name: answer[name] for name in answer.files}
+    (expected,) = execution.run(image, [_pixels(3)], runtime="litert_reference").outputs
+    assert set(outputs) == {"output_0"}
+    np.testing.assert_array_equal(outputs["output_0"], expected)
+    imported = [line for line in Path(program[0]).read_text().splitlines() if "import " in line]
+    assert imported and not [line for line in imported if "tflite_export" in line or "kqat" in line]
 
 
 def test_wrong_names_are_refused(image: bytes) -> None:

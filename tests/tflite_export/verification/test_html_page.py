@@ -103,6 +103,55 @@ def test_any_number_of_layers_fits(layers: int) -> None:
         assert float(x) + float(width) <= html_page.WIDTH
 
 
+def verdicts(found: Report) -> list[tuple[str, str]]:
+    """The class and the words of each verdict at the head of a page, without its mark."""
+    head = found.to_html().split('<ul class="verdicts">')[1].split("</ul>")[0]
+    marks = {"good": "✓", "bad": "✗"}
+    rows = re.findall(r'<li class="(\w+)">(.) (.*)</li>', head)
+    assert all(marks[kind] == mark for kind, mark, _ in rows)
+    return [(kind, words) for kind, _, words in rows]
+
+
+def test_a_verdict_is_good_for_a_good_file_only() -> None:
+    site = SiteDifference(
+        name="a", operator="CONV_2D", elements=1000, max_steps=1, differing=1, ties=0
+    )
+    npu = report().estimate
+    assert npu is not None
+    right = dataclasses.replace(
+        report(),
+        float_operators=0,
+        estimate=dataclasses.replace(npu, fallbacks=()),
+        runtimes=(
+            RuntimeReport(runtime="litert", sites=(site,)),
+            RuntimeReport(runtime="tflite_micro"),
+        ),
+    )
+    assert verdicts(right) == [
+        ("good", "full integer"),
+        ("good", "litert: at most 1 step in lockstep"),
+        ("good", "tflite_micro ran it"),
+        ("good", "100 % of operators on the NPU"),
+    ]
+    two = dataclasses.replace(site, max_steps=2)
+    none = dataclasses.replace(site, max_steps=0)
+    wrong = dataclasses.replace(
+        right,
+        float_operators=3,
+        estimate=npu,
+        runtimes=(
+            RuntimeReport(runtime="litert", sites=(none, two)),
+            RuntimeReport(runtime="tflite_micro", problem="no kernel"),
+        ),
+    )
+    assert verdicts(wrong) == [
+        ("bad", "3 operators touch floats"),
+        ("bad", "litert: at most 2 steps in lockstep"),
+        ("bad", "tflite_micro did not run it"),
+        ("bad", "75 % of operators on the NPU"),
+    ]
+
+
 def test_without_lockstep_there_is_no_range_use() -> None:
     row = layer("a", clipped_share=None, grid_share=None, sqnr_db=None, max_steps={}, scale=None)
     text = dataclasses.replace(report(), layers=(row,), estimate=None, notes=()).to_html()

@@ -19,7 +19,7 @@ from tests.coverage.cases import inputs_of
 from tests.tflite_export.small_models import constants, operators, quantized
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer.tree import ModelT
-from tflite_export.verification import lockstep
+from tflite_export.verification import verifier
 from tflite_export.verification.report import (
     LayerReport,
     OutputAgreement,
@@ -27,6 +27,7 @@ from tflite_export.verification.report import (
     RuntimeReport,
     SiteDifference,
 )
+from tflite_export.verification.verifier import DEFAULT_RUNTIMES
 
 REFERENCE = "litert_reference"
 
@@ -76,7 +77,7 @@ def test_a_right_file_is_right_everywhere(net: Net) -> None:
     assert report.operators == {
         "CONV_2D": 1, "FULLY_CONNECTED": 1, "MAX_POOL_2D": 1, "SOFTMAX": 1
     }  # fmt: skip
-    assert [part.runtime for part in report.runtimes] == list(lockstep.DEFAULT_RUNTIMES)
+    assert [part.runtime for part in report.runtimes] == list(DEFAULT_RUNTIMES)
     for part in report.runtimes:
         assert part.problem is None and part.unmatched == () and part.max_steps <= 1
         assert {site.name: site.operator for site in part.sites} == {
@@ -192,7 +193,7 @@ def test_a_runtime_that_is_absent_is_reported(net: Net, monkeypatch: pytest.Monk
     def absent(*args: Any, **kwargs: Any) -> None:
         raise RuntimeUnavailableError("Expected TFLite Micro to be installed.")
 
-    monkeypatch.setattr(lockstep, "run", absent)
+    monkeypatch.setattr(verifier, "run", absent)
     report = tflite_export.verify(net.frozen, net.blob, net.x)
     problems = [part.problem for part in report.runtimes]
     assert problems == ["Expected TFLite Micro to be installed."] * 3
@@ -307,3 +308,29 @@ def test_the_report_fits_a_terminal() -> None:
     text = " ".join(str(report).split())
     for said in (name, "1,234,567,890", "255", "81 % ties", "top-1 agreement 100.0 %", "39"):
         assert said in text
+
+
+def _sequence(x: Any) -> Any:
+    """Of one Conv1D, one DepthwiseConv1D and one Dense no tensor has the layer's own shape."""
+    x = L.Conv1D(8, 3, padding="same", activation="relu", name="plain")(x)
+    x = L.DepthwiseConv1D(3, name="depthwise")(x)
+    x = L.Conv1D(8, 3, dilation_rate=2, padding="causal", name="dilated")(x)
+    return L.Dense(3, name="head")(L.Flatten(name="flat")(L.Dense(4, name="rows")(x)))
+
+
+@pytest.mark.parametrize("policy", ["int16x8", pytest.param("w4a8", marks=pytest.mark.slow)])
+def test_every_layer_with_weights_has_a_row_with_its_work(policy: str) -> None:
+    qat, x = quantized((32, 4), _sequence, policy)
+    blob = tflite_export.convert(qat, target="tflite_micro")
+    report = tflite_export.verify(qat, blob, x[:4], runtimes=[REFERENCE])
+    rows = {row.name.removesuffix("_relu"): row for row in report.layers if row.macs}
+    assert set(rows) == {"plain", "depthwise", "dilated", "rows", "head"}
+    macs = {"plain": 32 * 8 * 12, "depthwise": 30 * 8 * 3, "dilated": 30 * 8 * 24}
+    macs |= {"rows": 30 * 32, "head": 360}
+    assert {name: row.macs for name, row in rows.items()} == macs
+    assert sum(row.macs for row in report.layers) == report.macs
+    # Small matrices are not worth two RESHAPEs.
+    assert rows["plain"].weight_bits == (4 if policy == "w4a8" else 8)
+    assert all(row.weight_bits in (4, 8) for row in rows.values())
+    constants = tflite_export.inspect(blob).constant_bytes
+    assert sum(row.constant_bytes for row in report.layers) == constants

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers as L
@@ -99,6 +100,24 @@ def test_memory_is_bounded(blob: bytes, monkeypatch: pytest.MonkeyPatch) -> None
 
     with pytest.raises(ExportError, match=r"at most 1,073,741,824 bytes of them\. Received: shape"):
         tflite_export.verify(None, changed(blob, vast), samples=1)
+
+
+def test_a_child_s_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file may ask for any memory while it runs: this one pads its input to 108 MB."""
+    blob = tflite_export.convert(quantized((8, 8, 3), L.ZeroPadding2D(1))[0])
+
+    def wider(model: ModelT) -> None:
+        graph = model.subgraphs[0]
+        paddings = graph.tensors[graph.operators[0].inputs[1]]
+        values = np.array([[0, 0], [3000, 3000], [3000, 3000], [0, 0]], np.int32)
+        buffer = schema.BufferT()
+        buffer.data = values.astype(flatbuffer.tensor_dtype(paddings)).tobytes()
+        model.buffers[paddings.buffer] = buffer
+
+    monkeypatch.setattr(unknown_writer, "MEMORY_BYTES", 64 << 20)
+    for file, runs in ((blob, True), (changed(blob, wider), False)):
+        report = tflite_export.verify(None, file, runtimes=LITERT[:1], samples=1)
+        assert (report.on(LITERT[0]).problem is None) == runs
 
 
 def runs_or_is_refused(damaged: bytes) -> None:

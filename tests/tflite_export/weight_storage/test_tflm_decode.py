@@ -234,6 +234,37 @@ def test_kernels_read_the_trained_integers(
     assert any("decoded at each invocation" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("axis", ["channel", None])
+def test_a_bias_keeps_the_scale_that_kernels_read(axis: Any) -> None:
+    """With one scale per channel kernels take the products of input and weights; else they read it.
+
+    LiteRT demands the bias's scales in both cases, and does not read files with encoded weights.
+    """
+    spec = kqat.QuantSpec(bits=8, symmetric=True, narrow_range=True, axis=axis)
+
+    def call(x: Any) -> Any:
+        x = layers.Conv2D(16, 3, name="conv", use_bias=True, bias_initializer="ones")(x)
+        return layers.Conv2D(4, 1, name="free", use_bias=False)(x)
+
+    config = kqat.QuantizeConfig(weights=spec)
+    qat, _ = quantized((8, 8, 24), call, config)
+
+    def bias(compress: str | None) -> flatbuffer.TensorT:
+        blob = tflite_export.convert(qat, target="tflite_micro", compress=compress)
+        model = flatbuffer.read(blob)
+        graph = model.subgraphs[0]
+        names = [flatbuffer.op_name(model, op) for op in graph.operators]
+        return graph.tensors[graph.operators[names.index("CONV_2D")].inputs[2]]
+
+    plain, compressed = bias(None), bias("lookup")
+    assert len(plain.quantization.scale) == (16 if axis else 1)
+    scales = None if compressed.quantization is None else compressed.quantization.scale
+    if axis is None:
+        np.testing.assert_array_equal(scales, plain.quantization.scale)
+    else:
+        assert scales is None or len(scales) == 0
+
+
 def test_what_would_grow_stays_as_it_is() -> None:
     qat, _ = quantized((4, 4, 2), lambda x: layers.Conv2D(3, 3)(x), policy="ternary")
     plain = tflite_export.convert(qat, target="cmsis_nn")

@@ -1,0 +1,100 @@
+"""Outputs from end to end: a file's against the rounded Keras model's, or another runtime's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from kqat.freezing import FrozenModel, Marker, Node
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer import ModelT
+from tflite_export.runtimes import has_grid, real
+from tflite_export.verification.report import OutputAgreement
+from tflite_export.verification.site_tensors import SiteTensors
+
+
+def agreement_with_model(
+    frozen: FrozenModel,
+    tensors: SiteTensors,
+    model: ModelT,
+    inputs: Sequence[np.ndarray],
+    outputs: Sequence[np.ndarray],
+) -> tuple[OutputAgreement, ...]:
+    """The rounded Keras model's outputs against those that a runtime computed.
+
+    Args:
+        frozen: the model.
+        tensors: of the file.
+        model: the file's tree.
+        inputs: as the float model takes them.
+        outputs: what the runtime computed, one array (samples, …) for each output.
+    """
+    graph, rows = model.subgraphs[0], []
+    expected = keras.tree.flatten(_rounded_outputs(frozen, inputs))
+    for name, wanted, found, index in zip(
+        frozen.output_names, expected, outputs, graph.outputs, strict=True
+    ):
+        value = real(found, graph.tensors[int(index)])
+        step = tensors.output_step(int(index), wanted)
+        difference = value.astype(np.float32) - wanted.astype(np.float32)
+        rows.append(_agreement(name, np.abs(np.rint(difference / step)), wanted, value))
+    return tuple(rows)
+
+
+def agreement_of_runtimes(
+    model: ModelT, first: Sequence[np.ndarray], second: Sequence[np.ndarray]
+) -> tuple[OutputAgreement, ...]:
+    """The outputs of a file on one runtime against those on another.
+
+    Args:
+        model: the file's tree.
+        first, second: one array (samples, …) for each output.
+    """
+    graph, rows = model.subgraphs[0], []
+    for index, expected, found in zip(graph.outputs, first, second, strict=True):
+        tensor = graph.tensors[index]
+        values = (expected, found)
+        if has_grid(tensor):
+            values = real(expected, tensor), real(found, tensor)
+        if expected.dtype.kind != "f" and has_grid(tensor):
+            steps = np.abs(found.astype(np.int64) - expected.astype(np.int64))
+        else:
+            a, b = (np.asarray(x, np.float64) for x in (expected, found))
+            spread = float(np.ptp(a)) / 255 or 1.0
+            steps = np.abs(np.rint((b - a) / spread))
+        rows.append(_agreement(flatbuffer.tensor_name(tensor), steps, *values))
+    return tuple(rows)
+
+
+def _agreement(
+    name: str, steps: np.ndarray, expected: np.ndarray, found: np.ndarray
+) -> OutputAgreement:
+    """What is told of one output; classes are compared where each sample is a vector of them."""
+    has_classes = found.ndim == 2 and found.shape[1] > 1
+    top1 = float(np.mean(found.argmax(-1) == expected.argmax(-1))) if has_classes else None
+    return OutputAgreement(
+        name=name,
+        max_steps=int(steps.max(initial=0)),
+        equal_fraction=float(np.mean(steps == 0)),
+        top1_agreement=top1,
+    )
+
+
+def _rounded_outputs(frozen: FrozenModel, inputs: Sequence[np.ndarray]) -> Any:
+    """What the model computes in float arithmetic with every site rounded.
+
+    A fused LSTM too, whose lockstep is with the runtime's own arithmetic: here it shows if that
+    computes something else than what was trained.
+    """
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(node.layer, Marker):
+            return node.layer(*args, **kwargs)
+        if node.layer.kind != "site":
+            return args[0]
+        site = frozen.sites[node.layer.index]
+        return keras.ops.convert_to_tensor(site.reals(site.integers(np.asarray(args[0]))))
+
+    outputs = frozen.graph.run([keras.ops.convert_to_tensor(x) for x in inputs], call)
+    return keras.tree.map_structure(np.asarray, outputs)
