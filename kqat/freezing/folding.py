@@ -34,13 +34,20 @@ def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[Frozen
     changes: dict[str, Any] = {"dtype": "float32"}
     if wrapper.facts.hides:
         changes["kind"] = ConstantKind.ADD
+    # Training rounds in float32: where float64 would fall on the other side, training is right.
+    rounded = wrapper.bias_on_grid(branch)
     if norm is not None:
         factor, offset = _normalization(norm)
         bias = np.asarray(layer.bias, np.float64) if layer.use_bias else 0.0
         bias = offset + bias * factor
         _check_fits(bias, layer.name)
-        values = [values[0], bias.astype(np.float32)]
+        values = [values[0], bias.astype(np.float32) if rounded is None else rounded]
         changes["use_bias"] = True
+    elif rounded is not None:
+        values = [
+            rounded if v is layer.bias else value
+            for v, value in zip(layer.weights, values, strict=True)
+        ]
     if branch:
         changes["name"] = f"{layer.name}_branch_{branch}"
     return frozen, Part(clone(layer, **changes), values)
@@ -94,7 +101,10 @@ def _normalization(norm: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def channelwise(
-    layer: Any, channels: int, free_name: Callable[[str], str] = lambda name: name
+    layer: Any,
+    channels: int,
+    free_name: Callable[[str], str] = lambda name: name,
+    rounded: np.ndarray | None = None,
 ) -> tuple[list[FrozenWeight], Callable[..., Any]]:
     """`x * scale + offset` per channel as one integer operator with exact weights.
 
@@ -106,6 +116,7 @@ def channelwise(
         layer: an affine layer.
         channels: size of the last axis of its input.
         free_name: a name -> one that no other layer of the frozen model bears.
+        rounded: the offset as training rounds it, of shape `(channels,)` or `(1,)`, if it does.
 
     Raises:
         FreezeError: if a factor or offset overflows float32.
@@ -117,7 +128,7 @@ def channelwise(
         return [weight], layers.Rescaling(float(weight.values), name=layer.name, dtype="float32")
     kernel = np.broadcast_to(factor, (channels,)).reshape(1, 1, channels, 1)
     weight = _single_steps(layer.name, kernel, True)
-    bias = np.broadcast_to(offset, (channels,)).astype(np.float32)
+    bias = np.broadcast_to(offset if rounded is None else rounded, (channels,)).astype(np.float32)
     part = Part(layers.DepthwiseConv2D(1, name=layer.name, dtype="float32"), [weight.values, bias])
     return [weight], _AsImage(part, free_name)
 

@@ -109,7 +109,7 @@ class _GraphFreezer:
             facts = stock_facts(layer) if self._grids_read(node) else None
             return self._plain(node, layer, facts, args, kwargs)
         branch = kwargs.get("branch", 0)
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("training", "branch")}
+        kwargs = layer.layer_options(kwargs)
         if not layer.computes_with_grids:
             facts = layer.facts if self._grids_read(node) else None
             return self._plain(node, layer.layer, facts, args, kwargs)
@@ -160,7 +160,8 @@ class _GraphFreezer:
     def _freeze_wrapper(self, channels: int, branch: int, wrapper: QuantizeWrapper) -> Any:
         """The float layer, or layers, that compute with the wrapper's integers."""
         if not wrapper.weight_specs:
-            weights, affine = channelwise(wrapper.layer, channels, self.parts.free_name)
+            rounded = wrapper.bias_on_grid()
+            weights, affine = channelwise(wrapper.layer, channels, self.parts.free_name, rounded)
             self.parts.weights.extend(weights)
             return affine
         weights, part = freeze_layer(wrapper, branch)

@@ -66,7 +66,9 @@ class _Stripper:
         if isinstance(layer, ActivationQuantizer):
             name = self._name(layer.label, output)
             return keras.layers.Activation(layer.clamp, name=name)(args[0])
-        branch = kwargs.pop("branch", 0) if isinstance(layer, QuantizeWrapper) else 0
+        branch = 0
+        if isinstance(layer, QuantizeWrapper):
+            branch, kwargs = kwargs.get("branch", 0), layer.layer_options(kwargs)
         if (id(layer), branch) not in self.copies:
             self.copies[id(layer), branch] = self._float_parts(layer, output, branch)
         first, *rest = self.copies[id(layer), branch]

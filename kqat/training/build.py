@@ -40,6 +40,11 @@ def wrap(plan: Plan) -> keras.Model:
     return rebuild(plan.graph, assembly.call, plan.model_name, plan.output_names)
 
 
+def _rounds_bias(layer: Any) -> bool:
+    """Whether a layer, or the one inside a `Part`, can use the grid of its input."""
+    return isinstance(getattr(layer, "layer", None), QuantizeWrapper)
+
+
 class _Assembly:
     """The working state of `wrap`.
 
@@ -57,6 +62,7 @@ class _Assembly:
         self.groups: dict[str, Group] = {group.name: group for group in plan.groups}
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.copies: dict[int, Any] = {}
+        self.grids: dict[Ref, str | None] = {}  # the name of the quantizer on whose grid a value is
         self.forms: dict[tuple[Ref, bool], Any] = {}
         names = (node.name for node in plan.graph.nodes)
         self.names = {*plan.input_names, *plan.output_names, *names}
@@ -73,10 +79,17 @@ class _Assembly:
         if decision.role is Role.FOLDED or self._carried_out_by_quantizer(node, decision):
             value = args[0]
         else:
-            branch = self._branch(node, decision)
-            value = self._layer(node, decision)(*args, **kwargs, **branch)
+            layer = self._layer(node, decision)
+            grid = self.grids.get(node.inputs[0]) if node.inputs else None
+            if grid is not None and _rounds_bias(layer):
+                kwargs["input_quantizer"] = grid
+            value = layer(*args, **kwargs, **self._branch(node, decision))
         if not self.integer[node]:
             return value
+        if node.inputs and node.name not in self.plan.steps:
+            # What is not rounded hands the integers of its inputs on.
+            handed_on = {ref: self.grids.get(node.inputs[0]) for ref in node.outputs}
+            self.grids = {**handed_on, **self.grids}
         values = keras.tree.flatten(value)
         return [self._rounded(ref, v) for ref, v in zip(node.outputs, values, strict=True)]
 
@@ -110,7 +123,9 @@ class _Assembly:
 
     def _rounded(self, ref: Ref, tensor: Any) -> Any:
         for rounding in self.plan.roundings.get(ref, ()):
-            tensor = self._quantizer(rounding)(tensor, site=rounding.site, observe=rounding.observe)
+            quantizer = self._quantizer(rounding)
+            tensor = quantizer(tensor, site=rounding.site, observe=rounding.observe)
+            self.grids[ref] = quantizer.name
         return tensor
 
     def _quantizer(self, rounding: Rounding) -> ActivationQuantizer:
