@@ -32,6 +32,7 @@ import numpy as np
 from keras import layers, ops
 
 import kqat
+from kqat import devices
 from kqat.base import write_file
 from kqat.devices import INT16
 from kqat.parts import Matmul
@@ -109,9 +110,8 @@ def precisions(operator: str) -> list[Precision]:
     return [row for width, bits in kinds for row in _weighted(width, bits)]
 
 
-# These int16 kernels interpolate in tables of 513 entries, and SOFTMAX also rounds differences of
-# its inputs to 10/65535 (measured: 2 and 10 steps of 1/32768).
-APPROXIMATE = {("TANH", "int16"): 2, ("SOFTMAX", "int16"): 10}
+# Operator and activations -> the steps by which its kernel may be off.
+APPROXIMATE = {(op, f"int{bits}"): steps for (op, bits), steps in devices.APPROXIMATE.items()}
 
 # Where `kqat.kernels` does not follow a kernel to the last integer: operator, activations, weights,
 # and why. Nothing of it ships.

@@ -39,6 +39,7 @@ from kqat.grids import (
     QuantSpec,
     Ternary,
 )
+from kqat.old_files import load_model
 from kqat.parts import PrecisionBoundary
 from kqat.planning import Plan
 from kqat.registry import LayerRule, Output, register_layer, supported_layers
@@ -99,6 +100,7 @@ __all__ = [
     "calibrate",
     "freeze",
     "integer_model",
+    "load_model",
     "plan",
     "quantize_annotate_layer",
     "quantize_apply",

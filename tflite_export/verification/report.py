@@ -17,7 +17,8 @@ class SiteDifference:
     """One value in lockstep: `differing` of its `elements` differ, by `max_steps` at most.
 
     `ties` of the differing ones lie exactly between two steps in float arithmetic (an average of
-    two integers often does), where kernels choose either neighbour.
+    two integers often does), where kernels choose either neighbour. `allowed_steps` is more than
+    one where the kernel approximates (`kqat.devices.APPROXIMATE`).
     """
 
     name: str
@@ -26,6 +27,7 @@ class SiteDifference:
     max_steps: int
     differing: int
     ties: int
+    allowed_steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,10 +83,12 @@ class RuntimeReport:
     """One runtime; `problem` says why there is no more to say, if it did not run.
 
     `exact` is `None` where no lockstep took place.
+    `lacks` are the operators that it has no kernel for, where that is why.
     """
 
     runtime: str
     problem: str | None = None
+    lacks: tuple[str, ...] = ()
     sites: tuple[SiteDifference, ...] = ()
     unmatched: tuple[str, ...] = ()
     outputs: tuple[OutputAgreement, ...] = ()
@@ -95,6 +99,13 @@ class RuntimeReport:
     def max_steps(self) -> int:
         """Largest difference of any value in lockstep."""
         return max((site.max_steps for site in self.sites), default=0)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it ran the file with no more steps than allowed, or only lacks a kernel."""
+        if self.problem is not None:
+            return bool(self.lacks)
+        return all(site.max_steps <= site.allowed_steps for site in self.sites)
 
     def by_operator(self) -> dict[str, SiteDifference]:
         """Operator -> the differences of all that it wrote, added up."""
@@ -222,12 +233,14 @@ def _sum(a: SiteDifference, b: SiteDifference) -> SiteDifference:
         max_steps=max(a.max_steps, b.max_steps),
         differing=a.differing + b.differing,
         ties=a.ties + b.ties,
+        allowed_steps=max(a.allowed_steps, b.allowed_steps),
     )
 
 
 def _runtime_lines(part: RuntimeReport) -> list[str]:
     if part.problem is not None:
-        return [f"  {part.runtime}: did not run", *_wrapped(part.problem, "    ")]
+        lacks = f": has no kernel for {', '.join(part.lacks)}" if part.lacks else ""
+        return [f"  {part.runtime}: did not run{lacks}", *_wrapped(part.problem, "    ")]
     arena = "" if part.arena_bytes is None else f", arena {part.arena_bytes:,} bytes"
     said = f"at most {part.max_steps} in lockstep" if part.sites else "ran it"
     lines = [f"  {part.runtime}: {said}{arena}"]

@@ -22,6 +22,7 @@ from tflite_export.verification.layer_profile import (
     work_of,
 )
 from tflite_export.verification.lockstep import compare
+from tflite_export.verification.missing_kernels import lacking_kernels
 from tflite_export.verification.report import LayerReport, Report, RuntimeReport
 from tflite_export.verification.site_tensors import SiteTensors
 from tflite_export.verification.unknown_writer import compare_runtimes
@@ -135,7 +136,8 @@ def _verify_on(
     try:
         result = run(blob, tensors.feeds(inputs), runtime=runtime, tensors="all")
     except RuntimeUnavailableError as error:
-        return RuntimeReport(runtime=runtime, problem=str(error)), ()
+        lacks = lacking_kernels(model, runtime)
+        return RuntimeReport(runtime=runtime, problem=str(error), lacks=lacks), ()
     found = compare(frozen, tensors, result.tensors, runtime, inputs)
     part = RuntimeReport(
         runtime=runtime,

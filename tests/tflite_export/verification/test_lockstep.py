@@ -281,10 +281,10 @@ def rebuilt(table: dict[str, Any]) -> Report:
     for part in table.pop("runtimes"):
         sites = tuple(SiteDifference(**site) for site in part.pop("sites"))
         outputs = tuple(OutputAgreement(**output) for output in part.pop("outputs"))
-        unmatched = tuple(part.pop("unmatched"))
+        names = {key: tuple(part.pop(key)) for key in ("unmatched", "lacks")}
         if (exact := part.pop("exact")) is not None:
             exact = Exactness(**{**exact, "unknown": tuple(exact["unknown"])})
-        ends = {"outputs": outputs, "unmatched": unmatched, "exact": exact}
+        ends = {"outputs": outputs, "exact": exact, **names}
         parts.append(RuntimeReport(sites=sites, **ends, **part))
     layers = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in table.pop("layers")]
     notes = tuple(table.pop("notes"))
@@ -338,3 +338,37 @@ def test_every_layer_with_weights_has_a_row_with_its_work(policy: str) -> None:
     assert all(row.weight_bits in (4, 8) for row in rows.values())
     constants = tflite_export.inspect(blob).constant_bytes
     assert sum(row.constant_bytes for row in report.layers) == constants
+
+
+def test_a_kernel_that_a_runtime_lacks_is_a_note() -> None:
+    qat, x = quantized((4, 4, 2), lambda x: L.ELU(name="elu")(L.Conv2D(2, 1, name="conv")(x)))
+    blob = tflite_export.convert(qat)
+    report = tflite_export.verify(qat, blob, x[:2], runtimes=[REFERENCE, "litert_builtin"])
+    part = report.on(REFERENCE)
+    assert part.problem and part.lacks == ("ELU",) and part.is_right
+    assert report.on("litert_builtin").is_right and not report.on("litert_builtin").lacks
+    assert "has no kernel for ELU" in str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengthen", [True, False])
+def test_damaged_shapes_are_told(net: Net, lengthen: bool) -> None:
+    for index in range(len(flatbuffer.read(net.blob).subgraphs[0].tensors)):
+        model = flatbuffer.read(net.blob)
+        tensor = model.subgraphs[0].tensors[index]
+        tensor.shape = [2, *tensor.shape[1:]] if lengthen else []
+        try:
+            blob = flatbuffer.write(model)
+            report = tflite_export.verify(net.frozen, blob, net.x[:2], runtimes=[REFERENCE])
+        except ExportError:
+            continue
+        assert report.runtimes[0].runtime == REFERENCE
+
+
+def test_approximating_kernels_are_allowed_their_steps() -> None:
+    site = SiteDifference(
+        name="t", operator="TANH", elements=4, max_steps=2, differing=1, ties=0, allowed_steps=2
+    )
+    assert RuntimeReport(runtime=REFERENCE, sites=(site,)).is_right
+    plain = dataclasses.replace(site, allowed_steps=1)
+    assert not RuntimeReport(runtime=REFERENCE, sites=(plain,)).is_right
