@@ -27,7 +27,9 @@ from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.devices import TARGETS, Misfit, Target, TargetWarning
 from kqat.freezing import FrozenModel, freeze, strip
 from kqat.grids import (
+    MSE,
     Binary,
+    Entropy,
     Fixed,
     LastValue,
     LearnedStep,
@@ -35,6 +37,7 @@ from kqat.grids import (
     MaxAbs,
     MinMax,
     MovingAverage,
+    Percentile,
     QuantSpec,
     Ternary,
 )
@@ -43,6 +46,7 @@ from kqat.planning import Plan
 from kqat.registry import LayerRule, Output, register_layer, supported_layers
 from kqat.training import (
     ActivationQuantizer,
+    CalibrationWarning,
     FreezeBatchNorm,
     FreezeObservers,
     QuantizeWrapper,
@@ -53,10 +57,13 @@ from kqat.training import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "MSE",
     "TARGETS",
     "ActivationQuantizer",
     "Binary",
     "CalibrationError",
+    "CalibrationWarning",
+    "Entropy",
     "ExportError",
     "Fixed",
     "FreezeBatchNorm",
@@ -75,6 +82,7 @@ __all__ = [
     "ModelError",
     "MovingAverage",
     "Output",
+    "Percentile",
     "Plan",
     "PolicyError",
     "PolicyWarning",

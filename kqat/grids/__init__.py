@@ -4,20 +4,28 @@ a range or the step of a weight.
 
 from kqat.grids import arithmetic
 from kqat.grids.arithmetic import HIDDEN, LOWEST
+from kqat.grids.histogram import Histogram
 from kqat.grids.methods import (
+    CALIBRATION_METHODS,
+    DEFAULT_METHOD,
     RANGE_METHODS,
     STEP_METHODS,
+    CalibrationMethod,
     RangeMethod,
     StepMethod,
+    calibration_method,
     range_method_from_dict,
     range_method_to_dict,
     step_method_from_dict,
     step_method_to_dict,
 )
+from kqat.grids.ranges.entropy import Entropy
 from kqat.grids.ranges.fixed import Fixed
 from kqat.grids.ranges.last_value import LastValue
 from kqat.grids.ranges.minmax import MinMax
-from kqat.grids.ranges.moving_average import MovingAverage
+from kqat.grids.ranges.moving_average import FOLLOWING, Anchor, MovingAverage
+from kqat.grids.ranges.mse import MSE
+from kqat.grids.ranges.percentile import Percentile
 from kqat.grids.site import Site
 from kqat.grids.spec import INT8_ACTIVATION, INT8_WEIGHTS, INT16_ACTIVATION, QuantSpec
 from kqat.grids.weight_steps.binary import Binary
@@ -27,27 +35,37 @@ from kqat.grids.weight_steps.max_abs import MaxAbs
 from kqat.grids.weight_steps.ternary import Ternary
 
 __all__ = [
+    "CALIBRATION_METHODS",
+    "DEFAULT_METHOD",
+    "FOLLOWING",
     "HIDDEN",
     "INT8_ACTIVATION",
     "INT8_WEIGHTS",
     "INT16_ACTIVATION",
     "LOWEST",
+    "MSE",
     "RANGE_METHODS",
     "STEP_METHODS",
+    "Anchor",
     "Binary",
+    "CalibrationMethod",
+    "Entropy",
     "Fixed",
+    "Histogram",
     "LastValue",
     "LearnedStep",
     "LeastSquares",
     "MaxAbs",
     "MinMax",
     "MovingAverage",
+    "Percentile",
     "QuantSpec",
     "RangeMethod",
     "Site",
     "StepMethod",
     "Ternary",
     "arithmetic",
+    "calibration_method",
     "range_method_from_dict",
     "range_method_to_dict",
     "step_method_from_dict",

@@ -5,13 +5,14 @@ algorithms.
 from kqat.training import algorithms, batchnorm
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import is_quantized, wrap
-from kqat.training.calibration import calibrate
+from kqat.training.calibration import CalibrationWarning, calibrate
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 __all__ = [
     "ActivationQuantizer",
+    "CalibrationWarning",
     "FreezeBatchNorm",
     "FreezeObservers",
     "QuantizeWrapper",
