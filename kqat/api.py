@@ -10,10 +10,10 @@ from kqat.base import CalibrationError, ModelError, TargetError
 from kqat.config import QuantizePolicy
 from kqat.devices import target_named
 from kqat.graph import Graph, hands_on_mask, non_finite_variable, trace
-from kqat.grids import DEFAULT_METHOD, CalibrationMethod, calibration_method
+from kqat.grids import CalibrationMethod
 from kqat.planning import Plan, make_plan, misfits, with_replacements
 from kqat.tfmot import translate_policy
-from kqat.training import calibrate, is_quantized, wrap
+from kqat.training import DEFAULT_METHOD, calibrate, check_method, is_quantized, wrap
 
 
 class PolicyWarning(UserWarning):
@@ -110,7 +110,8 @@ def quantize_model(
 
     Reference: Jacob et al. 2018, section 3 (https://arxiv.org/abs/1712.05877).
     """
-    method = calibration_method(DEFAULT_METHOD if calibration is None else calibration)
+    if calibration is not None:
+        check_method(calibration)
     if calibration is not None and calibration_data is None:
         raise CalibrationError(
             f"Expected calibration_data for calibration={calibration!r}. Received: none. Give some "
@@ -148,7 +149,7 @@ def quantize_model(
         )
     qat = wrap(decided)
     if calibration_data is not None:
-        calibrate(qat, calibration_data, method=method)
+        calibrate(qat, calibration_data, method=calibration or DEFAULT_METHOD)
     elif any(group.is_observed for group in decided.groups):
         warnings.warn(
             f"No calibration data: the ranges of '{model.name}' start from its first training "

@@ -7,7 +7,6 @@ from kqat.grids.arithmetic import HIDDEN, LOWEST
 from kqat.grids.histogram import Histogram
 from kqat.grids.methods import (
     CALIBRATION_METHODS,
-    DEFAULT_METHOD,
     RANGE_METHODS,
     STEP_METHODS,
     CalibrationMethod,
@@ -36,7 +35,6 @@ from kqat.grids.weight_steps.ternary import Ternary
 
 __all__ = [
     "CALIBRATION_METHODS",
-    "DEFAULT_METHOD",
     "FOLLOWING",
     "HIDDEN",
     "INT8_ACTIVATION",

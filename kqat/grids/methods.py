@@ -39,7 +39,6 @@ RANGE_METHODS: dict[str, type] = {
 CALIBRATION_METHODS: dict[str, type] = {
     name: RANGE_METHODS[name] for name in ("minmax", "percentile", "mse", "entropy")
 }
-DEFAULT_METHOD = "mse"
 
 STEP_METHODS: dict[str, type] = {
     "max_abs": MaxAbs,
@@ -61,8 +60,8 @@ def calibration_method(method: Any) -> CalibrationMethod:
     if type(method) in CALIBRATION_METHODS.values():
         return method
     raise CalibrationError(
-        f"Expected one of {sorted(CALIBRATION_METHODS)} as calibration method, or kqat.MinMax(), "
-        f"Percentile(), MSE() or Entropy(). Received: {method!r}."
+        f"Expected 'auto' or one of {sorted(CALIBRATION_METHODS)} as calibration method, or "
+        f"kqat.MinMax(), Percentile(), MSE() or Entropy(). Received: {method!r}."
     )
 
 
@@ -119,7 +118,6 @@ def _from_dict(config: Mapping[str, Any], table: dict[str, type], kind: str) -> 
 
 __all__ = [
     "CALIBRATION_METHODS",
-    "DEFAULT_METHOD",
     "MSE",
     "RANGE_METHODS",
     "STEP_METHODS",

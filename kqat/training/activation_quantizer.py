@@ -218,6 +218,10 @@ class ActivationQuantizer(keras.layers.Layer):
     def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
         return arithmetic.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)
 
+    def rounded(self, x: Any, site_low: Any, site_high: Any) -> Any:
+        """`x` as it would be rounded had its call sites (float32 vectors of) these ranges."""
+        return ops.cast(self._round(ops.cast(x, "float32"), site_low, site_high), x.dtype)
+
     def _round(self, x: Any, site_low: Any, site_high: Any) -> Any:
         low, high = self.union(site_low, site_high)
         if self.spec.symmetric:  # A range on both sides of zero clamps nothing at zero.
