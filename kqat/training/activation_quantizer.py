@@ -131,6 +131,7 @@ class ActivationQuantizer(keras.layers.Layer):
         for index, variable in enumerate((self.site_low, self.site_high, self.count)):
             variable.assign(store[str(index)])
         self.extremes.assign(np.stack([-np.asarray(store["0"]), np.asarray(store["1"])]))
+        self.anchor.assign(self._no_anchor())
 
     def call(
         self, x: Any, site: int = 0, observe: bool = True, training: bool | None = None

@@ -74,8 +74,14 @@ class SiteRecord:
             per_sample: rows of one sample, or `None` where the rows are of no sample.
         """
         values = self._shown(x[:rows])
-        low, high = float(values.min()), float(values.max())
-        if not (math.isfinite(low) and math.isfinite(high)):
+        if per_sample is None:
+            halves = [values.reshape(1, -1)] * 2
+        else:
+            samples = values.reshape(rows // per_sample, -1)
+            halves = [samples[::2], samples[1::2]]
+        bounds = [(float(half.min()), float(half.max())) for half in halves if half.size]
+        low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
+        if not np.isfinite(bounds).all():
             raise CalibrationError(
                 f"Expected finite values where '{self.quantizer.name}' rounds. Received: "
                 f"{np.count_nonzero(~np.isfinite(values))} of {values.size} that are NaN or "
@@ -83,15 +89,8 @@ class SiteRecord:
                 "in training, or leave the layer before it float."
             )
         self.extremes.append((min(low, 0.0), max(high, 0.0)))
-        if per_sample is None:
-            parts = [values.reshape(1, -1)] * 2
-        else:
-            samples = values.reshape(rows // per_sample, -1)
-            parts = [samples[::2], samples[1::2]]
-        for histogram, part in zip((self.even, self.odd), parts, strict=True):
-            if part.size:
-                part = part[:, :: _stride(part.shape[1], x.shape[-1])]
-                histogram.add(part, float(values.min()), float(values.max()))
+        for histogram, half, ends in zip((self.even, self.odd), halves, bounds, strict=False):
+            histogram.add(half[:, :: _stride(half.shape[1], x.shape[-1])], *ends)
         self._whole = None
 
     def add_noisy(self, x: np.ndarray, rows: int) -> None:

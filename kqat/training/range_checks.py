@@ -190,9 +190,9 @@ def _drowned(graph: Graph, found: Found, names: "_Names") -> Iterator[Concern]:
         whole = _width(found[result.layer], None)
         for ref in node.inputs:
             source = names.source_of(ref)
-            if source is None or source[0] not in found:
+            if source is None:
                 continue
-            width = _width(found[source[0]], source[1])
+            width = _width_of(*source, found)
             bits = result.layer.spec.bits
             if 0.0 < width and whole > width * 2.0 ** (bits - 1):
                 name, addend = names.output_name(node), names.of(*source)
@@ -202,6 +202,13 @@ def _drowned(graph: Graph, found: Found, names: "_Names") -> Iterator[Concern]:
                     f"{whole:.4g} and loses {lost:.1f} of its {bits} bits"
                 )
                 yield Concern("drowned", name, lost, text)
+
+
+def _width_of(quantizer: ActivationQuantizer, site: int, found: Found) -> float:
+    if isinstance(quantizer.range_method, Fixed):
+        low, high = quantizer.fixed_range()
+        return float(high) - float(low)
+    return _width(found[quantizer], site) if quantizer in found else 0.0
 
 
 def _width(ranges: Mapping[int, SiteRange], site: int | None) -> float:

@@ -16,6 +16,8 @@ _NEW = 0.25
 _FORGETS = 0.1
 # One batch counts for no more than this many widths of the range.
 _WIDEST = 4.0
+# What float32 still holds.
+_LARGEST = 3e38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Anchor:
 
     ROWS = 6
     FACTOR = 3  # the row of the factor of a batch
-    UNSET = (0.0, 0.0, 0.0, 1.0, 1.0, 3e38)
+    UNSET = (0.0, 0.0, 0.0, 1.0, 1.0, _LARGEST)
 
     @staticmethod
     def rows(calibrated: Any, seen: Any, stretched: Any) -> list[Any]:
@@ -101,8 +103,8 @@ class Anchor:
             seen: `-low` and `high` of all values that calibration saw.
             stretched: how many times as wide they are in training mode, 1 or more.
         """
-        slope = [1.0 / (_QUIET * s) if s > 0.0 else 0.0 for s in seen]
-        start = [s + _NEW * float(sum(seen)) for s in seen]
+        slope = [min(1.0 / (_QUIET * s), _LARGEST) if s > 0.0 else 0.0 for s in seen]
+        start = [min(s + _NEW * float(sum(seen)), _LARGEST) for s in seen]
         return [calibrated, start, slope, [1.0 / stretched] * 2, [_FORGETS] * 2, [0.0] * 2]
 
     @staticmethod

