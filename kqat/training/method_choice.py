@@ -114,7 +114,7 @@ def _values(
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         layer = node.layer
         if isinstance(layer, QuantizedRecurrence):
-            value = layer.observe(*args, note=lambda *_: None)
+            value = layer.observe(args[0], lambda *_: None)
         elif not isinstance(layer, ActivationQuantizer):
             value = layer(*args, **kwargs)
         elif ranges is None or (layer not in ranges and not isinstance(layer.range_method, Fixed)):

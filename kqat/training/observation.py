@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import layers, ops
 
@@ -229,7 +228,7 @@ class Observer:
     def _call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
         layer = node.layer
         if isinstance(layer, QuantizedRecurrence):
-            return layer.observe(*args, note=self._note, noisy=self._noisy)
+            return layer.observe(args[0], self._note, self._noisy)
         if self._noisy and isinstance(layer, NOISE):
             return layer(*args, **{**kwargs, "training": True})
         if not isinstance(layer, ActivationQuantizer):
@@ -281,11 +280,11 @@ def _ends(graph: Graph) -> Iterator[int]:
             yield id(node.layer)
     waiting, met = list(graph.outputs), set()
     while waiting:
-        node = producers.get(waiting.pop())
-        if node is None or node in met:
+        maker = producers.get(waiting.pop())
+        if maker is None or maker in met:
             continue
-        met.add(node)
-        if isinstance(node.layer, ActivationQuantizer):
-            yield id(node.layer)
-        elif not node.layer.weights or isinstance(node.layer, keras.layers.Identity):
-            waiting += node.inputs
+        met.add(maker)
+        if isinstance(maker.layer, ActivationQuantizer):
+            yield id(maker.layer)
+        elif not maker.layer.weights:
+            waiting += maker.inputs
