@@ -44,7 +44,7 @@ def calibrate(
             tensor, a list or dict of tensors, or a tuple `(inputs, targets…)` as in `fit`. Some
             hundred samples of all kinds that the device will meet.
         method: `"minmax"`, `"percentile"`, `"mse"`, `"entropy"`, or such an object; `"auto"` tries
-            the first three on 32 of the samples, and takes a narrower one only where the outputs
+            the first three on 64 of the samples, and takes a narrower one only where the outputs
             gain half a decibel (see `kqat.training.method_choice`).
 
     Raises:

@@ -21,7 +21,7 @@ from kqat.training.quantized_recurrence import QuantizedRecurrence
 # calibration did not see reach further than those that it saw.
 CANDIDATES: tuple[CalibrationMethod, ...] = (MinMax(), MSE(), Percentile())
 MARGIN_DB = 0.5
-TRIED_SAMPLES = 32
+TRIED_SAMPLES = 64
 
 
 class KeptSamples:
