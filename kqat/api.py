@@ -6,13 +6,14 @@ from typing import Any
 
 import keras
 
-from kqat.base import ModelError, TargetError
+from kqat.base import CalibrationError, ModelError, TargetError
 from kqat.config import QuantizePolicy
 from kqat.devices import target_named
 from kqat.graph import Graph, hands_on_mask, non_finite_variable, trace
+from kqat.grids import CalibrationMethod
 from kqat.planning import Plan, make_plan, misfits, with_replacements
 from kqat.tfmot import translate_policy
-from kqat.training import calibrate, is_quantized, wrap
+from kqat.training import DEFAULT_METHOD, calibrate, check_method, is_quantized, wrap
 
 
 class PolicyWarning(UserWarning):
@@ -79,7 +80,11 @@ def adapt(model: keras.Model, target: str) -> keras.Model:
 
 
 def quantize_model(
-    model: keras.Model, policy: Any = "int8", *, calibration_data: Any = None
+    model: keras.Model,
+    policy: Any = "int8",
+    *,
+    calibration_data: Any = None,
+    calibration: str | CalibrationMethod | None = None,
 ) -> keras.Model:
     """A QAT copy of `model`: compile it, `fit` it, `tflite_export.convert` it.
 
@@ -93,15 +98,25 @@ def quantize_model(
             `QuantizeConfig` serves wherever ours does.
         calibration_data: typical inputs, as for `kqat.calibrate`. Without, ranges
             start from the first training batches.
+        calibration: how ranges are found from them, as `method` of `kqat.calibrate`; its default
+            was chosen by `benchmarks/calibration.md`.
 
     Raises:
         ModelError: if `model` is no such model, is quantized already, or holds NaN or infinity.
         UnsupportedLayerError: if a layer has no integer form; names it and the way out.
         PolicyError: if the policy asks for what cannot ship.
-        CalibrationError: if the data are empty, misshapen or not finite.
+        CalibrationError: if the data are empty, misshapen or not finite, or missing for the
+            `calibration` asked for.
 
     Reference: Jacob et al. 2018, section 3 (https://arxiv.org/abs/1712.05877).
     """
+    if calibration is not None:
+        check_method(calibration)
+    if calibration is not None and calibration_data is None:
+        raise CalibrationError(
+            f"Expected calibration_data for calibration={calibration!r}. Received: none. Give some "
+            "hundred typical inputs, or leave calibration out."
+        )
     graph = _checked_graph(model)
     _check_weights(model)
     decided = _plan(graph, policy, model.name)
@@ -134,7 +149,7 @@ def quantize_model(
         )
     qat = wrap(decided)
     if calibration_data is not None:
-        calibrate(qat, calibration_data)
+        calibrate(qat, calibration_data, method=calibration or DEFAULT_METHOD)
     elif any(group.is_observed for group in decided.groups):
         warnings.warn(
             f"No calibration data: the ranges of '{model.name}' start from its first training "

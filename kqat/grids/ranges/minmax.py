@@ -5,13 +5,21 @@ from typing import Any
 
 from keras import ops
 
+from kqat.grids.histogram import Histogram
+from kqat.grids.spec import QuantSpec
+
 
 @dataclasses.dataclass(frozen=True)
 class MinMax:
     """Range `[min, max]` over everything seen; nothing is clipped, outliers rule.
 
+    In training it goes on growing, and never shrinks.
     Reference: Krishnamoorthi 2018, section 3.1 (https://arxiv.org/abs/1806.08342).
     """
+
+    def calibrated(self, seen: Histogram, spec: QuantSpec) -> tuple[float, float]:
+        """The range `(low, high)` of what calibration has seen."""
+        return seen.low, seen.high
 
     def update(
         self, low: Any, high: Any, count: Any, batch_low: Any, batch_high: Any
