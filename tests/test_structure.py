@@ -9,6 +9,8 @@ from types import FunctionType
 
 import pytest
 
+from docs import rooms
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "docs", "tests")
 
@@ -201,3 +203,7 @@ def test_public_objects_have_docstrings(package: str) -> None:
 def test_module_names_say_what_is_inside() -> None:
     empty = {"utils", "common", "helpers"}
     assert [path for path in sources(*FOLDERS) if empty & {*Path(path).with_suffix("").parts}] == []
+
+
+def test_the_listing_of_modules_is_up_to_date() -> None:
+    assert rooms.PAGE.read_text() == rooms.with_listing(rooms.PAGE.read_text())

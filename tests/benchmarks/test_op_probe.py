@@ -8,8 +8,7 @@ import pytest
 
 from benchmarks import op_probe
 from benchmarks.op_probe import MODELS, PACKAGES, SHIPS_AS_ANOTHER, TABLE, Cell, probe, read_table
-from kqat.devices.kernels import INT16, KERNELS
-from kqat.devices.targets import kernels
+from kqat.devices.kernels import INT16, KERNELS, runtimes_with
 from tflite_export.kernels.op_table import OP_TABLE
 from tflite_export.runtimes.execution import RUNTIMES, supports
 
@@ -57,7 +56,7 @@ def test_the_op_table_says_what_was_seen() -> None:
             assert has == (cell.result == "works"), cell
             continue
         if cell.weights in ("", "int8"):
-            has = cell.runtime in kernels(cell.operator, 8)
+            has = cell.runtime in runtimes_with(cell.operator, 8)
         else:
             bits, per_tensor = int(cell.weights.removeprefix("int")), cell.scales == "per tensor"
             has = rule.packs(bits, per_tensor, frozenset({cell.runtime}))

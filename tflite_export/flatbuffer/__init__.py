@@ -13,6 +13,7 @@ from tflite_export.flatbuffer.shared_tables import share_constants
 from tflite_export.flatbuffer.tree import (
     ModelT,
     OperatorT,
+    SubGraphT,
     TensorT,
     add_tensor,
     compact,
@@ -33,6 +34,7 @@ __all__ = [
     "ModelT",
     "OperatorInfo",
     "OperatorT",
+    "SubGraphT",
     "TensorInfo",
     "TensorT",
     "add_tensor",

@@ -67,7 +67,10 @@ class Takes(layers.Layer):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (Foreign(name="own"), r"line \d+ of test_opening.py, `return tf.cumsum\(x, axis=1\)`"),
+        (
+            Foreign(name="own"),
+            r"line \d+ of test_keras_internals.py, `return tf.cumsum\(x, axis=1\)`",
+        ),
         (Hidden(name="own"), r"own/table, of which only computed constants are seen"),
     ],
 )

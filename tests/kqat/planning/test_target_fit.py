@@ -107,7 +107,7 @@ def test_the_impossible_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = keras.Sequential([keras.Input((4, 4, 1)), L.GlobalAveragePooling2D(name="pool")])
     with pytest.raises(TargetError, match=r"one of the targets \['cmsis_nn', .*Received: 'toast'"):
         kqat.plan(model, target="toast")
-    monkeypatch.setitem(kqat.devices.targets.KERNELS, "MEAN", frozenset())
+    monkeypatch.setitem(kqat.devices.kernels.KERNELS, "MEAN", frozenset())
     (misfit,) = kqat.plan(model, target="tflite_micro").misfits
     assert misfit.blocking and misfit.replacement is None
     with pytest.raises(TargetError, match=r"runs, or that have.*layer 'pool' \(MEAN\) does not"):

@@ -22,7 +22,8 @@ from tflite_export import flatbuffer
 from tflite_export.flatbuffer.inspection import DECODE
 from tflite_export.kernels.weight_layout import quantization
 from tflite_export.runtimes.execution import run, supports
-from tflite_export.weight_storage import encodings, huffman
+from tflite_export.weight_storage import encodings as codec
+from tflite_export.weight_storage import huffman
 
 needs_micro = pytest.mark.skipif(not supports("tflite_micro"), reason="needs the extra tflm")
 RNG = np.random.default_rng(0)
@@ -50,8 +51,8 @@ SHAPES: list[tuple[tuple[int, ...], int | None]] = [
 ]
 
 
-def encodings(integers: np.ndarray, axis: int | None) -> list[encodings.Encoding]:
-    found = [encodings.smallest(integers, axis, [method]) for method in encodings.METHODS]
+def encodings(integers: np.ndarray, axis: int | None) -> list[codec.Encoding]:
+    found = [codec.smallest(integers, axis, [method]) for method in codec.METHODS]
     return [encoding for encoding in found if encoding is not None]
 
 
@@ -87,7 +88,7 @@ def test_the_longest_codes_have_tables_of_their_own() -> None:
     assert len(code.tables) > 2**code.root_bits
 
 
-def decoding_file(cases: list[tuple[np.ndarray, int | None, encodings.Encoding]]) -> bytes:
+def decoding_file(cases: list[tuple[np.ndarray, int | None, codec.Encoding]]) -> bytes:
     """One DECODE for each case; what they write are the outputs."""
     model, graph = schema.ModelT(), schema.SubGraphT()
     model.version, model.subgraphs, model.buffers = 3, [graph], [schema.BufferT()]
@@ -131,7 +132,7 @@ def test_tflite_micro_decodes_as_the_reference_does() -> None:
         for integers in [draw(shape).astype(np.int8)]
         for encoding in encodings(integers, axis)
     ]
-    assert {encoding.method for *_, encoding in cases} == set(encodings.METHODS)
+    assert {encoding.method for *_, encoding in cases} == set(codec.METHODS)
     found = run(decoding_file(cases), [np.zeros((1, 1), np.int8)], runtime="tflite_micro").outputs
     for (integers, axis, encoding), array in zip(cases, found, strict=True):
         expected = decode(encoding.data, encoding.ancillary, integers.shape, axis)
