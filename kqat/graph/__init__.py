@@ -2,7 +2,7 @@
 (`keras_internals`).
 """
 
-from kqat.graph.copies import Part, activation_name, clone, duplicate, finalize
+from kqat.graph.copies import Part, activation_name, clone, config_of, duplicate, finalize
 from kqat.graph.keras_internals import attach_masks, hands_on_mask
 from kqat.graph.tracer import (
     Graph,
@@ -26,6 +26,7 @@ __all__ = [
     "activation_name",
     "attach_masks",
     "clone",
+    "config_of",
     "duplicate",
     "fill",
     "finalize",

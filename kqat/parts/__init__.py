@@ -1,6 +1,7 @@
 """Layers that Keras lacks: each becomes one TFLite operator, or marks a value for the exporter."""
 
 from kqat.parts.elementwise import Elementwise, is_elementwise, within_domain
+from kqat.parts.learned import Learned
 from kqat.parts.lstm_step import CARRY, GATES, FrozenLSTM, GateNumbers, LstmState
 from kqat.parts.markers import Marker, PrecisionBoundary, Requantize, Tabulated, is_marker
 from kqat.parts.recurrence import Recurrence, Stack, Unstack
@@ -32,6 +33,7 @@ __all__ = [
     "GateNumbers",
     "Hide",
     "IndexOperation",
+    "Learned",
     "LstmState",
     "Marker",
     "Matmul",

@@ -19,6 +19,7 @@ from kqat.parts import (
     Elementwise,
     Hide,
     IndexOperation,
+    Learned,
     Matmul,
     ReciprocalSquareRoot,
     Recurrence,
@@ -298,6 +299,7 @@ LAYERS: dict[type, LayerRule] = {
         decompose_fused=fused_lstms.fused_bidirectional,
     ),
     Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
+    Learned: LayerRule(output=Output.OWN),
     Unstack: _same("UNPACK"),
     Stack: _same("PACK"),
     Slice: _same("STRIDED_SLICE"),
@@ -369,7 +371,7 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     """
     where = f"layer '{name or layer.name}' of type {type(layer).__name__}"
     rule = LAYERS.get(type(layer))
-    if isinstance(layer, layers.Activation):
+    if type(layer) is layers.Activation:
         activation = basic.activation_name(layer.activation)
         rule = FUNCTION if activation is None else ACTIVATIONS.get(activation)
         where += f" with activation {activation!r}"

@@ -19,6 +19,7 @@ from kqat.rewrites.operations.binary import BINARY, Row, function, is_number, sc
 from kqat.rewrites.operations.nn import NETWORKS
 from kqat.rewrites.operations.reductions import REDUCING
 from kqat.rewrites.operations.shapes import REARRANGING
+from kqat.rewrites.operations.weights import as_values, is_weight
 
 __all__ = [
     "BINARY",
@@ -28,11 +29,13 @@ __all__ = [
     "Builder",
     "Decomposed",
     "Row",
+    "as_values",
     "attention",
     "basic",
     "bidirectional",
     "function",
     "is_number",
+    "is_weight",
     "matrix_products",
     "normalization",
     "one_hot",
