@@ -498,7 +498,9 @@ def _masks_read(calls: list[Any]) -> dict[int, dict[str, Any]]:
 def _given(call: Any) -> dict[str, Any]:
     """The arguments of a call by name."""
     signature = inspect.signature(call.operation.call)
-    return signature.bind_partial(*call.arguments.args, **call.arguments.kwargs).arguments
+    # Keras lets a caller hand `training` to a layer that takes none.
+    kwargs = {k: v for k, v in call.arguments.kwargs.items() if k != "training"}
+    return signature.bind_partial(*call.arguments.args, **kwargs).arguments
 
 
 def attach_masks(layer: Any, args: Any, kwargs: Any) -> None:

@@ -385,7 +385,7 @@ def _call_options(
     parameters = inspect.signature(layer.call).parameters
     # Keras records the default of its preprocessing layers, which is True.
     default = parameters["training"].default if "training" in parameters else None
-    if kwargs.get("training") and not default:
+    if "training" in parameters and kwargs.get("training") and not default:
         raise ModelError(
             f"Expected layers that compute as inference does when they ship. Received: "
             f"training=True in the call of '{layer.name}'. Call it without `training`."

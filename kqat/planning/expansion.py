@@ -235,7 +235,8 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         if not elementwise:
             return None
         graph = trace_call(layer, (x,), {}, name, is_custom)
-        return Elementwise.of(layer.call, name=name) if len(graph.nodes) > 1 else None
+        # Two operations may fuse into what stands before them.
+        return Elementwise.of(layer.call, name=name) if len(graph.nodes) > 2 else None
     except Exception:  # Whatever a user's own class raises: it is opened, which tells.
         return None
 

@@ -259,6 +259,9 @@ LAYERS: dict[type, LayerRule] = {
         attention.multi_head_attention, *_ATTENDING, "FULLY_CONNECTED", **_MASKS
     ),
     layers.Embedding: _own("CAST", "GATHER", weights={"embeddings": None}, table_of_rows=True),
+    layers.ReversibleEmbedding: _composite(
+        one_hot.reversible_embedding, "CAST", "GATHER", "FULLY_CONNECTED", "MUL", "TANH"
+    ),
     layers.GroupNormalization: _composite(normalization.group_normalization, *_NORMALIZING),
     layers.UnitNormalization: LayerRule(
         output=Output.FIXED,

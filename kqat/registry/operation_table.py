@@ -60,6 +60,11 @@ def _clip(operation: Any, name: str) -> Callable[..., Any]:
     return function(operation, name)
 
 
+def _rectified(operation: Any, name: str) -> Callable[..., Any]:
+    options = ("negative_slope", "max_value", "threshold")
+    return layers.ReLU(**{option: getattr(operation, option) for option in options}, name=name)
+
+
 def _elu(operation: Any, name: str) -> Callable[..., Any]:
     if operation.alpha == 1:
         return layers.Activation("elu", name=name)
@@ -185,6 +190,7 @@ OPERATIONS: dict[str, Row] = {
     "Power": _power,
     "Clip": _clip,
     "Relu": _activation("relu"),
+    "ReLU": _rectified,
     "Relu6": _activation("relu6"),
     "Sigmoid": _activation("sigmoid"),
     "Tanh": _activation("tanh"),

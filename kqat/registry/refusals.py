@@ -46,10 +46,6 @@ LAYER_REASONS: dict[str, str] = {
     "MaxNumBoundingBoxes": "prepares labels, not inputs; run it before the model",
     "Pipeline": "holds preprocessing of many kinds; put its layers into the model one by one",
     "RandomCrop": "gives another size in training than in inference; run it before the model",
-    "ReversibleEmbedding": (
-        "reads one table by rows and by columns, which ship on different grids; use Embedding "
-        "and Dense"
-    ),
 }  # fmt: skip
 
 _CREATES = "takes no tensor of the model: Keras computes it when the model is built"

@@ -109,6 +109,21 @@ def _conv(kind: str) -> Row:
     return row
 
 
+def _grayscale(operation: Any, name: str) -> Callable[..., Any]:
+    """ITU-R BT.601 luma, as Keras has it."""
+
+    def call(images: Any) -> Any:
+        if operation.data_format == "channels_first":
+            raise UnsupportedLayerError(
+                f"Expected data_format='channels_last' in operation '{name}'. Received: "
+                "channels_first. Permute."
+            )
+        kernel = np.array([[0.2989], [0.5870], [0.1140]], np.float32)
+        return matrix_products.einsum("...y,yz->...z", images, kernel, name)
+
+    return call
+
+
 def _normalize(operation: Any, name: str) -> Callable[..., Any]:
     if operation.order != 2 or operation.epsilon not in (None, keras.config.epsilon()):
         raise UnsupportedLayerError(
@@ -143,6 +158,7 @@ NETWORKS: dict[str, Row] = {
     "LogSoftmax": _softmax("log_softmax"),
     "Glu": _glu,
     "Resize": _resize,
+    "RGBToGrayscale": _grayscale,
     "MaxPool": _pool("Max"),
     "AveragePool": _pool("Average"),
     "AdaptiveMaxPool": _adaptive_pool("Max"),

@@ -135,8 +135,17 @@ def _cumsum(operation: Any, name: str) -> Callable[..., Any]:
 
 def _logsumexp(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
-        axes = axes_of(operation.axis, len(x.shape), name)
-        return ops.log(total(ops.exp(x), axes, operation.keepdims, f"{name}_sum"))
+        # As Keras does: relative to the largest value, so that no exponential overflows.
+        axes, keepdims = axes_of(operation.axis, len(x.shape), name), operation.keepdims
+        largest = Reduce("max", axes, name=f"{name}_largest")(x)
+        below = layers.Subtract(name=f"{name}_below")([x, largest])
+        powers = layers.Activation("exponential", name=f"{name}_powers")(below)
+        rest = ops.log(total(powers, axes, True, f"{name}_sum"))
+        result = layers.Add(name=name if keepdims else f"{name}_kept")([largest, rest])
+        if keepdims:
+            return result
+        shape = [size for axis, size in enumerate(x.shape) if axis and axis not in axes]
+        return layers.Reshape(shape, name=name)(result)
 
     return call
 
