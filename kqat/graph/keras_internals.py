@@ -122,8 +122,7 @@ def open_call(
     given = {id(t): t for t in _tensors((args, kwargs))}
     batch = _batch_size(layer, list(given.values()))
     fresh = {
-        key: keras.Input(batch_shape=_of_batch(t, batch), dtype=t.dtype, name=_name_of(t))
-        for key, t in given.items()
+        key: keras.Input(batch_shape=_of_batch(t, batch), dtype=t.dtype) for key, t in given.items()
     }
     args, kwargs = keras.tree.map_structure(lambda x: fresh.get(id(x), x), (args, kwargs))
     inside = [part for part in parts_of(layer) if part is layer or inlined(part)]
@@ -150,10 +149,6 @@ def open_call(
 def _of_batch(tensor: Any, batch: int) -> tuple[Any, ...]:
     shape = tuple(tensor.shape)
     return (batch, *shape[1:]) if shape and shape[0] is None else shape
-
-
-def _name_of(tensor: Any) -> str | None:
-    return maker_name(tensor) if hasattr(tensor, "_keras_history") else None
 
 
 def _batch_size(layer: Any, tensors: list[Any]) -> int:
@@ -194,7 +189,7 @@ def _called(
     """
     weights: dict[int, tuple[Any, Any]] = {}
     try:
-        with _as_inputs(inside, weights), _calls_inlined(layer, inside):
+        with _as_inputs(inside, weights), _calls_inlined(layer, inside), _shapes_told(layer):
             output = layer(*args, **kwargs)
     except Exception as error:  # Whatever a user's own class raises.
         raise ModelError(
@@ -206,7 +201,8 @@ def _called(
     output = keras.tree.map_structure(lambda t: _symbolic_output(t, layer, weights), output)
     variables = {id(tensor): variable for tensor, variable in weights.values()}
     inputs = [*tensors, *(tensor for tensor, _ in weights.values())]
-    function = keras.Function(inputs, keras.tree.flatten(output))
+    with _names_apart(layer):
+        function = keras.Function(inputs, keras.tree.flatten(output))
     values = _weight_values(function, {id(t) for t in tensors}, variables)
     shown = {id(v) for operation in function.operations for v in _variables(operation)}
     read = {id(t) for operation in function.operations for t in _read(operation)}
@@ -314,6 +310,48 @@ def _calls_inlined(layer: Any, inside: list[Any]) -> Iterator[None]:
         for part, count in nodes:
             object.__delattr__(part, "symbolic_call")
             del part._inbound_nodes[count:]
+
+
+@contextlib.contextmanager
+def _shapes_told(layer: Any) -> Iterator[None]:
+    """Lets each EinsumDense tell the shape of its output for the input at hand.
+
+    Keras has it tell what it was built for, where an axis may have had no size yet.
+    """
+    parts = [part for part in parts_of(layer) if type(part) is keras.layers.EinsumDense]
+
+    def told(part: Any) -> Callable[[Any], Any]:
+        def shape(input_shape: Any) -> Any:
+            inputs, rest = part.equation.split(",")
+            kernel, output = rest.split("->")
+            sizes = dict(zip(kernel, part.kernel.shape, strict=True))
+            free = len(input_shape) - len(inputs.replace("...", ""))
+            letters = inputs.replace("...", "0123456789"[:free])
+            sizes |= dict(zip(letters, input_shape, strict=True))
+            return tuple(sizes[c] for c in output.replace("...", "0123456789"[:free]))
+
+        return shape
+
+    try:
+        for part in parts:
+            object.__setattr__(part, "compute_output_shape", told(part))
+        yield
+    finally:
+        for part in parts:
+            object.__delattr__(part, "compute_output_shape")
+
+
+@contextlib.contextmanager
+def _names_apart(layer: Any) -> Iterator[None]:
+    """Gives layers inside names of their own meanwhile, as Keras demands of a function."""
+    names = [(part, part.name) for part in parts_of(layer)]
+    try:
+        for index, (part, name) in enumerate(names):
+            object.__setattr__(part, "name", f"kqat_{index}_{name}")
+        yield
+    finally:
+        for part, name in names:
+            object.__setattr__(part, "name", name)
 
 
 def _is_stock(layer: Any) -> bool:

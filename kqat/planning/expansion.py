@@ -105,6 +105,9 @@ def _simpler(
     if rule.opens:
         opened = _opened_function if rule.table else _opened_layer
         return opened(node, origin, copies)
+    if rule.decompose_masked and (node.args[1:] or node.kwargs.get("mask") is not None):
+        made = rule.decompose_masked(layer, node.name)
+        return None if made is None else _tried(layer, made, node.name)
     decompose = rule.decompose_fused if rule.decompose_fused and origin in fused else rule.decompose
     made = decompose(layer, node.name) if decompose else None
     return None if made is None else _tried(layer, made, node.name)
@@ -260,7 +263,7 @@ def _inlined(graph: Graph, name: str, copies: Copies) -> Callable[..., Any]:
         if not isinstance(node.layer, keras.layers.Layer):
             return _tried(node.layer, as_layers(node.layer, part), part)(*args, **kwargs)
         if id(node.layer) not in copies:
-            copies[id(node.layer)] = duplicate(node.layer, part)
+            copies[id(node.layer)] = duplicate(node.layer, part, **_told_shape(node))
         return copies[id(node.layer)](*args, **kwargs)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -270,6 +273,13 @@ def _inlined(graph: Graph, name: str, copies: Copies) -> Callable[..., Any]:
         return keras.tree.map_structure(lambda x: _as_output(x, tensors[0], name), outputs)
 
     return run
+
+
+def _told_shape(node: Node) -> dict[str, Any]:
+    """The output shape of an EinsumDense, which may have been built for an axis without size."""
+    if type(node.layer) is not keras.layers.EinsumDense:
+        return {}
+    return {"output_shape": node.outputs[0].shape[1:]}
 
 
 def _as_output(value: Any, like: Any, name: str) -> Any:

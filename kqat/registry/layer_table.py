@@ -38,6 +38,7 @@ from kqat.registry.refusals import LAYER_REASONS, reason
 from kqat.registry.rule import LayerRule, Output
 from kqat.rewrites import (
     attention,
+    attention_masks,
     basic,
     matrix_products,
     normalization,
@@ -192,7 +193,12 @@ LAYERS: dict[type, LayerRule] = {
     layers.LeakyReLU: _own("LEAKY_RELU"),
     layers.ELU: _own("ELU", wide_table=True, decompose=basic.elu),
     layers.PReLU: _own("PRELU", weights={"alpha": None}),
-    layers.Softmax: dataclasses.replace(ACTIVATIONS["softmax"], refuse=rule.softmax),
+    layers.Softmax: dataclasses.replace(
+        ACTIVATIONS["softmax"],
+        decompose=attention_masks.softmax,
+        decompose_masked=attention_masks.masked_softmax,
+        masks=True,
+    ),
     layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", **_POOL),
     layers.MaxPooling2D: _same("MAX_POOL_2D", **_POOL),
     layers.MaxPooling3D: _same(
@@ -335,6 +341,8 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (IndexOperation, "add"): _index("ADD"),
     (IndexOperation, "subtract"): _index("SUB"),
     (IndexOperation, "multiply"): _index("MUL"),
+    (IndexOperation, "maximum"): _index("MAXIMUM"),
+    (IndexOperation, "minimum"): _index("MINIMUM"),
     **{
         (IndexOperation, kind): _index(kind.upper())
         for kind in ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")

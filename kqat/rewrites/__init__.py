@@ -5,6 +5,7 @@ The tables in `kqat.registry` say which function of these rewrites which layer o
 
 from kqat.rewrites.layers import (
     attention,
+    attention_masks,
     basic,
     matrix_products,
     normalization,
@@ -31,6 +32,7 @@ __all__ = [
     "Row",
     "as_values",
     "attention",
+    "attention_masks",
     "basic",
     "bidirectional",
     "function",

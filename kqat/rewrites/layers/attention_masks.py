@@ -16,6 +16,7 @@ from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, holds_indexes, is_tensor
 from kqat.grids import HIDDEN
 from kqat.parts import Hide, IndexOperation, WithConstant
+from kqat.rewrites.layers.basic import Decomposed
 from kqat.rewrites.layers.one_hot import truth
 
 
@@ -105,6 +106,52 @@ def attended(scores: Any, keep: Keep, name: str, *, zeros: bool) -> Any:
         factor = _quantity(keep.seen, (0.0, 1.0), rank, f"{name}_factor")
         weights = layers.Multiply(name=f"{name}_kept")([weights, factor])
     return weights
+
+
+def softmax(layer: Any, name: str) -> Decomposed | None:
+    """`Softmax` over an axis that is not the last, between two permutations."""
+    return None if layer.axis == -1 else masked_softmax(layer, name)
+
+
+def masked_softmax(layer: Any, name: str) -> Decomposed:
+    """`Softmax` of scores and a mask that broadcasts with them, as attention computes it."""
+
+    def call(x: Any, mask: Any = None) -> Any:
+        rank = len(x.shape)
+        axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
+        if len(axes) != 1 or axes[0] % rank == 0:
+            raise UnsupportedLayerError(
+                f"Expected a softmax over one axis behind the batch in layer '{name}'. Received: "
+                f"axis={layer.axis}. Reshape so that it is one."
+            )
+        axis, order = axes[0] % rank, [*range(1, rank)]
+        order[axis - 1], order[-1] = order[-1], order[axis - 1]
+        moved = axis != rank - 1
+        if moved:
+            x = layers.Permute(order, name=f"{name}_moved")(x)
+        if mask is not None:
+            x = _hidden(x, mask, order, name)
+        weights = layers.Softmax(name=f"{name}_values" if moved else name)(x)
+        return layers.Permute(order, name=name)(weights) if moved else weights
+
+    return call
+
+
+def _hidden(scores: Any, mask: Any, order: list[int], name: str) -> Any:
+    """Scores below all others where a mask of their rank, or less, is false."""
+    rank = len(scores.shape)
+    if not is_tensor(mask):
+        array = np.asarray(mask) > 0
+        array = array.reshape((1,) * (rank - array.ndim) + array.shape).transpose(0, *order)
+        return _constant("hide", np.where(array, 0.0, HIDDEN), f"{name}_hidden")(scores)
+    if not holds_indexes(mask) or len(mask.shape) != rank:
+        raise _wrong(name, f"a tensor of shape {tuple(mask.shape)} and type {mask.dtype}")
+    if mask.dtype != "bool":
+        mask = IndexOperation("greater", {"x2": 0}, name=f"{name}_mask_true")(mask)
+    if order != [*range(1, rank)]:
+        mask = layers.Permute(order, name=f"{name}_mask_moved")(mask)
+    bias = truth(mask, (HIDDEN, 0.0), mask.shape[1:], f"{name}_bias")
+    return Hide(name=f"{name}_masked")([bias, scores])
 
 
 def zeroed(x: Any, keep: Keep, name: str) -> Any:

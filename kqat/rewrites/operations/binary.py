@@ -88,14 +88,8 @@ def index_operation(operation: Any, name: str) -> Callable[..., Any]:
         tensors = [a for a in args if is_tensor(a)]
         if len(tensors) == len(args):
             return IndexOperation(kind, name=name)(tensors if len(args) > 1 else tensors[0])
-        constant = next(a for a in args if not is_tensor(a))
-        if not is_number(constant):
-            raise UnsupportedLayerError(
-                f"Expected tensors and numbers in operation '{name}'. Received: a constant of "
-                f"shape {np.shape(constant)}. Put it into a layer of its own."
-            )
-        number = np.asarray(constant).item()
-        option = {"x2" if is_tensor(args[0]) else "x1": number}
+        constant = np.asarray(next(a for a in args if not is_tensor(a)))
+        option = {"x2" if is_tensor(args[0]) else "x1": constant.tolist()}
         return IndexOperation(kind, option, name=name)(tensors[0])
 
     return call
@@ -105,6 +99,8 @@ _KINDS = {
     "Add": "add",
     "Subtract": "subtract",
     "Multiply": "multiply",
+    "Maximum": "maximum",
+    "Minimum": "minimum",
     "Equal": "equal",
     "NotEqual": "not_equal",
     "Greater": "greater",
@@ -208,6 +204,8 @@ def _where(operation: Any, name: str) -> Callable[..., Any]:
     return call
 
 
+_ARITHMETIC = ("Add", "Subtract", "Multiply", "Maximum", "Minimum")
+
 BINARY: dict[str, Row] = {
     "Add": binary(layers.Add, _add),
     "Subtract": binary(layers.Subtract, _subtract),
@@ -217,5 +215,5 @@ BINARY: dict[str, Row] = {
     "Maximum": _bound(layers.Maximum),
     "Minimum": _bound(layers.Minimum),
     "Where": _where,
-    **{kind: index_operation for kind in _KINDS if kind not in ("Add", "Subtract", "Multiply")},
+    **{kind: index_operation for kind in _KINDS if kind not in _ARITHMETIC},
 }

@@ -31,7 +31,9 @@ def is_weight(value: Any) -> bool:
     if isinstance(value, keras.Variable):
         return True
     array = isinstance(value, np.ndarray) or keras.ops.is_tensor(value)
-    return array and len(value.shape) > 0 and keras.backend.is_float_dtype(str(value.dtype))
+    return array and len(value.shape) > 0 and keras.backend.is_float_dtype(
+        keras.backend.standardize_dtype(value.dtype)
+    )
 
 
 def as_values(layer: Any, args: Any, kwargs: Any, name: str) -> tuple[Any, Any]:
