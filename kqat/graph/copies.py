@@ -90,6 +90,10 @@ def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.L
 
 def _made_anew(layer: Any, changes: dict[str, Any]) -> keras.layers.Layer:
     """A layer of this config; a function of the user's, which no config can name, is shared."""
+    if type(layer) is layers.Identity:
+        # It computes nothing, and takes whatever arguments it is given.
+        own = {"name": layer.name, "dtype": layer.dtype_policy, **changes}
+        return layers.Identity(**own)
     config = {**config_of(layer), **changes}
     if type(layer) is layers.Lambda:
         own = {"arguments": layer.arguments, "mask": layer.mask}

@@ -10,9 +10,10 @@ import dataclasses
 import inspect
 import itertools
 import re
+import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def open_call(
     given = {id(t): t for t in _tensors((args, kwargs))}
     batch = _batch_size(layer, list(given.values()))
     fresh = {
-        key: keras.Input(batch_shape=_of_batch(t, batch), dtype=t.dtype) for key, t in given.items()
+        key: keras.Input(batch_shape=_of_batch(t, batch), dtype=t.dtype, name=name)
+        for (key, t), name in zip(given.items(), _input_names(given.values()), strict=True)
     }
     args, kwargs = keras.tree.map_structure(lambda x: fresh.get(id(x), x), (args, kwargs))
     inside = [part for part in parts_of(layer) if part is layer or inlined(part)]
@@ -149,6 +151,15 @@ def open_call(
 def _of_batch(tensor: Any, batch: int) -> tuple[Any, ...]:
     shape = tuple(tensor.shape)
     return (batch, *shape[1:]) if shape and shape[0] is None else shape
+
+
+def _input_names(tensors: Iterable[Any]) -> list[str | None]:
+    """The names of tensors that inputs make; `None` for others."""
+    made = [getattr(t, "_keras_history", None) for t in tensors]
+    return [
+        h.operation.name if h and isinstance(h.operation, keras.layers.InputLayer) else None
+        for h in made
+    ]
 
 
 def _batch_size(layer: Any, tensors: list[Any]) -> int:
@@ -285,31 +296,28 @@ def _as_inputs(owners: list[Any], made: dict[int, tuple[Any, Any]]) -> Iterator[
 def _calls_inlined(layer: Any, inside: list[Any]) -> Iterator[None]:
     """Lets a call of `layer`, and of those of `inside`, show what it does in place of itself.
 
-    Keras does the rest of a call as ever: it builds, hands on masks and `training`.
+    Keras does the rest of a call as ever: it builds, hands on masks and `training`. It only records
+    no call of theirs, which may return anything.
     """
-    histories: dict[int, tuple[Any, Any]] = {}
+    opened = {id(part): part for part in inside if part is layer or not _is_stock(part)}
+    home = sys.modules[keras.layers.Layer.__module__]
+    record = home.Node
+
+    def recorded(operation: Any, **call: Any) -> Any:
+        return None if id(operation) in opened else record(operation=operation, **call)
 
     def called_through(part: Any) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            output = part.call(*args, **kwargs)
-            for tensor in _tensors(output):
-                histories.setdefault(id(tensor), (tensor, tensor._keras_history))
-            return output
+        return lambda *args, **kwargs: part.call(*args, **kwargs)
 
-        return call
-
-    opened = [part for part in inside if part is layer or not _is_stock(part)]
-    nodes = [(part, len(part._inbound_nodes)) for part in opened]
     try:
-        for part in opened:
+        home.Node = recorded
+        for part in opened.values():
             object.__setattr__(part, "symbolic_call", called_through(part))
         yield
-        for tensor, history in histories.values():
-            tensor._keras_history = history
     finally:
-        for part, count in nodes:
+        home.Node = record
+        for part in opened.values():
             object.__delattr__(part, "symbolic_call")
-            del part._inbound_nodes[count:]
 
 
 @contextlib.contextmanager
@@ -358,6 +366,10 @@ def _is_stock(layer: Any) -> bool:
     return getattr(keras.layers, type(layer).__name__, None) is type(layer)
 
 
+# Operations that make a constant of a tensor's shape.
+_FILLED = {"ZerosLike": 0, "OnesLike": 1}
+
+
 def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) -> dict[int, Any]:
     """Values of all tensors that no input reaches, by identity.
 
@@ -368,9 +380,15 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
     found: dict[int, Any] = dict(variables)
     computed: dict[int, Any] = {}
     wanted: dict[int, Any] = {}
+    values: dict[int, np.ndarray] = {}
     for call in _calls(function):
         tensors = _tensors((call.arguments.args, call.arguments.kwargs))
-        if any(id(t) in live for t in tensors):
+        if type(call.operation).__name__ in _FILLED:
+            # It reads the shape alone.
+            filled = _FILLED[type(call.operation).__name__]
+            values.update((id(t), np.full(t.shape, filled, t.dtype)) for t in call.outputs)
+            computed.update((id(t), []) for t in call.outputs)
+        elif any(id(t) in live for t in tensors):
             live.update(id(t) for t in call.outputs)
             wanted.update((id(t), t) for t in tensors if id(t) in computed)
         else:
@@ -378,6 +396,9 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             sources += getattr(call.operation, "variables", [])
             computed.update((id(t), [v for v in sources if v is not None]) for t in call.outputs)
     wanted.update((id(t), t) for t in function.outputs if id(t) in computed)
+    for key in [key for key in wanted if key in values]:
+        del wanted[key]
+        found[key] = keras.Variable(values[key], trainable=False, name="constant")
     if wanted:
         inputs = [t for t in function.inputs if id(t) in variables]
         results = keras.Function(inputs, list(wanted.values()))(

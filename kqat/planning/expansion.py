@@ -28,12 +28,14 @@ from kqat.graph import (
     trace_call,
     unique_name,
 )
-from kqat.parts import Elementwise, Learned, is_elementwise
+from kqat.parts import Elementwise, Learned, Select, is_elementwise
 from kqat.registry import as_layers, is_custom, rule_for
 from kqat.rewrites import as_values, is_weight
 
 # Copies of layers by the identity of the layer, for all of its calls.
 Copies = dict[int, Callable[..., Any]]
+# Layers that read a weight as a constant of the file, on the grid that they hand on.
+READS_LEARNED = (keras.layers.Concatenate, Select, Learned)
 # Layers that merge tensors pair by pair, as operations that take a constant for one.
 MERGES: Mapping[type, Callable[[Any, Any], Any]] = {
     keras.layers.Add: keras.ops.add,
@@ -86,7 +88,7 @@ def _is_unfinished(
             continue
         if _simpler(node, origins[node.layer.name], fused, {}) is not None:
             return True
-        apart = not isinstance(node.layer, keras.layers.Concatenate | Learned)
+        apart = not isinstance(node.layer, READS_LEARNED)
         if apart and weights & set(node.inputs):
             return True
         if any(is_weight(v) for v in keras.tree.flatten((node.args, node.kwargs))):
@@ -350,7 +352,7 @@ def _of_weights(node: Node, args: Any, kwargs: Any, like: Any) -> Any:
 
 def _read(node: Node, args: Any, kwargs: Any, learned: dict[int, Any]) -> tuple[Any, Any]:
     """The arguments with weights themselves in the place of layers that hold but a weight."""
-    if isinstance(node.layer, keras.layers.Concatenate | Learned) or not learned:
+    if isinstance(node.layer, READS_LEARNED) or not learned:
         return args, kwargs
 
     def weight(value: Any) -> Any:

@@ -111,7 +111,7 @@ OPERATION_REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "angle conj conjugate fft fft2 ifft2 imag irfft istft polar real rfft stft "
+            "angle conj conjugate fft ifft2 imag irfft istft polar real rfft stft "
             "view_as_complex view_as_real"
         ).split(),
         _COMPLEX,
@@ -148,11 +148,11 @@ OPERATION_REASONS: dict[str, str] = {
         "bincount corrcoef correlate digitize histogram moments".split(), _STATISTIC
     ),
     **dict.fromkeys(
-        "all any count_nonzero".split(),
+        "count_nonzero".split(),
         "counts truth values, for which TFLite Micro has no kernel; reduce with max or sum",
     ),
     **dict.fromkeys(
-        "empty_like full_like ones_like zeros_like".split(),
+        "empty_like full_like".split(),
         "makes a constant of the batch's size; multiply the tensor by 0 and add a number",
     ),
 }  # fmt: skip

@@ -12,14 +12,18 @@ from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, holds_indexes, is_tensor
+from kqat.grids import HIDDEN
 from kqat.parts import (
     ChannelAffine,
     Elementwise,
+    Hide,
     IndexOperation,
     Select,
     WithConstant,
     within_domain,
 )
+from kqat.rewrites.layers.one_hot import truth
+from kqat.rewrites.operations.weights import emitted
 
 Row = Callable[[Any, str], Callable[..., Any]]
 
@@ -192,16 +196,50 @@ def _bound(merge: type) -> Row:
 
 
 def _where(operation: Any, name: str) -> Callable[..., Any]:
+    """A selection; where the other value is far below all others, a mask of attention scores."""
+
     def call(condition: Any, a: Any = None, b: Any = None) -> Any:
-        if not all(is_tensor(v) for v in (condition, a, b)):
+        hides = is_tensor(a) and b is not None and not is_tensor(b) and is_number(b)
+        if hides and float(np.asarray(b)) <= FAR_BELOW:
+            return _scores(condition, a, name)
+        if not is_tensor(condition) or not (is_tensor(a) or is_tensor(b)):
             raise UnsupportedLayerError(
-                f"Expected three tensors in operation '{name}' of type Where. Received: "
-                f"{[_text(v) for v in (condition, a, b)]}. Multiply by the condition instead, or "
-                "write it as one function of each number, in a Lambda."
+                f"Expected a condition and a value that are tensors in operation '{name}' of type "
+                f"Where. Received: {[_text(v) for v in (condition, a, b)]}. Multiply by the "
+                "condition instead, or write it as one function of each number, in a Lambda."
             )
-        return Select(name=name)([condition, a, b])
+        like = a if is_tensor(a) else b
+        rank = len(like.shape)
+        values = [
+            v if is_tensor(v) else emitted(v, like, rank, f"{name}_{part}")
+            for v, part in ((a, "true"), (b, "false"))
+        ]
+        return Select(name=name)([condition, *values])
 
     return call
+
+
+# A score below this is that of a hidden key, whatever the others are.
+FAR_BELOW = -1e4
+
+
+def _scores(condition: Any, scores: Any, name: str) -> Any:
+    """`scores` where `condition` holds, and below all others elsewhere."""
+    rank = len(scores.shape)
+    if not is_tensor(condition):
+        shown = np.asarray(condition).astype(bool)
+        bias = np.where(shown, 0.0, HIDDEN).astype(np.float32)
+        bias = bias.reshape((1,) * (rank - bias.ndim) + bias.shape)
+        layer = WithConstant("hide", list(bias.shape), name=name, trainable=False)
+        return Part(layer, [bias])(scores)
+    shape = tuple(condition.shape[1:])
+    if len(shape) != rank - 1:
+        raise UnsupportedLayerError(
+            f"Expected a condition of the rank of the scores in operation '{name}'. Received: "
+            f"shapes {tuple(condition.shape)} and {tuple(scores.shape)}. Reshape it."
+        )
+    bias = truth(condition, (HIDDEN, 0.0), shape, f"{name}_bias")
+    return Hide(name=name)([bias, scores])
 
 
 _ARITHMETIC = ("Add", "Subtract", "Multiply", "Maximum", "Minimum")

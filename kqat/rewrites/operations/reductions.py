@@ -9,6 +9,7 @@ from keras import layers, ops
 from kqat.base import UnsupportedLayerError
 from kqat.parts import IndexOperation, Reduce, total
 from kqat.rewrites.layers import matrix_products
+from kqat.rewrites.layers.one_hot import truth
 from kqat.rewrites.operations.binary import Row
 
 
@@ -107,6 +108,23 @@ def index_of(kind: str) -> Row:
     return row
 
 
+def of_truth(kind: str) -> Row:
+    """`all` and `any`, as the least and the largest of zeros and ones."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            axes = axes_of(operation.axis, len(x.shape), name)
+            if x.dtype != "bool":
+                x = ops.not_equal(x, 0)
+            numbers = truth(x, (0.0, 1.0), x.shape[1:], f"{name}_numbers")
+            found = Reduce(kind, axes, operation.keepdims, name=f"{name}_{kind}")(numbers)
+            return IndexOperation("greater", {"x2": 0.5}, name=name)(found)
+
+        return call
+
+    return row
+
+
 def _average(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any, weights: Any = None) -> Any:
         if weights is not None:
@@ -170,6 +188,8 @@ REDUCING: dict[str, Row] = {
     "Amin": reduction("min"),
     "Var": variance(False),
     "Std": variance(True),
+    "All": of_truth("min"),
+    "Any": of_truth("max"),
     "Argmax": index_of("argmax"),
     "Argmin": index_of("argmin"),
     "Average": _average,

@@ -16,7 +16,7 @@ from kqat.parts import IndexOperation, Learned, Slice, WithConstant
 # Operations whose rows make a layer of a weight.
 TAKE_WEIGHTS = frozenset(
     (
-        "Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum", "Where",
+        "Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum", "Where", "FFT2",
         "Matmul", "Einsum", "Tensordot", "Dot", "Inner", "Take", "Conv", "DepthwiseConv",
     )
 )  # fmt: skip
