@@ -22,6 +22,7 @@ from kqat.parts.single_op_layers import (
     stacked,
     total,
 )
+from kqat.parts.tensorflow_function import TensorFlowFunction
 
 __all__ = [
     "CARRY",
@@ -48,6 +49,7 @@ __all__ = [
     "Stack",
     "Tabulated",
     "Take",
+    "TensorFlowFunction",
     "Unstack",
     "WithConstant",
     "is_elementwise",

@@ -38,7 +38,7 @@ class Slice(layers.Layer):
 
 
 def sliced(x: Any, key: Any, name: str) -> Any:
-    """`x[key]` as a `Slice`, a `Take` where it steps backwards, and a Reshape where `key` drops or adds axes.
+    """`x[key]` as a `Slice`, backwards as a `Take`, and a Reshape where `key` drops or adds axes.
 
     Raises:
         UnsupportedLayerError: if `key` slices the batch, or is an array.
@@ -63,25 +63,23 @@ def sliced(x: Any, key: Any, name: str) -> Any:
             triple = (0, size, 1)
         triples.append(triple)
         if isinstance(k, slice):
-            at_once = backwards.get(len(triples) - 1, range(*triple)) if size is not None else ()
-            shape.append(None if size is None else len(at_once))
+            picked = backwards.get(len(triples) - 1)
+            forwards = None if size is None else len(range(*triple))
+            shape.append(forwards if picked is None else len(picked))
     rest = list(axes)
     triples += [(0, size, 1) for size in rest]
     shape += rest
     begin, end, steps = (list(v) for v in zip(*triples[1:], strict=True))
     plain = len(shape) == len(x.shape) and all(isinstance(k, slice) for k in keys)
-    parts: list[tuple[type, tuple[Any, ...]]] = [
-        (Take, (indices, axis)) for axis, indices in backwards.items()
-    ]
-    if any((b, e, s) != (0, n, 1) for b, e, s, n in zip(begin, end, steps, x.shape[1:], strict=True)):
+    whole = [(0, size, 1) for size in x.shape[1:]]
+    sliced_axes = list(zip(begin, end, steps, strict=True)) != whole
+    parts: list[tuple[Any, tuple[Any, ...]]] = [(Take, item[::-1]) for item in backwards.items()]
+    if sliced_axes or not parts:
         parts.insert(0, (Slice, (begin, end, steps)))
-    elif not parts and plain:
-        parts = [(Slice, (begin, end, steps))]
-    part = x
     for i, (kind, options) in enumerate(parts):
         last = plain and i == len(parts) - 1
-        part = kind(*options, name=name if last else f"{name}_slice_{i}" if i else f"{name}_slice")(part)
-    return part if plain else layers.Reshape(shape[1:], name=name)(part)
+        x = kind(*options, name=name if last else f"{name}_slice{f'_{i}' if i else ''}")(x)
+    return x if plain else layers.Reshape(shape[1:], name=name)(x)
 
 
 def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]:

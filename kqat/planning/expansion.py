@@ -28,9 +28,9 @@ from kqat.graph import (
     trace_call,
     unique_name,
 )
-from kqat.parts import Elementwise, Learned, Select, is_elementwise
+from kqat.parts import Elementwise, Learned, Select, TensorFlowFunction, is_elementwise
 from kqat.registry import as_layers, is_custom, rule_for
-from kqat.rewrites import as_values, is_weight
+from kqat.rewrites import WANT_BATCH, as_values, is_weight
 
 # Copies of layers by the identity of the layer, for all of its calls.
 Copies = dict[int, Callable[..., Any]]
@@ -132,6 +132,8 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
         args, kwargs = keras.tree.map_structure(lambda x: values.get(id(x), x), (args, kwargs))
         if isinstance(operation, keras.layers.MultiHeadAttention):
             attach_masks(operation, args, kwargs)
+        if type(operation).__name__ in WANT_BATCH:
+            args = keras.tree.map_structure(_for_two_samples, args)
         with keras.StatelessScope():  # A state stays as it was.
             expected = operation(*args, **kwargs)
         found = keras.Function(tensors, outputs)(list(values.values()))
@@ -146,6 +148,10 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
         return outputs
 
     return call
+
+
+def _for_two_samples(value: Any) -> Any:
+    return keras.ops.repeat(value, 2, axis=0) if is_weight(value) and value.shape[0] == 1 else value
 
 
 def _trial_values(tensor: Any, seed: int) -> Any:
@@ -234,16 +240,23 @@ def _opened_layer(node: Node, origin: str, copies: Copies) -> Callable[..., Any]
 
 
 def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
-    """A layer as a table, if it is a function of each number alone and no single operation."""
+    """A layer as a table, if it is a function of each number alone and no few operations.
+
+    Two operations may fuse into what stands before them. What TensorFlow alone computes is kept as
+    TensorFlow's graph.
+    """
     try:
-        elementwise = is_elementwise(layer, tuple(x.shape))
-        if not elementwise:
+        if not is_elementwise(layer, tuple(x.shape)):
             return None
-        graph = trace_call(layer, (x,), {}, name, is_custom)
-        # Two operations may fuse into what stands before them.
-        return Elementwise.of(layer.call, name=name) if len(graph.nodes) > 2 else None
-    except Exception:  # Whatever a user's own class raises: it is opened, which tells.
+    except Exception:  # Whatever a user's own class raises: opening it tells where.
         return None
+    try:
+        graph = trace_call(layer, (x,), {}, name, is_custom)
+        return Elementwise.of(layer.call, name=name) if len(graph.nodes) > 2 else None
+    except ModelError:
+        if keras.backend.backend() != "tensorflow":
+            return None
+        return Elementwise.of(TensorFlowFunction.of(layer.call, name="graph"), name=name)
 
 
 def _symbolic(ref: Ref) -> Any:
@@ -272,7 +285,10 @@ def _inlined(graph: Graph, name: str, copies: Copies) -> Callable[..., Any]:
         given = keras.tree.flatten((args, kwargs))
         tensors = list({id(t): t for t in given if is_tensor(t)}.values())
         outputs = graph.run(tensors, call)
-        return keras.tree.map_structure(lambda x: _as_output(x, tensors[0], name), outputs)
+        values = keras.tree.flatten(outputs)
+        names = [name, *(f"{name}_{i}" for i in range(1, len(values)))]
+        found = [_as_output(x, tensors[0], n) for x, n in zip(values, names, strict=True)]
+        return keras.tree.pack_sequence_as(outputs, found)
 
     return run
 

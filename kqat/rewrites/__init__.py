@@ -20,13 +20,14 @@ from kqat.rewrites.operations.binary import BINARY, Row, function, is_number, sc
 from kqat.rewrites.operations.nn import NETWORKS
 from kqat.rewrites.operations.reductions import REDUCING
 from kqat.rewrites.operations.shapes import REARRANGING
-from kqat.rewrites.operations.weights import as_values, is_weight
+from kqat.rewrites.operations.weights import WANT_BATCH, as_values, is_weight
 
 __all__ = [
     "BINARY",
     "NETWORKS",
     "REARRANGING",
     "REDUCING",
+    "WANT_BATCH",
     "Builder",
     "Decomposed",
     "Row",

@@ -16,10 +16,13 @@ from kqat.parts import IndexOperation, Learned, Slice, WithConstant
 # Operations whose rows make a layer of a weight.
 TAKE_WEIGHTS = frozenset(
     (
-        "Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum", "Where", "FFT2",
+        "Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum", "Where",
+        "FFT2",
         "Matmul", "Einsum", "Tensordot", "Dot", "Inner", "Take", "Conv", "DepthwiseConv",
     )
 )  # fmt: skip
+# Those among them whose operands all have the batch's size.
+WANT_BATCH = frozenset(("FFT2",))
 # Operations that hand a weight on: it ships as a constant on their grid.
 _HAND_ON = ("Concatenate", "Stack", "Append", "Hstack", "Dstack", "Vstack")
 
@@ -31,8 +34,10 @@ def is_weight(value: Any) -> bool:
     if isinstance(value, keras.Variable):
         return True
     array = isinstance(value, np.ndarray) or keras.ops.is_tensor(value)
-    return array and len(value.shape) > 0 and keras.backend.is_float_dtype(
-        keras.backend.standardize_dtype(value.dtype)
+    return (
+        array
+        and len(value.shape) > 0
+        and keras.backend.is_float_dtype(keras.backend.standardize_dtype(value.dtype))
     )
 
 
