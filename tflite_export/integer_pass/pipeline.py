@@ -18,6 +18,7 @@ from tflite_export.integer_pass.clamps import fuse_clamps, split_clamps
 from tflite_export.integer_pass.dense_as_conv import convolve
 from tflite_export.integer_pass.drop_reshapes import drop_flattening
 from tflite_export.integer_pass.fused_lstm import insert_lstms
+from tflite_export.integer_pass.shared_products import split_shared_products
 from tflite_export.integer_pass.tables import insert_tables
 from tflite_export.integer_pass.tensor_names import name_tensors
 from tflite_export.kernels import (
@@ -51,6 +52,7 @@ def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = RUN
             reads or writes was not marked, or weights are not those of the frozen model.
     """
     labels = take_markers(marked, frozen.sites)
+    split_shared_products(marked, labels)
     fuse_clamps(marked, labels)
     split_clamps(marked)
     integer_pass = _IntegerPass(marked, frozen, labels, runtimes)
