@@ -139,15 +139,26 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
         found = keras.Function(tensors, outputs)(list(values.values()))
         pairs = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
         if not all(_alike(a, b) for a, b in pairs):
-            raise UnsupportedLayerError(
-                f"Expected '{name}' of type {type(operation).__name__} to compute what its integer "
-                f"form does. Received: {_options(operation)}, with which they differ on random "
-                f"inputs. Leave it float with policy={{'{name}': None}}, or compose it of other "
-                "functions; and tell us, for kqat should have known."
-            )
+            raise _other_values(operation, name)
         return outputs
 
     return call
+
+
+def _other_values(operation: Any, name: str) -> UnsupportedLayerError:
+    if is_custom(operation):
+        return UnsupportedLayerError(
+            f"Expected layer '{name}' of type {type(operation).__name__} to compute what its call "
+            "was seen to do. Received: other values on random inputs, as where Python branches on "
+            "a value, or a state changes with each call. Use keras.ops.where, or leave it float "
+            f"with policy={{'{name}': None}}."
+        )
+    return UnsupportedLayerError(
+        f"Expected '{name}' of type {type(operation).__name__} to compute what its integer "
+        f"form does. Received: {_options(operation)}, with which they differ on random "
+        f"inputs. Leave it float with policy={{'{name}': None}}, or compose it of other "
+        "functions; and tell us, for kqat should have known."
+    )
 
 
 def _for_two_samples(value: Any) -> Any:
@@ -167,6 +178,8 @@ def _trial_values(tensor: Any, seed: int) -> Any:
 
 def _alike(expected: Any, found: Any) -> bool:
     """Whether values are equal but for roundings, where the expected ones are finite."""
+    if 0 in expected.shape:  # Nothing can read it.
+        return True
     if tuple(expected.shape) != tuple(found.shape):
         return False
     if holds_indexes(expected):
@@ -182,8 +195,10 @@ def _alike(expected: Any, found: Any) -> bool:
 
 def _options(operation: Any) -> dict[str, Any]:
     plain = bool | int | float | str | tuple | list | None
-    is_layer = isinstance(operation, keras.layers.Layer)
-    options = operation.get_config() if is_layer else vars(operation)
+    try:
+        options = operation.get_config()
+    except Exception:  # An operation has none; a user's own may be broken.
+        options = vars(operation)
     return {
         key: value
         for key, value in options.items()

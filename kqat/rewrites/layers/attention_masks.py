@@ -6,7 +6,7 @@ shown (`numerics.shown_bounds`): there the integer kernel clips.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,29 +129,45 @@ def masked_softmax(layer: Any, name: str) -> Decomposed:
         moved = axis != rank - 1
         if moved:
             x = layers.Permute(order, name=f"{name}_moved")(x)
+        shown = None
         if mask is not None:
-            x = _hidden(x, mask, order, name)
-        weights = layers.Softmax(name=f"{name}_values" if moved else name)(x)
+            x, shown = _hidden(x, mask, order, name)
+        plain = not moved and shown is None
+        weights = layers.Softmax(name=name if plain else f"{name}_values")(x)
+        if shown is not None:
+            # Where all is hidden softmax finds all alike, and Keras says zero.
+            weights = shown(weights, name if not moved else f"{name}_shown")
         return layers.Permute(order, name=name)(weights) if moved else weights
 
     return call
 
 
-def _hidden(scores: Any, mask: Any, order: list[int], name: str) -> Any:
-    """Scores below all others where a mask of their rank, or less, is false."""
+def _hidden(
+    scores: Any, mask: Any, order: list[int], name: str
+) -> tuple[Any, Callable[[Any, str], Any] | None]:
+    """Scores, below all others where a mask is false, and what makes zeros there of weights.
+
+    The latter is `None` where no row is hidden as a whole.
+    """
     rank = len(scores.shape)
     if not is_tensor(mask):
-        array = np.asarray(mask) > 0
+        array = np.asarray(mask) > 0.5
         array = array.reshape((1,) * (rank - array.ndim) + array.shape).transpose(0, *order)
-        return _constant("hide", np.where(array, 0.0, HIDDEN), f"{name}_hidden")(scores)
-    if not holds_indexes(mask) or len(mask.shape) != rank:
+        scores = _constant("hide", np.where(array, 0.0, HIDDEN), f"{name}_hidden")(scores)
+        if array.any(axis=-1).all():
+            return scores, None
+        return scores, lambda weights, last: _constant("multiply", array, last)(weights)
+    if len(mask.shape) != rank:
         raise _wrong(name, f"a tensor of shape {tuple(mask.shape)} and type {mask.dtype}")
     if mask.dtype != "bool":
-        mask = IndexOperation("greater", {"x2": 0}, name=f"{name}_mask_true")(mask)
+        limit = 0 if holds_indexes(mask) else 0.5
+        mask = IndexOperation("greater", {"x2": limit}, name=f"{name}_mask_true")(mask)
     if order != [*range(1, rank)]:
         mask = layers.Permute(order, name=f"{name}_mask_moved")(mask)
     bias = truth(mask, (HIDDEN, 0.0), mask.shape[1:], f"{name}_bias")
-    return Hide(name=f"{name}_masked")([bias, scores])
+    factor = truth(mask, (0.0, 1.0), mask.shape[1:], f"{name}_factor")
+    scores = Hide(name=f"{name}_masked")([bias, scores])
+    return scores, lambda weights, last: layers.Multiply(name=last)([weights, factor])
 
 
 def zeroed(x: Any, keep: Keep, name: str) -> Any:
