@@ -300,7 +300,7 @@ def _calls_inlined(layer: Any, inside: list[Any]) -> Iterator[None]:
     no call of theirs, which may return anything.
     """
     opened = {id(part): part for part in inside if part is layer or not _is_stock(part)}
-    home = sys.modules[keras.layers.Layer.__module__]
+    home: Any = sys.modules[keras.layers.Layer.__module__]
     record = home.Node
 
     def recorded(operation: Any, **call: Any) -> Any:

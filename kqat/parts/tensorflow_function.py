@@ -32,7 +32,9 @@ class TensorFlowFunction(keras.layers.Layer):
             convert_variables_to_constants_v2,
         )
 
-        traced = tf.function(function).get_concrete_function(tf.TensorSpec((None, 1), tf.float32))
+        # Without AutoGraph, which would take a branch on all numbers for one on each.
+        whole = tf.function(function, autograph=False)
+        traced = whole.get_concrete_function(tf.TensorSpec((None, 1), tf.float32))
         fixed = convert_variables_to_constants_v2(traced)
         graph = base64.b64encode(fixed.graph.as_graph_def().SerializeToString()).decode()
         return cls(graph, fixed.inputs[0].name, fixed.outputs[0].name, **kwargs)

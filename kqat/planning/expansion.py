@@ -30,7 +30,7 @@ from kqat.graph import (
 )
 from kqat.parts import Elementwise, Learned, Select, TensorFlowFunction, is_elementwise
 from kqat.registry import as_layers, is_custom, rule_for
-from kqat.rewrites import WANT_BATCH, as_values, is_weight
+from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight
 
 # Copies of layers by the identity of the layer, for all of its calls.
 Copies = dict[int, Callable[..., Any]]
@@ -137,7 +137,10 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
         with keras.StatelessScope():  # A state stays as it was.
             expected = operation(*args, **kwargs)
         found = keras.Function(tensors, outputs)(list(values.values()))
-        pairs = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
+        pairs: Any = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
+        if type(operation).__name__ == "Where":
+            # A score far below all others is hidden, by whichever number.
+            pairs = [[keras.ops.maximum(x, FAR_BELOW) for x in pair] for pair in pairs]
         if not all(_alike(a, b) for a, b in pairs):
             raise _other_values(operation, name)
         return outputs
@@ -271,7 +274,11 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
     except ModelError:
         if keras.backend.backend() != "tensorflow":
             return None
-        return Elementwise.of(TensorFlowFunction.of(layer.call, name="graph"), name=name)
+        try:
+            function = TensorFlowFunction.of(layer.call, name="graph")
+        except Exception:  # It branches on a value: opening it tells where.
+            return None
+        return Elementwise.of(function, name=name)
 
 
 def _symbolic(ref: Ref) -> Any:
@@ -352,11 +359,16 @@ def _expand_once(
                 operation.name = unique_name(operation.name, taken)
             known.add(id(operation))
             origins.setdefault(operation.name, node.name)
-        if isinstance(node.layer, Learned):
-            learned[id(outputs)] = copies[id(node.layer)].layer, args[0]
+        if isinstance(node.layer, Learned) and id(node.layer) in copies:
+            part: Any = copies[id(node.layer)]
+            learned[id(outputs)] = part.layer, args[0]
         return outputs
 
     def made(node: Node, user: str, args: Any, kwargs: Any) -> Any:
+        if isinstance(node.layer, Learned) and node.outputs[0] in graph.outputs:
+            layer = node.layer
+            value = keras.Variable(np.asarray(layer.value)[None], trainable=layer.trainable)
+            return computed(value, args[0], len(layer.shape) + 1, node.name)
         if node.name not in kept:
             args, kwargs = as_values(node.layer, args, kwargs, node.name)
             merge = MERGES.get(type(node.layer))

@@ -16,14 +16,15 @@ from kqat.rewrites.layers import (
 from kqat.rewrites.layers.basic import Decomposed
 from kqat.rewrites.layers.one_hot import truth
 from kqat.rewrites.layers.recurrent import Builder, bidirectional, rnn
-from kqat.rewrites.operations.binary import BINARY, Row, function, is_number, scaled
+from kqat.rewrites.operations.binary import BINARY, FAR_BELOW, Row, function, is_number, scaled
 from kqat.rewrites.operations.nn import NETWORKS
 from kqat.rewrites.operations.reductions import REDUCING
 from kqat.rewrites.operations.shapes import REARRANGING
-from kqat.rewrites.operations.weights import WANT_BATCH, as_values, is_weight
+from kqat.rewrites.operations.weights import WANT_BATCH, as_values, computed, is_weight
 
 __all__ = [
     "BINARY",
+    "FAR_BELOW",
     "NETWORKS",
     "REARRANGING",
     "REDUCING",
@@ -36,6 +37,7 @@ __all__ = [
     "attention_masks",
     "basic",
     "bidirectional",
+    "computed",
     "function",
     "is_number",
     "is_weight",

@@ -168,10 +168,8 @@ def _divide(operation: Any, name: str) -> Callable[..., Any]:
     def call(a: Any, b: Any) -> Any:
         if not is_tensor(b):
             if isinstance(b, keras.Variable):
-                raise UnsupportedLayerError(
-                    f"Expected division by a constant or a tensor in operation '{name}'. "
-                    "Received: a variable. Multiply by one instead."
-                )
+                inverse = keras.Variable(np.divide(1.0, np.asarray(b)), trainable=b.trainable)
+                return _with_constant("multiply", a, inverse, name)
             return _with_constant("multiply", a, np.divide(1.0, b), name)
         if is_tensor(a):
             _check_rank(a, b, name)
