@@ -152,7 +152,7 @@ OPERATION_REASONS: dict[str, str] = {
         "counts truth values, for which TFLite Micro has no kernel; reduce with max or sum",
     ),
     **dict.fromkeys(
-        "empty_like full_like".split(),
+        "empty_like full_like ones_like zeros_like".split(),
         "makes a constant of the batch's size; multiply the tensor by 0 and add a number",
     ),
 }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from keras import ops
+from keras import layers, ops
 
 import kqat
 from kqat.graph.tracer import rebuild, trace
@@ -128,6 +128,11 @@ CASES: dict[str, Callable[[Any, Any], Any]] = {
     "Normalize": lambda x, y: ops.normalize(x, axis=-1),
     "DotProductAttention": lambda x, y: ops.dot_product_attention(x, y, x),
     "Where": lambda x, y: ops.where(x > y, x, y),
+    "All": lambda x, y: ops.where(ops.all(x > -1.0, axis=2, keepdims=True), x, y),
+    "Any": lambda x, y: ops.where(ops.any(x > 1.0, axis=2, keepdims=True), x, y),
+    "ReLU": lambda x, y: keras.activations.relu(x, negative_slope=0.1),
+    "RGBToGrayscale": lambda x, y: ops.image.rgb_to_grayscale(x),
+    "FFT2": lambda x, y: layers.Lambda(lambda t: ops.fft2((t, ops.zeros_like(t)))[0])(x[:, 0]),
     **{
         _camel(name): _compared(name)
         for name in ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")
