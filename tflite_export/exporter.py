@@ -15,7 +15,7 @@ from kqat.devices import TARGETS
 from kqat.freezing import FrozenModel, freeze
 from tflite_export import flatbuffer
 from tflite_export.devices import check_limits, check_target, computed, runtimes_of
-from tflite_export.flatbuffer import ModelT, new_operator, share_constants
+from tflite_export.flatbuffer import ModelT, TensorT, new_operator, share_constants
 from tflite_export.integer_pass import quantize
 from tflite_export.kernels import OP_TABLE, quantization
 from tflite_export.lowering import lower
@@ -301,8 +301,18 @@ class _Interface:
             entries.append(entry)
         return entries
 
+    def _settle_unread(self, tensor: TensorT, index: int) -> None:
+        """Makes int8 of an input that no operator reads, which has no range."""
+        if any(index in map(int, operator.inputs) for operator in self.graph.operators):
+            return
+        if index not in map(int, self.graph.outputs):
+            tensor.type = schema.TensorType.INT8
+            tensor.quantization = quantization([1.0], [0], 0)
+
     def _typed(self, index: int, io_type: str | None, name: str, kind: str) -> int:
         tensor = self.graph.tensors[index]
+        if kind == "input" and tensor.type == schema.TensorType.FLOAT32 and io_type != "float32":
+            self._settle_unread(tensor, index)
         if io_type is None:
             kinds = schema.TensorType
             fits = tensor.type in (kinds.INT8, kinds.INT16, kinds.FLOAT32)

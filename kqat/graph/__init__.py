@@ -2,8 +2,8 @@
 (`keras_internals`).
 """
 
-from kqat.graph.copies import Part, activation_name, clone, duplicate, finalize
-from kqat.graph.keras_internals import attach_masks, hands_on_mask, layer_behind
+from kqat.graph.copies import Part, activation_name, clone, config_of, duplicate, finalize
+from kqat.graph.keras_internals import attach_masks, frozen_function, hands_on_mask, layer_behind
 from kqat.graph.tracer import (
     Graph,
     Node,
@@ -26,9 +26,11 @@ __all__ = [
     "activation_name",
     "attach_masks",
     "clone",
+    "config_of",
     "duplicate",
     "fill",
     "finalize",
+    "frozen_function",
     "hands_on_mask",
     "holds_indexes",
     "is_tensor",

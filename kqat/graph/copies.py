@@ -9,6 +9,7 @@ import keras
 from keras import layers
 
 from kqat.base import ModelError
+from kqat.graph.keras_internals import parts_of
 
 
 class Part:
@@ -60,7 +61,10 @@ def activation_name(function: Any) -> str | None:
     """The name of an activation that Keras knows by name; `None` for the user's own."""
     with _nameless_functions():
         name = keras.activations.serialize(function)
-    return name if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    # A function of the user's own may bear the name of one of Keras.
+    return name if getattr(keras.activations, name, None) is function else None
 
 
 def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.Layer:
@@ -72,9 +76,7 @@ def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.L
     if name is not None:
         changes["name"] = name
     try:
-        with _nameless_functions():
-            config = {**layer.get_config(), **changes}
-        copy = _made_anew(layer, config, changes)
+        copy = _made_anew(layer, changes)
     except Exception as error:  # Whatever a user's own class raises.
         raise ModelError(
             f"Expected a layer that can be made anew from its config. Received: '{layer.name}' of "
@@ -86,15 +88,65 @@ def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.L
     return copy
 
 
-def _made_anew(layer: Any, config: dict[str, Any], changes: dict[str, Any]) -> keras.layers.Layer:
+def _made_anew(layer: Any, changes: dict[str, Any]) -> keras.layers.Layer:
     """A layer of this config; a function of the user's, which no config can name, is shared."""
-    if isinstance(layer, layers.Lambda):
+    if type(layer) is layers.Identity:
+        # It computes nothing, and takes whatever arguments it is given.
+        own = {"name": layer.name, "dtype": layer.dtype_policy.name, **changes}
+        return layers.Identity(**own)
+    config = {**config_of(layer), **changes}
+    if type(layer) is layers.Lambda:
         own = {"arguments": layer.arguments, "mask": layer.mask}
         kept = {key: config[key] for key in ("name", "dtype", "trainable")}
         return layers.Lambda(layer.function, **own, **kept)
     if isinstance(layer, layers.Activation) and "activation" not in changes:
         config = {**config, "activation": layer.activation}
-    return type(layer).from_config(config)
+    copy = type(layer).from_config(config)
+    parts, copies = parts_of(layer), parts_of(copy)
+    # A layer that makes its parts when it is built hands its own objects on to them.
+    alike = [type(part) for part in parts] == [type(part) for part in copies]
+    for part, its_copy in zip(parts, copies, strict=True) if alike else [(layer, copy)]:
+        for key, value in _own_objects(part).items():
+            given = part is layer and key.lstrip("_") in changes
+            if not given and hasattr(its_copy, key):
+                setattr(its_copy, key, value)
+    return copy
+
+
+def config_of(layer: Any) -> dict[str, Any]:
+    """The config of a layer, whatever objects of the user's own it holds.
+
+    Regularizers and constraints of the user's own stand in it themselves. His initializers are
+    replaced by zeros, as weights are copied anyway.
+    """
+    own = _own_objects(layer)
+    kept = [(part, key, vars(part)[key]) for part in parts_of(layer) for key in _own_objects(part)]
+    try:
+        for part, key, _ in kept:
+            object.__setattr__(part, key, None)
+        with _nameless_functions():
+            config = dict(layer.get_config())
+    finally:
+        for part, key, value in kept:
+            object.__setattr__(part, key, value)
+    return {**config, **{key: value for key, value in own.items() if key in config}}
+
+
+_KINDS = (keras.regularizers.Regularizer, keras.constraints.Constraint)
+_ENDINGS = ("_initializer", "_regularizer", "_constraint")
+
+
+def _own_objects(layer: Any) -> dict[str, Any]:
+    """Attributes of a layer that hold the user's own regularizers, constraints, initializers."""
+    found = {}
+    for key, value in vars(layer).items():
+        if value is None or not key.endswith(_ENDINGS):
+            continue
+        own = type(value) if isinstance(value, (*_KINDS, keras.initializers.Initializer)) else value
+        if not str(getattr(own, "__module__", "keras")).startswith("keras."):
+            initial = key.endswith("_initializer")
+            found[key] = keras.initializers.Zeros() if initial else value
+    return found
 
 
 def duplicate(layer: Any, name: str | None = None, **changes: Any) -> Callable[..., Any]:

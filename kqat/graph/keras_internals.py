@@ -5,11 +5,15 @@ its `call` (not `__call__`) on symbolic tensors.
 """
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import itertools
+import re
+import sys
 import textwrap
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +27,20 @@ from kqat.base import ModelError
 class Opened:
     """A function of symbolic tensors, with the structures in which it takes and returns them.
 
-    `learned` are the variables that it computes with in no layer that the graph shows; `fresh`
-    says that its operations were made just now, and will bear other names the next time.
+    `tensors` are the inputs in the function's order, and `weights` the values that no input of the
+    model reaches, by the identity of their symbolic tensor: variables that `call` reads, and what
+    it computes from them. `batch` is the number that stood for the batch size. `owners` says by
+    which path a layer inside is reached. `fresh` says that its operations were made just now, and
+    will bear other names the next time.
     """
 
     function: Any
     input: Any
     output: Any
-    learned: tuple[Any, ...] = ()
+    tensors: Sequence[Any]
+    weights: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    batch: int | None = None
+    owners: Mapping[int, str] = dataclasses.field(default_factory=dict)
     fresh: bool = False
 
 
@@ -49,7 +59,7 @@ def open_model(model: Any) -> Opened:
         )
     function = inner_function(model)
     if function is not None:
-        return Opened(function, function.input, function.output)
+        return opened_function(function)
     shape = (model.get_build_config() or {}).get("input_shape")
     if shape is None:
         raise ModelError(
@@ -59,6 +69,11 @@ def open_model(model: Any) -> Opened:
             "model.call(x)) with x = keras.Input(shape)."
         )
     return open_call(model, (_inputs_of_shape(shape),), {})
+
+
+def opened_function(function: Any) -> Opened:
+    """A Functional model, which is open already."""
+    return Opened(function, function.input, function.output, function.inputs)
 
 
 def _control_flow(layer: Any) -> str:
@@ -86,52 +101,335 @@ def _inputs_of_shape(shape: Any) -> Any:
     return keras.Input(shape[1:], name="input")
 
 
-def open_call(layer: Any, args: Any, kwargs: Any) -> Opened:
-    """`layer.call` on symbolic arguments.
+def open_call(
+    layer: Any, args: Any, kwargs: Any, inlined: Callable[[Any], bool] = lambda layer: False
+) -> Opened:
+    """What `layer` computes from symbolic arguments, without the layer.
+
+    The batch has a fixed size meanwhile, one that no other axis has, so that `call` may compute
+    with it. The layer's float variables stand as symbolic tensors, as do those of the layers inside
+    for which `inlined` holds, whose `call` runs in the place of their own node. So what `call` does
+    with a variable is seen, whatever it is.
+
+    Args:
+        layer: a built layer or model, or one that builds itself at its first call.
+        args: of the call, symbolic tensors among them.
+        kwargs: of the call.
+        inlined: which layers inside are opened as well.
 
     Raises:
         ModelError: if it does not compute on them; quotes the line that does not.
     """
+    given = {id(t): t for t in _tensors((args, kwargs))}
+    batch = _batch_size(layer, list(given.values()))
+    fresh = {
+        key: keras.Input(batch_shape=_of_batch(t, batch), dtype=t.dtype, name=name)
+        for (key, t), name in zip(given.items(), _input_names(given.values()), strict=True)
+    }
+    args, kwargs = keras.tree.map_structure(lambda x: fresh.get(id(x), x), (args, kwargs))
+    inside = [part for part in parts_of(layer) if part is layer or inlined(part)]
+    tensors = list(fresh.values())
+    function, output, weights, hidden = _called(layer, args, kwargs, tensors, inside)
+    if hidden:
+        # A layer that the graph does not show, whose variables are read from outside, or which
+        # looks up constants.
+        owners = [p for p in parts_of(layer) if any(id(v) in hidden for v in _own_variables(p))]
+        function, output, weights, _ = _called(layer, args, kwargs, tensors, [*inside, *owners])
+    owners_by_path = {id(part): path for part, path in _paths(layer, inlined)}
+    return Opened(
+        function,
+        args[0] if len(args) == 1 else list(args),
+        output,
+        tensors,
+        {key: _first_of_batch(value, batch, layer) for key, value in weights.items()},
+        batch,
+        owners_by_path,
+        True,
+    )
+
+
+def _of_batch(tensor: Any, batch: int) -> tuple[Any, ...]:
+    shape = tuple(tensor.shape)
+    return (batch, *shape[1:]) if shape and shape[0] is None else shape
+
+
+def _input_names(tensors: Iterable[Any]) -> list[str | None]:
+    """The names of tensors that inputs make; `None` for others."""
+    made = [getattr(t, "_keras_history", None) for t in tensors]
+    return [
+        h.operation.name if h and isinstance(h.operation, keras.layers.InputLayer) else None
+        for h in made
+    ]
+
+
+def _batch_size(layer: Any, tensors: list[Any]) -> int:
+    """A prime for the batch size that divides the size of no axis in sight."""
+    sizes = {int(s) for t in tensors for s in t.shape[1:] if s}
+    sizes |= {int(s) for v in layer.variables for s in v.shape}
+    primes = (n for n in itertools.count(3, 2) if all(n % d for d in range(3, n, 2)))
+    return next(p for p in primes if p > 12 and all(s % p for s in sizes))
+
+
+def parts_of(layer: Any) -> list[Any]:
+    """`layer` and all layers inside it, in an order that copies share."""
+    return list({id(part): part for part in layer._flatten_layers()}.values())
+
+
+def _paths(layer: Any, inlined: Callable[[Any], bool]) -> Iterator[tuple[Any, str]]:
+    """The layers that stay layers, each with the names of the opened layers around it."""
+    for part in layer._layers:
+        if not inlined(part):
+            yield part, ""
+            continue
+        for inner, path in _paths(part, inlined):
+            yield inner, f"{part.name}_{path}"
+
+
+def _own_variables(layer: Any) -> list[Any]:
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def _called(
+    layer: Any, args: Any, kwargs: Any, tensors: list[Any], inside: list[Any]
+) -> tuple[Any, Any, dict[int, Any], dict[int, str]]:
+    """`layer.call` with the variables of `inside` as symbolic tensors.
+
+    Returns:
+        The function of `tensors` and of the variables, the output structure, values of tensors
+        that depend on variables alone, and the variables that were read without being seen.
+    """
+    weights: dict[int, tuple[Any, Any]] = {}
     try:
-        output = layer.call(*args, **kwargs)
+        with _as_inputs(inside, weights), _calls_inlined(layer, inside), _shapes_told(layer):
+            output = layer(*args, **kwargs)
     except Exception as error:  # Whatever a user's own class raises.
         raise ModelError(
             f"Expected a call made of layers and keras.ops that runs on symbolic tensors. "
             f"Received: '{layer.name}' of type {type(layer).__name__}, where {_where(error)}: "
-            f"{str(error).strip().splitlines()[0]} Use keras.ops throughout, and keras.ops.where "
+            f"{_first_line(error)} Use keras.ops throughout, and keras.ops.where "
             "in place of Python's control flow on values."
         ) from error
-    tensors = [t for t in keras.tree.flatten((args, kwargs)) if isinstance(t, keras.KerasTensor)]
-    flat = keras.tree.flatten(output)
-    if not all(isinstance(t, keras.KerasTensor) for t in flat):
-        raise ModelError(
-            f"Expected every output of '{layer.name}' to depend on its input. Received: "
-            f"{[type(t).__name__ for t in flat]}."
-        )
-    function = keras.Function(tensors, flat)
+    output = keras.tree.map_structure(lambda t: _symbolic_output(t, layer, weights), output)
+    variables = {id(tensor): variable for tensor, variable in weights.values()}
+    inputs = [*tensors, *(tensor for tensor, _ in weights.values())]
+    with _names_apart(layer):
+        function = keras.Function(inputs, keras.tree.flatten(output))
+    values = _weight_values(function, {id(t) for t in tensors}, variables)
     shown = {id(v) for operation in function.operations for v in _variables(operation)}
-    learned = tuple(v for v in layer.variables if id(v) not in shown and _is_float(v))
-    return Opened(function, args[0] if len(args) == 1 else list(args), output, learned, True)
+    read = {id(t) for operation in function.operations for t in _read(operation)}
+    shown |= {id(variables[key]) for key in read if key in variables}
+    shown |= {id(variables[id(t)]) for t in _tensors(output) if id(t) in variables}
+    hidden = {id(v): v.path for v in layer.variables if id(v) not in shown and _is_float(v)}
+    return function, output, values, hidden
 
 
-def with_learned(structure: Any, learned: tuple[Any, ...], found: set[int]) -> Any:
-    """`structure` with a variable for each constant that holds the first rows of a hidden one.
+def _first_line(error: Exception) -> str:
+    """What an error says, without what Keras writes around it."""
+    text = str(error)
+    inner = re.search(r"\x1b\[1m(.*?)\x1b\[0m", text, re.DOTALL)
+    lines = (inner.group(1) if inner else text).strip().splitlines()
+    return lines[0] if lines else f"{type(error).__name__}."
 
-    `Embedding(n, d)(arange(n))` runs at once and leaves but numbers, which have to be trained.
+
+def _read(operation: Any) -> list[Any]:
+    return [t for call in operation._inbound_nodes for t in call.input_tensors]
+
+
+def _symbolic_output(value: Any, layer: Any, weights: dict[int, tuple[Any, Any]]) -> Any:
+    """An output as a symbolic tensor: of a constant, the tensor of a variable that holds it."""
+    if isinstance(value, keras.KerasTensor):
+        return value
+    if not keras.ops.is_tensor(value) and not isinstance(value, np.ndarray | keras.Variable):
+        raise ModelError(
+            f"Expected tensors as outputs of '{layer.name}'. Received: {type(value).__name__}."
+        )
+    variable = value
+    if not isinstance(value, keras.Variable):
+        variable = keras.Variable(np.asarray(value), trainable=False, name="constant")
+    dtype = variable.dtype
+    tensor = keras.Input(batch_shape=variable.shape, dtype=dtype)
+    weights[id(variable)] = tensor, variable
+    return tensor
+
+
+@contextlib.contextmanager
+def _as_inputs(owners: list[Any], made: dict[int, tuple[Any, Any]]) -> Iterator[None]:
+    """Lets symbolic tensors stand for the float variables of `owners` meanwhile.
+
+    `made` receives variable and tensor, by the identity of the variable.
     """
 
-    def named(value: Any) -> Any:
-        if not learned or not keras.ops.is_tensor(value) or isinstance(value, keras.KerasTensor):
-            return value
-        array = np.asarray(value)
-        for variable in learned:
-            rows = np.asarray(variable).reshape(-1)[: array.size]
-            if array.ndim and np.array_equal(rows, array.reshape(-1)):
-                found.add(id(variable))
-                return keras.Variable(array, trainable=variable.trainable, name=variable.name)
+    def swapped(value: Any, owner: Any) -> Any:
+        if isinstance(value, keras.Variable) and _is_float(value):
+            if id(value) not in made:
+                dtype = owner.compute_dtype if value._autocast else value.dtype
+                dtype = dtype if keras.backend.is_float_dtype(dtype) else value.dtype
+                tensor = keras.Input(batch_shape=value.shape, dtype=dtype)
+                # Users read these of a variable, and so of what stands for it.
+                tensor.value, tensor.trainable, tensor.path = tensor, value.trainable, value.path
+                made[id(value)] = tensor, value
+            return made[id(value)][0]
+        if isinstance(value, list | tuple) and any(isinstance(v, keras.Variable) for v in value):
+            return type(value)(swapped(v, owner) for v in value)
+        if isinstance(value, dict) and any(isinstance(v, keras.Variable) for v in value.values()):
+            return {key: swapped(v, owner) for key, v in value.items()}
         return value
 
-    return keras.tree.map_structure(named, structure)
+    kept: list[tuple[Any, str, Any]] = []
+    internal = {"_trainable_variables", "_non_trainable_variables", "_metrics", "_layers"}
+    try:
+        for owner in owners:
+            for name, value in list(vars(owner).items()):
+                if name in internal:
+                    continue
+                new = swapped(value, owner)
+                if new is not value:
+                    kept.append((owner, name, value))
+                    object.__setattr__(owner, name, new)
+        yield
+    finally:
+        for owner, name, value in kept:
+            object.__setattr__(owner, name, value)
+
+
+@contextlib.contextmanager
+def _calls_inlined(layer: Any, inside: list[Any]) -> Iterator[None]:
+    """Lets a call of `layer`, and of those of `inside`, show what it does in place of itself.
+
+    Keras does the rest of a call as ever: it builds, hands on masks and `training`. It only records
+    no call of theirs, which may return anything.
+    """
+    opened = {id(part): part for part in inside if part is layer or not _is_stock(part)}
+    home: Any = sys.modules[keras.layers.Layer.__module__]
+    record = home.Node
+
+    def recorded(operation: Any, **call: Any) -> Any:
+        return None if id(operation) in opened else record(operation=operation, **call)
+
+    def called_through(part: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: part.call(*args, **kwargs)
+
+    try:
+        home.Node = recorded
+        for part in opened.values():
+            object.__setattr__(part, "symbolic_call", called_through(part))
+        yield
+    finally:
+        home.Node = record
+        for part in opened.values():
+            object.__delattr__(part, "symbolic_call")
+
+
+@contextlib.contextmanager
+def _shapes_told(layer: Any) -> Iterator[None]:
+    """Lets each EinsumDense tell the shape of its output for the input at hand.
+
+    Keras has it tell what it was built for, where an axis may have had no size yet.
+    """
+    parts = [part for part in parts_of(layer) if type(part) is keras.layers.EinsumDense]
+
+    def told(part: Any) -> Callable[[Any], Any]:
+        def shape(input_shape: Any) -> Any:
+            inputs, rest = part.equation.split(",")
+            kernel, output = rest.split("->")
+            sizes = dict(zip(kernel, part.kernel.shape, strict=True))
+            free = len(input_shape) - len(inputs.replace("...", ""))
+            letters = inputs.replace("...", "0123456789"[:free])
+            sizes |= dict(zip(letters, input_shape, strict=True))
+            return tuple(sizes[c] for c in output.replace("...", "0123456789"[:free]))
+
+        return shape
+
+    try:
+        for part in parts:
+            object.__setattr__(part, "compute_output_shape", told(part))
+        yield
+    finally:
+        for part in parts:
+            object.__delattr__(part, "compute_output_shape")
+
+
+@contextlib.contextmanager
+def _names_apart(layer: Any) -> Iterator[None]:
+    """Gives layers inside names of their own meanwhile, as Keras demands of a function."""
+    names = [(part, part.name) for part in parts_of(layer)]
+    try:
+        for index, (part, name) in enumerate(names):
+            object.__setattr__(part, "name", f"kqat_{index}_{name}")
+        yield
+    finally:
+        for part, name in names:
+            object.__setattr__(part, "name", name)
+
+
+def _is_stock(layer: Any) -> bool:
+    return getattr(keras.layers, type(layer).__name__, None) is type(layer)
+
+
+# Operations that make a constant of a tensor's shape.
+_FILLED = {"ZerosLike": 0, "OnesLike": 1}
+
+
+def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) -> dict[int, Any]:
+    """Values of all tensors that no input reaches, by identity.
+
+    A variable's own tensor stands for the variable; what is computed from variables is a new
+    variable, trainable as they are.
+    """
+    live = set(given)
+    found: dict[int, Any] = dict(variables)
+    computed: dict[int, Any] = {}
+    wanted: dict[int, Any] = {}
+    values: dict[int, np.ndarray] = {}
+    for call in _calls(function):
+        tensors = _tensors((call.arguments.args, call.arguments.kwargs))
+        if type(call.operation).__name__ in _FILLED:
+            # It reads the shape alone.
+            filled = _FILLED[type(call.operation).__name__]
+            values.update((id(t), np.full(t.shape, filled, t.dtype)) for t in call.outputs)
+            computed.update((id(t), []) for t in call.outputs)
+        elif any(id(t) in live for t in tensors):
+            live.update(id(t) for t in call.outputs)
+            wanted.update((id(t), t) for t in tensors if id(t) in computed)
+        else:
+            sources = [v for t in tensors for v in computed.get(id(t), [variables.get(id(t))])]
+            sources += getattr(call.operation, "variables", [])
+            computed.update((id(t), [v for v in sources if v is not None]) for t in call.outputs)
+    wanted.update((id(t), t) for t in function.outputs if id(t) in computed)
+    for key in [key for key in wanted if key in values]:
+        del wanted[key]
+        found[key] = keras.Variable(values[key], trainable=False, name="constant")
+    if wanted:
+        inputs = [t for t in function.inputs if id(t) in variables]
+        results = keras.Function(inputs, list(wanted.values()))(
+            [keras.ops.cast(variables[id(t)], t.dtype) for t in inputs]
+        )
+        for (key, _), value in zip(wanted.items(), results, strict=True):
+            sources = list({id(v): v for v in computed[key]}.values())
+            name = "_".join(v.name for v in sources[:1]) or "constant"
+            trained = any(v.trainable for v in sources)
+            found[key] = keras.Variable(np.asarray(value), trainable=trained, name=name)
+    return {**dict.fromkeys(computed), **found}
+
+
+def _first_of_batch(variable: Any, batch: int, layer: Any) -> Any:
+    """A value without the batch axis along which it was repeated."""
+    if variable is None or not len(variable.shape) or variable.shape[0] % batch:
+        return variable
+    array = without_batch(np.asarray(variable), batch)
+    if array is None:
+        raise ModelError(
+            f"Expected weights that are the same for all samples in '{layer.name}' of type "
+            f"{type(layer).__name__}. Received: {variable.name} of shape {tuple(variable.shape)}, "
+            "which was computed with the batch size."
+        )
+    return keras.Variable(array, trainable=variable.trainable, name=variable.name)
+
+
+def without_batch(array: np.ndarray, batch: int) -> np.ndarray | None:
+    """The part of a constant that belongs to one sample; `None` if samples differ."""
+    parts = array.reshape(batch, -1, *array.shape[1:])
+    return parts[0] if bool(np.all(parts == parts[:1])) else None
 
 
 def _variables(operation: Any) -> list[Any]:
@@ -259,7 +557,9 @@ def _masks_read(calls: list[Any]) -> dict[int, dict[str, Any]]:
 def _given(call: Any) -> dict[str, Any]:
     """The arguments of a call by name."""
     signature = inspect.signature(call.operation.call)
-    return signature.bind_partial(*call.arguments.args, **call.arguments.kwargs).arguments
+    # Keras lets a caller hand `training` to a layer that takes none.
+    kwargs = {k: v for k, v in call.arguments.kwargs.items() if k != "training"}
+    return signature.bind_partial(*call.arguments.args, **kwargs).arguments
 
 
 def attach_masks(layer: Any, args: Any, kwargs: Any) -> None:
@@ -289,19 +589,37 @@ def _tensors(structure: Any) -> list[Any]:
     return [t for t in keras.tree.flatten(structure) if isinstance(t, keras.KerasTensor)]
 
 
-def typed_inputs(function: Any) -> list[tuple[Any, str]]:
+def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
     """Inputs with their types: what only an Embedding reads holds indexes, and so is int32."""
-    readers: dict[int, list[Any]] = {id(t): [] for t in function.inputs}
-    for operation in function.operations:
+    readers: dict[int, list[Any]] = {id(t): [] for t in opened.tensors}
+    for operation in opened.function.operations:
         for call in operation._inbound_nodes:
             for tensor in call.input_tensors:
                 readers.get(id(tensor), []).append(operation)
     typed = []
-    for tensor in function.inputs:
+    for tensor in opened.tensors:
         operations = readers[id(tensor)]
         indexes = operations and all(isinstance(o, keras.layers.Embedding) for o in operations)
         typed.append((tensor, "int32" if indexes else str(tensor.dtype)))
     return typed
+
+
+def frozen_function(function: Any, shape: tuple[int | None, ...]) -> tuple[bytes, str, str]:
+    """What TensorFlow traces of a function of one float32 tensor, its variables made constants.
+
+    The serialized `GraphDef`, and the names of its input and output tensors. TensorFlow has no
+    public function for the constants of a `ConcreteFunction`.
+    """
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    # Without AutoGraph, which would take a branch on all numbers for one on each.
+    whole = tf.function(function, autograph=False)
+    fixed = convert_variables_to_constants_v2(
+        whole.get_concrete_function(tf.TensorSpec(shape, tf.float32))
+    )
+    graph = fixed.graph.as_graph_def().SerializeToString()
+    return graph, fixed.inputs[0].name, fixed.outputs[0].name
 
 
 def maker_name(tensor: Any) -> str:

@@ -6,6 +6,7 @@ it and to compare it with a runtime.
 """
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import itertools
@@ -25,9 +26,10 @@ from kqat.graph.keras_internals import (
     maker_name,
     open_call,
     open_model,
+    opened_function,
     passes_mask_by,
     typed_inputs,
-    with_learned,
+    without_batch,
 )
 
 DEEPEST_MODEL = 100_000  # calls that may lie one behind the other in a model
@@ -137,14 +139,12 @@ def trace(model: Any) -> Graph:
             cannot be traced.
     """
     opened = open_model(model)
-    function = opened.function
-    inputs = [Ref(tuple(t.shape), dtype) for t, dtype in typed_inputs(function)]
-    for tensor in function.inputs:
+    inputs = [Ref(_shape(t, opened.batch), dtype) for t, dtype in typed_inputs(opened)]
+    for tensor in opened.tensors:
         _check_input(tensor, model.name)
-    by_tensor = {id(t): ref for t, ref in zip(function.inputs, inputs, strict=True)}
+    by_tensor = {id(t): ref for t, ref in zip(opened.tensors, inputs, strict=True)}
     nodes: list[Node] = []
-    walk = _Walk("", nodes, set(), opened.learned, opened.fresh)
-    output_struct = _inline(function, opened.output, dict(by_tensor), walk)
+    output_struct = _inline(opened, dict(by_tensor), _Walk("", nodes, set()))
     _check_sizes(nodes, model.name)
     if set(inputs) & set(refs_in(output_struct)):
         raise ModelError(
@@ -152,7 +152,7 @@ def trace(model: Any) -> Graph:
             "input on as an output. Leave that out, or put keras.layers.Identity before it."
         )
     # The layer's name is saved with a model; the tensor's is not.
-    input_names = [maker_name(t) for t in function.inputs]
+    input_names = [maker_name(t) for t in opened.tensors]
     output_names = [maker_name(t) for t in keras.tree.flatten(opened.output)]
     if opened.fresh:
         makers = {ref: node.name for node in nodes for ref in node.outputs}
@@ -168,19 +168,28 @@ def trace(model: Any) -> Graph:
     )
 
 
-def trace_call(layer: Any, args: Any, kwargs: Any, name: str) -> Graph:
-    """The graph of `layer.call` for symbolic arguments, its parts named after `name`.
+def trace_call(
+    layer: Any, args: Any, kwargs: Any, name: str, inlined: Callable[[Any], bool]
+) -> Graph:
+    """The graph of what `layer` computes from symbolic arguments, its parts named after `name`.
+
+    Where the graph reads a weight, a variable stands in the call's arguments.
+
+    Args:
+        layer: a built layer.
+        args: of its call.
+        kwargs: of its call.
+        name: what the names of the parts begin with.
+        inlined: for which layers inside the graph shows what they compute in their place.
 
     Raises:
         ModelError: if it cannot be traced.
     """
-    given = [t for t in keras.tree.flatten((args, kwargs)) if isinstance(t, keras.KerasTensor)]
-    fresh = {id(t): keras.Input(batch_shape=t.shape, dtype=t.dtype) for t in given}
-    opened = open_call(layer, *_replace((args, kwargs), fresh))
-    refs = {id(t): Ref(tuple(t.shape), str(t.dtype)) for t in fresh.values()}
-    walk = _Walk(f"{name}_", [], set(), opened.learned, opened.fresh)
+    opened = open_call(layer, args, kwargs, inlined)
+    refs = {id(t): Ref(_shape(t, opened.batch), str(t.dtype)) for t in opened.tensors}
+    walk = _Walk(f"{name}_", [], set())
     inputs = list(refs.values())
-    output_struct = _inline(opened.function, opened.output, refs, walk)
+    output_struct = _inline(opened, dict(refs), walk)
     return Graph(tuple(walk.nodes), inputs, output_struct, (), ())
 
 
@@ -263,53 +272,82 @@ def _check_sizes(nodes: Sequence[Node], model_name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Where an inlined model stands: name prefix, nodes so far, names used, hidden variables."""
+    """Where an inlined model stands: name prefix, nodes so far, names used."""
 
     prefix: str
     nodes: list[Node]
     names: set[str]
-    learned: tuple[Any, ...] = ()
-    fresh: bool = False
 
-    def name_of(self, layer: Any) -> str:
+    def name_of(self, layer: Any, opened: Opened) -> str:
         """A name for a call, which is the same each time that a model is traced."""
-        named = isinstance(layer, keras.layers.Layer) or not self.fresh
-        return self.prefix + (layer.name if named else type(layer).__name__.lower())
+        path = opened.owners.get(id(layer), "")
+        named = isinstance(layer, keras.layers.Layer) or not opened.fresh
+        return self.prefix + path + (layer.name if named else type(layer).__name__.lower())
 
 
-def _inline(function: Any, output: Any, refs: dict[int, Ref], walk: _Walk) -> Any:
-    """Appends the calls of `function`; returns its `output` structure with refs in it.
+def _shape(tensor: Any, batch: int | None) -> tuple[int | None, ...]:
+    """The shape of a tensor with `None` for a batch size that was fixed while opening."""
+    shape = tuple(tensor.shape)
+    fixed = batch is not None and shape and shape[0] is not None and shape[0] % batch == 0
+    return (None, *shape[1:]) if fixed else shape
+
+
+def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
+    """Appends the calls of a function; returns its output structure with refs in it.
 
     `refs` maps the identity of the function's symbolic tensors to refs; it starts with its inputs.
+    Weights stand as variables in the place of refs.
     """
-    found: set[int] = set()
-    for call, masks in calls_in_order(function, refs):
+    refs.update(opened.weights)
+    for call, masks in calls_in_order(opened.function, refs):
+        if all(id(t) in refs for t in call.outputs):  # It computes with weights alone.
+            continue
         layer = call.operation
         kwargs = {**call.arguments.kwargs, **masks}
         args, kwargs = _map_tensors((call.arguments.args, kwargs), refs)
         args, kwargs = _call_options(layer, args, kwargs)
         inner = _inner_model(layer, args, kwargs)
         if inner is None:
-            args, kwargs = with_learned((args, kwargs), walk.learned, found)
-            outputs = [Ref(tuple(t.shape), str(t.dtype)) for t in call.outputs]
-            name = unique_name(walk.name_of(layer), walk.names, "_call{}")
+            if opened.batch is not None:
+                layer, args, kwargs = _of_any_batch(call, opened.batch, args, kwargs)
+            outputs = [Ref(_shape(t, opened.batch), str(t.dtype)) for t in call.outputs]
+            name = unique_name(walk.name_of(layer, opened), walk.names, "_call{}")
             walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
         else:
             given = refs_in((args, kwargs))
-            tensors = inner.function.inputs
-            inner_refs = {id(t): r for t, r in zip(tensors, given, strict=True)}
-            prefix = f"{walk.prefix}{layer.name}_"
-            deeper = _Walk(prefix, walk.nodes, walk.names, inner.learned, inner.fresh)
-            outputs = list(refs_in(_inline(inner.function, inner.output, inner_refs, deeper)))
+            inner_refs = {id(t): r for t, r in zip(inner.tensors, given, strict=True)}
+            path = opened.owners.get(id(layer), "")
+            deeper = _Walk(f"{walk.prefix}{path}{layer.name}_", walk.nodes, walk.names)
+            outputs = list(refs_in(_inline(inner, inner_refs, deeper)))
         refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
-    lost = [v.path for v in walk.learned if id(v) not in found]
-    if lost:
-        raise ModelError(
-            f"Expected a call that uses its variables on symbolic tensors. Received: "
-            f"{', '.join(lost)}, of which only computed constants are seen. Use the variables "
-            "themselves, or look positions up in an Embedding and add its rows as they are."
-        )
-    return _map_tensors(output, refs)
+    return _map_tensors(opened.output, refs)
+
+
+# Operations that hold a shape, and under which name.
+_SHAPES = {"Reshape": "newshape", "BroadcastTo": "shape", "Slice": "shape"}
+
+
+def _of_any_batch(call: Any, batch: int, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """The operation and arguments of a call without the batch size that was fixed meanwhile."""
+    operation = call.operation
+
+    def any_batch(value: Any) -> Any:
+        constant = keras.ops.is_tensor(value) or isinstance(value, np.ndarray)
+        if not constant or isinstance(value, keras.KerasTensor | keras.Variable):
+            return value
+        array = np.asarray(value)
+        if array.ndim == 0 or array.shape[0] == 0 or array.shape[0] % batch:
+            return value
+        single = without_batch(array, batch)
+        return value if single is None else single
+
+    args, kwargs = keras.tree.map_structure(any_batch, (args, kwargs))
+    attribute = _SHAPES.get(type(operation).__name__)
+    if attribute is not None:
+        shape = _shape(call.outputs[0], batch)
+        operation = copy.copy(operation)
+        setattr(operation, attribute, tuple(-1 if size is None else size for size in shape))
+    return operation, args, kwargs
 
 
 def _inner_model(layer: Any, args: Any, kwargs: Any) -> Opened | None:
@@ -325,7 +363,7 @@ def _inner_model(layer: Any, args: Any, kwargs: Any) -> Opened | None:
             f"'{layer.name}'. Call its layers in the outer model, or leave mask_zero out."
         )
     if function is not None:
-        return Opened(function, function.input, function.output)
+        return opened_function(function)
     if not isinstance(layer, keras.Model):
         return None
     fresh = {
@@ -347,7 +385,7 @@ def _call_options(
     parameters = inspect.signature(layer.call).parameters
     # Keras records the default of its preprocessing layers, which is True.
     default = parameters["training"].default if "training" in parameters else None
-    if kwargs.get("training") and not default:
+    if "training" in parameters and kwargs.get("training") and not default:
         raise ModelError(
             f"Expected layers that compute as inference does when they ship. Received: "
             f"training=True in the call of '{layer.name}'. Call it without `training`."
@@ -379,10 +417,6 @@ def _map_tensors(structure: Any, refs: dict[int, Ref]) -> Any:
     return keras.tree.map_structure(
         lambda x: refs[id(x)] if isinstance(x, keras.KerasTensor) else x, structure
     )
-
-
-def _replace(structure: Any, tensors: dict[int, Any]) -> Any:
-    return keras.tree.map_structure(lambda x: tensors.get(id(x), x), structure)
 
 
 def fill(structure: Any, function: Callable[[Ref], Any]) -> Any:

@@ -1,6 +1,7 @@
 """Layers that Keras lacks: each becomes one TFLite operator, or marks a value for the exporter."""
 
 from kqat.parts.elementwise import Elementwise, is_elementwise, within_domain
+from kqat.parts.learned import Learned
 from kqat.parts.lstm_step import (
     CARRY,
     GATES,
@@ -39,6 +40,7 @@ from kqat.parts.single_op_layers import (
     stacked,
     total,
 )
+from kqat.parts.tensorflow_function import TensorFlowFunction
 
 __all__ = [
     "CARRY",
@@ -52,6 +54,7 @@ __all__ = [
     "Hide",
     "IndexKind",
     "IndexOperation",
+    "Learned",
     "LstmState",
     "Marker",
     "MarkerKind",
@@ -70,6 +73,7 @@ __all__ = [
     "StateKind",
     "Tabulated",
     "Take",
+    "TensorFlowFunction",
     "Unstack",
     "WithConstant",
     "is_elementwise",

@@ -38,10 +38,10 @@ class Slice(layers.Layer):
 
 
 def sliced(x: Any, key: Any, name: str) -> Any:
-    """`x[key]` as a `Slice`, and a Reshape where `key` drops or adds axes.
+    """`x[key]` as a `Slice`, backwards as a `Take`, and a Reshape where `key` drops or adds axes.
 
     Raises:
-        UnsupportedLayerError: if `key` slices the batch, steps backwards, or is an array.
+        UnsupportedLayerError: if `key` slices the batch, or is an array.
     """
     keys = list(key) if isinstance(key, tuple) else [key]
     if Ellipsis in keys:
@@ -51,22 +51,35 @@ def sliced(x: Any, key: Any, name: str) -> Any:
     axes = iter(x.shape)
     triples: list[tuple[Any, Any, int]] = []
     shape: list[Any] = []
+    backwards: dict[int, list[int]] = {}  # axis -> the positions picked along it
     for k in keys:
         if k is None:
             shape.append(1)
             continue
         size = next(axes)
         triple = _triple(k, size, name, first=not triples)
+        if triple[2] < 0:
+            backwards[len(triples)] = list(range(*triple))
+            triple = (0, size, 1)
         triples.append(triple)
         if isinstance(k, slice):
-            shape.append(None if size is None else len(range(*triple)))
+            picked = backwards.get(len(triples) - 1)
+            forwards = None if size is None else len(range(*triple))
+            shape.append(forwards if picked is None else len(picked))
     rest = list(axes)
     triples += [(0, size, 1) for size in rest]
     shape += rest
     begin, end, steps = (list(v) for v in zip(*triples[1:], strict=True))
     plain = len(shape) == len(x.shape) and all(isinstance(k, slice) for k in keys)
-    part = Slice(begin, end, steps, name=name if plain else f"{name}_slice")(x)
-    return part if plain else layers.Reshape(shape[1:], name=name)(part)
+    whole = [(0, size, 1) for size in x.shape[1:]]
+    sliced_axes = list(zip(begin, end, steps, strict=True)) != whole
+    parts: list[tuple[Any, tuple[Any, ...]]] = [(Take, item[::-1]) for item in backwards.items()]
+    if sliced_axes or not parts:
+        parts.insert(0, (Slice, (begin, end, steps)))
+    for i, (kind, options) in enumerate(parts):
+        last = plain and i == len(parts) - 1
+        x = kind(*options, name=name if last else f"{name}_slice{f'_{i}' if i else ''}")(x)
+    return x if plain else layers.Reshape(shape[1:], name=name)(x)
 
 
 def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]:
@@ -80,10 +93,7 @@ def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]
     if isinstance(key, int):
         start = key % size
         return (start, start + 1, 1)
-    begin, end, step = key.indices(size)
-    if step < 1:
-        raise UnsupportedLayerError(f"Expected a forward slice in '{name}'. Received: step={step}.")
-    return (begin, end, step)
+    return key.indices(size)
 
 
 class ReduceKind(TextEnum):
@@ -197,6 +207,8 @@ class IndexKind(TextEnum):
     ADD = "add"
     SUBTRACT = "subtract"
     MULTIPLY = "multiply"
+    MAXIMUM = "maximum"
+    MINIMUM = "minimum"
     EQUAL = "equal"
     NOT_EQUAL = "not_equal"
     GREATER = "greater"

@@ -4,7 +4,8 @@ Fused activations are split off, composite layers decomposed, functions and cust
 up by tracing their own `call`.
 """
 
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import keras
@@ -14,9 +15,9 @@ from kqat.base import ModelError, UnsupportedLayerError
 from kqat.graph import (
     Graph,
     Node,
+    Part,
     Ref,
     attach_masks,
-    clone,
     duplicate,
     fill,
     holds_indexes,
@@ -27,8 +28,22 @@ from kqat.graph import (
     trace_call,
     unique_name,
 )
-from kqat.parts import Elementwise, is_elementwise
-from kqat.registry import as_layers, rule_for
+from kqat.parts import Elementwise, Learned, Select, TensorFlowFunction, is_elementwise
+from kqat.registry import as_layers, is_custom, rule_for
+from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight
+
+# Copies of layers by the identity of the layer, for all of its calls.
+Copies = dict[int, Callable[..., Any]]
+# Layers that read a weight as a constant of the file, on the grid that they hand on.
+READS_LEARNED = (keras.layers.Concatenate, Select, Learned)
+# Layers that merge tensors pair by pair, as operations that take a constant for one.
+MERGES: Mapping[type, Callable[[Any, Any], Any]] = {
+    keras.layers.Add: keras.ops.add,
+    keras.layers.Subtract: keras.ops.subtract,
+    keras.layers.Multiply: keras.ops.multiply,
+    keras.layers.Maximum: keras.ops.maximum,
+    keras.layers.Minimum: keras.ops.minimum,
+}
 
 
 def expand(
@@ -54,7 +69,7 @@ def expand(
     kept = {node.name for node in graph.nodes if keep(node)}
     expanded, origins = _expand_once(graph, kept, name, {}, fused)
     # A part may be composite itself, as the activation of Dense(activation="silu").
-    while any(_is_composite(n, origins[n.layer.name], kept, fused) for n in expanded.nodes):
+    while _is_unfinished(expanded, origins, kept, fused):
         still = {n.name for n in expanded.nodes if origins[n.layer.name] in kept}
         further, parts = _expand_once(expanded, still, name, origins, fused)
         layer_names = {node.name: node.layer.name for node in expanded.nodes}
@@ -63,18 +78,38 @@ def expand(
     return expanded, origins
 
 
-def _is_composite(node: Node, origin: str, kept: set[str], fused: Collection[str]) -> bool:
-    return origin not in kept and _simpler(node, origin, fused) is not None
+def _is_unfinished(
+    graph: Graph, origins: dict[str, str], kept: set[str], fused: Collection[str]
+) -> bool:
+    """Whether a layer is composite, or a weight stands apart from the layer that reads it."""
+    weights = {n.outputs[0] for n in graph.nodes if isinstance(n.layer, Learned)}
+    for node in graph.nodes:
+        if origins[node.layer.name] in kept:
+            continue
+        if _simpler(node, origins[node.layer.name], fused, {}) is not None:
+            return True
+        apart = not isinstance(node.layer, READS_LEARNED)
+        if apart and weights & set(node.inputs):
+            return True
+        if any(is_weight(v) for v in keras.tree.flatten((node.args, node.kwargs))):
+            return True
+    return bool(weights & set(graph.outputs))
 
 
-def _simpler(node: Node, origin: str, fused: Collection[str]) -> Callable[..., Any] | None:
+def _simpler(
+    node: Node, origin: str, fused: Collection[str], copies: Copies
+) -> Callable[..., Any] | None:
     """What computes the node with simpler layers; `None` where it is simple already."""
     layer = node.layer
     if not isinstance(layer, keras.layers.Layer):
         return _tried(layer, as_layers(layer, node.name), node.name)
     rule = rule_for(layer, origin)
     if rule.opens:
-        return _opened_function(node, origin) if rule.table else _opened_layer(node, origin)
+        opened = _opened_function if rule.table else _opened_layer
+        return opened(node, origin, copies)
+    if rule.decompose_masked and (node.args[1:] or node.kwargs.get("mask") is not None):
+        made = rule.decompose_masked(layer, node.name)
+        return None if made is None else _tried(layer, made, node.name)
     decompose = rule.decompose_fused if rule.decompose_fused and origin in fused else rule.decompose
     made = decompose(layer, node.name) if decompose else None
     return None if made is None else _tried(layer, made, node.name)
@@ -97,20 +132,40 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
         args, kwargs = keras.tree.map_structure(lambda x: values.get(id(x), x), (args, kwargs))
         if isinstance(operation, keras.layers.MultiHeadAttention):
             attach_masks(operation, args, kwargs)
+        if type(operation).__name__ in WANT_BATCH:
+            args = keras.tree.map_structure(_for_two_samples, args)
         with keras.StatelessScope():  # A state stays as it was.
             expected = operation(*args, **kwargs)
         found = keras.Function(tensors, outputs)(list(values.values()))
-        pairs = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
+        pairs: Any = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
+        if type(operation).__name__ == "Where":
+            # A score far below all others is hidden, by whichever number.
+            pairs = [[keras.ops.maximum(x, FAR_BELOW) for x in pair] for pair in pairs]
         if not all(_alike(a, b) for a, b in pairs):
-            raise UnsupportedLayerError(
-                f"Expected '{name}' of type {type(operation).__name__} to compute what its integer "
-                f"form does. Received: {_options(operation)}, with which they differ on random "
-                f"inputs. Leave it float with policy={{'{name}': None}}, or compose it of other "
-                "functions; and tell us, for kqat should have known."
-            )
+            raise _other_values(operation, name)
         return outputs
 
     return call
+
+
+def _other_values(operation: Any, name: str) -> UnsupportedLayerError:
+    if is_custom(operation):
+        return UnsupportedLayerError(
+            f"Expected layer '{name}' of type {type(operation).__name__} to compute what its call "
+            "was seen to do. Received: other values on random inputs, as where Python branches on "
+            "a value, or a state changes with each call. Use keras.ops.where, or leave it float "
+            f"with policy={{'{name}': None}}."
+        )
+    return UnsupportedLayerError(
+        f"Expected '{name}' of type {type(operation).__name__} to compute what its integer "
+        f"form does. Received: {_options(operation)}, with which they differ on random "
+        f"inputs. Leave it float with policy={{'{name}': None}}, or compose it of other "
+        "functions; and tell us, for kqat should have known."
+    )
+
+
+def _for_two_samples(value: Any) -> Any:
+    return keras.ops.repeat(value, 2, axis=0) if is_weight(value) and value.shape[0] == 1 else value
 
 
 def _trial_values(tensor: Any, seed: int) -> Any:
@@ -126,6 +181,8 @@ def _trial_values(tensor: Any, seed: int) -> Any:
 
 def _alike(expected: Any, found: Any) -> bool:
     """Whether values are equal but for roundings, where the expected ones are finite."""
+    if 0 in expected.shape:  # Nothing can read it.
+        return True
     if tuple(expected.shape) != tuple(found.shape):
         return False
     if holds_indexes(expected):
@@ -141,8 +198,10 @@ def _alike(expected: Any, found: Any) -> bool:
 
 def _options(operation: Any) -> dict[str, Any]:
     plain = bool | int | float | str | tuple | list | None
-    is_layer = isinstance(operation, keras.layers.Layer)
-    options = operation.get_config() if is_layer else vars(operation)
+    try:
+        options = operation.get_config()
+    except Exception:  # An operation has none; a user's own may be broken.
+        options = vars(operation)
     return {
         key: value
         for key, value in options.items()
@@ -150,7 +209,7 @@ def _options(operation: Any) -> dict[str, Any]:
     }
 
 
-def _opened_function(node: Node, origin: str) -> Callable[..., Any] | None:
+def _opened_function(node: Node, origin: str, copies: Copies) -> Callable[..., Any] | None:
     """A function of the user's as one table, as its parts, or (`None`) as it is, for a table.
 
     Raises:
@@ -162,7 +221,7 @@ def _opened_function(node: Node, origin: str) -> Callable[..., Any] | None:
     elementwise = single and is_elementwise(layer, shape)
     try:
         args, kwargs = fill((node.args, node.kwargs), _symbolic)
-        graph = trace_call(layer, args, kwargs, name)
+        graph = trace_call(layer, args, kwargs, name, is_custom)
     except ModelError as error:
         if elementwise:
             return None
@@ -173,75 +232,181 @@ def _opened_function(node: Node, origin: str) -> Callable[..., Any] | None:
         ) from error
     if elementwise and len(graph.nodes) > 1:
         return Elementwise.of(layer.call, name=name)
-    return _inlined(graph, name)
+    return _inlined(graph, name, copies)
 
 
-def _opened_layer(node: Node, origin: str) -> Callable[..., Any]:
+def _opened_layer(node: Node, origin: str, copies: Copies) -> Callable[..., Any]:
     """A custom layer as its parts, which are copies."""
     layer, name = node.layer, node.name
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        copy = clone(layer, name)
-        copy(*args, **kwargs)
-        copy.set_weights(layer.get_weights())
+        if not layer.weights and len(node.inputs) == 1 and not kwargs:
+            table = _table(layer, args[0], name)
+            if table is not None:
+                return table(*args)
         try:
-            graph = trace_call(copy, args, kwargs, name)
+            graph = trace_call(layer, args, kwargs, name, is_custom)
         except ModelError as error:
             raise UnsupportedLayerError(
                 f"Received: layer '{origin}' of type {type(layer).__name__}. Leave it float with "
                 f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
                 f"describe it with kqat.register_layer. {error}"
             ) from error
-        return _inlined(graph, name)(*args, **kwargs)
+        return _inlined(graph, name, copies)(*args, **kwargs)
 
-    return call
+    return _tried(layer, call, name)
+
+
+def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
+    """A layer as a table, if it is a function of each number alone and no few operations.
+
+    Two operations may fuse into what stands before them. What TensorFlow alone computes is kept as
+    TensorFlow's graph.
+    """
+    try:
+        if not is_elementwise(layer, tuple(x.shape)):
+            return None
+    except Exception:  # Whatever a user's own class raises: opening it tells where.
+        return None
+    try:
+        graph = trace_call(layer, (x,), {}, name, is_custom)
+        return Elementwise.of(layer.call, name=name) if len(graph.nodes) > 2 else None
+    except ModelError:
+        if keras.backend.backend() != "tensorflow":
+            return None
+        try:
+            function = TensorFlowFunction.of(layer.call, name="graph")
+        except Exception:  # It branches on a value: opening it tells where.
+            return None
+        return Elementwise.of(function, name=name)
 
 
 def _symbolic(ref: Ref) -> Any:
     return keras.KerasTensor(ref.shape, ref.dtype)
 
 
-def _inlined(graph: Graph, name: str) -> Callable[..., Any]:
-    """A callable that runs `graph`, whose last part takes over `name`."""
+def _inlined(graph: Graph, name: str, copies: Copies) -> Callable[..., Any]:
+    """A callable that runs `graph`, whose last part takes over `name`.
+
+    Layers are copies, one for all calls of a layer; operations are layers of the registry at once,
+    for those that are given a shape know none for any batch size.
+    """
     last = set(graph.outputs)
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         is_last = len(last) == 1 and last <= set(node.outputs)
-        node.layer.name = name if is_last else node.name
-        return node.layer(*args, **kwargs)
+        part = name if is_last else node.name
+        args, kwargs = as_values(node.layer, args, kwargs, part)
+        if not isinstance(node.layer, keras.layers.Layer):
+            return _tried(node.layer, as_layers(node.layer, part), part)(*args, **kwargs)
+        if id(node.layer) not in copies:
+            copies[id(node.layer)] = duplicate(node.layer, part, **_told_shape(node))
+        return copies[id(node.layer)](*args, **kwargs)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         given = keras.tree.flatten((args, kwargs))
-        return graph.run([t for t in given if isinstance(t, keras.KerasTensor)], call)
+        tensors = list({id(t): t for t in given if is_tensor(t)}.values())
+        outputs = graph.run(tensors, call)
+        values = keras.tree.flatten(outputs)
+        names = [name, *(f"{name}_{i}" for i in range(1, len(values)))]
+        found = [_as_output(x, tensors[0], n) for x, n in zip(values, names, strict=True)]
+        return keras.tree.pack_sequence_as(outputs, found)
 
     return run
+
+
+def _told_shape(node: Node) -> dict[str, Any]:
+    """The output shape of an EinsumDense, which may have been built for an axis without size."""
+    if type(node.layer) is not keras.layers.EinsumDense:
+        return {}
+    return {"output_shape": node.outputs[0].shape[1:]}
+
+
+def _as_output(value: Any, like: Any, name: str) -> Any:
+    """An output that is a weight, as a value."""
+    if not is_weight(value):
+        return value
+    batched = len(value.shape) > 0 and value.shape[0] == 1
+    array = np.asarray(value, np.float32)
+    array = array[0] if batched else array
+    trained = isinstance(value, keras.Variable) and value.trainable
+    layer = Learned(list(array.shape), batched=batched, name=name, trainable=trained)
+    return Part(layer, [array])(like)
 
 
 def _expand_once(
     graph: Graph, kept: set[str], name: str, users: dict[str, str], fused: Collection[str]
 ) -> tuple[Graph, dict[str, str]]:
     """One round; `users` maps names of layers to those of the user's layers that they are of."""
-    copies: dict[int, Callable[..., Any]] = {}
+    copies: Copies = {}
     origins: dict[str, str] = {}
     taken = {*graph.input_names, *(node.name for node in graph.nodes)}
     known: set[int] = set()
+    learned: dict[int, tuple[Learned, Any]] = {}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
-        # Calls of one layer share its weights; a layer without any is made anew for each call.
-        key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
-        if key not in copies:
-            user = users.get(getattr(node.layer, "name", node.name), node.name)
-            copies[key] = _simplify(node, user, node.name in kept, fused)
-        outputs = copies[key](*args, **kwargs)
-        for operation in _operations_between((args, kwargs), outputs):
+        user = users.get(getattr(node.layer, "name", node.name), node.name)
+        given = args, kwargs
+        likes = [learned[id(t)][1] for t in keras.tree.flatten(given) if id(t) in learned]
+        args, kwargs = _read(node, args, kwargs, learned)
+        if likes and not any(is_tensor(t) for t in keras.tree.flatten((args, kwargs))):
+            outputs = _of_weights(node, args, kwargs, likes[0])
+        else:
+            outputs = made(node, user, args, kwargs)
+        for operation in _operations_between((given, likes), outputs):
             new = id(operation) not in known and operation is not node.layer
             if new and operation.name != node.name:
                 operation.name = unique_name(operation.name, taken)
             known.add(id(operation))
             origins.setdefault(operation.name, node.name)
+        if isinstance(node.layer, Learned) and id(node.layer) in copies:
+            part: Any = copies[id(node.layer)]
+            learned[id(outputs)] = part.layer, args[0]
         return outputs
 
+    def made(node: Node, user: str, args: Any, kwargs: Any) -> Any:
+        if isinstance(node.layer, Learned) and node.outputs[0] in graph.outputs:
+            layer = node.layer
+            value = keras.Variable(np.asarray(layer.value)[None], trainable=layer.trainable)
+            return computed(value, args[0], len(layer.shape) + 1, node.name)
+        if node.name not in kept:
+            args, kwargs = as_values(node.layer, args, kwargs, node.name)
+            merge = MERGES.get(type(node.layer))
+            if merge is not None and any(is_weight(v) for v in args[0]):
+                return functools.reduce(merge, args[0])
+        # Calls of one layer share its weights; a layer without any is made anew for each call.
+        key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
+        if key not in copies:
+            copies[key] = _simplify(node, user, node.name in kept, fused, copies)
+        return copies[key](*args, **kwargs)
+
     return trace(rebuild(graph, call, name)), origins
+
+
+def _of_weights(node: Node, args: Any, kwargs: Any, like: Any) -> Any:
+    """What a node computes from weights alone, as a value."""
+    with keras.StatelessScope():
+        values = node.layer(*args, **kwargs)
+    trained = any(v.trainable for v in keras.tree.flatten((args, kwargs)) if is_weight(v))
+    return keras.tree.map_structure(
+        lambda v: _as_output(keras.Variable(v, trainable=trained), like, node.name), values
+    )
+
+
+def _read(node: Node, args: Any, kwargs: Any, learned: dict[int, Any]) -> tuple[Any, Any]:
+    """The arguments with weights themselves in the place of layers that hold but a weight."""
+    if isinstance(node.layer, READS_LEARNED) or not learned:
+        return args, kwargs
+
+    def weight(value: Any) -> Any:
+        if id(value) not in learned:
+            return value
+        layer, _ = learned[id(value)]
+        array = np.asarray(layer.value)
+        array = array[None] if layer.batched else array
+        return keras.Variable(array, trainable=layer.trainable, name=layer.name)
+
+    return keras.tree.map_structure(weight, (args, kwargs))
 
 
 def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
@@ -251,8 +416,10 @@ def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
     return [op for op in function.operations if not isinstance(op, keras.layers.InputLayer)]
 
 
-def _simplify(node: Node, origin: str, keep: bool, fused: Collection[str]) -> Callable[..., Any]:
-    simpler = None if keep else _simpler(node, origin, fused)
+def _simplify(
+    node: Node, origin: str, keep: bool, fused: Collection[str], copies: Copies
+) -> Callable[..., Any]:
+    simpler = None if keep else _simpler(node, origin, fused, copies)
     if refs_in(node.kwargs.get("mask")) and (keep or not rule_for(node.layer, origin).masks):
         raise ModelError(
             f"Expected masks for attention layers only. Received: a mask for layer '{origin}' of "

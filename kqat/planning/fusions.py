@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from kqat.graph import Node, Ref
+from kqat.graph import Node, Ref, config_of
 from kqat.planning.planned_graph import PlannedGraph
 
 
@@ -97,7 +97,7 @@ def _fold_at_every_call(
 
 def _what_it_does(node: Node) -> tuple[type, dict[str, Any]]:
     """Equal for layers that do the same: one without weights is made anew for each of its calls."""
-    config = node.layer.get_config()
+    config = config_of(node.layer)
     return type(node.layer), {key: value for key, value in config.items() if key != "name"}
 
 

@@ -23,6 +23,7 @@ from kqat.parts import (
     Hide,
     IndexKind,
     IndexOperation,
+    Learned,
     Matmul,
     ReciprocalSquareRoot,
     Recurrence,
@@ -43,6 +44,7 @@ from kqat.registry.refusals import LAYER_REASONS, reason
 from kqat.registry.rule import LayerRule, Output
 from kqat.rewrites import (
     attention,
+    attention_masks,
     basic,
     matrix_products,
     normalization,
@@ -197,7 +199,12 @@ LAYERS: dict[type, LayerRule] = {
     layers.LeakyReLU: _own("LEAKY_RELU"),
     layers.ELU: _own("ELU", wide_table=True, decompose=basic.elu),
     layers.PReLU: _own("PRELU", weights={"alpha": None}),
-    layers.Softmax: dataclasses.replace(ACTIVATIONS["softmax"], refuse=rule.softmax),
+    layers.Softmax: dataclasses.replace(
+        ACTIVATIONS["softmax"],
+        decompose=attention_masks.softmax,
+        decompose_masked=attention_masks.masked_softmax,
+        masks=True,
+    ),
     layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", **_POOL),
     layers.MaxPooling2D: _same("MAX_POOL_2D", **_POOL),
     layers.MaxPooling3D: _same(
@@ -264,6 +271,9 @@ LAYERS: dict[type, LayerRule] = {
         attention.multi_head_attention, *_ATTENDING, "FULLY_CONNECTED", **_MASKS
     ),
     layers.Embedding: _own("CAST", "GATHER", weights={"embeddings": None}, table_of_rows=True),
+    layers.ReversibleEmbedding: _composite(
+        one_hot.reversible_embedding, "CAST", "GATHER", "FULLY_CONNECTED", "MUL", "TANH"
+    ),
     layers.GroupNormalization: _composite(normalization.group_normalization, *_NORMALIZING),
     layers.UnitNormalization: _fixed("L2_NORMALIZATION", refuse=rule.last_axis),
     layers.GroupQueryAttention: _composite(
@@ -299,6 +309,7 @@ LAYERS: dict[type, LayerRule] = {
         decompose_fused=fused_lstms.fused_bidirectional,
     ),
     Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
+    Learned: LayerRule(output=Output.OWN),
     Unstack: _same("UNPACK"),
     Stack: _same("PACK"),
     Slice: _same("STRIDED_SLICE"),
@@ -331,6 +342,8 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (IndexOperation, IndexKind.ADD): _index("ADD"),
     (IndexOperation, IndexKind.SUBTRACT): _index("SUB"),
     (IndexOperation, IndexKind.MULTIPLY): _index("MUL"),
+    (IndexOperation, IndexKind.MAXIMUM): _index("MAXIMUM"),
+    (IndexOperation, IndexKind.MINIMUM): _index("MINIMUM"),
     (IndexOperation, IndexKind.EQUAL): _index("EQUAL"),
     (IndexOperation, IndexKind.NOT_EQUAL): _index("NOT_EQUAL"),
     (IndexOperation, IndexKind.GREATER): _index("GREATER"),
@@ -437,13 +450,14 @@ def stock_facts(layer: Any) -> LayerFacts | None:
 
 def _described(layer: Any, name: str | None) -> str:
     where = f"layer '{name or layer.name}' of type {type(layer).__name__}"
-    if isinstance(layer, layers.Activation) and registered_rule(layer) is None:
+    if type(layer) is layers.Activation and registered_rule(layer) is None:
         where += f" with activation {basic.activation_name(layer.activation)!r}"
     return where
 
 
 def _stock_rule(layer: Any) -> LayerRule | None:
-    if isinstance(layer, layers.Activation):
+    # A subclass may compute anything: it is a custom layer.
+    if type(layer) is layers.Activation:
         activation = basic.activation_name(layer.activation)
         return FUNCTION if activation is None else ACTIVATIONS.get(activation)
     if (which := (type(layer), _kind(layer))) in KINDS:

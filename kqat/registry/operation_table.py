@@ -71,6 +71,11 @@ def _clip(operation: Any, name: str) -> Callable[..., Any]:
     return function(operation, name)
 
 
+def _rectified(operation: Any, name: str) -> Callable[..., Any]:
+    options = ("negative_slope", "max_value", "threshold")
+    return layers.ReLU(**{option: getattr(operation, option) for option in options}, name=name)
+
+
 def _elu(operation: Any, name: str) -> Callable[..., Any]:
     if operation.alpha == 1:
         return layers.Activation("elu", name=name)
@@ -196,6 +201,7 @@ OPERATIONS: dict[str, Row] = {
     "Power": _power,
     "Clip": _clip,
     **{operation: _activation(name) for operation, name in _ACTIVATIONS.items()},
+    "ReLU": _rectified,
     "Elu": _elu,
     "Gelu": function,
     "LeakyRelu": lambda operation, name: layers.LeakyReLU(operation.negative_slope, name=name),

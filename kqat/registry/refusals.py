@@ -46,10 +46,6 @@ LAYER_REASONS: dict[str, str] = {
     "MaxNumBoundingBoxes": "prepares labels, not inputs; run it before the model",
     "Pipeline": "holds preprocessing of many kinds; put its layers into the model one by one",
     "RandomCrop": "gives another size in training than in inference; run it before the model",
-    "ReversibleEmbedding": (
-        "reads one table by rows and by columns, which ship on different grids; use Embedding "
-        "and Dense"
-    ),
 }  # fmt: skip
 
 _CREATES = "takes no tensor of the model: Keras computes it when the model is built"
@@ -115,7 +111,7 @@ OPERATION_REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "angle conj conjugate fft fft2 ifft2 imag irfft istft polar real rfft stft "
+            "angle conj conjugate fft ifft2 imag irfft istft polar real rfft stft "
             "view_as_complex view_as_real"
         ).split(),
         _COMPLEX,
@@ -152,7 +148,7 @@ OPERATION_REASONS: dict[str, str] = {
         "bincount corrcoef correlate digitize histogram moments".split(), _STATISTIC
     ),
     **dict.fromkeys(
-        "all any count_nonzero".split(),
+        "count_nonzero".split(),
         "counts truth values, for which TFLite Micro has no kernel; reduce with max or sum",
     ),
     **dict.fromkeys(

@@ -50,6 +50,7 @@ class LayerRule:
         affine: whether the layer is `x * scale + offset`, one pair per channel.
         decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
             `None` where the layer is simple already.
+        decompose_masked: the same for a call that is given a mask.
         decompose_fused: the same for a config that says `recurrence="fused"`; `None` for layers
             without such a form.
         grid: the grid of the output, where the kernel demands another than the config's.
@@ -73,6 +74,7 @@ class LayerRule:
     masks: bool = False
     affine: bool = False
     decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
+    decompose_masked: Callable[[Any, str], Callable[..., Any] | None] | None = None
     decompose_fused: Callable[[Any, str], Callable[..., Any] | None] | None = None
     grid: QuantSpec | None = None
     opens: bool = False
@@ -114,13 +116,6 @@ def not_dilated(layer: Any) -> str | None:
     if any(rate != 1 for rate in layer.dilation_rate):
         return f"dilation_rate={layer.dilation_rate} has no TFLite kernel; use 1"
     return channels_last(layer)
-
-
-def softmax(layer: Any) -> str | None:
-    """Refuses an axis that is not the last."""
-    if layer.axis not in (-1,):
-        return f"axis={layer.axis} is not -1; permute the input so that it is the last"
-    return None
 
 
 def nearest_or_bilinear(layer: Any) -> str | None:

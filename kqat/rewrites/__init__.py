@@ -5,6 +5,7 @@ The tables in `kqat.registry` say which function of these rewrites which layer o
 
 from kqat.rewrites.layers import (
     attention,
+    attention_masks,
     basic,
     matrix_products,
     normalization,
@@ -15,24 +16,31 @@ from kqat.rewrites.layers import (
 from kqat.rewrites.layers.basic import Decomposed
 from kqat.rewrites.layers.one_hot import truth
 from kqat.rewrites.layers.recurrent import Builder, bidirectional, rnn
-from kqat.rewrites.operations.binary import BINARY, Row, function, is_number, scaled
+from kqat.rewrites.operations.binary import BINARY, FAR_BELOW, Row, function, is_number, scaled
 from kqat.rewrites.operations.nn import NETWORKS
 from kqat.rewrites.operations.reductions import REDUCING
 from kqat.rewrites.operations.shapes import REARRANGING
+from kqat.rewrites.operations.weights import WANT_BATCH, as_values, computed, is_weight
 
 __all__ = [
     "BINARY",
+    "FAR_BELOW",
     "NETWORKS",
     "REARRANGING",
     "REDUCING",
+    "WANT_BATCH",
     "Builder",
     "Decomposed",
     "Row",
+    "as_values",
     "attention",
+    "attention_masks",
     "basic",
     "bidirectional",
+    "computed",
     "function",
     "is_number",
+    "is_weight",
     "matrix_products",
     "normalization",
     "one_hot",

@@ -14,6 +14,7 @@ from tflite_export.integer_pass.draft import Draft, Fact, Pass
 from tflite_export.integer_pass.drop_reshapes import drop_flattening
 from tflite_export.integer_pass.fused_lstm import insert_lstms
 from tflite_export.integer_pass.operators import check_operators, set_codes
+from tflite_export.integer_pass.shared_products import split_shared_products
 from tflite_export.integer_pass.tables import insert_tables
 from tflite_export.integer_pass.tensor_grids import (
     convert_tensors,
@@ -35,7 +36,12 @@ PASSES: tuple[Pass, ...] = (
         leaves={Fact.LABELS},
         ends={Fact.MARKERS},
     ),
-    Pass(make_layers_whole, needs={Fact.LABELS, Fact.FLOAT_TENSORS}, leaves={Fact.WHOLE_LAYERS}),
+    Pass(split_shared_products, needs={Fact.LABELS}, leaves={Fact.OWN_PRODUCTS}),
+    Pass(
+        make_layers_whole,
+        needs={Fact.LABELS, Fact.OWN_PRODUCTS, Fact.FLOAT_TENSORS},
+        leaves={Fact.WHOLE_LAYERS},
+    ),
     # A clamp of an ADD that joins a bias is one of the bias's operator.
     Pass(fuse_clamps, needs={Fact.LABELS, Fact.WHOLE_LAYERS}, leaves={Fact.CLAMPS_INSIDE}),
     # Behind the one above, which looks for a clamp that stands alone.

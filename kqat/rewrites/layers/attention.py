@@ -10,7 +10,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part
+from kqat.graph import Part, config_of
 from kqat.parts import ConstantKind, Matmul, Take, WithConstant, total
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.layers.attention_masks import Keep, attended, causal, window, zeroed
@@ -23,7 +23,7 @@ def multi_head_attention(layer: Any, name: str) -> Decomposed:
     `1 / sqrt(d)` is multiplied into the query projection. Reference: Vaswani et al. 2017,
     section 3.2 (https://arxiv.org/abs/1706.03762).
     """
-    config = layer.get_config()
+    config = config_of(layer)
     if config["attention_axes"] not in (None, [1], (1,), 1):
         raise UnsupportedLayerError(
             f"Expected attention over one axis in layer '{name}'. Received: "
@@ -37,7 +37,7 @@ def group_query_attention(layer: Any, name: str) -> Decomposed:
 
     Reference: Ainslie et al. 2023, section 2.2 (https://arxiv.org/abs/2305.13245).
     """
-    config = layer.get_config()
+    config = config_of(layer)
     sharing = config["num_query_heads"] // config["num_key_value_heads"]
     return _multi_head(layer, name, config["head_dim"], sharing)
 
@@ -64,7 +64,7 @@ def _multi_head(layer: Any, name: str, size: int, sharing: int) -> Decomposed:
         return Take(indices, 1, name=f"{name}_{part}_shared")(y)
 
     def gated(steps: Any, query: Any) -> Any:
-        if not layer.get_config().get("use_gate"):
+        if not config_of(layer).get("use_gate"):
             return steps
         gate = _projection(arrays, "gate", 1.0, name, options)(query)
         gate = layers.Activation("sigmoid", name=f"{name}_gate_sigmoid")(gate)
@@ -82,7 +82,7 @@ def _multi_head(layer: Any, name: str, size: int, sharing: int) -> Decomposed:
         **options: Any,
     ) -> Any:
         _check_options(options, name)
-        sizes, reach = (query.shape[1], value.shape[1]), layer.get_config().get("sliding_window")
+        sizes, reach = (query.shape[1], value.shape[1]), config_of(layer).get("sliding_window")
         pairs = [attention_mask]
         pairs += [causal(*sizes)] if use_causal_mask else []
         pairs += [window(*sizes, reach)] if reach is not None else []

@@ -6,7 +6,7 @@ shown (`arithmetic.shown_bounds`): there the integer kernel clips.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, holds_indexes, is_tensor
 from kqat.grids import HIDDEN
 from kqat.parts import ConstantKind, Hide, IndexKind, IndexOperation, WithConstant
+from kqat.rewrites.layers.basic import Decomposed
 from kqat.rewrites.layers.one_hot import truth
 
 
@@ -105,6 +106,70 @@ def attended(scores: Any, keep: Keep, name: str, *, zeros: bool) -> Any:
         factor = _quantity(keep.seen, (0.0, 1.0), rank, f"{name}_factor")
         weights = layers.Multiply(name=f"{name}_kept")([weights, factor])
     return weights
+
+
+def softmax(layer: Any, name: str) -> Decomposed | None:
+    """`Softmax` over an axis that is not the last, between two permutations."""
+    return None if layer.axis == -1 else masked_softmax(layer, name)
+
+
+def masked_softmax(layer: Any, name: str) -> Decomposed:
+    """`Softmax` of scores and a mask that broadcasts with them, as attention computes it."""
+
+    def call(x: Any, mask: Any = None) -> Any:
+        rank = len(x.shape)
+        axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
+        if len(axes) != 1 or axes[0] % rank == 0:
+            raise UnsupportedLayerError(
+                f"Expected a softmax over one axis behind the batch in layer '{name}'. Received: "
+                f"axis={layer.axis}. Reshape so that it is one."
+            )
+        axis, order = axes[0] % rank, [*range(1, rank)]
+        order[axis - 1], order[-1] = order[-1], order[axis - 1]
+        moved = axis != rank - 1
+        if moved:
+            x = layers.Permute(order, name=f"{name}_moved")(x)
+        shown = None
+        if mask is not None:
+            x, shown = _hidden(x, mask, order, name)
+        plain = not moved and shown is None
+        weights = layers.Softmax(name=name if plain else f"{name}_values")(x)
+        if shown is not None:
+            # Where all is hidden softmax finds all alike, and Keras says zero.
+            weights = shown(weights, name if not moved else f"{name}_shown")
+        return layers.Permute(order, name=name)(weights) if moved else weights
+
+    return call
+
+
+def _hidden(
+    scores: Any, mask: Any, order: list[int], name: str
+) -> tuple[Any, Callable[[Any, str], Any] | None]:
+    """Scores, below all others where a mask is false, and what makes zeros there of weights.
+
+    The latter is `None` where no row is hidden as a whole.
+    """
+    rank = len(scores.shape)
+    if not is_tensor(mask):
+        array = np.asarray(mask) > 0.5
+        array = array.reshape((1,) * (rank - array.ndim) + array.shape).transpose(0, *order)
+        scores = _constant(ConstantKind.HIDE, np.where(array, 0.0, HIDDEN), f"{name}_hidden")(
+            scores
+        )
+        if array.any(axis=-1).all():
+            return scores, None
+        return scores, lambda weights, last: _constant(ConstantKind.MULTIPLY, array, last)(weights)
+    if len(mask.shape) != rank:
+        raise _wrong(name, f"a tensor of shape {tuple(mask.shape)} and type {mask.dtype}")
+    if mask.dtype != "bool":
+        limit = 0 if holds_indexes(mask) else 0.5
+        mask = IndexOperation(IndexKind.GREATER, {"x2": limit}, name=f"{name}_mask_true")(mask)
+    if order != [*range(1, rank)]:
+        mask = layers.Permute(order, name=f"{name}_mask_moved")(mask)
+    bias = truth(mask, (HIDDEN, 0.0), mask.shape[1:], f"{name}_bias")
+    factor = truth(mask, (0.0, 1.0), mask.shape[1:], f"{name}_factor")
+    scores = Hide(name=f"{name}_masked")([bias, scores])
+    return scores, lambda weights, last: layers.Multiply(name=last)([weights, factor])
 
 
 def zeroed(x: Any, keep: Keep, name: str) -> Any:

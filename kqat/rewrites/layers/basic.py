@@ -13,7 +13,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part, activation_name, clone, duplicate
+from kqat.graph import Part, activation_name, clone, config_of, duplicate
 from kqat.parts import Elementwise
 
 Decomposed = Callable[..., Any]
@@ -75,7 +75,7 @@ def activation_layer(function: Any, name: str, regularizer: Any = None) -> keras
 def separable(layer: Any, name: str) -> Decomposed:
     """`SeparableConv` as `DepthwiseConv` and a pointwise `Conv`."""
     one_d = isinstance(layer, layers.SeparableConv1D)
-    config = layer.get_config()
+    config = config_of(layer)
     shared = {k: config[k] for k in ("data_format", "trainable", "dtype")}
     depthwise = (layers.DepthwiseConv1D if one_d else layers.DepthwiseConv2D)(
         kernel_size=config["kernel_size"],

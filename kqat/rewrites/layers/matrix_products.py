@@ -8,7 +8,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part
+from kqat.graph import Part, config_of
 from kqat.parts import Matmul, total
 from kqat.rewrites.layers.basic import Decomposed, activated
 
@@ -184,7 +184,7 @@ def options(layer: Any, name: str) -> dict[str, Any]:
     Raises:
         UnsupportedLayerError: if a constraint is among it: kernels change their shape.
     """
-    config = layer.get_config()
+    config = config_of(layer)
     constrained = [k for k in ("kernel_constraint", "bias_constraint") if config.get(k)]
     if constrained:
         raise UnsupportedLayerError(

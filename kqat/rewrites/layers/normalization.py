@@ -11,7 +11,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part, clone
+from kqat.graph import Part, clone, config_of
 from kqat.parts import ChannelAffine, ReciprocalSquareRoot, Reduce, ReduceKind
 from kqat.rewrites.layers.basic import Decomposed
 
@@ -22,7 +22,7 @@ def layer_normalization(layer: Any, name: str) -> Decomposed:
     Reference: Ba et al. 2016, section 3 (https://arxiv.org/abs/1607.06450).
     """
     _check_last_axis(layer, name)
-    if layer.get_config().get("rms_scaling"):
+    if config_of(layer).get("rms_scaling"):
         raise UnsupportedLayerError(
             f"Expected rms_scaling=False in layer '{name}'. Received: True. Use RMSNormalization."
         )
@@ -65,7 +65,7 @@ def channel_affine(layer: Any, name: str, scale: bool, center: bool) -> Part | N
     """A layer's own gamma and beta, as far as it has them."""
     if not scale and not center:
         return None
-    config = layer.get_config()
+    config = config_of(layer)
     options = {
         key: config.get(key)
         for key in (

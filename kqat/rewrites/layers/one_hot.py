@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part
@@ -56,5 +56,45 @@ def category_encoding(layer: Any, name: str) -> Decomposed:
             return total(codes, [len(codes.shape) - 2], False, name)
         shape = layer.compute_output_shape(x.shape)
         return layers.Reshape(shape[1:], name=name)(codes)
+
+    return call
+
+
+def reversible_embedding(layer: Any, name: str) -> Decomposed:
+    """`ReversibleEmbedding` as an `Embedding`; backwards as a `Dense`, if its table is another.
+
+    Raises:
+        UnsupportedLayerError: if it is read backwards by the table that it is read forwards by.
+    """
+    table = layers.Embedding(
+        layer.input_dim,
+        layer.output_dim,
+        embeddings_regularizer=layer.embeddings_regularizer,
+        embeddings_constraint=layer.embeddings_constraint,
+        trainable=layer.trainable,
+        dtype=layer.dtype_policy,
+        name=name,
+    )
+    forwards = Part(table, [np.asarray(layer.embeddings)])
+
+    def call(x: Any, reverse: bool = False) -> Any:
+        if not reverse:
+            return forwards(x)
+        if layer.tie_weights:
+            raise UnsupportedLayerError(
+                f"Expected layer '{name}' to be read forwards only, or to have a table of its own "
+                "for each way (tie_weights=False). Received: reverse=True with tie_weights=True. "
+                "Rows ship on the output's grid, columns on grids of their own, which training "
+                "cannot keep alike. Leave it float, or end the model before it."
+            )
+        kernel = np.asarray(layer.reverse_embeddings)
+        options = {"use_bias": False, "trainable": layer.trainable, "dtype": layer.dtype_policy}
+        capped = layer.logit_soft_cap is not None
+        last = f"{name}_logits" if capped else name
+        logits = Part(layers.Dense(kernel.shape[1], name=last, **options), [kernel])(x)
+        if not capped:
+            return logits
+        bent = ops.tanh(ops.divide(logits, layer.logit_soft_cap))
+        return layers.Rescaling(layer.logit_soft_cap, name=name)(bent)
 
     return call

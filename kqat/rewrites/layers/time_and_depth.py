@@ -6,7 +6,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part, clone
+from kqat.graph import Part, clone, config_of
 from kqat.parts import sliced, stacked
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.layers.basic import Decomposed, activated
@@ -62,7 +62,7 @@ def conv_3d(layer: Any, name: str) -> Decomposed:
     TFLite has no int8 CONV_3D. The depth of the kernel joins its input channels, so the sum over
     it stays inside one accumulator: the same integers as a 3-D convolution would give.
     """
-    config = layer.get_config()
+    config = config_of(layer)
     depth, stride = config["kernel_size"][0], config["strides"][0]
     if config["dilation_rate"][0] != 1 or config["groups"] != 1:
         raise UnsupportedLayerError(
@@ -115,7 +115,7 @@ def _frames(rows: Any, which: tuple[int, int], shape: tuple[int, ...], name: str
 
 def conv_1d_transpose(layer: Any, name: str) -> Decomposed:
     """`Conv1DTranspose` as `Conv2DTranspose` over images of one row."""
-    config = layer.get_config()
+    config = config_of(layer)
     matrix_products.options(layer, name)
     kept = ("use_bias", "kernel_regularizer", "bias_regularizer", "padding", "filters")
     output_padding = config["output_padding"]

@@ -12,16 +12,20 @@ from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, holds_indexes, is_tensor
+from kqat.grids import HIDDEN
 from kqat.parts import (
     ChannelAffine,
     ConstantKind,
     Elementwise,
+    Hide,
     IndexKind,
     IndexOperation,
     Select,
     WithConstant,
     within_domain,
 )
+from kqat.rewrites.layers.one_hot import truth
+from kqat.rewrites.operations.weights import emitted
 
 Row = Callable[[Any, str], Callable[..., Any]]
 
@@ -90,14 +94,8 @@ def index_operation(operation: Any, name: str) -> Callable[..., Any]:
         tensors = [a for a in args if is_tensor(a)]
         if len(tensors) == len(args):
             return IndexOperation(kind, name=name)(tensors if len(args) > 1 else tensors[0])
-        constant = next(a for a in args if not is_tensor(a))
-        if not is_number(constant):
-            raise UnsupportedLayerError(
-                f"Expected tensors and numbers in operation '{name}'. Received: a constant of "
-                f"shape {np.shape(constant)}. Put it into a layer of its own."
-            )
-        number = np.asarray(constant).item()
-        option = {"x2" if is_tensor(args[0]) else "x1": number}
+        constant = np.asarray(next(a for a in args if not is_tensor(a)))
+        option = {"x2" if is_tensor(args[0]) else "x1": constant.tolist()}
         return IndexOperation(kind, option, name=name)(tensors[0])
 
     return call
@@ -107,6 +105,8 @@ _KINDS = {
     "Add": IndexKind.ADD,
     "Subtract": IndexKind.SUBTRACT,
     "Multiply": IndexKind.MULTIPLY,
+    "Maximum": IndexKind.MAXIMUM,
+    "Minimum": IndexKind.MINIMUM,
     "Equal": IndexKind.EQUAL,
     "NotEqual": IndexKind.NOT_EQUAL,
     "Greater": IndexKind.GREATER,
@@ -171,10 +171,8 @@ def _divide(operation: Any, name: str) -> Callable[..., Any]:
     def call(a: Any, b: Any) -> Any:
         if not is_tensor(b):
             if isinstance(b, keras.Variable):
-                raise UnsupportedLayerError(
-                    f"Expected division by a constant or a tensor in operation '{name}'. "
-                    "Received: a variable. Multiply by one instead."
-                )
+                inverse = keras.Variable(np.divide(1.0, np.asarray(b)), trainable=b.trainable)
+                return _with_constant(ConstantKind.MULTIPLY, a, inverse, name)
             return _with_constant(ConstantKind.MULTIPLY, a, np.divide(1.0, b), name)
         if is_tensor(a):
             _check_rank(a, b, name)
@@ -199,17 +197,53 @@ def _bound(merge: type) -> Row:
 
 
 def _where(operation: Any, name: str) -> Callable[..., Any]:
+    """A selection; where the other value is far below all others, a mask of attention scores."""
+
     def call(condition: Any, a: Any = None, b: Any = None) -> Any:
-        if not all(is_tensor(v) for v in (condition, a, b)):
+        hides = is_tensor(a) and b is not None and not is_tensor(b) and is_number(b)
+        if hides and float(np.asarray(b)) <= FAR_BELOW:
+            return _scores(condition, a, name)
+        if not is_tensor(condition) or not (is_tensor(a) or is_tensor(b)):
             raise UnsupportedLayerError(
-                f"Expected three tensors in operation '{name}' of type Where. Received: "
-                f"{[_text(v) for v in (condition, a, b)]}. Multiply by the condition instead, or "
-                "write it as one function of each number, in a Lambda."
+                f"Expected a condition and a value that are tensors in operation '{name}' of type "
+                f"Where. Received: {[_text(v) for v in (condition, a, b)]}. Multiply by the "
+                "condition instead, or write it as one function of each number, in a Lambda."
             )
-        return Select(name=name)([condition, a, b])
+        like = a if is_tensor(a) else b
+        rank = len(like.shape)
+        values = [
+            v if is_tensor(v) else emitted(v, like, rank, f"{name}_{part}")
+            for v, part in ((a, "true"), (b, "false"))
+        ]
+        return Select(name=name)([condition, *values])
 
     return call
 
+
+# A score below this is that of a hidden key, whatever the others are.
+FAR_BELOW = -1e4
+
+
+def _scores(condition: Any, scores: Any, name: str) -> Any:
+    """`scores` where `condition` holds, and below all others elsewhere."""
+    rank = len(scores.shape)
+    if not is_tensor(condition):
+        shown = np.asarray(condition).astype(bool)
+        bias = np.where(shown, 0.0, HIDDEN).astype(np.float32)
+        bias = bias.reshape((1,) * (rank - bias.ndim) + bias.shape)
+        layer = WithConstant(ConstantKind.HIDE, list(bias.shape), name=name, trainable=False)
+        return Part(layer, [bias])(scores)
+    shape = tuple(condition.shape[1:])
+    if len(shape) != rank - 1:
+        raise UnsupportedLayerError(
+            f"Expected a condition of the rank of the scores in operation '{name}'. Received: "
+            f"shapes {tuple(condition.shape)} and {tuple(scores.shape)}. Reshape it."
+        )
+    bias = truth(condition, (HIDDEN, 0.0), shape, f"{name}_bias")
+    return Hide(name=name)([bias, scores])
+
+
+_ARITHMETIC = ("Add", "Subtract", "Multiply", "Maximum", "Minimum")
 
 BINARY: dict[str, Row] = {
     "Add": binary(layers.Add, _add),
@@ -220,5 +254,5 @@ BINARY: dict[str, Row] = {
     "Maximum": _bound(layers.Maximum),
     "Minimum": _bound(layers.Minimum),
     "Where": _where,
-    **{kind: index_operation for kind in _KINDS if kind not in ("Add", "Subtract", "Multiply")},
+    **{kind: index_operation for kind in _KINDS if kind not in _ARITHMETIC},
 }

@@ -109,6 +109,55 @@ def _conv(kind: str) -> Row:
     return row
 
 
+def _grayscale(operation: Any, name: str) -> Callable[..., Any]:
+    """ITU-R BT.601 luma, as Keras has it."""
+
+    def call(images: Any) -> Any:
+        if operation.data_format == "channels_first":
+            raise UnsupportedLayerError(
+                f"Expected data_format='channels_last' in operation '{name}'. Received: "
+                "channels_first. Permute."
+            )
+        kernel = np.array([[0.2989], [0.5870], [0.1140]], np.float32)
+        return matrix_products.einsum("...y,yz->...z", images, kernel, name)
+
+    return call
+
+
+def _fft2(operation: Any, name: str) -> Callable[..., Any]:
+    """The two-dimensional Fourier transform of real numbers, as products with its matrices."""
+
+    def call(x: Any) -> Any:
+        real, imaginary = x
+        if is_tensor(imaginary) or np.any(np.asarray(imaginary)) or len(real.shape) != 3:
+            raise UnsupportedLayerError(
+                f"Expected real numbers of shape (batch, rows, columns) in operation '{name}' of "
+                "type FFT2. Received: an imaginary part that is not zero, or another rank."
+            )
+        rows, columns = (_fourier(int(size)) for size in real.shape[1:])
+        parts = {
+            f"{kind}_{other}": matrix_products.einsum(
+                "xy,byz->bxz",
+                a,
+                matrix_products.einsum("...y,yz->...z", real, b, f"{name}_columns_{kind}_{other}"),
+                f"{name}_{kind}_{other}",
+            )
+            for kind, a in zip(("cos", "sin"), rows, strict=True)
+            for other, b in zip(("cos", "sin"), columns, strict=True)
+        }
+        even = layers.Subtract(name=name)([parts["cos_cos"], parts["sin_sin"]])
+        odd = layers.Add(name=f"{name}_sum")([parts["sin_cos"], parts["cos_sin"]])
+        return even, layers.Rescaling(-1.0, name=f"{name}_imaginary")(odd)
+
+    return call
+
+
+def _fourier(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of the discrete Fourier transform."""
+    angles = 2 * np.pi * np.outer(np.arange(size), np.arange(size)) / size
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
 def _normalize(operation: Any, name: str) -> Callable[..., Any]:
     if operation.order != 2 or operation.epsilon not in (None, keras.config.epsilon()):
         raise UnsupportedLayerError(
@@ -143,6 +192,8 @@ NETWORKS: dict[str, Row] = {
     "LogSoftmax": _softmax("log_softmax"),
     "Glu": _glu,
     "Resize": _resize,
+    "FFT2": _fft2,
+    "RGBToGrayscale": _grayscale,
     "MaxPool": _pool("Max"),
     "AveragePool": _pool("Average"),
     "AdaptiveMaxPool": _adaptive_pool("Max"),

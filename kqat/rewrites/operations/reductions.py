@@ -9,6 +9,7 @@ from keras import layers, ops
 from kqat.base import UnsupportedLayerError
 from kqat.parts import IndexKind, IndexOperation, Reduce, ReduceKind, total
 from kqat.rewrites.layers import matrix_products
+from kqat.rewrites.layers.one_hot import truth
 from kqat.rewrites.operations.binary import Row
 
 
@@ -113,6 +114,23 @@ def index_of(kind: IndexKind) -> Row:
     return row
 
 
+def of_truth(kind: ReduceKind) -> Row:
+    """`all` and `any`, as the least and the largest of zeros and ones."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            axes = axes_of(operation.axis, len(x.shape), name)
+            if x.dtype != "bool":
+                x = ops.not_equal(x, 0)
+            numbers = truth(x, (0.0, 1.0), x.shape[1:], f"{name}_numbers")
+            found = Reduce(kind, axes, operation.keepdims, name=f"{name}_{kind.value}")(numbers)
+            return IndexOperation(IndexKind.GREATER, {"x2": 0.5}, name=name)(found)
+
+        return call
+
+    return row
+
+
 def _average(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any, weights: Any = None) -> Any:
         if weights is not None:
@@ -141,8 +159,17 @@ def _cumsum(operation: Any, name: str) -> Callable[..., Any]:
 
 def _logsumexp(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
-        axes = axes_of(operation.axis, len(x.shape), name)
-        return ops.log(total(ops.exp(x), axes, operation.keepdims, f"{name}_sum"))
+        # As Keras does: relative to the largest value, so that no exponential overflows.
+        axes, keepdims = axes_of(operation.axis, len(x.shape), name), operation.keepdims
+        largest = Reduce(ReduceKind.MAX, axes, name=f"{name}_largest")(x)
+        below = layers.Subtract(name=f"{name}_below")([x, largest])
+        powers = layers.Activation("exponential", name=f"{name}_powers")(below)
+        rest = ops.log(total(powers, axes, True, f"{name}_sum"))
+        result = layers.Add(name=name if keepdims else f"{name}_kept")([largest, rest])
+        if keepdims:
+            return result
+        shape = [size for axis, size in enumerate(x.shape) if axis and axis not in axes]
+        return layers.Reshape(shape, name=name)(result)
 
     return call
 
@@ -171,6 +198,8 @@ REDUCING: dict[str, Row] = {
     "Amin": reduction(ReduceKind.MIN),
     "Var": variance(False),
     "Std": variance(True),
+    "All": of_truth(ReduceKind.MIN),
+    "Any": of_truth(ReduceKind.MAX),
     "Argmax": index_of(IndexKind.ARGMAX),
     "Argmin": index_of(IndexKind.ARGMIN),
     "Average": _average,

@@ -1,0 +1,114 @@
+"""Weights in the place of tensors: which operations take them, and what stands for them elsewhere.
+
+A product or sum with a weight is a layer that owns it. Elsewhere the weight becomes a value.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import Part, holds_indexes
+from kqat.parts import ConstantKind, IndexKind, IndexOperation, Learned, Slice, WithConstant
+
+# Operations whose rows make a layer of a weight.
+TAKE_WEIGHTS = frozenset(
+    (
+        "Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum", "Where",
+        "FFT2",
+        "Matmul", "Einsum", "Tensordot", "Dot", "Inner", "Take", "Conv", "DepthwiseConv",
+    )
+)  # fmt: skip
+# Those among them whose operands all have the batch's size.
+WANT_BATCH = frozenset(("FFT2",))
+# Operations that hand a weight on: it ships as a constant on their grid.
+_HAND_ON = ("Concatenate", "Stack", "Append", "Hstack", "Dstack", "Vstack")
+
+
+def is_weight(value: Any) -> bool:
+    """Whether a value is a variable, or a constant array of quantities."""
+    if isinstance(value, keras.KerasTensor):
+        return False
+    if isinstance(value, keras.Variable):
+        return True
+    array = isinstance(value, np.ndarray) or keras.ops.is_tensor(value)
+    return (
+        array
+        and len(value.shape) > 0
+        and keras.backend.is_float_dtype(keras.backend.standardize_dtype(value.dtype))
+    )
+
+
+def as_values(layer: Any, args: Any, kwargs: Any, name: str) -> tuple[Any, Any]:
+    """The arguments of a call with values in place of the weights that it cannot take.
+
+    Args:
+        layer: a layer or operation.
+        args: of the call: symbolic tensors, variables, constants.
+        kwargs: of the call.
+        name: that the parts' names begin with.
+
+    Raises:
+        UnsupportedLayerError: if a weight has a batch axis.
+    """
+    flat = keras.tree.flatten((args, kwargs))
+    weights = {id(v): v for v in flat if is_weight(v)}
+    if not weights or type(layer).__name__ in TAKE_WEIGHTS:
+        return args, kwargs
+    is_layer = isinstance(layer, layers.Layer)
+    if not is_layer:
+        # Numbers and arrays are options of an operation; rows know which.
+        hands_on = type(layer).__name__ in _HAND_ON
+        weights = {k: v for k, v in weights.items() if hands_on or isinstance(v, keras.Variable)}
+    tensors = [t for t in flat if isinstance(t, keras.KerasTensor)]
+    if not weights or not tensors:
+        return args, kwargs
+    hands_on = isinstance(layer, layers.Concatenate) or type(layer).__name__ in _HAND_ON
+    make = emitted if hands_on else computed
+    rank = len(tensors[0].shape)
+    values = {
+        key: make(weight, tensors[0], rank, f"{name}_weight_{i}" if i else f"{name}_weight")
+        for i, (key, weight) in enumerate(weights.items())
+    }
+    return keras.tree.map_structure(lambda x: values.get(id(x), x), (args, kwargs))
+
+
+def _value(weight: Any, rank: int, name: str) -> tuple[np.ndarray, bool]:
+    """A weight without its batch axis, and whether it is trained."""
+    array = np.asarray(weight, np.float32)
+    array = array.reshape((1,) * (rank - array.ndim) + array.shape)
+    if array.shape[0] != 1:
+        raise UnsupportedLayerError(
+            f"Expected a weight that is the same for all samples in '{name}'. Received: shape "
+            f"{array.shape}. Let its first axis, the batch, be 1."
+        )
+    return array[0], isinstance(weight, keras.Variable) and weight.trainable
+
+
+def emitted(weight: Any, like: Any, rank: int, name: str) -> Any:
+    """A weight as a constant of the file, which only operators of one scale can read."""
+    array, trained = _value(weight, rank, name)
+    return Part(Learned(list(array.shape), name=name, trainable=trained), [array])(like)
+
+
+def computed(weight: Any, like: Any, rank: int, name: str) -> Any:
+    """A weight as a value that an operator computes: zero plus the weight."""
+    array, trained = _value(weight, rank, name)
+    first = _first_element(like, len(array.shape), name)
+    if holds_indexes(like):
+        none = IndexOperation(IndexKind.MULTIPLY, {"x2": 0}, name=f"{name}_zero")(first)
+        table = layers.Embedding(1, array.size, name=f"{name}_row", trainable=trained)
+        row = Part(table, [array.reshape(1, -1)])(none)
+        return layers.Reshape(array.shape, name=name)(row)
+    zero = layers.Subtract(name=f"{name}_zero")([first, first])
+    layer = WithConstant(ConstantKind.ADD, [1, *array.shape], name=name, trainable=trained)
+    return Part(layer, [array[None]])(zero)
+
+
+def _first_element(x: Any, rank: int, name: str) -> Any:
+    """One number of each sample, of shape `(batch, 1, …)`."""
+    ones = [1] * (len(x.shape) - 1)
+    first = Slice([0 for _ in ones], ones, ones, name=f"{name}_first")(x) if ones else x
+    return layers.Reshape((1,) * rank, name=f"{name}_one")(first)
