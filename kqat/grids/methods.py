@@ -1,7 +1,7 @@
-"""Ways to find the range of an activation or the step of a weight, one file each.
+"""**Tables**: the range methods of activations and the step methods of weights, by saved name.
 
-All are frozen and plain data. `RANGE_METHODS` and `STEP_METHODS` are the tables that a saved model
-is read back through.
+Each method is a frozen dataclass in a module of its own. `RANGE_METHODS` and `STEP_METHODS` map the
+names in a saved model to them.
 """
 
 from collections.abc import Mapping

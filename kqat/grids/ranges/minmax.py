@@ -1,4 +1,4 @@
-"""The smallest and the largest value ever seen."""
+"""`MinMax`: the range from the smallest to the largest value of all batches."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ from keras import ops
 
 @dataclasses.dataclass(frozen=True)
 class MinMax:
-    """Range `[min, max]` over everything seen; nothing is clipped, outliers rule.
+    """Range `[min, max]` of all batches: nothing seen is clipped, and one outlier widens it.
 
     Reference: Krishnamoorthi 2018, section 3.1 (https://arxiv.org/abs/1806.08342).
     """

@@ -1,4 +1,4 @@
-"""Exponential moving average of batch ranges, without start-up bias."""
+"""`MovingAverage`: the exponential moving average of batch ranges, without start-up bias."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ class MovingAverage:
         m_t = m_{t-1} + (1 - d) / (1 - d**t) * (x_t - m_{t-1}),
 
     which is Adam's bias correction (Kingma & Ba 2015, section 3, https://arxiv.org/abs/1412.6980)
-    carried out at every step: `m_1 == x_1`, and no initial value ever remains.
+    applied at every step. So `m_1 == x_1`, and no initial value has any weight.
     Reference for the average itself: Jacob et al. 2018, section 3.1.
 
     Raises:
@@ -36,11 +36,11 @@ class MovingAverage:
     def update(
         self, low: Any, high: Any, count: Any, batch_low: Any, batch_high: Any
     ) -> tuple[Any, Any]:
-        """The range after one more batch, `count` of which came before.
+        """The range after one more batch; `count` is the number of batches before it.
 
         All float32: `low`, `high` and `count` of one shape, the others scalars.
         """
-        # expm1, because 1 - d**t loses its digits where d is near one.
+        # expm1, because 1 - d**t loses its digits if d is near one.
         share = (1.0 - self.decay) / -ops.expm1((count + 1.0) * math.log(self.decay))
         weight = ops.where(count > 0.0, share, 1.0)
         return low + weight * (batch_low - low), high + weight * (batch_high - high)
