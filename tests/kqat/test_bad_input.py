@@ -110,7 +110,10 @@ NO_MODEL: dict[str, tuple[Callable[[], Any], str]] = {
         called_subclassed,
         r"'sub' of type Branching.*branches on a value: line \d+, `if keras.ops.max\(x\) > 0:`",
     ),
-    "quantized": (quantized, r"Received: 'model', which is quantized already. Go on with fit"),
+    "quantized": (
+        quantized,
+        r"Received: 'model', which is quantized already. Train it on with fit",
+    ),
     "around a quantized one": (
         lambda: keras.Sequential([keras.Input((4,)), quantized()], name="outer"),
         "Received: 'outer', which is quantized already",
