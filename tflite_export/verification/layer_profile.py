@@ -1,4 +1,4 @@
-"""What each layer of a verified file costs and how well its values fill their grid."""
+"""The cost of each layer of a verified file, and how well its values use their grid."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from tflite_export.verification.report import LayerReport, RuntimeReport
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GridUse:
-    """How one site's values lie on its grid; `sqnr_db` is `None` where nothing was lost."""
+    """How well one site's values use its grid; `sqnr_db` is `None` if rounding lost nothing."""
 
     site: Site
     tensor: int
@@ -24,13 +24,13 @@ class GridUse:
 
 
 def grid_use(site: Site, tensor: int, real: np.ndarray, actual: np.ndarray) -> GridUse:
-    """Compares a layer's real values with the integers that a runtime made of them.
+    """Compares a layer's real values with the integers that a runtime computed.
 
     Args:
         site: the grid.
         tensor: index of the file's tensor that holds the integers.
-        real: what float arithmetic gives, before rounding; any shape.
-        actual: the integers, of the same shape.
+        real: the values in float arithmetic, before rounding; any shape.
+        actual: the integers, in the same shape.
     """
     levels = 2**site.bits
     lowest = -levels // 2
@@ -49,9 +49,9 @@ def grid_use(site: Site, tensor: int, real: np.ndarray, actual: np.ndarray) -> G
 
 
 def producers(model: ModelT) -> dict[int, int]:
-    """Tensor of subgraph 0 -> position of the operator that computes it.
+    """Index of a tensor of subgraph 0 -> position of the operator that computes it.
 
-    A RESHAPE of a tensor without a name belongs to the operator before it.
+    A RESHAPE of an unnamed tensor counts as part of the operator before it.
     """
     graph = model.subgraphs[0]
     found: dict[int, int] = {}
@@ -70,13 +70,14 @@ def layer_reports(
     producers: dict[int, int],
     runtimes: Sequence[RuntimeReport],
 ) -> tuple[LayerReport, ...]:
-    """One row for each site that was found in the file, in the order in which it runs.
+    """One row for each site that was found in the file, in the order of computation.
 
     Args:
-        inspection: of the file.
-        uses: of the sites, on one runtime.
-        producers: tensor of subgraph 0 -> position in `inspection.operators` of what computes it.
-        runtimes: what each runtime's lockstep found.
+        inspection: the file's inspection.
+        uses: how the sites use their grids, on one runtime.
+        producers: index of a tensor of subgraph 0 -> position in `inspection.operators` of the
+            operator that computes it.
+        runtimes: the lockstep results of each runtime.
     """
     steps = {part.runtime: {site.name: site.max_steps for site in part.sites} for part in runtimes}
     rows = []
@@ -136,6 +137,6 @@ def _weight_bits(operator: OperatorInfo | None) -> int | None:
 
 
 def _bits(dtype: str | None) -> int | None:
-    """The 4 of "int4"."""
+    """The bits of an integer type: 4 for "int4"."""
     digits = "".join(c for c in dtype or "" if c.isdigit())
     return int(digits) if digits else None
