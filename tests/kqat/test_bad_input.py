@@ -146,7 +146,7 @@ def test_what_is_no_model_is_refused(make: Callable[[], Any], message: str) -> N
 
 
 def test_a_policy_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"layer to quantize. Received: 'model', whose layers the"):
+    with pytest.raises(ModelError, match=r"layer to quantize. Received: 'model', which computes nothing, or whose layers the"):
         kqat.quantize_model(one_input(), None, calibration_data=ROWS)
 
 
@@ -177,7 +177,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "stock layer": (
         lambda x: layers.Dense(2)(layers.Masking()(x[:, 0])),
-        "layer 'masking' of type Masking.*It makes a mask of quantities, and",
+        "layer 'masking' of type Masking.*It masks steps by their values",
     ),
     "Softmax axis": (
         layers.Softmax(axis=1, name="softmax"),
