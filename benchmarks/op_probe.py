@@ -10,6 +10,9 @@ works    no value differs from the float graph by more than one output step, in 
 wrong    it runs, and differs by more
 refuses  the runtime says no, crashes or does not answer; each runs in a child first
 
+What runs is also held against `kqat.kernels`, operator by operator: no integer may differ, but for
+`NOT_EXACT`.
+
 `--write` puts the table where the repository keeps it (benchmarks/op_probe.json), with the versions
 of the runtimes; with `--only`, that operator's cells alone are replaced there.
 `tests/benchmarks/test_op_probe.py` runs a sample again, and all of it when slow. A new precision is
@@ -29,6 +32,7 @@ import numpy as np
 from keras import layers, ops
 
 import kqat
+from kqat import devices
 from kqat.base import write_file
 from kqat.devices import INT16
 from kqat.parts import Matmul
@@ -54,7 +58,11 @@ class Precision:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Cell:
-    """One finding: an operator at a precision on a runtime. `words` are the runtime's own."""
+    """One finding: an operator at a precision on a runtime.
+
+    `differing` counts the integers that are not those of `kqat.kernels`, `None` where it does not
+    run; `words` are the runtime's own.
+    """
 
     operator: str
     activations: str
@@ -63,6 +71,7 @@ class Cell:
     runtime: str
     result: str
     max_steps: int | None = None
+    differing: int | None = None
     words: str = ""
 
     @property
@@ -101,9 +110,19 @@ def precisions(operator: str) -> list[Precision]:
     return [row for width, bits in kinds for row in _weighted(width, bits)]
 
 
-# These int16 kernels interpolate in tables of 513 entries, and SOFTMAX also rounds differences of
-# its inputs to 10/65535 (measured: 2 and 10 steps of 1/32768).
-APPROXIMATE = {("TANH", "int16"): 2, ("SOFTMAX", "int16"): 10}
+# Operator and activations -> the steps by which its kernel may be off.
+APPROXIMATE = {(op, f"int{bits}"): steps for (op, bits), steps in devices.APPROXIMATE.items()}
+
+# Where `kqat.kernels` does not follow a kernel to the last integer: operator, activations, weights,
+# and why. Nothing of it ships.
+NOT_EXACT = {
+    ("PRELU", "int8", "int4"): "the kernels read packed slopes as bytes",
+    ("PRELU", "int8", "int2"): "the kernels read packed slopes as bytes",
+    ("DEPTHWISE_CONV_2D", "int16", "int4"): "LiteRT reads packed weights as bytes",
+}
+# The same of one runtime, which no default of ours runs: it multiplies before it takes the zero
+# point off, and floats differ in their last bit.
+NOT_EXACT_ON = {("DEQUANTIZE", "int8", "litert_builtin")}
 
 # Of an operator that only a policy of its own makes.
 FUSED = {
@@ -274,6 +293,23 @@ def probed_operators() -> list[str]:
 
 def probe(operator: str) -> Iterator[Cell]:
     """The cells of one operator: each of its precisions on each runtime."""
+    for probed in files(operator):
+        for runtime in RUNTIMES:
+            yield _cell(operator, probed, runtime)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probed:
+    """A file of one operator at one precision, its model and the data it is tried on."""
+
+    precision: Precision
+    frozen: kqat.FrozenModel
+    blob: bytes
+    data: Any
+
+
+def files(operator: str) -> Iterator[Probed]:
+    """The operator's files, one for each precision."""
     for precision in FUSED.get(operator) or precisions(operator):
         if operator == "PRELU" and precision.scales == "per axis":
             continue  # The kernel has one scale for its slopes, and the policy says so.
@@ -290,8 +326,7 @@ def probe(operator: str) -> Iterator[Cell]:
             tables_computed=frozenset(table.index for table in frozen.tables),
         )
         _check_holds(operator, precision, blob)
-        for runtime in RUNTIMES:
-            yield _cell(operator, precision, runtime, frozen, blob, data)
+        yield Probed(precision, frozen, blob, data)
 
 
 def _output_type(operator: str, tensor: Any) -> str | None:
@@ -316,14 +351,8 @@ def _check_holds(operator: str, precision: Precision, blob: bytes) -> None:
         raise AssertionError(f"{operator} at {precision} became {inspect(blob).counts()}, {types}")
 
 
-def _cell(
-    operator: str,
-    precision: Precision,
-    runtime: str,
-    frozen: kqat.FrozenModel,
-    blob: bytes,
-    data: Any,
-) -> Cell:
+def _cell(operator: str, probed: Probed, runtime: str) -> Cell:
+    precision, frozen, blob, data = probed.precision, probed.frozen, probed.blob, probed.data
     cell = Cell(
         operator=operator,
         activations=precision.activations,
@@ -344,7 +373,8 @@ def _cell(
     steps = max([part.max_steps, *ends])
     most = APPROXIMATE.get((operator, precision.activations), 1)
     result = "works" if steps <= most and part.sites else "wrong"
-    return dataclasses.replace(cell, result=result, max_steps=steps)
+    differing = None if part.exact is None or part.exact.unknown else part.exact.differing
+    return dataclasses.replace(cell, result=result, max_steps=steps, differing=differing)
 
 
 def _own_words(problem: str) -> str:

@@ -24,6 +24,7 @@ from kqat.base import (
     UnsupportedLayerError,
 )
 from kqat.config import QuantizeConfig, QuantizePolicy
+from kqat.device_model import GapCallback, integer_model
 from kqat.devices import TARGETS, Misfit, Target, TargetWarning
 from kqat.freezing import FrozenModel, freeze, strip
 from kqat.grids import (
@@ -38,6 +39,7 @@ from kqat.grids import (
     QuantSpec,
     Ternary,
 )
+from kqat.old_files import load_model
 from kqat.parts import PrecisionBoundary
 from kqat.planning import Plan
 from kqat.registry import LayerRule, Output, register_layer, supported_layers
@@ -63,6 +65,7 @@ __all__ = [
     "FreezeError",
     "FreezeObservers",
     "FrozenModel",
+    "GapCallback",
     "KqatError",
     "LastValue",
     "LayerRule",
@@ -96,6 +99,8 @@ __all__ = [
     "algorithms",
     "calibrate",
     "freeze",
+    "integer_model",
+    "load_model",
     "plan",
     "quantize_annotate_layer",
     "quantize_apply",

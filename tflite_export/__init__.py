@@ -10,8 +10,10 @@ from tflite_export.devices import Fallback, NpuEstimate
 from tflite_export.exporter import convert, save
 from tflite_export.firmware import CSource, to_c
 from tflite_export.flatbuffer import Inspection, OperatorInfo, TensorInfo, inspect
+from tflite_export.integer_model import integer_model
 from tflite_export.runtimes import RUNTIMES
 from tflite_export.verification import (
+    Exactness,
     LayerReport,
     OutputAgreement,
     Report,
@@ -24,6 +26,7 @@ __all__ = [
     "RUNTIMES",
     "TARGETS",
     "CSource",
+    "Exactness",
     "Fallback",
     "Inspection",
     "LayerReport",
@@ -36,6 +39,7 @@ __all__ = [
     "TensorInfo",
     "convert",
     "inspect",
+    "integer_model",
     "save",
     "to_c",
     "verify",

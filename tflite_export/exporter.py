@@ -6,7 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter
 
 from kqat.base import ExportError, TargetError, write_file
 from kqat.devices import TARGETS
@@ -15,13 +17,15 @@ from tflite_export import flatbuffer
 from tflite_export.devices import check_limits, check_target, computed, runtimes_of
 from tflite_export.flatbuffer import ModelT, new_operator, share_constants
 from tflite_export.integer_pass import quantize
-from tflite_export.kernels import quantization
+from tflite_export.kernels import OP_TABLE, quantization
 from tflite_export.lowering import lower
 from tflite_export.weight_storage import METHODS, halve_weights
 from tflite_export.weight_storage import compress as compress_weights
 
 # Offsets in a flatbuffer are signed 32-bit integers.
 LARGEST_BYTES = 2**31
+# XNNPACK takes no larger one (`src/operators/convolution-nhwc.c`).
+LARGEST_MULTIPLIER = 256
 IO_TYPES = {"int8": "INT8", "int16": "INT16", "uint8": "UINT8", "float32": "FLOAT32"}
 # What `convert` is asked for -> the encodings that it tries.
 COMPRESS: dict[str | None, tuple[str, ...]] = {
@@ -50,9 +54,9 @@ def convert(
     Args:
         qat: a model from `kqat.quantize_model`, calibrated or trained; it is left alone.
         inference_input_type: `"int8"`, `"uint8"`, `"int16"` or `"float32"`, for all inputs, or a
-            mapping from input names. `None` is the integer that the plan makes of the input: int8,
-            or int16 where its width is 16 bits. What counts, as tokens do, is `"int32"` in any
-            case.
+            mapping from input names. `None` is what the plan makes of the input: int8, int16 where
+            its width is 16 bits, float32 where the layers that read it stay float. What counts, as
+            tokens do, is `"int32"` in any case.
         inference_output_type: the same for outputs.
         target: a name from `tflite_export.TARGETS`; something on the device must run the int8
             operators (those that the plan leaves float are not checked). A `kqat.TargetWarning`
@@ -69,8 +73,8 @@ def convert(
     Raises:
         ModelError, FreezeError: if `qat` is no QAT model, or has seen no data.
         TargetError: if the target lacks a kernel, before anything is converted.
-        ExportError: if an input or output cannot have the type asked for, or the weights are too
-            large for a flatbuffer.
+        ExportError: if an input or output cannot have the type asked for, the weights are too
+            large for a flatbuffer, or LiteRT does not load the file.
         LoweringError: if the converter fails.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -97,6 +101,8 @@ def convert(
         halves=float_weights == "float16",
     )
     check_limits(blob, target)
+    if not COMPRESS[compress]:  # LiteRT does not know the operator that decodes.
+        _check_loads(blob, frozen.model.name)
     return blob
 
 
@@ -127,6 +133,7 @@ def assemble(
     """
     marked = lower(frozen, batch_size, tables_computed)
     model = quantize(marked, frozen, runtimes)
+    _check_multipliers(model)
     _Interface(model, frozen).apply(list(input_types), list(output_types))
     share_constants(model)
     if methods:
@@ -144,6 +151,44 @@ def _check_size(frozen: FrozenModel) -> None:
             f"flatbuffer has 32-bit offsets. Received: {size_bytes:,} bytes in model "
             f"'{frozen.model.name}'. Use a smaller model, or export it in parts."
         )
+
+
+def _check_multipliers(model: ModelT) -> None:
+    """Raises where one step of a sum of int8 products is `LARGEST_MULTIPLIER` output steps or more.
+
+    No kernel can multiply by that: XNNPACK refuses the file, and others saturate.
+    """
+    graph = model.subgraphs[0]
+    for operator in graph.operators:
+        rule = OP_TABLE.get(flatbuffer.op_name(model, operator))
+        if rule is None or rule.weights is None or rule.bias is None:
+            continue
+        (source, *_), output = rule.activations or (0,), graph.tensors[int(operator.outputs[0])]
+        if output.type != schema.TensorType.INT8:
+            continue
+        read = (graph.tensors[int(operator.inputs[i])] for i in (source, rule.weights))
+        step = math.prod(float(np.max(tensor.quantization.scale)) for tensor in read)
+        scale = float(output.quantization.scale[0])
+        if step / scale >= LARGEST_MULTIPLIER:
+            raise ExportError(
+                f"Expected less than {LARGEST_MULTIPLIER} steps of the output in one step of "
+                f"'{flatbuffer.tensor_name(output)}', input scale times weight scale. Received: "
+                f"{step:.3g} beside an output scale of {scale:.3g}. Its outputs hardly differ, as "
+                "behind a ReLU that never fires: train the layer again, take it out, or leave it "
+                "float by the policy."
+            )
+
+
+def _check_loads(blob: bytes, name: str) -> None:
+    """Raises where LiteRT does not take the file: an error of ours, which no user should meet."""
+    try:
+        Interpreter(model_content=blob, num_threads=1).allocate_tensors()
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(
+            f"Expected LiteRT to load the file of '{name}'. Received from it: "
+            f"'{' '.join(str(error).split())[:300]}'. This is a fault of kqat: please report it "
+            "with the model. Until it is mended, leave the layer at fault float by the policy."
+        ) from error
 
 
 def _check_compress(compress: str | None, target: str | None) -> None:
@@ -259,7 +304,8 @@ class _Interface:
     def _typed(self, index: int, io_type: str | None, name: str, kind: str) -> int:
         tensor = self.graph.tensors[index]
         if io_type is None:
-            fits = tensor.type in (schema.TensorType.INT8, schema.TensorType.INT16)
+            kinds = schema.TensorType
+            fits = tensor.type in (kinds.INT8, kinds.INT16, kinds.FLOAT32)
         else:
             wanted = getattr(schema.TensorType, IO_TYPES.get(io_type, "INT32"))
             fits = tensor.type == wanted or io_type == "int32"

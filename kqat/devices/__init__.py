@@ -5,10 +5,12 @@ that can replace slow ones.
 from kqat.devices import edge_tpu_shapes
 from kqat.devices.edge_tpu_shapes import shape_limit, too_many_axes, version_limit
 from kqat.devices.kernels import (
+    APPROXIMATE,
     INT8_FIXED,
     INT16,
     INT16_FIXED,
     LITERT,
+    MOST_AXES,
     NEVER_PACKED,
     PACKED,
     PACKED_BITS,
@@ -16,6 +18,7 @@ from kqat.devices.kernels import (
     RUNTIMES,
     TABLE_OPS,
     FixedScale,
+    most_axes,
     runtimes_with,
 )
 from kqat.devices.replacements import NEAREST
@@ -30,10 +33,12 @@ from kqat.devices.targets import (
 )
 
 __all__ = [
+    "APPROXIMATE",
     "INT8_FIXED",
     "INT16",
     "INT16_FIXED",
     "LITERT",
+    "MOST_AXES",
     "NEAREST",
     "NEVER_PACKED",
     "PACKED",
@@ -49,6 +54,7 @@ __all__ = [
     "TargetWarning",
     "edge_tpu_shapes",
     "misfit",
+    "most_axes",
     "runtimes_with",
     "shape_limit",
     "target_named",

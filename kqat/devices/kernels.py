@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 
 LITERT = frozenset({"litert_reference", "litert_builtin", "litert"})
 
@@ -113,6 +114,29 @@ INT16: dict[str, Int16Kernel] = {
     "QUANTIZE": Int16Kernel(2),
     "DEQUANTIZE": Int16Kernel(3),
 }
+
+
+# Operator -> the most axes that its int8 kernel takes, on LiteRT and on TFLite Micro. All others
+# take at least six, the most that `benchmarks/rank_probe.py` tried. For PRELU and L2_NORMALIZATION
+# the converter makes no operators with more than four axes.
+MOST_AXES: dict[str, tuple[int, int]] = {
+    "PRELU": (4, 4),
+    "STRIDED_SLICE": (5, 4),
+    "TRANSPOSE": (6, 5),
+    "PAD": (5, 5),
+    "L2_NORMALIZATION": (6, 4),
+}
+
+
+def most_axes(op: str, runtime: str) -> float:
+    """The most axes, with the batch axis, that the operator's int8 kernel takes."""
+    return MOST_AXES.get(op, (math.inf, math.inf))[runtime not in LITERT]
+
+
+# (Operator, bits) -> the steps by which its kernel may be off, if more than one. These kernels
+# interpolate in tables of 513 entries, and SOFTMAX also rounds differences of its inputs to
+# 10/65535 (measured: 2 and 10 steps of 1/32768, `benchmarks/op_probe.py`).
+APPROXIMATE: dict[tuple[str, int], int] = {("TANH", 16): 2, ("SOFTMAX", 16): 10}
 
 
 # These operators compute on booleans and indexes, so they run whatever the activations' width.

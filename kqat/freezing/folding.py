@@ -14,7 +14,7 @@ from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState
 from kqat.training import QuantizeWrapper
 
 
-def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
+def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[FrozenWeight], Part]:
     """The frozen weights of a wrapped layer, and the float layer that computes with them.
 
     A folded BatchNormalization multiplies channel scales, which leaves the trained integers as
@@ -23,8 +23,9 @@ def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
     Raises:
         FreezeError: if a folded weight or bias overflows float32.
     """
-    layer, norm = wrapper.layer, wrapper.normalization
-    frozen = [_frozen(wrapper, name) for name in wrapper.weight_specs]
+    layer, norms = wrapper.layer, wrapper.normalizations
+    norm = norms[branch] if norms else None
+    frozen = [_frozen(wrapper, name, branch) for name in wrapper.weight_specs]
     by_variable = {
         id(getattr(layer, name)): weight.values
         for name, weight in zip(wrapper.weight_specs, frozen, strict=True)
@@ -33,23 +34,32 @@ def freeze_layer(wrapper: QuantizeWrapper) -> tuple[list[FrozenWeight], Part]:
     changes: dict[str, Any] = {"dtype": "float32"}
     if wrapper.facts.hides:
         changes["kind"] = ConstantKind.ADD
+    # Training rounds in float32: where float64 would fall on the other side, training is right.
+    rounded = wrapper.bias_on_grid(branch)
     if norm is not None:
         factor, offset = _normalization(norm)
         bias = np.asarray(layer.bias, np.float64) if layer.use_bias else 0.0
         bias = offset + bias * factor
         _check_fits(bias, layer.name)
-        values = [values[0], bias.astype(np.float32)]
+        values = [values[0], bias.astype(np.float32) if rounded is None else rounded]
         changes["use_bias"] = True
+    elif rounded is not None:
+        values = [
+            rounded if v is layer.bias else value
+            for v, value in zip(layer.weights, values, strict=True)
+        ]
+    if branch:
+        changes["name"] = f"{layer.name}_branch_{branch}"
     return frozen, Part(clone(layer, **changes), values)
 
 
-def _frozen(wrapper: QuantizeWrapper, name: str) -> FrozenWeight:
+def _frozen(wrapper: QuantizeWrapper, name: str, branch: int) -> FrozenWeight:
     spec = wrapper.weight_specs[name]
-    scale = np.asarray(wrapper.scale(name), np.float32)
-    integers = np.rint(np.asarray(wrapper.on_grid(name), np.float32) / scale)
-    if wrapper.normalization is not None:
-        factor = _normalization(wrapper.normalization)[0]
-        factor = factor.reshape(np.shape(wrapper.fold_factor(name)))
+    scale = np.asarray(wrapper.scale(name, branch), np.float32)
+    integers = np.rint(np.asarray(wrapper.on_grid(name, branch), np.float32) / scale)
+    if wrapper.normalizations:
+        factor = _normalization(wrapper.normalizations[branch])[0]
+        factor = factor.reshape(np.shape(wrapper.fold_factor(name, branch)))
         if wrapper.folds_before(name):
             integers = np.where(factor == 0.0, 0.0, integers)
         else:
@@ -91,7 +101,10 @@ def _normalization(norm: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def channelwise(
-    layer: Any, channels: int, free_name: Callable[[str], str] = lambda name: name
+    layer: Any,
+    channels: int,
+    free_name: Callable[[str], str] = lambda name: name,
+    rounded: np.ndarray | None = None,
 ) -> tuple[list[FrozenWeight], Callable[..., Any]]:
     """`x * scale + offset` per channel as one integer operator with exact weights.
 
@@ -103,6 +116,7 @@ def channelwise(
         layer: an affine layer.
         channels: size of the last axis of its input.
         free_name: a name -> one that no other layer of the frozen model bears.
+        rounded: the offset as training rounds it, of shape `(channels,)` or `(1,)`, if it does.
 
     Raises:
         FreezeError: if a factor or offset overflows float32.
@@ -114,7 +128,7 @@ def channelwise(
         return [weight], layers.Rescaling(float(weight.values), name=layer.name, dtype="float32")
     kernel = np.broadcast_to(factor, (channels,)).reshape(1, 1, channels, 1)
     weight = _single_steps(layer.name, kernel, True)
-    bias = np.broadcast_to(offset, (channels,)).astype(np.float32)
+    bias = np.broadcast_to(offset if rounded is None else rounded, (channels,)).astype(np.float32)
     part = Part(layers.DepthwiseConv2D(1, name=layer.name, dtype="float32"), [weight.values, bias])
     return [weight], _AsImage(part, free_name)
 

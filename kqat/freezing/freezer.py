@@ -108,12 +108,14 @@ class _GraphFreezer:
         if not isinstance(layer, QuantizeWrapper):
             facts = stock_facts(layer) if self._grids_read(node) else None
             return self._plain(node, layer, facts, args, kwargs)
-        kwargs = {key: value for key, value in kwargs.items() if key != "training"}
+        branch = kwargs.get("branch", 0)
+        kwargs = layer.layer_options(kwargs)
         if not layer.computes_with_grids:
             facts = layer.facts if self._grids_read(node) else None
             return self._plain(node, layer.layer, facts, args, kwargs)
         channels = node.outputs[0].shape[-1] or 0
-        frozen = self.parts.once(layer, functools.partial(self._freeze_wrapper, channels))
+        make = functools.partial(self._freeze_wrapper, channels, branch)
+        frozen = self.parts.once(layer, make, branch)
         return [Value(tensor) for tensor in keras.tree.flatten(frozen(*args, **kwargs))]
 
     def _grids_read(self, node: Node) -> list[Site]:
@@ -155,13 +157,14 @@ class _GraphFreezer:
         self.parts.carried[id(getattr(copy, "layer", copy))] = facts
         return copy
 
-    def _freeze_wrapper(self, channels: int, wrapper: QuantizeWrapper) -> Any:
+    def _freeze_wrapper(self, channels: int, branch: int, wrapper: QuantizeWrapper) -> Any:
         """The float layer, or layers, that compute with the wrapper's integers."""
         if not wrapper.weight_specs:
-            weights, affine = channelwise(wrapper.layer, channels, self.parts.free_name)
+            rounded = wrapper.bias_on_grid()
+            weights, affine = channelwise(wrapper.layer, channels, self.parts.free_name, rounded)
             self.parts.weights.extend(weights)
             return affine
-        weights, part = freeze_layer(wrapper)
+        weights, part = freeze_layer(wrapper, branch)
         self.parts.weights.extend(weights)
         self.parts.carried[id(part.layer)] = wrapper.facts
         return part

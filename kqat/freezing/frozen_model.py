@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import keras
 
 from kqat.devices import Replacement
 from kqat.freezing.frozen_weight import FrozenWeight
-from kqat.graph import Graph, Node, rebuild, trace
+from kqat.graph import Graph, Node, trace, unique_name
 from kqat.grids import Site
 from kqat.parts import (
     FrozenLSTM,
@@ -76,6 +75,6 @@ class FrozenModel:
         """What is known of a node of `graph`; of one that computes on floats, nothing."""
         return self.node_facts.get(node.name, NodeFacts())
 
-    def rebuilt(self, call: Callable[..., Any]) -> keras.Model:
-        """The model made anew, with `call` for every node, as `Graph.run` calls it."""
-        return rebuild(self.graph, call, self.model.name)
+    def unused_name(self, name: str) -> str:
+        """`name`, or where a layer of `model` bears it, with a number behind."""
+        return unique_name(name, {layer.name for layer in self.model.layers})

@@ -33,7 +33,7 @@ class FrozenParts:
         self.tables: list[Tabulated] = []
         self.lstms: list[FrozenLSTM] = []
         self.carried: dict[int, LayerFacts] = {}  # by the identity of the frozen layer
-        self._copies: dict[int, Any] = {}
+        self._copies: dict[tuple[int, int], Any] = {}
         self._fences = 0
         own = {*graph.input_names, *_names(graph)}
         self._layer_names = set(own)
@@ -44,11 +44,12 @@ class FrozenParts:
         """`name` for a layer that freezing adds, with a number where a layer bears it already."""
         return unique_name(name, self._layer_names)
 
-    def once(self, layer: Any, make: Callable[[Any], Any]) -> Any:
-        """What `make` made of a layer of the QAT model: calls of one layer stay those of one."""
-        if id(layer) not in self._copies:
-            self._copies[id(layer)] = make(layer)
-        return self._copies[id(layer)]
+    def once(self, layer: Any, make: Callable[[Any], Any], branch: int = 0) -> Any:
+        """What `make` made of a layer of the QAT model: calls of one branch stay those of one."""
+        key = id(layer), branch
+        if key not in self._copies:
+            self._copies[key] = make(layer)
+        return self._copies[key]
 
     def mark(self, name: str, tensor: Any, grid: Site) -> Value:
         """The value of a new site, on the grid of another, with a marker behind it."""
@@ -83,9 +84,18 @@ class FrozenParts:
 
 
 def labels(graph: Graph) -> dict[Node, str]:
-    """What reports and the file call the value of each node: the user's name of its layer."""
-    taken: set[str] = set()
-    return {node: unique_name(_label(node.layer), taken, "_call{}") for node in graph.nodes}
+    """What reports and the file call the value of each node: the user's name of its layer.
+
+    A further call of a layer is numbered, never as another layer is called.
+    """
+    taken = {_label(node.layer) for node in graph.nodes}
+    found: dict[Node, str] = {}
+    seen: set[str] = set()
+    for node in graph.nodes:
+        label = _label(node.layer)
+        found[node] = unique_name(label, taken, "_call{}") if label in seen else label
+        seen.add(label)
+    return found
 
 
 def _label(layer: Any) -> str:

@@ -51,7 +51,7 @@ class _Stripper:
         self.output_names = graph.output_names
         self.taken = {*graph.input_names, *graph.output_names}
         self.names: dict[Ref, str] = {}
-        self.copies: dict[int, list[Any]] = {}
+        self.copies: dict[tuple[int, int], list[Any]] = {}
         producers = graph.producers()
         for ref, name in zip(graph.outputs, graph.output_names, strict=True):
             while ref in producers and _is_plumbing(producers[ref], self.output_names):
@@ -66,9 +66,12 @@ class _Stripper:
         if isinstance(layer, ActivationQuantizer):
             name = self._name(layer.label, output)
             return keras.layers.Activation(layer.clamp, name=name)(args[0])
-        if id(layer) not in self.copies:
-            self.copies[id(layer)] = self._float_parts(layer, output)
-        first, *rest = self.copies[id(layer)]
+        branch = 0
+        if isinstance(layer, QuantizeWrapper):
+            branch, kwargs = kwargs.get("branch", 0), layer.layer_options(kwargs)
+        if (id(layer), branch) not in self.copies:
+            self.copies[id(layer), branch] = self._float_parts(layer, output, branch)
+        first, *rest = self.copies[id(layer), branch]
         value = first(*args, **kwargs)
         for part in rest:
             value = part(value)
@@ -77,7 +80,7 @@ class _Stripper:
     def _name(self, name: str, output: Ref) -> str:
         return self.names.get(output) or unique_name(name, self.taken)
 
-    def _float_parts(self, layer: Any, output: Ref) -> list[Any]:
+    def _float_parts(self, layer: Any, output: Ref, branch: int) -> list[Any]:
         if isinstance(layer, QuantizedRecurrence):
             config = {**layer.get_config(), "step": strip(layer.step)}
             config["name"] = self._name(config.pop("label"), output)
@@ -86,7 +89,10 @@ class _Stripper:
             return [duplicate(layer, self._name(layer.name, output))]
         if layer.normalization is None:
             return [duplicate(layer.layer, self._name(layer.layer.name, output))]
-        return [
-            duplicate(layer.layer, unique_name(layer.layer.name, self.taken)),
-            duplicate(layer.normalization, self._name(layer.normalization.name, output)),
-        ]
+        norm = layer.normalizations[branch]
+        if branch and (id(layer), 0) in self.copies:
+            first, *between = self.copies[id(layer), 0][:-1]  # Branches share these.
+        else:
+            first = duplicate(layer.layer, unique_name(layer.layer.name, self.taken))
+            between = [duplicate(p, unique_name(p.name, self.taken)) for p in layer.between]
+        return [first, *between, duplicate(norm, self._name(norm.name, output))]

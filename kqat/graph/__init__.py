@@ -3,7 +3,7 @@
 """
 
 from kqat.graph.copies import Part, activation_name, clone, duplicate, finalize
-from kqat.graph.keras_internals import attach_masks, hands_on_mask
+from kqat.graph.keras_internals import attach_masks, hands_on_mask, layer_behind
 from kqat.graph.tracer import (
     Graph,
     Node,
@@ -32,6 +32,7 @@ __all__ = [
     "hands_on_mask",
     "holds_indexes",
     "is_tensor",
+    "layer_behind",
     "non_finite_variable",
     "rebuild",
     "refs_in",

@@ -309,6 +309,22 @@ def maker_name(tensor: Any) -> str:
     return str(tensor._keras_history.operation.name)
 
 
+def layer_behind(tensor: Any, name: str) -> Any:
+    """The nearest layer called `name` among those that make a symbolic tensor, or `None`."""
+    waiting, seen = [tensor], set()
+    while waiting:
+        history = getattr(waiting.pop(0), "_keras_history", None)
+        if history is None or (id(history.operation), history.node_index) in seen:
+            continue
+        if history.operation.name == name:
+            return history.operation
+        seen.add((id(history.operation), history.node_index))
+        nodes = history.operation._inbound_nodes
+        if history.node_index < len(nodes):
+            waiting += nodes[history.node_index].input_tensors
+    return None
+
+
 def inner_function(layer: Any) -> Any:
     """The Functional inside a Sequential, or a Functional itself; `None` for anything else."""
     function = getattr(layer, "_functional", None) or layer

@@ -4,6 +4,7 @@ activations and step methods for weights.
 
 from kqat.grids import arithmetic
 from kqat.grids.arithmetic import HIDDEN, LOWEST
+from kqat.grids.bias import bias_steps, least_bias_step, on_bias_grid
 from kqat.grids.clamp import Clamp
 from kqat.grids.methods import (
     RANGE_METHODS,
@@ -50,6 +51,9 @@ __all__ = [
     "StepMethod",
     "Ternary",
     "arithmetic",
+    "bias_steps",
+    "least_bias_step",
+    "on_bias_grid",
     "range_method_from_dict",
     "range_method_to_dict",
     "step_method_from_dict",

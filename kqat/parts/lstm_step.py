@@ -17,9 +17,8 @@ from keras import layers, ops
 from kqat.base import TextEnum
 from kqat.devices import INT16_FIXED
 from kqat.grids import INT16_ACTIVATION, QuantSpec, Site, arithmetic
+from kqat.kernels import GATES
 
-# In the order of the operator's inputs, which is that of Keras's columns.
-GATES = ("input", "forget", "candidate", "output")
 CARRY = QuantSpec(bits=16, symmetric=True, power_of_two=True)
 _SUMS = (-8.0, 8.0 - 2.0**-12)
 # Of sigmoid and tanh.

@@ -6,7 +6,9 @@ it has no scale.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 
@@ -19,7 +21,8 @@ class Fusions:
     """Which layers are computed inside another's kernel.
 
     Args:
-        folded: BatchNormalization -> the layer with weights that it folds into.
+        folded: BatchNormalization -> the layer with weights that it folds into; a layer that hands
+            its input on, between the two, too.
         activations: clamp -> the layer whose kernel carries it out as its fused activation.
         clamps: value -> the clamp that makes it, which a quantizer carries out where all values
             of its group have the same clamp.
@@ -33,39 +36,79 @@ class Fusions:
 
     def normalization_of(self, node: Node) -> Node | None:
         """The BatchNormalization that folds into a layer."""
-        return next((norm for norm, into in self.folded.items() if into is node), None)
+        folded = (norm for norm, into in self.folded.items() if into is node)
+        return next((norm for norm in folded if _is_normalization(norm)), None)
 
 
 def find_fusions(planned: PlannedGraph) -> Fusions:
     """What folds and what fuses, from the graph's edges and the rows of the registry."""
     integer = [node for node in planned.graph.nodes if planned.rules[node] is not None]
-    folded = {node: into for node in integer if (into := _folds_into(planned, node))}
-    activations = {node: into for node in integer if (into := _fuses_into(planned, node))}
+    folded = _find_folded(planned, [node for node in integer if _is_normalization(node)])
+    activations: dict[Node, Node] = {}
+    inside = {node.inputs[0] for node in folded}
+    for node in integer:
+        chain = _chain_of_clamp(planned, node)
+        if chain:
+            activations[node] = chain[0]
+            inside |= {member.outputs[0] for member in chain}
     clamps = {node.outputs[0]: node for node in integer if _quantizer_may_clamp(planned, node)}
-    inside = frozenset(node.inputs[0] for node in (*folded, *activations))
-    return Fusions(folded, activations, clamps, inside)
+    return Fusions(folded, activations, clamps, frozenset(inside))
 
 
-def _folds_into(planned: PlannedGraph, node: Node) -> Node | None:
-    """The layer whose weights take in the BatchNormalization `node`, if one does."""
-    if not isinstance(node.layer, keras.layers.BatchNormalization):
-        return None
-    producer = planned.only_reader_of(node)
-    rule = planned.rules[producer] if producer else None
-    if producer is None or rule is None or not rule.takes_normalization:
-        return None
-    calls = {planned.calls[id(node.layer)], planned.calls[id(producer.layer)]}
-    return producer if calls == {1} else None
+def _is_normalization(node: Node) -> bool:
+    return isinstance(node.layer, keras.layers.BatchNormalization)
 
 
-def _fuses_into(planned: PlannedGraph, node: Node) -> Node | None:
-    """The layer whose kernel ends with the clamp `node`, if its operator can."""
+def _find_folded(planned: PlannedGraph, normalizations: list[Node]) -> dict[Node, Node]:
+    """BatchNormalizations, and what stands before them and hands on, -> what they fold into.
+
+    A layer that is called more than once has its weights quantized once, so either all of its
+    calls fold or none does, and so it is with the calls of a BatchNormalization.
+    """
+    chains: dict[Node, list[Node]] = {}
+    for node in normalizations:
+        chain = planned.chain_before(node)
+        rule = planned.rules[chain[0]] if chain else None
+        if rule is not None and rule.takes_normalization:
+            chains[node] = chain
+    by_layer: dict[int, list[Node]] = {}
+    for node, chain in chains.items():
+        by_layer.setdefault(id(chain[0].layer), []).append(node)
+    folded: dict[Node, Node] = {}
+    for nodes in by_layer.values():
+        if _fold_at_every_call(planned, nodes, chains):
+            for node in nodes:
+                folded |= dict.fromkeys((*chains[node][1:], node), chains[node][0])
+    return folded
+
+
+def _fold_at_every_call(
+    planned: PlannedGraph, nodes: list[Node], chains: Mapping[Node, list[Node]]
+) -> bool:
+    """Whether the BatchNormalizations behind one layer are behind all its calls, and no other."""
+    layer = chains[nodes[0]][0].layer
+    if len(nodes) != planned.calls[id(layer)]:
+        return False
+    between = [[_what_it_does(member) for member in chains[node][1:]] for node in nodes]
+    calls = Counter(id(node.layer) for node in nodes)
+    alike = all(parts == between[0] for parts in between)
+    return alike and all(planned.calls[norm] == count for norm, count in calls.items())
+
+
+def _what_it_does(node: Node) -> tuple[type, dict[str, Any]]:
+    """Equal for layers that do the same: one without weights is made anew for each of its calls."""
+    config = node.layer.get_config()
+    return type(node.layer), {key: value for key, value in config.items() if key != "name"}
+
+
+def _chain_of_clamp(planned: PlannedGraph, node: Node) -> list[Node]:
+    """The layer whose kernel ends with the clamp `node`, and those between; empty without one."""
     rule = planned.rules[node]
     if rule is None or rule.clamp is None:
-        return None
-    producer = planned.only_reader_of(node)
-    rule = planned.rules[producer] if producer else None
-    return producer if rule and rule.takes_clamp else None
+        return []
+    chain = planned.chain_before(node)
+    rule = planned.rules[chain[0]] if chain else None
+    return chain if rule and rule.takes_clamp else []
 
 
 def _quantizer_may_clamp(planned: PlannedGraph, node: Node) -> bool:

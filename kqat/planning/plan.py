@@ -195,7 +195,9 @@ class Plan:
             for group in shared
         ]
         if any(spec.bits <= 4 for layer in self.layers for spec in layer.weights.values()):
-            notes.append("int4: two a byte where the target has such kernels, else one, as int8")
+            notes.append(
+                "int4: packed two a byte where the target has the kernel, else stored as int8"
+            )
         notes += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
         if self.target is not None and not self.misfits:
             notes.append(f"target {self.target}: every layer fits")
@@ -292,9 +294,9 @@ def _all_weights(layer: LayerPlan) -> str:
 
 
 def _weights(spec: QuantSpec, step: StepMethod) -> str:
-    """The integers of a weight: `int8/ch` with one scale per channel, `3 bits in int4/ch lsq`."""
+    """The integers of a weight: `int8/ch` with one scale per channel, `3-bit in int4/ch lsq`."""
     storage = 4 if spec.bits <= 4 else 8
-    text = f"int{storage}" if spec.bits == storage else f"{spec.bits} bits in int{storage}"
+    text = f"int{storage}" if spec.bits == storage else f"{spec.bits}-bit in int{storage}"
     if spec.axis is not None:
         text += "/ch"
     return text if step == MaxAbs() else f"{text} {step_method_to_dict(step)['name']}"

@@ -91,6 +91,20 @@ class PlannedGraph:
         alone = len(self.consumers[ref]) == 1 and ref not in self.outputs
         return self.producers.get(ref) if alone else None
 
+    def chain_before(self, node: Node) -> list[Node]:
+        """What makes the node's input, and behind it the layers that hand it on as it is.
+
+        Of values that nothing else reads; the list is empty where something else does. It ends
+        with the node's own producer.
+        """
+        producer = self.only_reader_of(node)
+        if producer is None:
+            return []
+        if self.output_kind(producer) is not Output.VANISHES:
+            return [producer]
+        before = self.chain_before(producer)
+        return [*before, producer] if before else []
+
     def reader_config(self, ref: Ref) -> QuantizeConfig | None:
         """The config of the first integer layer that reads a value and stays in the file."""
         for reader in filter(self.is_integer, self.consumers[ref]):

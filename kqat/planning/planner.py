@@ -17,6 +17,7 @@ from kqat.graph import Graph, Node, trace
 from kqat.grids import MaxAbs, QuantSpec
 from kqat.parts import Recurrence, Requantize
 from kqat.planning.expansion import expand
+from kqat.planning.followers import follow_neighbours
 from kqat.planning.fusions import Fusions, find_fusions
 from kqat.planning.groups import Quantizers, check_given_ranges, place_quantizers
 from kqat.planning.layer_configs import assign_configs, fused_nodes, stays_whole, weight_grids
@@ -35,6 +36,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
         PolicyError: if the policy asks for what cannot ship.
     """
     configs, input_configs, unused = assign_configs(graph, policy)
+    configs = follow_neighbours(graph, configs)
     whole = {n.name for n in graph.nodes if stays_whole(n.layer, configs[n.name])}
     fused = fused_nodes(graph, configs)
     simple, origins = expand(graph, lambda node: node.name in whole, model_name, fused)
@@ -148,10 +150,10 @@ def _role(
     rule = planned.rules[node]
     if rule is None:
         return Role.FLOAT, "the policy leaves it float"
-    if rule.output is Output.VANISHES:
-        return Role.TRAINING_ONLY, "no operator in the file"
     if node in fusions.folded:
         return Role.FOLDED, f"into {fusions.folded[node].name}"
+    if rule.output is Output.VANISHES:
+        return Role.TRAINING_ONLY, "no operator in the file"
     if node in fusions.activations:
         return Role.CLAMP, f"fused into {fusions.activations[node].name}"
     if node.outputs[0] in quantizers.clamped:

@@ -18,6 +18,7 @@ from kqat.devices import (
     Target,
     edge_tpu_shapes,
     misfit,
+    most_axes,
 )
 from kqat.graph import Graph, Node, activation_name, duplicate, rebuild
 from kqat.parts import Requantize
@@ -47,6 +48,7 @@ def misfits(graph: Graph, plan: Plan, target: Target) -> tuple[Misfit, ...]:
         if ops:
             slow.append(misfit(origin, ops, function, replacements(function, bits), target, bits))
     more = [m for part in parts for m in _unpacked(part, target)]
+    more += _with_too_many_axes(plan, target)
     if target.name == "edge_tpu":
         more += _limited(plan)
     return (*slow, *dict.fromkeys(more))
@@ -108,6 +110,29 @@ def _replaced(node: Node, activation: str | None) -> Any:
     if isinstance(layer, keras.layers.Layer) and not isinstance(layer, alone):
         return duplicate(layer, node.name, activation=activation)
     return layers.Activation(activation, name=node.name)
+
+
+def _with_too_many_axes(plan: Plan, target: Target) -> Iterator[Misfit]:
+    """What to say about values of more axes than a kernel takes."""
+    nodes = {node.name: node for node in plan.graph.nodes}
+    for part in plan.layers:
+        if part.role is Role.FLOAT or part.name not in nodes:
+            continue
+        node = nodes[part.name]
+        axes = max(len(ref.shape) for ref in (*node.inputs, *node.outputs))
+        beyond = tuple(op for op in part.ops if axes > most_axes(op, target.runtime))
+        if beyond:
+            most = min(most_axes(op, target.runtime) for op in beyond)
+            yield Misfit(
+                layer=part.origin,
+                operators=beyond,
+                blocking=True,
+                reason=f"does not run there on values of {axes} axes, the batch among them",
+                replacement=None,
+                remedy=f"reshape to {most} axes at most before it, or leave it float",
+            )
+    for step in plan.steps.values():
+        yield from _with_too_many_axes(step, target)
 
 
 def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:

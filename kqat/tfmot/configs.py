@@ -20,6 +20,7 @@ from kqat.grids import (
     arithmetic,
 )
 from kqat.registry import ACTIVATIONS, LayerRule, Output, rule_for
+from kqat.tfmot.keras2_view import Keras2View, original
 
 PACKAGE = "tensorflow_model_optimization"
 # The decay that tfmot's MovingAverageQuantizer always uses.
@@ -33,6 +34,8 @@ RANGES: dict[str, Callable[[Any], RangeMethod]] = {
     "FixedQuantizer": lambda quantizer: Fixed(quantizer.init_min, quantizer.init_max),
 }
 NONE = "NoQuantizer"
+# The module of tfmot's quantizers that keep weights pruned or clustered.
+_PRESERVING = "collab_opts"
 # Activations that fuse into the layer's kernel, so that the layer has one output grid only.
 ONE_GRID = tuple(
     name for name, row in ACTIVATIONS.items() if row.clamp or row.output is Output.VANISHES
@@ -127,16 +130,40 @@ def _quantizes_nothing(layer: Any, inside: bool) -> QuantizeConfig | None:
 
 
 def _ask(config: Any, method: str, layer: Any, where: str) -> list[Any]:
-    """What the method `get_…` of the user's class returns for `layer`."""
+    """What the method `get_…` of the user's class returns for `layer`; `None` means nothing.
+
+    If the call raises, the method is called again with a view of the layer as Keras 2 has it, for
+    which tfmot's own classes are written.
+    """
+    asker = f"{type(config).__name__}.{method}"
     try:
-        return list(getattr(config, method)(layer))
-    except AttributeError as error:
+        returned = getattr(config, method)(layer)
+    except Exception as error:
+        try:
+            returned = getattr(config, method)(Keras2View(layer))
+        except Exception as second:
+            # A class written for Keras 2 gives the better reason in its second error.
+            error = error if isinstance(second, AttributeError) else second
+            raise PolicyError(
+                f"Expected {asker} to use what {where} has in Keras 3: "
+                f"{', '.join(_attributes(layer)) or 'neither weights nor an activation'}. "
+                f"Received: {type(error).__name__}: {error}. Use these names in the class, or give "
+                "the config only to the layers that it was written for, as in "
+                "policy={keras.layers.Dense: config}."
+            ) from error
+    returned = [] if returned is None else returned
+    pairs = method != "get_output_quantizers"
+    if not isinstance(returned, list | tuple) or (pairs and not all(map(_is_pair, returned))):
+        kind = "pairs" if pairs else "quantizers"
         raise PolicyError(
-            f"Expected {type(config).__name__}.{method} to use what {where} has in Keras 3: "
-            f"{', '.join(_attributes(layer)) or 'neither weights nor an activation'}. "
-            f"Received: {error}. Use these names in the class, or give the config only to the "
-            "layers that it was written for, as in policy={keras.layers.Dense: config}."
-        ) from error
+            f"Expected {asker} to return a list of {kind} for {where}. Received: {returned!r}. "
+            "Return a list, which may be empty."
+        )
+    return list(returned)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
 
 
 def _weights_of(layer: Any) -> list[Any]:
@@ -151,6 +178,13 @@ def _attributes(layer: Any) -> list[str]:
 def _kind(quantizer: Any, what: str) -> str:
     """The name of tfmot's class whose `__call__` rounds for `quantizer`."""
     for cls in type(quantizer).__mro__:
+        if _PRESERVING in cls.__module__:
+            raise PolicyError(
+                f"Expected a quantizer that only rounds for {what}. Received: {cls.__name__}, "
+                "which also keeps the zeros or clusters of its weights in training. kqat has no "
+                "such quantizer. Use LastValueQuantizer, and keep zeros or clusters by a "
+                "kernel_constraint of the layer or by a callback after each batch."
+            )
         if cls.__module__.split(".")[0] == PACKAGE:
             if cls.__name__ in RANGES or cls.__name__ == NONE:
                 return cls.__name__
@@ -167,7 +201,7 @@ def _weights(config: Any, layer: Any, where: str) -> dict[str, QuantSpec]:
     specs: dict[str, QuantSpec] = {}
     for weight, quantizer in _ask(config, "get_weights_and_quantizers", layer, where):
         name = getattr(weight, "name", "")
-        if getattr(layer, name, None) is not weight:
+        if not any(getattr(owner, name, None) is weight for owner in _owners(layer)):
             raise PolicyError(
                 f"Expected get_weights_and_quantizers to return weights of {where}: "
                 f"{[w.name for w in _weights_of(layer)]}. Received: {weight!r}."
@@ -176,6 +210,18 @@ def _weights(config: Any, layer: Any, where: str) -> dict[str, QuantSpec]:
         if _kind(quantizer, what) != NONE:
             specs[name] = _weight_spec(quantizer, what)
     return specs
+
+
+def _owners(layer: Any) -> tuple[Any, ...]:
+    """The layer, and the cell that a recurrent layer repeats."""
+    return (layer, layer.cell) if hasattr(layer, "cell") else (layer,)
+
+
+def _activations_of(layer: Any) -> list[Any]:
+    """The functions that the layer applies, those of its gates among them."""
+    names = ("activation", "recurrent_activation") if hasattr(layer, "cell") else ("activation",)
+    found = [getattr(owner, name, None) for owner in _owners(layer) for name in names]
+    return [function for function in found if function is not None]
 
 
 def _weight_spec(quantizer: Any, what: str) -> QuantSpec:
@@ -228,7 +274,7 @@ def _output(config: Any, layer: Any, where: str) -> Grid | None:
     """The grid that the config asks for the layer's output, or `None`."""
     quantizers = []
     for activation, quantizer in _ask(config, "get_activations_and_quantizers", layer, where):
-        if getattr(layer, "activation", None) is not activation:
+        if not any(original(activation) is known for known in _activations_of(layer)):
             raise PolicyError(
                 f"Expected get_activations_and_quantizers to return layer.activation of {where}; "
                 f"no other activation can be quantized. Received: {activation!r}."
@@ -258,14 +304,19 @@ def _grid(quantizer: Any, what: str) -> Grid:
             f"Expected one scale for {what}: integer kernels take one per activation. "
             f"Received: {kind}(per_axis=True). Use per_axis=False."
         )
-    if quantizer.num_bits != 8 or quantizer.narrow_range:
+    if quantizer.num_bits not in (8, 16) or quantizer.narrow_range:
         raise PolicyError(
-            f"Expected all 256 integers of 8 bits for {what}. Received: {kind}(num_bits="
-            f"{quantizer.num_bits}, narrow_range={quantizer.narrow_range}). Use num_bits=8, "
-            "narrow_range=False."
+            f"Expected all 256 integers of 8 bits for {what}, or all of 16 bits. Received: "
+            f"{kind}(num_bits={quantizer.num_bits}, narrow_range={quantizer.narrow_range}). Use "
+            "num_bits=8 or 16, narrow_range=False."
         )
-    spec = QuantSpec(bits=8, symmetric=bool(getattr(quantizer, "symmetric", False)))
-    return spec, RANGES[kind](quantizer)
+    symmetric = bool(getattr(quantizer, "symmetric", False))
+    if quantizer.num_bits == 16 and not symmetric:
+        raise PolicyError(
+            f"Expected a symmetric quantizer of 16 bits for {what}: int16 kernels take no zero "
+            f"point. Received: {kind}(num_bits=16, symmetric=False). Use symmetric=True."
+        )
+    return QuantSpec(bits=quantizer.num_bits, symmetric=symmetric), RANGES[kind](quantizer)
 
 
 def _text(grid: Grid) -> str:
@@ -277,12 +328,14 @@ def _check_output(output: Grid, rule: LayerRule, wish: Wish, inside: bool) -> No
     """Refuses a grid that the layer's integer kernel cannot write."""
     spec, method = output
     given = isinstance(method, Fixed)
-    if rule.fixed_range is not None:
-        low, high = np.array(rule.fixed_range, np.float32)
-        zero_point = int(arithmetic.nudge(low, high, QuantSpec())[1])
-        if (spec.symmetric and zero_point) or (given and method != Fixed(*rule.fixed_range)):
+    fixed_range = rule.range_at(spec.bits)
+    if fixed_range is not None:
+        low, high = np.array(fixed_range, np.float32)
+        # At 16 bits every zero point is 0.
+        zero_point = 0 if spec.bits == 16 else int(arithmetic.nudge(low, high, QuantSpec())[1])
+        if (spec.symmetric and zero_point) or (given and method != Fixed(*fixed_range)):
             raise PolicyError(
-                f"Expected the range {rule.fixed_range} with zero point {zero_point} for the "
+                f"Expected the range {fixed_range} with zero point {zero_point} for the "
                 f"output of {wish.where}: its integer kernel writes no other. Received: "
                 f"{_text(output)}. Return no quantizer for it."
             )

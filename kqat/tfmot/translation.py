@@ -1,17 +1,19 @@
 """Replaces the tfmot `QuantizeConfig` objects in a policy by rules with `kqat.QuantizeConfig`.
 
 The user's class stays as it was written for TensorFlow Model Optimization. While planning, kqat
-calls its methods once with the Keras 3 layer. This is translated:
+calls its methods once with the Keras 3 layer. If that raises, it calls them with a view of the
+layer as Keras 2 has it, which tfmot's own classes need. This is translated:
 
   * Weights: a symmetric `LastValueQuantizer`, that is, the range of the current values. Bits and
     narrow range are kept. Without narrow range the grid has one more integer, qmin. Our max-abs
     scale leaves it unused, as integer kernels may assume; tfmot uses it if the largest weight is
     negative. `per_axis` becomes one scale per output channel, if the integer kernel has those.
-    tfmot takes the last axis of any kernel instead.
+    tfmot takes the last axis of any kernel instead. Quantizers that also keep zeros or clusters in
+    training are refused.
   * Outputs: `MovingAverageQuantizer`, `LastValueQuantizer`, `AllValuesQuantizer` and
-    `FixedQuantizer` of 8 bits. The moving average has tfmot's decay, but does not start at ±6.
-    A layer has one grid for its output. So the quantizers of its `activation` and of its output
-    must agree if both are given.
+    `FixedQuantizer` of 8 bits, or of 16 bits if symmetric. The moving average has tfmot's decay,
+    but does not start at ±6. A layer has one grid for its output. So the quantizers of its
+    `activation` and of its output must agree if both are given.
   * Model inputs: no tfmot config describes them. They get the quantizer that tfmot gives them.
 
 A config that quantizes nothing leaves a layer float, unless the layer keeps its input's scale or
@@ -22,6 +24,7 @@ the plan shows it. Anything else raises `PolicyError`.
 tfmot is never imported here: a user who has such a config has imported it.
 """
 
+import dataclasses
 import glob
 from collections.abc import Iterator
 from typing import Any
@@ -77,9 +80,9 @@ def translate_policy(policy: QuantizePolicy, graph: Graph) -> QuantizePolicy:
     configs = _Neighbours(graph, asked, by_default).configs()
     rules: list[tuple[Any, Any]] = [(glob.escape(node.name), configs[node]) for node in foreign]
     rules += [
-        (glob.escape(name), INPUT_CONFIG)
+        (glob.escape(name), _at_width_of(configs[reader], INPUT_CONFIG))
         for name, ref in zip(graph.input_names, graph.inputs, strict=True)
-        if _first_reader(graph, ref, configs) in foreign
+        if (reader := _first_reader(graph, ref, configs)) in foreign
         and ((i := policy.match(name, None)) is None or is_foreign_config(values[i + 1]))
     ]
     used = set(chosen.values())
@@ -117,6 +120,8 @@ class _Neighbours:
         # the reader's config.
         for node in reversed(self.graph.nodes):
             self.translated[node] = self._config(node)
+        self.wishes = {node: self.wishes[node] for node in self.graph.nodes if node in self.wishes}
+        self._follow_widths()
         for node, wish in self.wishes.items():
             if wish.output is not None:
                 self._check_shared_scale(node)
@@ -129,8 +134,24 @@ class _Neighbours:
             return asked
         if node in self.by_default and rule and rule.output is Output.VANISHES:
             return QuantizeConfig()
-        self.wishes[node] = read(asked, node.layer, node.name)
-        return resolve(self.wishes[node], inside=self._is_inside(node))
+        wish = self.wishes[node] = read(asked, node.layer, node.name)
+        inside = self._is_inside(node)
+        config = resolve(wish, inside=inside)
+        if config is not None and wish.output is None and inside:
+            behind = self.translated[self.consumers[node.outputs[0]][0]]
+            config = _at_width_of(behind, config)
+        return config
+
+    def _follow_widths(self) -> None:
+        """Gives same-scale layers the width of their input, if the config asks for no width."""
+        for node, wish in self.wishes.items():
+            config, rule = self.translated[node], self.rules[node]
+            if config is None or rule is None or wish.output is not None:
+                continue
+            if rule.output is not Output.OWN and node.inputs:
+                producer = self.producers.get(node.inputs[0])
+                behind = self.translated[producer] if producer else None
+                self.translated[node] = _at_width_of(behind, config)
 
     def _is_inside(self, node: Node) -> bool:
         """Whether the node's only reader surely shares its kernel."""
@@ -189,6 +210,13 @@ class _Neighbours:
             if producer is not None and rule is not None:
                 hands_on = rule.output in (Output.SAME, Output.VANISHES)
                 yield from self._sources(producer) if hands_on else (producer,)
+
+
+def _at_width_of(other: QuantizeConfig | None, config: QuantizeConfig) -> QuantizeConfig:
+    """`config` with the activation grid of `other` if their widths differ."""
+    if other is None or other.activation.bits == config.activation.bits:
+        return config
+    return dataclasses.replace(config, activation=other.activation)
 
 
 def _fixed(config: QuantizeConfig) -> tuple[QuantSpec, Fixed | None]:

@@ -143,6 +143,16 @@ class ActivationQuantizer(keras.layers.Layer):
         """Whether the range is known."""
         return isinstance(self.range_method, Fixed) or float(ops.max(self.count)) > 0.0
 
+    def scale(self) -> Any:
+        """The scale of the grid now, a float32 scalar; zero where the range is not known yet."""
+        levels = float(self.spec.qmax - self.spec.qmin)
+        if isinstance(self.range_method, Fixed):
+            low, high = self.fixed_range()
+            return ops.stop_gradient(ops.convert_to_tensor((high - low) / levels, "float32"))
+        low, high = self.union(self.site_low.value, self.site_high.value)
+        known = ops.max(self.count.value) > 0.0
+        return ops.stop_gradient(ops.where(known, (high - low) / levels, 0.0))
+
     def union(self, site_low: Any, site_high: Any) -> tuple[Any, Any]:
         """The range that holds those of all sites, as the grid allows it."""
         return self._symmetric(*arithmetic.widen(ops.min(site_low), ops.max(site_high)))

@@ -1,11 +1,15 @@
-"""BatchNormalization in training, computed by TensorFlow's fused kernel where it gives the same.
+"""BatchNormalization and similar layers: their scale and offset, and training by a fused kernel.
 
-Keras computes it with about ten operators, each of which reads and writes the whole activation.
+Keras trains it with about ten operators, each of which reads and writes the whole activation. The
+fused kernel of TensorFlow is one operator and gives the same values.
 """
 
 from typing import Any
 
 import keras
+from keras import layers, ops
+
+from kqat.parts import ChannelAffine
 
 # The fused kernel silently replaces a smaller epsilon by this one.
 LEAST_EPSILON = 1.001e-5
@@ -48,3 +52,44 @@ def _fused(norm: Any, x: Any) -> Any:
     for moving, now in ((norm.moving_mean, mean), (norm.moving_variance, biased)):
         moving.assign(moving.value * norm.momentum + now * (1.0 - norm.momentum))
     return y
+
+
+def normalization_factor(norm: Any) -> Any:
+    """`gamma / sqrt(moving_variance + epsilon)` per channel, float32."""
+    factor = 1.0 / ops.sqrt(norm.moving_variance.value + norm.epsilon)
+    return factor * norm.gamma.value if norm.scale else factor
+
+
+def normalization_numbers(norm: Any, bias: Any = None) -> tuple[Any, Any]:
+    """Factor and offset per channel, float32, of `norm(y + bias)` with moving statistics."""
+    factor = normalization_factor(norm)
+    start = -norm.moving_mean.value if bias is None else bias.value - norm.moving_mean.value
+    offset = ops.cast(start, "float32") * factor
+    return factor, offset + norm.beta.value if norm.center else offset
+
+
+def affine_numbers(layer: Any) -> tuple[Any, Any]:
+    """Factor and offset, float32, of shape `(channels,)` or `(1,)`, of `x * factor + offset`.
+
+    Args:
+        layer: a layer whose facts say that it is affine; a BatchNormalization with its moving
+            statistics.
+    """
+    if isinstance(layer, layers.BatchNormalization):
+        return normalization_numbers(layer)
+    one, zero = ops.ones((1,), "float32"), ops.zeros((1,), "float32")
+    if isinstance(layer, layers.Rescaling):
+        parts = (ops.cast(ops.convert_to_tensor(v), "float32") for v in (layer.scale, layer.offset))
+        scale, offset = (ops.reshape(part, (-1,)) for part in parts)
+        return scale, offset
+    if isinstance(layer, ChannelAffine):
+        factor = one if layer.gamma is None else ops.cast(layer.gamma.value, "float32")
+        return factor, zero if layer.beta is None else ops.cast(layer.beta.value, "float32")
+    mean, variance = (
+        ops.reshape(ops.cast(ops.convert_to_tensor(v), "float32"), (-1,))
+        for v in (layer.mean, layer.variance)
+    )
+    deviation = ops.maximum(ops.sqrt(variance), keras.config.epsilon())
+    if layer.invert:
+        return deviation, mean
+    return 1.0 / deviation, -mean / deviation

@@ -40,6 +40,11 @@ def wrap(plan: Plan) -> keras.Model:
     return rebuild(plan.graph, assembly.call, plan.model_name, plan.output_names)
 
 
+def _rounds_bias(layer: Any) -> bool:
+    """Whether a layer, or the one inside a `Part`, can use the grid of its input."""
+    return isinstance(getattr(layer, "layer", None), QuantizeWrapper)
+
+
 class _Assembly:
     """The working state of `wrap`.
 
@@ -57,6 +62,7 @@ class _Assembly:
         self.groups: dict[str, Group] = {group.name: group for group in plan.groups}
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.copies: dict[int, Any] = {}
+        self.grids: dict[Ref, str | None] = {}  # the name of the quantizer on whose grid a value is
         self.forms: dict[tuple[Ref, bool], Any] = {}
         names = (node.name for node in plan.graph.nodes)
         self.names = {*plan.input_names, *plan.output_names, *names}
@@ -73,9 +79,17 @@ class _Assembly:
         if decision.role is Role.FOLDED or self._carried_out_by_quantizer(node, decision):
             value = args[0]
         else:
-            value = self._layer(node, decision)(*args, **kwargs)
+            layer = self._layer(node, decision)
+            grid = self.grids.get(node.inputs[0]) if node.inputs else None
+            if grid is not None and _rounds_bias(layer):
+                kwargs["input_quantizer"] = grid
+            value = layer(*args, **kwargs, **self._branch(node, decision))
         if not self.integer[node]:
             return value
+        if node.inputs and node.name not in self.plan.steps:
+            # What is not rounded hands the integers of its inputs on.
+            handed_on = {ref: self.grids.get(node.inputs[0]) for ref in node.outputs}
+            self.grids = {**handed_on, **self.grids}
         values = keras.tree.flatten(value)
         return [self._rounded(ref, v) for ref, v in zip(node.outputs, values, strict=True)]
 
@@ -109,7 +123,9 @@ class _Assembly:
 
     def _rounded(self, ref: Ref, tensor: Any) -> Any:
         for rounding in self.plan.roundings.get(ref, ()):
-            tensor = self._quantizer(rounding)(tensor, site=rounding.site, observe=rounding.observe)
+            quantizer = self._quantizer(rounding)
+            tensor = quantizer(tensor, site=rounding.site, observe=rounding.observe)
+            self.grids[ref] = quantizer.name
         return tensor
 
     def _quantizer(self, rounding: Rounding) -> ActivationQuantizer:
@@ -148,17 +164,44 @@ class _Assembly:
             if name in self.plan.output_names:
                 name = unique_name(f"{name}_unrounded", self.names)
             return duplicate(layer, name)
-        norm = self._node(decision.normalization).layer if decision.normalization else None
+        norms = self._normalizations(layer)
         wrapper = QuantizeWrapper(
             clone(layer),
             decision.weights,
-            None if norm is None else clone(norm),
+            clone(norms[0]) if norms else None,
             weight_step=decision.weight_step,
+            between=[clone(part) for part in self._between(node, decision)],
+            branches=[clone(norm) for norm in norms[1:]],
             facts=None if rule is None else LayerFacts.of(rule),
             name=unique_name(f"quant_{node.name}", self.names),
         )
-        weights = layer.get_weights(), norm.get_weights() if norm else ()
+        weights = [part.get_weights() for part in (layer, *norms)]
         return Part(wrapper, weights, wrapper.take_over)
+
+    def _normalizations(self, layer: Any) -> list[Any]:
+        """The BatchNormalizations that fold into a layer, in the order of its calls."""
+        calls = [node for node in self.plan.graph.nodes if node.layer is layer]
+        names = [self.decisions[node.name].normalization for node in calls]
+        norms = [self._node(name).layer for name in names if name]
+        return list({id(norm): norm for norm in norms}.values())
+
+    def _between(self, node: Node, decision: LayerPlan) -> list[Any]:
+        """The layers between a layer and the BatchNormalization that folds into it."""
+        between: list[Any] = []
+        if decision.normalization:
+            part = self.producers[self._node(decision.normalization).inputs[0]]
+            while part is not node:
+                between.insert(0, part.layer)
+                part = self.producers[part.inputs[0]]
+        return between
+
+    def _branch(self, node: Node, decision: LayerPlan) -> dict[str, int]:
+        """Which BatchNormalization a call of a layer with more than one takes."""
+        if not decision.normalization:
+            return {}
+        norms = [id(norm) for norm in self._normalizations(node.layer)]
+        branch = norms.index(id(self._node(decision.normalization).layer))
+        return {"branch": branch} if branch else {}
 
     def _node(self, name: str) -> Node:
         return next(node for node in self.plan.graph.nodes if node.name == name)

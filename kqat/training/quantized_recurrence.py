@@ -217,6 +217,7 @@ class _Pass:
         if isinstance(layer, keras.layers.Dropout):
             return args[0] * self.masks[node.name] if node.name in self.masks else args[0]
         if isinstance(layer, QuantizeWrapper):
+            kwargs = layer.layer_options(kwargs)
             layer = layer.layer  # The scope has rounded its weights already.
         if isinstance(layer, LstmState) and self.bounds is not None:
             return layer.rounded(*args)

@@ -5,24 +5,52 @@ group. Both are ordinary Keras layers, saved and loaded without a custom-object 
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from kqat.graph import finalize
+from kqat.graph import finalize, layer_behind
 from kqat.grids import (
     LearnedStep,
     MaxAbs,
     QuantSpec,
     StepMethod,
     arithmetic,
+    on_bias_grid,
     step_method_from_dict,
     step_method_to_dict,
 )
 from kqat.registry import LayerFacts, Output, stock_facts
-from kqat.training.batchnorm import normalize
+from kqat.training.activation_quantizer import ActivationQuantizer
+from kqat.training.batchnorm import (
+    affine_numbers,
+    normalization_factor,
+    normalization_numbers,
+    normalize,
+)
+
+
+class _Quantizers:
+    """The quantizers of a wrapper's inputs by their names, found where the model's graph is made.
+
+    Keras, which would take their variables for the wrapper's too, does not look in here.
+    """
+
+    def __init__(self) -> None:
+        self.by_name: dict[str | None, ActivationQuantizer] = {}
+        self.names: dict[int, set[str]] = {}  # of the inputs of each branch
+
+    def find(self, x: Any, name: str, branch: int) -> None:
+        found = layer_behind(x, name)
+        if isinstance(found, ActivationQuantizer):
+            self.by_name[name] = found
+            self.names.setdefault(branch, set()).add(name)
+
+    def of(self, branch: int) -> list[ActivationQuantizer]:
+        return [self.by_name[name] for name in self.names.get(branch, ())]
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -42,6 +70,10 @@ class QuantizeWrapper(keras.layers.Layer):
         normalization: the BatchNormalization that folds into the layer, or `None`.
         weight_step: how the step of each grid is found; a learned one is a variable here.
         freeze_statistics: whether BatchNormalization uses its moving statistics in training.
+        between: layers between the two that change nothing in inference, as Dropout.
+        branches: further BatchNormalizations, of a layer that is called more than once with one of
+            their own each: `call(x, branch=1)` takes the first of them. Per channel, all branches
+            have the same integers.
         facts: what the registry knew of the layer when it was planned; they are saved, so that no
             later process has to know a row that a user registered. Those of the stock table if
             they are left out, as in the files of older releases.
@@ -55,6 +87,8 @@ class QuantizeWrapper(keras.layers.Layer):
         *,
         weight_step: StepMethod = MaxAbs(),
         freeze_statistics: bool = False,
+        between: Sequence[keras.layers.Layer] = (),
+        branches: Sequence[keras.layers.Layer] = (),
         facts: LayerFacts | None = None,
         **kwargs: Any,
     ):
@@ -66,18 +100,26 @@ class QuantizeWrapper(keras.layers.Layer):
         self.weight_step = weight_step
         self.steps: dict[str, keras.Variable] = {}
         self.freeze_statistics = freeze_statistics
+        self.between, self.branches = list(between), list(branches)
         self.facts = facts or stock_facts(layer) or LayerFacts(output=Output.OWN)
         self._takes_training = "training" in inspect.signature(layer.call).parameters
+        self._quantizers = _Quantizers()
         self.supports_masking = layer.supports_masking
 
     def build(self, input_shape: Any) -> None:
         """Builds the layer and the BatchNormalization, and learned steps, which are one."""
         if not self.layer.built and self.computes_with_grids:
             self.layer.build(input_shape)
-        if self.normalization is not None and not self.normalization.built:
-            self.normalization.build(self.layer.compute_output_shape(input_shape))
+        for part in (*self.between, *self.normalizations):
+            if not part.built:
+                part.build(self.layer.compute_output_shape(input_shape))
         if isinstance(self.weight_step, LearnedStep):
             self.steps = {name: self._new_step(name) for name in self.weight_specs}
+
+    @property
+    def normalizations(self) -> list[keras.layers.Layer]:
+        """The BatchNormalization of each branch; none without one."""
+        return [] if self.normalization is None else [self.normalization, *self.branches]
 
     def _new_step(self, name: str) -> keras.Variable:
         variable = self._variable(name)
@@ -85,12 +127,12 @@ class QuantizeWrapper(keras.layers.Layer):
         shape = tuple(1 if a in shared else n for a, n in enumerate(variable.shape))
         return self.add_weight(name=f"{name}_step", shape=shape, initializer="ones", autocast=False)
 
-    def take_over(self, weights: Any, normalization: Any = ()) -> None:
-        """Assigns the layer's and the BatchNormalization's weights; learned steps start there."""
+    def take_over(self, weights: Any, *normalizations: Any) -> None:
+        """Assigns the layer's and the BatchNormalizations' weights; learned steps start there."""
         self.layer.set_weights(weights)
         finalize(self.layer)
-        if self.normalization is not None:
-            self.normalization.set_weights(normalization)
+        for norm, values in zip(self.normalizations, normalizations, strict=True):
+            norm.set_weights(values)
         self.start_steps()
 
     def start_steps(self) -> None:
@@ -108,25 +150,134 @@ class QuantizeWrapper(keras.layers.Layer):
         """Whether the layer has numbers that ship as integers; else only its facts are carried."""
         return bool(self.weight_specs) or self.facts.affine
 
-    def call(self, x: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
+    def call(
+        self,
+        x: Any,
+        *args: Any,
+        training: bool | None = None,
+        branch: int = 0,
+        input_quantizer: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """What the layer (and BatchNormalization) computes with rounded weights.
 
-        `x` and further arguments are those of the layer.
+        `x` and further arguments are those of the layer. `input_quantizer` is the name of the
+        `ActivationQuantizer` on whose grid `x` lies; the bias is rounded to the grid that it has
+        in the file. Where statistics of a batch normalize there is no such bias.
         """
         statistics = training and not self.freeze_statistics
         if self._takes_training:
             kwargs["training"] = statistics
+        quantizer = self._quantizers.by_name.get(input_quantizer)
+        drops = bool(training and self.between)
+        if quantizer is not None and not drops and self._ships_bias(bool(statistics)):
+            return self._call_as_shipped(quantizer.scale(), branch, x, *args, **kwargs)
         if self.weight_specs:
-            y = self._call_rounded(x, *args, **kwargs)
+            names = self.weight_specs
+            rounded = {id(self._variable(name)): self.rounded(name, branch) for name in names}
+            y = self._call_rounded(rounded, x, *args, **kwargs)
         else:
             y = self.layer(x, *args, **kwargs)
-        if self.normalization is None:
-            return y
-        return normalize(self.normalization, y, statistics)
+        for part in self.between:
+            y = part(y, training=training)
+        norms = self.normalizations
+        return normalize(norms[branch], y, statistics) if norms else y
 
-    def _call_rounded(self, *args: Any, **kwargs: Any) -> Any:
+    def _ships_bias(self, statistics: bool = False) -> bool:
+        """Whether the file has a bias for the layer, which is known now.
+
+        It is not where a BatchNormalization takes the `statistics` of a batch.
+        """
+        if self._is_affine:
+            return not (statistics and isinstance(self.layer, keras.layers.BatchNormalization))
+        if self.normalization is not None:
+            return not statistics and list(self.weight_specs) == ["kernel"]
+        bias = getattr(self.layer, "bias", None)
+        return bias is not None and list(self.weight_specs) == ["kernel"]
+
+    @property
+    def _is_affine(self) -> bool:
+        """Whether the layer ships as one weight per channel, 127 steps of a scale of its own."""
+        return self.facts.affine and not self.weight_specs
+
+    def bias_on_grid(self, branch: int = 0) -> np.ndarray | None:
+        """The bias that ships, a normalization folded in: float32, of the bias's shape.
+
+        `None` where the layer has none, or is called on values of several grids, each of which
+        rounds it anew.
+        """
+        quantizers = self._quantizers.of(branch)
+        if len(quantizers) != 1 or not self._ships_bias():
+            return None
+        (quantizer,) = quantizers
+        if self._is_affine:
+            return np.asarray(self._affine_as_shipped(quantizer.scale())[1])
+        return np.asarray(self._as_shipped(quantizer.scale(), branch)[1])
+
+    def _call_as_shipped(self, input_scale: Any, branch: int, *args: Any, **kwargs: Any) -> Any:
+        """The layer with the weights and the bias that ship, a normalization folded into both."""
+        if self._is_affine:
+            factor, offset = self._affine_as_shipped(input_scale)
+            y = ops.cast(args[0], "float32") * factor + offset
+            return ops.cast(y, self.layer.compute_dtype)
+        (name,) = self.weight_specs
+        kernel, rounded = self._as_shipped(input_scale, branch)
+        values, bias = {id(self._variable(name)): kernel}, getattr(self.layer, "bias", None)
+        if bias is not None:
+            values[id(bias)] = rounded
+            return self._call_rounded(values, *args, **kwargs)
+        y = self._call_rounded(values, *args, **kwargs)
+        norm: Any = self.normalizations[branch]
+        shape = [n if a == norm.axis % len(y.shape) else 1 for a, n in enumerate(y.shape)]
+        return ops.cast(y, "float32") + ops.reshape(rounded, shape)
+
+    def _affine_as_shipped(self, input_scale: Any) -> tuple[Any, Any]:
+        factor, offset = affine_numbers(self.layer)
+        step = ops.stop_gradient(input_scale * (ops.abs(factor) / 127.0))
+        return factor, on_bias_grid(offset, step)
+
+    def _as_shipped(self, input_scale: Any, branch: int) -> tuple[Any, Any]:
+        """The kernel and the bias that ship, both as reals."""
+        (name,) = self.weight_specs
+        kernel, scale = self.on_grid(name, branch), self.scale(name, branch)
+        bias: Any = getattr(self.layer, "bias", None)
+        if self.normalization is None:
+            folded = ops.cast(bias.value, "float32")
+        else:
+            factor, folded = normalization_numbers(self.normalizations[branch], bias)
+            fold = ops.reshape(factor, self._channel_shape(name))
+            if self.folds_before(name):
+                kernel = ops.where(fold == 0.0, 0.0, kernel)
+                kernel = arithmetic.straight_through(kernel, self.rounded(name, branch) * fold)
+            else:
+                kernel, scale = kernel * fold, scale * ops.abs(fold)
+        return kernel, self._rounded_bias(folded, kernel, input_scale * scale)
+
+    def _rounded_bias(self, bias: Any, kernel: Any, step: Any) -> Any:
+        """`bias` on its grid, of the scale `step` in the shape of the kernel's scale.
+
+        A channel without weights has no scale of its own, and in the file one that is fine enough.
+        """
+        axes = [axis for axis, size in enumerate(step.shape) if size == 1]
+        empty = ops.max(ops.abs(kernel), axis=axes, keepdims=True) == 0.0
+        step = ops.stop_gradient(ops.where(empty, 0.0, step))
+        channels = int(np.prod(bias.shape))
+        if channels != 1 and int(np.prod(step.shape)) == channels:
+            step = ops.reshape(step, bias.shape)
+        elif int(np.prod(step.shape)) == 1:
+            step = ops.reshape(step, ())
+        else:  # Channels in another order: a custom layer's own.
+            return bias
+        return on_bias_grid(bias, step)
+
+    def _channel_shape(self, name: str) -> list[int]:
+        shape = self._variable(name).shape
+        axes = {a % len(shape) for a in self.facts.channel_axes.get(name) or ()}
+        return [s if i in axes else 1 for i, s in enumerate(shape)]
+
+    def _call_rounded(self, rounded: Mapping[int, Any], *args: Any, **kwargs: Any) -> Any:
+        """The layer with values in the place of some variables, by their identity."""
         variables = self.layer.variables
-        rounded = {id(self._variable(name)): self.rounded(name) for name in self.weight_specs}
         mapping = [(v, rounded.get(id(v), v.value)) for v in variables]
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
             y = self.layer(*args, **kwargs)
@@ -140,23 +291,29 @@ class QuantizeWrapper(keras.layers.Layer):
                 variable.assign(new)
         return y
 
+    @staticmethod
+    def layer_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the arguments of a call of the wrapper those that are the layer's."""
+        own = ("training", "branch", "input_quantizer")
+        return {k: v for k, v in kwargs.items() if k not in own}
+
     def _variable(self, name: str) -> keras.Variable:
         return getattr(self.layer, name)
 
-    def rounded(self, name: str) -> Any:
+    def rounded(self, name: str, branch: int = 0) -> Any:
         """The rounded weight `name`, of the variable's shape: what the layer computes with."""
-        fold = self._fold_before(name)
-        on_grid = self.on_grid(name)
+        fold = self._fold_before(name, branch)
+        on_grid = self.on_grid(name, branch)
         return on_grid if fold is None else on_grid / fold
 
-    def on_grid(self, name: str) -> Any:
+    def on_grid(self, name: str, branch: int = 0) -> Any:
         """The rounded weight, integers times `scale(name)`; folded where `folds_before(name)`."""
-        folded, spec = self._folded(name), self.weight_specs[name]
+        folded, spec = self._folded(name, branch), self.weight_specs[name]
         return self.weight_step.fake_quantize(folded, self._step(name, folded), spec)
 
-    def scale(self, name: str) -> Any:
+    def scale(self, name: str, branch: int = 0) -> Any:
         """The scale of weight `name`: its shape, with the axes that share a scale of size 1."""
-        return ops.stop_gradient(self._step(name, self._folded(name)))
+        return ops.stop_gradient(self._step(name, self._folded(name, branch)))
 
     def _step(self, name: str, folded: Any) -> Any:
         if isinstance(self.weight_step, LearnedStep):
@@ -167,37 +324,42 @@ class QuantizeWrapper(keras.layers.Layer):
         """Whether the BatchNormalization is folded in before rounding: one scale per tensor."""
         return self.normalization is not None and self.weight_specs[name].axis is None
 
-    def _fold_before(self, name: str) -> Any:
-        return ops.stop_gradient(self.fold_factor(name)) if self.folds_before(name) else None
+    def _fold_before(self, name: str, branch: int) -> Any:
+        return (
+            ops.stop_gradient(self.fold_factor(name, branch)) if self.folds_before(name) else None
+        )
 
-    def _folded(self, name: str) -> Any:
+    def _folded(self, name: str, branch: int = 0) -> Any:
         value = ops.cast(self._variable(name).value, "float32")
-        fold = self._fold_before(name)
+        fold = self._fold_before(name, branch)
         return value if fold is None else value * fold
 
-    def fold_factor(self, name: str = "kernel") -> Any:
+    def fold_factor(self, name: str = "kernel", branch: int = 0) -> Any:
         """`gamma / sqrt(moving_variance + epsilon)`, shaped to broadcast over weight `name`.
 
         A factor of zero, which cannot be unfolded, is replaced by one; the layer's output is
         multiplied by zero then in any case.
         """
-        norm: Any = self.normalization
-        factor = 1.0 / ops.sqrt(norm.moving_variance.value + norm.epsilon)
-        if norm.scale:
-            factor = factor * norm.gamma.value
+        factor = normalization_factor(self.normalizations[branch])
         factor = ops.where(factor == 0.0, ops.ones_like(factor), factor)
-        shape = self._variable(name).shape
-        axes = {a % len(shape) for a in self.facts.channel_axes.get(name) or ()}
-        return ops.reshape(factor, [s if i in axes else 1 for i, s in enumerate(shape)])
+        return ops.reshape(factor, self._channel_shape(name))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """That of the layer."""
         return self.layer.compute_output_shape(input_shape)
 
     def compute_output_spec(
-        self, x: Any, *args: Any, training: bool | None = None, **kwargs: Any
+        self,
+        x: Any,
+        *args: Any,
+        training: bool | None = None,
+        branch: int = 0,
+        input_quantizer: str | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The layer's output shape and dtype."""
+        if input_quantizer is not None:
+            self._quantizers.find(x, input_quantizer, branch)
         if not self.computes_with_grids:
             # As Keras calls it, so that a layer which builds itself when it is called is built.
             made = self.layer(x, *args, **kwargs)
@@ -218,6 +380,8 @@ class QuantizeWrapper(keras.layers.Layer):
             "normalization": None if norm is None else serialize(norm),
             "weight_step": step_method_to_dict(self.weight_step),
             "freeze_statistics": self.freeze_statistics,
+            "between": [serialize(part) for part in self.between],
+            "branches": [serialize(part) for part in self.branches],
             "facts": self.facts.to_dict(),
         }
 
@@ -232,4 +396,7 @@ class QuantizeWrapper(keras.layers.Layer):
         norm = None if norm is None else restore(norm)
         facts = config.pop("facts", None)
         facts = None if facts is None else LayerFacts.from_dict(facts)
-        return cls(layer, weights, norm, weight_step=method, facts=facts, **config)
+        more: Any = {
+            key: [restore(p) for p in config.pop(key, ())] for key in ("between", "branches")
+        }
+        return cls(layer, weights, norm, weight_step=method, facts=facts, **more, **config)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tf_keras
 
-from benchmarks import applications, convert, file_sizes, peers, training_step, zoo
+from benchmarks import applications, convert, device_model, file_sizes, peers, training_step, zoo
 from benchmarks.networks import NETWORKS
 from recipes.models import resnet8
 from recipes.timing import Seconds, Spread, ratio, spread, take_turns
@@ -140,3 +140,13 @@ def test_an_architecture_of_the_zoo_goes_the_whole_road(tmp_path: Path) -> None:
     assert found["sqnr_db"] > found["converter_sqnr_db"] - 0.5
     ((title, _, rows, _),) = zoo.tables(results)
     assert title.startswith("1 of 1 ") and rows[0][:2] == ("MobileNetV2", "integer")
+
+
+@pytest.mark.slow
+def test_the_device_model_is_the_file(tmp_path: Path) -> None:
+    out = tmp_path / "device_model.json"
+    result = device_model.main(["--smoke", "--out", str(out)])
+    assert set(result) == {"qat", "integer model", "file"}
+    assert result["file"]["differing"] == 0 < result["file"]["integers"]
+    assert result["integer model"]["accuracy"] == result["file"]["accuracy"]
+    assert json.loads(out.read_text())["images"] == 16

@@ -16,7 +16,7 @@ import pytest
 
 import kqat
 import tflite_export
-from kqat.base.errors import TargetError
+from kqat.base.errors import ExportError, TargetError
 from kqat.devices.kernels import KERNELS, LITERT, TABLE_OPS
 from kqat.graph.tracer import Graph, trace
 from kqat.parts.markers import Requantize
@@ -35,9 +35,11 @@ from tests.coverage import (
     recurrent_cases,
 )
 from tests.coverage.cases import Case, ends, inputs_of
-from tflite_export import exporter
+from tflite_export import exporter, flatbuffer
 from tflite_export.devices.checks import check_target
 from tflite_export.kernels.op_table import missing_kernels
+from tflite_export.runtimes.execution import run
+from tflite_export.verification.site_tensors import SiteTensors
 from tflite_export.verification.verifier import DEFAULT_RUNTIMES
 
 # `tests/kqat/test_masks.py` looks at it.
@@ -62,6 +64,8 @@ FAST = (
     "gru",
 )
 SAMPLES = 64
+# The Keras model of a file runs on these.
+FEW_SAMPLES = 6
 
 # Lockstep finds one step at most, on no more than this share of an operator's elements, exact
 # ties left out (measured over all cases together: 0.24 % of CONV_2D, 0.27 % of TRANSPOSE_CONV) …
@@ -302,6 +306,31 @@ def test_lockstep(trial: Trial, runtime: str) -> None:
         assert row.differing - row.ties <= max(FEW, share * row.elements), row
     # End to end, steps add up: the largest share above, MEAN's, leaves two thirds equal.
     assert all(output.equal_fraction > 0.5 for output in part.outputs)
+
+
+@pytest.mark.parametrize("runtime", DEFAULT_RUNTIMES)
+def test_every_integer_is_that_of_the_kernels(trial: Trial, runtime: str) -> None:
+    """The Keras model of the file's arithmetic gives the runtime's outputs, all of them."""
+    part = trial.report.on(runtime)
+    if part.problem is not None:
+        return
+    assert part.exact is not None and part.exact.differing == 0, part.exact
+    if trial.case.floats and part.exact.unknown:
+        # Floats are added up in an order that each runtime chooses.
+        with pytest.raises(ExportError, match=r"_2D of floats|FULLY_CONNECTED of floats"):
+            tflite_export.integer_model(trial.blob, runtime)
+        return
+    assert part.exact.unknown == ()
+    names, x = trial.frozen.input_names, trial.x
+    arrays = [x[name] for name in names] if isinstance(x, dict) else keras.tree.flatten(x)
+    tensors = SiteTensors(flatbuffer.read(trial.blob), trial.frozen)
+    feeds = tensors.feeds([array[:FEW_SAMPLES] for array in arrays])
+    found = run(trial.blob, feeds, runtime=runtime).outputs
+    model = tflite_export.integer_model(trial.blob, runtime, inputs="integers", outputs="integers")
+    wide = [x.astype("int32") if x.dtype.kind in "iu" else x for x in feeds]
+    given = wide[0] if len(wide) == 1 else wide
+    for ours, theirs in zip(outputs(model, given), found, strict=True):
+        np.testing.assert_array_equal(ours.reshape(theirs.shape), theirs)
 
 
 def test_micro_refuses_what_it_cannot_run(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:

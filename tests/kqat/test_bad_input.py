@@ -124,7 +124,7 @@ NO_MODEL: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "integer input": (
         lambda: model_of(lambda x: layers.Rescaling(2.0)(x), (8,), dtype="uint8"),
-        r"floats, or of int32.*input 'image' of dtype uint8. Declare indexes int32 and quantities",
+        r"float inputs, or int32 inputs that hold indexes.*input 'image' of dtype uint8. Declare ",
     ),
     "nothing inside": (
         lambda: model_of(layers.Dropout(0.5)),
@@ -146,7 +146,10 @@ def test_what_is_no_model_is_refused(make: Callable[[], Any], message: str) -> N
 
 
 def test_a_policy_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"layer to quantize. Received: 'model', which computes nothing, or whose layers the"):
+    with pytest.raises(
+        ModelError,
+        match=r"layer to quantize. Received: 'model', which computes nothing, or whose layers the",
+    ):
         kqat.quantize_model(one_input(), None, calibration_data=ROWS)
 
 

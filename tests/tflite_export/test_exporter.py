@@ -207,10 +207,10 @@ def test_a_float_end_stays_float(policy: dict[str, None], argument: str) -> None
         return L.Dense(2, name="head")(L.Dense(4, name="middle")(L.Dense(4, name="stem")(x)))
 
     qat, _ = quantized((8,), call, policy)
+    options: dict[str, Any] = {argument: "int8"}
     with pytest.raises(ExportError, match=f"as the plan leaves.*{argument}='float32'"):
-        tflite_export.convert(qat)
-    options: dict[str, Any] = {argument: "float32"}
-    model = flatbuffer.read(tflite_export.convert(qat, **options))
+        tflite_export.convert(qat, **options)
+    model = flatbuffer.read(tflite_export.convert(qat))
     assert sorted(operators(model))[-1] == ("QUANTIZE" if "stem" in policy else "FULLY_CONNECTED")
 
 
@@ -239,10 +239,41 @@ def test_targets_are_checked_before_anything_is_converted(
 
 
 def test_a_failure_of_the_converter_is_reported(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing:
-        def convert(self) -> bytes:
-            raise RuntimeError("unhappy")
+    def unhappy(self: Any) -> bytes:
+        raise RuntimeError("unhappy")
 
-    monkeypatch.setattr(tf.lite.TFLiteConverter, "from_saved_model", lambda *a, **k: Failing())
+    monkeypatch.setattr(tf.compat.v1.lite.TFLiteConverter, "convert", unhappy)
     with pytest.raises(LoweringError, match=r"'net' to convert\. Received from.*unhappy"):
         tflite_export.convert(net.frozen)
+
+
+def test_a_file_that_does_not_load_is_never_returned(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_types(model: flatbuffer.ModelT) -> None:
+        for tensor in model.subgraphs[0].tensors:
+            tensor.type = schema.TensorType.INT16
+
+    monkeypatch.setattr(exporter, "share_constants", without_types)
+    with pytest.raises(ExportError, match=r"LiteRT to load the file of 'net'.*a fault of kqat"):
+        tflite_export.convert(net.frozen)
+
+
+def test_no_saved_model_is_written(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a SavedModel was written")
+
+    monkeypatch.setattr(tf.saved_model, "save", never)
+    monkeypatch.setattr(keras.export.ExportArchive, "write_out", never)
+    assert tflite_export.convert(net.frozen) == net.plain
+
+
+def test_a_multiplier_that_no_kernel_has_is_refused_by_name() -> None:
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, L.Dense(2, name="faint")(inputs))
+    qat = kqat.quantize_model(model, calibration_data=inputs_of(model, 16))
+    faint = [la for la in qat.layers if isinstance(la, kqat.ActivationQuantizer)][-1]
+    faint.site_low.assign([0.0])
+    faint.site_high.assign([1e-6])
+    with pytest.raises(ExportError, match=r"less than 256 steps .* of 'faint'.*leave it float"):
+        tflite_export.convert(qat)

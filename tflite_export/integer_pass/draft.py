@@ -25,6 +25,7 @@ class Fact(enum.Enum):
     MARKERS = "a QUANTIZE and a DEQUANTIZE stand behind each tensor that training quantized"
     FLOAT_TENSORS = "every quantity is float32, which tells it from an index or a truth value"
     LABELS = "tensors that a marker stood on have their site; the markers are gone"
+    WHOLE_LAYERS = "the operators that the converter made of one layer are one operator again"
     CLAMPS_INSIDE = "a RELU or RELU6 whose input was not marked is an option of its producer"
     CLAMPS_OUTSIDE = "no operator clamps that hands its input's grid on"
     CLAMPS_IN_INT32 = "the 6 of every fused RELU6 is an int32 on its output's grid"

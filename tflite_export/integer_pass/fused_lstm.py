@@ -14,10 +14,11 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kqat.freezing import GATES, FrozenLSTM, GateNumbers
+from kqat.kernels import Numbers, run_lstm
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
 from tflite_export.integer_pass.draft import Draft
-from tflite_export.kernels import TENSOR_TYPES, Numbers, Weights, fit_bias, quantization, run_lstm
+from tflite_export.kernels import TENSOR_TYPES, Weights, fit_bias, quantization
 
 _LEFT_OUT = -1
 

@@ -22,6 +22,7 @@ from tflite_export.integer_pass.tensor_grids import (
     spread_grids,
 )
 from tflite_export.integer_pass.tensor_names import name_tensors
+from tflite_export.integer_pass.whole_layers import make_layers_whole
 
 # What is true of a marked float file, and what must be true of an integer file.
 START = frozenset({Fact.MARKERS, Fact.FLOAT_TENSORS})
@@ -34,7 +35,9 @@ PASSES: tuple[Pass, ...] = (
         leaves={Fact.LABELS},
         ends={Fact.MARKERS},
     ),
-    Pass(fuse_clamps, needs={Fact.LABELS}, leaves={Fact.CLAMPS_INSIDE}),
+    Pass(make_layers_whole, needs={Fact.LABELS, Fact.FLOAT_TENSORS}, leaves={Fact.WHOLE_LAYERS}),
+    # A clamp of an ADD that joins a bias is one of the bias's operator.
+    Pass(fuse_clamps, needs={Fact.LABELS, Fact.WHOLE_LAYERS}, leaves={Fact.CLAMPS_INSIDE}),
     # Behind the one above, which looks for a clamp that stands alone.
     Pass(
         split_clamps,

@@ -37,9 +37,18 @@ def _before_move(model: ModelT, tensor: int, producers: dict[int, OperatorT]) ->
 
 
 def _holds(model: ModelT, tensor: int, site: Site) -> bool:
-    """Whether the tensor has the site's shape, or its matrix form as FULLY_CONNECTED has it."""
+    """Whether the tensor has the site's shape, or that of the operator which computes its values.
+
+    FULLY_CONNECTED has a matrix for more axes, and the convolution of a Conv1D an axis of size 1,
+    whose RESHAPE behind it the converter may join with the next.
+    """
     graph = model.subgraphs[0]
     shape = flatbuffer.tensor_shape(graph.tensors[tensor])
     batch_size = flatbuffer.tensor_shape(graph.tensors[int(graph.inputs[0])])[0]
     full = (batch_size, *site.shape)
-    return shape in (full, (math.prod(full[:-1]), *full[-1:]))
+    matrix = (math.prod(full[:-1]), *full[-1:])
+    return shape in (full, matrix) or _without_ones(shape) == _without_ones(full)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size > 1)

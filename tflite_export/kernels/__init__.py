@@ -1,7 +1,5 @@
-"""What integer kernels demand of operators (`op_table`) and weights; their arithmetic in NumPy."""
+"""What integer kernels demand of operators (`op_table`) and of weights."""
 
-from tflite_export.kernels import lstm_arithmetic
-from tflite_export.kernels.lstm_arithmetic import Numbers, run_lstm
 from tflite_export.kernels.op_table import (
     OP_TABLE,
     OpRule,
@@ -27,18 +25,15 @@ __all__ = [
     "OP_TABLE",
     "PACKED_TYPES",
     "TENSOR_TYPES",
-    "Numbers",
     "OpRule",
     "Weights",
     "constant_on_grid",
     "fit_bias",
     "fixed_output",
     "kernel_version",
-    "lstm_arithmetic",
     "missing_kernels",
     "multiply_accumulates",
     "pack",
     "quantization",
-    "run_lstm",
     "unpack",
 ]

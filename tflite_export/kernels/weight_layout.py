@@ -9,7 +9,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from kqat.base import LoweringError
 from kqat.freezing import FrozenWeight
-from kqat.grids import Site
+from kqat.grids import Site, bias_steps, least_bias_step
 
 TENSOR_TYPES = {
     np.dtype(np.int8): schema.TensorType.INT8,
@@ -19,12 +19,8 @@ TENSOR_TYPES = {
 }
 PACKED_TYPES = {2: schema.TensorType.INT2, 4: schema.TensorType.INT4}
 ACTIVATION_DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.int8), 16: np.dtype(np.int16)}
-# Activation bits -> the dtype of the bias, and the largest bias. That is half of what the kernel
-# may sum up: an int32, or the 48 bits that requantization takes of an int64.
-BIAS: dict[int, tuple[type[np.signedinteger], float]] = {
-    8: (np.int32, 2.0**30),
-    16: (np.int64, 2.0**46),
-}
+# Activation bits -> the dtype of the bias.
+BIAS_DTYPES: dict[int, type[np.signedinteger]] = {8: np.int32, 16: np.int64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +72,16 @@ def fit_bias(
     input step at the most, far below one output step. For activations of 16 `bits` the bias is
     int64, and 2**46 in the place of 2**30.
     """
-    dtype, limit = BIAS[bits]
     product = np.float64(input_scale) * weights.scale.astype(np.float64)
-    needed = np.abs(bias.astype(np.float64)) / limit
+    needed = least_bias_step(bias, bits)
     if len(weights.scale) == 1:
         needed = needed.max(keepdims=True)
     if np.any(needed > product):
         weights = _coarser(weights, np.maximum(product, needed) / np.float64(input_scale))
         product = np.float64(input_scale) * weights.scale.astype(np.float64)
     scale = product.astype(np.float32)
-    integers = np.rint(bias.astype(np.float64) / product)
-    return weights, Bias(integers.astype(dtype), scale)
+    integers = bias_steps(bias.astype(np.float64), product)
+    return weights, Bias(integers.astype(BIAS_DTYPES[bits]), scale)
 
 
 def _coarser(weights: Weights, scale: np.ndarray) -> Weights:

@@ -1,17 +1,18 @@
 """`FrozenModel` to marked float flatbuffer, by the official TensorFlow converter.
 
-It goes through a SavedModel: converting concrete functions leaves variables and unfolded
-arithmetic behind.
+It goes without a SavedModel: the graph that the converter reads is traced with the weights as
+constants. A graph with variables would have to be written, loaded and frozen first, which took
+more time than the conversion itself.
 """
 
 import functools
-import os
-import tempfile
-from pathlib import Path
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
 
 from kqat.base import ExportError, LoweringError
 from kqat.freezing import FrozenLSTM, FrozenModel, IndexOperation, Marker, Node, Tabulated
@@ -44,30 +45,62 @@ def lower(
             f"'{keras.backend.backend()}'. Save the model and convert it in a process with "
             "KERAS_BACKEND=tensorflow."
         )
-    with tempfile.TemporaryDirectory(prefix="kqat_") as folder:
-        _save(_with_markers(frozen, computed), folder, batch_size)
-        return _without_squeezes(flatbuffer.read(_convert(Path(folder), frozen.model.name)))
+    model = flatbuffer.read(_convert(_concrete(frozen, batch_size, computed), frozen.model.name))
+    _sign(model)
+    return _without_squeezes(model)
 
 
-def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> keras.Model:
-    """The model with a marker where a function ships as a table, or an LSTM as one operator."""
+def _concrete(frozen: FrozenModel, batch_size: int, computed: frozenset[int]) -> Any:
+    """The model with its markers as a TensorFlow function whose weights are constants.
 
+    Layers run as in inference, on a batch of `batch_size`.
+    """
+    import tensorflow as tf
+
+    model, call = frozen.model, _with_markers(frozen, computed)
+    values = [(variable, variable.numpy()) for variable in model.variables]
+
+    def serve(*tensors: Any) -> list[Any]:
+        weights = [(variable, tf.constant(value)) for variable, value in values]
+        with keras.StatelessScope(state_mapping=weights):
+            outputs = keras.tree.flatten(frozen.graph.run(tensors, call))
+        # A value that is an output twice, or an input too, needs an operator of its own.
+        return [tf.identity(t) for t in outputs]
+
+    signature = [
+        tf.TensorSpec((batch_size, *t.shape[1:]), t.dtype, name=f"input_{i}")
+        for i, t in enumerate(model.inputs)
+    ]
+    return tf.function(serve, input_signature=signature, autograph=False).get_concrete_function()
+
+
+def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[..., Any]:
+    """What computes a node's output, for `Graph.run`.
+
+    A marker stands where a function ships as a table, or an LSTM as one operator.
+    """
     lstms = [id(layer) for layer in frozen.lstms]
     plain: dict[int, _Plain] = {}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         layer = node.layer
         if isinstance(layer, Tabulated) and layer.index not in computed:
-            layer = Marker("table", layer.index, name=f"{layer.name}_marker")
+            layer = Marker("table", layer.index, name=frozen.unused_name(f"{layer.name}_marker"))
         elif isinstance(layer, FrozenLSTM):
-            layer = _StandIn(layer.units, lstms.index(id(layer)), name=f"{layer.name}_stand_in")
+            layer = _StandIn(
+                layer.units,
+                lstms.index(id(layer)),
+                name=frozen.unused_name(f"{layer.name}_stand_in"),
+            )
         elif isinstance(layer, _TRANSLATED):
             if id(layer) not in plain:  # Calls of one layer stay those of one layer.
-                plain[id(layer)] = _Plain(layer, name=f"{layer.name}_plain")
+                plain[id(layer)] = _Plain(layer, name=frozen.unused_name(f"{layer.name}_plain"))
             layer = plain[id(layer)]
+        if "training" in inspect.signature(layer.call).parameters:
+            kwargs["training"] = False  # The default of Keras's augmenting layers is True.
         return layer(*args, **kwargs)
 
-    return frozen.rebuilt(call)
+    return call
 
 
 class _StandIn(keras.layers.Layer):
@@ -133,38 +166,41 @@ class _Plain(keras.layers.Layer):
         return self.layer.compute_output_spec(x)
 
 
-def _save(model: keras.Model, folder: str, batch_size: int) -> None:
+def _convert(concrete: Any, name: str) -> bytes:
     import tensorflow as tf
 
-    def serve(*tensors: Any) -> dict[str, Any]:
-        inputs = keras.tree.pack_sequence_as(model.input, list(tensors))
-        outputs = keras.tree.flatten(model(inputs, training=False))
-        # A value that is an output twice, or an input too, needs an operator of its own.
-        return {f"output_{i}": tf.identity(t) for i, t in enumerate(outputs)}
-
-    signature = [
-        tf.TensorSpec((batch_size, *t.shape[1:]), t.dtype, name=f"input_{i}")
-        for i, t in enumerate(model.inputs)
-    ]
-    archive = keras.export.ExportArchive()
-    archive.track(model)
-    archive.add_endpoint(SIGNATURE, serve, input_signature=signature)
-    archive.write_out(folder, verbose=False)
-
-
-def _convert(folder: Path, name: str) -> bytes:
-    import tensorflow as tf
-
-    converter = tf.lite.TFLiteConverter.from_saved_model(
-        os.fspath(folder), signature_keys=[SIGNATURE]
-    )
     try:
+        converter = tf.compat.v1.lite.TFLiteConverter(
+            concrete.graph.as_graph_def(), concrete.inputs, concrete.outputs
+        )
+        # It tells how TensorFlow optimized, and costs reading and writing the file once more.
+        converter.exclude_conversion_metadata = True
         return converter.convert()
     except Exception as error:
         raise LoweringError(
             f"Expected '{name}' to convert. Received from the TensorFlow converter: "
             f"{str(error).strip()[:2000]}"
         ) from error
+
+
+def _sign(model: ModelT) -> None:
+    """Gives `model` a signature, which the converter makes only where it reads a SavedModel."""
+    graph = model.subgraphs[0]
+    signature = schema.SignatureDefT()
+    signature.signatureKey = SIGNATURE.encode()
+    signature.subgraphIndex = 0
+    signature.inputs = _entries("input", graph.inputs)
+    signature.outputs = _entries("output", graph.outputs)
+    model.signatureDefs = [signature]
+
+
+def _entries(kind: str, tensors: Sequence[int]) -> list[schema.TensorMapT]:
+    entries = []
+    for i, tensor in enumerate(tensors):
+        entry = schema.TensorMapT()
+        entry.name, entry.tensorIndex = f"{kind}_{i}".encode(), int(tensor)
+        entries.append(entry)
+    return entries
 
 
 def _without_squeezes(model: ModelT) -> ModelT:

@@ -98,6 +98,7 @@ def run(
     *,
     runtime: str,
     tensors: Literal["outputs", "all"] = "outputs",
+    timeout_seconds: float | None = None,
 ) -> RunResult:
     """Runs subgraph 0 of a `.tflite` file on samples that do not see each other.
 
@@ -114,9 +115,12 @@ def run(
         tensors: "all" reads the intermediate tensors too. XNNPACK shows them only as outputs,
             so there they come from a copy of the file that has them all as outputs; the values
             in `outputs` are always the file's own.
+        timeout_seconds: how long TFLite Micro's child may take, by default for ever; LiteRT runs
+            in this process, where nothing can stop it (`run_litert_apart`).
 
     Raises:
-        RuntimeUnavailableError: if the runtime is absent, refuses the file or crashes on it.
+        RuntimeUnavailableError: if the runtime is absent, refuses the file, crashes on it or takes
+            too long.
         ExportError: if the file cannot be read, or an input's dtype, shape or values are wrong.
     """
     if tensors not in ("outputs", "all"):
@@ -129,7 +133,9 @@ def run(
     if runtime in _OP_RESOLVERS:
         outputs, seen = _run_litert(job, runtime)
     else:
-        outputs, seen, arena_bytes = _run_micro(job, _FIRST_ARENA_BYTES)
+        outputs, seen, arena_bytes = _run_micro(
+            job, _FIRST_ARENA_BYTES, timeout_seconds=timeout_seconds
+        )
     fed = zip(job.inputs, job.feeds, strict=True) if tensors == "all" else ()
     arrays = {index: feed.copy() for index, feed in fed} | seen
     batch_size, *_ = flatbuffer.tensor_shape(_inputs(model)[0]) or (1,)
@@ -296,7 +302,10 @@ def _with_watched_as_outputs(job: _Job) -> bytes:
 
 
 def _run_micro(
-    job: _Job, arena_bytes: int, largest_bytes: int = _LARGEST_ARENA_BYTES
+    job: _Job,
+    arena_bytes: int,
+    largest_bytes: int = _LARGEST_ARENA_BYTES,
+    timeout_seconds: float | None = None,
 ) -> tuple[list[np.ndarray], dict[int, np.ndarray], int]:
     """The outputs and watched tensors on TFLite Micro, and the bytes of the arena that it used.
 
@@ -311,7 +320,9 @@ def _run_micro(
     )
     while True:
         arena_bytes += -arena_bytes % _ARENA_ALIGNMENT
-        child = _run_child("tflite_micro", str(arena_bytes), request=request)
+        child = _run_child(
+            "tflite_micro", str(arena_bytes), request=request, timeout_seconds=timeout_seconds
+        )
         words = child.stderr.decode(errors="replace").strip()
         if child.returncode == 0:
             break
@@ -348,13 +359,9 @@ def run_litert_apart(
     """
     arguments = (_OP_RESOLVERS[runtime].name, str(memory_bytes))
     request = _request(blob, feeds)
-    try:
-        child = _run_child("litert", *arguments, request=request, timeout_seconds=timeout_seconds)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeUnavailableError(
-            f"Expected runtime {runtime!r} to run the file within {timeout_seconds:g} s. Received: "
-            "no answer. Use a smaller file, or fewer samples."
-        ) from error
+    child = _run_child(
+        "litert", *arguments, request=request, timeout_seconds=timeout_seconds, runtime=runtime
+    )
     if child.returncode != 0:
         words = textwrap.shorten(child.stderr.decode(errors="replace"), 600)
         raise RuntimeUnavailableError(
@@ -374,11 +381,23 @@ def _request(blob: bytes, feeds: Sequence[np.ndarray], **arrays: np.ndarray) -> 
 
 
 def _run_child(
-    *arguments: str, request: bytes, timeout_seconds: float | None = None
+    kind: str,
+    *arguments: str,
+    request: bytes,
+    timeout_seconds: float | None = None,
+    runtime: str = "tflite_micro",
 ) -> subprocess.CompletedProcess[bytes]:
-    return run_python(
-        [child_programs.__file__, *arguments], request=request, timeout_seconds=timeout_seconds
-    )
+    try:
+        return run_python(
+            [child_programs.__file__, kind, *arguments],
+            request=request,
+            timeout_seconds=timeout_seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeUnavailableError(
+            f"Expected runtime {runtime!r} to run the file within {timeout_seconds:.3g} s. "
+            "Received: no answer; it may never end. Use a smaller file, or fewer samples."
+        ) from error
 
 
 def _refusal(runtime: str, words: str) -> RuntimeUnavailableError:

@@ -2,6 +2,7 @@
 
 from tflite_export.verification import html_page, unknown_writer
 from tflite_export.verification.report import (
+    Exactness,
     LayerReport,
     OutputAgreement,
     Report,
@@ -13,6 +14,7 @@ from tflite_export.verification.verifier import DEFAULT_RUNTIMES, verify
 
 __all__ = [
     "DEFAULT_RUNTIMES",
+    "Exactness",
     "LayerReport",
     "OutputAgreement",
     "Report",

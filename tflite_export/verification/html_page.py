@@ -102,7 +102,8 @@ def _verdicts(report: Any) -> list[tuple[bool, str]]:
     ]
     for part in report.runtimes:
         if part.problem is not None:
-            found.append((False, f"{part.runtime} did not run it"))
+            lacks = f": it has no kernel for {', '.join(part.lacks)}" if part.lacks else ""
+            found.append((bool(part.lacks), f"{part.runtime} did not run it{lacks}"))
         elif part.sites:
             steps = part.max_steps
             unit = "step" if steps == 1 else "steps"

@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from kqat.grids import Site
-from tflite_export import flatbuffer
 from tflite_export.flatbuffer import Inspection, ModelT, OperatorInfo
 from tflite_export.verification.report import LayerReport, RuntimeReport
 
@@ -48,26 +47,45 @@ def grid_use(site: Site, tensor: int, real: np.ndarray, actual: np.ndarray) -> G
     )
 
 
-def producers(model: ModelT) -> dict[int, int]:
-    """Index of a tensor of subgraph 0 -> position of the operator that computes it.
+def work_of(model: ModelT, tensors: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """The operators of subgraph 0 that do the work of each of `tensors`, the rows of a report.
 
-    A RESHAPE of an unnamed tensor counts as part of the operator before it.
+    A layer may ship as several operators: a Conv1D as RESHAPE, CONV_2D and RESHAPE. An operator
+    whose output is not a row belongs to the first row that is computed from it. If there is none,
+    it belongs to the row that it reads. So each operator belongs to one row.
+
+    Returns:
+        Index of a tensor -> positions of its operators, in the order in which they run.
     """
     graph = model.subgraphs[0]
-    found: dict[int, int] = {}
+    results = [[int(t) for t in operator.outputs] for operator in graph.operators]
+    owners: list[int | None] = [next((t for t in r if t in tensors), None) for r in results]
+    readers: dict[int, list[int]] = {}
     for position, operator in enumerate(graph.operators):
-        source = int(operator.inputs[0]) if len(operator.inputs) else -1
-        moves = flatbuffer.op_name(model, operator) == "RESHAPE" and source in found
-        if moves and not flatbuffer.tensor_name(graph.tensors[source]):
-            position = found[source]
-        found |= dict.fromkeys(map(int, operator.outputs), position)
-    return found
+        for tensor in map(int, operator.inputs):
+            readers.setdefault(tensor, []).append(position)
+    for position in reversed(range(len(owners))):
+        if owners[position] is None:
+            behind = (p for t in results[position] for p in readers.get(t, ()))
+            owners[position] = next((owners[p] for p in behind if owners[p] is not None), None)
+    made_by = {t: position for position, result in enumerate(results) for t in result}
+    for position, operator in enumerate(graph.operators):
+        if owners[position] is None:
+            inputs = [int(t) for t in operator.inputs]
+            before = [t if t in tensors else owners[made_by[t]] for t in inputs if t in made_by]
+            before += [t for t in inputs if t in tensors]
+            owners[position] = next((t for t in before if t is not None), None)
+    work: dict[int, tuple[int, ...]] = {}
+    for position, owner in enumerate(owners):
+        if owner is not None:
+            work[owner] = (*work.get(owner, ()), position)
+    return work
 
 
 def layer_reports(
     inspection: Inspection,
     uses: Sequence[GridUse],
-    producers: dict[int, int],
+    work: Mapping[int, tuple[int, ...]],
     runtimes: Sequence[RuntimeReport],
 ) -> tuple[LayerReport, ...]:
     """One row for each site that was found in the file, in the order of computation.
@@ -75,15 +93,17 @@ def layer_reports(
     Args:
         inspection: the file's inspection.
         uses: how the sites use their grids, on one runtime.
-        producers: index of a tensor of subgraph 0 -> position in `inspection.operators` of the
-            operator that computes it.
+        work: from `work_of`, with positions in `inspection.operators`.
         runtimes: the lockstep results of each runtime.
     """
     steps = {part.runtime: {site.name: site.max_steps for site in part.sites} for part in runtimes}
     rows = []
+    counted: set[int] = set()  # two sites may share one tensor, whose work counts once
     for use in uses:
-        position = producers.get(use.tensor)
-        operator = None if position is None else inspection.operators[position]
+        operators = [inspection.operators[p] for p in work.get(use.tensor, ())]
+        operator = _main(operators)
+        costs = [] if use.tensor in counted else operators
+        counted.add(use.tensor)
         name = use.site.name
         rows.append(
             LayerReport(
@@ -98,11 +118,19 @@ def layer_reports(
                 grid_share=use.grid_share,
                 sqnr_db=use.sqnr_db,
                 max_steps={r: found[name] for r, found in steps.items() if name in found},
-                macs=operator.macs if operator else 0,
-                constant_bytes=operator.constant_bytes if operator else 0,
+                macs=sum(each.macs for each in costs),
+                constant_bytes=sum(each.constant_bytes for each in costs),
             )
         )
     return tuple(rows)
+
+
+def _main(operators: Sequence[OperatorInfo]) -> OperatorInfo | None:
+    """The operator that names a row: that with the most work; of none, the last that computes."""
+    if not operators:
+        return None
+    computing = [each for each in operators if each.name != "RESHAPE"] or operators
+    return max(reversed(computing), key=lambda each: each.macs)
 
 
 def static_reports(inspection: Inspection) -> tuple[LayerReport, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from kqat.devices import APPROXIMATE
 from kqat.freezing import FrozenModel, Marker, Node, Ref, is_marker
 from kqat.grids import Site
 from tflite_export.integer_pass import call_layer
@@ -149,6 +150,8 @@ class _Walk:
         site, real = self.frozen.sites[index], np.asarray(value)
         expected, before = site.integers(real), self.carried.get(node.inputs[0], _Carried())
         tensor = self.places.get(index)
+        if tensor is not None and self.computed[tensor].size != expected.size:
+            tensor = None  # the shape in the file is not that of the value
         grid = (site.scale, site.zero_point, site.bits, expected.shape)
         identity = (*grid, sha256(expected.tobytes()).digest())
         if tensor is not None:
@@ -180,14 +183,16 @@ class _Walk:
         position = real / site.scale
         tied = np.abs(position - np.floor(position) - 0.5) < 2.0 ** (site.bits - 20)
         self.uses.append(grid_use(site, tensor, real, actual))
+        operator = self.tensors.operator(tensor)
         self.differences.append(
             SiteDifference(
                 name=site.name,
-                operator=self.tensors.operator(tensor),
+                operator=operator,
                 elements=steps.size,
                 max_steps=int(steps.max(initial=0)),
                 differing=int(np.count_nonzero(steps)),
                 ties=int(np.count_nonzero(steps * tied)),
+                allowed_steps=APPROXIMATE.get((operator, site.bits), 1),
             )
         )
         return actual

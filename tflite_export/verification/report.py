@@ -17,7 +17,8 @@ class SiteDifference:
     """One value in lockstep: `differing` of its `elements` differ, by at most `max_steps`.
 
     Of those, `ties` lie exactly between two steps in float arithmetic, as the average of two
-    integers often does. A kernel may round such a value to either step.
+    integers often does. A kernel may round such a value to either step. `allowed_steps` is more
+    than one if the kernel approximates (`kqat.devices.APPROXIMATE`).
     """
 
     name: str
@@ -26,6 +27,7 @@ class SiteDifference:
     max_steps: int
     differing: int
     ties: int
+    allowed_steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,20 +47,65 @@ class OutputAgreement:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Exactness:
+    """Whether a runtime computed the integers that its kernels are known to compute.
+
+    Attributes:
+        elements: how many integers were compared, each operator fed the runtime's own inputs.
+        differing: how many of them differ.
+        first: the first operator that differs and its tensor, in words; empty where none does.
+        unknown: what was not compared, and why; empty where all was.
+    """
+
+    elements: int
+    differing: int
+    first: str = ""
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every operator was compared and no integer differs."""
+        return not self.differing and not self.unknown
+
+    def __str__(self) -> str:
+        if self.first:
+            return (
+                f"not exact: {self.differing:,} of {self.elements:,} integers are not those of "
+                f"the kernels, first those of {self.first}"
+            )
+        if self.unknown:
+            return f"exact, but for what has no integer arithmetic here: {'; '.join(self.unknown)}"
+        return f"exact: all {self.elements:,} integers are those of the kernels"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeReport:
-    """What one runtime did with the file; if it did not run, `problem` says why."""
+    """What one runtime did with the file; if it did not run, `problem` says why.
+
+    `exact` is `None` without lockstep. `lacks` names the operators for which the runtime has no
+    kernel, if that is the problem.
+    """
 
     runtime: str
     problem: str | None = None
+    lacks: tuple[str, ...] = ()
     sites: tuple[SiteDifference, ...] = ()
     unmatched: tuple[str, ...] = ()
     outputs: tuple[OutputAgreement, ...] = ()
     arena_bytes: int | None = None
+    exact: Exactness | None = None
 
     @property
     def max_steps(self) -> int:
         """Largest difference of any value in lockstep."""
         return max((site.max_steps for site in self.sites), default=0)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it ran the file with no more steps than allowed, or only lacks a kernel."""
+        if self.problem is not None:
+            return bool(self.lacks)
+        return all(site.max_steps <= site.allowed_steps for site in self.sites)
 
     def by_operator(self) -> dict[str, SiteDifference]:
         """Operator -> the sum of the differences of all its outputs."""
@@ -188,15 +235,19 @@ def _sum(a: SiteDifference, b: SiteDifference) -> SiteDifference:
         max_steps=max(a.max_steps, b.max_steps),
         differing=a.differing + b.differing,
         ties=a.ties + b.ties,
+        allowed_steps=max(a.allowed_steps, b.allowed_steps),
     )
 
 
 def _runtime_lines(part: RuntimeReport) -> list[str]:
     if part.problem is not None:
-        return [f"  {part.runtime}: did not run", *_wrapped(part.problem, "    ")]
+        lacks = f": has no kernel for {', '.join(part.lacks)}" if part.lacks else ""
+        return [f"  {part.runtime}: did not run{lacks}", *_wrapped(part.problem, "    ")]
     arena = "" if part.arena_bytes is None else f", arena {part.arena_bytes:,} bytes"
     said = f"at most {part.max_steps} in lockstep" if part.sites else "ran it"
     lines = [f"  {part.runtime}: {said}{arena}"]
+    if part.exact is not None:
+        lines += _wrapped(str(part.exact), "    ")
     for operator, row in part.by_operator().items():
         share = 100 * row.differing / max(row.elements, 1)
         ties = f", {100 * row.ties / row.differing:.0f} % ties" if row.ties else ""

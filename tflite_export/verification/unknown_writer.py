@@ -4,6 +4,7 @@ Nothing is known about its writer, so LiteRT too runs in a child here: a hostile
 process, ask for all memory, or never end.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,11 @@ from tflite_export.runtimes import (
     supports,
 )
 from tflite_export.verification.end_to_end import agreement_of_runtimes
+from tflite_export.verification.missing_kernels import lacking_kernels
 from tflite_export.verification.report import RuntimeReport
 
-TIMEOUT_SECONDS = 120.0
+# For all runtimes together; each has an equal part of what those before it left.
+TIMEOUT_SECONDS = 100.0
 MEMORY_BYTES = 8 << 30
 
 
@@ -48,11 +51,14 @@ def compare_runtimes(
     feeds = random_inputs(model, samples) if data is None else _feeds(model, data, samples)
     reports: list[RuntimeReport] = []
     first: Sequence[np.ndarray] | None = None
-    for runtime in runtimes:
+    end = time.monotonic() + TIMEOUT_SECONDS
+    for position, runtime in enumerate(runtimes):
+        seconds = max((end - time.monotonic()) / (len(runtimes) - position), 0.0)
         try:
-            outputs, arena = _run(blob, feeds, runtime)
+            outputs, arena = _run(blob, feeds, runtime, seconds)
         except RuntimeUnavailableError as error:
-            reports.append(RuntimeReport(runtime=runtime, problem=str(error)))
+            lacks = lacking_kernels(model, runtime)
+            reports.append(RuntimeReport(runtime=runtime, problem=str(error), lacks=lacks))
             continue
         agreements = () if first is None else agreement_of_runtimes(model, first, outputs)
         first = first or outputs
@@ -61,18 +67,18 @@ def compare_runtimes(
 
 
 def _run(
-    blob: bytes, feeds: list[np.ndarray], runtime: str
+    blob: bytes, feeds: list[np.ndarray], runtime: str, timeout_seconds: float
 ) -> tuple[Sequence[np.ndarray], int | None]:
     if supports(runtime) and runtime != "tflite_micro":
         outputs = run_litert_apart(
             blob,
             feeds,
             runtime=runtime,
-            timeout_seconds=TIMEOUT_SECONDS,
+            timeout_seconds=timeout_seconds,
             memory_bytes=MEMORY_BYTES,
         )
         return outputs, None
-    result = run(blob, feeds, runtime=runtime)
+    result = run(blob, feeds, runtime=runtime, timeout_seconds=timeout_seconds)
     return result.outputs, result.arena_bytes
 
 

@@ -14,13 +14,15 @@ from tflite_export.devices import check_file
 from tflite_export.flatbuffer import ModelT, inspect_model
 from tflite_export.runtimes import run
 from tflite_export.verification.end_to_end import agreement_with_model
+from tflite_export.verification.exactness import exactness
 from tflite_export.verification.layer_profile import (
     GridUse,
     layer_reports,
-    producers,
     static_reports,
+    work_of,
 )
 from tflite_export.verification.lockstep import compare
+from tflite_export.verification.missing_kernels import lacking_kernels
 from tflite_export.verification.report import LayerReport, Report, RuntimeReport
 from tflite_export.verification.site_tensors import SiteTensors
 from tflite_export.verification.unknown_writer import compare_runtimes
@@ -71,7 +73,8 @@ def verify(
         found = [_verify_on(runtime, frozen, model, blob, inputs) for runtime in runtimes]
         parts, count = tuple(part for part, _ in found), len(inputs[0])
         uses = next((uses for _, uses in found if uses), ())
-        layers = layer_reports(inspection, uses, producers(model), parts)
+        work = work_of(model, [use.tensor for use in uses])
+        layers = layer_reports(inspection, uses, work, parts)
     notes += inspection.decoding_notes()
     estimated, misfits = check_file(blob, inspection, target)
     return Report(
@@ -133,7 +136,8 @@ def _verify_on(
     try:
         result = run(blob, tensors.feeds(inputs), runtime=runtime, tensors="all")
     except RuntimeUnavailableError as error:
-        return RuntimeReport(runtime=runtime, problem=str(error)), ()
+        lacks = lacking_kernels(model, runtime)
+        return RuntimeReport(runtime=runtime, problem=str(error), lacks=lacks), ()
     found = compare(frozen, tensors, result.tensors, runtime, inputs)
     part = RuntimeReport(
         runtime=runtime,
@@ -141,5 +145,6 @@ def _verify_on(
         unmatched=found.unmatched,
         outputs=agreement_with_model(frozen, tensors, model, inputs, result.outputs),
         arena_bytes=result.arena_bytes,
+        exact=exactness(model, result.tensors, runtime),
     )
     return part, found.uses

@@ -63,8 +63,8 @@ def test_packed_weights_and_misfits_are_said_below_the_table() -> None:
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2, name="dense")], name="model")
     plan = kqat.plan(model, "w3a8", target="ethos_u55")
     assert str(plan).splitlines()[3:] == [
-        "dense  Dense  integer  3 bits in int4/ch lsq  own",
-        "int4: two a byte where the target has such kernels, else one, as int8",
+        "dense  Dense  integer  3-bit in int4/ch lsq  own",
+        "int4: packed two a byte where the target has the kernel, else stored as int8",
         "target ethos_u55: layer 'dense' (FULLY_CONNECTED) stores its 3-bit weights as",
         "  int8: this target has no kernel for packed weights",
     ]

@@ -199,3 +199,21 @@ def test_a_plan_knows_the_shapes_of_the_edge_tpu() -> None:
     assert "makes (4, 6); FULLY_CONNECTED makes one axis only" in said["dense"]
     assert "only the three innermost axes may be larger than 1" in said["four"]
     assert kqat.plan(model, target="litert").misfits == ()
+
+
+@pytest.mark.parametrize(
+    ("call", "target", "operator"),
+    [
+        (lambda x: L.PReLU()(x), "litert", "PRELU"),
+        (lambda x: L.PReLU()(x), "tflite_micro", "PRELU"),
+        (lambda x: keras.ops.sigmoid(x[..., :2]), "tflite_micro", "STRIDED_SLICE"),
+        (lambda x: keras.ops.sigmoid(x[..., :2]), "litert", None),
+        (lambda x: L.ReLU()(x), "tflite_micro", None),
+    ],
+)
+def test_values_of_too_many_axes_are_named(call: Any, target: str, operator: str | None) -> None:
+    x = keras.Input((4, 4, 6))
+    model = keras.Model(x, call(L.Reshape((4, 4, 2, 3))(L.Conv2D(6, 1)(x))))
+    found = kqat.plan(model, target=target).misfits
+    assert [misfit.operators for misfit in found] == ([(operator,)] if operator else [])
+    assert all(misfit.blocking and "5 axes" in misfit.reason for misfit in found)

@@ -1,6 +1,8 @@
 """One tfmot `QuantizeConfig` and one Keras 3 layer: what carries over, and what is refused."""
 
 import dataclasses
+import importlib
+import sys
 from typing import Any
 
 import keras
@@ -48,6 +50,42 @@ def tfmot_default(kind: str, *args: Any) -> Any:
     """What tfmot itself gives a Keras 2 layer."""
     registry = tfmot.quantization.keras.default_8bit.Default8BitQuantizeRegistry()
     return registry.get_quantize_config(getattr(tf_keras.layers, kind)(*args))
+
+
+def preserving(folder: str, name: str, *args: Any) -> Any:
+    """What tfmot gives a Dense whose zeros or clusters it keeps."""
+    tfmot_keras = "tensorflow_model_optimization.python.core.quantization.keras"
+    module = importlib.import_module(
+        f"{tfmot_keras}.collab_opts.{folder}.{folder}_quantize_registry"
+    )
+    layer = tf_keras.layers.Dense(2)
+    layer.build((None, 3))
+    return getattr(module, name)(*args).get_quantize_config(layer)
+
+
+class Answers:
+    """Returns what it is given for weights and output."""
+
+    def __init__(self, weights: Any, output: Any):
+        self.weights, self.output = weights, output
+
+    def get_weights_and_quantizers(self, layer: Any) -> Any:
+        return self.weights
+
+    def get_activations_and_quantizers(self, layer: Any) -> Any:
+        return []
+
+    def get_output_quantizers(self, layer: Any) -> Any:
+        return self.output
+
+
+def test_gates_of_a_recurrent_layer_are_its_cells() -> None:
+    registry = sys.modules[type(tfmot_default("Dense", 2)).__module__]
+    attributes = [["kernel", "recurrent_kernel"]], [["activation", "recurrent_activation"]]
+    config: Any = registry.Default8BitQuantizeConfigRNN(*attributes, False)
+    layer = layers.LSTM(2)
+    layer(keras.Input((4, 3)))
+    assert translate(config, layer) == ours(SPEC8)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +151,20 @@ def tfmot_default(kind: str, *args: Any) -> Any:
             ours({"kernel": SPEC8}),
         ),
         (layers.Add(), tfmot_default("Add"), ours(None)),
+        # tfmot's own classes know layers as Keras 2 has them.
+        (
+            layers.DepthwiseConv2D(3),
+            tfmot_default("DepthwiseConv2D", 3),
+            ours({"kernel": CHANNELS}),
+        ),
+        (layers.Activation("relu"), tfmot_default("Activation", "relu"), ours(None)),
+        (layers.Activation("silu"), tfmot_default("Activation", "swish"), ours(None)),
+        (layers.Softmax(), Answers(None, None), kqat.QuantizeConfig()),
+        (
+            layers.Dense(2),
+            Config({"kernel": weight()}, output=(average(num_bits=16, symmetric=True),)),
+            ours({"kernel": SPEC8}, bits=16, symmetric=True),
+        ),
         (
             layers.Dense(2),
             Config({"kernel": weight()}, {"activation": NO_QUANTIZER}, (average(),)),
@@ -138,9 +190,39 @@ def test_translation(layer: Any, config: Any, expected: kqat.QuantizeConfig | No
     [
         (
             layers.DepthwiseConv2D(3, name="dw"),
-            Config({"depthwise_kernel": weight()}),
+            Config({"pointwise_kernel": weight()}),
             "Config.get_weights_and_quantizers .*'dw' of type DepthwiseConv2D has in Keras 3: "
-            "kernel, bias, activation. .*no attribute 'depthwise_kernel'. Use these names in",
+            "kernel, bias, activation. .*no attribute 'pointwise_kernel'. Use these names in",
+        ),
+        (
+            layers.Activation("elu", name="a"),
+            tfmot_default("Activation", "elu"),
+            "get_output_quantizers .*'a' of type Activation.* ValueError: Activation .*elu",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            preserving("prune_preserve", "Default8bitPrunePreserveQuantizeRegistry"),
+            "for weight 'kernel' of layer 'd'.*PrunePreserve.*keeps the zeros or clusters",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            preserving("cluster_preserve", "Default8bitClusterPreserveQuantizeRegistry", False),
+            "for weight 'kernel' of layer 'd'.*ClusterPreserve.*keeps the zeros or clusters",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Config({"kernel": weight()}, output=(average(num_bits=16),)),
+            "symmetric quantizer of 16 bits for the output of layer 'd'",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Answers([layers.Dense(2)], []),
+            "Answers.get_weights_and_quantizers to return a list of pairs for layer 'd'",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Answers([], 3),
+            "Answers.get_output_quantizers to return a list of quantizers for layer 'd'.* 3",
         ),
         (
             layers.Flatten(name="flat"),

@@ -296,3 +296,16 @@ def test_tfmot_is_not_imported_with_kqat() -> None:
     # tfmot, imported by a test before this one, makes every child's tf.keras a tf_keras.
     env = {name: value for name, value in os.environ.items() if name != "TF_USE_LEGACY_KERAS"}
     assert subprocess.check_output(run, cwd=ROOT, env=env, text=True).strip() == "set()"
+
+
+def test_widths_go_on_through_layers_without_a_quantizer() -> None:
+    wide = Config({"kernel": weight()}, output=(average(num_bits=16, symmetric=True),))
+    x = keras.Input((4, 4, 2))
+    y = layers.ReLU()(layers.Conv2D(2, 1, name="first")(x))
+    model = keras.Model(x, layers.Dense(2, name="last")(layers.Flatten()(y)))
+    relu = Config(output=(average(num_bits=16, symmetric=True),))
+    inside = Config({"kernel": weight()})
+    policy = {"first": inside, "re_lu*": relu, "flatten*": Config(), "last": wide}
+    decided = kqat.plan(model, policy)
+    assert {layer.bits for layer in decided.layers} == {16}
+    assert {group.spec.bits for group in decided.groups} == {16}

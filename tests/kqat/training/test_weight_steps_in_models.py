@@ -152,10 +152,10 @@ def test_plan_says_how_steps_are_found_and_stored() -> None:
     policy = {"conv": "ternary", "depthwise": "binary", "head": "w3a8"}
     text = str(kqat.plan(network(), policy))
     for found in (
-        "2-bit grid in int4 per channel ternary",
-        "1-bit grid in int4 per channel binary",
-        "3-bit grid in int4 per channel lsq",
-        "int4: two a byte where the target has such kernels, else in int8",
+        "2-bit in int4/ch ternary",
+        "1-bit in int4/ch binary",
+        "3-bit in int4/ch lsq",
+        "int4: packed two a byte where the target has the kernel, else stored as int8",
     ):
         assert found in text
     rows = {
@@ -166,7 +166,7 @@ def test_plan_says_how_steps_are_found_and_stored() -> None:
     assert "int4" not in str(kqat.plan(network()))
     six = QuantSpec(bits=6, symmetric=True, narrow_range=True)
     text = str(kqat.plan(network(), {"head": kqat.QuantizeConfig(weights=six)}))
-    assert "6-bit grid in int8" in text
+    assert "6-bit in int8" in text
 
 
 def test_learned_steps_are_float32_under_mixed_precision() -> None:

@@ -13,11 +13,11 @@ from keras import layers
 import kqat
 import tflite_export
 from kqat.config.layer_config import QuantizeConfig
+from kqat.kernels.lstm_arithmetic import Numbers
 from kqat.parts.lstm_step import FrozenLSTM
 from tflite_export import flatbuffer
 from tflite_export.integer_pass import fused_lstm
 from tflite_export.integer_pass.fused_lstm import call_layer
-from tflite_export.kernels.lstm_arithmetic import Numbers
 from tflite_export.verification.report import Report
 
 STEPS, FEATURES, UNITS = 7, 5, 6

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kqat.freezing.frozen_weight import FrozenWeight
-from tflite_export.kernels.weight_layout import BIAS, Weights, fit_bias
+from kqat.grids.bias import LARGEST_BIAS
+from tflite_export.kernels.weight_layout import Weights, fit_bias
 
 # From dead channels, far below one step of anything, to scales far above the usual.
 SCALES = st.floats(2.0**-60, 2.0**4, width=32)
@@ -20,7 +21,7 @@ INTEGERS = st.integers(-127, 127)
 QUOTIENT = Fraction(1, 2**23)
 # A scale that was enlarged is rounded to float32 (half a unit of 24 bits), so the bias may end
 # that much above its limit.
-BIAS_LIMIT = BIAS[8][1]
+BIAS_LIMIT = LARGEST_BIAS[8]
 LARGEST = Fraction(BIAS_LIMIT) * (1 + Fraction(1, 2**24)) + 1
 
 

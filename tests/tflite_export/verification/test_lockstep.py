@@ -21,6 +21,7 @@ from tflite_export import flatbuffer
 from tflite_export.flatbuffer.tree import ModelT
 from tflite_export.verification import verifier
 from tflite_export.verification.report import (
+    Exactness,
     LayerReport,
     OutputAgreement,
     Report,
@@ -280,8 +281,11 @@ def rebuilt(table: dict[str, Any]) -> Report:
     for part in table.pop("runtimes"):
         sites = tuple(SiteDifference(**site) for site in part.pop("sites"))
         outputs = tuple(OutputAgreement(**output) for output in part.pop("outputs"))
-        unmatched = tuple(part.pop("unmatched"))
-        parts.append(RuntimeReport(sites=sites, outputs=outputs, unmatched=unmatched, **part))
+        names = {key: tuple(part.pop(key)) for key in ("unmatched", "lacks")}
+        if (exact := part.pop("exact")) is not None:
+            exact = Exactness(**{**exact, "unknown": tuple(exact["unknown"])})
+        ends = {"outputs": outputs, "exact": exact, **names}
+        parts.append(RuntimeReport(sites=sites, **ends, **part))
     layers = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in table.pop("layers")]
     notes = tuple(table.pop("notes"))
     return Report(runtimes=tuple(parts), layers=tuple(layers), notes=notes, **table)
@@ -308,3 +312,63 @@ def test_the_report_fits_a_terminal() -> None:
     text = " ".join(str(report).split())
     for said in (name, "1,234,567,890", "255", "81 % ties", "top-1 agreement 100.0 %", "39"):
         assert said in text
+
+
+def _sequence(x: Any) -> Any:
+    """Of one Conv1D, one DepthwiseConv1D and one Dense no tensor has the layer's own shape."""
+    x = L.Conv1D(8, 3, padding="same", activation="relu", name="plain")(x)
+    x = L.DepthwiseConv1D(3, name="depthwise")(x)
+    x = L.Conv1D(8, 3, dilation_rate=2, padding="causal", name="dilated")(x)
+    return L.Dense(3, name="head")(L.Flatten(name="flat")(L.Dense(4, name="rows")(x)))
+
+
+@pytest.mark.parametrize("policy", ["int16x8", pytest.param("w4a8", marks=pytest.mark.slow)])
+def test_every_layer_with_weights_has_a_row_with_its_work(policy: str) -> None:
+    qat, x = quantized((32, 4), _sequence, policy)
+    blob = tflite_export.convert(qat, target="tflite_micro")
+    report = tflite_export.verify(qat, blob, x[:4], runtimes=[REFERENCE])
+    rows = {row.name.removesuffix("_relu"): row for row in report.layers if row.macs}
+    assert set(rows) == {"plain", "depthwise", "dilated", "rows", "head"}
+    macs = {"plain": 32 * 8 * 12, "depthwise": 30 * 8 * 3, "dilated": 30 * 8 * 24}
+    macs |= {"rows": 30 * 32, "head": 360}
+    assert {name: row.macs for name, row in rows.items()} == macs
+    assert sum(row.macs for row in report.layers) == report.macs
+    # Small matrices are not worth two RESHAPEs.
+    assert rows["plain"].weight_bits == (4 if policy == "w4a8" else 8)
+    assert all(row.weight_bits in (4, 8) for row in rows.values())
+    constants = tflite_export.inspect(blob).constant_bytes
+    assert sum(row.constant_bytes for row in report.layers) == constants
+
+
+def test_a_kernel_that_a_runtime_lacks_is_a_note() -> None:
+    qat, x = quantized((4, 4, 2), lambda x: L.ELU(name="elu")(L.Conv2D(2, 1, name="conv")(x)))
+    blob = tflite_export.convert(qat)
+    report = tflite_export.verify(qat, blob, x[:2], runtimes=[REFERENCE, "litert_builtin"])
+    part = report.on(REFERENCE)
+    assert part.problem and part.lacks == ("ELU",) and part.is_right
+    assert report.on("litert_builtin").is_right and not report.on("litert_builtin").lacks
+    assert "has no kernel for ELU" in str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengthen", [True, False])
+def test_damaged_shapes_are_told(net: Net, lengthen: bool) -> None:
+    for index in range(len(flatbuffer.read(net.blob).subgraphs[0].tensors)):
+        model = flatbuffer.read(net.blob)
+        tensor = model.subgraphs[0].tensors[index]
+        tensor.shape = [2, *tensor.shape[1:]] if lengthen else []
+        try:
+            blob = flatbuffer.write(model)
+            report = tflite_export.verify(net.frozen, blob, net.x[:2], runtimes=[REFERENCE])
+        except ExportError:
+            continue
+        assert report.runtimes[0].runtime == REFERENCE
+
+
+def test_approximating_kernels_are_allowed_their_steps() -> None:
+    site = SiteDifference(
+        name="t", operator="TANH", elements=4, max_steps=2, differing=1, ties=0, allowed_steps=2
+    )
+    assert RuntimeReport(runtime=REFERENCE, sites=(site,)).is_right
+    plain = dataclasses.replace(site, allowed_steps=1)
+    assert not RuntimeReport(runtime=REFERENCE, sites=(plain,)).is_right

@@ -173,3 +173,25 @@ def test_empty_values_are_refused() -> None:
     y = keras.Input((4, 3), name="y")
     with pytest.raises(ModelError, match=r"elements in model 'part'.*layer '\w+' from and to shap"):
         kqat.plan(keras.Model(y, L.Flatten()(y[:, 2:2]), name="part"))
+
+
+@pytest.mark.slow
+def test_tflite_micro_is_given_up_too(blob: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tflite_micro")
+    monkeypatch.setattr(unknown_writer, "TIMEOUT_SECONDS", 0.01)
+    report = tflite_export.verify(None, blob, runtimes=["tflite_micro"], samples=1)
+    assert "within 0.01 s" in str(report.on("tflite_micro").problem)
+    assert not report.on("tflite_micro").is_right
+
+
+def test_runtimes_share_the_time(blob: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def note(*args: Any) -> Any:
+        given.append(args[-1])
+        return [np.zeros((1, 3), np.int8)], None
+
+    monkeypatch.setattr(unknown_writer, "_run", note)
+    monkeypatch.setattr(unknown_writer, "TIMEOUT_SECONDS", 90.0)
+    tflite_export.verify(None, blob, runtimes=(*LITERT, "tflite_micro"), samples=1)
+    assert [round(seconds) for seconds in given] == [30, 45, 90]

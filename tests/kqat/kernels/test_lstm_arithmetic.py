@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
+from kqat.kernels import lstm_arithmetic
+from kqat.kernels.lstm_arithmetic import Numbers, run_lstm
 from kqat.parts.lstm_step import GATES
 from tflite_export import flatbuffer
-from tflite_export.kernels import lstm_arithmetic
-from tflite_export.kernels.lstm_arithmetic import Numbers, run_lstm
 from tflite_export.runtimes.execution import run, supports
 
 SAMPLES, FEATURES, UNITS = 8, 6, 8

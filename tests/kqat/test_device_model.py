@@ -1,0 +1,82 @@
+"""`kqat.integer_model` and `GapCallback`: a data set judged as the device will judge it."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+
+import kqat
+import tflite_export
+from kqat.base.errors import ModelError
+
+X = np.random.default_rng(0).normal(size=(40, 6)).astype("float32")
+Y = (X.sum(axis=1) > 0).astype("int32")
+
+
+def trained() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), L.Dense(8, "relu"), L.Dense(2, "softmax")])
+    qat = kqat.quantize_model(model, calibration_data=X)
+    qat.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return qat
+
+
+def test_it_is_evaluated_as_any_model() -> None:
+    qat = trained()
+    device = kqat.integer_model(qat)
+    device.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    _, accuracy = device.evaluate(X, Y, batch_size=7, verbose=0)
+    blob = tflite_export.convert(qat)
+    integers = tflite_export.integer_model(blob, outputs="integers").predict(X, verbose=0)
+    assert accuracy == pytest.approx(np.mean(integers.argmax(-1) == Y))
+    frozen = kqat.integer_model(kqat.freeze(qat), outputs="integers")
+    np.testing.assert_array_equal(frozen.predict(X, verbose=0), integers)
+
+
+@pytest.mark.slow
+def test_inputs_and_outputs_keep_their_structures() -> None:
+    keras.utils.set_random_seed(0)
+    a, b = keras.Input((6,), name="b_first"), keras.Input((4,), name="a_second")
+    x = L.Concatenate()([a, b])
+    ends = {"one": L.Dense(3)(x), "two": [L.Dense(2)(x), L.Dense(5)(a)]}
+    model = keras.Model({"left": a, "right": b}, ends)
+    data = {"left": X, "right": X[:, :4]}
+    qat = kqat.quantize_model(model, calibration_data=data)
+    device = kqat.integer_model(qat)
+    keras.tree.assert_same_structure(device.output, qat.output)
+    for ours, theirs in zip(
+        keras.tree.flatten(device(data)), keras.tree.flatten(qat(data)), strict=True
+    ):
+        # A few steps of the outputs' grids, which span about 8.
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=0.2)
+
+
+def test_the_gap_is_logged_and_can_stop_training() -> None:
+    qat = trained()
+    history = qat.fit(
+        X,
+        Y,
+        epochs=4,
+        verbose=0,
+        callbacks=[
+            kqat.GapCallback((X, Y)),
+            keras.callbacks.EarlyStopping(
+                "val_accuracy_device", mode="max", min_delta=1.0, patience=1
+            ),
+        ],
+    )
+    # No accuracy grows by 1, so the second epoch is the last.
+    assert len(history.history["val_accuracy_device"]) == 2
+    assert "val_loss_device" in history.history
+    device = kqat.integer_model(qat)
+    device.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    expected = device.evaluate(X, Y, verbose=0, return_dict=True)
+    assert history.history["val_accuracy_device"][-1] == pytest.approx(expected["accuracy"])
+    assert history.history["val_loss_device"][-1] == pytest.approx(expected["loss"])
+
+
+def test_a_callback_of_no_compiled_model_says_so() -> None:
+    callback = kqat.GapCallback((X, Y))
+    callback.set_model(keras.Sequential([keras.Input((6,)), L.Dense(2)]))
+    with pytest.raises(ModelError, match="compiled model for GapCallback"):
+        callback.on_epoch_end(0, {})

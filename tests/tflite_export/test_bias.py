@@ -1,0 +1,156 @@
+"""The bias that a QAT layer adds is the one in the file: its values are those of XNNPACK."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from ai_edge_litert.interpreter import Interpreter
+from keras import layers as L
+
+import kqat
+import tflite_export
+
+NOISY = keras.initializers.RandomNormal(stddev=0.5, seed=0)
+PER_TENSOR = kqat.QuantizeConfig(
+    weights=kqat.QuantSpec(bits=8, symmetric=True, narrow_range=True, axis=None)
+)
+
+
+def images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(32, *shape)).astype(np.float32)
+
+
+def moved(model: keras.Model) -> keras.Model:
+    """`model` with statistics, factors of both signs and offsets in its normalizations."""
+    draw = np.random.default_rng(0)
+    for layer in model.layers:
+        if isinstance(layer, L.BatchNormalization):
+            n = layer.gamma.shape[0]
+            gamma = draw.uniform(0.5, 1.5, n) * np.where(draw.random(n) < 0.3, -1, 1)
+            gamma[0] = 0.0
+            offsets = draw.normal(size=(2, n))
+            layer.set_weights([gamma, *offsets, draw.uniform(0.05, 0.3, n)])
+    return model
+
+
+def differing(qat: keras.Model, x: np.ndarray) -> float:
+    """The share of outputs of the QAT model that are not the file's on XNNPACK."""
+    lite = Interpreter(model_content=tflite_export.convert(qat), num_threads=1)
+    run = lite.get_signature_runner()
+    ((feed_name, feed),) = run.get_input_details().items()
+    ((name, end),) = run.get_output_details().items()
+    (scale, zero), (out_scale, out_zero) = feed["quantization"], end["quantization"]
+    integers = np.clip(np.rint(x / np.float32(scale)) + zero, -128, 127).astype(np.int8)
+    found = np.concatenate([run(**{feed_name: row[None]})[name] for row in integers])
+    expected = np.rint(qat.predict(x, verbose=0) / out_scale) + out_zero
+    return float(np.mean(expected != found))
+
+
+CASES: dict[str, tuple[tuple[int, ...], Callable[[], list[Any]], Any]] = {
+    "depthwise and normalization": (
+        (8, 8, 6),
+        lambda: [L.DepthwiseConv2D(3, use_bias=False), L.BatchNormalization(), L.ReLU(6.0)],
+        "int8",
+    ),
+    "per tensor and normalization": (
+        (8, 8, 6),
+        lambda: [L.Conv2D(6, 3, bias_initializer=NOISY), L.BatchNormalization(), L.ReLU()],
+        PER_TENSOR,
+    ),
+    "normalization alone": (
+        (8, 8, 6),
+        lambda: [L.Conv2D(6, 3, activation="relu"), L.BatchNormalization()],
+        "int8",
+    ),
+    "dense behind what moves": (
+        (8, 8, 6),
+        lambda: [L.MaxPooling2D(), L.Flatten(), L.Dense(5, bias_initializer=NOISY)],
+        "int8",
+    ),
+    "transposed": (
+        (4, 4, 6),
+        lambda: [L.Conv2DTranspose(5, 3, use_bias=False), L.BatchNormalization()],
+        "int8",
+    ),
+    "no weights": (
+        (8, 8, 6),
+        lambda: [L.Conv2D(6, 3, kernel_initializer="zeros", bias_initializer=NOISY)],
+        "int8",
+    ),
+    "a bias far beyond its weights": (
+        (8, 8, 6),
+        lambda: [L.Conv2D(6, 3, bias_initializer=keras.initializers.Constant(1e6))],
+        "int8",
+    ),
+    "rescaling": ((8, 8, 6), lambda: [L.Rescaling(0.37, 0.61)], "int8"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_those_of_the_file(name: str) -> None:
+    keras.utils.set_random_seed(0)
+    shape, parts, policy = CASES[name]
+    model = moved(keras.Sequential([keras.Input(shape), *parts()]))
+    x = images(*shape)
+    qat = kqat.quantize_model(model, policy, calibration_data=x)
+    # But for ties of float32 sums: 1 value in 20,000.
+    assert differing(qat, x) < 5e-5
+
+
+def shared() -> keras.Model:
+    """A convolution with a bias, called on values of two grids."""
+    keras.utils.set_random_seed(0)
+    inputs, conv = keras.Input((8, 8, 4), name="x"), L.Conv2D(4, 3, bias_initializer=NOISY)
+    small = L.Rescaling(0.05)(inputs)
+    return keras.Model(inputs, L.Concatenate()([conv(inputs), conv(small)]))
+
+
+def test_a_shared_layer_rounds_its_bias_for_each_of_its_inputs() -> None:
+    x = images(8, 8, 4)
+    qat = kqat.quantize_model(shared(), calibration_data=x)
+    assert differing(qat, x) < 5e-5
+
+
+def test_a_saved_model_and_a_clone_find_the_grids_again(tmp_path: Path) -> None:
+    x = images(8, 8, 4)
+    qat = kqat.quantize_model(shared(), calibration_data=x)
+    path = tmp_path / "qat.keras"
+    qat.save(path)
+    clone = keras.models.clone_model(qat)
+    clone.set_weights(qat.get_weights())
+    expected = qat.predict(x, verbose=0)
+    for copy in (keras.models.load_model(path), clone):
+        assert len(copy.weights) == len(qat.weights)
+        np.testing.assert_array_equal(copy.predict(x, verbose=0), expected)
+        assert differing(copy, x) < 5e-5
+
+
+def test_the_bias_is_trained_straight_through_with_frozen_statistics() -> None:
+    keras.utils.set_random_seed(0)
+    parts = [L.Conv2D(3, 3, use_bias=False), L.BatchNormalization(), L.ReLU()]
+    model = moved(keras.Sequential([keras.Input((8, 8, 4)), *parts]))
+    qat = kqat.quantize_model(model, calibration_data=images(8, 8, 4))
+    (wrapper,) = [layer for layer in qat.layers if isinstance(layer, kqat.QuantizeWrapper)]
+    wrapper.freeze_statistics = True
+    before = [np.array(v) for v in qat.trainable_variables]
+    qat.compile("sgd", "mse")
+    qat.fit(images(8, 8, 4), np.ones((32, 6, 6, 3)), verbose=0)
+    for old, variable in zip(before, qat.trainable_variables, strict=True):
+        assert np.any(old != np.asarray(variable)), variable.path
+
+
+def test_the_file_holds_the_bias_that_was_trained() -> None:
+    x = images(8, 8, 4)
+    model = keras.Sequential([keras.Input((8, 8, 4)), L.Conv2D(3, 3, bias_initializer=NOISY)])
+    qat = kqat.quantize_model(model, calibration_data=x)
+    (wrapper,) = [layer for layer in qat.layers if isinstance(layer, kqat.QuantizeWrapper)]
+    frozen = kqat.freeze(qat)
+    (conv,) = [layer for layer in frozen.model.layers if isinstance(layer, L.Conv2D)]
+    np.testing.assert_array_equal(conv.bias, wrapper.bias_on_grid())
+    step = float(frozen.sites[0].scale) * frozen.weights[0].scale.reshape(-1).astype(np.float64)
+    steps = np.asarray(conv.bias, np.float64) / step
+    np.testing.assert_allclose(steps, np.rint(steps), rtol=1e-6)
+    assert np.any(np.asarray(conv.bias) != np.asarray(wrapper.layer.bias))

@@ -1,0 +1,16 @@
+"""A file's integer arithmetic, to the last integer: as a Keras model, and in NumPy step by step."""
+
+from tflite_export.integer_model.execution import carry_out, execute
+from tflite_export.integer_model.keras_model import integer_model
+from tflite_export.integer_model.operators import supported
+from tflite_export.integer_model.program import Program, Step, read_program
+
+__all__ = [
+    "Program",
+    "Step",
+    "carry_out",
+    "execute",
+    "integer_model",
+    "read_program",
+    "supported",
+]

@@ -1,0 +1,213 @@
+"""A file as a Keras model of integer arithmetic: one layer per operator."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kqat.base import ExportError
+from kqat.kernels import KERAS
+from tflite_export import flatbuffer
+from tflite_export.integer_model.operators import Kernel, kernel_of
+from tflite_export.integer_model.program import Program, Step, Tensor, read_program
+from tflite_export.runtimes import RUNTIMES
+
+ENDS = ("float", "integers")
+
+
+def integer_model(
+    blob: bytes, runtime: str = "litert", *, inputs: str = "float", outputs: str = "float"
+) -> keras.Model:
+    """The Keras model that computes what a runtime computes with a file, to the last integer.
+
+    It has no trainable weights, takes any number of samples at once, and runs wherever Keras's
+    backend does. Convolutions and matrix products add up integers in floats that hold them exactly.
+
+    Args:
+        blob: a full-integer `.tflite` for one sample at a time, of `tflite_export.convert` or of
+            another writer.
+        runtime: whose rounding: `"litert"` (XNNPACK where it has a kernel), `"litert_reference"`,
+            `"litert_builtin"` or `"tflite_micro"` (which CMSIS-NN agrees with).
+        inputs: `"float"` takes what the float model takes and rounds it onto the input's grid, half
+            up, as `tflite_export.verify` does; `"integers"` takes the file's integers.
+        outputs: `"float"` gives real values on the output's grid, `"integers"` the integers.
+
+    Raises:
+        ExportError: if the file's batch is not 1, it has loops, or the arithmetic of an operator is
+            not known; a runtime of another name.
+    """
+    _check_arguments(runtime, inputs, outputs)
+    program = read_program(flatbuffer.read(blob))
+    for tensor in program.inputs:
+        if tensor.shape[:1] not in ((), (1,)):
+            raise ExportError(
+                f"Expected inputs of one sample. Received: shape {tensor.shape} of "
+                f"{tensor.name!r}. Convert with batch_size=1."
+            )
+    entries = [
+        keras.Input(
+            tensor.shape[1:],
+            dtype="float32" if _is_real(tensor, inputs) else _plain_dtype(tensor),
+            name=_layer_name(tensor.name),
+        )
+        for tensor in program.inputs
+    ]
+    values: dict[int, Any] = {
+        tensor.index: Entry(tensor, rounds=inputs == "float", name=f"entry_{i}")(entry)
+        for i, (tensor, entry) in enumerate(zip(program.inputs, entries, strict=True))
+    }
+    for number, step in enumerate(program.steps):
+        found = _called(step, f"{step.name.lower()}_{number}", values, runtime)
+        values |= {t.index: y for t, y in zip(step.outputs, found, strict=True)}
+    names = _output_names(program)
+    exits = [
+        Exit(tensor, real=outputs == "float", name=name)(values[tensor.index])
+        for tensor, name in zip(program.outputs, names, strict=True)
+    ]
+    return keras.Model(
+        entries[0] if len(entries) == 1 else entries,
+        exits[0] if len(exits) == 1 else exits,
+        name="integer_model",
+    )
+
+
+def _check_arguments(runtime: str, inputs: str, outputs: str) -> None:
+    if runtime not in RUNTIMES:
+        raise ExportError(f"Expected a runtime of {RUNTIMES}. Received: {runtime!r}.")
+    if inputs not in ENDS or outputs not in ENDS:
+        raise ExportError(
+            f"Expected inputs and outputs to be of {ENDS}. Received: inputs={inputs!r}, "
+            f"outputs={outputs!r}."
+        )
+
+
+def _is_real(tensor: Tensor, ends: str) -> bool:
+    return tensor.dtype == "float32" or (ends == "float" and tensor.grid is not None)
+
+
+def _plain_dtype(tensor: Tensor) -> str:
+    return "bool" if tensor.dtype == "bool" else "int32"
+
+
+def _layer_name(name: str) -> str | None:
+    return name.replace("/", "_").replace(":", "_").replace(";", "_") or None
+
+
+def _output_names(program: Program) -> list[str]:
+    taken = {_layer_name(tensor.name) for tensor in program.inputs}
+    names: list[str] = []
+    for number, tensor in enumerate(program.outputs):
+        name = _layer_name(tensor.name) or f"output_{number}"
+        while name in taken:
+            name = f"{name}_out"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _called(step: Step, name: str, values: Mapping[int, Any], runtime: str) -> Sequence[Any]:
+    layer = IntegerOperator(step, kernel_of(step, runtime), name=name)
+    given = [
+        values[tensor.index]
+        for tensor in step.inputs
+        if tensor is not None and tensor.index in values
+    ]
+    if not given:
+        raise ExportError(
+            f"Expected {step.name} to read a value. Received: constants only, for "
+            f"{step.result.name!r}. Use a file whose constants are folded."
+        )
+    layer.positions = tuple(
+        position
+        for position, tensor in enumerate(step.inputs)
+        if tensor is not None and tensor.index in values
+    )
+    found = layer(given)
+    return found if isinstance(found, list | tuple) else [found]
+
+
+class IntegerOperator(keras.layers.Layer):
+    """One operator: integers in, integers out, all with the file's own shape behind the samples.
+
+    Args:
+        step: the operator.
+        kernel: its arithmetic. Float constants, the weights of sums, are the layer's weights.
+        name: of the layer.
+    """
+
+    def __init__(self, step: Step, kernel: Kernel, name: str) -> None:
+        super().__init__(name=name, trainable=False, autocast=False)
+        self.step = step
+        self.kernel = kernel
+        self.positions: tuple[int, ...] = ()
+        self.constants = {}
+        for key, value in kernel.constants.items():
+            self.constants[key] = value
+            if value.dtype.kind == "f":
+                weight = self.add_weight(
+                    shape=value.shape, dtype=str(value.dtype), trainable=False, name=key
+                )
+                weight.assign(value)
+                self.constants[key] = weight
+        self.built = True
+
+    def call(self, values: Sequence[Any]) -> Any:
+        """The operator's outputs."""
+        given: list[Any] = [
+            self.constants.get(f"input_{position}") for position in range(len(self.step.inputs))
+        ]
+        for position, value in zip(self.positions, values, strict=True):
+            given[position] = value
+        constants = {key: ops.convert_to_tensor(value) for key, value in self.constants.items()}
+        outputs = [
+            ops.reshape(y, (-1, *tensor.shape))
+            for y, tensor in zip(
+                self.kernel.compute(KERAS, given, constants), self.step.outputs, strict=True
+            )
+        ]
+        return outputs if len(outputs) > 1 else outputs[0]
+
+
+class Entry(keras.layers.Layer):
+    """From a model's input to the file's: floats rounded onto its grid, an axis for its batch."""
+
+    def __init__(self, tensor: Tensor, rounds: bool, name: str) -> None:
+        super().__init__(name=name, trainable=False, autocast=False)
+        self.tensor = tensor
+        self.rounds = rounds and tensor.grid is not None and tensor.dtype != "float32"
+        # A compiler that knows a divisor multiplies by its reciprocal, which rounds differently.
+        self.scale: Any = None
+        if self.rounds:
+            self.scale = self.add_weight(shape=(), dtype="float32", trainable=False, name="scale")
+            self.scale.assign(tensor.on_grid.scale)
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        """The file's input."""
+        if self.rounds:
+            grid = self.tensor.on_grid
+            low, high = grid.limits
+            steps = ops.floor(x / ops.convert_to_tensor(self.scale) + np.float32(0.5))
+            # A float beyond int32 has no integer; it is clipped anyway.
+            steps = ops.clip(steps, -(2.0**24), 2.0**24) + np.float32(grid.zero_point)
+            x = ops.cast(ops.clip(steps, low, high), "int32")
+        return ops.reshape(x, (-1, *self.tensor.shape))
+
+
+class Exit(keras.layers.Layer):
+    """From the file's output to a model's: real values, or integers; without the file's batch."""
+
+    def __init__(self, tensor: Tensor, real: bool, name: str) -> None:
+        super().__init__(name=name, trainable=False, autocast=False)
+        self.tensor = tensor
+        self.real = real and tensor.grid is not None
+
+    def call(self, x: Any) -> Any:
+        """The model's output."""
+        if self.real:
+            grid = self.tensor.on_grid
+            x = ops.cast(x - grid.zero_point, "float32") * grid.scale
+        shape = self.tensor.shape
+        return ops.reshape(x, (-1, *(shape[1:] if shape[:1] == (1,) else shape)))

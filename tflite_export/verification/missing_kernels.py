@@ -1,0 +1,27 @@
+"""Finds the operators of a file for which a runtime has no kernel."""
+
+from ai_edge_litert import schema_py_generated as schema
+
+from kqat.devices import runtimes_with
+from tflite_export import flatbuffer
+from tflite_export.flatbuffer import ModelT
+from tflite_export.kernels import OP_TABLE
+
+
+def lacking_kernels(model: ModelT, runtime: str) -> tuple[str, ...]:
+    """The operators of a file for which a runtime has no kernel, sorted by name.
+
+    Only operators in `OP_TABLE` are checked, at the width of their activations.
+    """
+    kinds, lacking = schema.TensorType, set()
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            name = flatbuffer.op_name(model, operator)
+            tensors = [graph.tensors[t] for t in (*operator.inputs, *operator.outputs) if t >= 0]
+            types = {tensor.type for tensor in tensors}
+            if name not in OP_TABLE or kinds.FLOAT32 in types:
+                continue
+            bits = 16 if kinds.INT16 in types else 8
+            if runtime not in runtimes_with(name, bits):
+                lacking.add(name)
+    return tuple(sorted(lacking))
