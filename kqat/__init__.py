@@ -28,7 +28,9 @@ from kqat.device_model import GapCallback, integer_model
 from kqat.devices import TARGETS, Misfit, Target, TargetWarning
 from kqat.freezing import FrozenModel, freeze, strip
 from kqat.grids import (
+    MSE,
     Binary,
+    Entropy,
     Fixed,
     LastValue,
     LearnedStep,
@@ -36,6 +38,7 @@ from kqat.grids import (
     MaxAbs,
     MinMax,
     MovingAverage,
+    Percentile,
     QuantSpec,
     Ternary,
 )
@@ -45,6 +48,7 @@ from kqat.planning import Plan
 from kqat.registry import LayerRule, Output, register_layer, supported_layers
 from kqat.training import (
     ActivationQuantizer,
+    CalibrationWarning,
     FreezeBatchNorm,
     FreezeObservers,
     QuantizeWrapper,
@@ -55,10 +59,13 @@ from kqat.training import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "MSE",
     "TARGETS",
     "ActivationQuantizer",
     "Binary",
     "CalibrationError",
+    "CalibrationWarning",
+    "Entropy",
     "ExportError",
     "Fixed",
     "FreezeBatchNorm",
@@ -78,6 +85,7 @@ __all__ = [
     "ModelError",
     "MovingAverage",
     "Output",
+    "Percentile",
     "Plan",
     "PolicyError",
     "PolicyWarning",

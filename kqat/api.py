@@ -6,13 +6,14 @@ from typing import Any
 
 import keras
 
-from kqat.base import ModelError, TargetError
+from kqat.base import CalibrationError, ModelError, TargetError
 from kqat.config import QuantizePolicy
 from kqat.devices import target_named
 from kqat.graph import Graph, hands_on_mask, non_finite_variable, trace
+from kqat.grids import CalibrationMethod
 from kqat.planning import Plan, make_plan, misfits, with_replacements
 from kqat.tfmot import translate_policy
-from kqat.training import calibrate, is_quantized, wrap
+from kqat.training import DEFAULT_METHOD, calibrate, check_method, is_quantized, wrap
 
 
 class PolicyWarning(UserWarning):
@@ -80,7 +81,11 @@ def adapt(model: keras.Model, target: str) -> keras.Model:
 
 
 def quantize_model(
-    model: keras.Model, policy: Any = "int8", *, calibration_data: Any = None
+    model: keras.Model,
+    policy: Any = "int8",
+    *,
+    calibration_data: Any = None,
+    calibration: str | CalibrationMethod | None = None,
 ) -> keras.Model:
     """A QAT copy of `model`: compile it, `fit` it, `tflite_export.convert` it.
 
@@ -94,16 +99,26 @@ def quantize_model(
             tfmot `QuantizeConfig` may stand for a `kqat.QuantizeConfig` everywhere.
         calibration_data: typical inputs, as for `kqat.calibrate`. Without them, ranges
             start from the first training batches.
+        calibration: how ranges are found from these data, as `method` of `kqat.calibrate`. The
+            reasons for the default are in `benchmarks/calibration.md`.
 
     Raises:
         ModelError: if `model` is not such a model, is quantized already, or has weights that are
             NaN or infinite.
         UnsupportedLayerError: if a layer has no integer form; says which one and what to do.
         PolicyError: if the policy asks for something that no integer kernel can do.
-        CalibrationError: if the data are empty, misshapen or not finite.
+        CalibrationError: if the data are empty, misshapen or not finite, or if `calibration` is
+            given without data.
 
     Reference: Jacob et al. 2018, section 3 (https://arxiv.org/abs/1712.05877).
     """
+    if calibration is not None:
+        check_method(calibration)
+    if calibration is not None and calibration_data is None:
+        raise CalibrationError(
+            f"Expected calibration_data for calibration={calibration!r}. Received: none. Give some "
+            "hundred typical inputs, or leave calibration out."
+        )
     graph = _checked_graph(model)
     _check_weights(model)
     decided = _plan(graph, policy, model.name)
@@ -137,7 +152,7 @@ def quantize_model(
         )
     qat = wrap(decided)
     if calibration_data is not None:
-        calibrate(qat, calibration_data)
+        calibrate(qat, calibration_data, method=calibration or DEFAULT_METHOD)
     elif any(group.is_observed for group in decided.groups):
         warnings.warn(
             f"No calibration data: the ranges of '{model.name}' start from its first training "

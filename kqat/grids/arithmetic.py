@@ -83,7 +83,12 @@ def shown_bounds(x: Any, spec: QuantSpec) -> tuple[Any, Any]:
     output: `exp(-room) * keys < 2**-(bits + 1)`.
     """
     low, high = bounds(ops.where(x == LOWEST, 0.0, x), None)
-    return low - float(np.log(2.0 ** (spec.bits + 1) * x.shape[-1])), high
+    return low - hidden_room(spec, x.shape[-1]), high
+
+
+def hidden_room(spec: QuantSpec, keys: int) -> float:
+    """The room below the scores of `keys` keys; see `shown_bounds`."""
+    return float(np.log(2.0 ** (spec.bits + 1) * keys))
 
 
 def nudge(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:

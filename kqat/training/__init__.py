@@ -5,13 +5,15 @@ algorithms.
 from kqat.training import algorithms, batchnorm
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import is_quantized, wrap
-from kqat.training.calibration import calibrate
+from kqat.training.calibration import DEFAULT_METHOD, CalibrationWarning, calibrate, check_method
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 __all__ = [
+    "DEFAULT_METHOD",
     "ActivationQuantizer",
+    "CalibrationWarning",
     "FreezeBatchNorm",
     "FreezeObservers",
     "QuantizeWrapper",
@@ -19,6 +21,7 @@ __all__ = [
     "algorithms",
     "batchnorm",
     "calibrate",
+    "check_method",
     "is_quantized",
     "wrap",
 ]

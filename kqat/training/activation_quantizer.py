@@ -1,14 +1,22 @@
 """The layer that rounds the values of a group; saved and loaded without a custom-object scope."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from kqat.base import FreezeError
 from kqat.grids import (
+    FOLLOWING,
+    Anchor,
     Clamp,
     Fixed,
+    LastValue,
+    MinMax,
+    MovingAverage,
     QuantSpec,
     RangeMethod,
     arithmetic,
@@ -17,13 +25,37 @@ from kqat.grids import (
 )
 from kqat.training.older_files import with_label
 
+# Calibration weighs as many batches as the moving average of training remembers, at least.
+_LEAST_WEIGHT = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteRange:
+    """What calibration found for one call site.
+
+    Attributes:
+        low, high: the range.
+        seen_low, seen_high: the least and the greatest value of all.
+        stretched: how many times as wide values spread in training mode, 1 or more.
+        batches: how many batches of 32 were seen.
+    """
+
+    low: float
+    high: float
+    seen_low: float
+    seen_high: float
+    stretched: float
+    batches: int
+
 
 @keras.saving.register_keras_serializable("kqat")
 class ActivationQuantizer(keras.layers.Layer):
     """Rounds the values of one group to its integer grid; the gradient is straight-through.
 
-    In training it observes the batch and moves its range, unless `trainable` is `False`. Each
-    call site (`site`) has a range of its own, of which the group's range is the union:
+    Calibration gives it a range (`start`). In training it observes the batch and moves its range,
+    unless `trainable` is `False`: how is written at `kqat.grids.Anchor`; a `MinMax` range grows
+    with whatever a batch shows. Each call site (`site`) has a range of its own, of which the
+    group's range is the union:
 
         low == min(site_low), high == max(site_high), low <= 0 <= high
 
@@ -80,6 +112,32 @@ class ActivationQuantizer(keras.layers.Layer):
             )
 
         self.site_low, self.site_high, self.count = map(ranges, ("low", "high", "count"))
+        self.extremes = self._state("extremes", np.zeros((2, self.sites)))
+        self.anchor = self._state("anchor", self._no_anchor())
+
+    def _state(self, name: str, initial: np.ndarray) -> keras.Variable:
+        return self.add_weight(
+            name=name,
+            shape=initial.shape,
+            initializer=lambda shape, dtype=None: ops.convert_to_tensor(initial, dtype),
+            dtype="float32",
+            trainable=False,
+            aggregation="mean",
+        )
+
+    def _no_anchor(self) -> np.ndarray:
+        unset = np.asarray(Anchor.UNSET, np.float32)
+        return np.broadcast_to(unset[:, None, None], (Anchor.ROWS, 2, self.sites))
+
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
+        """As Keras's; files of before calibration left an anchor hold the first three alone."""
+        if len(store) != 3:
+            super().load_own_variables(store)
+            return
+        for index, variable in enumerate((self.site_low, self.site_high, self.count)):
+            variable.assign(store[str(index)])
+        self.extremes.assign(np.stack([-np.asarray(store["0"]), np.asarray(store["1"])]))
+        self.anchor.assign(self._no_anchor())
 
     def call(
         self, x: Any, site: int = 0, observe: bool = True, training: bool | None = None
@@ -107,15 +165,32 @@ class ActivationQuantizer(keras.layers.Layer):
         return ops.relu6(x) if self.clamp is Clamp.RELU6 else x
 
     def observe(self, x: Any, site: int = 0) -> None:
-        """Lets `x` (any shape) shape the range of `site`, as a training batch does."""
+        """Lets `x` (any shape) move the range of `site`, as a training batch does."""
         if not isinstance(self.range_method, Fixed):
             self._observed(ops.cast(x, "float32"), site)
 
+    def start(self, found: Mapping[int, SiteRange]) -> None:
+        """Takes over what calibration found, by call site, in place of all that was observed."""
+        if isinstance(self.range_method, Fixed):
+            return
+        low, high, count = (np.zeros(self.sites, np.float32) for _ in range(3))
+        extremes, anchor = np.zeros((2, self.sites), np.float32), np.array(self._no_anchor())
+        for site, one in found.items():
+            calibrated, seen = (-one.low, one.high), (-one.seen_low, one.seen_high)
+            low[site], high[site] = one.low, one.high
+            count[site] = max(float(one.batches), _LEAST_WEIGHT)
+            extremes[:, site] = seen
+            anchor[:, :, site] = Anchor.rows(calibrated, seen, one.stretched)
+        values = low, high, count, extremes, anchor
+        for variable, value in zip(self._ranges(), values, strict=True):
+            variable.assign(value)
+
     def reset(self) -> None:
         """Forgets what was observed."""
-        if not isinstance(self.range_method, Fixed):
-            for variable in (self.site_low, self.site_high, self.count):
-                variable.assign(ops.zeros_like(variable))
+        self.start({})
+
+    def _ranges(self) -> tuple[keras.Variable, ...]:
+        return self.site_low, self.site_high, self.count, self.extremes, self.anchor
 
     def fixed_range(self) -> tuple[Any, Any]:
         """The range that a `Fixed` method gives, or the least symmetric one around it."""
@@ -160,6 +235,10 @@ class ActivationQuantizer(keras.layers.Layer):
     def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
         return arithmetic.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)
 
+    def rounded(self, x: Any, site_low: Any, site_high: Any) -> Any:
+        """`x` as it would be rounded had its call sites (float32 vectors of) these ranges."""
+        return ops.cast(self._round(ops.cast(x, "float32"), site_low, site_high), x.dtype)
+
     def _round(self, x: Any, site_low: Any, site_high: Any) -> Any:
         low, high = self.union(site_low, site_high)
         if self.spec.symmetric:  # A range on both sides of zero clamps nothing at zero.
@@ -169,15 +248,29 @@ class ActivationQuantizer(keras.layers.Layer):
     def _observed(self, x: Any, site: int) -> tuple[Any, Any]:
         """Updates the site's range by `x`; returns all sites' ranges."""
         low, high, count = self.site_low.value, self.site_high.value, self.count.value
-        hides, spec = self.hides, self.spec
-        batch = arithmetic.shown_bounds(x, spec) if hides else arithmetic.bounds(x, self.clamp)
-        assert not isinstance(self.range_method, Fixed), "a fixed range is never observed"
-        # Of all sites, then only this one is kept: a slice would be an operation of its own.
-        new_low, new_high = self.range_method.update(low, high, count, *batch)
+        hides, spec, method = self.hides, self.spec, self.range_method
+        least, most = (
+            arithmetic.shown_bounds(x, spec) if hides else arithmetic.bounds(x, self.clamp)
+        )
+        assert not isinstance(method, Fixed), "a fixed range is never observed"
+        batch = ops.stack([-least, most])
         # One exploding batch must not poison the range for good.
-        here = ops.logical_and(*map(ops.isfinite, batch))
+        here = ops.all(ops.isfinite(batch))
+        # Of all sites, then only this one is kept: a slice would be an operation of its own.
         if self.sites > 1:
             here = ops.logical_and(ops.arange(self.sites) == site, here)
+        if isinstance(method, MinMax | LastValue):
+            factor = self.anchor.value[Anchor.FACTOR]
+            new_low, new_high = method.update(low, high, count, least * factor[0], most * factor[1])
+        else:
+            follows = method if isinstance(method, MovingAverage) else FOLLOWING
+            old = self.extremes.value
+            extremes, bounds = Anchor.moved(
+                follows, self.anchor.value, old, count, ops.expand_dims(batch, -1)
+            )
+            self.extremes.assign(ops.where(here, extremes, old))
+            new_low, new_high = ops.unstack(bounds, axis=0)
+            new_low = 0.0 - new_low
         low, high = ops.where(here, new_low, low), ops.where(here, new_high, high)
         self.site_low.assign(low)
         self.site_high.assign(high)

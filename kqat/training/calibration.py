@@ -1,5 +1,6 @@
-"""Fills ranges from a few batches, so that training starts at post-training quality."""
+"""Finds ranges from typical data, so that training starts at post-training quality."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -7,37 +8,128 @@ import keras
 import numpy as np
 
 from kqat.base import CalibrationError, ModelError
-from kqat.graph import Graph, Node, trace
-from kqat.training.activation_quantizer import ActivationQuantizer
+from kqat.graph import Graph, trace
+from kqat.grids import CalibrationMethod, calibration_method
 from kqat.training.build import is_quantized
-from kqat.training.quantized_recurrence import QuantizedRecurrence
+from kqat.training.method_choice import KeptSamples, chosen_method
+from kqat.training.observation import Observer
+from kqat.training.range_checks import as_text, concerns
 
 BATCH_SIZE = 32
+DEFAULT_METHOD = "auto"
 
 
-def calibrate(model: keras.Model, data: Any) -> None:
-    """Lets the quantizers of a QAT model observe `data`; weights do not move.
+class CalibrationWarning(UserWarning):
+    """Calibration data, or the ranges that came of them, look wrong."""
 
-    Weights are rounded meanwhile and activations are not, so one bad early range cannot spoil
-    the later ones.
+
+def calibrate(
+    model: keras.Model, data: Any, *, method: str | CalibrationMethod = DEFAULT_METHOD
+) -> None:
+    """Finds the ranges of a QAT model from `data`; weights do not move.
+
+    Each range is an estimate over all data: their order and how they come in batches do not
+    change it by a bit. Weights are rounded meanwhile and activations are not, so one bad range
+    cannot spoil the later ones. What was calibrated or trained before is replaced; where anything
+    fails, all ranges stay as they were.
+
+    A layer whose config names a method (`QuantizeConfig(activation_range=kqat.Percentile())`) is
+    calibrated by that, all others by `method`; but what enters or leaves the model, and the states
+    of recurrent layers, cover all that was seen.
 
     Args:
         model: a QAT model.
         data: an array of shape `(samples, …)`; a list or dict of such arrays for many inputs; or
             an iterable of batches (a `tf.data.Dataset`, a generator) that ends. A batch is a
-            tensor, a list or dict of tensors, or a tuple `(inputs, targets…)` as in `fit`.
+            tensor, a list or dict of tensors, or a tuple `(inputs, targets…)` as in `fit`. Some
+            hundred samples of all kinds that the device will meet.
+        method: `"minmax"`, `"percentile"`, `"mse"`, `"entropy"`, or such an object; `"auto"` tries
+            the first three on 64 of the samples, and takes a narrower one only where the outputs
+            gain half a decibel (see `kqat.training.method_choice`).
 
     Raises:
         ModelError: if `model` is no QAT model.
-        CalibrationError: if data are empty, misshapen or not finite, naming the input.
+        CalibrationError: if data are empty, misshapen or not finite, naming the input; if the
+            model computes from them what is not finite, naming the place; if there is no such
+            method.
+
+    Warns:
+        CalibrationWarning: once, where the data or the ranges look wrong.
     """
+    check_method(method)
     graph = trace(model)
     if not is_quantized(model):
         raise ModelError(
             f"Expected a QAT model to calibrate. Received: '{model.name}', which is float. Use "
             "kqat.quantize_model."
         )
-    run_batches(graph, batches(data, graph), _observe)
+    observer, kept = observed(graph, data)
+    if method == DEFAULT_METHOD:
+        method = chosen_method(graph, observer, _tensors(kept.batch(), graph))
+    found = observer.ranges(calibration_method(method))
+    for quantizer, ranges in found.items():
+        quantizer.start(ranges)
+    doubtful = concerns(graph, observer, found)
+    if doubtful:
+        warnings.warn(as_text(model.name, doubtful), CalibrationWarning, stacklevel=2)
+
+
+def check_method(method: Any) -> None:
+    """Checks what `calibrate` is given as `method`.
+
+    Raises:
+        CalibrationError: if it is no calibration method.
+    """
+    if method != DEFAULT_METHOD:
+        calibration_method(method)
+
+
+def observed(graph: Graph, data: Any) -> tuple[Observer, KeptSamples]:
+    """All that flows at the quantizers of a QAT model's graph, and some of the samples.
+
+    Nothing of the model is changed.
+
+    Raises:
+        CalibrationError: as for `calibrate`.
+    """
+    observer, kept = Observer(graph), KeptSamples()
+    for batch, real in _whole_batches(batches(data, graph)):
+        observer.run(_tensors(batch, graph), real)
+        kept.offer(batch, real)
+    _check_some(observer.samples, graph)
+    return observer, kept
+
+
+def _whole_batches(
+    portions: Iterable[list[np.ndarray]],
+) -> Iterator[tuple[list[np.ndarray], int]]:
+    """The same samples in batches of `BATCH_SIZE`, and how many samples of each are real.
+
+    Kernels sum in another order for another batch size, so the last batch is filled up with its
+    own samples. Where all samples are less than one batch, they are one batch as they are.
+    """
+    waiting: list[list[np.ndarray]] = []
+    count, full = 0, False
+    for portion in portions:
+        while len(portion[0]):
+            taken = min(BATCH_SIZE - count, len(portion[0]))
+            waiting.append([x[:taken] for x in portion])
+            portion = [x[taken:] for x in portion]
+            count += taken
+            if count == BATCH_SIZE:
+                yield _joined(waiting), count
+                waiting, count, full = [], 0, True
+    if count:
+        last = _joined(waiting)
+        if full:
+            last = [x[np.arange(BATCH_SIZE) % count] for x in last]
+        yield last, count
+
+
+def _joined(portions: list[list[np.ndarray]]) -> list[np.ndarray]:
+    if len(portions) == 1:
+        return portions[0]
+    return [np.concatenate(arrays) for arrays in zip(*portions, strict=True)]
 
 
 def run_batches(
@@ -48,27 +140,20 @@ def run_batches(
     Raises:
         CalibrationError: if there is not one sample, or a value is not finite, naming the input.
     """
-    seen = False
+    samples = 0
     for batch in batches:
         if len(batch[0]):
             graph.run(_tensors(batch, graph), call)
-            seen = True
-    if not seen:
+            samples += len(batch[0])
+    _check_some(samples, graph)
+
+
+def _check_some(samples: int, graph: Graph) -> None:
+    if not samples:
         raise CalibrationError(
             f"Expected at least one sample of calibration data for the inputs "
             f"{list(graph.input_keys)}. Received: none. Give some hundred typical inputs."
         )
-
-
-def _observe(node: Node, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(node.layer, QuantizedRecurrence):
-        return node.layer.observe(*args)
-    if not isinstance(node.layer, ActivationQuantizer):
-        return node.layer(*args, **kwargs)
-    x = args[0]
-    if kwargs.get("observe", True):
-        node.layer.observe(x, kwargs.get("site", 0))
-    return node.layer.clamped(x)
 
 
 def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
@@ -185,12 +270,13 @@ def _tensors(batch: list[np.ndarray], graph: Graph) -> list[Any]:
             tensors.append(keras.ops.convert_to_tensor(_whole(array, name), ref.dtype))
             continue
         with np.errstate(over="ignore"):
-            floats = array.astype(np.float32)
+            floats = array.astype(np.float16 if ref.dtype == "float16" else np.float32)
         finite = np.isfinite(floats)
         if not finite.all():
             raise CalibrationError(
-                f"Expected finite calibration data for input '{name}'. Received: NaN or infinity "
-                f"in {np.count_nonzero(~finite)} of {array.size} values. Clean the data."
+                f"Expected finite calibration data ({ref.dtype}) for input '{name}'. Received: NaN "
+                f"or infinity in {np.count_nonzero(~finite)} of {array.size} values. Clean the "
+                "data."
             )
         tensors.append(keras.ops.convert_to_tensor(floats, ref.dtype))
     return tensors

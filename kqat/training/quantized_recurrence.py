@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -16,6 +16,7 @@ from kqat.training.older_files import with_label
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 Extremes = tuple[Any, Any]
+Note = Callable[[ActivationQuantizer, int, Any], None]
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -69,12 +70,21 @@ class QuantizedRecurrence(Recurrence):
                 quantizer.observe(ops.stack([low, high]), site)
         return results
 
-    def observe(self, inputs: Sequence[Any]) -> Any:
-        """Updates the ranges with `inputs`; returns the states, computed without rounding."""
-        results, extremes = self._scan(inputs, _Pass(self.parts, None))
-        for (quantizer, site), (low, high) in zip(self.parts.sites, extremes, strict=True):
-            quantizer.observe(ops.stack([low, high]), site)
-        return results
+    def observe(self, inputs: Sequence[Any], note: Note, noisy: bool = False) -> Any:
+        """Calls `note` with each value that has a range; returns the states, not rounded.
+
+        Args:
+            inputs: as for `call`.
+            note: called as `note(quantizer, site, value)` for each step.
+            noisy: whether Dropout layers drop, as in training.
+        """
+        masks = self._masks(inputs) if noisy else {}
+        rounding = _Noting(self.parts, None, masks, note)
+        return self._unroll(inputs, rounding)[0]
+
+    def state_quantizers(self) -> list[ActivationQuantizer]:
+        """The quantizers of the states, the output's first."""
+        return [node.layer for node in self.parts.state_roundings]
 
     def _first_bounds(self, inputs: Sequence[Any], masks: Mapping[str, Any]) -> list[Extremes]:
         extremes = self._scan(inputs, _Pass(self.parts, None, masks))[1]
@@ -223,13 +233,29 @@ class _Pass:
             return layer.rounded(*args)
         return layer(*args, **kwargs)
 
+    def saw(self, seen: list[list[Any]], site: tuple[ActivationQuantizer, int], x: Any) -> None:
+        """Takes in a value that shapes the range of `site`."""
+        seen[self.parts.sites.index(site)].append(x)
+
     def _quantizer(self, seen: list[list[Any]], node: Node, x: Any) -> Any:
         site = _site(node)
         if site is not None:
-            seen[self.parts.sites.index(site)].append(x)
+            self.saw(seen, site, x)
         if self.bounds is None:
             return node.layer.clamped(x)
         return _round(node.layer, x, self.bounds[id(node.layer)])
+
+
+class _Noting(_Pass):
+    """A pass that hands on what comes by and keeps nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        *rest, self.note = args
+        super().__init__(*rest)
+
+    def saw(self, seen: list[list[Any]], site: tuple[ActivationQuantizer, int], x: Any) -> None:
+        """Hands it to `note`."""
+        self.note(*site, x)
 
 
 def _is_given(quantizer: ActivationQuantizer) -> bool:

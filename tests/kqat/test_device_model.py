@@ -36,10 +36,10 @@ def test_it_is_evaluated_as_any_model() -> None:
 @pytest.mark.slow
 def test_inputs_and_outputs_keep_their_structures() -> None:
     keras.utils.set_random_seed(0)
-    a, b = keras.Input((6,), name="b_first"), keras.Input((4,), name="a_second")
+    a, b = keras.Input((6,), name="left"), keras.Input((4,), name="right")
     x = L.Concatenate()([a, b])
     ends = {"one": L.Dense(3)(x), "two": [L.Dense(2)(x), L.Dense(5)(a)]}
-    model = keras.Model({"left": a, "right": b}, ends)
+    model = keras.Model({"right": b, "left": a}, ends)
     data = {"left": X, "right": X[:, :4]}
     qat = kqat.quantize_model(model, calibration_data=data)
     device = kqat.integer_model(qat)

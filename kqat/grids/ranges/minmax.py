@@ -5,13 +5,21 @@ from typing import Any
 
 from keras import ops
 
+from kqat.grids.histogram import Histogram
+from kqat.grids.spec import QuantSpec
+
 
 @dataclasses.dataclass(frozen=True)
 class MinMax:
     """Range `[min, max]` of all batches: nothing seen is clipped, and one outlier widens it.
 
+    In training the range can grow, but not shrink.
     Reference: Krishnamoorthi 2018, section 3.1 (https://arxiv.org/abs/1806.08342).
     """
+
+    def calibrated(self, seen: Histogram, spec: QuantSpec) -> tuple[float, float]:
+        """The range `(low, high)` for the values in calibration."""
+        return seen.low, seen.high
 
     def update(
         self, low: Any, high: Any, count: Any, batch_low: Any, batch_high: Any

@@ -1,4 +1,4 @@
-"""`MovingAverage`: the exponential moving average of batch ranges, without start-up bias."""
+"""`MovingAverage` and `Anchor`: how a range changes in training, by averages of batch ranges."""
 
 import dataclasses
 import math
@@ -8,10 +8,22 @@ from keras import ops
 
 from kqat.base import SpecError
 
+# A range narrows only if the batches' average is below this share of the calibration extremes.
+_QUIET = 0.25
+# A range widens only if the batches' average exceeds the calibration extremes by this share of
+# their width.
+_NEW = 0.25
+# The extremes shrink at this fraction of the speed at which they grow.
+_FORGETS = 0.1
+# The extremes of a batch are cut at this many widths of the range.
+_WIDEST = 4.0
+# Near the largest float32.
+_LARGEST = 3e38
+
 
 @dataclasses.dataclass(frozen=True)
 class MovingAverage:
-    """Range as the debiased exponential moving average of batch minima and maxima.
+    """In training, the debiased exponential moving average of batch minima and maxima.
 
     With `d = decay` and the `t`-th batch value `x_t`,
 
@@ -20,6 +32,9 @@ class MovingAverage:
     which is Adam's bias correction (Kingma & Ba 2015, section 3, https://arxiv.org/abs/1412.6980)
     applied at every step. So `m_1 == x_1`, and no initial value has any weight.
     Reference for the average itself: Jacob et al. 2018, section 3.1.
+
+    This is the range of a model that was never calibrated. Calibration finds the range from all
+    data by its own method, and afterwards `Anchor` decides how training changes it.
 
     Raises:
         SpecError: if `decay` is not inside (0, 1).
@@ -33,14 +48,84 @@ class MovingAverage:
                 f"Expected a decay inside (0, 1). Received: decay={self.decay!r}. Use 0.99."
             )
 
+    def share(self, count: Any) -> Any:
+        """The weight of the next batch after `count` batches (float32, any shape)."""
+        # expm1, because 1 - d**t loses its digits if d is near one.
+        share = (1.0 - self.decay) / -ops.expm1((count + 1.0) * math.log(self.decay))
+        return ops.where(count > 0.0, share, 1.0)
+
     def update(
         self, low: Any, high: Any, count: Any, batch_low: Any, batch_high: Any
     ) -> tuple[Any, Any]:
-        """The range after one more batch; `count` is the number of batches before it.
+        """The range of a model without calibration, after one more batch.
 
-        All float32: `low`, `high` and `count` of one shape, the others scalars.
+        `count` is the number of batches before it. All float32: `low`, `high` and `count` of one
+        shape, the others scalars.
         """
-        # expm1, because 1 - d**t loses its digits if d is near one.
-        share = (1.0 - self.decay) / -ops.expm1((count + 1.0) * math.log(self.decay))
-        weight = ops.where(count > 0.0, share, 1.0)
+        weight = self.share(count)
         return low + weight * (batch_low - low), high + weight * (batch_high - high)
+
+
+# The moving average that a calibrated range follows in training.
+FOLLOWING = MovingAverage()
+
+
+class Anchor:
+    """The numbers that calibration leaves, so that training changes a range only if it must.
+
+    Training batches are not a fair sample of the device's inputs: they may be small or of one
+    class, and after a Dropout layer the values are scaled up. So training keeps a second pair of
+    numbers, the extremes `e` (as magnitudes, `-low` and `high`). They start as the calibration
+    extremes, and follow the batches' extremes as a moving average: with the weight
+    `MovingAverage.share` if these are larger, and ten times slower if they are smaller. The
+    batches' extremes are divided by the factor by which Dropout scales them here, and cut at four
+    widths of the range. The range is
+
+        calibrated * min(1, 4 * e / seen) + max(0, e - seen - width / 4)
+
+    where `seen` are the calibration extremes and `width = seen_low + seen_high`. It does not
+    change while the average stays above a quarter of `seen` and below `seen` plus a quarter of the
+    width. So order, size and dropout of batches do not change a range while the weights stay the
+    same. If weights change the values beyond these limits, the range follows.
+
+    The rows, each `(2, sites)` for low and high, are: the calibrated range; the extreme above which
+    it widens; the slope by which it narrows; the factor of a batch's extremes; the weight of
+    smaller extremes; the least width at which a batch is cut. Before calibration they make the
+    range equal to `e`, the plain average.
+    """
+
+    ROWS = 6
+    FACTOR = 3  # the row of the factor of a batch
+    UNSET = (0.0, 0.0, 0.0, 1.0, 1.0, _LARGEST)
+
+    @staticmethod
+    def rows(calibrated: Any, seen: Any, stretched: Any) -> list[Any]:
+        """The rows of one site, from arrays of shape `(2,)`.
+
+        Args:
+            calibrated: `-low` and `high` of the range.
+            seen: `-low` and `high` of all values in calibration.
+            stretched: by which factor the values are wider in training mode, 1 or more.
+        """
+        slope = [min(1.0 / (_QUIET * s), _LARGEST) if s > 0.0 else 0.0 for s in seen]
+        start = [min(s + _NEW * float(sum(seen)), _LARGEST) for s in seen]
+        return [calibrated, start, slope, [1.0 / stretched] * 2, [_FORGETS] * 2, [0.0] * 2]
+
+    @staticmethod
+    def moved(method: MovingAverage, anchor: Any, extremes: Any, count: Any, batch: Any) -> Any:
+        """The extremes after one more batch, and the range of them, as `(2, sites)` each.
+
+        Args:
+            method: the moving average whose decay is used.
+            anchor: `(ROWS, 2, sites)`.
+            extremes: `e`, `(2, sites)`.
+            count: batches so far, `(sites,)`.
+            batch: `-low` and `high` of the batch, `(2, 1)`.
+        """
+        calibrated, start, slope, factor, less, most = ops.unstack(anchor, axis=0)
+        widest = ops.sum(extremes, axis=0) * _WIDEST + most
+        step = ops.minimum(batch * factor, widest) - extremes
+        share = method.share(count)
+        extremes = extremes + ops.where(step < 0.0, share * less, share) * step
+        kept = calibrated * ops.minimum(extremes * slope, 1.0)
+        return extremes, kept + ops.relu(extremes - start)

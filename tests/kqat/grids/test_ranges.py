@@ -11,22 +11,30 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kqat.base.errors import SpecError
+from kqat.base.errors import CalibrationError, SpecError
 from kqat.grids import arithmetic
+from kqat.grids.histogram import Histogram
 from kqat.grids.methods import (
+    CALIBRATION_METHODS,
     RANGE_METHODS,
     RangeMethod,
+    calibration_method,
     range_method_from_dict,
     range_method_to_dict,
 )
+from kqat.grids.ranges.entropy import Entropy
 from kqat.grids.ranges.fixed import Fixed
 from kqat.grids.ranges.last_value import LastValue
 from kqat.grids.ranges.minmax import MinMax
-from kqat.grids.ranges.moving_average import MovingAverage
+from kqat.grids.ranges.moving_average import Anchor, MovingAverage
+from kqat.grids.ranges.mse import MSE
+from kqat.grids.ranges.percentile import Percentile
+from kqat.grids.spec import INT8_ACTIVATION, INT16_ACTIVATION, QuantSpec
 
 # One method or more for every row of the table.
-METHODS = (MinMax(), MovingAverage(), MovingAverage(0.5), LastValue(), Fixed(-1.0, 6.0))
-OBSERVING = tuple(method for method in METHODS if not isinstance(method, Fixed))
+CALIBRATING = (MinMax(), Percentile(), Percentile(99.0), MSE(), Entropy())
+METHODS = (*CALIBRATING, MovingAverage(), MovingAverage(0.5), LastValue(), Fixed(-1.0, 6.0))
+OBSERVING = (MinMax(), MovingAverage(), MovingAverage(0.5), LastValue())
 DECAYS = (1e-12, 0.5, 0.9, 0.99, 0.999, 0.9999999)
 # TensorFlow flushes subnormal floats to zero.
 FLOAT = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
@@ -61,7 +69,7 @@ def test_methods_are_values(method: RangeMethod) -> None:
 
 @pytest.mark.parametrize("config", [{"name": "median"}, {"decay": 0.9}, {"name": None}], ids=str)
 def test_unknown_names_are_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(SpecError, match=r"Expected one of \['fixed'.* as range method. Received"):
+    with pytest.raises(SpecError, match=r"Expected one of \['entropy'.* as range method. Received"):
         range_method_from_dict(config)
 
 
@@ -161,3 +169,145 @@ def test_fixed_ranges_need_no_widening(low: float, high: float) -> None:
     }  # fmt: skip
     widened = arithmetic.widen(tf.constant(fixed.low), tf.constant(fixed.high))
     assert tuple(float(bound) for bound in widened) == (low, high)
+
+
+SYMMETRIC = QuantSpec(symmetric=True)
+SPECS = (INT8_ACTIVATION, SYMMETRIC, INT16_ACTIVATION)
+DRAW = np.random.default_rng(0)
+DISTRIBUTIONS = {
+    "normal": DRAW.normal(size=20_000),
+    "heavy tails": DRAW.standard_t(3, 20_000),
+    "after ReLU": np.maximum(DRAW.normal(size=20_000), 0.0),
+    "below zero": -DRAW.exponential(size=20_000),
+    "one outlier": np.append(DRAW.normal(size=20_000), 500.0),
+    "even": DRAW.uniform(-1.0, 3.0, 20_000),
+    "zero": np.zeros(100),
+    "tiny": 1e-20 * DRAW.normal(size=20_000),
+    "huge": 1e20 * DRAW.normal(size=20_000),
+}
+
+
+def seen_of(x: np.ndarray) -> Histogram:
+    seen = Histogram()
+    x = x.astype(np.float32)
+    seen.add(x, float(x.min()), float(x.max()))
+    return seen
+
+
+def error(x: np.ndarray, low: float, high: float, spec: QuantSpec) -> float:
+    """Mean squared error on the grid over a range, by the arithmetic that ships."""
+    bounds = arithmetic.widen(tf.constant(low, tf.float32), tf.constant(high, tf.float32))
+    if spec.symmetric:
+        bounds = arithmetic.symmetrize(*bounds, spec)
+    got = arithmetic.fake_quantize(tf.constant(x, tf.float32), *bounds, spec)
+    return float(np.mean((np.float64(x) - np.float64(got)) ** 2))
+
+
+@pytest.mark.parametrize("x", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+@pytest.mark.parametrize("spec", SPECS, ids=["int8", "symmetric", "int16"])
+@pytest.mark.parametrize("method", CALIBRATING, ids=str)
+def test_calibrated_ranges_hold_zero_and_go_no_further_than_the_data(
+    method: Any, spec: QuantSpec, x: np.ndarray
+) -> None:
+    low, high = method.calibrated(seen_of(x), spec)
+    x = x.astype(np.float32)
+    assert min(x.min(), 0.0) <= low <= 0.0 <= high <= max(x.max(), 0.0)
+
+
+@pytest.mark.parametrize("name", set(DISTRIBUTIONS) - {"zero", "tiny", "huge"})
+@pytest.mark.parametrize("spec", SPECS, ids=["int8", "symmetric", "int16"])
+def test_mse_is_the_least_error_that_any_cut_gives(spec: QuantSpec, name: str) -> None:
+    x = DISTRIBUTIONS[name]
+    found = error(x, *MSE().calibrated(seen_of(x), spec), spec)
+    cuts = np.linspace(1.0, 0.02, 25)
+    tried = [
+        error(x, min(x.min(), 0.0) * a, max(x.max(), 0.0) * b, spec) for a in cuts for b in cuts
+    ]
+    # The search takes the error of rounding for step**2 / 12, which is more than it is where a step
+    # is as wide as the bulk of the values ("one outlier"); a tenth is half a decibel.
+    assert found <= 1.1 * min(tried)
+
+
+def test_mse_leaves_an_outlier_out_and_even_values_in() -> None:
+    low, high = MSE().calibrated(seen_of(DISTRIBUTIONS["even"]), INT8_ACTIVATION)
+    assert (low, high) == pytest.approx((-1.0, 3.0), rel=1e-2)
+    x = np.append(np.tile(DISTRIBUTIONS["normal"], 200), 30.0)
+    assert MSE().calibrated(seen_of(x), INT8_ACTIVATION)[1] < 10.0
+
+
+def test_percentile_is_numpys() -> None:
+    x = DISTRIBUTIONS["normal"]
+    low, high = Percentile(98.0).calibrated(seen_of(x), INT8_ACTIVATION)
+    assert (low, high) == pytest.approx(tuple(np.percentile(x, [1.0, 99.0])), rel=1e-2)
+    assert Percentile(100.0).calibrated(seen_of(x), INT8_ACTIVATION) == MinMax().calibrated(
+        seen_of(x), INT8_ACTIVATION
+    )
+
+
+def test_entropy_leaves_far_outliers_out() -> None:
+    x = np.append(DISTRIBUTIONS["normal"], [40.0, -40.0])
+    low, high = Entropy().calibrated(seen_of(x), INT8_ACTIVATION)
+    assert high < 10.0
+    assert low > -10.0
+
+
+@pytest.mark.parametrize("percent", [50.0, 100.1, -1.0, math.nan])
+def test_percent_lies_above_a_half(percent: float) -> None:
+    with pytest.raises(SpecError, match=r"Expected a percentile inside \(50, 100\]. Received"):
+        Percentile(percent)
+
+
+def test_methods_have_names() -> None:
+    assert {name: type(calibration_method(name)) for name in CALIBRATION_METHODS} == {
+        "minmax": MinMax, "percentile": Percentile, "mse": MSE, "entropy": Entropy,
+    }  # fmt: skip
+    assert calibration_method(Percentile(99.0)) == Percentile(99.0)
+
+
+@pytest.mark.parametrize("method", ["median", MovingAverage(), None, Fixed(0.0, 1.0)], ids=str)
+def test_other_calibration_methods_are_refused(method: Any) -> None:
+    with pytest.raises(CalibrationError, match=r"Expected one of .* as calibration method"):
+        calibration_method(method)
+
+
+def moved(batches: Any, *, stretched: float = 1.0) -> np.ndarray:
+    """The range after batches, calibrated to [-0.5, 1.5] where [-1, 2] was seen."""
+    rows = Anchor.rows((0.5, 1.5), (1.0, 2.0), stretched)
+    anchor = tf.constant(np.float32(rows)[:, :, None])
+    extremes, bounds = tf.constant([[1.0], [2.0]]), tf.zeros((2, 1))
+    for count, batch in enumerate(batches, start=100):
+        extremes, bounds = Anchor.moved(
+            MovingAverage(),
+            anchor,
+            extremes,
+            tf.constant([float(count)]),
+            tf.constant(batch)[:, None],
+        )
+    return bounds.numpy()[:, 0]
+
+
+@pytest.mark.parametrize("batch", [(1.0, 2.0), (0.3, 0.6), (1.7, 2.7)], ids=str)
+def test_batches_near_what_was_seen_move_nothing(batch: tuple[float, float]) -> None:
+    np.testing.assert_array_equal(moved([batch] * 200), [0.5, 1.5])
+
+
+def test_quiet_batches_narrow_a_range_late_and_slowly() -> None:
+    np.testing.assert_array_equal(moved([(0.0, 0.0)] * 1000), [0.5, 1.5])
+    assert np.all(moved([(0.0, 0.0)] * 3000) < [0.25, 0.75])
+    # As soon as they are loud again, the range is what it was.
+    loud = [(0.0, 0.0)] * 1500 + [(1.0, 2.0)] * 100
+    np.testing.assert_array_equal(moved(loud), [0.5, 1.5])
+
+
+def test_a_range_follows_values_that_outgrow_it() -> None:
+    found = moved([(10.0, 20.0)] * 1000)
+    # What was seen and a quarter of the width more is what 0.5 and 1.5 stand for.
+    np.testing.assert_allclose(found, [0.5 + 10.0 - 1.75, 1.5 + 20.0 - 2.75], rtol=1e-3)
+
+
+def test_one_huge_batch_widens_by_a_few_percent() -> None:
+    assert np.all(moved([(1e30, 1e30)]) <= [0.5 + 0.16, 1.5 + 0.16])
+
+
+def test_what_dropout_stretches_moves_nothing() -> None:
+    np.testing.assert_array_equal(moved([(10.0, 20.0)] * 500, stretched=10.0), [0.5, 1.5])

@@ -178,9 +178,9 @@ def test_training_moves_a_range_once_per_batch_and_not_when_frozen() -> None:
     qat.compile("sgd", "mse")
     y = np.zeros((32, UNITS))
     quantizers = [q for q in _recurrences(qat)[0].parts.quantizers if q.variables]
-    assert {float(q.count[0]) for q in quantizers} == {1.0}
+    assert {float(q.count[0]) for q in quantizers} == {100.0}
     qat.fit(_data(), y, batch_size=16, verbose=0)
-    assert {float(q.count[0]) for q in quantizers} == {3.0}
+    assert {float(q.count[0]) for q in quantizers} == {102.0}
     ranges = [q.range() for q in quantizers]
     qat.fit(_data() * 2, y, verbose=0, callbacks=[kqat.FreezeObservers(0)])
     assert [q.range() for q in quantizers] == ranges

@@ -1,6 +1,7 @@
 """Calibration: what data may be, and the ranges that they give."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -14,7 +15,7 @@ from kqat import ActivationQuantizer, MinMax, QuantizeConfig
 from kqat.graph.tracer import trace
 from kqat.planning.planner import make_plan
 from kqat.training.build import wrap
-from kqat.training.calibration import BATCH_SIZE, calibrate
+from kqat.training.calibration import calibrate
 
 RNG = np.random.default_rng(0)
 # Whole numbers of at most 8 bits, so that the same data can come as bytes.
@@ -119,23 +120,43 @@ def test_two_inputs_may_come_as(data: Callable[[], Any], expected: Any) -> None:
     assert ranges(qat) == expected["two"]
 
 
-def moving_average(values: list[float]) -> float:
-    """Debiased: weights (1 - d) * d**k for the k-th last value, scaled to sum to one."""
-    weights = 0.99 ** np.arange(len(values))[::-1]
-    return float(np.sum(weights * values) / np.sum(weights))
+@pytest.mark.parametrize("method", kqat.grids.CALIBRATION_METHODS)
+def test_order_and_batch_size_do_not_matter_to_the_bit(method: str) -> None:
+    shuffled = RNG.permutation(A)
+    forms = (A, A[::-1], shuffled, (x for (x,) in batches(A, size=7)), (x[None] for x in shuffled))
+    found, qat = [], uncalibrated(one_input())
+    for data in forms:
+        calibrate(qat, data, method=method)
+        found.append(ranges(qat))
+    assert all(each == found[0] for each in found)
 
 
-def test_ranges_are_the_moving_averages_of_batches_of_32() -> None:
+def test_what_enters_and_leaves_the_model_is_covered() -> None:
     qat = uncalibrated(two_inputs())
-    calibrate(qat, [B - 100, A])
-    assert BATCH_SIZE == 32
-    found = ranges(qat)
-    for name, value in {"b": B - 100, "a": A, "difference": B - 100 - A}.items():
-        chunks = [c for (c,) in batches(value)]
-        low = moving_average([min(c.min(), 0.0) for c in chunks])
-        high = moving_average([max(c.max(), 0.0) for c in chunks])
-        # Three float32 updates.
-        np.testing.assert_allclose(found[name], (low, high), rtol=1e-6)
+    calibrate(qat, [B - 100, A], method="percentile")
+    difference = B - 100 - A
+    assert ranges(qat) == {
+        "b": ((B - 100).min(), (B - 100).max()),
+        "a": (0.0, A.max()),
+        "difference": (difference.min(), difference.max()),
+    }
+
+
+def test_a_config_asks_for_its_own_method() -> None:
+    x = np.append(np.ones(9999), 100.0).astype(np.float32).reshape(2500, 4)
+    qat = uncalibrated(two_inputs(), QuantizeConfig(activation_range=kqat.Percentile(99.0)))
+    calibrate(qat, [x, x])
+    assert ranges(qat)["b"][1] == pytest.approx(1.0, rel=0.05)
+
+
+def test_recurrent_states_are_covered_and_order_does_not_matter() -> None:
+    model = keras.Sequential([keras.Input((6, 3)), layers.SimpleRNN(4, activation="relu")])
+    x = RNG.normal(size=(48, 6, 3)).astype(np.float32)
+    found = []
+    for data in (x, x[::-1]):
+        qat = kqat.quantize_model(model, calibration_data=data)
+        found.append([v.numpy().tolist() for v in qat.weights if "quantizer" in v.path])
+    assert found[0] == found[1]
 
 
 def test_min_max_ranges_are_those_of_all_data() -> None:
@@ -175,15 +196,176 @@ def test_calibration_trains_nothing() -> None:
     )
 
 
-def test_more_data_go_on_from_where_the_ranges_are() -> None:
-    at_once, in_parts = uncalibrated(two_inputs()), uncalibrated(two_inputs())
-    calibrate(at_once, [B, A])
-    calibrate(in_parts, [B[:32], A[:32]])
-    calibrate(in_parts, [B[32:], A[32:]])
-    assert ranges(in_parts) == ranges(at_once)
+def test_calibrating_again_replaces_what_was_found() -> None:
+    once, twice = uncalibrated(two_inputs()), uncalibrated(two_inputs())
+    calibrate(once, [B[:32], A[:32]])
+    calibrate(twice, [9 * B, 9 * A])
+    calibrate(twice, [B[:32], A[:32]])
+    assert ranges(twice) == ranges(once)
+
+
+def test_calibrating_after_training_fits_the_trained_weights() -> None:
+    qat = uncalibrated(one_input())
+    calibrate(qat, A)
+    qat.compile("sgd", "mse")
+    qat.fit(A, np.zeros((80, 2)), verbose=0)
+    qat.get_layer("quant_head").layer.kernel.assign(100 * np.ones((6, 2), np.float32))
+    calibrate(qat, A)
+    again = uncalibrated(one_input())
+    for layer, trained in zip(again.layers, qat.layers, strict=True):
+        if not isinstance(layer, ActivationQuantizer):
+            layer.set_weights(trained.get_weights())
+    calibrate(again, A)
+    assert ranges(qat) == ranges(again)
+
+
+def raising() -> Iterator[np.ndarray]:
+    yield 9 * A[:32]
+    raise OSError("the disk is gone")
+
+
+BROKEN: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "a generator that raises": (raising, OSError, "the disk is gone"),
+    "a generator that ends at once": (lambda: iter([]), kqat.CalibrationError, "at least one samp"),
+    "NaN in the second batch": (
+        lambda: iter([9 * A[:32], A[:32] * np.nan]), kqat.CalibrationError, "input 'a'. Received",
+    ),
+    "another shape in the second batch": (
+        lambda: iter([9 * A[:32], A[:32, :3]]), kqat.CalibrationError, "of shape .* for input 'a'",
+    ),
+    "beyond float32": (lambda: A.astype(np.float64) * 1e300, kqat.CalibrationError, "infinity"),
+    "values that overflow inside": (
+        lambda: A * np.float32(1e36), kqat.CalibrationError, "values where '.*' rounds. Received",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "error", "message"), BROKEN.values(), ids=BROKEN)
+def test_where_data_fail_no_range_has_changed(
+    data: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    qat = uncalibrated(one_input())
+    qat.get_layer("quant_dense").layer.kernel.assign(np.full((4, 6), 4.0))
+    calibrate(qat, A)
+    before = ranges(qat)
+    with pytest.raises(error, match=message):
+        calibrate(qat, data())
+    assert ranges(qat) == before
+
+
+def test_values_beyond_float16_are_refused_where_the_input_is_float16() -> None:
+    a = keras.Input((4,), name="a", dtype="float16")
+    qat = uncalibrated(keras.Model(a, layers.Dense(2, dtype="float32")(a)))
+    with pytest.raises(kqat.CalibrationError, match=r"'a'.*infinity"):
+        calibrate(qat, A * 1000)
+
+
+def test_constant_tensors_have_a_range() -> None:
+    for constant in (0.0, 3.0, -3.0):
+        qat = uncalibrated(two_inputs())
+        calibrate(qat, [np.full_like(B, constant), A])
+        low, high = ranges(qat)["b"]
+        assert low <= constant <= high
+        assert np.isfinite(qat.predict([B, A], verbose=0)).all()
+
+
+def noisy(*noise: Any) -> tuple[keras.Model, np.ndarray]:
+    model = keras.Sequential(
+        [keras.Input((12, 4)), layers.Dense(32, activation="relu"), *noise, layers.Flatten(),
+         layers.Dense(16, activation="relu"), layers.Dense(3)]
+    )  # fmt: skip
+    return model, RNG.normal(size=(64, 12, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [1, 8, 32])
+@pytest.mark.parametrize(
+    "noise",
+    [layers.Dropout(0.5), layers.Dropout(0.8), layers.Dropout(0.99), layers.SpatialDropout1D(0.8),
+     layers.GaussianNoise(1.0), layers.GaussianDropout(0.9)],
+    ids=lambda layer: layer.name,
+)  # fmt: skip
+def test_training_without_learning_moves_no_range(noise: Any, size: int) -> None:
+    """Neither small batches nor what noise layers do in training."""
+    model, x = noisy(noise)
+    qat = uncalibrated(model)
+    calibrate(qat, x)
+    before = ranges(qat)
+    qat.compile(keras.optimizers.SGD(0.0), "mse")
+    qat.fit(x, np.zeros((64, 3)), batch_size=size, verbose=0)
+    widths = {name: high - low for name, (low, high) in ranges(qat).items()}
+    for name, (low, high) in before.items():
+        # A quarter of a bit; most do not move at all.
+        assert 0.999 < widths[name] / (high - low) < 1.19, name
+
+
+def test_training_on_sorted_data_moves_no_range() -> None:
+    model, x = noisy()
+    x = x * 2.0 ** -np.arange(64, dtype=np.float32)[:, None, None]
+    qat = uncalibrated(model)
+    calibrate(qat, x)
+    before = ranges(qat)
+    qat.compile(keras.optimizers.SGD(0.0), "mse")
+    qat.fit(x, np.zeros((64, 3)), batch_size=4, epochs=4, shuffle=False, verbose=0)
+    assert ranges(qat) == before
+
+
+def test_calibration_leaves_the_seeds_of_noise_alone() -> None:
+    dropout = layers.Dropout(0.5, seed=7)
+    model, x = noisy(dropout)
+    qat = uncalibrated(model)
+    seeds = [v.numpy().tolist() for v in qat.variables if "seed" in v.path]
+    assert seeds
+    calibrate(qat, x)
+    assert [v.numpy().tolist() for v in qat.variables if "seed" in v.path] == seeds
 
 
 def test_the_users_own_objects_stay_as_they_are() -> None:
     data = {"a": A.copy()}
     calibrate(uncalibrated(one_input()), data)
     np.testing.assert_array_equal(data["a"], A)
+
+
+def test_auto_takes_what_serves_the_outputs() -> None:
+    """A huge value that nobody reads is cut; where all values count, none is."""
+    inputs = keras.Input((64,))
+    hidden = layers.Dense(64, activation="relu", name="copy")(inputs)
+    model = keras.Model(inputs, layers.Dense(8, name="read")(hidden))
+    # The first channel is huge where its input is far out, and zero elsewhere.
+    model.get_layer("copy").kernel.assign(np.diag([300.0] + [1.0] * 63))
+    model.get_layer("copy").bias.assign([-1050.0] + [0.0] * 63)
+    kernel = RNG.normal(size=(64, 8))
+    kernel[0] = 0.0
+    model.get_layer("read").kernel.assign(kernel)
+    outlying = RNG.normal(size=(1024, 64)).astype(np.float32)
+    outlying[:, 0] = np.minimum(outlying[:, 0], 3.0)
+    outlying[100, 0] = 5.0
+    qat = kqat.quantize_model(model, calibration_data=outlying)
+    assert ranges(qat)["copy_relu"][1] < 10.0
+    even = RNG.uniform(-1, 1, (256, 64)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=even)
+    assert ranges(qat)["copy_relu"] == pytest.approx((0.0, 1.0), rel=1e-3)
+
+
+def test_auto_does_not_depend_on_order() -> None:
+    x = RNG.standard_t(3, (300, 4)).astype(np.float32)
+    qat = uncalibrated(one_input())
+    calibrate(qat, x)
+    before = ranges(qat)
+    calibrate(qat, (row[None] for row in RNG.permutation(x)))
+    assert ranges(qat) == before
+
+
+def test_files_of_before_anchors_load(tmp_path: Path) -> None:
+    qat = uncalibrated(one_input())
+    calibrate(qat, A)
+    layer = next(la for la in qat.layers if isinstance(la, ActivationQuantizer))
+    old = {"0": [-2.0], "1": [3.0], "2": [5.0]}
+    layer.load_own_variables(old)
+    assert layer.range() == (-2.0, 3.0)
+    # Without an anchor the range is the plain average: one sixth of the way as the sixth batch.
+    layer(np.full((1, 4), 9.0, np.float32), training=True)
+    assert layer.range()[1] == pytest.approx(3.0 + (9.0 - 3.0) * 0.01 / (1 - 0.99**6), rel=1e-5)
+    qat.save(tmp_path / "qat.keras")
+    again = keras.models.load_model(tmp_path / "qat.keras")
+    for ours, theirs in zip(qat.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

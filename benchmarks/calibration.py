@@ -1,0 +1,216 @@
+"""Ways to find ranges, on pretrained models and on data good and bad, beside TensorFlow's PTQ.
+
+    python -m benchmarks.calibration
+
+Writes `benchmarks/calibration.json` after each cell, and `calibration.md` beside it. Cells that the
+JSON holds are not measured again: remove it to begin anew, or name another file. A cell is one
+model and one choice of calibration data: 256 samples shuffled, those in the order of their classes
+(measured only where ranges differ from the shuffled ones: neither we nor the converter care about
+order), one class alone, 16, 128 and 1,024 samples (fewer where there are fewer). Outputs (before a
+closing softmax) are compared with the float model's on other samples: SQNR in dB, accuracy in
+percent. Methods are judged by the QAT model, whose outputs are those of its file up to some steps;
+the default's own file and the converter's are run on LiteRT.
+"""
+
+import argparse
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import kqat
+import tflite_export
+from kqat.base import write_file
+from kqat.graph import trace
+from kqat.grids import CALIBRATION_METHODS, calibration_method
+from kqat.training.calibration import DEFAULT_METHOD, observed
+from recipes import converter, data, running
+
+CONVERTER, OWN, OWN_FILE = "converter", DEFAULT_METHOD, f"{DEFAULT_METHOD} (file)"
+OUT = Path(__file__).with_suffix(".json")
+TEST_SAMPLES = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A float model, what it is calibrated from, and what it is judged on.
+
+    Attributes:
+        pool, classes: samples for calibration and the class of each, by which they are sorted; of
+            an autoencoder, the loudness.
+        test: other samples; labels, or `None` where accuracy says nothing.
+    """
+
+    model: keras.Model
+    pool: np.ndarray
+    classes: np.ndarray
+    test: np.ndarray
+    labels: np.ndarray | None
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, prints the table and writes it."""
+    options = _parser().parse_args(arguments)
+    results: dict[str, Any] = {}
+    if options.out.exists() and not options.smoke:
+        results = json.loads(options.out.read_text())
+    for name in options.models:
+        keras.utils.set_random_seed(0)
+        task, cells = TASKS[name](), results.setdefault(name, {})
+        _end_with_logits(task.model)
+        for cell, samples in _cells(task, options.smoke):
+            if cell in cells:
+                continue
+            if cell == "sorted" and _ranges(task, samples) == _ranges(task, task.pool[:256]):
+                cells[cell] = cells["shuffled"]
+            else:
+                cells[cell] = measure(task, samples)
+            if not options.smoke:
+                write_file(options.out, _as_json(results))
+    write_file(options.out, _as_json(results))
+    text = as_markdown(results)
+    write_file(options.out.with_suffix(".md"), text.encode())
+    print(text)
+    return results
+
+
+def _as_json(results: dict[str, Any]) -> bytes:
+    return (json.dumps(results, indent=1) + "\n").encode()
+
+
+def _ranges(task: Task, samples: np.ndarray) -> list[tuple[float, float]]:
+    """Those that the default finds, in order of the layers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kqat.CalibrationWarning)
+        qat = kqat.quantize_model(task.model, calibration_data=samples)
+    return [la.range() for la in qat.layers if isinstance(la, kqat.ActivationQuantizer)]
+
+
+def _end_with_logits(model: keras.Model) -> None:
+    """Leaves a closing softmax out, behind which one borderline sample outweighs all others."""
+    last = model.layers[-1]
+    if getattr(last, "activation", None) is keras.activations.softmax:
+        last.activation = keras.activations.linear
+
+
+def _cells(task: Task, smoke: bool) -> Iterator[tuple[str, np.ndarray]]:
+    count = min(len(task.pool), 256)
+    if smoke:
+        yield "16", task.pool[:16]
+        return
+    yield "shuffled", task.pool[:count]
+    yield "sorted", task.pool[:count][np.argsort(task.classes[:count], kind="stable")]
+    order = np.argsort(task.classes, kind="stable")
+    one = order[: max(int(np.sum(task.classes == task.classes[order[0]])), 16)]
+    yield "one class", task.pool[one][:256]
+    yield "16", task.pool[:16]
+    yield "128", task.pool[:128]
+    yield "1024", task.pool[:1024]
+
+
+def measure(task: Task, samples: np.ndarray) -> dict[str, dict[str, float | None]]:
+    """SQNR and accuracy of every method, calibrated from `samples`."""
+    want = running.keras_outputs(task.model, task.test)
+    found = {}
+    with warnings.catch_warnings():
+        # Much of the data is bad on purpose.
+        warnings.simplefilter("ignore", kqat.CalibrationWarning)
+        qat = kqat.quantize_model(task.model, calibration_data=samples)
+    found[OWN] = _judged(task, want, running.keras_outputs(qat, task.test))
+    file = tflite_export.convert(qat)
+    observer, _ = observed(trace(qat), samples)
+    for name in CALIBRATION_METHODS:
+        for quantizer, ranges in observer.ranges(calibration_method(name)).items():
+            quantizer.start(ranges)
+        found[name] = _judged(task, want, running.keras_outputs(qat, task.test))
+    files = {
+        OWN_FILE: file,
+        CONVERTER: converter.post_training_int8(task.model, samples),
+    }
+    for name, blob in files.items():
+        (got,) = running.predict(blob, [task.test])
+        found[name] = _judged(task, want, got)
+    return found
+
+
+def _judged(task: Task, want: np.ndarray, got: np.ndarray) -> dict[str, float | None]:
+    accuracy = None if task.labels is None else 100 * running.accuracy(got, task.labels)
+    sqnr = round(running.sqnr_db(want, got), 2)
+    return {"sqnr_db": sqnr, "accuracy": None if accuracy is None else round(accuracy, 2)}
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    """The table, and how each method compares with the converter."""
+    names = [*CALIBRATION_METHODS, OWN, OWN_FILE, CONVERTER]
+    lines = ["# SQNR in dB (accuracy in %) by calibration method", ""]
+    lines += ["`python -m benchmarks.calibration` writes this file.", ""]
+    lines += ["| model | data | " + " | ".join(names) + " |", "| --- " * (len(names) + 2) + "|"]
+    for model, cells in results.items():
+        for cell, found in cells.items():
+            texts = [_cell(found[name]) for name in names]
+            lines.append(f"| {model} | {cell} | {' | '.join(texts)} |")
+    lines += ["", "Against the converter's file, in dB:", ""]
+    lines += ["| method | worst | mean |", "| --- | --- | --- |"]
+    for name in names[:-1]:
+        gains = [
+            found[name]["sqnr_db"] - found[CONVERTER]["sqnr_db"]
+            for cells in results.values()
+            for found in cells.values()
+        ]
+        lines.append(f"| {name} | {min(gains):+.2f} | {np.mean(gains):+.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: dict[str, Any]) -> str:
+    accuracy = found["accuracy"]
+    return f"{found['sqnr_db']:.1f}" + ("" if accuracy is None else f" ({accuracy:.1f})")
+
+
+def _pictures(name: str) -> Task:
+    images, labels = data.cifar10_lossless()
+    order = np.random.default_rng(0).permutation(len(images))
+    x, y = data.model_input(name, images[order]), labels[order]
+    test = x[1024 : 1024 + TEST_SAMPLES], y[1024 : 1024 + TEST_SAMPLES]
+    return Task(data.pretrained(name), x[:1024], y[:1024], *test)
+
+
+def _keywords() -> Task:
+    features, labels = data.kws01()
+    order = np.random.default_rng(0).permutation(len(features))
+    x, y = features[order], labels[order]
+    return Task(data.pretrained("mlperf_tiny/kws"), x[:500], y[:500], x[500:], y[500:])
+
+
+def _machine() -> Task:
+    windows = data.ad01_windows()
+    windows = windows[np.random.default_rng(0).permutation(len(windows))]
+    loudness = np.argsort(np.argsort(windows.mean(axis=1))) // 13
+    return Task(
+        data.pretrained("mlperf_tiny/ad"), windows[:128], loudness[:128], windows[128:], None
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "mlperf_tiny/kws": _keywords,
+    "mlperf_tiny/ic": lambda: _pictures("mlperf_tiny/ic"),
+    "cifar_resnet_keras/resnet20": lambda: _pictures("cifar_resnet_keras/resnet20"),
+    "mltk_tinyml/image_classification": lambda: _pictures("mltk_tinyml/image_classification"),
+    "mlperf_tiny/ad": _machine,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--out", type=Path, default=OUT, help="where to write JSON and Markdown")
+    parser.add_argument("--smoke", action="store_true", help="one cell of each model")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""What flows at each call site of a quantizer while a QAT model is calibrated."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from keras import layers, ops
+
+from kqat.base import CalibrationError
+from kqat.graph import Graph, Node
+from kqat.grids import (
+    LOWEST,
+    CalibrationMethod,
+    Entropy,
+    Fixed,
+    Histogram,
+    LastValue,
+    MinMax,
+    Percentile,
+    arithmetic,
+)
+from kqat.grids import MSE as LeastError
+from kqat.training.activation_quantizer import ActivationQuantizer, SiteRange
+from kqat.training.quantized_recurrence import QuantizedRecurrence
+from kqat.training.weight_wrapper import QuantizeWrapper
+
+# Of one sample's values at one site no more than about so many are counted, evenly spread; its
+# extremes are exact.
+COUNTED = 4096
+# Batches that are also run as in training, to see what noise layers do to the ranges.
+NOISY_BATCHES = 4
+# Softmax's 255/256 is half a step and no cut.
+CUT_STEPS = 1.5
+NOISE = (
+    layers.Dropout,
+    layers.SpatialDropout1D,
+    layers.SpatialDropout2D,
+    layers.SpatialDropout3D,
+    layers.AlphaDropout,
+    layers.GaussianDropout,
+    layers.GaussianNoise,
+)
+_ASKED = (MinMax, Percentile, LeastError, Entropy)
+
+
+class SiteRecord:
+    """All that was seen at one call site.
+
+    Attributes:
+        quantizer, site: which one.
+        even, odd: histograms of every other sample.
+        extremes: least and greatest value of each batch.
+        noisy: the same where noise layers were active, of the first batches.
+        has_hidden: whether an attention mask hid values.
+    """
+
+    def __init__(self, quantizer: ActivationQuantizer, site: int) -> None:
+        self.quantizer = quantizer
+        self.site = site
+        self.even, self.odd = Histogram(), Histogram()
+        self.extremes: list[tuple[float, float]] = []
+        self.noisy: list[tuple[float, float]] = []
+        self.keys = 0
+        self._whole: Histogram | None = None
+
+    def add(self, x: np.ndarray, rows: int, per_sample: int | None) -> None:
+        """Takes in one batch.
+
+        Args:
+            x: float32 of any shape.
+            rows: how many of its first rows belong to samples.
+            per_sample: rows of one sample, or `None` where the rows are of no sample.
+        """
+        values = self._shown(x[:rows])
+        if per_sample is None:
+            halves = [values.reshape(1, -1)] * 2
+        else:
+            samples = values.reshape(rows // per_sample, -1)
+            halves = [samples[::2], samples[1::2]]
+        bounds = [(float(half.min()), float(half.max())) for half in halves if half.size]
+        low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
+        if not np.isfinite(bounds).all():
+            raise CalibrationError(
+                f"Expected finite values where '{self.quantizer.name}' rounds. Received: "
+                f"{np.count_nonzero(~np.isfinite(values))} of {values.size} that are NaN or "
+                "infinite, computed from finite inputs. No range was changed. Scale the inputs as "
+                "in training, or leave the layer before it float."
+            )
+        self.extremes.append((min(low, 0.0), max(high, 0.0)))
+        for histogram, half, ends in zip((self.even, self.odd), halves, bounds, strict=False):
+            histogram.add(half[:, :: _stride(half.shape[1], x.shape[-1])], *ends)
+        self._whole = None
+
+    def add_noisy(self, x: np.ndarray, rows: int) -> None:
+        """Takes in a batch of the training pass."""
+        values = self._shown(x[:rows])
+        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        self.noisy.append((min(low, 0.0), max(high, 0.0)))
+
+    def whole(self) -> Histogram:
+        """The histogram of all samples."""
+        if self._whole is None:
+            self._whole = Histogram()
+            self._whole.merge(self.even)
+            self._whole.merge(self.odd)
+        return self._whole
+
+    def found(self, method: CalibrationMethod) -> SiteRange:
+        """The range by `method`."""
+        seen = self.whole()
+        low, high = method.calibrated(seen, self.quantizer.spec)
+        room = self._room()
+        return SiteRange(
+            low=float(np.float32(low - room)),
+            high=float(np.float32(high)),
+            seen_low=seen.low - room,
+            seen_high=seen.high,
+            stretched=self._stretched(),
+            batches=len(self.extremes),
+        )
+
+    def _stretched(self) -> float:
+        """How many times as wide the range is in training mode, by the batches run both ways."""
+        if not self.noisy:
+            return 1.0
+        plain, noisy = (
+            max(h for _, h in pairs) - min(low for low, _ in pairs)
+            for pairs in (self.extremes[: len(self.noisy)], self.noisy)
+        )
+        wide = noisy / plain if plain > 0.0 else 1.0
+        return max(wide, 1.0) if math.isfinite(wide) else 1.0
+
+    def _shown(self, x: np.ndarray) -> np.ndarray:
+        if not self.quantizer.hides:
+            return x
+        self.keys = x.shape[-1]
+        return np.where(x == np.float32(LOWEST), np.float32(0.0), x)
+
+    def _room(self) -> float:
+        return arithmetic.hidden_room(self.quantizer.spec, self.keys) if self.keys else 0.0
+
+
+def _stride(size: int, channels: int) -> int:
+    """The step that leaves about `COUNTED` of `size` values and meets all channels alike."""
+    stride = max(size // COUNTED, 1)
+    while math.gcd(stride, channels) > 1:
+        stride += 1
+    return stride
+
+
+def with_bias_off_its_grid(layer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a call whose bias is not rounded.
+
+    That grid is of the range found earlier, on which a new range must not depend.
+    """
+    if isinstance(layer, QuantizeWrapper):
+        return {key: value for key, value in kwargs.items() if key != "input_quantizer"}
+    return kwargs
+
+
+@dataclasses.dataclass
+class Cut:
+    """How much of a tensor a given range cuts: values outside, of all, and how far they go."""
+
+    beyond: int = 0
+    total: int = 0
+    low: float = 0.0
+    high: float = 0.0
+
+
+class Observer:
+    """Runs batches through a QAT model and keeps what is to be known of each site.
+
+    Weights are rounded and activations are not. No variable of the model is changed.
+
+    Attributes:
+        records: all that was seen, by quantizer and call site.
+        cut: the same of ranges that are given.
+        samples, batches: how many were seen.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.records: dict[tuple[ActivationQuantizer, int], SiteRecord] = {}
+        self.cut: dict[tuple[ActivationQuantizer, int], Cut] = {}
+        self.noise = [node.layer for node in graph.nodes if isinstance(node.layer, NOISE)]
+        recurrences = [n.layer for n in graph.nodes if isinstance(n.layer, QuantizedRecurrence)]
+        self.is_noisy = bool(self.noise) or any(r.parts.dropouts for r in recurrences)
+        self._covered = set(_ends(graph))
+        for recurrence in recurrences:
+            self._covered |= {id(quantizer) for quantizer in recurrence.state_quantizers()}
+        self._size = self._real = 0
+        self._noisy = False
+        self.samples = self.batches = 0
+
+    def run(self, tensors: Sequence[Any], real: int) -> None:
+        """Observes one batch, of which the first `real` samples count.
+
+        Raises:
+            CalibrationError: if a value is not finite.
+        """
+        self._real, self._size = real, int(tensors[0].shape[0])
+        self.graph.run(tensors, self._call)
+        if self.is_noisy and self.batches < NOISY_BATCHES:
+            kept = [(v, ops.copy(v.value)) for layer in self.noise for v in layer.variables]
+            self._noisy = True
+            try:
+                self.graph.run(tensors, self._call)
+            finally:
+                self._noisy = False
+                for variable, value in kept:
+                    variable.assign(value)
+        self.batches += 1
+        self.samples += real
+
+    def ranges(self, default: CalibrationMethod) -> dict[ActivationQuantizer, dict[int, SiteRange]]:
+        """The range of each call site, by quantizer; `default` as for `method_of`."""
+        found: dict[ActivationQuantizer, dict[int, SiteRange]] = {}
+        for (quantizer, site), record in self.records.items():
+            method = self.method_of(record, default)
+            found.setdefault(quantizer, {})[site] = record.found(method)
+        return found
+
+    def method_of(self, record: SiteRecord, default: CalibrationMethod) -> CalibrationMethod:
+        """How the range of a site is found.
+
+        What the layer's config asks for; else `default`; but what enters or leaves the model, and
+        states, cover all that was seen, and so do scores that masks hide.
+        """
+        asked = record.quantizer.range_method
+        if isinstance(asked, LastValue) or record.quantizer.hides:
+            return MinMax()
+        if isinstance(asked, _ASKED):
+            return asked
+        return MinMax() if id(record.quantizer) in self._covered else default
+
+    def _call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
+        layer = node.layer
+        if isinstance(layer, QuantizedRecurrence):
+            return layer.observe(args[0], self._note, self._noisy)
+        kwargs = with_bias_off_its_grid(layer, kwargs)
+        if self._noisy and isinstance(layer, NOISE):
+            return layer(*args, **{**kwargs, "training": True})
+        if not isinstance(layer, ActivationQuantizer):
+            return layer(*args, **kwargs)
+        x = layer.clamped(args[0])
+        if kwargs.get("observe", True):
+            led = node.outputs[0].shape[0] is None
+            self._note(layer, kwargs.get("site", 0), x, led)
+        return x
+
+    def _note(self, quantizer: ActivationQuantizer, site: int, x: Any, led: bool = True) -> None:
+        """Takes in a value; `led` says whether its first axis runs over the samples."""
+        if isinstance(quantizer.range_method, Fixed):
+            self._note_given(quantizer, site, x)
+            return
+        key = quantizer, site
+        record = self.records.get(key)
+        if record is None:
+            record = self.records[key] = SiteRecord(quantizer, site)
+        values = np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))
+        values = values.reshape(1) if values.ndim == 0 else values
+        led = led and len(values) % self._size == 0
+        rows = len(values) * self._real // self._size if led else len(values)
+        if self._noisy:
+            record.add_noisy(values, rows)
+        else:
+            record.add(values, rows, len(values) // self._size if led else None)
+
+    def _note_given(self, quantizer: ActivationQuantizer, site: int, x: Any) -> None:
+        """Keeps what share of the values a range that is given cuts by more than a step."""
+        values = np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))
+        low, high = (float(bound) for bound in quantizer.fixed_range())
+        step = (high - low) / (quantizer.spec.qmax - quantizer.spec.qmin)
+        beyond = (values < low - CUT_STEPS * step) | (values > high + CUT_STEPS * step)
+        count, cut = int(np.count_nonzero(beyond)), self.cut.setdefault((quantizer, site), Cut())
+        cut.total += values.size
+        if count and not self._noisy:
+            cut.beyond += count
+            cut.low = min(cut.low, float(values.min()))
+            cut.high = max(cut.high, float(values.max()))
+
+
+def _ends(graph: Graph) -> Iterator[int]:
+    """The quantizers of what enters and what leaves the model, by identity."""
+    producers = graph.producers()
+    inputs = set(graph.inputs)
+    for node in graph.nodes:
+        if isinstance(node.layer, ActivationQuantizer) and inputs & set(node.inputs):
+            yield id(node.layer)
+    waiting, met = list(graph.outputs), set()
+    while waiting:
+        maker = producers.get(waiting.pop())
+        if maker is None or maker in met:
+            continue
+        met.add(maker)
+        if isinstance(maker.layer, ActivationQuantizer):
+            yield id(maker.layer)
+        elif not maker.layer.weights:
+            waiting += maker.inputs

@@ -1,0 +1,276 @@
+"""What calibration tells: data that are too few or uneven, values that are cut or drowned.
+
+Everything is measured on the data that were given. What is found becomes one warning, the worst
+first, each with the name of its tensor and the way out.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from keras import layers
+
+from kqat.graph import Graph, Node, Ref
+from kqat.grids import Fixed, Histogram
+from kqat.training.activation_quantizer import ActivationQuantizer, SiteRange
+from kqat.training.observation import CUT_STEPS, Cut, Observer, SiteRecord
+from kqat.training.weight_wrapper import QuantizeWrapper
+
+FEW_SAMPLES = 32
+# Ranges of two halves of the data that lie further apart than this.
+UNLIKE_HALVES = 2.0
+# Clipping is told where it costs more than so many times what rounding costs.
+CLIPPING_OVER_ROUNDING = 10.0
+# Bits that a member of a group with one scale may lose.
+LOST_BITS = 3.0
+# How many tensors are named for one reason.
+NAMED = 3
+
+Found = Mapping[ActivationQuantizer, Mapping[int, SiteRange]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Concern:
+    """One thing that looks wrong with one tensor; the largest `weight` of a `kind` is the worst."""
+
+    kind: str
+    tensor: str
+    weight: float
+    text: str
+
+
+def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
+    """All that looks wrong, the worst of each kind first."""
+    names = _Names(graph)
+    every: list[Concern] = []
+    if observer.samples < FEW_SAMPLES:
+        text = f"{observer.samples} samples are few: ranges may miss what others hold"
+        every.append(Concern("samples", "", 1.0, text))
+    for (quantizer, site), record in observer.records.items():
+        every += _of_site(record, found[quantizer][site], names.of(quantizer, site))
+    for quantizer, ranges in found.items():
+        every += _unlike_members(graph, quantizer, ranges, names)
+    every += _drowned(graph, found, names)
+    every += [
+        _cut_by_given(names.of(quantizer, site), quantizer, cut)
+        for (quantizer, site), cut in observer.cut.items()
+        if cut.beyond
+    ]
+    return sorted(every, key=lambda concern: -concern.weight)
+
+
+def as_text(model_name: str, found: Sequence[Concern]) -> str:
+    """One message of all concerns."""
+    lines = []
+    for kind, advice in _ADVICE.items():
+        some = [concern for concern in found if concern.kind == kind]
+        if not some:
+            continue
+        more = f" (and {len(some) - NAMED} more)" if len(some) > NAMED else ""
+        lines.append("; ".join(concern.text for concern in some[:NAMED]) + f"{more}. {advice}")
+    return f"Calibration of '{model_name}': " + " ".join(lines)
+
+
+_ADVICE = {
+    "samples": "Give some hundred, mixed.",
+    "halves": "Give more samples, of all kinds that the device will meet.",
+    "zero": "Its range is a guess; give data that reach it.",
+    "clipped": "Choose another range for it: "
+    "kqat.QuantizeConfig(activation_range=kqat.MinMax()) covers all.",
+    "unlike": "Make separate outputs, scale the members alike before they meet (a Rescaling), or "
+    "give that layer 'int16x8'.",
+    "drowned": "Scale them alike before they are added, or give that layer 'int16x8'.",
+}
+
+
+def _of_site(record: SiteRecord, found: SiteRange, name: str) -> Iterator[Concern]:
+    seen = record.whole()
+    if seen.is_zero():
+        yield Concern("zero", name, 1.0, f"'{name}' was zero in all samples")
+        return
+    apart, halves = _halves_apart(record)
+    if apart > UNLIKE_HALVES:
+        text = f"'{name}' spreads {apart:.1f} times as far in {halves} of the data as in the other"
+        yield Concern("halves", name, apart, text)
+    yield from _clipped(record, seen, found, name)
+
+
+def _halves_apart(record: SiteRecord) -> tuple[float, str]:
+    """How many times as wide one half of the data is, and which halves those are."""
+    ratios = []
+    if record.odd.total:
+        widths = [half.high - half.low for half in (record.even, record.odd)]
+        ratios.append((_ratio(*widths), "every other sample"))
+    extremes = record.extremes
+    if len(extremes) > 1:
+        middle = len(extremes) // 2
+        first, second = (
+            max(h for _, h in part) - min(low for low, _ in part)
+            for part in (extremes[:middle], extremes[middle:])
+        )
+        ratios.append((_ratio(first, second), "one half (the first or the last)"))
+    return max(ratios, default=(1.0, ""))
+
+
+def _ratio(a: float, b: float) -> float:
+    least, most = min(a, b), max(a, b)
+    return most / least if least > 0.0 else (1.0 if most == 0.0 else math.inf)
+
+
+def _clipped(record: SiteRecord, seen: Histogram, found: SiteRange, name: str) -> Iterator[Concern]:
+    spec = record.quantizer.spec
+    low, high = found.low, found.high
+    step = (high - low) / (spec.qmax - spec.qmin)
+    lower, upper = seen.tail(upper=False), seen.tail(upper=True)
+    lost = float(lower.squares_beyond(np.array(-low)) + upper.squares_beyond(np.array(high)))
+    rounding = float(lower.count[0] + upper.count[0]) * step**2 / 12.0
+    # Room for masked scores is no value that was cut.
+    cut = max(seen.high - high, min(low, 0.0) - seen.low)
+    if cut > CUT_STEPS * step and lost > CLIPPING_OVER_ROUNDING * rounding:
+        count = float(lower.count_beyond(np.array(-low)) + upper.count_beyond(np.array(high)))
+        share = 100.0 * count / max(seen.total, 1)
+        text = (
+            f"'{name}' is clipped to [{low:.4g}, {high:.4g}]: {share:.2g} % of its values lie "
+            f"outside, as far as [{seen.low:.4g}, {seen.high:.4g}]"
+        )
+        yield Concern("clipped", name, lost / max(rounding, 1e-300), text)
+
+
+def _cut_by_given(name: str, quantizer: ActivationQuantizer, cut: Cut) -> Concern:
+    method = quantizer.range_method
+    assert isinstance(method, Fixed)
+    text = (
+        f"'{name}' is clipped to [{method.low:.4g}, {method.high:.4g}], which is given: "
+        f"{100.0 * cut.beyond / cut.total:.2g} % of its values lie outside, as far as "
+        f"[{cut.low:.4g}, {cut.high:.4g}]"
+    )
+    return Concern("clipped", name, 1.0 + cut.beyond / cut.total, text)
+
+
+def _unlike_members(
+    graph: Graph,
+    quantizer: ActivationQuantizer,
+    ranges: Mapping[int, SiteRange],
+    names: "_Names",
+) -> Iterator[Concern]:
+    """Members of a group with one scale that are far narrower than it."""
+    if len(ranges) < 2:
+        return
+    whole = max(r.high for r in ranges.values()) - min(r.low for r in ranges.values())
+    losses = {
+        site: math.log2(whole / (r.high - r.low))
+        for site, r in ranges.items()
+        if r.high - r.low > 0.0
+    }
+    if not losses or max(losses.values()) < LOST_BITS:
+        return
+    site = max(losses, key=lambda one: losses[one])
+    lost = losses[site]
+    meeting = names.meeting_of(quantizer)
+    text = (
+        f"'{meeting}' has one scale for values of unlike size: '{names.of(quantizer, site)}' spans "
+        f"{ranges[site].high - ranges[site].low:.4g} of {whole:.4g} and loses {lost:.1f} of its "
+        f"{quantizer.spec.bits} bits"
+    )
+    yield Concern("unlike", meeting, lost, text)
+
+
+def _drowned(graph: Graph, found: Found, names: "_Names") -> Iterator[Concern]:
+    """Sums of which one addend is less than two steps of the result."""
+    readers = graph.consumers()
+    for node in graph.nodes:
+        if not isinstance(node.layer, layers.Add | layers.Subtract):
+            continue
+        result = next(
+            (r for r in readers[node.outputs[0]] if isinstance(r.layer, ActivationQuantizer)), None
+        )
+        if result is None or result.layer not in found:
+            continue
+        whole = _width(found[result.layer], None)
+        for ref in node.inputs:
+            source = names.source_of(ref)
+            if source is None:
+                continue
+            width = _width_of(*source, found)
+            bits = result.layer.spec.bits
+            if 0.0 < width and whole > width * 2.0 ** (bits - 1):
+                name, addend = names.output_name(node), names.of(*source)
+                lost = math.log2(whole / width)
+                text = (
+                    f"'{name}' adds values of unlike size: '{addend}' spans {width:.4g} of "
+                    f"{whole:.4g} and loses {lost:.1f} of its {bits} bits"
+                )
+                yield Concern("drowned", name, lost, text)
+
+
+def _width_of(quantizer: ActivationQuantizer, site: int, found: Found) -> float:
+    if isinstance(quantizer.range_method, Fixed):
+        low, high = quantizer.fixed_range()
+        return float(high) - float(low)
+    return _width(found[quantizer], site) if quantizer in found else 0.0
+
+
+def _width(ranges: Mapping[int, SiteRange], site: int | None) -> float:
+    some = list(ranges.values()) if site is None else [ranges[site]] if site in ranges else []
+    return max((r.high for r in some), default=0.0) - min((r.low for r in some), default=0.0)
+
+
+class _Names:
+    """What the user calls the values of a QAT model's graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.producers = graph.producers()
+        self.readers = graph.consumers()
+        self.calls: dict[tuple[ActivationQuantizer, int], Node] = {}
+        for node in graph.nodes:
+            if isinstance(node.layer, ActivationQuantizer) and node.kwargs.get("observe", True):
+                self.calls.setdefault((node.layer, node.kwargs.get("site", 0)), node)
+
+    def of(self, quantizer: ActivationQuantizer, site: int) -> str:
+        """The name of the value that a call site rounds."""
+        node = self.calls.get((quantizer, site))
+        if quantizer.sites == 1 or node is None:
+            return quantizer.name.removesuffix("_quantizer")
+        maker = self.producers.get(node.inputs[0])
+        while maker is not None and isinstance(maker.layer, ActivationQuantizer):
+            maker = self.producers.get(maker.inputs[0])
+        if maker is None:
+            return quantizer.name.removesuffix("_quantizer")
+        return self.output_name(maker)
+
+    def output_name(self, node: Node) -> str:
+        """The name of what a node makes: the model's own where it is an output."""
+        if isinstance(node.layer, QuantizeWrapper):
+            return str(node.layer.layer.name)
+        ref = node.outputs[0]
+        for _ in range(4):  # a rounding, an Identity that bears the name
+            if ref in self.graph.outputs:
+                return self.graph.output_names[self.graph.outputs.index(ref)]
+            some = self.readers[ref]
+            if len(some) != 1 or not isinstance(
+                some[0].layer, ActivationQuantizer | layers.Identity
+            ):
+                break
+            ref = some[0].outputs[0]
+        return node.name
+
+    def source_of(self, ref: Ref) -> tuple[ActivationQuantizer, int] | None:
+        """The call site that rounded a value, through what moves values only."""
+        while (node := self.producers.get(ref)) is not None:
+            if isinstance(node.layer, ActivationQuantizer):
+                if node.kwargs.get("observe", True):
+                    return node.layer, node.kwargs.get("site", 0)
+            elif node.layer.weights or len(node.inputs) != 1:
+                return None
+            ref = node.inputs[0]
+        return None
+
+    def meeting_of(self, quantizer: ActivationQuantizer) -> str:
+        """The name of the value in which the members of a group first meet."""
+        for node in self.graph.nodes:
+            sources = {self.source_of(ref) for ref in node.inputs} - {None}
+            if len([s for s in sources if s and s[0] is quantizer]) > 1:
+                return self.output_name(node)
+        return quantizer.name.removesuffix("_quantizer")

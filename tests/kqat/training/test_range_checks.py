@@ -1,0 +1,119 @@
+"""What calibration tells: one warning, the worst tensors by name, and the way out."""
+
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import kqat
+from kqat import CalibrationWarning, Fixed, MinMax, QuantizeConfig
+
+RNG = np.random.default_rng(0)
+X = RNG.uniform(-1, 1, (128, 8, 8, 3)).astype(np.float32)
+
+
+def said(model: keras.Model, data: Any, policy: Any = "int8", **options: Any) -> str:
+    """The one warning of calibration, or an empty text."""
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        kqat.quantize_model(model, policy, calibration_data=data, **options)
+    texts = [str(w.message) for w in met if issubclass(w.category, CalibrationWarning)]
+    assert len(texts) <= 1
+    return "".join(texts)
+
+
+def small(*more: Any) -> keras.Model:
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3), name="image"),
+            layers.Conv2D(4, 3, activation="relu", name="conv"),
+            *more,
+            layers.GlobalAveragePooling2D(name="mean"),
+            layers.Dense(5, activation="softmax", name="head"),
+        ],
+        name="small",
+    )
+
+
+def joined(scale: float, *, residual: bool = False) -> keras.Model:
+    x = keras.Input((8, 8, 3), name="image")
+    boxes = layers.Rescaling(scale, name="boxes")(
+        layers.Conv2D(4, 1, activation="sigmoid", name="box")(x)
+    )
+    scores = layers.Conv2D(4, 1, activation="sigmoid", name="scores")(x)
+    join = layers.Add if residual else layers.Concatenate
+    return keras.Model(x, join(name="both")([boxes, scores]), name="joined")
+
+
+def test_good_data_are_silent() -> None:
+    assert said(small(), X) == ""
+
+
+def test_few_samples() -> None:
+    text = said(small(), X[:5])
+    assert text.startswith("Calibration of 'small': 5 samples are few")
+    assert "some hundred" in text
+
+
+def test_halves_that_disagree() -> None:
+    louder = np.concatenate([X[:64] * 0.1, X[64:]])
+    assert "'image' spreads 10.0 times as far in one half (the first or the last)" in said(
+        small(), louder
+    )
+    uneven = X * np.where(np.arange(128) % 2, 1.0, 0.1)[:, None, None, None]
+    assert "'image' spreads 10.0 times as far in every other sample" in said(small(), uneven)
+
+
+def test_zero_inputs_and_dead_values() -> None:
+    assert "'image' was zero in all samples" in said(small(), np.zeros_like(X))
+    dead = small()
+    dead.get_layer("conv").bias.assign(np.full(4, -100.0))
+    text = said(dead, X)
+    assert "'conv" in text
+    assert "was zero in all samples" in text
+
+
+def test_clipping_tells_share_and_how_far() -> None:
+    outlying = X.copy()
+    outlying[3, 0, 0, 0] = 50.0
+    config = QuantizeConfig(activation_range=kqat.Percentile(95.0))
+    text = said(small(), outlying, config)
+    assert "is clipped to [" in text
+    assert "% of its values lie outside, as far as [" in text
+    assert "MinMax()) covers all" in text
+    assert "clipped" not in said(small(), X, QuantizeConfig(activation_range=MinMax()))
+
+
+def test_a_given_range_that_cuts_is_told() -> None:
+    model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(4, 3, name="conv")])
+    text = said(model, X, {"conv": QuantizeConfig(activation_range=Fixed(-0.1, 0.1))})
+    assert "'conv' is clipped to [-0.1, 0.1], which is given" in text
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_members_of_unlike_size(nested: bool) -> None:
+    model = joined(320.0)
+    if nested:
+        x = keras.Input((8, 8, 3), name="image")
+        model = keras.Model(x, layers.Reshape((64, 8), name="flat")(model(x)))
+    text = said(model, X)
+    assert "both' has one scale for values of unlike size: " in text
+    assert "of its 8 bits" in text
+    assert "separate outputs" in text
+    assert "unlike" not in said(joined(4.0), X)
+
+
+def test_addends_of_unlike_size() -> None:
+    text = said(joined(3000.0, residual=True), X)
+    assert "'both' adds values of unlike size: " in text
+    assert "unlike" not in said(joined(4.0, residual=True), X)
+
+
+def test_calibration_needs_data_and_a_name() -> None:
+    with pytest.raises(kqat.CalibrationError, match=r"Expected calibration_data for calibration="):
+        kqat.quantize_model(small(), calibration="mse")
+    with pytest.raises(kqat.CalibrationError, match=r"Expected 'auto' or one of .* Received: 'm'"):
+        kqat.quantize_model(small(), calibration_data=X, calibration="m")
