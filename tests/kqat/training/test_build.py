@@ -137,8 +137,8 @@ def test_structures_and_names_of_inputs_and_outputs_stay() -> None:
 def test_a_nested_model_comes_out_flat_with_paths() -> None:
     inner = model_of(lambda x: norm("norm")(conv("conv", 3)(x)), "inner")
     qat = unseen(model_of(lambda x: inner(inner(x))))
-    # Called twice, so nothing folds: the one set of weights serves both calls.
-    assert layer_names(qat, QuantizeWrapper) == ["quant_inner_conv", "quant_inner_norm"]
+    # One set of weights serves both calls, the normalization behind each folded in.
+    assert layer_names(qat, QuantizeWrapper) == ["quant_inner_conv"]
     assert qat.output_names == ["inner"]
 
 
