@@ -51,10 +51,10 @@ class Exactness:
     """Whether a runtime computed the integers that its kernels are known to compute.
 
     Attributes:
-        elements: how many integers were compared, each operator fed the runtime's own inputs.
-        differing: how many of them differ.
-        first: the first operator that differs and its tensor, in words; empty where none does.
-        unknown: what was not compared, and why; empty where all was.
+        elements: number of integers compared; each operator gets the runtime's own inputs.
+        differing: number of integers that differ.
+        first: name of the first operator that differs, and of its tensor; "" if none does.
+        unknown: operators that were not compared, or the reason; empty if all were compared.
     """
 
     elements: int
