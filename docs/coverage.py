@@ -35,17 +35,18 @@ RUNTIMES = {
 }
 HEAD = """# Coverage
 
-How each public layer and function of Keras {version} becomes integers, and on which runtime.
-Written from the tables of `kqat` and `tflite_export` by `python -m docs.coverage`; a test compares.
+How each public layer and function of Keras {version} ships in integers, and on which runtimes.
+`python -m docs.coverage` writes this page from the tables of `kqat` and `tflite_export`; a test
+checks that it is up to date.
 
-Words: *own range*: the output has a quantizer of its own. *Same scale*: it has its input's.
-*Fixed range*: the integer kernel demands one. *Table*: any function of one number, exact, as 256
-entries (CAST, ADD, GATHER); where activations have 16 bits, exact on LiteRT and elsewhere as
-straight pieces that are at most one step off. *Parts*: several operators with a quantizer behind
-each.
+The terms: *own range*: the output has its own quantizer. *Same scale*: the output has the scale of
+the input. *Fixed range*: the integer kernel demands this range. *Table*: a lookup table of 256
+entries (CAST, ADD, GATHER), exact for any elementwise function. For activations of 16 bits a table
+is exact on LiteRT, and elsewhere piecewise linear and at most one step off. *Parts*: several
+operators, each followed by a quantizer.
 
-Custom layers, `Lambda` and functions of your own are traced, and ship as what they are made of;
-a function of each number alone ships as one table.
+Custom layers, `Lambda` and your own functions are traced, and ship as the layers and functions that
+they use. An elementwise function ships as one table.
 """
 
 
@@ -57,8 +58,8 @@ def text() -> str:
         _section("Activations", "Activation", _activations()),
         "\n## Functions of `keras.ops`\n\n| Function | How it ships |\n|---|---|\n",
         "".join(f"| `{name}` | {how} |\n" for name, how in _functions()),
-        "\n## What stays float, or has to leave the model\n\n",
-        "Give it `None` as its config to leave it float, where a float kernel will do.\n\n",
+        "\n## Without an integer form\n\n",
+        "Leave such a layer float with `None` as its config, or move it out of the model.\n\n",
         _reasons("Layer", LAYER_REASONS),
         "\n",
         _reasons("Function", OPERATION_REASONS),
@@ -82,7 +83,7 @@ def _section(title: str, kind: str, rows: Iterator[Row]) -> str:
 
 
 def _runs(rule: LayerRule, runtime: str, bits: int) -> str:
-    # What casts and gathers has a table among its parts, which runs everywhere, or is one.
+    # A row with CAST uses a lookup table, whose operators run everywhere: they are not missing.
     parts = TABLE_OPS if "CAST" in rule.ops and not rule.table_of_rows else ()
     missing = missing_kernels(tuple(op for op in rule.ops if op not in parts), runtime, bits)
     if not missing:
@@ -106,17 +107,17 @@ def _activations() -> Iterator[Row]:
 
 def _how(rule: LayerRule) -> str:
     if rule.opens:
-        return "opened up by tracing, or a table"
+        return "traced; ships as what it is made of, or as a table"
     if rule.output is Output.VANISHES:
-        return "no operator: it works in training alone"
+        return "no operator: it changes nothing in inference"
     if rule.table:
         return "own range; its operator, or a table" if rule.ops else "own range; a table"
     if rule.affine:
         return "own range; exact 1×1 depthwise convolution, or a multiplication"
     if rule.table_of_rows:
-        return "own range, on which its table ships"
+        return "own range; its rows ship on that grid"
     if rule.clamp:
-        return "fuses into the layer before it; alone, an operator"
+        return "fused activation of the layer before it, or else an operator"
     if rule.output is Output.FIXED and rule.fixed_range is not None:
         low, high = rule.fixed_range
         return f"fixed range [{low:.4g}, {high:.4g}]"
@@ -130,19 +131,19 @@ def _functions() -> Iterator[tuple[str, str]]:
         (FUNCTIONS, "table"),
         (
             BINARY,
-            "operator of two; with a constant a layer or a table; comparisons give truth values",
+            "operator of two tensors; a layer or table for a constant; comparisons give booleans",
         ),
         (REARRANGING, "moves values, on the same scale"),
-        (REDUCING, "reduces axes behind the batch"),
+        (REDUCING, "reduces axes other than the batch"),
         (NETWORKS, "as the layer of that name"),
-        (OPERATIONS, "as the layers that it is made of"),
+        (OPERATIONS, "as the layers that it is rewritten with"),
     )
     for name in sorted(OPERATIONS):
         yield name, next(how for table, how in rooms if name in table)
 
 
 def _reasons(kind: str, table: dict[str, str]) -> str:
-    """The names that share a reason in one row."""
+    """A table with one row for each reason, and all names that share it."""
     names: dict[str, list[str]] = {}
     for name, why in sorted(table.items()):
         names.setdefault(why, []).append(f"`{name}`")

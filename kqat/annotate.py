@@ -1,7 +1,7 @@
-"""The annotate/apply pair, for those who know it from tfmot.
+"""tfmot's pair of functions: `quantize_annotate_layer` and `quantize_apply`.
 
-`quantize_annotate_layer` marks single layers while a model is built; `quantize_apply` quantizes
-those, and leaves the others float.
+`quantize_annotate_layer` marks single layers while a model is built. `quantize_apply` quantizes
+the marked layers and leaves the others float.
 """
 
 import glob
@@ -18,7 +18,7 @@ from kqat.graph import Node, duplicate, rebuild, trace, unique_name
 
 @keras.saving.register_keras_serializable("kqat")
 class QuantizeAnnotate(keras.layers.Wrapper):
-    """A layer with a quantization wish; computes what the layer computes."""
+    """A layer marked for quantization, with its config; it computes what the layer computes."""
 
     def __init__(self, layer: keras.layers.Layer, config: Any = "int8", **kwargs: Any):
         kwargs.setdefault("name", f"annotate_{layer.name}")
@@ -31,14 +31,14 @@ class QuantizeAnnotate(keras.layers.Wrapper):
         return self.layer(inputs, **({"training": training} if takes_training else {}))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """That of the layer."""
+        """The layer's output shape."""
         return self.layer.compute_output_shape(input_shape)
 
     def get_config(self) -> dict[str, Any]:
-        """The layer and its wish.
+        """The layer and its quantization config.
 
         Raises:
-            PolicyError: if the wish is a tfmot config, which cannot be written down.
+            PolicyError: if the config is a tfmot object, which cannot be saved.
         """
         if not isinstance(self.config, QuantizeConfig):
             raise PolicyError(
@@ -64,7 +64,7 @@ def quantize_annotate_layer(layer: keras.layers.Layer, config: Any = "int8") -> 
         config: a preset's name, a `QuantizeConfig`, or a tfmot `QuantizeConfig`.
 
     Raises:
-        PolicyError: if `layer` is no layer, or `config` is no config.
+        PolicyError: if `layer` is not a layer, or `config` is not a config.
     """
     if not isinstance(layer, keras.layers.Layer) or isinstance(layer, keras.Model):
         raise PolicyError(
@@ -72,7 +72,9 @@ def quantize_annotate_layer(layer: keras.layers.Layer, config: Any = "int8") -> 
             "layers of a model one by one, or use kqat.quantize_model."
         )
     if config is None:
-        raise PolicyError("Expected a config. Received: None. A layer left alone stays float.")
+        raise PolicyError(
+            "Expected a config. Received: None. Do not annotate a layer that stays float."
+        )
     return QuantizeAnnotate(layer, config)
 
 
@@ -108,7 +110,7 @@ def quantize_apply(model: keras.Model, *, calibration_data: Any = None) -> keras
     plain = rebuild(graph, call, model.name)
     if not rules:
         raise ModelError(
-            f"Expected annotated layers. Received: '{model.name}' without any. Use "
+            f"Expected annotated layers. Received: '{model.name}', which has none. Use "
             "kqat.quantize_annotate_layer, or kqat.quantize_model for the whole model."
         )
     policy = QuantizePolicy(default=None, rules=tuple(rules))

@@ -1,4 +1,4 @@
-"""The public functions: a float model in, a QAT model out."""
+"""The public functions `plan`, `adapt` and `quantize_model`: float model in, QAT model out."""
 
 import dataclasses
 import warnings
@@ -21,24 +21,24 @@ class PolicyWarning(UserWarning):
 
 
 class RangeWarning(UserWarning):
-    """Ranges will start from the first training batches."""
+    """There are no calibration data: ranges will start from the first training batches."""
 
 
 class TrainerWarning(UserWarning):
-    """The model's own training step does not come along."""
+    """The model's own training step or Keras mask is not part of the QAT model."""
 
 
 _TRAINER_METHODS = ("train_step", "test_step", "compute_loss")
 
 
 def plan(model: keras.Model, policy: Any = "int8", *, target: str | None = None) -> Plan:
-    """Everything that `quantize_model` would do to `model`, before a weight is touched.
+    """Every decision that `quantize_model` would make about `model`, before a weight is touched.
 
     Args:
         model: a built Keras 3 model.
         policy: as for `quantize_model`.
-        target: a name from `kqat.TARGETS`; the plan then lists every layer that does not fit the
-            device, why, and the nearest change that would.
+        target: a name from `kqat.TARGETS`. The plan then lists every layer that does not fit the
+            device, with the reason and the smallest change that helps.
 
     Raises:
         ModelError, UnsupportedLayerError, PolicyError: as `quantize_model`.
@@ -54,19 +54,20 @@ def plan(model: keras.Model, policy: Any = "int8", *, target: str | None = None)
 
 
 def adapt(model: keras.Model, target: str) -> keras.Model:
-    """A float copy of `model` whose activations run on the fast path of a device.
+    """A float copy of `model` whose activation functions run fast on a device.
 
-    Those that would not are replaced by the nearest that do: h-swish for mish, ReLU6 for GELU
-    (`kqat.devices.NEAREST`). Weights are copied; what the copy computes differs, so train it on.
-    Nested models come out flat. Layers without a replacement stay as they are.
+    An activation function that does not is replaced by the most similar one that does: h-swish for
+    mish, ReLU6 for GELU (`kqat.devices.NEAREST`). The copy has the same weights but computes
+    different values, so train it on. Nested models come out flat. Layers without a replacement
+    stay as they are.
 
     Args:
         model: a float model, as for `quantize_model`.
         target: a name from `kqat.TARGETS`.
 
     Raises:
-        TargetError: if there is no such target, or the device cannot run a layer at all and no
-            replacement is known.
+        TargetError: if there is no such target, or if the device cannot run a layer at all and
+            there is no replacement.
         ModelError, UnsupportedLayerError: as `quantize_model`.
     """
     found = plan(model, target=target).misfits
@@ -88,25 +89,26 @@ def quantize_model(
 ) -> keras.Model:
     """A QAT copy of `model`: compile it, `fit` it, `tflite_export.convert` it.
 
-    `model` is left alone. Inputs and outputs keep their order, names and structure.
+    `model` is not changed. Inputs and outputs keep their order, names and structure.
 
     Args:
         model: a built Keras 3 model of fixed input shape.
         policy: a preset (`"int8"`), a `QuantizeConfig` for all layers, a `QuantizePolicy`, or a
             mapping from name patterns or layer classes to configs, presets or `None` (stay
-            float): `{"stem*": None, keras.layers.Dense: my_config}`; the rest is int8. A tfmot
-            `QuantizeConfig` serves wherever ours does.
-        calibration_data: typical inputs, as for `kqat.calibrate`. Without, ranges
+            float): `{"stem*": None, keras.layers.Dense: my_config}`. All other layers are int8. A
+            tfmot `QuantizeConfig` may stand for a `kqat.QuantizeConfig` everywhere.
+        calibration_data: typical inputs, as for `kqat.calibrate`. Without them, ranges
             start from the first training batches.
-        calibration: how ranges are found from them, as `method` of `kqat.calibrate`; its default
-            was chosen by `benchmarks/calibration.md`.
+        calibration: how ranges are found from these data, as `method` of `kqat.calibrate`. The
+            reasons for the default are in `benchmarks/calibration.md`.
 
     Raises:
-        ModelError: if `model` is no such model, is quantized already, or holds NaN or infinity.
-        UnsupportedLayerError: if a layer has no integer form; names it and the way out.
-        PolicyError: if the policy asks for what cannot ship.
-        CalibrationError: if the data are empty, misshapen or not finite, or missing for the
-            `calibration` asked for.
+        ModelError: if `model` is not such a model, is quantized already, or has weights that are
+            NaN or infinite.
+        UnsupportedLayerError: if a layer has no integer form; says which one and what to do.
+        PolicyError: if the policy asks for something that no integer kernel can do.
+        CalibrationError: if the data are empty, misshapen or not finite, or if `calibration` is
+            given without data.
 
     Reference: Jacob et al. 2018, section 3 (https://arxiv.org/abs/1712.05877).
     """
@@ -130,22 +132,23 @@ def quantize_model(
     if own:
         warnings.warn(
             f"'{model.name}' of type {type(model).__name__} has {' and '.join(own)} of its own; "
-            "the QAT model is a plain keras.Model and trains without. Write the loop around it.",
+            "the QAT model is a plain keras.Model and does not call it. Write your training loop "
+            "around the QAT model.",
             TrainerWarning,
             stacklevel=2,
         )
     if hands_on_mask(model):
         warnings.warn(
             f"'{model.name}' leaves masked steps out of its losses and metrics, by a mask of Keras "
-            "on its output. The QAT model does not: give fit and evaluate a sample_weight of 0 "
-            "there.",
+            "on its output. The QAT model does not: give fit and evaluate a sample_weight that is "
+            "0 at these steps.",
             TrainerWarning,
             stacklevel=2,
         )
     if not decided.groups:
         raise ModelError(
-            f"Expected a layer to quantize. Received: '{model.name}', whose layers "
-            "the policy leaves float or which computes nothing."
+            f"Expected a layer to quantize. Received: '{model.name}', which computes nothing, or "
+            "whose layers the policy all leaves float. Change the policy."
         )
     qat = wrap(decided)
     if calibration_data is not None:
@@ -168,8 +171,8 @@ def _checked_graph(model: Any) -> Graph:
     graph = trace(model)
     if is_quantized(model):
         raise ModelError(
-            f"Expected a float model. Received: '{model.name}', which is quantized already. Go on "
-            "with fit, or start from the float model."
+            f"Expected a float model. Received: '{model.name}', which is quantized already. Train "
+            "it on with fit, or start from the float model."
         )
     return graph
 

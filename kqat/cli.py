@@ -1,7 +1,7 @@
 """The command `kqat`: from a saved Keras model to a verified file, without a script.
 
-Exit codes: 0 all is well; 1 what was asked about is not (a file differs, a layer does not fit);
-2 an error, with one message and no traceback.
+Exit codes: 0 for success; 1 if a check found a fault (a file differs from its model, a layer does
+not fit the device); 2 for an error, with one message and no traceback.
 """
 
 import io
@@ -27,12 +27,12 @@ from tflite_export.devices import checks
 from tflite_export.runtimes import tflite_micro_arena_bytes
 from tflite_export.verification import DEFAULT_RUNTIMES, html_page
 
-# Lines of help, tables and messages are as wide as a terminal is at least.
+# The width of help, tables and messages: that of a standard terminal.
 WIDTH = 80
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEW = click.Path(dir_okay=False, path_type=Path)
 _TARGET = click.option(
-    "--target", type=click.Choice(sorted(TARGETS)), help="The device that is to run it."
+    "--target", type=click.Choice(sorted(TARGETS)), help="The device that will run the file."
 )
 _POLICY = click.option(
     "--policy", default="int8", show_default=True, help="A preset's name, or 'float'."
@@ -42,12 +42,12 @@ _LAYERS = click.option(
     "rules",
     multiple=True,
     metavar="PATTERN=PRESET",
-    help="Another preset, or 'float', for the layers of this name; may be given often.",
+    help="Another preset, or 'float', for layers of this name. Can be given repeatedly.",
 )
 
 
 class _Quiet(click.Group):
-    """A group whose commands end in messages, not in tracebacks."""
+    """A group whose commands report an error as one message, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -81,11 +81,11 @@ def main(debug: bool) -> None:
 @_POLICY
 @_LAYERS
 @_TARGET
-@click.option("--json", "json_path", type=_NEW, help="Write the plan there too.")
+@click.option("--json", "json_path", type=_NEW, help="Also write the plan to this file.")
 def plan(
     model: Path, policy: str, rules: tuple[str, ...], target: str | None, json_path: Path | None
 ) -> None:
-    """Show what would become of every layer of MODEL, a .keras file.
+    """Show how every layer of MODEL, a .keras file, would be quantized.
 
     With --target, the exit code is 1 if the device cannot run a layer at all.
     """
@@ -113,7 +113,7 @@ def adapt(model: Path, target: str, output: Path) -> None:
 @_POLICY
 @_LAYERS
 def quantize(model: Path, data: Path, output: Path, policy: str, rules: tuple[str, ...]) -> None:
-    """Make a QAT model of MODEL, its ranges found on data. It can be trained, or converted."""
+    """Make a QAT model from MODEL and calibrate it on --data, to be trained or converted."""
     chosen, given = _policy(policy, rules), _data(data)
     _save_keras(kqat.quantize_model(_load(model), chosen, calibration_data=given), output)
 
@@ -122,20 +122,20 @@ def quantize(model: Path, data: Path, output: Path, policy: str, rules: tuple[st
 @click.argument("qat", type=_FILE)
 @click.option("-o", "--output", type=_NEW, required=True, help="The .tflite file.")
 @_TARGET
-@click.option("--input-type", help="int8, int16, uint8 or float32; by default what the plan has.")
+@click.option("--input-type", help="int8, int16, uint8 or float32; by default the plan's type.")
 @click.option("--output-type", help="The same for outputs.")
 @click.option("--batch-size", default=1, show_default=True, help="Samples per invocation.")
 @click.option(
     "--compress",
     type=click.Choice(["lookup", "smallest"]),
-    help="Encode weights for TFLite Micro's DECODE; needs a target of it.",
+    help="Encode weights for TFLite Micro's DECODE; needs a TFLite Micro target.",
 )
 @click.option(
     "--float-weights",
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
-    help="Of layers left float; float16 needs the target litert.",
+    help="Type of the weights of layers left float; float16 needs the target litert.",
 )
 def convert(
     qat: Path,
@@ -163,9 +163,9 @@ def convert(
 
 @main.command()
 @click.argument("paths", nargs=-1, required=True, type=_FILE, metavar="[QAT] FILE")
-@click.option("--data", type=_FILE, help="Inputs, .npy or .npz; random ones without QAT.")
-@click.option("--html", type=_NEW, help="Write the report there as one page.")
-@click.option("--json", "json_path", type=_NEW, help="Write the report there as JSON.")
+@click.option("--data", type=_FILE, help="Inputs, .npy or .npz; random if QAT is not given.")
+@click.option("--html", type=_NEW, help="Write the report to this file as one HTML page.")
+@click.option("--json", "json_path", type=_NEW, help="Write the report to this file as JSON.")
 @click.option("--samples", default=64, show_default=True, type=click.IntRange(min=1))
 @_TARGET
 def verify(
@@ -178,17 +178,17 @@ def verify(
 ) -> None:
     """Run FILE, a .tflite, on every runtime and compare it with QAT, its .keras model.
 
-    With a target, only on the runtimes of its kind.
+    With --target, only the runtimes of that device are used.
 
-    Without QAT, or for a file of another writer, only the runtimes are compared. The exit code is
-    1 if a runtime that has the kernels does not run the file, differs by more than one step in
-    lockstep (or by more than its kernel is known to approximate), or holds a value of QAT that
-    could not be compared: it is not that model's file, then.
+    Without QAT, or for a file that kqat did not write, the runtimes are compared with each other.
+    The exit code is 1 if a runtime that has the kernels does not run the file, if a value differs
+    by more than one step in lockstep (or by more than its kernel is known to approximate), or if
+    values of QAT are missing in the file: then it is not that model's file.
     """
     if len(paths) > 2:
         raise click.UsageError("Expected one .tflite, with or without the .keras file before it.")
     if len(paths) == 2 and data is None:
-        raise click.UsageError("Expected --data: inputs for the QAT model to be compared on.")
+        raise click.UsageError("Expected --data: inputs on which to compare with the QAT model.")
     qat = _load(paths[0]) if len(paths) == 2 else None
     given = None if data is None else _data(data)
     runtimes = [r for r in DEFAULT_RUNTIMES if target is None or _is_of(target, r)]
@@ -212,9 +212,9 @@ def verify(
 @click.argument("file", type=_FILE)
 @_TARGET
 def inspect(file: Path, target: str | None) -> None:
-    """Show the operators, types and sizes of FILE, a .tflite of any writer.
+    """Show the operators, types and sizes of FILE, any .tflite.
 
-    Types are those of the weights and of what the operator writes.
+    Types are those of an operator's weights and of its outputs.
     """
     blob = file.read_bytes()
     found = tflite_export.inspect(blob)
@@ -235,9 +235,13 @@ def inspect(file: Path, target: str | None) -> None:
 @main.command("to-c")
 @click.argument("file", type=_FILE)
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--name", help="Of the model in C++; FILE's name without it.")
-@click.option("--data", type=_FILE, help="Golden inputs in the file's own types, .npy or .npz.")
-@click.option("--samples", default=2, show_default=True, help="Random golden inputs otherwise.")
+@click.option("--name", help="Name of the model in C++; by default FILE's name.")
+@click.option(
+    "--data", type=_FILE, help="Inputs of the golden vectors in the file's types, .npy or .npz."
+)
+@click.option(
+    "--samples", default=2, show_default=True, help="Number of random inputs without --data."
+)
 def to_c(file: Path, directory: Path, name: str | None, data: Path | None, samples: int) -> None:
     """Write FILE, a .tflite, as C++ for TensorFlow Lite Micro into DIRECTORY."""
     given: Any = None if data is None else _data(data)
@@ -268,7 +272,7 @@ def _print(table: Table) -> None:
 def _load(path: Path) -> Any:
     try:
         return keras.models.load_model(path, compile=False)
-    except Exception as error:  # Keras raises nearly anything about a file that is none of its own.
+    except Exception as error:  # Keras raises errors of any type for a file that is not a model.
         raise ModelError(
             f"Expected a model that Keras {keras.__version__} can load. Received: {path}: {error}"
         ) from error
@@ -282,7 +286,7 @@ def _save_keras(model: Any, path: Path) -> None:
 
 
 def _data(path: Path) -> Any:
-    """An array, or for .npz a mapping from input names to arrays."""
+    """Reads an array from .npy, or a mapping from input names to arrays from .npz."""
     try:
         loaded = np.load(path, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
@@ -293,7 +297,7 @@ def _data(path: Path) -> Any:
 
 
 def _is_of(target: str, runtime: str) -> bool:
-    """Whether a file for the target is for the runtime too: TFLite Micro, or a kind of LiteRT."""
+    """Whether the runtime runs the target's files: TFLite Micro, or one of LiteRT's kernel sets."""
     return (runtime in LITERT) == (TARGETS[target].runtime in LITERT)
 
 
@@ -309,7 +313,7 @@ def _policy(policy: str, rules: tuple[str, ...]) -> Any:
 
 
 def _table(**columns: str) -> Table:
-    """A table of 80 columns; each column says how it is set: "left", "right", "cut" or "fold"."""
+    """A table of 80 columns: header -> how a column is laid out: left, right, cut or fold."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name, kind in columns.items():
         table.add_column(
@@ -323,7 +327,7 @@ def _table(**columns: str) -> Table:
 
 
 def _say(words: str) -> None:
-    """Prints in lines of 80 characters."""
+    """Prints text in lines of 80 characters."""
     click.echo(textwrap.fill(words, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
 
 

@@ -1,1 +1,1 @@
-"""Training scripts, the data they read and the networks they train; one file per experiment."""
+"""Training scripts, one per experiment, and the data and networks that they use."""

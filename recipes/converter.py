@@ -1,4 +1,4 @@
-"""TensorFlow's own converter, as its documentation uses it: what ours is compared with."""
+"""Conversion by TensorFlow's own converter, used as in its documentation, for comparison."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 
 def float_tflite(model: keras.Model) -> bytes:
-    """`model` as TensorFlow converts it without any quantization, for one sample at a time."""
+    """`model` converted by TensorFlow without quantization, for one sample at a time."""
     return _convert(model, None)
 
 
@@ -24,7 +24,7 @@ def post_training_int8(model: keras.Model, samples: np.ndarray) -> bytes:
 
 
 def post_training_int8_of_many(model: keras.Model, inputs: Any) -> bytes:
-    """As `post_training_int8`, of a model of any inputs; `inputs` in the model's structure.
+    """As `post_training_int8`, for a model of any inputs; `inputs` have the model's structure.
 
     Variables become constants during the call, so that no SavedModel is needed. Token ids stay
     int32, and so do their inputs.
@@ -43,7 +43,7 @@ def post_training_int8_of_many(model: keras.Model, inputs: Any) -> bytes:
     concrete = tf.function(call).get_concrete_function(**signature)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete])
     arrays = keras.tree.flatten(inputs)
-    # What follows are the constants that the call captured.
+    # The inputs that follow are constants that the call captured.
     order = [t.name.split(":")[0] for t in concrete.inputs[: len(names)]]
 
     def one_by_one() -> Iterator[list[np.ndarray]]:
@@ -78,7 +78,7 @@ def run_signature(blob: bytes, model: keras.Model, inputs: Any) -> list[np.ndarr
 
 
 def make_integer(converter: Any, samples: np.ndarray) -> None:
-    """Sets a converter up for full-integer quantization with a representative dataset."""
+    """Configures a converter for full-integer quantization with a representative dataset."""
 
     def one_by_one() -> Iterator[list[np.ndarray]]:
         yield from ([sample[None]] for sample in samples)
@@ -90,7 +90,7 @@ def make_integer(converter: Any, samples: np.ndarray) -> None:
 
 
 def packed(model: keras.Model, inputs: Sequence[Any]) -> Any:
-    """The inputs in the model's own structure: old files have a list of one, and Keras warns."""
+    """The inputs in the model's own structure; Keras warns if a model wants a list of one."""
     if isinstance(model, keras.Sequential):  # It has no `input` until it is called.
         return inputs[0]
     return keras.tree.pack_sequence_as(model.input, list(inputs))

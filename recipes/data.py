@@ -1,10 +1,11 @@
-"""The one place that reads data and pretrained models, for recipes, benchmarks and tests.
+"""Reads all data and pretrained models for recipes, benchmarks and tests.
 
-Everything but scikit-learn's digits lies in one folder that holds `data/` and `models/`: the one
-that `KQAT_DATA` names, or `shared/` beside the repository. Where that is missing, CIFAR-10 and
-MNIST come from `keras.datasets`; whatever else is missing raises `DataNotFoundError`.
+All of it except scikit-learn's digits is in one folder that holds `data/` and `models/`. The
+variable `KQAT_DATA` names this folder; the default is `shared/` beside the repository. Without the
+folder, CIFAR-10 and MNIST come from `keras.datasets`, and everything else raises
+`DataNotFoundError`.
 
-Inputs are float32 in the range that each function states, labels int64 of shape (n,).
+Inputs are float32 in the range that each function states. Labels are int64 of shape (n,).
 """
 
 import gzip
@@ -33,7 +34,7 @@ _TEXT_SPLITS = {"sst2": ("train", "dev", "test"), "trec": ("train", "test")}
 
 
 class DataNotFoundError(FileNotFoundError):
-    """Data or a model are not on this machine; the message says how to get them."""
+    """Data or a model is not on this machine; the message says how to get it."""
 
 
 class Pixels(NamedTuple):
@@ -44,15 +45,15 @@ class Pixels(NamedTuple):
 
 
 class _Pretrained(NamedTuple):
-    """Files of one model below `models/`; `pixels` is None where the input is no 8-bit image."""
+    """Files of one model below `models/`; `pixels` is None if the input is not an 8-bit image."""
 
     weights: str
     tflite: str | None
     pixels: Pixels | None = None
 
 
-# Each vendor's int8 file gives its pixels as scale and zero point of its input; the README beside
-# the cifar_resnet_keras models gives ImageNet's statistics, here times 255.
+# For models with a vendor's int8 file, mean and std come from the scale and zero point of its
+# input. The README of the cifar_resnet_keras models gives ImageNet's statistics, here times 255.
 _RAW = Pixels(0.0, 1.0)
 _UNIT = Pixels(0.0, 255.0)
 _SIGNED = Pixels(128.0, 128.0)
@@ -82,7 +83,7 @@ _PRETRAINED = {
 
 
 class _LegacyDepthwiseConv2D(keras.layers.DepthwiseConv2D):
-    """Reads the config of a Keras 2 file into the stock layer, which knows no `groups`."""
+    """Reads the config of a Keras 2 file, without the `groups` that Keras 3's layer refuses."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> keras.layers.DepthwiseConv2D:
@@ -102,9 +103,9 @@ def available() -> bool:
 
 
 def digits() -> tuple[Samples, Samples]:
-    """scikit-learn's handwritten digits: (train, test) of 1,347 and 450 images, always the same.
+    """scikit-learn's handwritten digits: always the same 1,347 train and 450 test images.
 
-    Images are (n, 8, 8, 1) in [0, 1] with 17 grey levels; the package holds them, no file is read.
+    Images are (n, 8, 8, 1) in [0, 1] with 17 grey levels. They are part of the package.
     """
     try:
         from sklearn.datasets import load_digits
@@ -148,8 +149,9 @@ def cifar10_jpeg(split: Split, *, count: int | None = None) -> Samples:
 def cifar10_lossless() -> Samples:
     """4,000 lossless images of CIFAR-10's training set, (4000, 32, 32, 3) in 0..255.
 
-    For comparing a pretrained model with its integer form: its training may have seen them.
-    Without the shared data these are the first 4,000 training images of `keras.datasets`.
+    Use them only to compare a pretrained model with its integer form, because its training may
+    have seen them. Without the shared data these are the first 4,000 training images of
+    `keras.datasets`.
     """
     name = "data/cifar10_lossless_4000train.npz"
     if not _path(name).exists():
@@ -216,7 +218,7 @@ def sww_calibration() -> Samples:
 
 
 def pretrained_names() -> tuple[str, ...]:
-    """Every name that `pretrained` knows, as "collection/model"."""
+    """The names that `pretrained` takes, as "collection/model"."""
     return tuple(_PRETRAINED)
 
 
@@ -224,8 +226,8 @@ def pretrained(name: str) -> keras.Model:
     """A pretrained model, uncompiled and made of stock Keras layers only.
 
     Raises:
-        ValueError: nothing is called `name`.
-        DataNotFoundError: its file is not on this machine.
+        ValueError: if there is no such model.
+        DataNotFoundError: if its file is not on this machine.
     """
     path = _existing(_below_models(name, _row(name).weights))
     if path.is_dir():
@@ -239,7 +241,7 @@ def pretrained(name: str) -> keras.Model:
 
 
 def model_input(name: str, pixels: np.ndarray) -> np.ndarray:
-    """Images in 0..255, of any batch and size, as the pretrained model `name` takes them."""
+    """Images in 0..255, of any batch and size, scaled for the pretrained model `name`."""
     scaling = _row(name).pixels
     if scaling is None:
         raise ValueError(f"Expected a model of 8-bit images. Received: name={name!r}.")
@@ -308,7 +310,7 @@ def _from_keras(name: Literal["cifar10", "mnist"], split: Split) -> Samples:
 
 
 def _from_checkpoint(model: keras.Model, prefix: Path) -> keras.Model:
-    """`model` with the weights of a Keras 2 SavedModel, which numbers its layers with weights."""
+    """`model` with the weights of a Keras 2 SavedModel, whose names number the layers."""
     reader = tf.train.load_checkpoint(str(prefix))
     for index, layer in enumerate(layer for layer in model.layers if layer.weights):
         for variable in layer.weights:

@@ -4,12 +4,12 @@
 
 Trains a small network on scikit-learn's digits, quantizes it and ships it twice, to compare:
 
-PTQ  post-training quantization: some inputs show the range of every activation, nothing is trained;
-QAT  quantization-aware training: that model goes on training, with its rounding in place.
+PTQ  post-training quantization: activation ranges are calibrated on some inputs, without training;
+QAT  quantization-aware training: the PTQ model is trained further with its values rounded.
 
-Writes to --out: digits.tflite (QAT), digits.keras (its model, which can go on training), plan.json
-(what became of every layer), report.json and report.html (how digits.tflite was verified) and
-results.json.
+Writes to --out: digits.tflite (QAT), digits.keras (the QAT model, which can be trained further),
+plan.json (how every layer is quantized), report.json and report.html (the verification of
+digits.tflite) and results.json.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from recipes.training import fit
 
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
-# Low, since the weights need to move by a few steps of their grids only.
+# Low, because the weights need to move by only a few steps of their grids.
 QAT_LEARNING_RATE = 3e-4
 
 

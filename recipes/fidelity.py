@@ -1,27 +1,26 @@
-"""How true is the integer file to the float model? Six pretrained models, calibration only.
+"""How close is the integer file to the float model? Six pretrained models, calibration only.
 
     python -m recipes.fidelity --out out/fidelity [--only mlperf_tiny/ic]
 
-Nothing is trained: ranges are found on some inputs, the model is converted, and four things are
-said of each file:
+Nothing is trained: ranges are calibrated on some inputs, and the model is converted. The recipe
+reports four results for each file:
 
-outputs    float and integer accuracy where there are labelled images; always the signal-to-noise
-           ratio (SQNR) of the outputs against the float model's, in dB,
+outputs    float and integer accuracy, if there are labelled images; the signal-to-noise ratio
+           (SQNR) of the outputs against the float model's, in dB,
                10 log10(sum(float^2) / sum((float - integer)^2)),
-           and how often both name the same class. The vendor's integer file, where there is one,
-           is fed the same inputs.
-operators  all of them, and how many touch a float.
-lockstep   every operator is fed what the runtime computed before it; the largest difference from
-           the Keras model in output steps, and the share of equal values. Ties are values that
-           lie exactly between two steps, where kernels choose either.
+           and the share of samples for which both name the same class. If the vendor has an
+           integer file, it gets the same inputs.
+operators  their number, and how many read or write a float.
+lockstep   every operator gets the values that the runtime computed before it. Reported are the
+           largest difference from the Keras model, in output steps, and the share of equal
+           values. Ties are values exactly between two steps; a kernel may round them either way.
 file       bytes, beside the vendor's.
 
-What the inputs are (see also each case below): the images for `ic` and `resnet20` come from
-CIFAR-10's training set, which both models may have seen, so only differences between columns mean
-something. `vww` has no photographs here and gets CIFAR-10 enlarged to 96x96, which holds no person:
-its class agreement says little, its SQNR more. `ad` has one clip, so its ranges are fitted to that
-clip while the vendor's serve a whole data set. `sww` gets the 45 spectrograms on which the vendor
-found its ranges too.
+The inputs (see also each case below): the images for `ic` and `resnet20` come from CIFAR-10's
+training set. Both models may have seen them, so only compare columns with each other. `vww` has no
+photographs here and gets CIFAR-10 images enlarged to 96x96, which show no person: its SQNR says
+more than its class agreement. `ad` has one clip, so its ranges fit that clip, while the vendor's
+serve a whole data set. `sww` gets the 45 spectrograms on which the vendor calibrated too.
 
 Writes to --out: results.json, and a .tflite and a report for each model.
 """
@@ -59,10 +58,11 @@ VWW_CALIBRATION_IMAGES = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A pretrained model, what its ranges are found on and what the files are compared on.
+    """A pretrained model, the inputs to calibrate on and the inputs to compare the files on.
 
-    `about` describes `inputs`; `is_classifier` says whether a largest output means something,
-    `one_scale` whether there is a second file with one scale per weight tensor, as the vendor's.
+    `about` describes `inputs`. `is_classifier` says whether the largest output is a class.
+    `one_scale` says whether to make a second file with one scale per weight tensor, as the
+    vendor's file has.
     """
 
     model: keras.Model
@@ -97,7 +97,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _cifar(name: str, vendor: bytes | None) -> Case:
     images, labels = data.cifar10_lossless()
-    # Of the test set, so that none of the images compared is among them.
+    # From the test set, so that no image is used for both calibration and comparison.
     calibration, _ = data.cifar10_jpeg("test", count=CALIBRATION_IMAGES)
     return Case(
         model=data.pretrained(name),
@@ -156,7 +156,7 @@ def _ad() -> Case:
         inputs=windows[1::2],
         vendor=data.vendor_tflite("mlperf_tiny/ad"),
         is_classifier=False,
-        one_scale=True,  # Scales per channel are much of a file of Dense layers.
+        one_scale=True,  # Per-channel scales take many bytes in a file of Dense layers.
     )
 
 
@@ -183,7 +183,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def _fake() -> Case:
-    """An untrained network and noise; its plain float file stands in for the vendor's."""
+    """An untrained network and noise, with its float file in place of the vendor's file."""
     random = np.random.default_rng(0)
     x = random.random((32, 8, 8, 1), np.float32)
     model = digits_cnn()
@@ -199,7 +199,7 @@ def _fake() -> Case:
 
 
 def _measure(name: str, case: Case, out: Path) -> dict[str, Any]:
-    """All that is said of one model, as plain JSON types."""
+    """All results for one model, as plain JSON types."""
     qat = kqat.quantize_model(case.model, calibration_data=case.calibration)
     blob = tflite_export.convert(qat)
     report = tflite_export.verify(qat, blob, case.inputs, runtimes=RUNTIMES)
@@ -256,7 +256,7 @@ def _lockstep(report: Report, runtime: str) -> dict[str, Any]:
 
 
 def _four_lines(name: str, result: dict[str, Any]) -> str:
-    """The four things that the recipe says of a model, in at most 80 columns."""
+    """The four results for a model as text, in at most 80 columns."""
     ours, vendor = result["kqat"], result["vendor"]
     outputs = f"SQNR {ours['sqnr_db']:.1f} dB" + (
         "" if vendor is None else f", vendor's {vendor['sqnr_db']:.1f} dB"

@@ -4,11 +4,11 @@
     python -m recipes.kws_fsdd --network conv1d --out out/conv1d_fsdd
 
 Trains on the Free Spoken Digit Dataset's 2,700 clips of one second at 8 kHz, then ships the network
-by PTQ (calibration only) and by QAT. `ds_cnn` is MLPerf Tiny's keyword network, and gets ten MFCCs
-of 49 frames; `conv1d` is a 1-D network as a sensor would have it, and gets the samples themselves.
-The test split has 300 clips of the same six speakers: a third of a point is one clip.
+by PTQ (calibration only) and by QAT. `ds_cnn` is MLPerf Tiny's keyword network; it reads ten MFCCs
+of 49 frames. `conv1d` is a 1-D network, as used for sensors; it reads the samples themselves.
+The test split has 300 clips of the same six speakers, so one clip is a third of a point.
 
-Writes to --out: kws.tflite and kws.keras (QAT), report.json (how kws.tflite was verified) and
+Writes to --out: kws.tflite and kws.keras (QAT), report.json (the verification of kws.tflite) and
 results.json.
 """
 
@@ -28,7 +28,7 @@ from recipes.training import fit
 
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
-# Low, since the weights need to move by a few steps of their grids only.
+# Low, because the weights need to move by only a few steps of their grids.
 QAT_LEARNING_RATE = 3e-4
 
 SAMPLE_RATE = 8000
@@ -44,7 +44,7 @@ CLASSES = 10
 
 
 class _Network(NamedTuple):
-    """A network, and what it takes of the samples (n, 8000)."""
+    """A network, and the function that makes its inputs from samples (n, 8000)."""
 
     build: Callable[[], keras.Model]
     features: Callable[[np.ndarray], np.ndarray]
@@ -87,14 +87,14 @@ def mfcc(clips: np.ndarray) -> np.ndarray:
     bands = tf.signal.linear_to_mel_weight_matrix(
         MEL_BANDS, FFT_LENGTH // 2 + 1, SAMPLE_RATE, *MEL_EDGES_HZ
     )
-    # Below this lies the silence of 16-bit samples.
+    # Smaller values are the silence of 16-bit samples.
     log_mel = tf.math.log(tf.matmul(spectrum, bands) + 1e-3)
     coefficients = tf.signal.mfccs_from_log_mel_spectrograms(log_mel)[..., :COEFFICIENTS]
     return coefficients.numpy()[..., np.newaxis]
 
 
 def samples(clips: np.ndarray) -> np.ndarray:
-    """Clips (n, 8000) as a 1-D network takes them, (n, 8000, 1)."""
+    """Clips (n, 8000) as inputs of the 1-D network, (n, 8000, 1)."""
     return clips[..., np.newaxis]
 
 

@@ -1,4 +1,4 @@
-"""The lab's report: one HTML page with its tables, curves and the text that explains them."""
+"""Renders the lab's report: one HTML page with tables, curves and explanations."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from kqat.grids import QuantSpec, arithmetic
 from recipes.running import Table
 
 TEMPLATE = Path(__file__).with_name("lab_report.html.j2")
-# The staircase is drawn with few levels, or its steps would not be seen.
+# The rounding curve is drawn with few levels, so that its steps are visible.
 STAIRCASE = QuantSpec(bits=3, symmetric=False, narrow_range=False, axis=None)
 STAIRCASE_RANGE = -1.0, 1.5
 
 
 def html(results: dict[str, Any], tables: Sequence[Table]) -> str:
-    """The page, whole in itself: no file or network beside it is needed."""
+    """The self-contained HTML page: it needs no other file and no network."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     figures = {
@@ -33,7 +33,7 @@ def html(results: dict[str, Any], tables: Sequence[Table]) -> str:
 
 
 def _svg(draw: Callable[[Figure], None]) -> str:
-    """What `draw` draws, as an element of a page; equal figures give equal text."""
+    """The figure that `draw` draws, as an SVG element; equal figures give equal text."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     draw(figure)
     file = io.StringIO()
@@ -55,7 +55,7 @@ def _draw_accuracy(figure: Figure, rows: dict[str, dict[str, Any]]) -> None:
 def _draw_curves(figure: Figure, history: dict[str, list[dict[str, float]]]) -> None:
     axes = figure.subplots()
     for name, epochs in history.items():
-        # tfmot's are trained by another Keras, which is given no held-out images.
+        # tfmot's models are trained by Keras 2, without held-out images.
         accuracies = [100 * epoch["val_accuracy"] for epoch in epochs if "val_accuracy" in epoch]
         if accuracies:
             axes.plot(range(1, len(accuracies) + 1), accuracies, marker=".", label=name)

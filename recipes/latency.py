@@ -1,4 +1,4 @@
-"""How long files take on LiteRT with one thread, measured in turns."""
+"""Measures the latency of files on LiteRT with one thread, all files in turns."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,7 +7,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from recipes.timing import Measured, Seconds, take_turns
 
-# One turn's invocations: enough that the clock's own cost does not count.
+# Invocations in one turn: enough that the cost of reading the clock does not matter.
 INVOCATIONS = 20
 
 

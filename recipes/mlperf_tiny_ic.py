@@ -2,18 +2,18 @@
 
     python -m recipes.mlperf_tiny_ic --out out/mlperf_tiny_ic
 
-Two experiments, since the two sets of images here answer different questions.
+There are two experiments, because the two sets of images answer different questions.
 
 Lossless: 4,000 of CIFAR-10's training images. What does rounding cost? The pretrained network, its
-integer form after PTQ and the vendor's own integer file see the same images. Nothing is trained;
-ranges are found on other images. The network was trained on CIFAR-10 and may have seen these
-images, so the accuracy is no test accuracy; the differences count.
+integer file after PTQ and the vendor's integer file get the same images. Nothing is trained, and
+calibration uses other images. The pretrained network may have seen these images in training, so
+the accuracy is not a test accuracy: compare the rows with each other only.
 
-JPEG: CIFAR-10 after JPEG compression, which the pretrained network never saw and does badly on.
-Does QAT beat PTQ? Training on such images shifts the domain for every network alike, so all are
-trained on them, and by the same number of steps: the pretrained network is first fine-tuned in
-float ("adapted"); from there one copy goes on in float and then gets PTQ, another goes on in QAT.
-Compare these rows with each other only, never with a lossless or published accuracy.
+JPEG: CIFAR-10 after JPEG compression. Is QAT better than PTQ? The pretrained network never saw
+such images and does badly on them. So the network is first fine-tuned on them in float
+("adapted"). From there one copy is trained further in float and then gets PTQ; another copy gets
+QAT with the same number of steps. Compare these rows with each other only, never with a lossless
+or published accuracy.
 
 Writes to --out: ic_ptq.tflite (lossless experiment), ic_qat.tflite, ic_qat.keras, plan.json, a
 report beside each .tflite, and results.json.
@@ -44,7 +44,7 @@ LEARNING_RATE = 3e-4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """What both experiments run on: a network, its images, and the vendor's file if there is one.
+    """The inputs of both experiments: a network, its images, and the vendor's file if it exists.
 
     `unlabelled` are the calibration images of the lossless experiment.
     """
@@ -99,13 +99,14 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _real(train_images: int) -> _Inputs:
-    # In a network of Keras 3: the one from the old file takes a list of one, and `fit` warns.
+    # In a network built by Keras 3: the one from the old file takes a list of one input, and `fit`
+    # warns about that.
     model = resnet8()
     model.set_weights(data.pretrained(NAME).get_weights())
     return _Inputs(
         model=model,
         vendor=data.vendor_tflite(NAME),
-        # The lossless images come from the training set, so none of them is among these.
+        # From the test set: the lossless images come from the training set.
         unlabelled=data.cifar10_jpeg("test", count=CALIBRATION_SAMPLES)[0],
         lossless=data.cifar10_lossless(),
         train=data.cifar10_jpeg("train", count=train_images),
@@ -154,7 +155,7 @@ def _fine_tuning(inputs: _Inputs, options: argparse.Namespace) -> list[Row]:
     )
     qat.save(options.out / "ic_qat.keras")
 
-    # QAT copied the weights, so this one may go on from where both stood.
+    # QAT trained a copy of the weights, so this network still has those from which both start.
     fit(adapted, inputs.train, epochs, LEARNING_RATE, batch_size=BATCH_SIZE)
     rows.append(running.measure_keras("FP32 further", adapted, inputs.test))
     ptq = kqat.quantize_model(adapted, calibration_data=images)

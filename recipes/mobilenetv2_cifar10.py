@@ -1,24 +1,24 @@
-"""The lab: a MobileNetV2 made narrow, then sparse, then integer; what does each step cost?
+"""The lab: what does it cost to make a MobileNetV2 narrow, then sparse, then integer?
 
     python -m recipes.mobilenetv2_cifar10 --out out/mobilenetv2_cifar10
 
-1. Float. MobileNetV2, 0.35 times as wide as the paper's, learns CIFAR-10 (after JPEG: compare these
-   accuracies with each other only).
-2. Pruning. Half of the weights, the smallest of each kernel, become zero; the rest is fine-tuned.
-   This sparse float network is what everything below starts from, and is compared with.
-3. PTQ, post-training quantization: some images show the range of every activation, nothing is
-   trained. By TensorFlow's own converter, and by kqat.
-4. QAT, quantization-aware training: the network goes on training with its rounding in place. Also
-   by tfmot in Keras 2, from the same weights, with the same batches, epochs and learning rate.
-5. The same with weights of four bits (--policies), where PTQ breaks and QAT does not.
-6. The control: the float network trained for as long as QAT trains, which shows what more training
-   alone is worth.
+1. Float. MobileNetV2, 0.35 times as wide as in the paper, learns CIFAR-10 (after JPEG, so compare
+   these accuracies with each other only).
+2. Pruning. Half of the weights, the smallest of each kernel, become zero; the others are
+   fine-tuned. All later steps start from this sparse float network and are compared with it.
+3. PTQ, post-training quantization: activation ranges are calibrated on some images, without
+   training. Done by TensorFlow's own converter, and by kqat.
+4. QAT, quantization-aware training: the network is trained further with its values rounded. Also
+   done by tfmot in Keras 2, from the same weights, with the same batches, epochs and learning rate.
+5. The same with weights of four bits (--policies), where PTQ fails and QAT does not.
+6. The control: the float network trained for as long as QAT, which shows what more training alone
+   gains.
 
 Zeros stay zero in 2, 4, 5 and 6: the optimizer restores them after each step.
 
-It can be killed at any time: started again with the same options, it goes on from the last epoch,
-and ends with the same table, but for the times. Writes to --out: a .tflite per row, the trained
-.keras models, results.json, and report.html, which explains each step.
+The recipe can be killed at any time. Started again with the same options, it continues from the
+last epoch and ends with the same table, except for the times. Writes to --out: a .tflite per row,
+the trained .keras models, results.json, and report.html, which explains each step.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from recipes.timing import ratio
 CALIBRATION_SAMPLES = 512
 VALIDATION_SAMPLES = 2000
 LEARNING_RATE = 2e-3
-# Low, since the weights need to move by a few steps of their grids only.
+# Low, because the weights need to move by only a few steps of their grids.
 TUNING_LEARNING_RATE = 5e-4
 FLOAT, SPARSE, FURTHER = "FP32", "FP32, half pruned", "FP32, trained further"
 CONVERTER = "PTQ int8, TensorFlow"
@@ -62,7 +62,7 @@ POLICIES = {
     "w4a8_max_abs": dataclasses.replace(PRESETS["w4a8"], weight_step=kqat.MaxAbs()),
 }
 LATENCY_ROUNDS = 60
-# What may be given as an option, and is otherwise this.
+# Default values of options.
 USUAL = {"epochs": 10, "prune_epochs": 3, "qat_epochs": 2, "width": 0.35, "train_images": 50_000}
 SMALL = {"epochs": 1, "prune_epochs": 1, "qat_epochs": 1, "width": 0.1, "train_images": 32}
 
@@ -153,7 +153,7 @@ def _size_cells(name: str, row: dict[str, Any], latency: dict[str, float]) -> tu
 
 
 class _Lab:
-    """The files of one run, and what was measured of them; each is made once, then read back."""
+    """The files of one run and their measurements; each is made once and then read back."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -247,7 +247,7 @@ class _Lab:
         learning_rate: float,
         callbacks: Sequence[keras.callbacks.Callback] = (),
     ) -> keras.Model:
-        """The model of a row: read back, or what `build` returns after its training."""
+        """The trained model of a row: read back from its file, or built by `build` and trained."""
         path = self._path(name, "model.keras")
         if not path.exists():
             print(f"{name}: training", flush=True)
@@ -268,7 +268,7 @@ class _Lab:
     def measure(
         self, name: str, convert: Callable[[], bytes], qat: keras.Model | None = None
     ) -> None:
-        """Adds the row of a file; `qat` is the model that it is to be verified against."""
+        """Adds the row of a file; `qat` is the model to verify it against."""
         path = self._path(name, "measured.json")
         if not path.exists():
             print(f"{name}: measuring", flush=True)
@@ -297,7 +297,7 @@ class _Lab:
         }
 
     def latency(self) -> dict[str, dict[str, float]]:
-        """The processor's time of each file's inference, as a ratio to the converter's PTQ."""
+        """CPU time of each file's inference, as a ratio to that of the converter's PTQ file."""
         blobs = {name: self._path(name, "model.tflite").read_bytes() for name in self.rows}
         measured = latencies(blobs, rounds=2 if self.options.smoke else LATENCY_ROUNDS)
         return {
@@ -306,7 +306,7 @@ class _Lab:
         }
 
     def history(self) -> dict[str, list[dict[str, float]]]:
-        """Row -> what was logged after each epoch, for the rows that were trained."""
+        """Row -> the logs of each epoch, for rows that were trained."""
         found = {name: training.read_history(self._path(name)) for name in self.rows}
         return {name: epochs for name, epochs in found.items() if epochs}
 
@@ -346,7 +346,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Refuses to go on in a folder that a run with other options has begun."""
+    """Refuses to continue in a folder that a run with other options has begun."""
     path = options.out / "options.json"
     # These only add rows, or leave one out.
     free = ("policies", "no_tfmot")
@@ -361,7 +361,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def network(width: float, *, smoke: bool) -> dict[str, Any]:
-    """What the lab asks of `mobilenet_v2`: faster strides, and for a smoke run few stages."""
+    """The lab's options of `mobilenet_v2`: larger strides, and few stages for a smoke run."""
     if smoke:
         stages, strides = STAGES[:SMOKE_STAGES], FAST_STRIDES[: SMOKE_STAGES + 1]
         return {"width": width, "strides": strides, "stages": stages}
@@ -381,7 +381,7 @@ def samples(options: argparse.Namespace) -> tuple[Samples, Samples]:
 
 
 def _full_size(network: dict[str, Any]) -> int:
-    """Parameters of the network at the paper's width."""
+    """Number of parameters of the network at the paper's width."""
     return mobilenet_v2(**{**network, "width": 1.0}).count_params()
 
 

@@ -1,13 +1,13 @@
-"""What runs on an Ethos-U? Three networks, calibrated only, compiled by Arm's Vela.
+"""Which operators run on an Ethos-U? Three networks, calibrated only, compiled by Arm's Vela.
 
     python -m recipes.npu --out out/npu
 
-Nothing is trained: ResNet-8 and DS-CNN (keyword spotting) have MLPerf Tiny's pretrained weights and
-its data to find ranges on; MobileNetV2 has random weights and inputs, so only its operators, cycles
-and memory mean something. Needs the extra `ethos-u`. Vela's estimates are for the systems that its
-own configuration describes.
+Nothing is trained. ResNet-8 and DS-CNN (keyword spotting) have MLPerf Tiny's pretrained weights and
+are calibrated on its data. MobileNetV2 has random weights and inputs, so only its operators, cycles
+and memory mean something. The recipe needs the extra `ethos-u`. Vela's estimates are for the
+systems that its own configuration describes.
 
-Writes to --out: results.json, and for each network a .tflite and the report's page for the U55.
+Writes to --out: results.json, and for each network a .tflite and the HTML report for the U55.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""How few bits will do? One network in seven precisions, before and after QAT.
+"""How few bits are enough? One network in seven precisions, before and after QAT.
 
     python -m recipes.precisions --network resnet8 --out out/precisions_resnet8
     python -m recipes.precisions --network mobilenetv2 --out out/precisions_mobilenetv2 \\
         --weights out/mobilenetv2_cifar10/fp32/model.keras
 
-Each row starts from the same float weights and gets the same images, epochs and learning rate; a
-precision is a preset of kqat, for all layers, the first and the last among them. "Calibrated" is
-what is left when only ranges were found, "trained" what QAT makes of it. Images are CIFAR-10 after
-JPEG: compare these accuracies with each other only.
+Each row starts from the same float weights and gets the same images, epochs and learning rate. A
+precision is a preset of kqat for all layers, including the first and the last. "Calibrated" is the
+accuracy after calibration only, "trained" the accuracy after QAT. Images are CIFAR-10 after JPEG:
+compare these accuracies with each other only.
 
-resnet8      MLPerf Tiny's, pretrained, then adapted to such images in float.
-mobilenetv2  The lab's, read from --weights, or trained in float first.
+resnet8      MLPerf Tiny's pretrained network, adapted to such images in float.
+mobilenetv2  The lab's network, read from --weights or trained in float first.
 
 Writes to --out: a .tflite and a report for each precision, and results.json.
 """
@@ -38,7 +38,7 @@ BATCH_SIZE = 64
 WIDTH = 0.35
 SMOKE_WIDTH, SMOKE_IMAGES = 0.1, 32
 LEARNING_RATE = 3e-4
-# The sign by which each runtime stands in the table.
+# The letter for each runtime in the table.
 RUNTIMES = {"litert_reference": "R", "litert": "X", "tflite_micro": "M"}
 LEGEND = """\
 calibrated  accuracy of the .tflite after calibration only, on LiteRT (XNNPACK)
@@ -57,7 +57,7 @@ encoded     weights encoded for TFLite Micro's DECODE (compress="smallest"); the
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Task:
-    """A float network, what is shown to it, and how it is trained."""
+    """A float network, its data, and how it is trained."""
 
     model: keras.Model
     train: Samples
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = {}
     for precision in options.precisions:
         print(f"{precision}: calibrating, then training", flush=True)
-        # So that a row does not depend on those before it.
+        # Seeded again, so that a row does not depend on the rows before it.
         keras.utils.set_random_seed(options.seed)
         rows[precision] = _measured(task, precision, options)
     results = running.save_results(
@@ -102,7 +102,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     first = (float_row.name, "-", running.percent(float_row.accuracy), "-", *size, "-", "-")
     rows = results["rows"]
     cells = [_cells(name, row, float_row) for name, row in rows.items()]
-    # Results that were kept from before there was this table have none.
+    # Results that were kept before this table existed have no such rows.
     encoded = [
         _encoded_cells(name, row["encoded"], float_row)
         for name, row in rows.items()
@@ -141,7 +141,7 @@ def _encoded_cells(name: str, found: dict[str, Any], float_row: Row) -> tuple[st
 
 
 def _measured(task: _Task, precision: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One precision: accuracy of its file after calibration, and its row after QAT."""
+    """The results of one precision: accuracy after calibration, and the row after QAT."""
     images = task.train[0][:CALIBRATION_SAMPLES]
     qat = kqat.quantize_model(task.model, precision, calibration_data=images)
     calibrated = running.measure_file(precision, tflite_export.convert(qat), task.test)
@@ -157,7 +157,7 @@ def _measured(task: _Task, precision: str, options: argparse.Namespace) -> dict[
 
 
 def _encoded(qat: keras.Model, images: Any, path: Path) -> dict[str, Any]:
-    """The file for TFLite Micro with the smallest weights, and how that runs it."""
+    """Results of the file for TFLite Micro with `compress="smallest"`."""
     blob = tflite_export.convert(qat, target="tflite_micro", compress="smallest")
     tflite_export.save(blob, path)
     (part,) = tflite_export.verify(qat, blob, images, runtimes=("tflite_micro",)).runtimes

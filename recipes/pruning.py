@@ -1,8 +1,8 @@
-"""Magnitude pruning: the smallest weights become zero, and stay zero whatever trains them.
+"""Magnitude pruning: the smallest weights become zero and stay zero in all later training.
 
 Han et al. 2015, "Learning both Weights and Connections", section 3
-(https://arxiv.org/abs/1506.02626). Zero is on every symmetric grid, and BatchNormalization folds by
-multiplication, so what is zero here is zero in the integer file.
+(https://arxiv.org/abs/1506.02626). Zero is on every symmetric grid, and folding BatchNormalization
+only multiplies weights. So a weight that is zero here is zero in the integer file.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ import numpy as np
 import kqat
 from tflite_export import flatbuffer
 
-# Small kernels carry few of the weights and much of the accuracy: stems and depthwise kernels.
+# Smaller kernels (stems, depthwise) are not pruned: they have few weights but matter much for the
+# accuracy.
 SMALLEST_KERNEL = 1000
 
 
@@ -38,7 +39,7 @@ def prune(model: keras.Model, share: float) -> None:
 
 
 def keep_zeros(model: keras.Model) -> None:
-    """Makes the zeros of the kernels stay: the optimizer restores them after each of its steps."""
+    """Keeps the zeros of the kernels: a constraint restores them after each optimizer step."""
     for kernel in kernels(model):
         kernel.constraint = _Masked(np.array(kernel) != 0)
 
@@ -50,19 +51,19 @@ def zero_share(model: keras.Model) -> float:
 
 
 def zeros_are_kept(sparse: keras.Model, later: keras.Model) -> bool:
-    """Whether all that is zero in `sparse` is zero in `later`, made of it."""
+    """Whether all weights that are zero in `sparse` are zero in `later`, which was made from it."""
     pairs = zip(kernels(sparse), kernels(later), strict=True)
     return all(not np.array(after)[np.array(before) == 0].any() for before, after in pairs)
 
 
 def zero_share_of_file(blob: bytes) -> float:
-    """Share of zeros among the weights of the same kernels in a `.tflite`, whatever made it."""
+    """Share of zeros among the weights of the same kernels in any `.tflite`."""
     model = flatbuffer.read(blob)
     zeros = elements = 0
     for tensor in model.subgraphs[0].tensors:
         shape = flatbuffer.tensor_shape(tensor)
         values = flatbuffer.tensor_data(model, tensor)
-        # A depthwise kernel is (1, height, width, channels), any other has its filters in front.
+        # A depthwise kernel is (1, height, width, channels); others have the filters first.
         if values is None or len(shape) < 2 or shape[0] == 1 or np.prod(shape) < SMALLEST_KERNEL:
             continue
         if values.ndim == 1:  # Two weights of four bits a byte.

@@ -1,9 +1,9 @@
-"""Writes RESULTS.md from the results that recipes wrote, kept in recipes/results.
+"""Writes RESULTS.md from the JSON results of recipes that are kept in recipes/results.
 
-    python -m recipes.results                               # write it anew
+    python -m recipes.results                               # write it again
     python -m recipes.results --add out/digits/results.json # keep these results, then write it
 
-No number in RESULTS.md is typed by hand: each table is what its recipe prints.
+No number in RESULTS.md is typed by hand: each table is printed by its recipe.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from recipes.running import Table
 
 FOLDER = Path(__file__).with_name("results")
 PAGE = Path(__file__).with_name("RESULTS.md")
-# The lab comes first, the others in the order of their names.
+# The lab comes first; the others follow in the order of their names.
 FIRST = "mobilenetv2"
 HEAD = """\
 # Results
@@ -29,7 +29,7 @@ each command prints the tables below it. What a column means is said where it fi
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Keeps the results that are given, and writes RESULTS.md."""
+    """Keeps the given results and writes RESULTS.md."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def keep(path: Path) -> None:
-    """Copies a results.json to where RESULTS.md is made from.
+    """Copies a results.json to recipes/results.
 
     Raises:
-        SystemExit: if the run was made on fake data.
+        SystemExit: if the results are from a run with --smoke, on made-up data.
     """
     results = json.loads(path.read_text())
     options = results["options"]
@@ -60,14 +60,14 @@ def keep(path: Path) -> None:
 
 
 def page() -> str:
-    """RESULTS.md, from all that is kept."""
+    """The text of RESULTS.md, from all kept results."""
     paths = sorted(FOLDER.glob("*.json"), key=lambda path: (not path.stem.startswith(FIRST), path))
     explained: set[str] = set()
     return "\n".join([HEAD, *(_section(json.loads(p.read_text()), explained) for p in paths)])
 
 
 def _section(results: dict[str, Any], explained: set[str]) -> str:
-    """One run; legends that are not `explained` yet are added to it."""
+    """The section of one run, with the legends that are not yet in `explained`."""
     recipe = importlib.import_module(results["command"].split()[2])
     machine = results["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())

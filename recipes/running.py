@@ -1,4 +1,4 @@
-"""What the recipes share: their options, one measurement of a file, and how they print and save."""
+"""Code that the recipes share: options, the measurement of a file, printing and saving."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ from recipes.timing import machine
 from tflite_export import flatbuffer
 from tflite_export.runtimes import run, tflite_micro_arena_bytes
 
-# LiteRT's default CPU path is the fastest, so whole test sets run there.
+# LiteRT's default CPU path is the fastest, so whole test sets run on it.
 ACCURACY_RUNTIME = "litert"
 BATCH_SIZE = 256
 
@@ -36,7 +36,7 @@ agreement  share of the test set on which the .tflite and the Keras model that
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One file of a table; `None` where there is nothing to say.
+    """The row of one file in a table; `None` for a column that does not apply.
 
     Attributes:
         accuracy: of the file itself on LiteRT, over the whole test split, 0..1; without a file,
@@ -74,10 +74,10 @@ def parser(
 
 
 def start(options: argparse.Namespace) -> None:
-    """Seeds everything, names the data folder and makes the output folder.
+    """Sets all random seeds, sets the data folder and makes the output folder.
 
-    On a CPU, equal seeds then give equal bytes; a GPU also needs
-    `tf.config.experimental.enable_op_determinism()`, which nothing can switch off again.
+    On a CPU, equal seeds then give equal bytes. A GPU also needs
+    `tf.config.experimental.enable_op_determinism()`, which cannot be switched off again.
     """
     keras.utils.clear_session()  # Layers without a name are numbered, and names are in the file.
     keras.utils.set_random_seed(options.seed)
@@ -99,8 +99,8 @@ def predict(
 
 
 def keras_outputs(model: keras.Model, x: np.ndarray) -> np.ndarray:
-    """What a model of one input and one output computes from `x`, batch by batch."""
-    # Not by `predict`, which traces anew for every model and for every last batch.
+    """The outputs of a model of one input and one output for `x`, batch by batch."""
+    # Not by `predict`, which traces again for every model and for every last batch.
     batches = (x[start : start + BATCH_SIZE] for start in range(0, len(x), BATCH_SIZE))
     outputs = [model(packed(model, [batch]), training=False) for batch in batches]
     return np.concatenate([np.asarray(y) for y in outputs])
@@ -112,14 +112,14 @@ def measure_keras(name: str, model: keras.Model, test: Samples) -> Row:
 
 
 def measure_float(name: str, model: keras.Model, test: Samples) -> Row:
-    """The row of a float model of one input and one output: its plainly converted `.tflite`."""
+    """The row of a float model of one input and one output, converted without quantization."""
     blob = float_tflite(model)
     row = measure_file(name, blob, test)
     return dataclasses.replace(row, top1_agreement=_agreement(model, blob, test[0]))
 
 
 def measure_file(name: str, blob: bytes, test: Samples) -> Row:
-    """The row of a file of which no Keras model is at hand."""
+    """The row of a file without its Keras model."""
     x, y = test
     (outputs,) = predict(blob, [x])
     return Row(
@@ -133,7 +133,7 @@ def measure_file(name: str, blob: bytes, test: Samples) -> Row:
 def measure_integer(
     name: str, qat: keras.Model, blob: bytes, test: Samples, *, lockstep_samples: int = 64
 ) -> tuple[Row, tflite_export.Report]:
-    """The row of `blob`, made of `qat`, and the report of its verification on three runtimes.
+    """The row of `blob`, the file of `qat`, and the report of its verification on three runtimes.
 
     Raises:
         RuntimeError: if some value of the model was not found in the file.
@@ -166,7 +166,7 @@ def sqnr_db(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 class Table(NamedTuple):
-    """A table of text: what is printed, and what RESULTS.md holds; `legend` explains it."""
+    """A table of text, to print and for RESULTS.md; `legend` explains its columns."""
 
     title: str
     header: tuple[str, ...]
@@ -175,7 +175,7 @@ class Table(NamedTuple):
 
 
 def row_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Name -> `Row`, as results.json holds them, as text."""
+    """The table of rows as results.json holds them: name -> fields of a `Row`."""
     header = ("", "accuracy", "file bytes", "arena bytes", "lockstep", "agreement")
     read = [Row(**row) for row in rows.values()]
     runtimes = dict.fromkeys(name for row in read for name in row.lockstep_steps or ())
@@ -194,7 +194,7 @@ def row_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def show(tables: Iterable[Table]) -> None:
-    """Prints tables, each under its title, and how to read them."""
+    """Prints tables, each with its title and legend."""
     shown = list(tables)
     for one in shown:
         print(f"\n{one.title}\n{table(one.header, one.rows)}\n")
@@ -208,7 +208,7 @@ def as_json(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns under a rule: the first to the left, the others to the right."""
+    """Aligned columns below a header line: the first aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -243,7 +243,7 @@ def save_results(
     *,
     package: str = "recipes",
 ) -> dict[str, Any]:
-    """Writes results.json to the output folder, with what led to it; returns what it holds."""
+    """Writes results.json with results, settings and machine to the output folder; returns it."""
     whole = {
         "recipe": recipe,
         "command": _command(options, f"{package}.{recipe}"),
@@ -257,7 +257,7 @@ def save_results(
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """All that decides what a run finds; not where it reads and writes."""
+    """The options that influence the results; not the folders to read from and write to."""
     return {name: value for name, value in vars(options).items() if name not in ("out", "data")}
 
 
@@ -277,7 +277,7 @@ def _agreement(model: keras.Model, blob: bytes, x: np.ndarray) -> float:
 
 
 def _arena_bytes(blob: bytes) -> int | None:
-    """`None` where TFLite Micro is not installed or lacks a kernel, as it does float GELU's."""
+    """The arena in bytes; `None` if TFLite Micro is not installed or lacks a kernel."""
     try:
         return tflite_micro_arena_bytes(blob)
     except kqat.RuntimeUnavailableError:

@@ -4,12 +4,12 @@
     python -m recipes.sequence --network fused_lstm --out out/fused_lstm
     python -m recipes.sequence --network gru --out out/gru
 
-The sequence is an image of MNIST, 28 steps of 28 pixels. A rounding error in a state comes back in
-every step that follows, so this is where eight bits have to prove themselves. Each network ships by
-PTQ (calibration only) and by QAT, a fused LSTM as one operator and the others step by step.
+The sequence is an image of MNIST, 28 steps of 28 pixels. A rounding error in a state affects every
+step that follows, so recurrent networks are the hard case for eight bits. Each network ships by PTQ
+(calibration only) and by QAT: a fused LSTM as one operator, the others step by step.
 
-Writes to --out: model.tflite and model.keras (QAT), report.json (how model.tflite was verified) and
-results.json.
+Writes to --out: model.tflite and model.keras (QAT), report.json (the verification of model.tflite)
+and results.json.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from recipes.running import Table
 from recipes.training import fit
 
 BATCH_SIZE = 64
-# One file operator per step and quantity: more samples take long, and say no more.
+# The file has operators for every step: more samples would take long and show nothing new.
 LOCKSTEP_SAMPLES = 16
 LEARNING_RATE = 3e-3
-# Low, since the weights need to move by a few steps of their grids only.
+# Low, because the weights need to move by only a few steps of their grids.
 QAT_LEARNING_RATE = 3e-4
 NETWORKS = {"lstm": layers.LSTM, "gru": layers.GRU, "fused_lstm": layers.LSTM}
 POLICIES = {"fused_lstm": {layers.LSTM: QuantizeConfig(recurrence="fused")}}
@@ -102,7 +102,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _rows(count: int) -> tuple[Samples, Samples]:
-    """MNIST with an image's rows as the steps of a sequence; the first `count` train."""
+    """MNIST with the rows of an image as steps of a sequence; `count` training images."""
     (x, y), (x_test, y_test) = data.mnist("train"), data.mnist("test")
     return (x[:count, ..., 0], y[:count]), (x_test[..., 0], y_test)
 

@@ -1,4 +1,4 @@
-"""The road that the recipes share: PTQ, then QAT of the same model, then what is written."""
+"""The pipeline that recipes share: PTQ, then QAT of the same model, then writing the files."""
 
 import argparse
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ CALIBRATION_SAMPLES = 512
 
 
 class Shipped(NamedTuple):
-    """A QAT model, its file, how that was verified and the row of a table about it."""
+    """A QAT model, its file, the file's verification report and its row in the table."""
 
     qat: keras.Model
     blob: bytes
@@ -34,7 +34,7 @@ def measured(name: str, qat: keras.Model, test: Samples, **options: Any) -> Ship
 def ptq(
     model: keras.Model, train: Samples, test: Samples, *, policy: Any = "int8", **options: Any
 ) -> Shipped:
-    """Post-training quantization: ranges from the first training samples, nothing is trained."""
+    """Post-training quantization: calibration on the first training samples, no training."""
     print("PTQ: finding ranges")
     qat = kqat.quantize_model(model, policy, calibration_data=train[0][:CALIBRATION_SAMPLES])
     return measured("PTQ", qat, test, **options)
@@ -50,7 +50,7 @@ def train_on(
     batch_size: int,
     **options: Any,
 ) -> Shipped:
-    """Quantization-aware training, in place, of what `ptq` made."""
+    """Quantization-aware training, in place, of the model from `ptq`."""
     print("QAT: training with the rounding in place")
     qat = calibrated.qat
     callbacks = freezing(epochs)

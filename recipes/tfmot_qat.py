@@ -1,12 +1,12 @@
-"""tfmot's QAT of the lab's network, from the same weights, batches and budget, in Keras 2.
+"""QAT of the lab's network by tfmot in Keras 2, with the same weights, batches and epochs.
 
-The lab starts this as a child process, with TF_USE_LEGACY_KERAS=1; it is of little use alone:
+The lab runs this in a child process with TF_USE_LEGACY_KERAS=1:
 
     TF_USE_LEGACY_KERAS=1 python -m recipes.tfmot_qat --request request.json
 
-The request names the files of weights and samples, the folder, and what to train with. Writes
-model.tflite, by TensorFlow's converter, and history.json to the folder. Goes on from its last
-epoch if it was killed.
+The request names the files of weights and samples, the output folder and the training options.
+Writes model.tflite, by TensorFlow's converter, and history.json to the folder. Continues from its
+last epoch if it was killed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from recipes.training import Batches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains and converts what the request asks for."""
+    """Trains and converts the network of the request."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--request", type=Path, required=True)
     request = json.loads(parser.parse_args(argv).request.read_text())
@@ -97,7 +97,7 @@ def _stream(batches: Batches, first: int, epochs: int) -> Iterator[Samples]:
 
 
 def convert(model: Any) -> bytes:
-    """A trained model of tfmot's as its guide converts it, with integers at both ends."""
+    """A trained model of tfmot converted as in its guide, with integer inputs and outputs."""
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.inference_input_type = converter.inference_output_type = tf.int8

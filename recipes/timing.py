@@ -1,7 +1,7 @@
-"""Runs that take turns, and the ratios between them.
+"""Measures the times of several cases in turns, and the ratios between them.
 
-Two clocks run along. The wall's is what a user waits for; on a machine that others use too it
-says more about them. The processor's counts this process alone, all its threads together.
+Two clocks are used. Wall time is what a user waits for, but on a shared machine it also includes
+other users' work. CPU time is that of this process only, the sum over its threads.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ PACKAGES = ("tensorflow", "keras", "tf_keras", "tensorflow-model-optimization", 
 
 
 class Seconds(NamedTuple):
-    """A time by both clocks."""
+    """A time in seconds by both clocks."""
 
     wall: float
     processor: float
 
     @classmethod
     def now(cls) -> "Seconds":
-        """What the clocks show."""
+        """The current time of both clocks."""
         return cls(time.perf_counter(), time.process_time())
 
     def since(self, start: "Seconds") -> "Seconds":
@@ -57,15 +57,15 @@ class Spread:
 
 
 def take_turns(cases: Mapping[str, Callable[[], Seconds]], rounds: int, warmup: int) -> Measured:
-    """The seconds of every case in every round, after `warmup` rounds that do not count.
+    """The seconds of every case in every round, after `warmup` rounds that are not measured.
 
-    Every other round runs backwards: so no case always follows the same one, whose leftovers
-    in the caches it would pay for.
+    Every other round runs in reverse order, so that a case does not always find the caches that
+    the same other case left.
 
     Args:
-        cases: name -> a run that returns the seconds which count.
-        rounds: how often each case runs.
-        warmup: how often each runs before.
+        cases: name -> a function that runs the case and returns its seconds.
+        rounds: how often each case is measured.
+        warmup: how often each case runs before.
     """
     measured: Measured = {name: [] for name in cases}
     names = list(cases)
@@ -83,7 +83,7 @@ def spread(measured: Measured, case: str, clock: str = "wall") -> Spread:
 
 
 def ratio(measured: Measured, case: str, reference: str, clock: str = "wall") -> Spread:
-    """The spread of `case / reference`, each taken within one round: what slows both cancels."""
+    """The spread of the ratio `case / reference` within each round: common slowdowns cancel out."""
     return Spread.of(
         [
             getattr(mine, clock) / getattr(its, clock)
@@ -93,7 +93,7 @@ def ratio(measured: Measured, case: str, reference: str, clock: str = "wall") ->
 
 
 def as_json(measured: Measured, ratios: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """All seconds, and for pairs of a case and its reference the quartiles of their ratio."""
+    """All seconds, and the quartiles of the ratio for each pair of a case and its reference."""
     return {
         clock: {
             "ratios": {
@@ -110,7 +110,7 @@ def as_json(measured: Measured, ratios: Sequence[tuple[str, str]]) -> dict[str, 
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on, and how busy it was."""
+    """The machine that the numbers were measured on, and its load."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -121,7 +121,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes the measurements, and what they were measured on, to `path`."""
+    """Writes the measurements and the machine to `path` as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
 

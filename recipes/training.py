@@ -1,8 +1,7 @@
-"""Training that can be killed at any time: what `fit` sees is a function of seed and epoch.
+"""Training that can be killed at any time and continues with the same result.
 
-Order and augmentation of the samples are drawn anew for each (seed, epoch, batch), so there is no
-state of a random generator to keep: weights, optimizer and number of the epoch are all that a
-checkpoint holds, and a run that was killed goes on as if it had not been.
+Order and augmentation of the samples are drawn again for each (seed, epoch, batch), so no state of
+a random generator has to be saved. A checkpoint holds weights, optimizer and epoch number only.
 """
 
 import json
@@ -24,15 +23,15 @@ MAX_SHIFT = 4
 
 
 class Batches:
-    """Shuffled, augmented batches of 8-bit images, each the same whenever it is asked for.
+    """Shuffled, augmented batches of 8-bit images; a batch is the same whenever it is asked for.
 
     Images are mirrored and shifted by up to `MAX_SHIFT` pixels, the usual for CIFAR-10 (He et al.
     2015, section 4.2, https://arxiv.org/abs/1512.03385).
 
     Args:
         samples: images (n, height, width, channels) in 0..255 and labels (n,).
-        batch_size: the samples that are left over after whole batches sit an epoch out.
-        seed: of order and augmentation.
+        batch_size: samples that do not fill a whole batch are left out in that epoch.
+        seed: seed of order and augmentation.
     """
 
     def __init__(self, samples: Samples, *, batch_size: int = BATCH_SIZE, seed: int = 0):
@@ -44,7 +43,7 @@ class Batches:
         return len(self.labels) // self.batch_size
 
     def batch(self, epoch: int, index: int) -> Samples:
-        """Batch `index` of an epoch: images as `scaled` gives them, and labels."""
+        """Batch `index` of an epoch: images scaled by `scaled`, and labels."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
         random = np.random.default_rng((self.seed, epoch, index))
@@ -52,10 +51,10 @@ class Batches:
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Writes weights, optimizer and history after each epoch; each file whole or not there.
+    """Writes weights, optimizer and history after each epoch, each file whole or not at all.
 
-    The history has one row per epoch: what `fit` logs, and the `seconds` that its training took on
-    the wall's clock and of the processor; the look at held-out images after it is left out.
+    The history has one row per epoch: the logs of `fit`, and the `seconds` of its training by wall
+    clock and CPU clock. Validation is not included in the seconds.
     """
 
     def __init__(self, folder: Path):
@@ -64,7 +63,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.history: list[dict[str, float]] = []
 
     def restore(self, model: keras.Model) -> int:
-        """Brings a compiled model to where it was; returns the number of finished epochs."""
+        """Restores a compiled model from the checkpoint; returns the number of finished epochs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files = sorted(self.folder.glob("epoch_*.weights.h5"))
         if not files:
@@ -81,11 +80,11 @@ class Checkpoints(keras.callbacks.Callback):
         self._trained: Seconds | None = None
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Stops the clocks: what follows is no training."""
+        """Stops the clocks, because validation is not training."""
         self._trained = Seconds.now().since(self._started)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Writes the files. The weights come last: their name says which epoch is finished."""
+        """Writes the files, the weights last: their file name says which epoch is finished."""
         took = self._trained or Seconds.now().since(self._started)
         row = {name: float(value) for name, value in (logs or {}).items()}
         row |= {"seconds": took.wall, "processor_seconds": took.processor}
@@ -117,7 +116,7 @@ def train(
 ) -> None:
     """Trains `model`, from the last checkpoint in `folder` if there is one.
 
-    Adam; the learning rate falls to zero along a cosine.
+    The optimizer is Adam; the learning rate falls to zero along a cosine.
     """
     _compile(model, epochs * len(batches), learning_rate)
     checkpoints = Checkpoints(folder)
@@ -146,7 +145,7 @@ def fit(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     shuffle: bool = True,
 ) -> None:
-    """Trains `model` as `train` does, on samples as they are, from the start."""
+    """Trains `model` as `train` does, but from the start and without augmentation."""
     x, y = samples
     _compile(model, epochs * -(-len(x) // batch_size), learning_rate)
     print(f"Training '{model.name}'", flush=True)
@@ -162,9 +161,9 @@ def fit(
 
 
 def freezing(epochs: int) -> list[keras.callbacks.Callback]:
-    """Has ranges and statistics hold still in the second half of QAT.
+    """Callbacks that freeze ranges and statistics in the second half of QAT.
 
-    So the last epochs train the very numbers that ship.
+    So the last epochs train with exactly the numbers that ship.
     """
     return [kqat.FreezeObservers(epochs // 2), kqat.FreezeBatchNorm(epochs // 2)]
 
@@ -172,8 +171,8 @@ def freezing(epochs: int) -> list[keras.callbacks.Callback]:
 def settle(model: keras.Model, x: np.ndarray) -> None:
     """Gives the BatchNormalization layers of an untrained `model` the statistics of `x`.
 
-    With its initial ones the outputs of a deep untrained network hardly depend on the input, and
-    no integer file can be made of them.
+    With the initial statistics, the outputs of a deep untrained network hardly depend on its input,
+    and no integer file can be made.
     """
     kind = keras.layers.BatchNormalization
     momenta = {layer: layer.momentum for layer in model.layers if isinstance(layer, kind)}
@@ -185,19 +184,19 @@ def settle(model: keras.Model, x: np.ndarray) -> None:
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    """One row per epoch that was trained into `folder`; see `Checkpoints`."""
+    """The history in `folder`, one row per epoch; see `Checkpoints`."""
     path = folder / "history.json"
     return json.loads(path.read_text()) if path.exists() else []
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Removes the checkpoint of a training that is finished and whose model is saved."""
+    """Removes the checkpoint of a finished training, once its model is saved."""
     for path in folder.glob("epoch_*.weights.h5"):
         path.unlink()
 
 
 class _Epochs(keras.utils.PyDataset):
-    """`Batches` as `fit` takes them."""
+    """`Batches` as a dataset for `fit`."""
 
     def __init__(self, batches: Batches):
         super().__init__()
@@ -223,7 +222,7 @@ def _compile(model: keras.Model, steps: int, learning_rate: float) -> None:
 
 
 def _augmented(images: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Mirrored and shifted copies; what comes in from outside is grey, zero once scaled."""
+    """Mirrored and shifted copies; pixels from outside the image are grey, zero once scaled."""
     count, height, width, _ = images.shape
     padding = (0, 0), (MAX_SHIFT, MAX_SHIFT), (MAX_SHIFT, MAX_SHIFT), (0, 0)
     padded = np.pad(images, padding, constant_values=128)

@@ -1,15 +1,15 @@
-"""Transformers as full-integer files: handwritten digits by patches, questions by words.
+"""Transformers as full-integer files: digits as patches, or questions as words.
 
     python -m recipes.transformer --network vit --out out/vit
     python -m recipes.transformer --network text --out out/text
 
-`vit` reads MNIST's images as 16 patches, `text` sorts TREC's questions into six kinds by their
-first 16 words. Both have two blocks of attention; LayerNormalization, GELU and softmax are
-integers in the file like all the rest. Each ships by PTQ (calibration only), by PTQ after
+`vit` reads MNIST's images as 16 patches. `text` classifies TREC's questions into six kinds by their
+first 16 words. Both have two attention blocks. LayerNormalization, GELU and softmax are integers in
+the file, like all other layers. Each network ships by PTQ (calibration only), by PTQ after
 SmoothQuant, and by QAT.
 
-Writes to --out: model.tflite and model.keras (QAT), report.json (how model.tflite was verified) and
-results.json.
+Writes to --out: model.tflite and model.keras (QAT), report.json (the verification of model.tflite)
+and results.json.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from recipes.training import fit
 
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
-# Low, since the weights need to move by a few steps of their grids only.
+# Low, because the weights need to move by only a few steps of their grids.
 QAT_LEARNING_RATE = 2e-4
 
 STEPS = 16
@@ -87,13 +87,13 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 
 def digits(count: int) -> tuple[Samples, Samples]:
-    """MNIST: images (n, 28, 28, 1) in [0, 1], `count` of them to train with."""
+    """MNIST: images (n, 28, 28, 1) in [0, 1], with `count` training images."""
     (x, y), test = data.mnist("train"), data.mnist("test")
     return (x[:count], y[:count]), test
 
 
 def questions(count: int) -> tuple[Samples, Samples]:
-    """TREC: word numbers (n, 16), int32, of questions, `count` of them to train with."""
+    """TREC: questions as word numbers (n, 16), int32, with `count` training questions."""
     table = data.text("trec")
     numbers = vocabulary(table["train"][0])
     train, test = ((encoded(texts, numbers), labels) for texts, labels in table.values())
@@ -102,13 +102,13 @@ def questions(count: int) -> tuple[Samples, Samples]:
 
 
 def vocabulary(texts: Sequence[str]) -> dict[str, int]:
-    """Number of each of the most frequent words, from 2 on."""
+    """The most frequent words -> their numbers, from 2 on."""
     counted = Counter(word for text in texts for word in _words(text))
     return {word: i for i, (word, _) in enumerate(counted.most_common(VOCABULARY - 2), start=2)}
 
 
 def encoded(texts: Sequence[str], numbers: dict[str, int]) -> np.ndarray:
-    """Texts as (n, 16) word numbers, int32: 1 for an unknown word, 0 behind the last."""
+    """Texts as (n, 16) word numbers, int32: 1 for an unknown word, 0 after the last word."""
     table = np.zeros((len(texts), STEPS), np.int32)
     for row, text in zip(table, texts, strict=True):
         found = [numbers.get(word, 1) for word in _words(text)[:STEPS]]

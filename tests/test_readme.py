@@ -26,7 +26,7 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_named_layers_are_supported() -> None:
-    text = README.split("## What it knows")[1].split("##")[0]
+    text = README.split("## What it supports")[1].split("##")[0]
     known = (getattr(keras.layers, word, None) for word in re.findall(r"\w+", text))
     named = {layer.__name__ for layer in known if layer}
     assert named >= {"Dense", "Embedding", "LSTM", "MultiHeadAttention", "BatchNormalization"}

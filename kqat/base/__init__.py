@@ -1,4 +1,4 @@
-"""Errors, enumerations that are plain strings, and files that are written whole or not at all."""
+"""Errors, string enumerations, and files that are written whole or not at all."""
 
 from kqat.base.atomic_files import save_model, write_file, write_files
 from kqat.base.errors import (

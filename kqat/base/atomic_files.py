@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writes files whole or not at all: a failure leaves the old file as it was."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes `data` to `path`; on any failure `path` is left as it was.
+    """Writes `data` to `path`. On any failure the old file, if there was one, stays as it was.
 
     Args:
         path: the file; its folder must exist.
@@ -21,7 +21,7 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
-    """Writes files that belong together: none is replaced before all of them are on the disk.
+    """Writes files that belong together; replaces none before all new ones are on the disk.
 
     Args:
         files: path -> whole content; the folders must exist.
@@ -41,7 +41,7 @@ def write_files(files: Mapping[Path, bytes]) -> None:
 
 
 def save_model(model: Any, path: Path) -> None:
-    """Saves a Keras model to `path`, which ends in `.keras`; on failure `path` is as it was.
+    """Saves a Keras model to `path`, which ends in `.keras`; on failure the old file stays.
 
     Raises:
         OSError: as `write_file`.
@@ -55,7 +55,7 @@ def save_model(model: Any, path: Path) -> None:
 
 
 def _written_beside(path: Path, data: bytes) -> Path:
-    """A temporary file in the folder of `path`, on the disk, with the rights of a new file."""
+    """Writes `data` to a temporary file in the folder of `path`, with a new file's permissions."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
@@ -63,7 +63,7 @@ def _written_beside(path: Path, data: bytes) -> Path:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp's files are private; the file should be as readable as any other.
+        # mkstemp makes files that only their owner can read; this one gets the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)

@@ -1,14 +1,14 @@
 """Every error that kqat and tflite_export raise on purpose.
 
     KqatError
-    ├── ModelError             the thing given is not a model that can be quantized
-    ├── UnsupportedLayerError  a layer, dtype or option with no integer form
-    ├── SpecError              bits, symmetry, axis or range outside what a grid allows
-    ├── PolicyError            a policy or config that cannot be carried out
+    ├── ModelError             the argument is not a model that can be quantized
+    ├── UnsupportedLayerError  a layer, dtype or option has no integer form
+    ├── SpecError              bits, symmetry, axis or range that no grid can have
+    ├── PolicyError            a policy or config that cannot be applied
     ├── CalibrationError       calibration data missing, empty, misshapen or not finite
-    ├── FreezeError            a trained model that cannot become integers
+    ├── FreezeError            a trained model cannot be converted to integers
     └── ExportError            the flatbuffer could not be made, read or run
-        ├── LoweringError      the converter's output is not what was marked
+        ├── LoweringError      the converter's output lacks a marked value
         ├── TargetError        the target's runtime lacks a kernel that the model needs
         └── RuntimeUnavailableError  a runtime is not installed, or refused the file
 
@@ -21,19 +21,19 @@ class KqatError(Exception):
 
 
 class ModelError(KqatError, ValueError):
-    """The thing given is not a model that can be quantized."""
+    """The argument is not a model that can be quantized."""
 
 
 class UnsupportedLayerError(KqatError, ValueError):
-    """A layer, dtype or option has no integer form; the message names the way out."""
+    """A layer, dtype or option has no integer form; the message says what to do instead."""
 
 
 class SpecError(KqatError, ValueError):
-    """Bits, symmetry, axis or range lie outside what an integer grid allows."""
+    """No integer grid can have these bits, symmetry, axis or range."""
 
 
 class PolicyError(KqatError, ValueError):
-    """A policy or config cannot be carried out for the layer it was given for."""
+    """A policy or config cannot be applied to the layer that it was given for."""
 
 
 class CalibrationError(KqatError, ValueError):
@@ -41,7 +41,7 @@ class CalibrationError(KqatError, ValueError):
 
 
 class FreezeError(KqatError, ValueError):
-    """A trained model cannot become integers."""
+    """A trained model cannot be converted to integers."""
 
 
 class ExportError(KqatError, RuntimeError):
@@ -49,7 +49,7 @@ class ExportError(KqatError, RuntimeError):
 
 
 class LoweringError(ExportError):
-    """The converter's output does not carry what the frozen model marked."""
+    """The converter's output lacks a value that the frozen model marked."""
 
 
 class TargetError(ExportError):

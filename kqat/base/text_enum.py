@@ -1,10 +1,10 @@
-"""Enumerations whose members are plain strings wherever they are printed, compared or saved."""
+"""`TextEnum`: an enumeration whose members print, compare and save as plain strings."""
 
 import enum
 
 
 class TextEnum(enum.StrEnum):
-    """An enumeration of words: `repr` shows the word alone, JSON holds it as a string."""
+    """An enumeration of strings; `repr` shows the string only, and JSON holds it as a string."""
 
     def __repr__(self) -> str:
         return repr(self.value)

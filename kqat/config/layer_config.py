@@ -1,6 +1,6 @@
-"""What the user asks for: a config for one layer, a policy for a model.
+"""What the user asks for: `QuantizeConfig` for one layer, `QuantizePolicy` for a model, presets.
 
-A policy is a default config and ordered rules; the first rule that matches a layer decides.
+A policy is a default config and a list of rules. The first rule that matches a layer decides.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ WeightSpecs = QuantSpec | Mapping[str, QuantSpec] | None
 
 
 class RecurrenceForm(TextEnum):
-    """How an LSTM ships: into operators for every step, or as one operator."""
+    """How an LSTM ships: as operators for every step, or as one operator."""
 
     UNROLLED = "unrolled"
     FUSED = "fused"
@@ -45,20 +45,20 @@ class QuantizeConfig:
 
     Args:
         weights: the grid of the layer's weights. One `QuantSpec` serves every variable that the
-            registry names for the layer type; a mapping `{"kernel": QuantSpec(...)}` names
-            variables (attributes of the layer) itself, as a custom layer needs.
+            registry names for the layer class. A mapping such as `{"kernel": QuantSpec(...)}`
+            names the variables (attributes of the layer), which a custom layer needs.
         weight_step: how the step of each of these grids is found.
-        activation: the grid of the layer's output, and so the width of its kernel: 8 bits, or 16
-            on a symmetric grid.
+        activation: the grid of the layer's output: 8 bits, or 16 bits and symmetric. It also
+            decides the width of the layer's kernel.
         activation_range: how the range of the output is found.
-        recurrence: how an LSTM ships: `"unrolled"` into operators for every step, or `"fused"` as
-            one UNIDIRECTIONAL_SEQUENCE_LSTM, which is small, has one scale for each weight of a
-            gate, and keeps its states from one invocation to the next: the device resets the
-            interpreter before each sequence.
+        recurrence: how an LSTM ships: `"unrolled"` as operators for every step, or `"fused"` as
+            one UNIDIRECTIONAL_SEQUENCE_LSTM. That operator is small and has one scale for each
+            weight of a gate. It keeps its states from one invocation to the next, so the device
+            must reset the interpreter before each sequence.
 
     Raises:
-        PolicyError: if a field is of another type, or the bit widths cannot ship together.
-        SpecError: if a weight's grid is none for `weight_step`.
+        PolicyError: if a field has a wrong type, or no kernel has these bit widths together.
+        SpecError: if `weight_step` cannot use a weight's grid.
     """
 
     weights: WeightSpecs = INT8_WEIGHTS
@@ -96,12 +96,13 @@ class QuantizeConfig:
         object.__setattr__(self, "recurrence", RecurrenceForm(self.recurrence))
         if self.recurrence is RecurrenceForm.FUSED and self.activation.bits != 8:
             raise PolicyError(
-                "Expected activations of 8 bits for recurrence='fused', whose operator is verified "
-                f"on them. Received: bits={self.activation.bits}. Use recurrence='unrolled'."
+                "Expected activations of 8 bits for recurrence='fused': its operator is verified "
+                f"with 8 bits only. Received: bits={self.activation.bits}. Use "
+                "recurrence='unrolled'."
             )
 
     def weight_items(self) -> Iterator[tuple[str, QuantSpec]]:
-        """Pairs of variable name and spec; the name is `"*"` for a spec that serves all."""
+        """Pairs of variable name and spec; the name is `"*"` if one spec serves all variables."""
         if isinstance(self.weights, Mapping):
             yield from self.weights.items()
         elif self.weights is not None:
@@ -136,8 +137,8 @@ class QuantizeConfig:
 def _check_activation_spec(spec: QuantSpec) -> None:
     if spec.axis is not None or spec.bits not in (8, 16):
         raise PolicyError(
-            "Expected an activation grid of 8 bits or 16 bits and one scale per tensor, those that "
-            f"integer kernels take. Received: {spec}."
+            "Expected an activation grid of 8 bits or 16 bits, with one scale per tensor: integer "
+            f"kernels take no other. Received: {spec}. Use bits=8 and axis=None."
         )
     if spec.bits == 16 and not spec.symmetric:
         raise PolicyError(
@@ -152,12 +153,13 @@ def _check_activation_spec(spec: QuantSpec) -> None:
 
 
 def _single(weights: Mapping[str, QuantSpec]) -> WeightSpecs:
-    """A mapping as `from_dict` gives it back: what serves all weights stands alone."""
+    """The form in which `from_dict` returns `weights`: a single "*" entry becomes its spec."""
     if "*" not in weights:
         return dict(weights) or None
     if len(weights) > 1:
         raise PolicyError(
-            f"Expected either '*' or names of variables. Received: weights={dict(weights)}."
+            f"Expected either '*' or names of variables, not both. Received: "
+            f"weights={dict(weights)}."
         )
     return weights["*"]
 
@@ -172,8 +174,8 @@ def _check_weight_spec(name: str, spec: QuantSpec) -> None:
         )
     if spec.bits > 8:
         raise PolicyError(
-            f"Expected at most 8 bits for weights[{name!r}], the widest that integer kernels "
-            f"take. Received: bits={spec.bits}."
+            f"Expected at most 8 bits for weights[{name!r}]: integer kernels take no wider "
+            f"weights. Received: bits={spec.bits}. Use bits=8."
         )
 
 
@@ -197,13 +199,13 @@ ConfigLike = Any  # None, a preset's name, a QuantizeConfig, or a config that `k
 
 @dataclasses.dataclass(frozen=True)
 class QuantizePolicy:
-    """A default config and ordered rules for the layers that differ from it.
+    """A default config, and a list of rules for the layers that need another config.
 
-    A rule's key is a name pattern (`"stem*"`, as in `fnmatch`) or a layer class; its value is a
+    A rule's key is a name pattern (`"stem*"`, as in `fnmatch`) or a layer class. Its value is a
     config, the name of a preset, or `None` to leave the layer float. The first match decides.
 
     Raises:
-        PolicyError: if a key or a value is none of these.
+        PolicyError: if a key or a value is something else.
     """
 
     default: QuantizeConfig | None = PRESETS["int8"]
@@ -216,10 +218,10 @@ class QuantizePolicy:
 
     @classmethod
     def of(cls, policy: Any) -> "QuantizePolicy":
-        """A policy from what users write: a preset's name, a config, a mapping, or a policy.
+        """A policy from a preset's name, a config, a mapping of rules, or a policy.
 
         Raises:
-            PolicyError: if it is none of these.
+            PolicyError: if `policy` is something else.
         """
         if isinstance(policy, QuantizePolicy):
             return policy
@@ -228,7 +230,7 @@ class QuantizePolicy:
         return cls(default=policy)
 
     def match(self, name: str, layer: Any) -> int | None:
-        """Index of the first rule that matches, or `None` where the default serves."""
+        """Index of the first rule that matches the layer, or `None` if none does."""
         for index, (key, _) in enumerate(self.rules):
             if isinstance(key, str):
                 matched = fnmatch.fnmatchcase(name, key)
@@ -240,10 +242,10 @@ class QuantizePolicy:
 
 
 def resolve_config(value: ConfigLike) -> Any:
-    """A config from a preset's name; other configs pass through.
+    """The config of a preset's name; a config or `None` is returned as it is.
 
     Raises:
-        PolicyError: if the name is no preset's, or the value is no config.
+        PolicyError: if there is no preset of that name, or the value is not a config.
     """
     if isinstance(value, str):
         if value not in PRESETS:
@@ -260,7 +262,7 @@ def resolve_config(value: ConfigLike) -> Any:
 
 
 def is_foreign_config(value: Any) -> bool:
-    """Whether `value` speaks tfmot's `QuantizeConfig` protocol, which `kqat.tfmot` reads."""
+    """Whether `value` has the methods of tfmot's `QuantizeConfig`, which `kqat.tfmot` reads."""
     methods = ("get_weights_and_quantizers", "get_output_quantizers")
     return all(callable(getattr(value, method, None)) for method in methods)
 

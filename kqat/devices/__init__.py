@@ -1,5 +1,5 @@
-"""**Tables**: which device runs what. Runtimes and their kernels, targets and their fast path,
-replacements for what is not on it.
+"""**Tables**: runtimes and their kernels, targets and the operators they run fast, and activations
+that can replace slow ones.
 """
 
 from kqat.devices import edge_tpu_shapes

@@ -1,8 +1,8 @@
-"""What keeps an operator that the Edge TPU has on the CPU: its shapes, and its version.
+"""**Table**: the shapes and versions for which the Edge TPU leaves an operator to the CPU.
 
-Quotations are from Coral's "TensorFlow models on the Edge TPU", Model requirements and Supported
-operations (https://coral.ai/docs/edgetpu/models-intro/), whose table has a column of known
-limitations. Which versions the compiler knows, Coral does not list; those here are of reports.
+Quotations are from Coral's "TensorFlow models on the Edge TPU", sections Model requirements and
+Supported operations, column Known limitations (https://coral.ai/docs/edgetpu/models-intro/). Coral
+does not list the operator versions that the compiler knows; these come from users' reports.
 """
 
 # "If a tensor has more than 3 dimensions, then only the 3 innermost dimensions may have a size
@@ -13,8 +13,8 @@ SOFTMAX_ELEMENTS = 16_000
 # Mean: "If a z-reduction, the z-dimension must be multiple of 4."
 MEAN_CHANNELS = 4
 
-# Operator -> the highest version that Coral's compiler takes: it stops at a file with a higher one,
-# or leaves the operator to the CPU ("Operation version not supported"). From the issues of
+# Operator -> the highest version that Coral's compiler takes. For a higher one it stops, or leaves
+# the operator to the CPU ("Operation version not supported"). From the issues of
 # github.com/google-coral/edgetpu: 631 and 845 of compiler 16.0; 396 and 420 of 15.0, of resizing
 # with half_pixel_centers, as Keras does; 71 of libedgetpu.
 VERSIONS = {
@@ -27,16 +27,16 @@ VERSIONS = {
 
 
 def too_many_axes(shape: tuple[int, ...]) -> str | None:
-    """What is wrong with a tensor of `shape`, with or without its batch of one."""
+    """Why a tensor of `shape`, with or without a batch of one, does not map; or `None`."""
     if any(size != 1 for size in shape[:-AXES]):
         return f"has shape {shape}; only the three innermost axes may be larger than 1"
     return None
 
 
 def shape_limit(op: str, source: tuple[int, ...], result: tuple[int, ...]) -> str | None:
-    """Why an operator does not map for these shapes of its input and output, or `None`.
+    """Why an operator with these input and output shapes does not map, or `None`.
 
-    Both shapes have the batch of one, or neither.
+    Either both shapes have the batch of one, or neither has it.
     """
     if not source or not result:
         return None
@@ -61,7 +61,7 @@ def version_limit(op: str, version: int) -> str | None:
 
 
 def _reduces_last(source: tuple[int, ...], result: tuple[int, ...]) -> bool:
-    """Whether a MEAN is surely over the last axis: what is left can only be those before it."""
+    """Whether a MEAN surely reduces the last axis: its output has the shape of the others."""
     kept = [n for n in result if n != 1]
     first, last = ([n for n in part if n != 1] for part in (source[:-1], source[-1:]))
     return bool(last) and kept == first and source[-1] not in kept

@@ -1,6 +1,6 @@
-"""**Table**: which runtime has which kernel, at 8 and 16 bits and for packed weights.
+"""**Table**: which runtime has which kernels, for 8-bit and 16-bit activations and packed weights.
 
-Which runtime lacks a kernel was seen by running each operator (`benchmarks/op_probe.py`).
+`benchmarks/op_probe.py` found out by running each operator on each runtime.
 """
 
 import dataclasses
@@ -12,14 +12,15 @@ LITERT = frozenset({"litert_reference", "litert_builtin", "litert"})
 RUNTIMES = LITERT | {"tflite_micro"}
 
 
-# The operators that a table ships as: at 8 bits, and at 16, where int32 arithmetic follows.
+# The operators that a lookup table ships as: for 8-bit activations, and for 16-bit ones, which need
+# int32 arithmetic after the lookup.
 TABLE_OPS = ("CAST", "ADD", "GATHER")
 
 
 WIDE_TABLE_OPS = (*TABLE_OPS, "SUB", "MUL", "DIV")
 
 
-# Operators without an int8 kernel somewhere -> the runtimes that have one; all others run on all.
+# Operator -> the runtimes that have its int8 kernel; operators not listed run on all runtimes.
 KERNELS: dict[str, frozenset[str]] = {
     "ELU": RUNTIMES - {"litert_reference"},
     "GELU": LITERT,
@@ -43,8 +44,8 @@ class FixedScale:
         return (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale
 
 
-# The operators whose int8 kernel fixes the output's grid, and the one grid of those of them that
-# have an int16 kernel (TFLite quantization specification).
+# Operator -> the output grid that its int8 kernel demands. All their int16 kernels demand the same
+# grid (TFLite quantization specification).
 INT8_FIXED: dict[str, FixedScale] = {
     "SOFTMAX": FixedScale(1 / 256, -128),
     "LOGISTIC": FixedScale(1 / 256, -128),
@@ -64,7 +65,7 @@ class Int16Kernel:
     Args:
         version: lowest version of the operator that computes on int16.
         runtimes: the runtimes that have the int16 kernel.
-        fixed_scale: scale of the output where the kernel fixes it.
+        fixed_scale: scale of the output, if the kernel demands one.
         packed: the runtimes whose kernel also takes weights of four bits, packed two a byte.
     """
 
@@ -74,12 +75,12 @@ class Int16Kernel:
     packed: frozenset[str] = frozenset()
 
 
-# The operators with an int16 kernel; versions from TensorFlow's `lite/tools/versioning/
-# op_version.cc`. LOG_SOFTMAX has none on any runtime, PRELU none that takes slopes of eight bits;
-# ELU, HARD_SWISH, GELU and EXP are not on all, and ship as tables.
+# The operators with an int16 kernel. Versions are from TensorFlow's `lite/tools/versioning/
+# op_version.cc`. LOG_SOFTMAX has no int16 kernel on any runtime, and PRELU has none that takes int8
+# slopes. ELU, HARD_SWISH, GELU and EXP lack one on some runtimes and ship as lookup tables.
 INT16: dict[str, Int16Kernel] = {
     "CONV_2D": Int16Kernel(3, packed=LITERT),
-    # LiteRT's reads packed weights as bytes.
+    # Not packed: LiteRT's kernel reads packed weights as if they were bytes.
     "DEPTHWISE_CONV_2D": Int16Kernel(3),
     "FULLY_CONNECTED": Int16Kernel(4, packed=LITERT),
     "TRANSPOSE_CONV": Int16Kernel(3),
@@ -115,9 +116,9 @@ INT16: dict[str, Int16Kernel] = {
 }
 
 
-# Operator -> the most axes that its int8 kernel takes, on LiteRT and on TFLite Micro; all others
-# take the six that were tried (`benchmarks/rank_probe.py`). Of PRELU and L2_NORMALIZATION the
-# converter itself makes none beyond four.
+# Operator -> the most axes that its int8 kernel takes, on LiteRT and on TFLite Micro. All others
+# take at least six, the most that `benchmarks/rank_probe.py` tried. For PRELU and L2_NORMALIZATION
+# the converter makes no operators with more than four axes.
 MOST_AXES: dict[str, tuple[int, int]] = {
     "PRELU": (4, 4),
     "STRIDED_SLICE": (5, 4),
@@ -128,17 +129,17 @@ MOST_AXES: dict[str, tuple[int, int]] = {
 
 
 def most_axes(op: str, runtime: str) -> float:
-    """The most axes of a value, its batch among them, that the operator's kernel takes."""
+    """The most axes, with the batch axis, that the operator's int8 kernel takes."""
     return MOST_AXES.get(op, (math.inf, math.inf))[runtime not in LITERT]
 
 
-# Operator and bits -> the steps by which its kernel may be off, where that is more than one. These
+# (Operator, bits) -> the steps by which its kernel may be off, if more than one. These kernels
 # interpolate in tables of 513 entries, and SOFTMAX also rounds differences of its inputs to
 # 10/65535 (measured: 2 and 10 steps of 1/32768, `benchmarks/op_probe.py`).
 APPROXIMATE: dict[tuple[str, int], int] = {("TANH", 16): 2, ("SOFTMAX", 16): 10}
 
 
-# Among activations of any width, these compute on truth values and indexes.
+# These operators compute on booleans and indexes, so they run whatever the activations' width.
 INDEX_OPS = frozenset({"CAST", "LOGICAL_AND", "LOGICAL_OR", "LOGICAL_NOT"})
 
 
@@ -149,9 +150,9 @@ def runtimes_with(op: str, bits: int) -> frozenset[str]:
     return INT16[op].runtimes if op in INT16 else frozenset()
 
 
-# Bits -> operators whose kernels take weights of so many, packed into whole bytes -> the runtimes
-# that have them for one scale per axis, and for one per tensor. LiteRT's kernels of convolutions
-# refuse two bits, and TFLite Micro knows no such type.
+# Bits of packed weights -> operator -> (runtimes with a kernel for per-channel scales, runtimes
+# with one for a single scale). LiteRT's convolution kernels refuse weights of two bits, and TFLite
+# Micro does not know that type.
 PACKED: dict[int, dict[str, tuple[frozenset[str], frozenset[str]]]] = {
     2: {"FULLY_CONNECTED": (LITERT, LITERT)},
     4: {
@@ -165,9 +166,9 @@ PACKED: dict[int, dict[str, tuple[frozenset[str], frozenset[str]]]] = {
 PACKED_BITS = max(PACKED)
 
 
-# Operators with weights of which no runtime has a kernel for fewer bits than eight.
+# Operators with weights that no runtime takes packed: their weights ship as int8.
 NEVER_PACKED = ("UNIDIRECTIONAL_SEQUENCE_LSTM",)
 
 
-# An operator -> another that computes the same and packs what it does not.
+# Operator -> another operator that computes the same and has kernels for packed weights.
 PACKS_AS = {"FULLY_CONNECTED": "CONV_2D"}

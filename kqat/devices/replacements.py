@@ -1,7 +1,7 @@
-"""**Table**: a function that a device does not run fast, and the nearest that it does."""
+"""**Table**: for each activation function, similar functions that may replace it on a device."""
 
-# Function -> those nearest to it, best first; `adapt` takes the first that the target's fast path
-# has. Distances are by eye: the network is to be trained on after a change.
+# Function -> similar functions, the most similar first. `adapt` takes the first one that the target
+# runs fast. The order is a judgement by eye: the network has to be trained on after a change.
 NEAREST: dict[str, tuple[str, ...]] = {
     "silu": ("hard_silu", "relu6"),
     "mish": ("hard_silu", "relu6"),

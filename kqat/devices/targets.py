@@ -1,9 +1,8 @@
-"""The one table of devices: the runtime on each, and the operators that its fast path has.
+"""**Table**: each target's runtime, and the operators that its accelerator runs.
 
-A plan asks it before training, an export before conversion, a report about the file. Sources:
-TFLite Micro's folder `kernels/cmsis_nn` (2026-08); `vela --supported-ops-report` of Vela 5.2.0;
-Coral's "TensorFlow models on the Edge TPU" (https://coral.ai/docs/edgetpu/models-intro/). Which
-runtime lacks a kernel was seen by running each operator (`benchmarks/op_probe.py`).
+The plan reads it before training, the exporter before conversion, and the report for the file.
+Sources: TFLite Micro's folder `kernels/cmsis_nn` (2026-08); `vela --supported-ops-report` of Vela
+5.2.0; Coral's "TensorFlow models on the Edge TPU" (https://coral.ai/docs/edgetpu/models-intro/).
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ _CMSIS_NN = frozenset(
     "MAX_POOL_2D MINIMUM MUL PAD SOFTMAX SVDF TRANSPOSE TRANSPOSE_CONV "
     "UNIDIRECTIONAL_SEQUENCE_LSTM".split()
 )
-# Those of whose functions that folder calls one for int16.
+# The operators for which that folder calls an int16 function of CMSIS-NN.
 _CMSIS_NN_INT16 = frozenset(
     "ADD AVERAGE_POOL_2D BATCH_MATMUL CONV_2D DEPTHWISE_CONV_2D FULLY_CONNECTED MAX_POOL_2D MUL "
     "SOFTMAX".split()
@@ -44,7 +43,8 @@ _ETHOS_U85 = _ETHOS_U55 | frozenset(
     "LOGICAL_NOT LOGICAL_OR NOT_EQUAL READ_VARIABLE REDUCE_ALL REDUCE_ANY SCATTER_ND SELECT "
     "SELECT_V2".split()
 )
-# "IFM … must be Int8" in Vela's report; on the U85 that of BATCH_MATMUL says nothing.
+# Operators for which Vela's report says "IFM … must be Int8". For the U85 it does not say so of
+# BATCH_MATMUL.
 _ETHOS_INT8_ONLY = frozenset({"ELU", "GELU"})
 _ETHOS_U55_INT8_ONLY = _ETHOS_INT8_ONLY | {"BATCH_MATMUL"}
 _EDGE_TPU = frozenset(
@@ -57,7 +57,7 @@ _EDGE_TPU = frozenset(
 
 
 class TargetWarning(UserWarning):
-    """Some layers will not run on the target's fast path."""
+    """Some layers will not run on the target's accelerator."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,12 @@ class Target:
 
     Attributes:
         name, description: what it is.
-        runtime: what runs the file, or what the accelerator leaves of it.
-        accelerator: what is faster than that runtime's own kernels; empty for none.
-        accelerated: the operators that it has.
-        accelerated_int16: those that it also has for activations of 16 bits.
+        runtime: the runtime that runs the file, or the operators that the accelerator does not.
+        accelerator: hardware or a library that is faster than the runtime's kernels; "" for none.
+        accelerated: the operators that the accelerator runs.
+        accelerated_int16: those that it also runs with activations of 16 bits.
         packs_weights: whether weights of fewer than eight bits may be packed.
-        notes_only: whether an operator off the fast path is merely worth a note.
+        notes_only: whether an operator that is not accelerated is a note only, and no warning.
     """
 
     name: str
@@ -84,23 +84,23 @@ class Target:
     notes_only: bool = False
 
     def accelerates(self, op: str, bits: int = 8) -> bool:
-        """Whether the accelerator has the operator for activations of `bits` bits."""
+        """Whether the accelerator runs the operator for activations of `bits` bits."""
         if bits == 8 or op in INDEX_OPS:
             return op in self.accelerated
         return op in self.accelerated_int16 & INT16.keys()
 
     def runs(self, op: str, bits: int = 8) -> bool:
-        """Whether anything on the device runs the operator on integers of `bits` bits."""
+        """Whether the accelerator or the runtime has the operator for integers of `bits` bits."""
         return self.accelerates(op, bits) or self.runtime in runtimes_with(op, bits)
 
     def is_fast(self, op: str, bits: int = 8) -> bool:
-        """Whether the operator runs on the accelerator; where there is none, whether it runs."""
+        """Whether the accelerator runs the operator; without one, whether the runtime does."""
         return self.accelerates(op, bits) if self.accelerator else self.runs(op, bits)
 
     def packs(self, op: str, per_tensor: bool, bits: int = 8) -> bool:
-        """Whether the operator takes packed weights there, with one scale or one per axis.
+        """Whether the operator takes packed weights on this target.
 
-        `bits` is the width of the activations.
+        `per_tensor` says whether they have a single scale; `bits` is the width of the activations.
         """
         if bits == 16:
             takes = [self.runtime in INT16[op].packed] if op in INT16 else []
@@ -111,20 +111,20 @@ class Target:
 
     @property
     def decodes_weights(self) -> bool:
-        """Whether the runtime may decode weights at run time, and nothing else must know them."""
+        """Whether weights may ship encoded: the runtime decodes them, and no NPU has to."""
         return self.packs_weights and self.runtime == "tflite_micro"
 
     def unfit(self, ops: Collection[str], table: bool, bits: int = 8) -> dict[str, bool]:
-        """Those operators of a layer that do not run on the fast path, and whether they run.
+        """The operators of a layer that are not fast -> whether the device runs them at all.
 
         Args:
-            ops: what the layer may become.
-            table: whether it may become a table instead.
+            ops: the operators that the layer may become.
+            table: whether it may become a lookup table instead.
             bits: width of its activations.
         """
         slow = {op: self.runs(op, bits) for op in ops if not self.is_fast(op, bits)}
         if table and (slow or not ops):
-            # These compute on bytes and int32, whatever the width.
+            # The operators of a table compute on int8 and int32, whatever the activations' width.
             parts = TABLE_OPS if bits == 8 else WIDE_TABLE_OPS
             return {op: self.runs(op) for op in parts if not self.is_fast(op)}
         return slow
@@ -186,10 +186,10 @@ class Misfit:
 
     Attributes:
         layer: its name.
-        operators: those of it that it is about.
-        blocking: whether nothing on the device runs them; else they are slow, or large.
+        operators: the operators of the layer that do not fit.
+        blocking: whether nothing on the device runs them; if not, they are only slow or large.
         reason: why it does not fit.
-        replacement: the activation to take in the place of its own, `None` where none is known.
+        replacement: the activation that can replace the layer's, `None` if none is known.
         remedy: what to do, in words.
     """
 
@@ -206,10 +206,10 @@ class Misfit:
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """An activation function that may take the place of a layer's own, as kernels see it.
+    """An activation function that may replace a layer's, and the operators that it needs.
 
     Attributes:
-        function: Keras's name of it.
+        function: Keras's name of the function.
         ops: the operators that it becomes.
         table: whether it may become a lookup table instead.
     """
@@ -227,13 +227,13 @@ def misfit(
     target: Target,
     bits: int = 8,
 ) -> Misfit:
-    """What to say about a layer some of whose operators do not fit.
+    """The report about a layer with operators that do not fit the target.
 
     Args:
         layer: its name.
-        ops: the operators that are not on the accelerator, and whether anything runs them.
-        function: the layer's activation, where it has one.
-        replacements: the functions nearest to that, best first; the first that fits is taken.
+        ops: operator that is not accelerated -> whether the device runs it at all.
+        function: the layer's activation, if it has one.
+        replacements: similar functions, the most similar first; the first that fits is taken.
         target: the device.
         bits: width of the layer's activations.
     """
@@ -244,7 +244,7 @@ def misfit(
     elif bits > 8 and set(ops) == {"QUANTIZE"}:
         remedy = "give the layers on both sides of it one width"
     elif bits > 8 and all(target.is_fast(op) for op in ops):
-        remedy = "give it 'int8' in the policy, for which the kernel is there"
+        remedy = "give it 'int8' in the policy: the target has the int8 kernel"
     elif target.accelerator:
         remedy = "use other layers if that is too slow"
     else:
@@ -266,7 +266,7 @@ def target_named(name: str) -> Target:
     """The target of that name.
 
     Raises:
-        TargetError: if there is none.
+        TargetError: if there is no target of that name.
     """
     if name not in TARGETS:
         raise TargetError(f"Expected one of the targets {sorted(TARGETS)}. Received: {name!r}.")

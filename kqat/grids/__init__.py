@@ -1,5 +1,5 @@
-"""Integer grids and their arithmetic: `QuantSpec`, `Site`, fake quantization, and the ways to find
-a range or the step of a weight.
+"""Integer grids and their arithmetic: `QuantSpec`, `Site`, fake quantization, range methods for
+activations and step methods for weights.
 """
 
 from kqat.grids import arithmetic

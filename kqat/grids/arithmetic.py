@@ -1,16 +1,16 @@
-"""Affine quantization arithmetic: float in, float on the integer grid out.
+"""Fake quantization of activations and weights: floats in, floats on an integer grid out.
 
-On the TensorFlow backend the fused `FakeQuantWithMinMaxVars` kernels do the work; elsewhere
-the same formula is spelled in `keras.ops`. Both equal `tests/kqat/reference.py`, plain NumPy,
-bit for bit. In words, for a range `[low, high]` that contains zero (all in float32):
+The TensorFlow backend uses the fused `FakeQuantWithMinMaxVars` kernels. Other backends compute
+the same formula with `keras.ops`. Both equal the NumPy code of `tests/kqat/reference.py` bit for
+bit. For a range `[low, high]` that contains zero, all in float32:
 
     scale      = (high - low) / (qmax - qmin)
     zero_point = clip(round(qmin - low / scale), qmin, qmax)
     q          = floor((clip(x, nudged_low, nudged_high) - nudged_low) / scale + 0.5) + qmin
     output     = (q - zero_point) * scale
 
-so zero is always exactly representable. The gradient is the straight-through estimator
-(Bengio et al. 2013, https://arxiv.org/abs/1308.3432): one inside the range, zero outside.
+Zero is always on the grid. The gradient is the straight-through estimator (Bengio et al. 2013,
+https://arxiv.org/abs/1308.3432): one inside the range, zero outside.
 Scheme: Jacob et al. 2018, sections 2.1 and 3 (https://arxiv.org/abs/1712.05877).
 """
 
@@ -24,26 +24,27 @@ from keras import ops
 from kqat.grids.clamp import Clamp
 from kqat.grids.spec import QuantSpec
 
-# TensorFlow's kernels flush subnormal floats to zero and NumPy does not. Above this bound no
-# intermediate result that matters is subnormal: a step is 2**-116 at least.
+# TensorFlow's kernels flush subnormal floats to zero, and NumPy does not. For a range of at least
+# this width a step is at least 2**-116, so no intermediate result that matters is subnormal.
 SMALLEST_RANGE = 2.0**-100
-# Below this bound `high - low` does not overflow.
+# With bounds of at most this magnitude `high - low` does not overflow.
 LARGEST_BOUND = 2.0**126
-# What an attention mask adds to a score that it hides, on integers: more than scores may spread,
-# and XNNPACK's ADD takes operands of up to 256 times its output's scale.
+# The bias that an integer attention mask adds to a masked score. It is larger than the spread of
+# scores. It may not be much larger: XNNPACK's ADD takes operands whose scale is at most 256 times
+# that of the output.
 HIDDEN = -1024.0
-# What such a score is in floats, in float16 too.
+# The value of a masked score in a float model; float16 holds it too.
 LOWEST = -30000.0
-# What float32 logarithms are off by: a range that is a power of two keeps it.
+# Tolerance for the error of float32 logarithms, so that a power of two stays what it is.
 _ALMOST = 1e-5
 
 
 def widen(low: Any, high: Any) -> tuple[Any, Any]:
-    """Makes a range usable: `low <= 0 <= high`, and one unit wide where it is only zero.
+    """Makes a range usable: it contains zero, is not empty and does not overflow.
 
-    A constant zero activation has no range; on a grid of one unit it stays exactly zero. "Only
-    zero" is what is narrower than `SMALLEST_RANGE`; bounds beyond `LARGEST_BOUND` are cut. NaN
-    stays NaN.
+    A range narrower than `SMALLEST_RANGE`, such as that of an activation that is always zero, gets
+    `high = 1`; zero is exact on that grid too. Bounds beyond `LARGEST_BOUND` are clipped to it.
+    NaN stays NaN.
     """
     low = ops.maximum(ops.minimum(low, 0.0), -LARGEST_BOUND)
     high = ops.minimum(ops.maximum(high, 0.0), LARGEST_BOUND)
@@ -51,11 +52,11 @@ def widen(low: Any, high: Any) -> tuple[Any, Any]:
 
 
 def symmetrize(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
-    """The least range around `[low, high]` on whose grid real zero is integer zero.
+    """The smallest range around `[low, high]` on whose grid real zero is integer zero.
 
-    Not `[-m, m]` but `low / qmin == high / qmax`: between 256 integers `[-m, m]` has its zero at
-    half a step, which rounds either way, and `m` itself is cut off. Where the scale is to be a
-    power of two, the least that is.
+    The result has `low / qmin == high / qmax`. It is not `[-m, m]`: on 256 integers that range has
+    its zero half a step from an integer, and `m` itself is clipped. With `spec.power_of_two` the
+    scale is the smallest power of two that holds the range.
     """
     ratio = spec.qmin / spec.qmax
     high = ops.maximum(high, low * (1.0 / ratio))
@@ -66,7 +67,7 @@ def symmetrize(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
 
 
 def bounds(x: Any, clamp: Clamp | None) -> tuple[Any, Any]:
-    """Least and greatest of `x` and zero, after the clamp; float32 scalars without a gradient."""
+    """Minimum and maximum of `x` and zero after the clamp; float32 scalars without a gradient."""
     low = ops.zeros((), "float32") if clamp else ops.minimum(ops.min(x), 0.0)
     high = ops.maximum(ops.max(x), 0.0)
     if clamp is Clamp.RELU6:
@@ -75,10 +76,11 @@ def bounds(x: Any, clamp: Clamp | None) -> tuple[Any, Any]:
 
 
 def shown_bounds(x: Any, spec: QuantSpec) -> tuple[Any, Any]:
-    """`bounds` of the scores that no mask hides, the lower one with room for the hidden ones.
+    """`bounds` of the unmasked attention scores, with the lower one moved down for masked scores.
 
-    The room is such that softmax over the last axis gives all hidden keys together less than half
-    a step of its output, be they as many as they can: `exp(-room) * keys < 2**-(bits + 1)`.
+    Masked scores are clipped to the lower bound. It lies so far below the smallest unmasked score
+    that softmax over the last axis gives all masked keys together less than half a step of its
+    output: `exp(-room) * keys < 2**-(bits + 1)`.
     """
     low, high = bounds(ops.where(x == LOWEST, 0.0, x), None)
     return low - hidden_room(spec, x.shape[-1]), high
@@ -92,32 +94,34 @@ def hidden_room(spec: QuantSpec, keys: int) -> float:
 def nudge(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
     """Scale (float32) and zero point (int32) of the grid over `[low, high]`.
 
-    The rounding is that of TensorFlow's fake-quant kernels, so these are the very parameters
-    that training used. Shapes: `low`, `high` and both results alike.
+    The rounding is that of TensorFlow's fake-quant kernels, so these are exactly the parameters
+    that training used. `low`, `high` and both results have the same shape.
     """
     low, high = (np.asarray(v, np.float32) for v in (low, high))
     levels = np.float32(spec.qmax - spec.qmin)
     scale = (high - low) / levels
-    # TensorFlow counts from 0 (1 if narrow); shifting keeps its float rounding identical.
+    # TensorFlow's integers start at 0 (1 if narrow). Computing with these and shifting at the end
+    # gives the same float roundings.
     first = np.float32(spec.narrow_range)
     from_low = first - low / scale
-    # Not floor(from_low + 0.5), a sum that float32 rounds up to 1 for the number below 0.5.
+    # Not floor(from_low + 0.5): for the largest float32 below 0.5 that sum rounds up to 1.
     down = np.floor(from_low)
     zero = np.minimum(down + (from_low - down >= np.float32(0.5)), first + levels)
     return scale, (zero - first).astype(np.int32) + np.int32(spec.qmin)
 
 
 def fake_quantize(x: Any, low: Any, high: Any, spec: QuantSpec) -> Any:
-    """Rounds `x` to the per-tensor grid over `[low, high]`, straight-through inside it.
+    """Rounds `x` to the per-tensor grid over `[low, high]`.
 
-    Outside the range the gradient goes to the bound that cut `x`.
+    Inside the range the gradient passes straight through to `x`. Outside it goes to the bound that
+    clipped `x`.
 
-    XLA, by which Keras compiles on GPUs, has a formula of its own for the fused kernel: outputs
-    are off the grid by float roundings, and ties can fall the other way.
+    XLA, with which Keras compiles on GPUs, computes the fused kernel by another formula. There the
+    outputs are off the grid by float roundings, and ties can round the other way.
 
     Args:
         x: float32 tensor of any shape.
-        low, high: float32 scalars as `widen` leaves them.
+        low, high: float32 scalars from `widen`.
         spec: the grid; its `axis` must be `None`.
     """
     if keras.backend.backend() == "tensorflow":
@@ -130,11 +134,11 @@ def fake_quantize(x: Any, low: Any, high: Any, spec: QuantSpec) -> Any:
 
 
 def _fake_quantize_ops(x: Any, low: Any, high: Any, spec: QuantSpec) -> Any:
-    """The formula of the fused kernel in `keras.ops`; the float operations keep its order."""
+    """The formula of the fused kernel in `keras.ops`, with its order of float operations."""
 
     def hidden(constant: float) -> Any:
-        # A compiler that knows a constant divides by it by multiplying with its reciprocal, and
-        # adds it in another order: both round differently.
+        # A compiler that sees a constant replaces a division by a multiplication with its
+        # reciprocal, and reorders additions. Both round differently, so the constant is hidden.
         return ops.where(high > low, constant, 0.0)
 
     first = float(spec.narrow_range)
@@ -153,21 +157,22 @@ def _fake_quantize_ops(x: Any, low: Any, high: Any, spec: QuantSpec) -> Any:
 
 
 def weight_scale(weight: Any, spec: QuantSpec) -> Any:
-    """Scale of a symmetric grid that just holds the largest magnitude of `weight`.
+    """Scale of the symmetric grid whose largest integer is the largest magnitude of `weight`.
 
-    Shape: `weight.shape` with every axis that is not in `spec.axis` reduced to 1. An all-zero
-    channel has scale 1, on which zero is exact; so has one whose step would be below
-    `SMALLEST_RANGE`. NaN and infinity show in the scale.
+    Shape: `weight.shape` with every axis that is not in `spec.axis` reduced to 1. A channel whose
+    scale would be below `SMALLEST_RANGE`, such as one of zeros only, has scale 1. NaN or infinity
+    in the weights gives NaN or infinity as scale.
     """
     largest = ops.max(ops.abs(weight), axis=shared_axes(weight, spec), keepdims=True)
-    # A compiler that knows the divisor multiplies by its reciprocal, which rounds differently:
-    # training would use other scales than freezing. So it is hidden; NaN stays NaN.
+    # A compiler that sees a constant divisor multiplies by its reciprocal, which rounds
+    # differently: training would use other scales than freezing. So the divisor is hidden behind a
+    # `where`; NaN stays NaN.
     qmax = ops.where(largest >= 0.0, float(spec.qmax), 0.0)
     return usable_scale(largest / qmax)
 
 
 def usable_scale(scale: Any) -> Any:
-    """`scale`, but 1 where it is below `SMALLEST_RANGE`: there is nothing there but zero."""
+    """`scale`, but 1 where it is below `SMALLEST_RANGE`: such weights are all as good as zero."""
     return ops.where(scale < SMALLEST_RANGE, ops.ones_like(scale), scale)
 
 
@@ -179,9 +184,9 @@ def mean_magnitude(weight: Any, spec: QuantSpec) -> Any:
 def fake_quantize_weight(weight: Any, scale: Any, spec: QuantSpec) -> Any:
     """Rounds `weight` to the symmetric grid of step `scale`; the gradient passes unchanged.
 
-    Rounds half away from zero, as the TensorFlow converter does. Nothing lies outside a
-    max-abs range but by a float rounding, so no gradient is cut: the fused kernels would stop
-    the largest weight of many a channel.
+    Rounds half away from zero, as the TensorFlow converter does. A max-abs range contains all
+    weights, up to float rounding, so the gradient is not cut anywhere. The fused kernels would cut
+    it for the largest weight of many channels.
 
     `output == q * scale` exactly, with integers `q` in `[-qmax, qmax]`.
     """
@@ -197,7 +202,7 @@ def round_weight(weight: Any, scale: Any, spec: QuantSpec) -> Any:
 
 
 def straight_through(value: Any, source: Any) -> Any:
-    """`value` to the bit, with the gradient of `source`."""
+    """`value`, bit for bit, with the gradient of `source`."""
     # The difference is exactly zero; it carries the gradient.
     return ops.stop_gradient(value) + (source - ops.stop_gradient(source))
 

@@ -1,9 +1,9 @@
 """The grid of a bias: one step is the input's scale times the weights' scale.
 
-Kernels add an int32 bias to their sums of integers (int64 where activations have 16 bits), so a
-bias ships as a whole number of such steps. Source: TFLite 8-bit quantization specification
-(https://ai.google.dev/edge/litert/models/quantization_spec). Training adds what `on_bias_grid`
-gives; the file holds `bias_steps`.
+Kernels add an int32 bias (int64 for activations of 16 bits) to their sums of integers. So a bias
+ships as an integer number of such steps. Source: TFLite 8-bit quantization specification
+(https://ai.google.dev/edge/litert/models/quantization_spec). The QAT model adds the bias from
+`on_bias_grid`, and the file holds the integers from `bias_steps`.
 """
 
 from collections.abc import Callable
@@ -14,27 +14,27 @@ from keras import ops
 
 from kqat.grids.arithmetic import straight_through
 
-# Activation bits -> the largest bias in steps: half of what the kernel may add up, int32, or the 48
-# bits that rescaling takes of int64.
+# Activation bits -> the largest bias in steps: half of the range of the kernel's sums, which are
+# int32, or the 48 bits of an int64 that requantization reads.
 LARGEST_BIAS: dict[int, float] = {8: 2.0**30, 16: 2.0**46}
 
 
 def bias_steps(bias: Any, step: Any, rint: Callable[[Any], Any] = np.rint) -> Any:
-    """`bias` as a whole number of steps, rounded half to even; of the type that `rint` gives.
+    """`bias` as an integer number of steps, rounded half to even, in the type that `rint` returns.
 
     Args:
         bias: one number per channel.
-        step: input scale times weight scale: one, or one per channel.
-        rint: NumPy's, or that of another library of arrays.
+        step: input scale times weight scale; one number, or one per channel.
+        rint: NumPy's function, or that of another array library.
     """
     return rint(bias / step)
 
 
 def least_bias_step(bias: np.ndarray, bits: int) -> np.ndarray:
-    """The finest step in which `bias` has no more than `LARGEST_BIAS[bits]` steps; float64.
+    """The smallest step for which `bias` has at most `LARGEST_BIAS[bits]` steps; float64.
 
-    A channel whose weights are tiny beside its bias (a dead channel, often, after folding) has a
-    finer one. There the scale of the weights gives way.
+    A channel whose weights are tiny compared with its bias (often a dead channel after folding)
+    would have a smaller step. Its weights then get a larger scale.
     """
     return np.abs(np.asarray(bias, np.float64)) / LARGEST_BIAS[bits]
 
@@ -44,9 +44,9 @@ def on_bias_grid(bias: Any, step: Any) -> Any:
 
     Args:
         bias: tensor of shape `(channels,)`.
-        step: as for `bias_steps`. Where it is zero or so fine that float32 has no fraction left the
-            bias stays as it is: the file's grid has 30 bits there, and float32 24.
+        step: as for `bias_steps`. If it is zero, or so small that the bias has 2**24 steps or more,
+            the bias is not rounded: float32 has only 24 bits there.
     """
     steps = bias_steps(bias, step, ops.round)
-    exact = ops.abs(steps) < 2.0**24  # Nor is NaN or infinity, of a step of zero.
+    exact = ops.abs(steps) < 2.0**24  # False for NaN and infinity, from a step of zero.
     return straight_through(ops.where(exact, steps * step, bias), bias)

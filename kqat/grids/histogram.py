@@ -1,8 +1,8 @@
-"""A histogram that grows with what it sees and forgets nothing about its order, having none.
+"""`Histogram`: counts the values of one tensor, independent of the order in which they come.
 
-Bins are `2**exponent` wide and aligned to zero, counts are integers. A coarser bin is exactly two
-finer ones, so the histogram of all values is the same to the bit whatever the order and the
-portions in which they came.
+Bins are `2**exponent` wide and aligned to zero, and counts are integers. A coarser bin is exactly
+two finer ones. So the histogram of all values is the same, bit for bit, for any order and any
+batch size.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 from kqat.grids.arithmetic import SMALLEST_RANGE
 
 BINS = 4096
-# Below it a bin is narrower than any step of a grid.
+# The smallest exponent: such a bin is narrower than any step of a grid.
 _FINEST = -112
 
 
@@ -37,22 +37,22 @@ class Tail:
         return np.maximum(second - 2.0 * bound * first + bound**2 * count, 0.0)
 
     def count_beyond(self, bound: np.ndarray) -> np.ndarray:
-        """How many values lie beyond `bound`."""
+        """The number of values beyond `bound`."""
         return np.interp(bound, self.edges, self.count)
 
     def bound_of(self, count: float) -> float:
-        """The least bound beyond which no more than `count` values lie."""
+        """The smallest bound with at most `count` values beyond it."""
         return float(np.interp(-count, -self.count, self.edges))
 
 
 class Histogram:
-    """What was seen of one tensor.
+    """The histogram of all values of one tensor.
 
     Attributes:
-        low, high: exact least and greatest value of all, zero included.
-        counts: int64, the number of values in each bin that is not empty by construction.
+        low, high: exact minimum and maximum of all values and zero.
+        counts: int64, the number of values in each bin from bin `first` on.
         first: the index of the first bin; bin `i` is `[i, i + 1) * 2**exponent`.
-        zeros: how many values are exactly zero; they are in no bin.
+        zeros: the number of values that are exactly zero; they are in no bin.
     """
 
     def __init__(self) -> None:
@@ -65,13 +65,13 @@ class Histogram:
 
     @property
     def total(self) -> int:
-        """How many values were counted."""
+        """The number of all values."""
         return self.zeros + int(self.counts.sum())
 
     def add(self, values: np.ndarray, low: float, high: float) -> None:
-        """Takes in finite float32 `values` of any shape, which lie inside `[low, high]`.
+        """Adds finite float32 `values` of any shape, all inside `[low, high]`.
 
-        `values` may be a part of a tensor whose extremes `low` and `high` are.
+        `values` may be a part of a tensor; `low` and `high` are the extremes of the whole tensor.
         """
         self._grow(low, high)
         zeros = values.size - np.count_nonzero(values)
@@ -85,7 +85,7 @@ class Histogram:
         self.zeros += int(zeros)
 
     def merge(self, other: "Histogram") -> None:
-        """Takes in all that `other` has seen."""
+        """Adds all values of `other`."""
         self._grow(other.low, other.high)
         shift = self.exponent - other.exponent
         index = (np.arange(len(other.counts)) + other.first) >> shift
@@ -93,12 +93,12 @@ class Histogram:
         self.zeros += other.zeros
 
     def tail(self, upper: bool) -> Tail:
-        """The running sums of the values above zero, or of those below, mirrored."""
+        """The running sums of the values above zero, or of the mirrored values below zero."""
         counts = self.counts[-self.first :] if upper else self.counts[: -self.first][::-1]
         width = 2.0**self.exponent
         edges = np.arange(len(counts) + 1) * width
         middle = (np.arange(len(counts)) + 0.5) * width
-        # The extreme itself is known, and is inside its bin.
+        # The outermost edge is the extreme itself, which is known exactly.
         edges[-1] = min(
             edges[-1], max(self.high if upper else -self.low, edges[:-1].max(initial=0.0))
         )
@@ -110,7 +110,7 @@ class Histogram:
         return Tail(edges, beyond(weights), beyond(weights * middle), beyond(weights * middle**2))
 
     def _grow(self, low: float, high: float) -> None:
-        """Makes bins for `[low, high]`, in place of pairs of narrower ones where needed."""
+        """Makes bins for `[low, high]`; if they are too many, merges pairs into wider ones."""
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
         exponent = self.exponent
         while self._last(exponent) - self._first(exponent) >= BINS:
@@ -129,5 +129,5 @@ class Histogram:
         return int(np.floor(self.high * 2.0**-exponent))
 
     def is_zero(self) -> bool:
-        """Whether nothing but zero was seen."""
+        """Whether all values are zero."""
         return self.high - self.low < SMALLEST_RANGE

@@ -1,7 +1,7 @@
-"""Ways to find the range of an activation or the step of a weight, one file each.
+"""**Tables**: the range methods of activations and the step methods of weights, by saved name.
 
-All are frozen and plain data. `RANGE_METHODS` and `STEP_METHODS` are the tables that a saved model
-is read back through.
+Each method is a frozen dataclass in a module of its own. `RANGE_METHODS` and `STEP_METHODS` map the
+names in a saved model to them.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ RANGE_METHODS: dict[str, type] = {
     "fixed": Fixed,
 }
 
-# By what name each is given to `calibrate`.
+# The name that `calibrate` takes -> the calibration method.
 CALIBRATION_METHODS: dict[str, type] = {
     name: RANGE_METHODS[name] for name in ("minmax", "percentile", "mse", "entropy")
 }
@@ -50,10 +50,10 @@ STEP_METHODS: dict[str, type] = {
 
 
 def calibration_method(method: Any) -> CalibrationMethod:
-    """A way to find ranges from calibration data, from its name or itself.
+    """The calibration method of a name; a calibration method is returned as it is.
 
     Raises:
-        CalibrationError: if there is none of that name, or it is something else.
+        CalibrationError: if there is no method of that name, or `method` is something else.
     """
     if isinstance(method, str) and method in CALIBRATION_METHODS:
         return CALIBRATION_METHODS[method]()

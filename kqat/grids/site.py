@@ -1,4 +1,4 @@
-"""`Site`: a value that is an integer in the file, and its grid."""
+"""`Site`: a value of the model that is an integer tensor in the file, and its grid."""
 
 import dataclasses
 from typing import Any
@@ -9,9 +9,9 @@ from keras import ops
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One value that is an integer in the file.
+    """One value of the model that is an integer tensor in the file.
 
-    Invariant: real value == (integer - zero_point) * scale. `shape` leaves the batch out.
+    Invariant: real value == (integer - zero_point) * scale. `shape` is without the batch axis.
     """
 
     name: str
@@ -22,12 +22,12 @@ class Site:
 
     @property
     def grid(self) -> tuple[np.float32, int, int]:
-        """Scale, zero point and bits: sites with equal grids have equal integers for a value."""
+        """Scale, zero point and bits: sites with equal grids store a value as the same integer."""
         return self.scale, self.zero_point, self.bits
 
     def integers(self, real: Any) -> Any:
-        """The integers of real values, as floats: `floor(real / scale + 1/2) + zero_point`, or the
-        nearest that the bits hold.
+        """The integers of real values, as floats: `floor(real / scale + 1/2) + zero_point`, clipped
+        to the integers that the bits hold.
 
         Args:
             real: NumPy array or tensor of any shape, float32; the result is of its kind and shape.
@@ -41,5 +41,5 @@ class Site:
         return (integers.astype(np.float32) - np.float32(self.zero_point)) * self.scale
 
     def rounded(self, real: Any) -> Any:
-        """The values of the grid nearest to those of a float32 tensor of any shape."""
+        """The nearest values on the grid, for a float32 tensor of any shape."""
         return (self.integers(real) - np.float32(self.zero_point)) * self.scale

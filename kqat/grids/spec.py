@@ -1,4 +1,4 @@
-"""Value types that describe an integer grid; no Keras, no tensors.
+"""`QuantSpec`: bits, symmetry and axis of an integer grid, as plain data.
 
 A grid of `bits` bits holds the integers `[qmin, qmax]`; a real value is
 `(q - zero_point) * scale`. Source: TFLite 8-bit quantization specification
@@ -23,16 +23,16 @@ class QuantSpec:
     Invariants:
       * `qmax - qmin == 2**bits - 1`, or one less with `narrow_range`
       * `symmetric` implies `zero_point == 0`
-      * one bit is the grid of −1 and 1, which has no zero and no integer to leave out
+      * the grid of one bit is −1 and 1: it has no zero, and `narrow_range` does not apply
 
     Args:
         bits: width of an integer, 2 to 16; 1 on a symmetric grid.
         symmetric: whether real zero is integer zero.
         narrow_range: whether the lowest integer is left out (−127 … 127 for 8 bits).
-        power_of_two: whether a symmetric grid's scale is a power of two, for 16 bits one from
-            2**-15 to 2**-9, which the tanh of a fused LSTM can read.
-        axis: `None` for one scale per tensor; an axis or a tuple of axes that each keep their
-            own scale; `"channel"` for the output-channel axis that the registry knows.
+        power_of_two: whether a symmetric grid's scale is a power of two. With 16 bits it is one
+            from 2**-15 to 2**-9, the scales that the tanh of a fused LSTM can read.
+        axis: `None` for one scale per tensor; an axis or a tuple of axes for one scale per index
+            along them; `"channel"` for the output-channel axis that the registry names.
 
     Raises:
         SpecError: if the fields do not describe a grid.
@@ -57,16 +57,16 @@ class QuantSpec:
                 raise SpecError(f"Expected True or False. Received: {name}={value!r}.")
         if self.bits == 1 and self.narrow_range:
             raise SpecError(
-                "Expected a grid of one bit, −1 and 1, to be whole. Received: narrow_range=True. "
-                "Use narrow_range=False, or bits=2 for −1, 0 and 1."
+                "Expected narrow_range=False for a grid of one bit: it has −1 and 1 only. "
+                "Received: narrow_range=True. Use narrow_range=False, or bits=2 for −1, 0 and 1."
             )
         if self.power_of_two and not self.symmetric:
             raise SpecError(
-                "Expected a symmetric grid where the scale is a power of two. Received: "
+                "Expected a symmetric grid for power_of_two=True. Received: "
                 "power_of_two=True, symmetric=False. Use symmetric=True."
             )
         axis: object = self.axis
-        if isinstance(axis, list):  # JSON has no tuples
+        if isinstance(axis, list):  # JSON has lists instead of tuples
             axis = tuple(axis)
             object.__setattr__(self, "axis", axis)
         if not _is_axis(axis):
@@ -76,8 +76,8 @@ class QuantSpec:
             )
         if self.axis is not None and not self.symmetric:
             raise SpecError(
-                f"Expected a symmetric grid where scales are per axis: integer kernels take no "
-                f"per-axis zero point. Received: symmetric=False, axis={self.axis!r}. "
+                f"Expected a symmetric grid for scales per axis: integer kernels take no per-axis "
+                f"zero point. Received: symmetric=False, axis={self.axis!r}. "
                 "Use symmetric=True."
             )
 

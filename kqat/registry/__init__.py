@@ -1,5 +1,5 @@
-"""**The table**: all that is known of a Keras layer (`layer_table`) or a `keras.ops` function
-(`operation_table`), and why the others are refused (`refusals`).
+"""**The table**: one row for each Keras layer (`layer_table`) and `keras.ops` function
+(`operation_table`), and the reasons why the others are refused (`refusals`).
 """
 
 from kqat.registry.layer_facts import LayerFacts

@@ -1,4 +1,4 @@
-"""LSTMs whose steps are in the layers of one operator, UNIDIRECTIONAL_SEQUENCE_LSTM."""
+"""Rows and rewrites of LSTMs that ship as one UNIDIRECTIONAL_SEQUENCE_LSTM operator."""
 
 from typing import Any
 
@@ -11,7 +11,8 @@ from kqat.parts import CARRY, GATES, FrozenLSTM, LstmState, Recurrence, Recurren
 from kqat.registry.rule import LayerRule, Output
 from kqat.rewrites import Builder, Decomposed, bidirectional, rnn
 
-# What the operator computes; it begins with zero states, and hands none of them on.
+# The options of an LSTM that the operator computes. It also starts from zero states and does not
+# output its last ones.
 _OPTIONS = {
     "return_state": False,
     "cell": "LSTMCell",
@@ -24,7 +25,7 @@ _OPTIONS = {
 _OPERATOR = "UNIDIRECTIONAL_SEQUENCE_LSTM"
 _TAKES_LAST = ("STRIDED_SLICE", "RESHAPE")
 OPS = (_OPERATOR, "GATHER")
-# Rows of the registry.
+# Rows of the registry for the parts of a fused LSTM.
 KINDS: dict[tuple[type, str], LayerRule] = {
     (FrozenLSTM, RecurrenceKind.FUSED): LayerRule(output=Output.OWN, ops=(_OPERATOR,)),
     (Recurrence, RecurrenceKind.FUSED): LayerRule(output=Output.INSIDE, ops=_TAKES_LAST),
@@ -44,10 +45,10 @@ KINDS: dict[tuple[type, str], LayerRule] = {
 
 
 def fused_rnn(layer: Any, name: str, *, flip: bool = False) -> Decomposed:
-    """As `kqat.rewrites.layers.recurrent.rnn`, of LSTM cells.
+    """As `kqat.rewrites.layers.recurrent.rnn`, for LSTM cells that ship fused.
 
     Raises:
-        UnsupportedLayerError: if the operator does not compute what the layer does.
+        UnsupportedLayerError: if the layer has options that the operator does not compute.
     """
     for cell in getattr(layer.cell, "cells", [layer.cell]):
         _check({"return_state": layer.return_state, **_options(cell)}, name)
@@ -61,12 +62,12 @@ def fused_rnn(layer: Any, name: str, *, flip: bool = False) -> Decomposed:
 
 
 def fused_bidirectional(layer: Any, name: str) -> Decomposed:
-    """As `kqat.rewrites.layers.recurrent.bidirectional`, of two LSTMs as `fused_rnn` makes them."""
+    """As `kqat.rewrites.layers.recurrent.bidirectional`, with two LSTMs from `fused_rnn`."""
     return bidirectional(layer, name, make=fused_rnn)
 
 
 def _options(cell: Any) -> dict[str, Any]:
-    """What the operator must compute for a cell."""
+    """The options of a cell that the operator has to compute."""
     if not isinstance(cell, layers.LSTMCell):
         return {"cell": type(cell).__name__}
     functions = ("activation", "recurrent_activation")
@@ -89,7 +90,7 @@ def _check(found: dict[str, Any], name: str) -> None:
 
 
 def _step(builder: Builder) -> keras.Model:
-    """`c = f c + i g`, `h = o tanh(c)`, of the sequence as it is."""
+    """`c = f c + i g`, `h = o tanh(c)`; the operator reads `x` itself, so nothing is projected."""
     builder.projections.append(lambda x: x)
     x = keras.Input((builder.kernel.shape[0],), name=builder.part_name("input_step"))
     h, c = builder.state("state"), builder.state("carry_state")
@@ -98,7 +99,7 @@ def _step(builder: Builder) -> keras.Model:
 
 
 def _state(builder: Builder, kind: StateKind) -> Part:
-    """One state; its weights are the cell's, gate by gate."""
+    """The layer that computes one state, with the cell's weights split by gate."""
     options = builder.regularizers("kernel_regularizer", "recurrent_regularizer")
     use_bias = builder.bias is not None
     layer = LstmState(

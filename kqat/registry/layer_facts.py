@@ -1,4 +1,4 @@
-"""`LayerFacts`: what of a row is needed after planning, as data that a saved model can carry."""
+"""`LayerFacts`: the fields of a row that are needed after planning, saved with a QAT model."""
 
 import dataclasses
 import math
@@ -10,21 +10,23 @@ from kqat.registry.rule import LayerRule, Output
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerFacts:
-    """What training, freezing and the exporter ask of a layer that was planned.
+    """What training, freezing and export need to know of a planned layer.
 
-    The fields mean what they mean in `LayerRule`; what only planning needs (decompositions,
-    refusals, fusion) is left out. A QAT model saves the facts of each layer whose row a user
-    registered, so that a process which never registered it can train, freeze and export it.
+    The fields have the same meaning as in `LayerRule`. Fields that only planning needs
+    (decompositions, refusals, fusion) are left out. A QAT model saves the facts of each layer
+    whose row a user registered. So a process that never registered the row can train, freeze and
+    export the model.
 
     Args:
-        output: how the scale of the output comes about.
+        output: where the scale of the output comes from.
         ops: the TFLite operators that the layer may become.
         channel_axes: name of each quantizable variable -> its channel axes (`None`: one scale).
         rounds: whether a same-scale layer computes new values, which are rounded again.
-        clamps: whether it clamps as a fused activation does.
+        clamps: whether it computes a clamp that TFLite has as a fused activation.
         table: whether it is an elementwise function that may ship as a lookup table.
-        wide_table: whether it ships as one where activations have 16 bits.
-        largest_input_scale: beyond it the int8 kernel is wrong, and a lookup table ships.
+        wide_table: whether it ships as a lookup table if activations have 16 bits.
+        largest_input_scale: above this input scale the int8 kernel gives wrong results, and a
+            lookup table ships instead.
         hides: whether it adds a mask's bias to attention scores.
         affine: whether it is `x * scale + offset`, one pair per channel.
     """
@@ -57,21 +59,21 @@ class LayerFacts:
         )
 
     def ships_as_table(self, bits: int, input_scale: float) -> bool:
-        """Whether a lookup table may stand for the layer.
+        """Whether the layer may ship as a lookup table.
 
         Args:
             bits: width of the integers that it reads.
-            input_scale: their scale; the operator's own int8 kernel may be wrong on a coarse one.
+            input_scale: their scale. Above `largest_input_scale` a table is needed.
         """
         beyond_kernel = bits == 8 and input_scale > self.largest_input_scale
         return self.is_table(bits) or beyond_kernel
 
     def is_table(self, bits: int) -> bool:
-        """Whether the layer may ship as a table where activations have `bits` bits."""
+        """Whether the layer may ship as a lookup table for activations of `bits` bits."""
         return self.table or (self.wide_table and bits > 8)
 
     def keeps_integers(self) -> bool:
-        """Whether the output holds the very integers of the input."""
+        """Whether the output holds the same integers as the input, only moved or picked."""
         return self.output is Output.SAME and not self.rounds
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,7 +91,7 @@ class LayerFacts:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "LayerFacts":
-        """The facts of `to_dict`."""
+        """The inverse of `to_dict`."""
         largest = fields["largest_input_scale"]
         axes = {name: None if a is None else tuple(a) for name, a in fields["channel_axes"].items()}
         return cls(

@@ -1,8 +1,8 @@
-"""The one table of what is known about Keras layers.
+"""**Table**: one row for each Keras layer, which says how it is quantized and how it ships.
 
-A row says which variables are weights and along which axes their channels lie, how the scale of
-the output comes about, what fuses, and which TFLite operators the layer becomes. Layers without
-a row are refused by name; `register_layer` adds one.
+A row says which variables are weights and which of their axes are channel axes, where the scale of
+the output comes from, what fuses, and which TFLite operators the layer becomes. A layer without a
+row is refused by name. `register_layer` adds a row.
 """
 
 import dataclasses
@@ -104,7 +104,7 @@ _ATTENDING = (
 )  # fmt: skip
 _MASKS = {"masks": True}
 _STEPS = ("RESHAPE", "STRIDED_SLICE", "CONCATENATION")
-# Image augmentation: in inference these hand images on as they are.
+# Image augmentation: in inference these layers return the image unchanged.
 AUGMENTING = [
     getattr(layers, name)
     for name in (
@@ -120,7 +120,7 @@ TRAINING_ONLY = (
     layers.SpatialDropout3D, layers.AlphaDropout, layers.GaussianDropout, layers.GaussianNoise,
     layers.ActivityRegularization,
 )  # fmt: skip
-# Layers that scale and shift channels by numbers which freezing knows how to find.
+# Layers that scale and shift channels; freezing knows where they keep the two numbers.
 AFFINE = (layers.BatchNormalization, layers.Rescaling, ChannelAffine, layers.Normalization)
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
@@ -132,11 +132,10 @@ _VANISHES = LayerRule(output=Output.VANISHES)
 _PAIRWISE = {"takes_clamp": True, "decompose": basic.pairwise}
 _POOL = {"refuse": rule.channels_last}
 
-# TFLite Micro's LOGISTIC and TANH cut off inputs that are not saturated yet where the input's scale
-# is larger.
+# If the input's scale is larger than this, TFLite Micro's LOGISTIC and TANH saturate too early.
 _MICRO_LARGEST_SCALE = 4.0
 
-# Elementwise functions without an int8 operator of their own.
+# Elementwise functions that have no int8 operator: they ship as lookup tables.
 _TABULATED = (
     "celu",
     "hard_shrink",
@@ -171,7 +170,7 @@ ACTIVATIONS: dict[str, LayerRule] = {
     "log_softmax": _fixed("LOG_SOFTMAX"),
 }
 
-# A function of the user's own, and a layer of the user's own without a row.
+# The row of a user's function, and the row of a user's layer class that has none.
 FUNCTION = _own(table=True, opens=True)
 OPENED = _own(opens=True)
 
@@ -325,7 +324,7 @@ LAYERS: dict[type, LayerRule] = {
 }
 
 
-# Layers that are one of several operators: the class, and the name of the function that says which.
+# Rows of layers that become one of several operators: (class, `kind` or `interpolation`) -> row.
 KINDS: dict[tuple[type, str], LayerRule] = {
     **fused_lstms.KINDS,
     (WithConstant, ConstantKind.ADD): _own("ADD", weights={"value": None}, takes_clamp=True),
@@ -356,33 +355,33 @@ KINDS: dict[tuple[type, str], LayerRule] = {
 }
 
 
-# Rows that users registered; they go before the stock ones.
+# Rows that users registered; they take precedence over the stock rows.
 REGISTERED: dict[type, LayerRule] = {}
 
 
 def register_layer(layer_class: type, rule: LayerRule) -> None:
-    """Adds the row of a layer class, or replaces one: of the user's own, or of a stock layer.
+    """Adds the row of a layer class, or replaces its row: a registered or a stock one.
 
-    The row holds for layers of exactly this class, in every model that is planned from now on. A
+    The row serves layers of exactly this class, in every model that is planned from now on. A
     QAT model keeps the rows that it was planned with, also when it is saved and loaded.
 
     Raises:
-        UnsupportedLayerError: if `rule` is no `LayerRule`, or no row could take effect: for a
-            class that is no layer, for models and inputs (kqat takes them apart or passes them by
-            before it looks for a row), and for `affine=True` on a layer of unknown numbers.
+        UnsupportedLayerError: if `rule` is not a `LayerRule`, or if the row could have no effect:
+            the class is not a layer; it is a model or an input, for which kqat looks up no row;
+            or `affine=True` is given for a class whose scale and offset kqat cannot find.
     """
     name = getattr(layer_class, "__name__", repr(layer_class))
     if not isinstance(rule, LayerRule):
         raise UnsupportedLayerError(f"Expected a LayerRule for {name}. Received: {rule!r}.")
     if not isinstance(layer_class, type) or not issubclass(layer_class, layers.Layer):
         raise UnsupportedLayerError(
-            f"Expected a class of keras.layers.Layer to register. Received: {name}. Functions of "
-            "keras.ops have no rows of their own; wrap them in a layer."
+            f"Expected a subclass of keras.layers.Layer to register. Received: {name}. A function "
+            "of keras.ops cannot be registered; wrap it in a layer."
         )
     if issubclass(layer_class, keras.Model | layers.InputLayer):
         raise UnsupportedLayerError(
-            f"Expected a layer that a row can describe. Received: {name}. kqat plans the layers "
-            "inside a model, and an input has none; register those layers."
+            f"Expected a layer that a row can describe. Received: {name}. kqat looks up no row for "
+            "a model or an input; register the layers inside the model."
         )
     if rule.affine and not issubclass(layer_class, AFFINE):
         raise UnsupportedLayerError(
@@ -399,12 +398,12 @@ def registered_rule(layer: Any) -> LayerRule | None:
 
 
 def row_of_class(layer_class: type) -> LayerRule | None:
-    """The row of a class, a registered one before a stock one; `None` where there is none."""
+    """The row of a class, registered or else stock; `None` if it has none."""
     return REGISTERED.get(layer_class, LAYERS.get(layer_class))
 
 
 def is_custom(layer: Any) -> bool:
-    """Whether `layer` is of a class that neither Keras nor the table knows."""
+    """Whether the class of `layer` is neither one of Keras's nor in the table."""
     stock = getattr(layers, type(layer).__name__, None) is type(layer)
     return isinstance(layer, layers.Layer) and row_of_class(type(layer)) is None and not stock
 
@@ -414,14 +413,14 @@ def _kind(layer: Any) -> str:
 
 
 def rule_for(layer: Any, name: str | None = None) -> LayerRule:
-    """The row of `layer`; custom layers, which have none, are opened up.
+    """The row of `layer`; a custom layer without one gets the row that traces its `call`.
 
     Args:
         layer: a Keras layer or operation.
-        name: where it stands in the model, for the error message.
+        name: its path in the model, for the error message.
 
     Raises:
-        UnsupportedLayerError: if there is none, or the row refuses this very layer.
+        UnsupportedLayerError: if there is no row, or the row refuses the options of this layer.
     """
     where = _described(layer, name)
     rule = registered_rule(layer) or _stock_rule(layer)
@@ -439,10 +438,11 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
 
 
 def stock_facts(layer: Any) -> LayerFacts | None:
-    """The facts of a layer that carries none, as it was planned with a stock row.
+    """The facts of a layer that carries none, because it was planned with a stock row.
 
-    A row that a user registered for a stock class is not asked: a QAT model carries such rows. A
-    class of the user's own has no other row; models saved by older releases do not carry it.
+    For a stock class the stock row is read even if a user registered another: a QAT model that was
+    planned with a registered row carries its facts. For a custom class the registered row is read,
+    because models saved by older releases do not carry it.
     """
     rule = _stock_rule(layer) or registered_rule(layer)
     return None if rule is None else LayerFacts.of(rule)

@@ -1,7 +1,7 @@
-"""The one table of `keras.ops` functions, and operators on tensors, as layers of the registry.
+"""**Table**: one row for each `keras.ops` function or tensor operator, which rewrites it as layers.
 
-A row takes the operation and the name that its layers go by, and returns a callable of the
-operation's own arguments. Constants join in: `x + 3.0` is a Rescaling.
+A row takes the operation and a name for its layers, and returns a callable of the operation's own
+arguments. Constant arguments become part of the layers: `x + 3.0` is a Rescaling.
 """
 
 import re
@@ -33,25 +33,25 @@ def as_layers(operation: Any, name: str) -> Callable[..., Any]:
     """A callable that computes `operation` with layers.
 
     Raises:
-        UnsupportedLayerError: if the table has no row, or the row cannot serve this call.
+        UnsupportedLayerError: if the table has no row, or the row refuses these arguments.
     """
     kind = type(operation).__name__
     if kind not in OPERATIONS:
         raise UnsupportedLayerError(
             f"Expected operations with an integer form. Received: operation '{name}' of type "
-            f"{kind}. Leave it float with policy={{'{name}': None}}, or compose it of others."
+            f"{kind}. Leave it float with policy={{'{name}': None}}, or write it with others."
             f"{reason(_function_name(kind), OPERATION_REASONS)}"
         )
     return OPERATIONS[kind](operation, name)
 
 
 def _function_name(kind: str) -> str:
-    """`nan_to_num` for `NanToNum`."""
+    """The function's name for an operation's class: `nan_to_num` for `NanToNum`."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
 
 
-# `keras.ops` functions that are one of Keras's activations as they stand. (Others have options, and
-# rows of their own below.)
+# `keras.ops` functions without options that are Keras activations. Those with options have rows
+# below.
 _ACTIVATIONS = {
     "".join(word.capitalize() for word in name.split("_")): name
     for name in (
@@ -171,7 +171,7 @@ def _cast(operation: Any, name: str) -> Callable[..., Any]:
             return truth(x, (0.0, 1.0), x.shape[1:], name)
         if holds_indexes(x) == to_float:
             raise UnsupportedLayerError(
-                f"Expected a cast between kinds of floats, or of whole numbers, in operation "
+                f"Expected a cast from float to float, or from integer to integer, in operation "
                 f"'{name}'. Received: {x.dtype} -> {operation.dtype}. An index is no quantity; "
                 "use one_hot or an Embedding."
             )
@@ -180,7 +180,7 @@ def _cast(operation: Any, name: str) -> Callable[..., Any]:
     return call
 
 
-# Functions of one number without an int8 operator of their own on every runtime.
+# Elementwise functions without an int8 operator on every runtime: they ship as lookup tables.
 FUNCTIONS = (
     "Absolute", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctan2",
     "Arctanh", "Cbrt", "Ceil", "Celu", "Cos", "Cosh", "Deg2rad", "Erf", "Erfc", "Erfinv", "Exp2",

@@ -1,16 +1,16 @@
-"""What has no integer form, and why: every Keras layer and `keras.ops` function without a row.
+"""**Table**: why each Keras layer or `keras.ops` function without a row has no integer form.
 
-`tests/coverage/test_walk.py` walks all public names of Keras; one that is in no table fails it.
+`tests/coverage/test_walk.py` visits all public names of Keras and fails if one is in no table.
 """
 
 _HASH = "works on strings or a hash table, which no integer kernel does; run it before the model"
 _HISTOGRAM = "counts a histogram, for which TFLite has no kernel; run it before the model"
 _OTHER = "holds another framework's program, which the converter cannot read; rebuild it in Keras"
 _SPECTRUM = (
-    "computes a spectrum over many octaves, where eight bits drown all but the loudest; TFLite's "
-    "RFFT2D is float; run it before the model"
+    "computes a spectrum, whose small values are lost on an 8-bit grid, and TFLite's RFFT2D is "
+    "float; run it before the model"
 )
-_ABSTRACT = "is no layer of a finished model"
+_ABSTRACT = "is a base class or describes an input, and computes nothing"
 
 LAYER_REASONS: dict[str, str] = {
     **dict.fromkeys(
@@ -27,40 +27,40 @@ LAYER_REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"),
-        "has convolutions for gates, which this release does not take apart; use LSTM behind "
-        "TimeDistributed convolutions",
+        "has convolutions as gates, which this release does not support; use TimeDistributed "
+        "convolutions and an LSTM after them",
     ),
     **dict.fromkeys(("InputLayer", "InputSpec", "Layer", "Wrapper"), _ABSTRACT),
     "Conv3DTranspose": (
-        "has no TFLite kernel for int8 (CONV_3D_TRANSPOSE is float), and no cheap rewrite: each "
-        "output frame sums other taps; use UpSampling3D and Conv3D"
+        "has no int8 kernel in TFLite (CONV_3D_TRANSPOSE is float), and no cheap rewrite: each "
+        "output frame sums different taps; use UpSampling3D and Conv3D"
     ),
     "Discretization": (
         "turns quantities into indexes by BUCKETIZE, whose kernel is float and missing on TFLite "
         "Micro; run it before the model"
     ),
     "Masking": (
-        "makes a mask of quantities, and integer kernels know none; give attention a mask of truth "
-        "values, or pad to a fixed length and leave it out"
+        "masks steps by their values, for which there are no integer kernels; give attention a "
+        "boolean mask, or pad to a fixed length and leave this layer out"
     ),
     "MaxNumBoundingBoxes": "prepares labels, not inputs; run it before the model",
     "Pipeline": "holds preprocessing of many kinds; put its layers into the model one by one",
-    "RandomCrop": "gives another size in training than in inference; run it before the model",
+    "RandomCrop": "crops in training and resizes in inference; run it before the model",
 }  # fmt: skip
 
 _CREATES = "takes no tensor of the model: Keras computes it when the model is built"
-_PYTHON = "is no computation of a model: it converts, inspects or defines"
-_LOOPS = "runs a Python function over and over; write the steps out, or use a recurrent layer"
+_PYTHON = "computes nothing in a model: it converts, inspects or defines"
+_LOOPS = "runs a Python function in a loop; unroll the loop, or use a recurrent layer"
 _LOSS = "is a loss or metric; compute it outside the model"
-_NAN = "looks for NaN and infinity, which integers do not have; use the function without it"
-_SORTS = "sorts, for which TFLite Micro has no kernel; do it after the model"
+_NAN = "treats NaN or infinity, which integers do not have; use the function without it"
+_SORTS = "sorts, for which TFLite Micro has no kernel; run it after the model"
 _SOLVES = "solves or factors matrices, for which TFLite has no kernel; do it outside the model"
 _COMPLEX = "computes with complex numbers, for which TFLite has no integer kernel"
 _BITS = "works on the bits of integers, for which TFLite Micro has no kernel"
-_BATCH = "mixes the samples of a batch, or moves the batch axis, which ships with a fixed size"
-_SCATTERS = "writes to computed places, for which TFLite Micro has no int8 kernel"
-_COMPOSE = "has no kernel of its own; compose it of products, sums and slices"
-_LAYER = "is a layer's own function; use the layer"
+_BATCH = "mixes the samples of a batch, or moves the batch axis, which must stay first"
+_SCATTERS = "writes to computed positions, for which TFLite Micro has no int8 kernel"
+_COMPOSE = "has no integer kernel; write it with products, sums and slices"
+_LAYER = "is the function of a layer; use the layer"
 _STATISTIC = "is a statistic of data, not of one sample; compute it outside the model"
 
 OPERATION_REASONS: dict[str, str] = {
@@ -149,7 +149,7 @@ OPERATION_REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         "count_nonzero".split(),
-        "counts truth values, for which TFLite Micro has no kernel; reduce with max or sum",
+        "reduces booleans, for which TFLite Micro has no kernel; reduce numbers with max or sum",
     ),
     **dict.fromkeys(
         "empty_like full_like ones_like zeros_like".split(),
@@ -159,5 +159,5 @@ OPERATION_REASONS: dict[str, str] = {
 
 
 def reason(name: str, table: dict[str, str]) -> str:
-    """Why the layer class or function `name` has no integer form, to end a message; or nothing."""
+    """A sentence why the layer class or function `name` has no integer form; "" if unknown."""
     return f" It {table[name]}." if name in table else ""

@@ -1,4 +1,4 @@
-"""What a row of the registry says, and why some layers of a class cannot ship."""
+"""`LayerRule`, a row of the registry, and the checks that refuse single layers of a class."""
 
 import dataclasses
 import math
@@ -9,12 +9,13 @@ from kqat.base import TextEnum
 from kqat.devices import INT16_FIXED
 from kqat.grids import Clamp, QuantSpec
 
-# Four were one step off at most, six were three (on LiteRT, `benchmarks/op_probe.py`).
+# Products of four values were at most one step off, products of six up to three steps (measured on
+# LiteRT by `benchmarks/op_probe.py`).
 MOST_FACTORS = 4
 
 
 class Output(TextEnum):
-    """How the scale of a layer's output comes about."""
+    """Where the scale of a layer's output comes from."""
 
     OWN = "own range"
     SAME = "same scale as input"
@@ -29,33 +30,37 @@ class LayerRule:
     """One row of the table.
 
     Args:
-        output: how the scale of the output comes about.
+        output: where the scale of the output comes from.
         ops: the TFLite operators that the layer may become.
         weights: name of each quantizable variable -> its channel axes (`None`: one scale only).
         fixed_range: `(low, high)` that the int8 kernel demands, for `Output.FIXED`.
         rounds: whether a same-scale layer computes new values, which are rounded again.
-        clamp: the clamp that the layer is, which may be the fused activation of the layer before.
-        takes_clamp: whether a clamp behind this layer is carried out by its kernel.
+        clamp: the clamp that the layer computes. It may become the fused activation of the layer
+            before.
+        takes_clamp: whether a clamp after this layer can be its kernel's fused activation.
         takes_normalization: whether a following BatchNormalization folds into this layer.
-        table: whether the layer is an elementwise function that may ship as a table of 256
+        table: whether the layer is an elementwise function that may ship as a lookup table of 256
             entries; `ops` then names its own operator, if there is one.
-        wide_table: whether it is one that ships as a table where activations have 16 bits, for
-            which its operator has no kernel.
-        largest_input_scale: beyond it the operator's int8 kernel is wrong, and a table ships.
-        table_of_rows: whether the layer's one weight is a table of which it hands on rows: the
-            table ships on the output's grid, since GATHER cannot rescale. Weights of eight bits
-            then need no rounding of their own.
-        hides: whether the layer adds a mask's bias to scores, see `kqat.rewrites.attention_masks`.
-        masks: whether the layer's decomposition honours the masks of its call.
-        affine: whether the layer is `x * scale + offset`, one pair per channel.
+        wide_table: whether the layer ships as a lookup table if activations have 16 bits, because
+            its operator has no int16 kernel.
+        largest_input_scale: above this input scale the operator's int8 kernel gives wrong results,
+            and a lookup table ships instead.
+        table_of_rows: whether the layer outputs rows of its one weight (an embedding). The weight
+            then ships on the output's grid, because GATHER cannot requantize; 8-bit weights need
+            no quantizer of their own.
+        hides: whether the layer adds a mask's bias to attention scores, see
+            `kqat.rewrites.layers.attention_masks`.
+        masks: whether the layer's decomposition uses the masks of its call.
+        affine: whether the layer is `x * scale + offset`, with one pair per channel.
         decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
-            `None` where the layer is simple already.
+            `None` if the layer is simple already.
         decompose_masked: the same for a call that is given a mask.
-        decompose_fused: the same for a config that says `recurrence="fused"`; `None` for layers
-            without such a form.
-        grid: the grid of the output, where the kernel demands another than the config's.
-        opens: whether the layer is opened up by tracing its own `call`.
-        refuse: layer -> why this very layer cannot ship and what to do instead, or `None`.
+        decompose_fused: the same for a config with `recurrence="fused"`; `None` if the layer has
+            no fused form.
+        grid: the grid of the output, if the kernel demands another than the config's.
+        opens: whether the layer is replaced by the layers and operations that its `call` uses.
+        refuse: layer -> why a layer with these options cannot ship and what to do instead, or
+            `None` if it can.
     """
 
     output: Output
@@ -81,7 +86,7 @@ class LayerRule:
     refuse: Callable[[Any], str | None] | None = None
 
     def is_table(self, bits: int) -> bool:
-        """Whether the layer may ship as a table where activations have `bits` bits."""
+        """Whether the layer may ship as a lookup table for activations of `bits` bits."""
         return self.table or (self.wide_table and bits > 8)
 
     def range_at(self, bits: int) -> tuple[float, float] | None:
@@ -90,19 +95,19 @@ class LayerRule:
 
 
 def channels_last(layer: Any) -> str | None:
-    """Refuses channels first."""
+    """Refuses `data_format="channels_first"`."""
     if getattr(layer, "data_format", "channels_last") != "channels_last":
         return "data_format='channels_first' has no TFLite kernel; build it channels_last"
     return None
 
 
 def _built_rank(layer: Any) -> int:
-    """Number of axes of the input that `layer` was built for; 0 where it was built for none."""
+    """Number of axes of the input that `layer` was built for; 0 if that is unknown."""
     return len((layer.get_build_config() or {}).get("input_shape") or ())
 
 
 def last_axis(layer: Any) -> str | None:
-    """Refuses an axis that is not the last."""
+    """Refuses a layer whose `axis` is not the last."""
     axis = layer.axis
     axis = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
     rank = getattr(layer.input_spec, "ndim", None) or _built_rank(layer)
@@ -112,14 +117,14 @@ def last_axis(layer: Any) -> str | None:
 
 
 def not_dilated(layer: Any) -> str | None:
-    """Refuses dilation, and channels first."""
+    """Refuses dilation, and `data_format="channels_first"`."""
     if any(rate != 1 for rate in layer.dilation_rate):
         return f"dilation_rate={layer.dilation_rate} has no TFLite kernel; use 1"
     return channels_last(layer)
 
 
 def nearest_or_bilinear(layer: Any) -> str | None:
-    """Refuses other interpolations, and channels first."""
+    """Refuses other interpolations than these two, and `data_format="channels_first"`."""
     if layer.interpolation not in ("nearest", "bilinear"):
         return (
             f"interpolation={layer.interpolation!r} has no TFLite kernel; "
@@ -129,25 +134,25 @@ def nearest_or_bilinear(layer: Any) -> str | None:
 
 
 def plain_resize(layer: Any) -> str | None:
-    """Refuses options that more than resize."""
+    """Refuses a resize that also crops, pads or smooths."""
     if layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio or layer.antialias:
-        return "only plain resizing has a TFLite kernel; leave aspect ratio and antialias options"
+        return "only plain resizing has a TFLite kernel; remove aspect ratio and antialias options"
     return nearest_or_bilinear(layer)
 
 
 def few_factors(layer: Any) -> str | None:
-    """Refuses a product of more values than its kernel computes rightly."""
+    """Refuses a product of so many values that the kernel's roundings add up."""
     count = math.prod(layer.input.shape[axis] for axis in layer.axes)
     if count > MOST_FACTORS:
         return (
-            f"a product of {count} values: TFLite's REDUCE_PROD rounds after each, and beyond "
-            f"{MOST_FACTORS} its result is some steps off; use keras.layers.Multiply"
+            f"a product of {count} values: TFLite's REDUCE_PROD rounds after each value, and with "
+            f"more than {MOST_FACTORS} its result is some steps off; use keras.layers.Multiply"
         )
     return None
 
 
 def channel_axes(axis: Any) -> tuple[int, ...] | None:
-    """The axes of a custom layer's weight along which its spec's `axis` keeps scales."""
+    """The channel axes of a custom layer's weight, from its spec's `axis`."""
     if axis is None or isinstance(axis, tuple):
         return axis
     return (-1,) if axis == "channel" else (axis,)

@@ -1,6 +1,6 @@
-"""Composite layers and `keras.ops` functions written as simpler layers, one module a family.
+"""Rewrites composite layers and `keras.ops` functions as simpler layers, one module per family.
 
-The tables in `kqat.registry` say which function of these rewrites which layer or operation.
+The tables in `kqat.registry` name the rewrite of each layer and operation.
 """
 
 from kqat.rewrites.layers import (

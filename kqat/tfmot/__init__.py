@@ -1,4 +1,4 @@
-"""tfmot's `QuantizeConfig` objects, translated into ours."""
+"""Translates tfmot's `QuantizeConfig` objects into `kqat.QuantizeConfig`."""
 
 from kqat.tfmot.translation import translate_policy
 

@@ -1,4 +1,4 @@
-"""One tfmot `QuantizeConfig` and one layer: what the class asks for, and our config for it."""
+"""Reads a tfmot `QuantizeConfig` for one layer, and makes the `kqat.QuantizeConfig` for it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,10 +23,10 @@ from kqat.registry import ACTIVATIONS, LayerRule, Output, rule_for
 from kqat.tfmot.keras2_view import Keras2View, original
 
 PACKAGE = "tensorflow_model_optimization"
-# A constant inside tfmot's MovingAverageQuantizer.
+# The decay that tfmot's MovingAverageQuantizer always uses.
 DECAY = 0.999
 
-# tfmot's quantizers -> our way to find the range of an activation.
+# tfmot's quantizer -> our range method.
 RANGES: dict[str, Callable[[Any], RangeMethod]] = {
     "MovingAverageQuantizer": lambda quantizer: MovingAverage(DECAY),
     "LastValueQuantizer": lambda quantizer: LastValue(),
@@ -34,9 +34,9 @@ RANGES: dict[str, Callable[[Any], RangeMethod]] = {
     "FixedQuantizer": lambda quantizer: Fixed(quantizer.init_min, quantizer.init_max),
 }
 NONE = "NoQuantizer"
-# Where tfmot has the quantizers that keep pruned or clustered weights so.
+# The module of tfmot's quantizers that keep weights pruned or clustered.
 _PRESERVING = "collab_opts"
-# Activations that are computed inside the layer's kernel, so that there is one grid only.
+# Activations that fuse into the layer's kernel, so that the layer has one output grid only.
 ONE_GRID = tuple(
     name for name, row in ACTIVATIONS.items() if row.clamp or row.output is Output.VANISHES
 )
@@ -51,7 +51,7 @@ class Wish:
     Attributes:
         asker: name of the config's class.
         layer: the Keras 3 layer.
-        where: the layer in words.
+        where: the layer's name and class, for messages.
         weights: attribute of the layer -> grid.
         output: grid and range method of the layer's output, or `None`.
     """
@@ -64,10 +64,10 @@ class Wish:
 
 
 def read(config: Any, layer: Any, name: str) -> Wish:
-    """What `config` asks for `layer`, which is called `name` in messages.
+    """What `config` asks for `layer`, whose name in messages is `name`.
 
     Raises:
-        PolicyError: if it asks for what no config of ours can say.
+        PolicyError: if no `kqat.QuantizeConfig` can express it.
     """
     where = f"layer '{name}' of type {type(layer).__name__}"
     asker = type(config).__name__
@@ -79,18 +79,18 @@ def read(config: Any, layer: Any, name: str) -> Wish:
 
 
 def resolve(wish: Wish, *, inside: bool = False) -> QuantizeConfig | None:
-    """The config of ours that fulfils `wish`.
+    """The `kqat.QuantizeConfig` that does what `wish` asks.
 
     Args:
         wish: from `read`.
-        inside: whether the next layer lies in the same kernel, so that the output of this one is
-            never an integer and needs no quantizer.
+        inside: whether the next layer is computed in the same kernel. The output of this layer is
+            then not a tensor in the file and needs no quantizer.
 
     Returns:
-        The config, or `None` where nothing is quantized and the layer stays float.
+        The config, or `None` if nothing is quantized and the layer stays float.
 
     Raises:
-        PolicyError: if the layer's integer kernel does not allow it.
+        PolicyError: if the layer's integer kernel cannot do it.
         UnsupportedLayerError: if the layer has no integer form.
     """
     if not wish.weights and wish.output is None:
@@ -114,7 +114,7 @@ def resolve(wish: Wish, *, inside: bool = False) -> QuantizeConfig | None:
 
 
 def row(layer: Any) -> LayerRule:
-    """The registry's row; an operation, which becomes layers later, has a range of its own."""
+    """The registry's row of `layer`; for an operation, a row with a range of its own."""
     is_layer = isinstance(layer, keras.layers.Layer)
     return rule_for(layer) if is_layer else LayerRule(output=Output.OWN)
 
@@ -130,10 +130,10 @@ def _quantizes_nothing(layer: Any, inside: bool) -> QuantizeConfig | None:
 
 
 def _ask(config: Any, method: str, layer: Any, where: str) -> list[Any]:
-    """What a `get_…` method of the user's class returns for `layer`; `None` is nothing.
+    """What the method `get_…` of the user's class returns for `layer`; `None` means nothing.
 
-    A class that does not know the layer as Keras 3 has it is asked again about a view of it as
-    Keras 2 had it, for which tfmot's own classes are written.
+    If the call raises, the method is called again with a view of the layer as Keras 2 has it, for
+    which tfmot's own classes are written.
     """
     asker = f"{type(config).__name__}.{method}"
     try:
@@ -142,13 +142,13 @@ def _ask(config: Any, method: str, layer: Any, where: str) -> list[Any]:
         try:
             returned = getattr(config, method)(Keras2View(layer))
         except Exception as second:
-            # A class that knows Keras 2's layers says more about those.
+            # A class written for Keras 2 gives the better reason in its second error.
             error = error if isinstance(second, AttributeError) else second
             raise PolicyError(
                 f"Expected {asker} to use what {where} has in Keras 3: "
                 f"{', '.join(_attributes(layer)) or 'neither weights nor an activation'}. "
-                f"Received: {type(error).__name__}: {error}. Name that in the class, or give it "
-                "to the layers that it was written for, as in "
+                f"Received: {type(error).__name__}: {error}. Use these names in the class, or give "
+                "the config only to the layers that it was written for, as in "
                 "policy={keras.layers.Dense: config}."
             ) from error
     returned = [] if returned is None else returned
@@ -176,23 +176,23 @@ def _attributes(layer: Any) -> list[str]:
 
 
 def _kind(quantizer: Any, what: str) -> str:
-    """The name of the tfmot quantizer that computes `quantizer`'s rounding."""
+    """The name of tfmot's class whose `__call__` rounds for `quantizer`."""
     for cls in type(quantizer).__mro__:
         if _PRESERVING in cls.__module__:
             raise PolicyError(
-                f"Expected a quantizer that rounds for {what}. Received: {cls.__name__}, which "
-                "also keeps the zeros or clusters of its weights in training, for which kqat has "
-                "no counterpart. Use LastValueQuantizer, and keep them with a kernel_constraint "
-                "of the layer, or with a callback that sets them again after each batch."
+                f"Expected a quantizer that only rounds for {what}. Received: {cls.__name__}, "
+                "which also keeps the zeros or clusters of its weights in training. kqat has no "
+                "such quantizer. Use LastValueQuantizer, and keep zeros or clusters by a "
+                "kernel_constraint of the layer or by a callback after each batch."
             )
         if cls.__module__.split(".")[0] == PACKAGE:
             if cls.__name__ in RANGES or cls.__name__ == NONE:
                 return cls.__name__
         elif "__call__" in vars(cls):
-            break  # the user's own arithmetic, which integer kernels do not know
+            break  # the user's own rounding, which integer kernels do not compute
     raise PolicyError(
-        f"Expected one of tfmot's {', '.join(RANGES)} for {what}. Received: {quantizer!r}, whose "
-        "arithmetic is its own. Use one of these, or a kqat.QuantizeConfig."
+        f"Expected one of tfmot's {', '.join(RANGES)} for {what}. Received: {quantizer!r}, which "
+        "rounds in its own way. Use one of these, or a kqat.QuantizeConfig."
     )
 
 
@@ -228,8 +228,8 @@ def _weight_spec(quantizer: Any, what: str) -> QuantSpec:
     kind = _kind(quantizer, what)
     if kind != "LastValueQuantizer":
         raise PolicyError(
-            f"Expected a LastValueQuantizer for {what}: weights are rounded on the range of their "
-            f"present values. Received: {kind}. Use "
+            f"Expected a LastValueQuantizer for {what}: kqat takes the range of weights from their "
+            f"current values. Received: {kind}. Use "
             "LastValueQuantizer(num_bits=8, per_axis=True, symmetric=True, narrow_range=True)."
         )
     if not quantizer.symmetric:
@@ -246,21 +246,21 @@ def _weight_spec(quantizer: Any, what: str) -> QuantSpec:
 
 
 def _fit(rule: LayerRule, wish: Wish) -> Any:
-    """The wish as `QuantizeConfig.weights`; planning checks names that the registry knows."""
+    """The wish as `QuantizeConfig.weights`; planning checks the names against the registry."""
     for name, spec in wish.weights.items():
         if spec.bits > 8:
             raise PolicyError(
-                f"Expected at most 8 bits for weight '{name}' of {wish.where}, the widest that "
-                f"integer kernels take. Received: num_bits={spec.bits}."
+                f"Expected at most 8 bits for weight '{name}' of {wish.where}: integer kernels "
+                f"take no wider weights. Received: num_bits={spec.bits}. Use num_bits=8."
             )
         if spec.axis is not None and rule.weights.get(name, ()) is None:
             raise PolicyError(
-                f"Expected one scale for weight '{name}' of {wish.where}, whose integer kernel "
-                "takes no more. Received: per_axis=True. Use per_axis=False."
+                f"Expected one scale for weight '{name}' of {wish.where}: its integer kernel takes "
+                "no more. Received: per_axis=True. Use per_axis=False."
             )
     if rule.weights or not wish.weights:
         return wish.weights or None
-    # A layer that becomes several, each with a kernel: one grid has to serve all of them.
+    # A layer that is rewritten as several layers with kernels: one grid has to serve all of them.
     kernels = {w.name for w in wish.layer.weights if w.name.endswith("kernel")}
     if set(wish.weights) != kernels or len(set(wish.weights.values())) > 1:
         raise PolicyError(
@@ -271,20 +271,20 @@ def _fit(rule: LayerRule, wish: Wish) -> Any:
 
 
 def _output(config: Any, layer: Any, where: str) -> Grid | None:
-    """The one grid that the config asks for the layer's output, or `None`."""
+    """The grid that the config asks for the layer's output, or `None`."""
     quantizers = []
     for activation, quantizer in _ask(config, "get_activations_and_quantizers", layer, where):
         if not any(original(activation) is known for known in _activations_of(layer)):
             raise PolicyError(
-                f"Expected get_activations_and_quantizers to return layer.activation of {where}, "
-                f"the only one that can be quantized. Received: {activation!r}."
+                f"Expected get_activations_and_quantizers to return layer.activation of {where}; "
+                f"no other activation can be quantized. Received: {activation!r}."
             )
         quantizers.append(quantizer)
     outputs = _ask(config, "get_output_quantizers", layer, where)
     if len(outputs) > 1:
         raise PolicyError(
             f"Expected one quantizer from get_output_quantizers for {where}. Received: "
-            f"{len(outputs)}. Return the one that its output shall have."
+            f"{len(outputs)}. Return one only."
         )
     what = f"the output of {where}"
     grids = [_grid(q, what) for q in (*quantizers, *outputs) if _kind(q, what) != NONE]
@@ -301,7 +301,7 @@ def _grid(quantizer: Any, what: str) -> Grid:
     kind = _kind(quantizer, what)
     if getattr(quantizer, "per_axis", False):
         raise PolicyError(
-            f"Expected one scale for {what}: integer kernels take no other. "
+            f"Expected one scale for {what}: integer kernels take one per activation. "
             f"Received: {kind}(per_axis=True). Use per_axis=False."
         )
     if quantizer.num_bits not in (8, 16) or quantizer.narrow_range:
@@ -325,7 +325,7 @@ def _text(grid: Grid) -> str:
 
 
 def _check_output(output: Grid, rule: LayerRule, wish: Wish, inside: bool) -> None:
-    """Refuses a grid that the layer's kernel rules out."""
+    """Refuses a grid that the layer's integer kernel cannot write."""
     spec, method = output
     given = isinstance(method, Fixed)
     fixed_range = rule.range_at(spec.bits)
@@ -336,18 +336,18 @@ def _check_output(output: Grid, rule: LayerRule, wish: Wish, inside: bool) -> No
         if (spec.symmetric and zero_point) or (given and method != Fixed(*fixed_range)):
             raise PolicyError(
                 f"Expected the range {fixed_range} with zero point {zero_point} for the "
-                f"output of {wish.where}: its integer kernel has no other. Received: "
+                f"output of {wish.where}: its integer kernel writes no other. Received: "
                 f"{_text(output)}. Return no quantizer for it."
             )
     function = getattr(wish.layer, "activation", keras.activations.linear)
     activation = keras.activations.serialize(function)
     follower = "the next layer" if inside else f"its activation {activation}"
     if not isinstance(wish.layer, keras.layers.Layer):
-        # Which layers an operation becomes is decided later.
+        # The operation is rewritten as layers later.
         follower, inside = "another layer", True
     if given and (inside or (wish.layer.weights and activation not in ONE_GRID)):
         raise PolicyError(
-            f"Expected an observed range for the output of {wish.where}, as {follower} comes after "
+            f"Expected an observed range for the output of {wish.where}: {follower} comes after "
             f"it under the same config or kernel. Received: {_text(output)}. Use a "
-            "MovingAverageQuantizer here, and the FixedQuantizer on a layer of its own behind."
+            "MovingAverageQuantizer here, and put the FixedQuantizer on a separate layer after it."
         )

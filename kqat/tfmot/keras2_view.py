@@ -1,9 +1,9 @@
-"""A Keras 3 layer as a class that was written for Keras 2 expects it."""
+"""`Keras2View`: shows a Keras 3 layer with the class and attribute names of Keras 2."""
 
 import sys
 from typing import Any
 
-# Keras 2's name of a class -> its name of an attribute -> that of Keras 3.
+# Name of a class -> Keras 2's name of an attribute -> Keras 3's name.
 _RENAMED = dict.fromkeys(
     ("DepthwiseConv1D", "DepthwiseConv2D"),
     {f"depthwise_{what}": f"kernel_{what}" for what in ("initializer", "regularizer", "constraint")}
@@ -15,9 +15,9 @@ _COMPAT = "tensorflow_model_optimization.python.core.keras.compat"
 
 
 class Keras2View:
-    """Answers for a Keras 3 layer under the class and the names that it has in Keras 2.
+    """A Keras 3 layer that appears with the class and the attribute names of Keras 2.
 
-    `isinstance` finds the class of Keras 2 that tfmot uses, if tfmot is loaded. What is handed out
+    For `isinstance` it has the Keras 2 class that tfmot uses, if tfmot is loaded. Its attributes
     are the layer's own variables and functions.
     """
 
@@ -40,7 +40,7 @@ class Keras2View:
 
 
 class _Renamed:
-    """A function under its name in Keras 2."""
+    """An activation function with its name in Keras 2."""
 
     def __init__(self, function: Any):
         self.function = function
@@ -51,5 +51,5 @@ class _Renamed:
 
 
 def original(function: Any) -> Any:
-    """The layer's own function, where `function` is one that a view handed out."""
+    """The layer's own function for a function that a view returned; others as they are."""
     return function.function if isinstance(function, _Renamed) else function

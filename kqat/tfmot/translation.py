@@ -1,25 +1,25 @@
-"""A tfmot `QuantizeConfig`, the user's own class, read as a config of ours.
+"""Replaces the tfmot `QuantizeConfig` objects in a policy by rules with `kqat.QuantizeConfig`.
 
-The class stays as it was written for TensorFlow Model Optimization: its methods are called with
-the Keras 3 layer, once, while planning; where that raises, with a view of the layer as Keras 2 has
-it, so that tfmot's own classes serve. What carries over:
+The user's class stays as it was written for TensorFlow Model Optimization. While planning, kqat
+calls its methods once with the Keras 3 layer. If that raises, it calls them with a view of the
+layer as Keras 2 has it, which tfmot's own classes need. This is translated:
 
-  * weights: a symmetric `LastValueQuantizer`, which is what our weights always have: the range of
-    their present values. Bits and narrow range carry over; without narrow range the grid has one
-    integer more, qmin, which our max-abs scale leaves unused (integer kernels may rely on that;
-    tfmot reaches for it where the largest weight is negative). Quantizers that also keep zeros or
-    clusters in training are refused. `per_axis` becomes one scale per
-    output channel, where integer kernels have them; tfmot takes the last axis of any kernel.
-  * outputs: `MovingAverageQuantizer`, `LastValueQuantizer`, `AllValuesQuantizer` and
-    `FixedQuantizer`, of 8 bits, or of 16 where they are symmetric. The moving average has tfmot's
-    decay, and none of its start at ±6. A layer has one grid for its output, so the quantizers of
-    its `activation` and of its output must agree where both are given.
-  * model inputs, which no tfmot config describes, get the quantizer that tfmot itself gives them.
+  * Weights: a symmetric `LastValueQuantizer`, that is, the range of the current values. Bits and
+    narrow range are kept. Without narrow range the grid has one more integer, qmin. Our max-abs
+    scale leaves it unused, as integer kernels may assume; tfmot uses it if the largest weight is
+    negative. `per_axis` becomes one scale per output channel, if the integer kernel has those.
+    tfmot takes the last axis of any kernel instead. Quantizers that also keep zeros or clusters in
+    training are refused.
+  * Outputs: `MovingAverageQuantizer`, `LastValueQuantizer`, `AllValuesQuantizer` and
+    `FixedQuantizer` of 8 bits, or of 16 bits if symmetric. The moving average has tfmot's decay,
+    but does not start at ±6. A layer has one grid for its output. So the quantizers of its
+    `activation` and of its output must agree if both are given.
+  * Model inputs: no tfmot config describes them. They get the quantizer that tfmot gives them.
 
-A config that quantizes nothing leaves a layer float, unless the layer only hands integers on
-(pooling, Flatten, a kernel with a scale of its own). A quantizer between the parts of one kernel
-(convolution, BatchNormalization, ReLU) has no integers to make and drops out, as the plan shows.
-Whatever else cannot carry over is a `PolicyError`.
+A config that quantizes nothing leaves a layer float, unless the layer keeps its input's scale or
+has a fixed one (pooling, Flatten, softmax). A quantizer between layers that share one kernel
+(convolution, BatchNormalization, ReLU) is dropped, because no tensor in the file holds that value;
+the plan shows it. Anything else raises `PolicyError`.
 
 tfmot is never imported here: a user who has such a config has imported it.
 """
@@ -43,17 +43,17 @@ INPUT_CONFIG = QuantizeConfig(activation_range=MovingAverage(DECAY))
 
 
 def translate(config: Any, layer: Any) -> QuantizeConfig | None:
-    """The config of ours that says about `layer` what a tfmot `QuantizeConfig` says.
+    """The `kqat.QuantizeConfig` that does to `layer` what a tfmot `QuantizeConfig` asks.
 
     Args:
-        config: speaks tfmot's `QuantizeConfig` protocol; its three `get_…` methods are called.
-        layer: a built Keras 3 layer, taken as alone in its kernel.
+        config: has the methods of tfmot's `QuantizeConfig`; its three `get_…` methods are called.
+        layer: a built Keras 3 layer. No other layer is assumed to share its kernel.
 
     Returns:
-        The config, or `None` where nothing is quantized and the layer stays float.
+        The config, or `None` if nothing is quantized and the layer stays float.
 
     Raises:
-        PolicyError: if something cannot carry over; names the layer, what was found, the way out.
+        PolicyError: if something cannot be translated; says which layer, why and what to do.
         UnsupportedLayerError: if the layer has no integer form.
     """
     return resolve(read(config, layer, layer.name))
@@ -62,12 +62,13 @@ def translate(config: Any, layer: Any) -> QuantizeConfig | None:
 def translate_policy(policy: QuantizePolicy, graph: Graph) -> QuantizePolicy:
     """`policy` with every tfmot config replaced by rules for single layers and inputs.
 
-    Every layer keeps the rule that decides about it. A tfmot rule that matched no layer stays,
-    without effect, so that it is reported as such. As the default, a tfmot config is not asked
+    For every layer the same rule decides as before. A tfmot rule that matched no layer stays in
+    the policy, so that it is reported as unused. A tfmot config that is the default is not asked
     about layers without an operator in the file (Dropout).
 
     Raises:
-        PolicyError, UnsupportedLayerError: as `read` and `resolve`, for the last layer at fault.
+        PolicyError, UnsupportedLayerError: as `read` and `resolve`. If several layers are at
+            fault, the error names the last one.
     """
     values = (policy.default, *(value for _, value in policy.rules))
     if not any(map(is_foreign_config, values)):
@@ -95,13 +96,13 @@ def translate_policy(policy: QuantizePolicy, graph: Graph) -> QuantizePolicy:
 
 
 def _first_reader(graph: Graph, ref: Ref, configs: dict[Node, Any]) -> Node | None:
-    """The layer whose config an input would take without a rule of its own."""
+    """The layer whose config an input takes if no rule matches the input."""
     readers = graph.consumers()[ref]
     return next((node for node in readers if configs[node] is not None), None)
 
 
 class _Neighbours:
-    """What a layer's neighbours in the graph say about its config."""
+    """Translates the configs of a graph's layers, each with a view to its neighbours."""
 
     def __init__(self, graph: Graph, asked: dict[Node, Any], by_default: frozenset[Node]):
         self.graph = graph
@@ -114,8 +115,9 @@ class _Neighbours:
         self.wishes: dict[Node, Wish] = {}
 
     def configs(self) -> dict[Node, QuantizeConfig | None]:
-        """Every node's config, none of tfmot's among them."""
-        # Backwards: whether a value lies inside its reader's kernel depends on the reader's config.
+        """The translated config of every node."""
+        # From the outputs backwards: a value may be inside its reader's kernel, and that depends on
+        # the reader's config.
         for node in reversed(self.graph.nodes):
             self.translated[node] = self._config(node)
         self.wishes = {node: self.wishes[node] for node in self.graph.nodes if node in self.wishes}
@@ -141,7 +143,7 @@ class _Neighbours:
         return config
 
     def _follow_widths(self) -> None:
-        """Gives layers that hand integers on, and were asked no width, that of their input."""
+        """Gives same-scale layers the width of their input, if the config asks for no width."""
         for node, wish in self.wishes.items():
             config, rule = self.translated[node], self.rules[node]
             if config is None or rule is None or wish.output is not None:
@@ -152,7 +154,7 @@ class _Neighbours:
                 self.translated[node] = _at_width_of(behind, config)
 
     def _is_inside(self, node: Node) -> bool:
-        """Whether the only reader lies in the same kernel; if in doubt, it does not."""
+        """Whether the node's only reader surely shares its kernel."""
         ref, rule = node.outputs[0], self.rules[node]
         readers = self.consumers[ref]
         if rule is None or len(readers) != 1 or ref in self.graph.outputs:
@@ -169,7 +171,7 @@ class _Neighbours:
         return sum(other.layer is node.layer for other in self.graph.nodes)
 
     def _check_shared_scale(self, node: Node) -> None:
-        """Refuses a grid for an output that has the grid of its input, if that is another one."""
+        """Refuses a grid for the output of a same-scale layer that differs from its input's."""
         rule, mine = self.rules[node], self.translated[node]
         if rule is None or mine is None or rule.output is not Output.SAME:
             return
@@ -180,13 +182,13 @@ class _Neighbours:
             if source_rule.output is Output.OWN and _fixed(mine) != _fixed(theirs):
                 raise PolicyError(
                     f"Expected the quantizer of layer '{source.name}' for the output of layer "
-                    f"'{node.name}' of type {type(node.layer).__name__}, whose integer kernel "
-                    "demands one scale for input and output. Received: "
-                    f"{mine.activation_range} with {mine.activation}. Return none."
+                    f"'{node.name}' of type {type(node.layer).__name__}: its integer kernel needs "
+                    "the same scale for input and output. Received: "
+                    f"{mine.activation_range} with {mine.activation}. Return no quantizer for it."
                 )
 
     def _check_entry(self, node: Node) -> None:
-        """Refuses a given range behind a float layer, whose value planning rounds like `node`'s."""
+        """Refuses a fixed range after a float layer, whose output would be rounded on it too."""
         mine = self.translated[node]
         for producer in (self.producers.get(ref) for ref in node.inputs):
             if mine is None or producer is None or self.translated[producer] is not None:
@@ -194,14 +196,14 @@ class _Neighbours:
             if isinstance(mine.activation_range, Fixed):
                 raise PolicyError(
                     f"Expected an observed range for the output of layer '{node.name}' of type "
-                    f"{type(node.layer).__name__}: the value that comes from float layer "
-                    f"'{producer.name}' is rounded by its config too. Received: "
+                    f"{type(node.layer).__name__}: its config also rounds the output of the float "
+                    f"layer '{producer.name}'. Received: "
                     f"{mine.activation_range}. Quantize '{producer.name}', or use a "
                     "MovingAverageQuantizer."
                 )
 
     def _sources(self, node: Node) -> Iterator[Node]:
-        """The layers that bring the scale which `node` hands on."""
+        """The layers whose scale `node`, a same-scale layer, keeps."""
         for ref in node.inputs:
             producer = self.producers.get(ref)
             rule = self.rules[producer] if producer else None
@@ -211,7 +213,7 @@ class _Neighbours:
 
 
 def _at_width_of(other: QuantizeConfig | None, config: QuantizeConfig) -> QuantizeConfig:
-    """`config` with activations as wide as those of `other`."""
+    """`config` with the activation grid of `other` if their widths differ."""
     if other is None or other.activation.bits == config.activation.bits:
         return config
     return dataclasses.replace(config, activation=other.activation)

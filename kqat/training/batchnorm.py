@@ -1,6 +1,7 @@
-"""BatchNormalization and its kin: their numbers, and training by TensorFlow's fused kernel.
+"""BatchNormalization and similar layers: their scale and offset, and training by a fused kernel.
 
-Keras spells it in some ten operators, each of which reads and writes the whole activation.
+Keras trains it with about ten operators, each of which reads and writes the whole activation. The
+fused kernel of TensorFlow is one operator and gives the same values.
 """
 
 from typing import Any
@@ -10,15 +11,15 @@ from keras import layers, ops
 
 from kqat.parts import ChannelAffine
 
-# The fused kernel silently raises a smaller one to this.
+# The fused kernel silently replaces a smaller epsilon by this one.
 LEAST_EPSILON = 1.001e-5
 
 
 def normalize(norm: keras.layers.Layer, x: Any, training: bool | None) -> Any:
-    """`norm(x, training=training)`, faster if it can be; any shape.
+    """`norm(x, training=training)` for any shape, by the fused kernel if possible.
 
-    Moving statistics move as Keras moves them. The fused kernel adds up in another order, so the
-    last bits of a float32 differ.
+    The moving statistics are updated as Keras does. The fused kernel sums in another order, so the
+    last bits of a float32 may differ.
     """
     if training and norm.trainable and _fuses(norm, x):
         return _fused(norm, x)
@@ -45,7 +46,7 @@ def _fused(norm: Any, x: Any) -> Any:
         epsilon=norm.epsilon,
         is_training=True,
     )
-    # The kernel divides by n - 1, Keras by n.
+    # The kernel's variance divides by n - 1, Keras's by n.
     n = tf.cast(tf.size(x) // x.shape[3], tf.float32)
     biased = sample_variance * ((n - 1.0) / n)
     for moving, now in ((norm.moving_mean, mean), (norm.moving_variance, biased)):

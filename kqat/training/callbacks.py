@@ -1,7 +1,7 @@
-"""Callbacks for `fit`: when ranges and BatchNorm statistics stop moving.
+"""Callbacks for `fit` that freeze ranges and BatchNormalization statistics from some epoch on.
 
-Early in training both should follow the weights; at the end they should hold still, so that the
-last epochs train the very numbers that ship (Krishnamoorthi 2018, section 3.2.3,
+Early in training both should follow the weights. At the end they should not change, so that the
+last epochs train with exactly the numbers that ship (Krishnamoorthi 2018, section 3.2.3,
 https://arxiv.org/abs/1806.08342).
 """
 
@@ -16,13 +16,14 @@ from kqat.training.weight_wrapper import QuantizeWrapper
 
 
 class _FreezeAt(keras.callbacks.Callback):
-    """Freezes something of a QAT model at the beginning of an epoch, and keeps it frozen."""
+    """Freezes layers of a QAT model at the beginning of an epoch, and keeps them frozen."""
 
     def __init__(self, epoch: int):
         super().__init__()
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ModelError(
-                f"Expected the epoch to freeze at, 0 for the first. Received: epoch={epoch!r}."
+                f"Expected the epoch to freeze at, 0 for the first. Received: epoch={epoch!r}. Use "
+                "an integer from 0 on."
             )
         self.epoch = epoch
         self._frozen = False
@@ -31,7 +32,8 @@ class _FreezeAt(keras.callbacks.Callback):
         """Checks that there is something to freeze."""
         if not is_quantized(self.model):
             raise ModelError(
-                f"Expected a QAT model for {type(self).__name__}. Received: '{self.model.name}'."
+                f"Expected a QAT model for {type(self).__name__}. Received: '{self.model.name}', "
+                "which is float. Use kqat.quantize_model first."
             )
         self._frozen = False
 
@@ -42,7 +44,7 @@ class _FreezeAt(keras.callbacks.Callback):
         for layer in all_layers(self.model):
             self._freeze(layer)
         self._frozen = True
-        # The step was traced with the old flags.
+        # The training step was traced with the old flags.
         self.model.make_train_function(force=True)
 
     def _freeze(self, layer: Any) -> None:
@@ -50,10 +52,12 @@ class _FreezeAt(keras.callbacks.Callback):
 
 
 class FreezeObservers(_FreezeAt):
-    """Stops the ranges of all quantizers from epoch `epoch` (0 is the first) on.
+    """Stops the observers: the ranges of all quantizers are fixed from epoch `epoch` on.
+
+    The first epoch is 0.
 
     Raises:
-        ModelError: if `epoch` is no such number, or the model in `fit` is not a QAT model.
+        ModelError: if `epoch` is not an epoch number, or the model in `fit` is not a QAT model.
     """
 
     def _freeze(self, layer: Any) -> None:
@@ -62,13 +66,13 @@ class FreezeObservers(_FreezeAt):
 
 
 class FreezeBatchNorm(_FreezeAt):
-    """Has BatchNormalization use its moving statistics from epoch `epoch` (0 is the first) on.
+    """Makes BatchNormalization use its moving statistics from epoch `epoch` on.
 
-    The statistics stop; gamma and beta go on learning. BatchNormalization that the plan leaves
-    float is left alone.
+    The first epoch is 0. The statistics no longer change, while gamma and beta still train.
+    BatchNormalization layers that the plan leaves float are not affected.
 
     Raises:
-        ModelError: if `epoch` is no such number, or the model in `fit` is not a QAT model.
+        ModelError: if `epoch` is not an epoch number, or the model in `fit` is not a QAT model.
     """
 
     def _freeze(self, layer: Any) -> None:

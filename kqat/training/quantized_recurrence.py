@@ -1,4 +1,4 @@
-"""A recurrence that trains with rounded values: one range per quantity, for all steps."""
+"""`QuantizedRecurrence`: a recurrent layer in QAT, with one range per value for all time steps."""
 
 import dataclasses
 import functools
@@ -23,13 +23,14 @@ Note = Callable[[ActivationQuantizer, int, Any], None]
 class QuantizedRecurrence(Recurrence):
     """A `Recurrence` whose step is a QAT model.
 
-    Weights are rounded once per batch. In training all steps are rounded within the ranges as
-    they were before the batch; the batch's extremes over all steps then move them. A first batch
-    that finds no ranges runs unrounded once to make some. Initial states are rounded as states.
+    Weights are rounded once per batch. In training, all steps use the ranges from before the
+    batch; after the batch its minima and maxima over all steps update the ranges. If there are no
+    ranges yet, the first batch runs once without rounding to initialize them. Initial states are
+    rounded with the ranges of the states.
 
     Args:
-        step, sequences, kwargs: as of `Recurrence`.
-        label: the name of the float layer in whose place it stands; its own if it is left out.
+        step, sequences, kwargs: as for `Recurrence`.
+        label: the name of the float layer that it replaces; by default its own name.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class QuantizedRecurrence(Recurrence):
         self.parts = Parts.of(trace(step))
 
     def get_config(self) -> dict[str, Any]:
-        """The label, beside what a `Recurrence` has."""
+        """The config of a `Recurrence`, and the label."""
         return {**super().get_config(), "label": self.label}
 
     @classmethod
@@ -70,7 +71,7 @@ class QuantizedRecurrence(Recurrence):
         return results
 
     def observe(self, inputs: Sequence[Any], note: Note, noisy: bool = False) -> Any:
-        """Hands each value that shapes a range to `note`; returns the states, not rounded.
+        """Calls `note` with each value that has a range; returns the states, not rounded.
 
         Args:
             inputs: as for `call`.
@@ -82,7 +83,7 @@ class QuantizedRecurrence(Recurrence):
         return self._unroll(inputs, rounding)[0]
 
     def state_quantizers(self) -> list[ActivationQuantizer]:
-        """Those of the values that go from step to step, of which the first is the output."""
+        """The quantizers of the states, the output's first."""
         return [node.layer for node in self.parts.state_roundings]
 
     def _first_bounds(self, inputs: Sequence[Any], masks: Mapping[str, Any]) -> list[Extremes]:
@@ -95,7 +96,7 @@ class QuantizedRecurrence(Recurrence):
         ]
 
     def _scan(self, inputs: Sequence[Any], rounding: "_Pass") -> tuple[Any, list[Extremes]]:
-        """One run in a loop that is traced once: results, and the extremes at the sites."""
+        """Runs all steps in a loop traced once; returns results, and the extremes at each site."""
 
         def step(values: list[Any], notes: list[Any]) -> tuple[list[Any], list[Any]]:
             seen: list[list[Any]] = [[] for _ in notes]
@@ -108,7 +109,7 @@ class QuantizedRecurrence(Recurrence):
             return self.scan(inputs, step, [_extremes(values) for values in seen])
 
     def _unroll(self, inputs: Sequence[Any], rounding: "_Pass") -> tuple[Any, list[Extremes]]:
-        """As `_scan`, step by step: slower to trace, but with faster gradients."""
+        """As `_scan`, but unrolled: slower to trace, with faster gradients."""
         inputs, seen = self._with_rounded_states(inputs, rounding)
         sequences = [ops.unstack(x, axis=1) for x in inputs[: self.sequences]]
         states = list(inputs[self.sequences :]) or self.zeros(inputs)
@@ -123,7 +124,7 @@ class QuantizedRecurrence(Recurrence):
     def _with_rounded_states(
         self, inputs: Sequence[Any], rounding: "_Pass"
     ) -> tuple[list[Any], list[list[Any]]]:
-        """The inputs with initial states rounded as states are, and what was seen of them."""
+        """The inputs with their initial states rounded, and the values seen at each site."""
         seen: list[list[Any]] = [[] for _ in self.parts.sites]
         states = [
             rounding.call(seen, node, x)
@@ -132,7 +133,10 @@ class QuantizedRecurrence(Recurrence):
         return [*inputs[: self.sequences], *states], seen
 
     def _rounded_weights(self) -> list[tuple[Any, Any]]:
-        """All variables of the layers with weights, which a scope would hide, with values."""
+        """Pairs of variable and value for a `StatelessScope`: rounded weights, others as they are.
+
+        All variables of the layers are listed, because the scope hides those of an outer scope.
+        """
         mapping = []
         for wrapper in self.parts.wrappers:
             rounded = {
@@ -143,7 +147,7 @@ class QuantizedRecurrence(Recurrence):
         return mapping
 
     def _masks(self, inputs: Sequence[Any]) -> dict[str, Any]:
-        """What each Dropout multiplies by: the same in all steps, as in Keras's cells."""
+        """The dropout mask of each Dropout layer: the same in all steps, as in Keras's cells."""
         batch = ops.shape(inputs[0])[0]
         return {
             node.name: node.layer(ops.ones((batch, *node.inputs[0].shape[1:])), training=True)
@@ -153,9 +157,10 @@ class QuantizedRecurrence(Recurrence):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The graph of one step, and its nodes and layers by what is done with them.
+    """The graph of one step, with its nodes and layers sorted by their purpose.
 
-    `sites` are the places that shape a range, `state_roundings` the roundings of the states.
+    `sites` are the calls of quantizers that update a range; `state_roundings` are the nodes that
+    round the states.
     """
 
     graph: Graph
@@ -181,7 +186,7 @@ class Parts:
 
 
 def _site(node: Node) -> tuple[ActivationQuantizer, int] | None:
-    """The quantizer and its call site, if the node shapes a range."""
+    """The quantizer and its call site, if the node updates a range."""
     quantizer = node.layer
     if not isinstance(quantizer, ActivationQuantizer) or _is_given(quantizer):
         return None
@@ -189,12 +194,12 @@ def _site(node: Node) -> tuple[ActivationQuantizer, int] | None:
 
 
 class _Pass:
-    """How values are rounded in one run along time.
+    """Computes the steps of one run over time, with or without rounding.
 
     Args:
-        parts: those of the recurrence.
-        bounds: the range of each of its quantizers, or `None`: nothing is rounded but weights.
-        masks: factors in the place of Dropout layers; without one, a Dropout does nothing.
+        parts: the parts of the recurrence.
+        bounds: the range of each of its quantizers, or `None` to round the weights only.
+        masks: name of a Dropout layer -> its mask; a Dropout without a mask does nothing.
     """
 
     def __init__(
@@ -211,7 +216,7 @@ class _Pass:
             self.bounds = dict(zip(ids, bounds, strict=True))
 
     def step(self, values: list[Any], seen: list[list[Any]]) -> list[Any]:
-        """One step; adds to `seen` what comes by at each of the sites."""
+        """One step; appends the value at each site to `seen`."""
         return list(self.parts.graph.run(values, functools.partial(self.call, seen)))
 
     def call(self, seen: list[list[Any]], node: Node, *args: Any, **kwargs: Any) -> Any:
@@ -223,7 +228,7 @@ class _Pass:
             return args[0] * self.masks[node.name] if node.name in self.masks else args[0]
         if isinstance(layer, QuantizeWrapper):
             kwargs = layer.layer_options(kwargs)
-            layer = layer.layer  # Its weights are rounded already.
+            layer = layer.layer  # The scope has rounded its weights already.
         if isinstance(layer, LstmState) and self.bounds is not None:
             return layer.rounded(*args)
         return layer(*args, **kwargs)
@@ -262,7 +267,7 @@ def _is_known(quantizer: ActivationQuantizer) -> Any:
 
 
 def _bounds(quantizer: ActivationQuantizer, seen: Sequence[Extremes] = ()) -> Extremes:
-    """The range of a quantizer now, or the one that these extremes would make alone."""
+    """The current range of a quantizer, or the range of the extremes in `seen` if there are any."""
     if _is_given(quantizer):
         low, high = quantizer.fixed_range()
         return ops.convert_to_tensor(low, "float32"), ops.convert_to_tensor(high, "float32")
@@ -273,8 +278,8 @@ def _bounds(quantizer: ActivationQuantizer, seen: Sequence[Extremes] = ()) -> Ex
 
 
 def _round(quantizer: ActivationQuantizer, x: Any, bounds: Extremes) -> Any:
-    """`x` as the quantizer would round it, had it this range."""
-    # Elsewhere the range begins at zero where there is a clamp.
+    """`x` rounded by the quantizer, but with the range `bounds`."""
+    # An observed asymmetric range of a clamp starts at zero, so rounding clamps as well.
     if quantizer.spec.symmetric or _is_given(quantizer):
         x = quantizer.clamped(x)
     rounded = arithmetic.fake_quantize(ops.cast(x, "float32"), *bounds, quantizer.spec)
@@ -282,7 +287,7 @@ def _round(quantizer: ActivationQuantizer, x: Any, bounds: Extremes) -> Any:
 
 
 def _extremes(values: Sequence[Any]) -> Extremes:
-    """Smallest and largest of tensors of one shape, and zero, which is in every range."""
+    """Minimum and maximum of tensors of one shape and of zero, which is in every range."""
     if not values:
         return ops.zeros((), "float32"), ops.zeros((), "float32")
     together = ops.cast(ops.stack(values), "float32")

@@ -116,14 +116,14 @@ def test_a_tfmot_wish_cannot_be_saved(tmp_path: Path) -> None:
 
 def test_a_model_without_wishes_is_refused() -> None:
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2)], name="model")
-    with pytest.raises(ModelError, match=r"annotated layers. Received: 'model' without any"):
+    with pytest.raises(ModelError, match=r"annotated layers. Received: 'model', which has none"):
         quantize_apply(model, calibration_data=IMAGES)
 
 
 NO_WISH = {
     "a model": (lambda: (keras.Sequential([layers.Dense(2)]), "int8"), "layers of a model one by"),
     "no layer": (lambda: ("dense", "int8"), r"Keras layer to annotate. Received: str"),
-    "no config": (lambda: (layers.Dense(2), None), "A layer left alone stays float"),
+    "no config": (lambda: (layers.Dense(2), None), "Do not annotate a layer that stays float"),
     "no preset": (lambda: (layers.Dense(2), "int9"), r"one of the presets.*'int9'"),
     "a number": (lambda: (layers.Dense(2), 8), r"a preset's name.*Received: 8"),
 }

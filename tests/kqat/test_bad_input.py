@@ -110,7 +110,10 @@ NO_MODEL: dict[str, tuple[Callable[[], Any], str]] = {
         called_subclassed,
         r"'sub' of type Branching.*branches on a value: line \d+, `if keras.ops.max\(x\) > 0:`",
     ),
-    "quantized": (quantized, r"Received: 'model', which is quantized already. Go on with fit"),
+    "quantized": (
+        quantized,
+        r"Received: 'model', which is quantized already. Train it on with fit",
+    ),
     "around a quantized one": (
         lambda: keras.Sequential([keras.Input((4,)), quantized()], name="outer"),
         "Received: 'outer', which is quantized already",
@@ -143,7 +146,10 @@ def test_what_is_no_model_is_refused(make: Callable[[], Any], message: str) -> N
 
 
 def test_a_policy_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"layer to quantize. Received: 'model', whose layers the"):
+    with pytest.raises(
+        ModelError,
+        match=r"layer to quantize. Received: 'model', which computes nothing, or whose layers the",
+    ):
         kqat.quantize_model(one_input(), None, calibration_data=ROWS)
 
 
@@ -174,7 +180,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "stock layer": (
         lambda x: layers.Dense(2)(layers.Masking()(x[:, 0])),
-        "layer 'masking' of type Masking.*It makes a mask of quantities, and",
+        "layer 'masking' of type Masking.*It masks steps by their values",
     ),
     "Softmax axis": (
         layers.Softmax(axis=1, name="softmax"),

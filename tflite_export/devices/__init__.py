@@ -1,4 +1,4 @@
-"""What a device makes of a file: kernels it lacks, limits of the Edge TPU, Vela's estimate."""
+"""Checks a model or file against a target: missing kernels, Edge TPU limits, Vela's estimate."""
 
 from tflite_export.devices import checks, vela
 from tflite_export.devices.checks import (

@@ -1,4 +1,4 @@
-"""What a device makes of a model, before conversion, and of a file, after it."""
+"""Checks a frozen model against a target before conversion, and the file after it."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,10 +14,9 @@ from tflite_export.kernels import missing_kernels
 
 
 def runtimes_of(target: str | None) -> frozenset[str]:
-    """The runtimes that a file for `target` must run on: without a target, all targets'.
+    """The runtimes that a file for `target` must run on; without a target, those of all targets.
 
-    A device that takes weights of eight bits only counts as a runtime of its own, which has no
-    kernel for packed ones.
+    A device that takes no packed weights counts as a runtime of its own without kernels for them.
     """
     if target is None:
         return frozenset(t.runtime for t in TARGETS.values())
@@ -26,12 +25,12 @@ def runtimes_of(target: str | None) -> frozenset[str]:
 
 
 def check_target(frozen: FrozenModel, name: str) -> None:
-    """Names every layer that does not fit the target; nothing is converted.
+    """Raises for layers that the target cannot run, and warns of those it runs slowly.
 
-    Layers that an accelerator leaves to the CPU are told in one `kqat.TargetWarning`.
+    All layers that an accelerator leaves to the CPU are named in one `kqat.TargetWarning`.
 
     Raises:
-        TargetError: if nothing on the device runs a layer, or there is no such target.
+        TargetError: if nothing on the device runs some layer, or if there is no such target.
     """
     target = target_named(name)
     found = list(_misfits(frozen, target))
@@ -42,7 +41,7 @@ def check_target(frozen: FrozenModel, name: str) -> None:
     ]
     if lacking:
         raise TargetError(
-            f"Expected operators that target '{name}' has integer kernels for. Received: "
+            f"Expected operators for which target '{name}' has integer kernels. Received: "
             f"{'; '.join(lacking)}. Replace these layers, give them another width in the policy, "
             "or choose another target."
         )
@@ -52,16 +51,17 @@ def check_target(frozen: FrozenModel, name: str) -> None:
 
 
 def check_limits(blob: bytes, target: str | None) -> None:
-    """Tells in one `kqat.TargetWarning` what of a file for the Edge TPU will not map to it."""
+    """Names the operators that the Edge TPU leaves to the CPU, in one `kqat.TargetWarning`."""
     if target == "edge_tpu" and (limits := list(edge_tpu_file.limits(flatbuffer.read(blob)))):
         message = f"Target 'edge_tpu' leaves to the CPU: {'; '.join(limits)}."
         warnings.warn(message, TargetWarning, stacklevel=3)
 
 
 def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
-    """The tables that the target need not look up: it has the function's own kernel.
+    """The elementwise functions that ship as their own operators and not as lookup tables.
 
-    Without a target, the kernel must be on every target's runtime.
+    These are the functions for which the target has a kernel. Without a target, every target's
+    runtime must have it.
     """
     runtimes = {t.runtime for t in TARGETS.values()} if target is None else set()
     own = []
@@ -79,7 +79,7 @@ def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
 def check_file(
     blob: bytes, inspection: Inspection, target: str | None
 ) -> tuple[NpuEstimate | None, tuple[str, ...]]:
-    """What Vela estimates for an Ethos-U, and what of a file does not fit the target.
+    """Vela's estimate, if the target is an Ethos-U, and notes on what does not fit the target.
 
     Raises:
         TargetError: if there is no such target.
@@ -107,7 +107,7 @@ def check_file(
 
 
 def _computes(target: Target, ops: tuple[str, ...]) -> bool:
-    """Whether the function's own operators are better there than a table."""
+    """Whether the function's own operators run better on the target than a lookup table."""
     if all(target.is_fast(op) for op in ops):
         return True
     return all(target.runs(op) for op in ops) and bool(target.unfit((), table=True))
@@ -124,7 +124,7 @@ def _misfits(frozen: FrozenModel, target: Target) -> Iterator[Misfit]:
 
 
 def _cmsis_nn_notes(inspection: Inspection) -> Iterator[str]:
-    """Shapes for which CMSIS-NN takes its plain loops (`arm_depthwise_conv_wrapper_s8`)."""
+    """Notes on shapes for which CMSIS-NN uses plain loops (`arm_depthwise_conv_wrapper_s8`)."""
     for operator in inspection.operators:
         if operator.name == "DEPTHWISE_CONV_2D" and _multiplies_channels(operator):
             yield (

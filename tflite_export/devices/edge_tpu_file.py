@@ -1,4 +1,4 @@
-"""What of a file does not map to the Edge TPU: shapes (`kqat.devices`) and options."""
+"""Finds the operators of a file that do not map to the Edge TPU, by their shapes and options."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,19 +14,19 @@ from tflite_export.kernels import OP_TABLE
 IO_TYPES = ("int8", "uint8")
 # "No fused activation function."
 _WITHOUT_CLAMP = ("AVERAGE_POOL_2D", "MAX_POOL_2D", "CONCATENATION")
-# "No padding in batch dimension", "No packing …", "Cannot operate on the batch dimension": the
-# input that names axes. PACK has an option instead.
+# Operator -> index of the input that names axes, for Coral's rules "No padding in batch dimension",
+# "No packing …" and "Cannot operate on the batch dimension". PACK has an option instead.
 _REDUCTIONS = ("MEAN", "SUM", "REDUCE_MAX", "REDUCE_MIN")
 
 
 def limits(model: ModelT) -> Iterator[str]:
-    """A line for each rule that a file breaks; what has no kernel there at all is left out."""
+    """One line for each rule that the file breaks; operators without a kernel are left out."""
     for tensor in (model.subgraphs[0].tensors[int(i)] for i in _ends(model)):
         if (dtype := flatbuffer.type_name(tensor)) not in IO_TYPES:
             name = flatbuffer.tensor_name(tensor)
             yield f"'{name}' is {dtype}; inputs and outputs must be int8"
     if (count := len(model.subgraphs)) > 1:
-        yield f"{count} subgraphs; control flow runs on the CPU"
+        yield f"the file has {count} subgraphs; control flow runs on the CPU"
     for graph in model.subgraphs:
         reader = _Reader(model, graph.tensors)
         for operator in graph.operators:
@@ -46,7 +46,7 @@ class _Reader:
         self.model, self.tensors = model, tensors
 
     def read(self, operator: OperatorT) -> Iterator[str]:
-        """The lines of one operator, which name what it writes."""
+        """The lines about one operator, which name the tensor that it writes."""
         name = flatbuffer.op_name(self.model, operator)
         for index in dict.fromkeys(i for i in [*operator.inputs, *operator.outputs] if i >= 0):
             if problem := self._tensor(index):
@@ -72,16 +72,16 @@ class _Reader:
         return flatbuffer.tensor_data(self.model, self.tensors[operator.inputs[position]])
 
     def _tensor(self, index: int) -> str | None:
-        """What is wrong with a tensor that is computed, or a constant of a width of its own."""
+        """Why a tensor does not map, or `None`: its type, its unknown sizes or its shape."""
         tensor = self.tensors[index]
         dtype = flatbuffer.type_name(tensor)
         # "Tensor parameters are quantized (8-bit fixed-point numbers; int8 or uint8)."
         if dtype in ("int4", "int2", "int16") or dtype.startswith("float"):
-            return f"is {dtype}; only 8 bits run there"
+            return f"is {dtype}; the Edge TPU runs 8 bits only"
         # "Tensor sizes are constant at compile-time (no dynamic sizes)."
         signature = tensor.shapeSignature
         if signature is not None and any(size < 0 for size in signature):
-            return f"has sizes that vary, {tuple(map(int, signature))}; all must be known"
+            return f"has unknown sizes, {tuple(map(int, signature))}; all must be known"
         if self.model.buffers[tensor.buffer].data is not None and tensor.buffer:
             return None
         return too_many_axes(self._shape(index))
@@ -90,7 +90,7 @@ class _Reader:
         options = operator.builtinOptions
         clamp = getattr(options, "fusedActivationFunction", 0)
         if name in _WITHOUT_CLAMP and clamp != schema.ActivationFunctionType.NONE:
-            return "has a fused activation function, which this operator may not have there"
+            return "has a fused activation, which this operator may not have on the Edge TPU"
         # Conv2d, DepthwiseConv2d: "Must use the same dilation in x and y dimensions."
         dilations = [getattr(options, f"dilation{axis}Factor", 1) for axis in "WH"]
         if dilations[0] != dilations[1]:
@@ -99,7 +99,7 @@ class _Reader:
             return "packs along the batch, which stays on the CPU"
         # StridedSlice: "with ellipsis-axis-mask == 0, and new-axis-max == 0".
         if name == "STRIDED_SLICE" and (options.ellipsisMask or options.newAxisMask):
-            return "has an ellipsis or a new axis, which it may not have there"
+            return "has an ellipsis or a new axis, which it may not have on the Edge TPU"
         return None
 
     def _constants(self, name: str, operator: OperatorT) -> str | None:
@@ -107,7 +107,7 @@ class _Reader:
         for position in OP_TABLE[name].parameters if name in OP_TABLE else ():
             given = position < len(operator.inputs) and operator.inputs[position] >= 0
             if given and self._constant(operator, position) is None:
-                return "computes with weights that are no constants"
+                return "has weights that are not constants"
         axes = self._constant(operator, 1)
         if name in _REDUCTIONS and axes is not None and 0 in axes:
             return "reduces the batch, which stays on the CPU"
@@ -119,7 +119,7 @@ class _Reader:
             return f"has strides {strides.tolist()}; all must be 1"
         # PReLU: "Alpha must be 1-dimensional (only the innermost dimension can be >1 size)."
         if name == "PRELU" and any(size != 1 for size in self._shape(operator.inputs[1])[:-1]):
-            return "has slopes along more than the last axis; use shared_axes for the others"
+            return "has slopes along more axes than the last; use shared_axes for the others"
         return self._joined(operator) if name == "CONCATENATION" else None
 
     def _joined(self, operator: OperatorT) -> str | None:
@@ -131,5 +131,5 @@ class _Reader:
                 continue
             zero = int(self.tensors[index].quantization.zeroPoint[0])
             if len(operator.inputs) != 2 or np.any(data != zero):
-                return "joins a constant, which must be zeros and beside one other input only"
+                return "joins a constant; it must be zeros, with only one other input"
         return None

@@ -1,7 +1,7 @@
 """Compiles a `.tflite` for an Arm Ethos-U NPU with Arm's compiler Vela, and reads its estimates.
 
-Vela runs in a child process, so that a file that hangs or crashes it does no harm to the caller.
-Its estimates are for the system that its own configuration file describes, not for a board.
+Vela runs in a child process, so a file that hangs or crashes it does not harm the caller. Its
+estimates are for the system that its own configuration file describes, not for a board.
 Source: https://pypi.org/project/ethos-u-vela/
 """
 
@@ -19,7 +19,7 @@ from kqat.base import ExportError, RuntimeUnavailableError
 from tflite_export.flatbuffer import inspect
 from tflite_export.runtimes import run_python
 
-# Target -> Vela's name of its usual size, in multiply-accumulates per cycle.
+# Target -> Vela's name of the NPU in its usual size (multiply-accumulates per cycle).
 ACCELERATORS = {
     "ethos_u55": "ethos-u55-128",
     "ethos_u65": "ethos-u65-256",
@@ -42,7 +42,7 @@ class Fallback:
 
     Attributes:
         operator, tensor: its name, and the name of the tensor that it writes.
-        reason: the line in which Vela says why, or "not said".
+        reason: the reason that Vela gives, or "not said".
     """
 
     operator: str
@@ -52,16 +52,17 @@ class Fallback:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NpuEstimate:
-    """What Vela says about one file.
+    """Vela's estimates for one file.
 
     Attributes:
-        accelerator, system, memory_mode: what it compiled for.
-        cycles: of one inference on the NPU, as estimated; `inferences_per_second` at Vela's clock.
+        accelerator, system, memory_mode: the configuration that Vela compiled for.
+        cycles: estimated NPU cycles of one inference.
+        inferences_per_second: at Vela's clock frequency.
         sram_bytes, dram_bytes: memory for activations.
         flash_bytes: weights and commands, on chip and off chip.
         compiled_bytes: size of the compiled file.
-        operators: how many the given file has.
-        fallbacks: those that run on the CPU.
+        operators: number of operators in the given file.
+        fallbacks: the operators that run on the CPU.
     """
 
     accelerator: str
@@ -121,7 +122,7 @@ def estimate(blob: bytes, target: str, *, timeout_seconds: float = TIMEOUT_SECON
 
 
 def _bytes(row: dict[str, str], memory: str) -> int:
-    """Vela's figures are in KiB."""
+    """The bytes of one kind of memory; Vela writes KiB."""
     return round(1024 * float(row[f"{memory}_memory_used"]))
 
 
@@ -139,7 +140,7 @@ def _compile(
     except subprocess.TimeoutExpired as error:
         raise RuntimeUnavailableError(
             f"Expected Vela to compile the file within {timeout_seconds:g} s. Received: a timeout. "
-            "Use a smaller model or a longer timeout_seconds."
+            "Use a smaller model or a larger timeout_seconds."
         ) from error
     if child.returncode != 0:
         raise _failure(accelerator, child)
@@ -153,12 +154,12 @@ def _failure(
     last = [line for line in words.splitlines() if line.strip() and "Warning: No " not in line]
     return RuntimeUnavailableError(
         f"Expected Vela to compile the file for {accelerator}. Received: "
-        f"{textwrap.shorten(' '.join(last[-8:]), 600)!r}. Use operators and types that it knows."
+        f"{textwrap.shorten(' '.join(last[-8:]), 600)!r}. Use operators and types that Vela knows."
     )
 
 
 def _fallbacks(compiled: bytes, words: str) -> tuple[Fallback, ...]:
-    """The operators that are left in the compiled file, with the reasons that Vela wrote."""
+    """The operators that remain in the compiled file, with the reasons that Vela wrote."""
     reasons = dict(_REFUSAL.findall(words))
     left = [operator for operator in inspect(compiled).operators if operator.name != _NPU_OPERATOR]
     return tuple(

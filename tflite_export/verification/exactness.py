@@ -1,7 +1,7 @@
-"""Does a runtime compute what its kernels are known to compute? Operator by operator, in integers.
+"""Compares a runtime's integers, operator by operator, with our integer model of its kernels.
 
-Lockstep compares with the trained model's floats, from which a kernel may be a step away. Here
-nothing may differ: `tflite_export.integer_model` has the arithmetic of each runtime.
+Lockstep compares with the trained model's floats, from which a kernel may differ by a step. Here
+nothing may differ, because `tflite_export.integer_model` has the arithmetic of each runtime.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ def exactness(model: ModelT, computed: Mapping[int, np.ndarray], runtime: str) -
 
     Args:
         model: the file.
-        computed: tensor -> what the runtime computed there, (samples, …).
-        runtime: which it was.
+        computed: index of a tensor -> the values that the runtime computed, (samples, …).
+        runtime: the name of the runtime.
     """
     try:
         program = read_program(model)
@@ -57,12 +57,12 @@ def exactness(model: ModelT, computed: Mapping[int, np.ndarray], runtime: str) -
 
 
 def _arrays(step: Step) -> Arrays:
-    """Keras has fast convolutions; of the rest, NumPy has the lesser overhead."""
+    """The array library for a step: Keras for its fast convolutions, else NumPy."""
     return KERAS if "CONV" in step.name else NUMPY
 
 
 def _samples(inputs: tuple[Any, ...], computed: Mapping[int, np.ndarray]) -> int | None:
-    """How many there were; `None` where the file's batch is not one."""
+    """The number of samples; `None` if the file's batch size is not one."""
     tensor = inputs[0]
     batch = tensor.shape[0] if tensor.shape else 1
     return len(computed[tensor.index]) if batch == 1 and tensor.index in computed else None

@@ -1,6 +1,6 @@
-"""A report as one HTML page without anything from outside: tables, and plots drawn as SVG here.
+"""Renders a report as one self-contained HTML page, with tables and with plots in SVG.
 
-Colours are variables of the style sheet, so one drawing serves light and dark screens.
+Colours are variables of the style sheet, so the same plots serve light and dark screens.
 """
 
 import dataclasses
@@ -9,16 +9,16 @@ from typing import Any
 
 import jinja2
 
-# Of a plot, in SVG units; the page scales it to its width.
+# The size of a plot in SVG units; the page scales it to its own width.
 WIDTH, HEIGHT = 960, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 12, 22
-# Below this many dB a value has less than five bits' worth of signal.
+# Bars below this many dB stand out: such a value carries less than five bits of signal.
 LOW_SQNR_DB = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One column of a plot: its box, what it says when pointed at, and whether it stands out."""
+    """One column of a plot: its box, its tooltip, and whether it stands out."""
 
     x: float
     y: float
@@ -30,9 +30,10 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One row of the table of runtimes: a cell for each that ran, `None` where it has nothing.
+    """One row of the table of runtimes, with a cell for each runtime that ran the file.
 
-    A cell is a pair of the largest difference and the share of values that differ.
+    A cell is a pair: the largest difference, and the share of values that differ. It is `None` if
+    the runtime has no such value.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """Columns over a scale: `ticks` are pairs of height and label."""
+    """A plot of columns; `ticks` are pairs of height and label on the scale."""
 
     title: str
     about: str
@@ -54,7 +55,7 @@ class Plot:
 
 
 def render(report: Any) -> str:
-    """The page of a `tflite_export.Report`."""
+    """The HTML page of a `tflite_export.Report`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tflite_export.verification"),
         undefined=jinja2.StrictUndefined,
@@ -90,13 +91,13 @@ def counted(number: float) -> str:
 
 
 def _verdicts(report: Any) -> list[tuple[bool, str]]:
-    """What was found, each with whether it is as it should be."""
+    """Pairs of whether a result is good, and the result in words."""
     found = [
         (
             report.is_full_integer,
             "full integer"
             if report.is_full_integer
-            else f"{report.float_operators} operators touch floats",
+            else f"{report.float_operators} operators read or write floats",
         )
     ]
     for part in report.runtimes:
@@ -115,7 +116,7 @@ def _verdicts(report: Any) -> list[tuple[bool, str]]:
 
 
 def _figures(report: Any) -> list[tuple[str, str, str]]:
-    """The totals: name, figure, unit."""
+    """The totals of the file, as triples of name, figure and unit."""
     figures = [
         ("Flash", f"{report.size_bytes:,}", "bytes of .tflite"),
         ("Work", counted(report.macs), "multiply-accumulates"),
@@ -133,7 +134,7 @@ def _figures(report: Any) -> list[tuple[str, str, str]]:
 
 
 def _comparisons(report: Any) -> list[Comparison]:
-    """Operators in lockstep, then outputs from end to end."""
+    """One row for each operator in lockstep, then one for each output end to end."""
     parts = [part for part in report.runtimes if part.problem is None]
     tables = [part.by_operator() for part in parts]
     rows = []
@@ -188,8 +189,8 @@ def _plots(layers: Sequence[Any]) -> tuple[Plot, ...]:
     )
     grid = _plot(
         "Share of the grid that is used, %",
-        "How many of the integers occur at all; a column that stands out clips over 1 % of its "
-        "values.",
+        "How many of the grid's integers occur at all; a column stands out if more than 1 % of its "
+        "values are clipped.",
         [100 * (layer.grid_share or 0.0) for layer in layers],
         [
             f"{x.name}: {100 * x.grid_share:.0f} % used, {100 * x.clipped_share:.2f} % clipped"
@@ -226,7 +227,7 @@ def _plot(
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 2.5, 5, 10, 20, … that is no smaller; 1 for nothing."""
+    """The smallest of 1, 2, 2.5, 5, 10, 20, … that is at least `value`; 1 for zero."""
     size = 1.0
     while True:
         for digit in (1, 2, 2.5, 5):

@@ -1,4 +1,4 @@
-"""What each layer of a verified file costs and how well its values fill their grid."""
+"""The cost of each layer of a verified file, and how well its values use their grid."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from tflite_export.verification.report import LayerReport, RuntimeReport
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GridUse:
-    """How one site's values lie on its grid; `sqnr_db` is `None` where nothing was lost."""
+    """How well one site's values use its grid; `sqnr_db` is `None` if rounding lost nothing."""
 
     site: Site
     tensor: int
@@ -23,13 +23,13 @@ class GridUse:
 
 
 def grid_use(site: Site, tensor: int, real: np.ndarray, actual: np.ndarray) -> GridUse:
-    """Compares a layer's real values with the integers that a runtime made of them.
+    """Compares a layer's real values with the integers that a runtime computed.
 
     Args:
         site: the grid.
         tensor: index of the file's tensor that holds the integers.
-        real: what float arithmetic gives, before rounding; any shape.
-        actual: the integers, of the same shape.
+        real: the values in float arithmetic, before rounding; any shape.
+        actual: the integers, in the same shape.
     """
     levels = 2**site.bits
     lowest = -levels // 2
@@ -48,14 +48,14 @@ def grid_use(site: Site, tensor: int, real: np.ndarray, actual: np.ndarray) -> G
 
 
 def work_of(model: ModelT, tensors: Sequence[int]) -> dict[int, tuple[int, ...]]:
-    """Which operators of subgraph 0 do the work of each of `tensors`, the rows of a report.
+    """The operators of subgraph 0 that do the work of each of `tensors`, the rows of a report.
 
-    A layer may ship as several operators: a Conv1D as RESHAPE, CONV_2D and RESHAPE. One whose
-    result is no row itself belongs to the first row that is computed from it, or where there is
-    none, to the row that it computes from. So each operator belongs to one row.
+    A layer may ship as several operators: a Conv1D as RESHAPE, CONV_2D and RESHAPE. An operator
+    whose output is not a row belongs to the first row that is computed from it. If there is none,
+    it belongs to the row that it reads. So each operator belongs to one row.
 
     Returns:
-        Tensor -> positions of its operators, in the order in which they run.
+        Index of a tensor -> positions of its operators, in the order in which they run.
     """
     graph = model.subgraphs[0]
     results = [[int(t) for t in operator.outputs] for operator in graph.operators]
@@ -88,13 +88,13 @@ def layer_reports(
     work: Mapping[int, tuple[int, ...]],
     runtimes: Sequence[RuntimeReport],
 ) -> tuple[LayerReport, ...]:
-    """One row for each site that was found in the file, in the order in which it runs.
+    """One row for each site that was found in the file, in the order of computation.
 
     Args:
-        inspection: of the file.
-        uses: of the sites, on one runtime.
-        work: tensor of subgraph 0 -> positions in `inspection.operators` of what computes it.
-        runtimes: what each runtime's lockstep found.
+        inspection: the file's inspection.
+        uses: how the sites use their grids, on one runtime.
+        work: from `work_of`, with positions in `inspection.operators`.
+        runtimes: the lockstep results of each runtime.
     """
     steps = {part.runtime: {site.name: site.max_steps for site in part.sites} for part in runtimes}
     rows = []
@@ -165,6 +165,6 @@ def _weight_bits(operator: OperatorInfo | None) -> int | None:
 
 
 def _bits(dtype: str | None) -> int | None:
-    """The 4 of "int4"."""
+    """The bits of an integer type: 4 for "int4"."""
     digits = "".join(c for c in dtype or "" if c.isdigit())
     return int(digits) if digits else None

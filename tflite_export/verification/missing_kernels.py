@@ -1,4 +1,4 @@
-"""Why a runtime does not run a right file: it has no kernel for one of its operators."""
+"""Finds the operators of a file for which a runtime has no kernel."""
 
 from ai_edge_litert import schema_py_generated as schema
 
@@ -9,9 +9,9 @@ from tflite_export.kernels import OP_TABLE
 
 
 def lacking_kernels(model: ModelT, runtime: str) -> tuple[str, ...]:
-    """The operators of a file, in the order of their names, that a runtime has no kernel for.
+    """The operators of a file for which a runtime has no kernel, sorted by name.
 
-    Of those in `OP_TABLE`, at the width of their activations; nothing is known of others.
+    Only operators in `OP_TABLE` are checked, at the width of their activations.
     """
     kinds, lacking = schema.TensorType, set()
     for graph in model.subgraphs:

@@ -1,4 +1,4 @@
-"""What verification found, as data: text of 80 columns, JSON, and one HTML page."""
+"""`Report`: what verification found, as data, as text of 80 columns, as JSON and as HTML."""
 
 import dataclasses
 import json
@@ -14,11 +14,11 @@ from tflite_export.verification import html_page
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteDifference:
-    """One value in lockstep: `differing` of its `elements` differ, by `max_steps` at most.
+    """One value in lockstep: `differing` of its `elements` differ, by at most `max_steps`.
 
-    `ties` of the differing ones lie exactly between two steps in float arithmetic (an average of
-    two integers often does), where kernels choose either neighbour. `allowed_steps` is more than
-    one where the kernel approximates (`kqat.devices.APPROXIMATE`).
+    Of those, `ties` lie exactly between two steps in float arithmetic, as the average of two
+    integers often does. A kernel may round such a value to either step. `allowed_steps` is more
+    than one if the kernel approximates (`kqat.devices.APPROXIMATE`).
     """
 
     name: str
@@ -32,11 +32,11 @@ class SiteDifference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputAgreement:
-    """One output end to end: steps between the rounded Keras model and the file.
+    """One output end to end: differences between the QAT model and the file, in output steps.
 
-    For an output that is float by the plan, a step is 1/255 of the spread of its values.
+    If the plan leaves the output float, a step is 1/255 of the spread of its values.
 
-    `top1_agreement` is the share of samples with the same largest class, `None` where the
+    `top1_agreement` is the share of samples with the same largest class; it is `None` if the
     output is not a vector of classes.
     """
 
@@ -51,10 +51,10 @@ class Exactness:
     """Whether a runtime computed the integers that its kernels are known to compute.
 
     Attributes:
-        elements: how many integers were compared, each operator fed the runtime's own inputs.
-        differing: how many of them differ.
-        first: the first operator that differs and its tensor, in words; empty where none does.
-        unknown: what was not compared, and why; empty where all was.
+        elements: number of integers compared; each operator gets the runtime's own inputs.
+        differing: number of integers that differ.
+        first: name of the first operator that differs, and of its tensor; "" if none does.
+        unknown: operators that were not compared, or the reason; empty if all were compared.
     """
 
     elements: int
@@ -80,10 +80,10 @@ class Exactness:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeReport:
-    """One runtime; `problem` says why there is no more to say, if it did not run.
+    """What one runtime did with the file; if it did not run, `problem` says why.
 
-    `exact` is `None` where no lockstep took place.
-    `lacks` are the operators that it has no kernel for, where that is why.
+    `exact` is `None` without lockstep. `lacks` names the operators for which the runtime has no
+    kernel, if that is the problem.
     """
 
     runtime: str
@@ -108,7 +108,7 @@ class RuntimeReport:
         return all(site.max_steps <= site.allowed_steps for site in self.sites)
 
     def by_operator(self) -> dict[str, SiteDifference]:
-        """Operator -> the differences of all that it wrote, added up."""
+        """Operator -> the sum of the differences of all its outputs."""
         table: dict[str, SiteDifference] = {}
         for site in self.sites:
             total = table.get(site.operator)
@@ -121,13 +121,15 @@ class LayerReport:
     """One value of the file, and the operator that computes it.
 
     Attributes:
-        name, operator, shape: of the value (without batch); `"input"` for a model input.
-        bits, scale, zero_point: its grid, `None` without one.
-        weight_bits: as the file stores the operator's weights; `None` without weights.
+        name: name of the value.
+        operator: the operator that computes it; `"input"` for a model input.
+        shape: its shape without the batch axis.
+        bits, scale, zero_point: its grid; `None` without one.
+        weight_bits: bits of the operator's weights as stored in the file; `None` without weights.
         clipped_share: share of values that lie outside the range, 0..1.
         grid_share: share of the grid's integers that occur at all, 0..1.
-        sqnr_db: power of the values over that of their rounding error; `None` where there is none.
-            Without lockstep these three are `None`.
+        sqnr_db: power of the values over that of their rounding error, in dB; `None` if there is no
+            error. Without lockstep these three are `None`.
         max_steps: runtime -> largest difference in lockstep.
         macs, constant_bytes: multiply-accumulates of the operator, bytes of its constants.
     """
@@ -149,17 +151,17 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """A verified file: `print` it, keep it as JSON (`save`) or as a page (`save_html`).
+    """The result of verifying a file: print it, or save it as JSON (`save`) or HTML (`save_html`).
 
     Attributes:
-        model_name, size_bytes, samples: what was verified, on how many samples.
-        operators, float_operators: operator -> count, and how many touch a float.
-        runtimes: what each of them found.
-        layers: the values in the order in which they are computed; ranges and noise are those of
-            the first runtime that ran the file.
+        model_name, size_bytes, samples: the model, its file's size, and the samples compared on.
+        operators, float_operators: operator -> count, and how many read or write a float.
+        runtimes: the results for each runtime.
+        layers: the values in the order in which they are computed. Their shares and SQNR are those
+            of the first runtime that ran the file.
         macs: multiply-accumulates of one invocation.
-        estimate: what Vela says, for a target with an NPU that it knows.
-        notes: what could not be compared, or does not fit the target.
+        estimate: Vela's estimate, for a target with an NPU that Vela knows.
+        notes: values that could not be compared, and operators that do not fit the target.
     """
 
     model_name: str
@@ -175,7 +177,7 @@ class Report:
 
     @property
     def arena_bytes(self) -> int | None:
-        """What TFLite Micro uses of its arena; `None` where it did not run the file."""
+        """Bytes of arena that TFLite Micro uses; `None` if it did not run the file."""
         return next((p.arena_bytes for p in self.runtimes if p.arena_bytes is not None), None)
 
     @property
@@ -184,7 +186,7 @@ class Report:
         return self.float_operators == 0
 
     def on(self, runtime: str) -> RuntimeReport:
-        """The part about one runtime."""
+        """The results for one runtime."""
         return next(part for part in self.runtimes if part.runtime == runtime)
 
     def to_json(self) -> str:
@@ -192,15 +194,15 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the JSON to `path`, whole or not at all."""
+        """Writes the JSON to `path`; on failure an older file stays as it was."""
         write_file(path, self.to_json().encode())
 
     def to_html(self) -> str:
-        """The report as one self-contained page, for light and dark screens."""
+        """The report as one self-contained HTML page, for light and dark screens."""
         return html_page.render(self)
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Writes the page to `path`, whole or not at all."""
+        """Writes the HTML page to `path`; on failure an older file stays as it was."""
         write_file(path, self.to_html().encode())
 
     def __str__(self) -> str:
@@ -280,8 +282,8 @@ def _estimate_lines(npu: NpuEstimate) -> list[str]:
 
 
 LAYER_LEGEND = (
-    "bits: weights/values; clip: values outside the range; grid: integers that occur; SQNR: power "
-    "over rounding error, in dB; steps: largest difference in lockstep"
+    "bits: weights/values; clip: share of values outside the range; grid: share of its integers "
+    "that occur; SQNR: signal over rounding error, in dB; steps: largest difference in lockstep"
 )
 
 
@@ -311,5 +313,5 @@ def _use_cells(row: LayerReport) -> str:
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
-    """`text` in lines of 80 characters; those that go on stand further in."""
+    """`text` in lines of 80 characters; continuation lines are indented further."""
     return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=f"{indent}  ")

@@ -1,1 +1,1 @@
-"""Ways to find the range of an activation, one file each."""
+"""Range methods: how the range of an activation is found, one module each."""

@@ -1,4 +1,4 @@
-"""The range that keeps most of what the distribution tells."""
+"""`Entropy`: the range whose rounded values have the distribution closest to the original."""
 
 import dataclasses
 
@@ -14,14 +14,14 @@ _SHARES = np.linspace(1.0, 0.05, 96)
 class Entropy:
     """Range with the least Kullback-Leibler divergence of the rounded from the clipped values.
 
-    Both bounds are cut by one share of their extremes. Zero, which is exact, is not counted. In
-    training it follows as `MovingAverage` does.
+    Both bounds are the same share of their extremes. Zeros are not counted, because they are exact.
+    In training the range changes as described in `Anchor`.
     Reference: Migacz 2017, "8-bit inference with TensorRT", slides 19-22; Wu et al. 2020,
     section 3.3 (https://arxiv.org/abs/2004.09602).
     """
 
     def calibrated(self, seen: Histogram, spec: QuantSpec) -> tuple[float, float]:
-        """The range `(low, high)` of what calibration has seen."""
+        """The range `(low, high)` for the values in calibration."""
         divergence = [self._divergence(seen, spec, share) for share in _SHARES]
         share = float(_SHARES[int(np.argmin(divergence))])
         return seen.low * share, seen.high * share
@@ -36,7 +36,7 @@ class Entropy:
         first, last = np.floor(low / width), np.floor(high / width)
         inside = (bins >= first) & (bins <= last)
         kept = seen.counts[inside].astype(np.float64)
-        clipped = kept.copy()  # What lies outside comes to lie on the ends.
+        clipped = kept.copy()  # Values outside are clipped to the end bins.
         clipped[0] += seen.counts[bins < first].sum()
         clipped[-1] += seen.counts[bins > last].sum()
         if not kept.sum():
@@ -49,5 +49,5 @@ class Entropy:
         rounded = np.where(some, mass[level], 0.0)
         p, q = clipped / clipped.sum(), rounded / rounded.sum()
         shared = (p > 0) & (q > 0)
-        lost = p[(p > 0) & (q == 0)].sum()  # Only ends without a value of their own.
+        lost = p[(p > 0) & (q == 0)].sum()  # Only end bins that had no value before clipping.
         return float(np.sum(p[shared] * np.log(p[shared] / q[shared])) + lost * np.log(1e12))

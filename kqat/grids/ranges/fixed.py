@@ -1,4 +1,4 @@
-"""A range known beforehand."""
+"""`Fixed`: a range that is given and not observed."""
 
 import dataclasses
 import math
@@ -9,17 +9,17 @@ from kqat.grids import arithmetic
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """Range `[low, high]` given by the user or demanded by an integer kernel.
+    """Range `[low, high]` that the user gives or that an integer kernel demands.
 
     Raises:
-        SpecError: if it is not finite, does not contain zero, or is empty; all in float32.
+        SpecError: if the range, in float32, is not finite, does not contain zero, or is empty.
     """
 
     low: float
     high: float
 
     def __post_init__(self) -> None:
-        for name in ("low", "high"):  # NumPy's floats are not JSON's
+        for name in ("low", "high"):  # JSON does not take NumPy's floats
             object.__setattr__(self, name, float(getattr(self, name)))
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise SpecError(f"Expected a finite range. Received: [{self.low}, {self.high}].")

@@ -1,4 +1,4 @@
-"""The range of the last batch alone."""
+"""`LastValue`: the range of the last batch only."""
 
 import dataclasses
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class LastValue:
-    """Range `[min, max]` of the batch seen last; nothing earlier remains.
+    """Range `[min, max]` of the last batch; earlier batches have no effect.
 
-    It follows a distribution that moves, and jumps with every batch; after calibration it is that
-    of the last batch. Known from tfmot as `LastValueQuantizer`.
+    It follows a distribution that changes, but it also jumps with every batch. tfmot calls it
+    `LastValueQuantizer`.
     """
 
     def update(

@@ -1,4 +1,4 @@
-"""The smallest and the largest value ever seen."""
+"""`MinMax`: the range from the smallest to the largest value of all batches."""
 
 import dataclasses
 from typing import Any
@@ -11,14 +11,14 @@ from kqat.grids.spec import QuantSpec
 
 @dataclasses.dataclass(frozen=True)
 class MinMax:
-    """Range `[min, max]` over everything seen; nothing is clipped, outliers rule.
+    """Range `[min, max]` of all batches: nothing seen is clipped, and one outlier widens it.
 
-    In training it goes on growing, and never shrinks.
+    In training the range can grow, but not shrink.
     Reference: Krishnamoorthi 2018, section 3.1 (https://arxiv.org/abs/1806.08342).
     """
 
     def calibrated(self, seen: Histogram, spec: QuantSpec) -> tuple[float, float]:
-        """The range `(low, high)` of what calibration has seen."""
+        """The range `(low, high)` for the values in calibration."""
         return seen.low, seen.high
 
     def update(

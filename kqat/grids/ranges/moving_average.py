@@ -1,4 +1,4 @@
-"""Moving averages of batch ranges: what a range does in training."""
+"""`MovingAverage` and `Anchor`: how a range changes in training, by averages of batch ranges."""
 
 import dataclasses
 import math
@@ -8,15 +8,16 @@ from keras import ops
 
 from kqat.base import SpecError
 
-# Down to this share of what calibration saw, batches say nothing: they are small, or quiet.
+# A range narrows only if the batches' average is below this share of the calibration extremes.
 _QUIET = 0.25
-# Beyond what calibration saw by this share of its width, values are new and widen the range.
+# A range widens only if the batches' average exceeds the calibration extremes by this share of
+# their width.
 _NEW = 0.25
-# How much slower a range forgets than it learns.
+# The extremes shrink at this fraction of the speed at which they grow.
 _FORGETS = 0.1
-# One batch counts for no more than this many widths of the range.
+# The extremes of a batch are cut at this many widths of the range.
 _WIDEST = 4.0
-# What float32 still holds.
+# Near the largest float32.
 _LARGEST = 3e38
 
 
@@ -29,11 +30,11 @@ class MovingAverage:
         m_t = m_{t-1} + (1 - d) / (1 - d**t) * (x_t - m_{t-1}),
 
     which is Adam's bias correction (Kingma & Ba 2015, section 3, https://arxiv.org/abs/1412.6980)
-    carried out at every step: `m_1 == x_1`, and no initial value ever remains.
+    applied at every step. So `m_1 == x_1`, and no initial value has any weight.
     Reference for the average itself: Jacob et al. 2018, section 3.1.
 
-    That is the range of a model that was never calibrated. After calibration the range is found
-    from all data by the method that `calibrate` is given, and `Anchor` says how it then moves.
+    This is the range of a model that was never calibrated. Calibration finds the range from all
+    data by its own method, and afterwards `Anchor` decides how training changes it.
 
     Raises:
         SpecError: if `decay` is not inside (0, 1).
@@ -48,46 +49,49 @@ class MovingAverage:
             )
 
     def share(self, count: Any) -> Any:
-        """The weight of the next batch, `count` of which came before (float32, any shape)."""
-        # expm1, because 1 - d**t loses its digits where d is near one.
+        """The weight of the next batch after `count` batches (float32, any shape)."""
+        # expm1, because 1 - d**t loses its digits if d is near one.
         share = (1.0 - self.decay) / -ops.expm1((count + 1.0) * math.log(self.decay))
         return ops.where(count > 0.0, share, 1.0)
 
     def update(
         self, low: Any, high: Any, count: Any, batch_low: Any, batch_high: Any
     ) -> tuple[Any, Any]:
-        """The range after one more batch, `count` of which came before, without calibration.
+        """The range of a model without calibration, after one more batch.
 
-        All float32: `low`, `high` and `count` of one shape, the others scalars.
+        `count` is the number of batches before it. All float32: `low`, `high` and `count` of one
+        shape, the others scalars.
         """
         weight = self.share(count)
         return low + weight * (batch_low - low), high + weight * (batch_high - high)
 
 
-# How a range that calibration found moves in training.
+# The moving average that a calibrated range follows in training.
 FOLLOWING = MovingAverage()
 
 
 class Anchor:
-    """What calibration leaves behind, so that training moves a range only where it has to.
+    """The numbers that calibration leaves, so that training changes a range only if it must.
 
-    Batches of training are no fair sample of what the device will see: they are small, or of one
-    class, and behind a Dropout values are scaled up. So training keeps a second pair of numbers,
-    the extremes `e` (as magnitudes, `-low` and `high`). They begin as those that calibration saw
-    and go to the batch's extremes, divided by the factor by which Dropout stretches them here, as a
-    moving average with `MovingAverage.share` where those are larger, ten times slower where they
-    are smaller. One batch counts for at most four widths. The range is
+    Training batches are not a fair sample of the device's inputs: they may be small or of one
+    class, and after a Dropout layer the values are scaled up. So training keeps a second pair of
+    numbers, the extremes `e` (as magnitudes, `-low` and `high`). They start as the calibration
+    extremes, and follow the batches' extremes as a moving average: with the weight
+    `MovingAverage.share` if these are larger, and ten times slower if they are smaller. The
+    batches' extremes are divided by the factor by which Dropout scales them here, and cut at four
+    widths of the range. The range is
 
         calibrated * min(1, 4 * e / seen) + max(0, e - seen - width / 4)
 
-    with `seen` what calibration saw and `width = seen_low + seen_high`: it stands still while the
-    batches' average lies within a quarter of what was seen and a quarter of the width more, and
-    beyond it follows. So no order, size or dropout of batches moves it while weights stand still,
-    and weights that move far take it along.
+    where `seen` are the calibration extremes and `width = seen_low + seen_high`. It does not
+    change while the average stays above a quarter of `seen` and below `seen` plus a quarter of the
+    width. So order, size and dropout of batches do not change a range while the weights stay the
+    same. If weights change the values beyond these limits, the range follows.
 
-    Rows, each `(2, sites)` for low and high: the calibrated range; where widening begins;
-    the slope of narrowing; the factor of a batch; the weight of a smaller one; what one batch may
-    count at least. Before calibration they make the range equal to `e`, the plain average.
+    The rows, each `(2, sites)` for low and high, are: the calibrated range; the extreme above which
+    it widens; the slope by which it narrows; the factor of a batch's extremes; the weight of
+    smaller extremes; the least width at which a batch is cut. Before calibration they make the
+    range equal to `e`, the plain average.
     """
 
     ROWS = 6
@@ -100,8 +104,8 @@ class Anchor:
 
         Args:
             calibrated: `-low` and `high` of the range.
-            seen: `-low` and `high` of all values that calibration saw.
-            stretched: how many times as wide they are in training mode, 1 or more.
+            seen: `-low` and `high` of all values in calibration.
+            stretched: by which factor the values are wider in training mode, 1 or more.
         """
         slope = [min(1.0 / (_QUIET * s), _LARGEST) if s > 0.0 else 0.0 for s in seen]
         start = [min(s + _NEW * float(sum(seen)), _LARGEST) for s in seen]
@@ -112,7 +116,7 @@ class Anchor:
         """The extremes after one more batch, and the range of them, as `(2, sites)` each.
 
         Args:
-            method: whose decay rules.
+            method: the moving average whose decay is used.
             anchor: `(ROWS, 2, sites)`.
             extremes: `e`, `(2, sites)`.
             count: batches so far, `(sites,)`.

@@ -1,4 +1,4 @@
-"""The range on whose grid the values lose least."""
+"""`MSE`: the range with the least squared rounding error of the values."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import numpy as np
 from kqat.grids.histogram import Histogram
 from kqat.grids.spec import QuantSpec
 
-# Bounds that are tried, as shares of the extreme.
+# The bounds to try, as shares of the extreme.
 _SHARES = np.linspace(1.0, 0.02, 197)
 _PASSES = 4
 
@@ -16,20 +16,20 @@ _PASSES = 4
 class MSE:
     """Range with the least mean squared error on the layer's grid (least squares).
 
-    For a range of step `s` the error is that of the values outside, measured on the histogram of
-    calibration, and `s**2 / 12` for each value inside that is not zero, which is exact. In
-    training it follows as `MovingAverage` does.
+    For a range of step `s` the error has two parts: the clipping error of the values outside, from
+    the calibration histogram, and `s**2 / 12` for each value inside, except zeros, which are exact.
+    In training the range changes as described in `Anchor`.
     Reference: Sung et al. 2015, section 2 (https://arxiv.org/abs/1511.06488), for the search;
     Nagel et al. 2021, section 3.1 (https://arxiv.org/abs/2106.08295), for ranges of activations.
     """
 
     def calibrated(self, seen: Histogram, spec: QuantSpec) -> tuple[float, float]:
-        """The range `(low, high)` of what calibration has seen."""
+        """The range `(low, high)` for the values in calibration."""
         return least_error(seen, spec, 1.0)
 
 
 def least_error(seen: Histogram, spec: QuantSpec, clipping: float) -> tuple[float, float]:
-    """The range of least error, that of clipped values counted `clipping` times."""
+    """The range of least error, with clipping errors weighted by `clipping`."""
     lower, upper = seen.tail(upper=False), seen.tail(upper=True)
     lows, highs = -seen.low * _SHARES, seen.high * _SHARES
     beyond_low = clipping * lower.squares_beyond(lows)

@@ -1,4 +1,4 @@
-"""A range that leaves a given share of the values out."""
+"""`Percentile`: the range that contains a given share of the values."""
 
 import dataclasses
 
@@ -9,10 +9,10 @@ from kqat.grids.spec import QuantSpec
 
 @dataclasses.dataclass(frozen=True)
 class Percentile:
-    """Range that holds `percent` of the values seen in calibration; half of the rest on each side.
+    """Range with `percent` of the values in calibration; half of the others lie on each side.
 
-    On a side where every value is zero nothing is left out. In training it follows as
-    `MovingAverage` does.
+    If no value lies on one side of zero, that side clips nothing. In training the range changes as
+    described in `Anchor`.
     Reference: Wu et al. 2020, section 3.3 (https://arxiv.org/abs/2004.09602).
 
     Raises:
@@ -29,7 +29,7 @@ class Percentile:
             )
 
     def calibrated(self, seen: Histogram, spec: QuantSpec) -> tuple[float, float]:
-        """The range `(low, high)` of what calibration has seen."""
+        """The range `(low, high)` for the values in calibration."""
         outside = seen.total * (100.0 - self.percent) / 200.0
         low, high = (seen.tail(upper).bound_of(outside) for upper in (False, True))
         return max(-low, seen.low), min(high, seen.high)

@@ -1,1 +1,1 @@
-"""Ways to find the step of a weight's grid, one file each."""
+"""Step methods: how the step of a weight's grid is found, one module each."""

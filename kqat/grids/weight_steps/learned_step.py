@@ -1,4 +1,4 @@
-"""The step that training finds: learned step size quantization (LSQ)."""
+"""`LearnedStep`: the step is a trainable variable, learned step size quantization (LSQ)."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from kqat.grids.weight_steps.widths import check_bits
 
 @dataclasses.dataclass(frozen=True)
 class LearnedStep:
-    """Step `s` as a trainable variable; the loss decides what is clipped.
+    """Step `s` as a trainable variable, so that the loss decides how much is clipped.
 
     With `v = clip(w / s, -qmax, qmax)`, where `N` weights share a step,
 
@@ -23,18 +23,17 @@ class LearnedStep:
         d out/d w = 1 where |w / s| <= qmax, else 0
         d out/d s = (round(v) - w / s if |w / s| <= qmax, else ±qmax) / sqrt(N * qmax)
 
-    A step that training takes below zero is used by its magnitude.
+    If training makes the step negative, its magnitude is used.
 
     Args:
-        start: where the step starts: at the least squared error (`"mse"`, as `LeastSquares`), or
-            at the paper's `2 * mean|w| / sqrt(qmax)` (`"mean"`), which loses more of weights that
-            are trained already.
+        start: the initial step: `"mse"` has the least squared error (as `LeastSquares`), `"mean"`
+            is the paper's `2 * mean|w| / sqrt(qmax)`, which rounds trained weights more coarsely.
 
     Raises:
         SpecError: if `start` is neither.
 
-    Reference: Esser et al. 2020, section 2 (https://arxiv.org/abs/1902.08153); there the lowest
-    integer is `-qmax - 1`, which integer kernels' symmetric weights do not have.
+    Reference: Esser et al. 2020, section 2 (https://arxiv.org/abs/1902.08153). The paper's lowest
+    integer is `-qmax - 1`; here it is `-qmax`, as integer kernels want symmetric weights.
     """
 
     start: Literal["mse", "mean"] = "mse"
@@ -44,18 +43,18 @@ class LearnedStep:
             raise SpecError(f"Expected start 'mse' or 'mean'. Received: start={self.start!r}.")
 
     def check(self, spec: QuantSpec) -> None:
-        """Raises `SpecError` if the grid is none for this method."""
+        """Raises `SpecError` if this method cannot use the grid."""
         check_bits(self, spec, 2, 8)
 
     def step(self, weight: Any, spec: QuantSpec) -> Any:
-        """Where the step of `weight` starts: its shape, axes that share one of size 1."""
+        """The initial step of `weight`, in its shape with size 1 along axes that share a step."""
         if self.start == "mse":
             return LeastSquares().step(weight, spec)
         mean = arithmetic.mean_magnitude(weight, spec)
         return arithmetic.usable_scale(mean * (2.0 / math.sqrt(spec.qmax)))
 
     def scale(self, step: Any) -> Any:
-        """The scale that the variable `step` stands for: above zero."""
+        """The scale that the variable `step` stands for; always positive."""
         return ops.maximum(ops.abs(step), arithmetic.SMALLEST_RANGE)
 
     def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:

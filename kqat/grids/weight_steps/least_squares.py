@@ -1,4 +1,4 @@
-"""The step that loses least of the weights."""
+"""`LeastSquares`: the step with the least squared rounding error of the weights."""
 
 import dataclasses
 from typing import Any
@@ -13,17 +13,17 @@ from kqat.grids.weight_steps.widths import check_bits
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares:
-    """Step with the least `sum((w - round(w / s) * s)**2)`, found anew from the weights each time.
+    """Step with the least `sum((w - round(w / s) * s)**2)`, found anew in every training step.
 
-    Of `candidates` fractions of the max-abs step the best is taken, and then moved to where the
-    error is least for its integers: `s = <w, q> / <q, q>`. The search costs as many roundings of
-    the weights in every training step; `LearnedStep` costs one.
+    The method tries `candidates` fractions of the max-abs step and takes the best. Then it moves
+    the step to the least error for the integers `q` found: `s = <w, q> / <q, q>`. The search rounds
+    the weights `candidates` times in every training step; `LearnedStep` rounds them once.
 
     Reference: the L2 search of Banner et al. 2019, section 3 (https://arxiv.org/abs/1810.05723),
     by enumeration.
 
     Raises:
-        SpecError: if `candidates` is no whole number above zero.
+        SpecError: if `candidates` is not an integer above zero.
     """
 
     candidates: int = 40
@@ -37,11 +37,11 @@ class LeastSquares:
             )
 
     def check(self, spec: QuantSpec) -> None:
-        """Raises `SpecError` if the grid is none for this method."""
+        """Raises `SpecError` if this method cannot use the grid."""
         check_bits(self, spec, 2, 8)
 
     def step(self, weight: Any, spec: QuantSpec) -> Any:
-        """The step of `weight`: its shape, with the axes that share one of size 1."""
+        """The step of `weight`, in its shape with size 1 along axes that share a step."""
         weight = ops.stop_gradient(weight)
         largest = arithmetic.weight_scale(weight, spec)
         axes = arithmetic.shared_axes(weight, spec)
@@ -50,7 +50,7 @@ class LeastSquares:
             return ops.sum(x, axis=axes, keepdims=True)
 
         def error(step: Any) -> Any:
-            # In units of the largest step, so that the square of a tiny weight is none of zero.
+            # In units of the largest step, so that the square of a tiny weight does not underflow.
             lost = weight - arithmetic.round_weight(weight, step, spec) * step
             return total(ops.square(lost / largest))
 
@@ -59,7 +59,7 @@ class LeastSquares:
             found = error(step)
             return ops.where(found < best[1], step, best[0]), ops.minimum(found, best[1])
 
-        # Not range(): forty copies of it would stand in the graph.
+        # Not a Python loop over range(): that would put forty copies of the search in the graph.
         start = largest, error(largest)
         best, least = ops.fori_loop(1, self.candidates, better, start)
         integers = arithmetic.round_weight(weight, best, spec)
@@ -68,5 +68,5 @@ class LeastSquares:
         return ops.where(error(moved) < least, moved, best)
 
     def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:
-        """`weight` rounded to multiples of `step`, straight-through."""
+        """`weight` rounded to multiples of `step`; the gradient passes unchanged."""
         return arithmetic.fake_quantize_weight(weight, step, spec)

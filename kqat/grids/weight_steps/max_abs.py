@@ -1,4 +1,4 @@
-"""The step whose grid just holds the largest weight."""
+"""`MaxAbs`: the smallest step whose grid holds the largest weight."""
 
 import dataclasses
 from typing import Any
@@ -10,19 +10,19 @@ from kqat.grids.weight_steps.widths import check_bits
 
 @dataclasses.dataclass(frozen=True)
 class MaxAbs:
-    """Step `max|w| / qmax`: no weight is clipped; the widest one rules.
+    """Step `max|w| / qmax`: no weight is clipped, and the largest one decides the step.
 
     Reference: Krishnamoorthi 2018, section 3.1 (https://arxiv.org/abs/1806.08342).
     """
 
     def check(self, spec: QuantSpec) -> None:
-        """Raises `SpecError` if the grid is none for this method."""
+        """Raises `SpecError` if this method cannot use the grid."""
         check_bits(self, spec, 2, 8)
 
     def step(self, weight: Any, spec: QuantSpec) -> Any:
-        """The step of `weight`: its shape, with the axes that share one of size 1."""
+        """The step of `weight`, in its shape with size 1 along axes that share a step."""
         return arithmetic.weight_scale(weight, spec)
 
     def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:
-        """`weight` rounded to multiples of `step`, straight-through."""
+        """`weight` rounded to multiples of `step`; the gradient passes unchanged."""
         return arithmetic.fake_quantize_weight(weight, step, spec)

@@ -1,4 +1,4 @@
-"""Weights of three values: ternary weight networks (TWN)."""
+"""`Ternary`: weights of three values, as in ternary weight networks (TWN)."""
 
 import dataclasses
 from typing import Any
@@ -14,16 +14,16 @@ from kqat.grids.weight_steps.widths import check_bits
 class Ternary:
     """Integers −1, 0, 1: zero where `|w| <= 0.7 * mean|w|`; the step is the mean `|w|` of the rest.
 
-    The gradient is straight-through. Reference: Li et al. 2016, section 2
-    (https://arxiv.org/abs/1605.04711), here for each scale of its own.
+    Both means are taken over the weights that share a scale. The gradient is straight-through.
+    Reference: Li et al. 2016, section 2 (https://arxiv.org/abs/1605.04711).
     """
 
     def check(self, spec: QuantSpec) -> None:
-        """Raises `SpecError` if the grid is none for this method."""
+        """Raises `SpecError` if this method cannot use the grid."""
         check_bits(self, spec, 2, 2)
 
     def step(self, weight: Any, spec: QuantSpec) -> Any:
-        """The step of `weight`: its shape, with the axes that share one of size 1."""
+        """The step of `weight`, in its shape with size 1 along axes that share a step."""
         kept = ops.cast(self._kept(weight, spec), "float32")
         axes = arithmetic.shared_axes(weight, spec)
         count = ops.maximum(ops.sum(kept, axis=axes, keepdims=True), 1.0)
@@ -31,7 +31,7 @@ class Ternary:
         return arithmetic.usable_scale(total / count)
 
     def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:
-        """`-step`, 0 or `step` for each of `weight`, straight-through."""
+        """`-step`, 0 or `step` for each weight; the gradient passes unchanged."""
         integers = ops.sign(weight) * ops.cast(self._kept(weight, spec), "float32")
         return arithmetic.straight_through(integers * step, weight)
 

@@ -1,14 +1,14 @@
-"""What a step method asks of a grid's width."""
+"""The check that a step method supports the bits of a grid."""
 
 from kqat.base import SpecError
 from kqat.grids.spec import QuantSpec
 
 
 def check_bits(method: object, spec: QuantSpec, least: int, most: int) -> None:
-    """Lets a grid pass whose width lies in `[least, most]`.
+    """Checks that the bits of a grid lie in `[least, most]`.
 
     Raises:
-        SpecError: if it does not.
+        SpecError: if they do not.
     """
     if not least <= spec.bits <= most:
         widths = f"{least}" if least == most else f"{least} to {most}"

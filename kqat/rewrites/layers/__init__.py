@@ -1,1 +1,1 @@
-"""Layers as simpler layers, one module a family."""
+"""Rewrites of layers as simpler layers, one module per family of layers."""

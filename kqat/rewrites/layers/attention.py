@@ -1,7 +1,7 @@
-"""Attention as layers with one integer operator each.
+"""Rewrites attention layers as simple layers that each become one integer operator.
 
-Quantizers stand between the parts, so every intermediate value has a range of its own. Matrix
-products become FULLY_CONNECTED and BATCH_MATMUL.
+Every intermediate value gets its own quantizer, and so its own range. Matrix products become
+FULLY_CONNECTED where one factor is constant, and BATCH_MATMUL elsewhere.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from kqat.rewrites.layers.basic import Decomposed
 
 
 def multi_head_attention(layer: Any, name: str) -> Decomposed:
-    """`softmax(q k^T / sqrt(d)) v` for each head, projected in and out.
+    """`softmax(q k^T / sqrt(d)) v` for each head, with input and output projections.
 
     `1 / sqrt(d)` is multiplied into the query projection. Reference: Vaswani et al. 2017,
     section 3.2 (https://arxiv.org/abs/1706.03762).
@@ -27,13 +27,13 @@ def multi_head_attention(layer: Any, name: str) -> Decomposed:
     if config["attention_axes"] not in (None, [1], (1,), 1):
         raise UnsupportedLayerError(
             f"Expected attention over one axis in layer '{name}'. Received: "
-            f"attention_axes={config['attention_axes']}. Reshape to (steps, features)."
+            f"attention_axes={config['attention_axes']}. Reshape its inputs to (steps, features)."
         )
     return _multi_head(layer, name, config["key_dim"], 1)
 
 
 def group_query_attention(layer: Any, name: str) -> Decomposed:
-    """As `multi_head_attention`, with several query heads to each head of keys and values.
+    """As `multi_head_attention`, but several query heads share one head of keys and values.
 
     Reference: Ainslie et al. 2023, section 2.2 (https://arxiv.org/abs/2305.13245).
     """
@@ -43,7 +43,7 @@ def group_query_attention(layer: Any, name: str) -> Decomposed:
 
 
 def _multi_head(layer: Any, name: str, size: int, sharing: int) -> Decomposed:
-    """Attention with heads of `size` features, `sharing` query heads to each key head."""
+    """Attention with heads of `size` features; `sharing` query heads share one key head."""
     arrays = {"/".join(v.path.split("/")[-2:]): np.asarray(v) for v in layer.weights}
     options = matrix_products.options(layer, name)
     scale = 1.0 / np.sqrt(size)
@@ -55,7 +55,7 @@ def _multi_head(layer: Any, name: str, size: int, sharing: int) -> Decomposed:
     output = matrix_products.dense(out_kernel, out_bias, 2, name, options)
 
     def heads(part: str, x: Any) -> Any:
-        # Keys are transposed once: to (heads, features, steps).
+        # Keys go straight to (heads, features, steps), so the product needs no second transpose.
         order = (2, 3, 1) if part == "key" else (2, 1, 3)
         y = layers.Permute(order, name=f"{name}_{part}_heads")(made[part](x))
         if sharing == 1 or part == "query":
@@ -90,7 +90,8 @@ def _multi_head(layer: Any, name: str, size: int, sharing: int) -> Decomposed:
         keep = Keep.of(name, pairs=pairs, queries=[query_mask], keys=masks)
         keys = heads("key", value if key is None else key)
         scores = Matmul(name=f"{name}_scores")([heads("query", query), keys])
-        # Keras has two ways to compute this, which differ where a query sees nothing.
+        # Keras computes this in two ways (with and without dropout). They differ for a query
+        # whose keys are all masked: weights of zero, or equal weights.
         weights = attended(scores, keep, name, zeros=layer.dropout > 0.0)
         mixed = _mixed(layer, weights, heads("value", value), name, f"{name}_mixed")
         steps = layers.Permute((2, 1, 3), name=f"{name}_steps")(mixed)
@@ -106,8 +107,9 @@ def _mixed(layer: Any, weights: Any, value: Any, name: str, last: str) -> Any:
 
 
 def attention(layer: Any, name: str) -> Decomposed:
-    """`softmax(scores(q, k)) v` without projections: Luong's scores, or `Attention`'s others.
+    """`softmax(scores(q, k)) v` without projections, for both score modes of `Attention`.
 
+    "dot" is `q k^T`, "concat" is `sum(tanh(q + k))`.
     Reference: Luong et al. 2015, section 3.1 (https://arxiv.org/abs/1508.04025).
     """
 
@@ -155,11 +157,12 @@ def additive_attention(layer: Any, name: str) -> Decomposed:
 def _attended(
     layer: Any, scores: Any, value: Any, name: str, mask: Any, use_causal_mask: bool
 ) -> Any:
-    """The values, weighted by `softmax(scores)`; `mask` has one of the queries, one of values."""
+    """The values, weighted by `softmax(scores)`; `mask` holds those of queries and of values."""
     pairs = [causal(*scores.shape[1:])] if use_causal_mask else []
     keep = Keep.of(name, pairs=pairs, keys=[mask[1]] if mask else [])
     hidden = mask[0] if mask else None
-    # Where a query sees nothing Keras adds to all scores alike: the weights are equal.
+    # If all keys of a query are masked, Keras adds the same number to all its scores: the
+    # weights are equal, not zero.
     weights = attended(scores, keep, name, zeros=False)
     if hidden is None:
         return _mixed(layer, weights, value, name, name)
@@ -175,7 +178,7 @@ def _sums(query: Any, key: Any, name: str) -> Any:
 
 
 def _times(x: Any, variable: Any, name: str) -> Any:
-    """`x` times a variable of one number, which stays trained; `None` is one."""
+    """`x` times a scalar variable, which training still updates; `None` stands for one."""
     if variable is None:
         return x
     factor = WithConstant(ConstantKind.MULTIPLY, [], name=name, trainable=variable.trainable)
@@ -189,8 +192,8 @@ def _projection(
     bias = None if bias is None else (bias * scale).astype(np.float32)
     if scale != 1.0 and options["kernel_regularizer"]:
         raise UnsupportedLayerError(
-            f"Expected no kernel_regularizer in attention layer '{name}': 1/sqrt(key_dim) is "
-            "multiplied into its query kernel. Train without."
+            f"Expected no kernel_regularizer in attention layer '{name}': kqat multiplies its "
+            "query kernel by 1/sqrt(key_dim). Remove the regularizer."
         )
     return matrix_products.dense(kernel.astype(np.float32), bias, 1, f"{name}_{part}", options)
 
@@ -200,6 +203,6 @@ def _check_options(options: dict[str, Any], name: str) -> None:
     asked.pop("training", None)
     if asked:
         raise UnsupportedLayerError(
-            f"Expected no other options than masks in attention layer '{name}'. Received: "
-            f"{sorted(asked)}. Leave them out."
+            f"Expected no call arguments but masks for attention layer '{name}'. Received: "
+            f"{sorted(asked)}. Leave them out of the call."
         )

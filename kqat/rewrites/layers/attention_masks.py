@@ -1,8 +1,9 @@
-"""Attention masks: scores of what is hidden fall below all others, where softmax gives zero.
+"""Attention masks in integers: masked scores are clipped so low that softmax makes them zero.
 
-Keras puts a huge negative number there, which no grid of eight bits holds beside the scores. Here
-`arithmetic.HIDDEN` is added, and the grid of the sum ends a little below the least score that is
-shown (`arithmetic.shown_bounds`): there the integer kernel clips.
+Keras adds a huge negative number to a masked score. An 8-bit grid cannot hold that number and
+the other scores as well. The file adds `arithmetic.HIDDEN` instead, and the range of the sum
+ends a little below the smallest unmasked score (`arithmetic.shown_bounds`). The integer kernel
+clips masked scores to that lower end.
 """
 
 import dataclasses
@@ -21,21 +22,21 @@ from kqat.rewrites.layers.one_hot import truth
 
 
 def causal(queries: int, keys: int) -> np.ndarray:
-    """`(queries, keys)`: each step sees itself and those before it."""
+    """The causal mask `(queries, keys)`: each step attends to itself and to earlier steps."""
     return np.tri(queries, keys, dtype=bool)
 
 
 def window(queries: int, keys: int, size: int) -> np.ndarray:
-    """`(queries, keys)`: each step sees those less than `size` away."""
+    """The mask `(queries, keys)` of a sliding window: steps less than `size` away are kept."""
     return np.abs(np.subtract.outer(np.arange(queries), np.arange(keys))) < size
 
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """What each query may attend to; `constant` and `seen` must both agree.
+    """The keys that each query may attend to: those that `constant` and `seen` both allow.
 
-    `constant` is of shape `(queries, keys)`; `seen` is a tensor of truth values, of shape
-    `(batch, queries or 1, keys or 1)`. Either may be `None`.
+    `constant` has shape `(queries, keys)`. `seen` is a boolean tensor of shape
+    `(batch, queries or 1, keys or 1)`. `None` allows all keys.
     """
 
     constant: np.ndarray | None
@@ -50,17 +51,17 @@ class Keep:
         queries: Sequence[Any] = (),
         keys: Sequence[Any] = (),
     ) -> "Keep":
-        """All masks of a layer `name` as one; some may be `None`.
+        """All masks of one layer combined; entries that are `None` are skipped.
 
         Args:
-            name: of the layer.
+            name: the layer's name.
             pairs: arrays of shape `(queries, keys)`, with or without a batch axis of one, or
                 tensors of shape `(batch, queries, keys)`.
             queries: tensors of shape `(batch, queries)`.
             keys: tensors of shape `(batch, keys)`.
 
         Raises:
-            UnsupportedLayerError: if a mask has another shape or holds quantities.
+            UnsupportedLayerError: if a mask has another shape or is not boolean.
         """
         arrays = [_array(m, name) for m in pairs if m is not None and not is_tensor(m)]
         tensors: list[tuple[Any, int, Any]] = [(m, 3, None) for m in pairs if is_tensor(m)]
@@ -75,19 +76,20 @@ class Keep:
         return cls(np.logical_and.reduce(arrays) if arrays else None, seen)
 
     def hides_rows(self) -> bool:
-        """Whether there may be queries that see nothing."""
+        """Whether all keys of some query may be masked."""
         constant = self.constant
         return self.seen is not None or (constant is not None and not constant.any(axis=1).all())
 
 
 def attended(scores: Any, keep: Keep, name: str, *, zeros: bool) -> Any:
-    """`softmax(scores)` over the last axis, zero where `keep` hides a key.
+    """`softmax(scores)` over the last axis, with zeros where `keep` masks a key.
 
     Args:
         scores: `(batch, …, queries, keys)`.
         keep: the masks.
-        name: of the layer.
-        zeros: whether a query that sees nothing has weights of zero, or equal ones.
+        name: the layer's name.
+        zeros: whether a query with all keys masked has weights of zero. If not, its weights
+            are equal.
     """
     rank = len(scores.shape)
     if keep.constant is not None:
@@ -95,7 +97,7 @@ def attended(scores: Any, keep: Keep, name: str, *, zeros: bool) -> Any:
         scores = _constant(ConstantKind.HIDE, bias, f"{name}_hidden")(scores)
     if keep.seen is not None:
         bias = _quantity(keep.seen, (HIDDEN, 0.0), rank, f"{name}_bias")
-        # The scores second: Keras has ways of its own to add a vector that comes second.
+        # The bias comes first: Keras treats a vector that comes second as a bias addition.
         scores = Hide(name=f"{name}_masked")([bias, scores])
     weights = layers.Softmax(name=f"{name}_weights")(scores)
     if not zeros or not keep.hides_rows():
@@ -173,7 +175,7 @@ def _hidden(
 
 
 def zeroed(x: Any, keep: Keep, name: str) -> Any:
-    """`x` of shape `(batch, steps, features)`, zero at the queries that `keep` hides."""
+    """`x` of shape `(batch, steps, features)` with zeros at the queries that `keep` masks."""
     factor = _quantity(keep.seen, (0.0, 1.0), 3, f"{name}_factor")
     return layers.Multiply(name=name)([x, factor])
 
@@ -206,7 +208,7 @@ def _checked(mask: Any, rank: int, shape: Any, part: str, name: str) -> Any:
 
 def _wrong(name: str, found: str) -> UnsupportedLayerError:
     return UnsupportedLayerError(
-        f"Expected masks of truth values in attention layer '{name}', of shape (batch, queries, "
-        f"keys), or (batch, steps) from the layers before. Received: {found}. Give all heads one "
-        "mask, and compare numbers to make truth values of them."
+        f"Expected boolean masks in attention layer '{name}', of shape (batch, queries, keys), or "
+        f"(batch, steps) from the layers before. Received: {found}. Use one mask for all heads, "
+        "and turn numbers into booleans by a comparison."
     )

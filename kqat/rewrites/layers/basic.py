@@ -1,8 +1,8 @@
-"""Layers written as simpler layers, so that a quantizer can stand between the parts.
+"""Rewrites common layers as simpler layers, so that a quantizer can stand between the parts.
 
-Each function takes a built layer and the name that its parts go by, and returns a callable of the
-same inputs that computes the same values (in inference, bit for bit where the arithmetic allows),
-or `None` where the layer is simple already. The parts own copies of the weights.
+Each function takes a built layer and a name from which its parts are named. It returns a callable
+of the same inputs, or `None` if the layer is simple already. In inference the callable computes
+the same values, bit for bit where the arithmetic allows. The parts own copies of the weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,9 +28,9 @@ def split_activation(layer: Any, name: str) -> Decomposed | None:
 
 
 def dense(layer: Any, name: str) -> Decomposed | None:
-    """As `split_activation`; on more than four axes as a `Dense` on two, between reshapes.
+    """As `split_activation`; an input of more than four axes is reshaped to two and back.
 
-    There the TensorFlow converter adds the bias apart, behind a RESHAPE.
+    On such an input the TensorFlow converter would not fuse the bias: it adds it after a RESHAPE.
     """
     split = split_activation(layer, name)
     if len(layer.input.shape) <= 4:
@@ -46,7 +46,7 @@ def dense(layer: Any, name: str) -> Decomposed | None:
 
 
 def activated(layer: Any, name: str, linear: Decomposed) -> Decomposed:
-    """`linear`, and the activation of `layer` behind it, if it has one."""
+    """`linear`, followed by the activation of `layer` if it has one."""
     if layer.activation is keras.activations.linear:
         return linear
     activation = _activation(layer, name)
@@ -106,7 +106,7 @@ def separable(layer: Any, name: str) -> Decomposed:
 
 
 def relu(layer: Any, name: str) -> Decomposed | None:
-    """`ReLU` as one of the clamps that integer kernels fuse, as `LeakyReLU`, or as a table."""
+    """`ReLU` as a fused activation (RELU, RELU6 …), as `LeakyReLU`, or as a lookup table."""
     slope, top, threshold = layer.negative_slope, layer.max_value, layer.threshold
     if not slope and not threshold and top in (None, 6):
         return layers.Activation("relu6" if top == 6 else "relu", name=name)
@@ -116,7 +116,7 @@ def relu(layer: Any, name: str) -> Decomposed | None:
 
 
 def elu(layer: Any, name: str) -> Decomposed | None:
-    """`ELU`, whose kernel knows alpha = 1 alone; with another as a table."""
+    """`ELU`: its kernel has alpha = 1 only; any other alpha becomes a lookup table."""
     return None if layer.alpha == 1.0 else Elementwise.of(layer.call, name=name)
 
 
@@ -128,7 +128,7 @@ def silu(layer: Any, name: str) -> Decomposed:
 
 
 def pairwise(layer: Any, name: str) -> Decomposed | None:
-    """`Add` or `Multiply` of many inputs as a chain of two-input ones: kernels take two."""
+    """`Add` or `Multiply` of many inputs as a chain of two-input layers: kernels take two."""
     inputs = layer.input
     count = len(inputs) if isinstance(inputs, list | tuple) else 1
     if count == 2:
@@ -151,7 +151,7 @@ def average(layer: Any, name: str) -> Decomposed:
     """`Average` as a sum and a multiplication by one constant."""
     count = len(layer.input)
     total = layers.Add(name=f"{name}_sum")
-    # Adding pairwise here too: Add itself is decomposed only where a model holds it.
+    # Add the inputs two by two here: the rewrite of Add is not applied to parts of a rewrite.
     parts = [layers.Add(name=f"{name}_sum_{i}") for i in range(1, count - 1)] + [total]
     mean = layers.Rescaling(1.0 / count, name=name)
 
@@ -165,7 +165,7 @@ def average(layer: Any, name: str) -> Decomposed:
 
 
 def upsample_2d(layer: Any, name: str) -> Decomposed:
-    """`UpSampling2D` as the resize that has an integer kernel, not as a chain of TILEs."""
+    """`UpSampling2D` as a resize, which has an integer kernel; Keras would make TILE operators."""
 
     def resize(x: Any) -> Any:
         height, width = x.shape[1] * layer.size[0], x.shape[2] * layer.size[1]
@@ -202,7 +202,7 @@ def upsample_1d(layer: Any, name: str) -> Decomposed:
 
 
 def upsample_3d(layer: Any, name: str) -> Decomposed:
-    """`UpSampling3D` as two resizes, of depth × height and of width."""
+    """`UpSampling3D` as two resizes: first depth × height, then width."""
 
     def resize(x: Any) -> Any:
         depth, height, width, channels = x.shape[1:]
@@ -219,7 +219,7 @@ def upsample_3d(layer: Any, name: str) -> Decomposed:
 
 
 def crop_3d(layer: Any, name: str) -> Decomposed:
-    """`Cropping3D` as two 2-D ones: TFLite Micro slices no more than four axes."""
+    """`Cropping3D` as two 2-D croppings: TFLite Micro slices at most four axes."""
 
     def crop(x: Any) -> Any:
         depth, height, width, channels = x.shape[1:]
@@ -237,8 +237,8 @@ def crop_3d(layer: Any, name: str) -> Decomposed:
 def pool_3d(layer: Any, name: str) -> Decomposed:
     """`MaxPooling3D`/`AveragePooling3D` as two 2-D poolings: TFLite has no 3-D pooling.
 
-    Pooling is separable: over height and width with the depth among the samples, then over
-    the depth with height and width flattened.
+    Pooling is separable. The first pools height and width, with the depth joined to the channels.
+    The second pools the depth, with height and width flattened to one axis.
     """
     depth, height, width = layer.pool_size
     stride_d, stride_h, stride_w = layer.strides
@@ -249,7 +249,7 @@ def pool_3d(layer: Any, name: str) -> Decomposed:
 
     def pooled(x: Any) -> Any:
         frames, channels = x.shape[1], x.shape[-1]
-        # Depth joins the channels, which pooling leaves alone.
+        # Pooling works on each channel alone, so the depth can be part of the channels.
         x = layers.Permute((2, 3, 1, 4), name=f"{name}_depth_in")(x)
         x = layers.Reshape((*x.shape[1:3], frames * channels), name=f"{name}_merge")(x)
         x = plane(x)
@@ -264,13 +264,13 @@ def pool_3d(layer: Any, name: str) -> Decomposed:
 
 
 def adaptive_pool(layer: Any, name: str) -> Decomposed:
-    """Pooling to a given size, where that divides the input's."""
+    """Adaptive pooling as pooling with one window size; its output size must divide the input's."""
     size = layer.input.shape[1:-1]
     wanted = tuple(np.broadcast_to(layer.output_size, len(size)).tolist())
     if any(given % asked for given, asked in zip(size, wanted, strict=True)):
         raise UnsupportedLayerError(
             f"Expected a size that divides {size} in layer '{name}'. Received: output_size="
-            f"{wanted}. TFLite pools windows of one size; resize the input first."
+            f"{wanted}. TFLite pools with windows of one size. Resize the input before the layer."
         )
     window = tuple(given // asked for given, asked in zip(size, wanted, strict=True))
     kind = type(layer).__name__.removeprefix("Adaptive")
@@ -278,13 +278,13 @@ def adaptive_pool(layer: Any, name: str) -> Decomposed:
 
 
 def center_crop(layer: Any, name: str) -> Decomposed:
-    """The middle of an image, cut out where the image is larger."""
+    """`CenterCrop` as a slice of the middle of the image."""
     size = layer.input.shape[1:3]
     spare = [given - asked for given, asked in zip(size, (layer.height, layer.width), strict=True)]
     if min(spare) < 0:
         raise UnsupportedLayerError(
             f"Expected images of at least {(layer.height, layer.width)} in layer '{name}'. "
-            f"Received: {size}. Resize them before."
+            f"Received: {size}. Resize them before this layer."
         )
     edges = [(extra // 2, extra - extra // 2) for extra in spare]
     return layers.Cropping2D(tuple(edges), name=name)

@@ -1,4 +1,4 @@
-"""Products over axes, as matrix products: Dense where one factor is constant, Matmul elsewhere."""
+"""Rewrites einsum-like products as matrix products: Dense for a constant factor, else Matmul."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,14 +16,14 @@ from kqat.rewrites.layers.basic import Decomposed, activated
 def einsum(
     subscripts: str, a: Any, b: Any, name: str, options: dict[str, Any] | None = None
 ) -> Any:
-    """`einsum` of two tensors, or of a tensor and a constant or variable of two factors.
+    """`einsum` of two tensors, or of a tensor and a constant or variable.
 
-    Letters that both have and the output lacks are contracted; those that only one has and the
-    output lacks are summed before. `options` are those of the `Dense` that a constant ends up in;
-    by default it is trained if it is a trained variable.
+    A letter of both factors that the output lacks is contracted. A letter of one factor only that
+    the output lacks is summed before the product. A constant becomes the kernel of a `Dense`,
+    which gets `options`; by default it is trainable if it was a trainable variable.
 
     Raises:
-        UnsupportedLayerError: if it is no (batch of) matrix products.
+        UnsupportedLayerError: if the equation is not a matrix product for each sample.
     """
     inputs, output = subscripts.replace(" ", "").split("->")
     first, second = inputs.split(",")
@@ -56,8 +56,8 @@ def einsum(
 
 def _no_product(subscripts: str, name: str) -> UnsupportedLayerError:
     return UnsupportedLayerError(
-        f"Expected an equation that is a matrix product for each sample in '{name}', as "
-        f"'bij,bjk->bik'. Received: {subscripts!r}. Permute and reshape, or use Dense."
+        f"Expected an equation that is a matrix product for each sample in '{name}', such as "
+        f"'bij,bjk->bik'. Received: {subscripts!r}. Permute and reshape its inputs, or use Dense."
     )
 
 
@@ -86,7 +86,7 @@ def _with_constant(
 
 
 def _spelled(first: str, output: str, rank: int) -> tuple[str, str]:
-    """Letters in the place of `...`, which stands for the axes that an equation does not name."""
+    """The equation's terms with letters in place of `...`, one for each axis it stands for."""
     free = (c for c in "ABCDEFGH" if c not in first + output)
     more = "".join(next(free) for _ in range(rank - len(first.replace("...", ""))))
     return first.replace("...", more), output.replace("...", more)
@@ -106,7 +106,7 @@ def _permuted(x: Any, letters: str, wanted: str, name: str) -> Any:
 
 
 def _matrix(x: Any, letters: str, parts: Sequence[str], sizes: dict[str, Any], name: str) -> Any:
-    """`x` with its axes in the order of `parts`: the batch, and one axis for each part's rest."""
+    """`x` permuted and reshaped so that each of `parts`, a group of letters, is one axis."""
     x = _permuted(x, letters, "".join(parts), f"{name}_moved")
     shape = [int(np.prod([sizes[c] for c in part])) for part in parts[1:]]
     more = [sizes[c] for c in parts[0][1:]]
@@ -117,7 +117,7 @@ def _matrix(x: Any, letters: str, parts: Sequence[str], sizes: dict[str, Any], n
 
 
 def dot(layer: Any, name: str) -> Decomposed:
-    """`Dot` as a product of matrices for each sample; normalized, of unit vectors."""
+    """`Dot` as a matrix product for each sample; `normalize=True` divides by the norms first."""
 
     def call(inputs: Any) -> Any:
         a, b = inputs
@@ -166,8 +166,8 @@ def _permuted_dense(layer: Any, name: str) -> Decomposed:
     given, bias = options(layer, name), layer.bias
     if given["bias_regularizer"]:
         raise UnsupportedLayerError(
-            f"Expected no bias_regularizer in layer '{name}', whose bias is added apart for its "
-            f"equation {layer.equation!r}. Train without, or permute so that it is a plain product."
+            f"Expected no bias_regularizer in layer '{name}': for its equation {layer.equation!r} "
+            "the bias is added by another layer. Remove the regularizer, or permute the axes."
         )
 
     def call(x: Any) -> Any:
@@ -179,17 +179,17 @@ def _permuted_dense(layer: Any, name: str) -> Decomposed:
 
 
 def options(layer: Any, name: str) -> dict[str, Any]:
-    """What the `Dense` layers that a layer becomes take over from it.
+    """The arguments (trainable, regularizers) that the parts of a layer take over from it.
 
     Raises:
-        UnsupportedLayerError: if a constraint is among it: kernels change their shape.
+        UnsupportedLayerError: if the layer has a constraint: the parts' kernels have other shapes.
     """
     config = config_of(layer)
     constrained = [k for k in ("kernel_constraint", "bias_constraint") if config.get(k)]
     if constrained:
         raise UnsupportedLayerError(
-            f"Expected no {' or '.join(constrained)} in layer '{name}', whose kernels change their "
-            "shape when it is opened up. Use a regularizer, or train without."
+            f"Expected no {' or '.join(constrained)} in layer '{name}': kqat splits it into layers "
+            "whose kernels have other shapes. Use a regularizer, or remove the constraint."
         )
     kept = ("kernel_regularizer", "bias_regularizer")
     return {"trainable": layer.trainable, **{k: config.get(k) for k in kept}}
@@ -201,10 +201,10 @@ def dense(
     """A product over the last `count` axes of a tensor, as a `Dense` between reshapes.
 
     Args:
-        kernel: of shape (the last `count` axes' sizes, what they become).
-        bias: of the shape that they become, or `None`.
+        kernel: shape (sizes of the last `count` axes, sizes of the axes that replace them).
+        bias: shape of the axes that replace them, or `None`.
         count: number of axes that are contracted.
-        name: of the last part.
+        name: name of the last part.
         options: further arguments of `Dense`.
     """
     made = kernel.shape[count:]

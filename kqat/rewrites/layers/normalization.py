@@ -1,7 +1,7 @@
-"""Normalization over features and over groups of channels; of kernels by their spectral norm.
+"""Rewrites LayerNormalization, RMSNormalization, GroupNormalization and SpectralNormalization.
 
-Quantizers stand between the parts, so every intermediate value has a range of its own. The
-reciprocal square root is a table.
+Every intermediate value gets its own quantizer, and so its own range. The reciprocal square root
+becomes a lookup table.
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ def rms_normalization(layer: Any, name: str) -> Decomposed:
 
 
 def scaled_to_unit(x: Any, epsilon: float, name: str, axes: list[int]) -> Any:
-    """`x / sqrt(mean(x**2) + epsilon)`, the mean over `axes`."""
+    """`x / sqrt(mean(x**2) + epsilon)`, with the mean over `axes`."""
     square = layers.Multiply(name=f"{name}_square")([x, x])
     variance = Reduce(ReduceKind.MEAN, axes, name=f"{name}_variance")(square)
     scale = ReciprocalSquareRoot(epsilon, name=f"{name}_rsqrt")(variance)
@@ -62,7 +62,7 @@ def scaled_to_unit(x: Any, epsilon: float, name: str, axes: list[int]) -> Any:
 
 
 def channel_affine(layer: Any, name: str, scale: bool, center: bool) -> Part | None:
-    """A layer's own gamma and beta, as far as it has them."""
+    """Multiplies by the layer's gamma and adds its beta; `scale` and `center` say which it has."""
     if not scale and not center:
         return None
     config = config_of(layer)
@@ -90,7 +90,7 @@ def _check_last_axis(layer: Any, name: str) -> None:
 
 
 def group_normalization(layer: Any, name: str) -> Decomposed:
-    """`(x - mean) / sqrt(variance + epsilon) * gamma + beta` over positions and a group's channels.
+    """`(x - mean) / sqrt(variance + epsilon) * gamma + beta`, the mean over a group of channels.
 
     Reference: Wu & He 2018, section 3 (https://arxiv.org/abs/1803.08494).
     """
@@ -119,10 +119,10 @@ def group_normalization(layer: Any, name: str) -> Decomposed:
 
 
 def spectral(layer: Any, name: str) -> Decomposed:
-    """The layer inside a `SpectralNormalization`, whose kernel stays of spectral norm one.
+    """The layer inside a `SpectralNormalization`, with a constraint that keeps the norm at one.
 
-    The wrapper divides the kernel by an estimate of its norm in each step of training; here a
-    constraint does, after each step. Reference: Miyato et al. 2018, section 2.1
+    The Keras wrapper divides the kernel by its estimated spectral norm in each training step.
+    Here a constraint does so after each step. Reference: Miyato et al. 2018, section 2.1
     (https://arxiv.org/abs/1802.05957).
     """
     inner = layer.layer
@@ -132,7 +132,7 @@ def spectral(layer: Any, name: str) -> Decomposed:
     if key not in inner.get_config():
         raise UnsupportedLayerError(
             f"Expected a layer with a {key} inside '{name}'. Received: {type(inner).__name__}. "
-            "Use its layer without SpectralNormalization."
+            "Use that layer without SpectralNormalization."
         )
     return Part(clone(inner, name, **{key: constraint}), weights)
 
@@ -142,11 +142,12 @@ class SpectralNorm(keras.constraints.Constraint):
     """Divides a kernel by its largest singular value, found by power iteration from ones."""
 
     def __init__(self, power_iterations: int = 1):
-        # The wrapper goes on from the last step's vector; this starts anew, and so needs more.
+        # The Keras wrapper keeps its vector from step to step. The constraint starts from ones
+        # each time, and so needs more iterations.
         self.power_iterations = max(power_iterations, 10)
 
     def __call__(self, w: Any) -> Any:
-        """The kernel, its columns being the last axis."""
+        """The kernel as a matrix whose columns are the last axis, divided by its spectral norm."""
         matrix = keras.ops.reshape(w, (-1, w.shape[-1]))
         u = keras.ops.ones((1, w.shape[-1]), w.dtype)
         for _ in range(self.power_iterations):

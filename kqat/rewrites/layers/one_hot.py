@@ -1,4 +1,4 @@
-"""Whole numbers as quantities: rows of a table, and one-hot codes."""
+"""Rewrites layers that turn indexes into quantities: embedding rows and one-hot codes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from kqat.rewrites.layers.basic import Decomposed
 
 
 def rows(table: np.ndarray, indices: Any, name: str, trained: bool) -> Any:
-    """The rows of a matrix at `indices`, a tensor of whole numbers."""
+    """The rows of a matrix at `indices`, an integer tensor."""
     layer = layers.Embedding(*table.shape, name=name, trainable=trained)
     return Part(layer, [table])(indices)
 
 
 def truth(x: Any, values: tuple[float, float], shape: Sequence[int], name: str) -> Any:
-    """`values[0]` where `x` is false and `values[1]` where it is true, of `shape`."""
+    """Quantities of `shape`: `values[0]` where `x` is false and `values[1]` where it is true."""
     table = np.array([[v] for v in values], np.float32)
     return layers.Reshape(tuple(shape), name=name)(rows(table, x, f"{name}_rows", False))
 
@@ -30,13 +30,13 @@ def one_hot(indices: Any, classes: int, name: str) -> Any:
 
 
 def multi_hot(indices: Any, classes: int, name: str) -> Any:
-    """A one at every index that occurs along the last axis, whose place the classes take."""
+    """A one at every index that occurs along the last axis; the classes replace that axis."""
     codes = one_hot(indices, classes, f"{name}_codes")
     return Reduce(ReduceKind.MAX, [len(codes.shape) - 2], False, name=name)(codes)
 
 
 def category_encoding(layer: Any, name: str) -> Decomposed:
-    """`CategoryEncoding` of whole numbers below its `num_tokens`."""
+    """`CategoryEncoding` of indexes below its `num_tokens`."""
     if layer.sparse:
         raise UnsupportedLayerError(
             f"Expected a dense CategoryEncoding in layer '{name}'. Received: sparse=True. TFLite "
@@ -47,7 +47,7 @@ def category_encoding(layer: Any, name: str) -> Decomposed:
         if count_weights is not None:
             raise UnsupportedLayerError(
                 f"Expected layer '{name}' without count_weights. Received: some. Multiply one-hot "
-                "codes by them and sum."
+                "codes by the weights and sum them."
             )
         if layer.output_mode == "multi_hot":
             return multi_hot(x, layer.num_tokens, name)

@@ -1,7 +1,8 @@
-"""Recurrent layers as matrix products over all steps at once and a `Recurrence` for the rest.
+"""Rewrites SimpleRNN, LSTM, GRU and Bidirectional as Dense layers and a `Recurrence`.
 
-The input's part of every gate has no recurrence: it is one `Dense` over the whole sequence, in
-the file one FULLY_CONNECTED. Gates with the same activation are computed together.
+The product of the input with a gate's kernel does not depend on the state. So it is one `Dense`
+over the whole sequence, one FULLY_CONNECTED in the file. Gates with the same activation are
+computed together.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from kqat.rewrites.layers.basic import Decomposed, activation_layer
 
 @dataclasses.dataclass(frozen=True)
 class _Cell:
-    """A cell taken apart: `x -> projections(x)`, each a sequence, then `recurrence(sequences)`."""
+    """The parts of a cell: projections of the whole sequence, and the recurrence over them."""
 
     dropout: float
     projections: tuple[Callable[..., Any], ...]
@@ -29,7 +30,7 @@ class _Cell:
 
     def __call__(self, x: Any, states: Sequence[Any]) -> Any:
         if self.dropout:
-            # One mask for all steps, as Keras's cells have it.
+            # Keras's cells use one dropout mask for all steps.
             x = layers.SpatialDropout1D(self.dropout, name=f"{self.name}_dropout")(x)
         return self.recurrence([*(project(x) for project in self.projections), *states])
 
@@ -37,15 +38,15 @@ class _Cell:
 def rnn(layer: Any, name: str, *, flip: bool = False, cells: "Cells | None" = None) -> Decomposed:
     """`SimpleRNN`, `LSTM`, `GRU`, or `RNN` around such a cell or a stack of them.
 
-    Dropout draws one mask for each matrix product, where Keras may draw one for each gate.
+    Dropout draws one mask for each matrix product; Keras may draw one for each gate.
 
     Args:
-        layer, name: the layer, and what it is called in the model.
-        flip: whether the output's steps are put in reverse order.
-        cells: kind of cell -> what makes its step.
+        layer, name: the layer, and its name in the model.
+        flip: whether to reverse the steps of the output.
+        cells: class of a cell -> the function that builds the model of its step.
 
     Raises:
-        UnsupportedLayerError: if the layer is stateful, or its cell is of another kind.
+        UnsupportedLayerError: if the layer is stateful, or its cell is not in `cells`.
     """
     steps = cells or _CELLS
     _check(layer, name, steps)
@@ -57,7 +58,7 @@ def rnn(layer: Any, name: str, *, flip: bool = False, cells: "Cells | None" = No
         options = {
             "return_sequences": layer.return_sequences or not last,
             "return_state": layer.return_state,
-            # What the first cell hands on is in the order of its steps.
+            # The first cell's outputs are in the order in which it ran: only it runs backwards.
             "go_backwards": layer.go_backwards and index == 0,
             "flip": flip and last,
         }
@@ -116,22 +117,22 @@ def bidirectional(layer: Any, name: str, *, make: Callable[..., Decomposed] = rn
 def _check(layer: Any, name: str, cells: "Cells") -> None:
     if layer.stateful:
         raise UnsupportedLayerError(
-            f"Expected stateful=False in layer '{name}'. Received: True; an integer file keeps no "
-            "state from one invocation to the next. Use return_state=True and initial_state, and "
-            "carry the states yourself."
+            f"Expected stateful=False in layer '{name}'. Received: True. The file keeps no state "
+            "from one invocation to the next. Use return_state=True and initial_state, and pass "
+            "the states yourself."
         )
     if layer.activity_regularizer is not None:
         raise UnsupportedLayerError(
-            f"Expected no activity_regularizer in layer '{name}', which is opened up. Put "
-            "keras.layers.ActivityRegularization behind it."
+            f"Expected no activity_regularizer in layer '{name}', which kqat splits into simpler "
+            "layers. Put keras.layers.ActivityRegularization after it."
         )
     inner = getattr(layer.cell, "cells", [layer.cell])
     unknown = [type(cell).__name__ for cell in inner if type(cell) not in cells]
     if unknown:
         raise UnsupportedLayerError(
             f"Expected one of the cells {sorted(cls.__name__ for cls in cells)} in layer "
-            f"'{name}'. Received: {', '.join(unknown)}. Leave the layer float, or build it of "
-            "these."
+            f"'{name}'. Received: {', '.join(unknown)}. Leave the layer float, or use one of these "
+            "cells."
         )
     asked = [
         option
@@ -141,8 +142,8 @@ def _check(layer: Any, name: str, cells: "Cells") -> None:
     ]
     if asked:
         raise UnsupportedLayerError(
-            f"Expected no {' or '.join(sorted(set(asked)))} in layer '{name}', whose kernels are "
-            "divided when it is opened up. Use a regularizer, or train without."
+            f"Expected no {' or '.join(sorted(set(asked)))} in layer '{name}': kqat splits its "
+            "kernels by gate. Use a regularizer, or remove the constraint."
         )
 
 
@@ -158,10 +159,10 @@ def _take_apart(
 
 
 class Builder:
-    """What the steps of all kinds of cells are made with.
+    """Builds the model of one step, gate by gate; each kind of cell has a function that uses it.
 
-    `gates(part, columns, …)` makes one activated sum `f(x W + h R)` of the gates whose columns in
-    the kernels are given; its `x W` becomes a projection of the whole sequence.
+    `project` makes `x W + b` of some gates, `recur` makes `h R + b` of them. The products `x W` are
+    not part of the step: each becomes a `Dense` over the whole sequence in `projections`.
     """
 
     def __init__(self, cell: Any, name: str, trainable: bool):
@@ -174,15 +175,15 @@ class Builder:
         self.recurrent_bias: np.ndarray | None = None
         if cell.use_bias:
             bias = np.asarray(cell.bias)
-            # GRU with reset_after has a bias for each of its two products.
+            # GRU with reset_after has one bias for `x W` and another for `h R`.
             self.bias, self.recurrent_bias = bias if bias.ndim == 2 else (bias, None)
 
     def part_name(self, part: str) -> str:
-        """The name of a part of the layer."""
+        """The name of a part: the layer's name, and what the part is."""
         return f"{self.name}_{part}"
 
     def project(self, part: str, gates: Sequence[int], signs: Sequence[int] = ()) -> Any:
-        """A new sequence `x W + b` for some gates, projected outside; here one step of it."""
+        """One step of `x W + b` for some gates, which is computed for all steps outside."""
         options = self.regularizers("kernel_regularizer")
         name = self.part_name(f"{part}_input")
         dense = self._dense(name, self.kernel, self.bias, gates, signs, options)
@@ -199,7 +200,7 @@ class Builder:
         return self._dense(name, kernel, bias, gates, signs, options)(h)
 
     def regularizers(self, kernel: str, recurrent: str | None = None) -> dict[str, Any]:
-        """Regularizers of a part of the layer: those of the cell by these names, serialized."""
+        """The cell's regularizers of these names, serialized, as arguments of a part."""
         copies = {"kernel_regularizer": kernel, "bias_regularizer": "bias_regularizer"}
         if recurrent is not None:
             copies["recurrent_regularizer"] = recurrent
@@ -227,11 +228,11 @@ class Builder:
         return Part(dense, [chosen(kernel)] if bias is None else [chosen(kernel), chosen(bias)])
 
     def add(self, part: str, a: Any, b: Any) -> Any:
-        """`a + b`, a part of the layer."""
+        """The layer `a + b`."""
         return layers.Add(name=self.part_name(part))([b, a])
 
     def multiply(self, part: str, a: Any, b: Any) -> Any:
-        """`a * b`, a part of the layer."""
+        """The layer `a * b`."""
         return layers.Multiply(name=self.part_name(part))([a, b])
 
     def activate(self, part: str, function: Any, x: Any) -> Any:
@@ -241,7 +242,7 @@ class Builder:
         return activation_layer(function, self.part_name(part))(x)
 
     def divide(self, x: Any, *parts: str) -> list[Any]:
-        """The gates that were computed together, one by one."""
+        """Splits gates that were computed together into one tensor for each of `parts`."""
         units = self.units
         return [
             Slice([i * units], [(i + 1) * units], [1], name=self.part_name(part))(x)
@@ -249,11 +250,11 @@ class Builder:
         ]
 
     def state(self, part: str) -> Any:
-        """A state before the step."""
+        """A state as it is before the step."""
         return keras.Input((self.units,), name=self.part_name(part))
 
     def model(self, inputs: list[Any], outputs: list[Any]) -> keras.Model:
-        """The step."""
+        """The model of the step: projections and states in, new states out."""
         return keras.Model(inputs, outputs, name=self.part_name("step"))
 
 
@@ -291,9 +292,9 @@ _COMPLEMENTARY = (keras.activations.sigmoid, keras.activations.hard_sigmoid)
 def _gru(builder: Builder) -> keras.Model:
     """`h' = h + (1 - z) (g - h)`.
 
-    Where `1 - z` is an integer zero, `h` stays what it is, however long: in `z h + (1 - z) g` it
-    would lose 1/256 in every step, because an 8-bit sigmoid never is one. The sign of z's weights
-    is changed, so that the sigmoid itself is `1 - z`.
+    Where `1 - z` is the integer zero, this keeps `h` exactly, for any number of steps. The usual
+    form `z h + (1 - z) g` would lose 1/256 of `h` in every step, because an 8-bit sigmoid cannot
+    be one. The weights of z are negated, so that the sigmoid itself gives `1 - z`.
     Reference: Cho et al. 2014, section 2.3 (https://arxiv.org/abs/1406.1078).
     """
     cell = builder.cell

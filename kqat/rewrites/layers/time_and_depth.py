@@ -1,4 +1,4 @@
-"""Layers over time or depth as one layer that is called step by step, with one set of weights."""
+"""Rewrites TimeDistributed, Conv3D and Conv1DTranspose with one layer called for each step."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from kqat.parts import sliced, stacked
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.layers.basic import Decomposed, activated
 
-# Layers that see the last axis alone: they compute all steps at once.
+# Layers that work along the last axis only: one call computes all steps.
 POINTWISE = (
     layers.Dense,
     layers.Activation,
@@ -25,23 +25,24 @@ POINTWISE = (
 
 
 def _rows(x: Any, name: str) -> Any:
-    """One row for each step: TFLite Micro slices no more than four axes."""
+    """Flattens each step to one row: TFLite Micro slices at most four axes."""
     return layers.Reshape((x.shape[1], int(np.prod(x.shape[2:]))), name=f"{name}_rows")(x)
 
 
 def _steps(rows: Any, begin: int, size: int, name: str) -> Any:
-    """`size` rows."""
+    """`size` of the rows, from row `begin` on."""
     return sliced(rows, (slice(None), slice(begin, begin + size)), name)
 
 
 def time_distributed(layer: Any, name: str) -> Decomposed:
-    """The inner layer on each step; on all at once where it sees the last axis alone."""
+    """The inner layer on each step, or on all steps at once if it works along the last axis."""
     inner = layer.layer
 
     def call(x: Any, **options: Any) -> Any:
         if options.get("mask") is not None:
             raise UnsupportedLayerError(
-                f"Expected layer '{name}' without a mask. Received: one. Pad to a fixed length."
+                f"Expected layer '{name}' without a mask. Received: one. Pad its input to a fixed "
+                "length and leave the mask out."
             )
         if type(inner) in POINTWISE and getattr(inner, "axis", -1) in (-1, [-1]):
             return Part(clone(inner, name), inner.get_weights())(x)
@@ -57,10 +58,10 @@ def time_distributed(layer: Any, name: str) -> Decomposed:
 
 
 def conv_3d(layer: Any, name: str) -> Decomposed:
-    """`Conv3D` as one `Conv2D` for each frame of its output, over the frames that it reads.
+    """`Conv3D` as one call of a `Conv2D` for each output frame, over the frames that it reads.
 
-    TFLite has no int8 CONV_3D. The depth of the kernel joins its input channels, so the sum over
-    it stays inside one accumulator: the same integers as a 3-D convolution would give.
+    TFLite has no int8 CONV_3D. The kernel's depth becomes part of its input channels, so the sum
+    over depth stays in one accumulator. The integers are those of a 3-D convolution.
     """
     config = config_of(layer)
     depth, stride = config["kernel_size"][0], config["strides"][0]
@@ -101,7 +102,7 @@ def _padded(x: Any, depth: int, stride: int, name: str) -> Any:
 
 
 def _frames(rows: Any, which: tuple[int, int], shape: tuple[int, ...], name: str) -> Any:
-    """Frames (the first, how many) of a volume as one image, their channels side by side."""
+    """Frames of a volume, from `which[0]` on and `which[1]` in number, as channels of one image."""
     begin, size = which
     part = f"{name}_{begin}"
     frames = _steps(rows, begin, size, f"{part}_frames")
@@ -114,7 +115,7 @@ def _frames(rows: Any, which: tuple[int, int], shape: tuple[int, ...], name: str
 
 
 def conv_1d_transpose(layer: Any, name: str) -> Decomposed:
-    """`Conv1DTranspose` as `Conv2DTranspose` over images of one row."""
+    """`Conv1DTranspose` as `Conv2DTranspose` over images with one row."""
     config = config_of(layer)
     matrix_products.options(layer, name)
     kept = ("use_bias", "kernel_regularizer", "bias_regularizer", "padding", "filters")

@@ -1,1 +1,1 @@
-"""`keras.ops` functions as layers, one module a family."""
+"""Rewrites of `keras.ops` functions as layers, one module per family of functions."""

@@ -1,6 +1,7 @@
-"""Functions of two tensors, or of a tensor and a constant, as layers of the registry.
+"""Rewrites functions of two tensors, or of a tensor and a constant: `add`, `multiply`, `where` …
 
-A constant may be a number, a tensor without the batch, or a variable, which stays trained.
+A constant may be a number, an array without the batch axis, or a variable, which training still
+updates.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def is_number(value: Any) -> bool:
 
 
 def function(operation: Any, name: str) -> Callable[..., Any]:
-    """A function of one tensor and numbers, as a table."""
+    """A function of one tensor and of numbers, as a lookup table."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         tensors = [a for a in args if is_tensor(a)]
@@ -44,7 +45,7 @@ def function(operation: Any, name: str) -> Callable[..., Any]:
             raise UnsupportedLayerError(
                 f"Expected one tensor, and numbers, in operation '{name}' of type "
                 f"{type(operation).__name__}. Received: {[_text(a) for a in args]}. No integer "
-                "kernel computes it of two; leave it float, or compute it of one."
+                "kernel computes it of two tensors. Leave it float, or make one of them a number."
             )
 
         def of_one(x: Any) -> Any:
@@ -61,7 +62,7 @@ def _text(value: Any) -> str:
 
 
 def binary(merge: type, constant: Callable[[Any, Any, bool, str], Any]) -> Row:
-    """A row for a function of two; `constant(x, c, c_first, name)` serves where one is constant."""
+    """A row for a function of two; `constant(x, c, c_first, name)` rewrites it for a constant."""
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(a: Any, b: Any) -> Any:
@@ -87,7 +88,7 @@ def _check_rank(x: Any, y: Any, name: str) -> None:
 
 
 def index_operation(operation: Any, name: str) -> Callable[..., Any]:
-    """Arithmetic on indexes, and comparisons: what comes out is no quantity."""
+    """Arithmetic on indexes, and comparisons: the result is an index or boolean, not a quantity."""
     kind = _KINDS[type(operation).__name__]
 
     def call(*args: Any) -> Any:
@@ -120,7 +121,7 @@ _KINDS = {
 
 
 def scaled(x: Any, scale: float, offset: float, name: str) -> Any:
-    """`x * scale + offset` with one pair of numbers."""
+    """The layer `x * scale + offset`, with one number for each."""
     return layers.Rescaling(scale, offset, name=name)(x)
 
 
@@ -183,7 +184,7 @@ def _divide(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _bound(merge: type) -> Row:
-    """`maximum` and `minimum`: of a tensor and a number a table, save the clamp at zero."""
+    """`maximum` and `minimum`: with a number a lookup table, or RELU for `maximum(x, 0)`."""
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def constant(x: Any, c: Any, first: bool, name: str) -> Any:

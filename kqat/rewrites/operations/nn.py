@@ -1,4 +1,4 @@
-"""The functions of `keras.ops` that are layers by another name: convolution, pooling, attention."""
+"""Rewrites `keras.ops` functions that Keras also has as layers: convolution, pooling, attention."""
 
 from collections.abc import Callable
 from typing import Any
@@ -75,14 +75,15 @@ def _adaptive_pool(kind: str) -> Row:
 
 
 def _conv(kind: str) -> Row:
-    """`conv` and `depthwise_conv` with a constant or trained kernel."""
+    """`conv` and `depthwise_conv` with a constant or trainable kernel."""
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any, kernel: Any) -> Any:
             if is_tensor(kernel):
                 raise UnsupportedLayerError(
                     f"Expected a constant or a variable as kernel of operation '{name}'. Received: "
-                    "a tensor. Integer kernels take constant weights."
+                    "a tensor. Integer kernels take constant weights only. Leave it float, or make "
+                    "the kernel a variable."
                 )
             trained = isinstance(kernel, keras.Variable) and kernel.trainable
             array = np.asarray(kernel, np.float32)
@@ -162,19 +163,19 @@ def _normalize(operation: Any, name: str) -> Callable[..., Any]:
     if operation.order != 2 or operation.epsilon not in (None, keras.config.epsilon()):
         raise UnsupportedLayerError(
             f"Expected order=2 and the usual epsilon in operation '{name}'. Received: "
-            f"order={operation.order}, epsilon={operation.epsilon}. Divide by a norm that you "
-            "compute."
+            f"order={operation.order}, epsilon={operation.epsilon}. Compute the norm with other "
+            "operations and divide by it."
         )
     return layers.UnitNormalization(axis=operation.axis, name=name)
 
 
 def _dot_product_attention(operation: Any, name: str) -> Callable[..., Any]:
     def call(query: Any, key: Any, value: Any, scale: Any = None, **options: Any) -> Any:
-        options.pop("flash_attention", None)  # another way to compute the same
+        options.pop("flash_attention", None)  # a faster way to compute the same
         cap = operation.attn_logits_soft_cap
         if any(option not in (None, False) for option in (cap, *options.values())):
             raise UnsupportedLayerError(
-                f"Expected no bias, cap or mask in operation '{name}'. Received: one. Use "
+                f"Expected no bias, cap or mask in operation '{name}'. Received: one of them. Use "
                 "is_causal=True, or MultiHeadAttention, whose masks have an integer form."
             )
         scale = scale or 1.0 / float(np.sqrt(query.shape[-1]))

@@ -1,4 +1,4 @@
-"""Functions that reduce axes, as layers of the registry; the batch stays."""
+"""Rewrites functions that reduce axes: `mean`, `sum`, `max`, `var`, `argmax`, `cumsum`, `norm`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from kqat.rewrites.operations.binary import Row
 
 
 def axes_of(axis: Any, rank: int, name: str) -> list[int]:
-    """Axes as positive numbers, sorted; `None` is all of them.
+    """Axes as positive numbers, sorted; `None` means all axes.
 
     Raises:
         UnsupportedLayerError: if the batch is among them.
@@ -24,7 +24,7 @@ def axes_of(axis: Any, rank: int, name: str) -> list[int]:
     if 0 in axes:
         raise UnsupportedLayerError(
             f"Expected operation '{name}' to leave the batch axis alone. Received: axis={axis} of "
-            f"a tensor of rank {rank}. Name the axes behind the batch."
+            f"a tensor of rank {rank}. Name the other axes."
         )
     return axes
 
@@ -33,17 +33,18 @@ def axis_of(axis: Any, rank: int, name: str) -> int:
     """The one axis that an operation works along, as a positive number.
 
     Raises:
-        UnsupportedLayerError: if it is the batch, or not one.
+        UnsupportedLayerError: if it is the batch axis, or if there is not exactly one.
     """
     axes = axes_of(axis, rank, name)
     if len(axes) != 1:
         raise UnsupportedLayerError(
-            f"Expected one axis in operation '{name}'. Received: axis={axis}. Name one, or reshape."
+            f"Expected one axis in operation '{name}'. Received: axis={axis}. Name one, or reshape "
+            "so that there is only one."
         )
     return axes[0]
 
 
-# Kind and rank of the input -> Keras's own layer that reduces all axes between batch and channels.
+# Kind and rank of the input -> the Keras layer that reduces all axes between batch and channels.
 _POOLS: dict[tuple[ReduceKind, int], type] = {
     (ReduceKind.MEAN, 3): layers.GlobalAveragePooling1D,
     (ReduceKind.MEAN, 4): layers.GlobalAveragePooling2D,
@@ -143,7 +144,7 @@ def _average(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _cumsum(operation: Any, name: str) -> Callable[..., Any]:
-    """A product with a triangle of ones: exact, for an int8 one is 127 steps of 1/127."""
+    """`cumsum` as a product with a triangle of ones: int8 weights hold 0 and 1 exactly."""
 
     def call(x: Any) -> Any:
         rank = len(x.shape)
@@ -180,7 +181,7 @@ def _norm(operation: Any, name: str) -> Callable[..., Any]:
         if operation.ord not in (None, "fro", 2) or (operation.ord == 2 and len(axes) > 1):
             raise UnsupportedLayerError(
                 f"Expected the Euclidean norm in operation '{name}'. Received: ord="
-                f"{operation.ord!r}. Compose another of sums and powers."
+                f"{operation.ord!r}. Write another norm with sums and powers."
             )
         square = layers.Multiply(name=f"{name}_square")([x, x])
         return ops.sqrt(total(square, axes, operation.keepdims, f"{name}_sum"))

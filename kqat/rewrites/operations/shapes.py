@@ -1,4 +1,4 @@
-"""Functions that move and pick values, as layers of the registry; the batch stays first."""
+"""Rewrites functions that move or pick values: `reshape`, `transpose`, `split`, `take`, `pad` …"""
 
 import itertools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from kqat.rewrites.operations.reductions import axes_of, axis_of
 
 
 def to_output_shape(operation: Any, name: str) -> Callable[..., Any]:
-    """A Reshape to whatever shape the operation gives."""
+    """A Reshape to the shape that the operation gives."""
 
     def call(x: Any) -> Any:
         shape = operation.compute_output_spec(x).shape
@@ -31,7 +31,7 @@ def to_output_shape(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def permuted(order: Callable[[Any, int], tuple[int, ...]]) -> Row:
-    """A row for what reorders axes; `order(operation, rank)` gives it."""
+    """A row for a function that reorders axes; `order(operation, rank)` gives the new order."""
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any) -> Any:
@@ -60,7 +60,7 @@ def _swapped(operation: Any, rank: int) -> tuple[int, ...]:
 
 
 def _moved(operation: Any, rank: int) -> tuple[int, ...]:
-    # The sizes of an array without elements tell its axes apart.
+    # An empty array whose axes all have different sizes: its shape shows where each axis went.
     return np.moveaxis(np.empty(range(rank)), operation.source, operation.destination).shape
 
 
@@ -68,8 +68,8 @@ def _concatenate(operation: Any, name: str) -> Callable[..., Any]:
     def call(tensors: Any) -> Any:
         if not all(is_tensor(t) for t in tensors):
             raise UnsupportedLayerError(
-                f"Expected tensors in operation '{name}'. Received: a constant. Make a variable of "
-                "a layer, or an input, of it."
+                f"Expected tensors in operation '{name}'. Received: a constant. Make it a variable "
+                "of a layer, or an input."
             )
         axis = axis_of(operation.axis, len(tensors[0].shape), name)
         return layers.Concatenate(axis=axis, name=name)(tensors)
@@ -91,7 +91,8 @@ def _split(operation: Any, name: str) -> Callable[..., Any]:
         axis = axis_of(given, len(x.shape), name)
         size, where = x.shape[axis], operation.indices_or_sections
         if isinstance(where, int):
-            # As NumPy's array_split: the first parts are one longer where it does not divide.
+            # As NumPy's array_split: if the size does not divide evenly, the first parts are one
+            # longer.
             where = [size // where * i + min(i, size % where) for i in range(1, where)]
         edges = [0, *(int(w) for w in where), size]
         keys = [
@@ -116,7 +117,7 @@ def _get_item(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _picked(pick: Callable[[Any, np.ndarray], np.ndarray], axis_of: Callable[[Any], Any]) -> Row:
-    """A row for what is NumPy's `pick(operation, indices)` along axes, one after another."""
+    """A row for functions that pick values along axes: `pick(operation, indices)` says which."""
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any) -> Any:
@@ -165,7 +166,7 @@ def _tile(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _take(operation: Any, name: str) -> Callable[..., Any]:
-    """`take`: constant indices of a tensor, or rows of a constant at a tensor of indices."""
+    """`take` of a tensor at constant indices, or of rows of a constant at a tensor of indices."""
 
     def call(x: Any, indices: Any) -> Any:
         if is_tensor(x) and not is_tensor(indices):
@@ -193,7 +194,8 @@ def _one_hot(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
         if operation.axis not in (-1, len(x.shape)):
             raise UnsupportedLayerError(
-                f"Expected axis=-1 in operation '{name}'. Received: axis={operation.axis}. Permute."
+                f"Expected axis=-1 in operation '{name}'. Received: axis={operation.axis}. Permute "
+                "the input."
             )
         return one_hot(x, operation.num_classes, name)
 
@@ -209,7 +211,7 @@ def _blocks(kind: type) -> Row:
         if operation.data_format == "channels_first":
             raise UnsupportedLayerError(
                 f"Expected data_format='channels_last' in operation '{name}'. Received: "
-                "channels_first. Permute."
+                "channels_first. Permute the input."
             )
         return kind(operation.block_size, name=name)
 
@@ -222,7 +224,7 @@ def _triangle(keep: Callable[..., np.ndarray]) -> Row:
             if len(x.shape) < 3:
                 raise UnsupportedLayerError(
                     f"Expected a matrix for each sample in operation '{name}'. Received: shape "
-                    f"{tuple(x.shape)}, of which the batch is one side. Reshape."
+                    f"{tuple(x.shape)}, where the batch is one side of the matrix. Reshape it."
                 )
             mask = keep(np.ones(x.shape[-2:], np.float32), operation.k)
             return ops.multiply(x, mask)
@@ -245,11 +247,12 @@ def _pad(operation: Any, name: str) -> Callable[..., Any]:
         spatial = width[1:-1]
         if not plain or width[0] != (0, 0) or len(width) > 5 or len(width) < 2:
             raise UnsupportedLayerError(
-                f"Expected zeros around axes behind the batch in operation '{name}'. Received: "
-                f"pad_width={operation.pad_width}, mode={operation.mode!r}. Slice and concatenate."
+                f"Expected zeros around axes other than the batch in operation '{name}'. "
+                f"Received: pad_width={operation.pad_width}, mode={operation.mode!r}. Slice and "
+                "concatenate instead."
             )
         if width[-1] != (0, 0) or not 1 <= len(spatial) <= 3:
-            # One more axis makes the last one a spatial one.
+            # Only spatial axes can be padded: one more axis makes the last one spatial.
             shape = tuple(x.shape[1:])
             grown = (*shape, 1)
             spatial = width[1:]

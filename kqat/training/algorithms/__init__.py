@@ -1,4 +1,4 @@
-"""What improves a QAT model around its training; each takes one and returns a new one."""
+"""Algorithms that make a QAT model easier to round: SmoothQuant, AWQ, cross-layer equalization."""
 
 from kqat.training.algorithms.awq import awq
 from kqat.training.algorithms.equalization import equalize

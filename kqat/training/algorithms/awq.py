@@ -1,4 +1,4 @@
-"""AWQ: the weights that meet large activations are rounded more finely."""
+"""AWQ: scales up the weights that multiply large activations, so that rounding costs less."""
 
 from typing import Any
 
@@ -8,29 +8,29 @@ import numpy as np
 from kqat.training.algorithms.scaling import Pair, Statistics, input_axis, rescaled
 from kqat.training.weight_wrapper import QuantizeWrapper
 
-# Exponents that are tried; the paper's grid.
+# The exponents to try, as in the paper.
 EXPONENTS = tuple(step / 20 for step in range(21))
 TINY = 1e-4
 
 
 def awq(qat: keras.Model, data: Any) -> keras.Model:
-    """A copy of a QAT model whose weights lose less in the channels that matter.
+    """A copy of a QAT model whose weights are rounded with less error in the important channels.
 
-    Where a layer's input channels can be scaled by the layer before, row `j` of the kernel is
+    If the layer before can scale a layer's input channels, row `j` of the layer's kernel is
     multiplied by
 
-        s_j = mean|X_j|**a, over the geometric mean of the largest and the smallest,
+        s_j = mean|X_j|**a, divided by the geometric mean of the largest and the smallest of these
 
-    with the exponent `a` of 0, 0.05, … 1 whose rounded kernels give the outputs closest to the
-    unrounded ones. `a = 0` changes nothing, so no layer gets worse on `data`. Meant for weights
-    of 4 bits and less.
+    and channel `j` of the layer before is divided by it. Of the exponents `a` = 0, 0.05, … 1 the
+    one is taken whose rounded kernels give the outputs closest to the unrounded ones. `a = 0`
+    changes nothing, so no layer gets worse on `data`. AWQ is meant for weights of 4 bits or fewer.
 
     Args:
-        qat: a QAT model; it is left alone. Do this before training.
-        data: typical inputs, as for `kqat.quantize_model`; ranges are found anew with them.
+        qat: a QAT model, before training; it is not changed.
+        data: typical inputs, as for `kqat.quantize_model`. The copy is calibrated on them.
 
     Raises:
-        ModelError: if no layer of `qat` can be scaled so.
+        ModelError: if no layer of `qat` can be scaled like this.
         CalibrationError: if the data do not fit the model.
 
     Reference: Lin et al. 2024, section 3.2 (https://arxiv.org/abs/2306.00978).
@@ -52,9 +52,9 @@ def _factors(pair: Pair, statistics: Statistics) -> np.ndarray:
 
 
 def _error(consumer: QuantizeWrapper, scale: np.ndarray, products: np.ndarray) -> float:
-    """Squared error of the outputs, given the mean products of the input's channels.
+    """Squared error of the outputs, from the mean products of the input's channels.
 
-    Under a convolution's kernel, products of channels at different positions are left out.
+    For a convolution, products of channels at different positions are left out.
     """
     kernel: Any = np.asarray(consumer.layer.kernel)
     axis = input_axis(consumer)

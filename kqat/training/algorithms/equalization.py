@@ -1,4 +1,4 @@
-"""Cross-layer equalization: two layers share the spread of their channels."""
+"""Cross-layer equalization: scales channels between two layers so that their weights match."""
 
 from typing import Any
 
@@ -12,18 +12,20 @@ TINY = 1e-8
 
 
 def equalize(qat: keras.Model, data: Any) -> keras.Model:
-    """A copy of a QAT model in which neighbouring layers have channels of like size.
+    """A copy of a QAT model whose weights have similar magnitudes in neighbouring layers.
 
-    Channel `j` between two layers is divided by `s_j = sqrt(r1_j / r2_j)`, where `r1_j` and
-    `r2_j` are the largest weights before and behind it: both become `sqrt(r1_j * r2_j)`. It pays
-    with one scale per tensor, and for depthwise networks.
+    Channel `j` between two layers is divided by `s_j = sqrt(r1_j / r2_j)`. Here `r1_j` is the
+    largest weight that computes the channel and `r2_j` the largest weight that reads it. Both
+    become `sqrt(r1_j * r2_j)`. This helps weights with one scale per tensor, and depthwise
+    networks.
 
     Args:
-        qat: a QAT model; it is left alone. Do this before training.
-        data: typical inputs, as for `kqat.quantize_model`; ranges are found anew with them.
+        qat: a QAT model, before training; it is not changed.
+        data: typical inputs, as for `kqat.quantize_model`. The copy is calibrated on them.
 
     Raises:
-        ModelError: if `qat` has no such pair: linear or with ReLU between, nothing else reading.
+        ModelError: if `qat` has no pair of layers with at most a ReLU between them and a value
+            between that nothing else reads.
         CalibrationError: if the data do not fit the model.
 
     Reference: Nagel et al. 2019, section 4.1 (https://arxiv.org/abs/1906.04721).

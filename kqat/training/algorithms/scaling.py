@@ -1,7 +1,7 @@
-"""Channels that one layer divides by a factor and the next ones multiply by it.
+"""Scales channels between layers: one layer divides by a factor, the next ones multiply by it.
 
-The float function stays as it is, up to roundings; what changes is how hard each tensor is to
-round. SmoothQuant, AWQ and cross-layer equalization are three ways to choose the factors.
+The float function stays the same, up to float rounding, but the tensors lose less when they are
+quantized. SmoothQuant, AWQ and cross-layer equalization are three ways to choose the factors.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers, is_quantized
 from kqat.training.weight_wrapper import QuantizeWrapper
 
-# Layer -> the axis of its kernel that runs over the channels of its input.
+# Layer class -> the axis of its kernel that belongs to the channels of the input.
 INPUT_AXES: dict[type, int] = {
     layers.Dense: 0,
     layers.Conv1D: -2,
@@ -29,16 +29,16 @@ INPUT_AXES: dict[type, int] = {
     layers.DepthwiseConv1D: -2,
     layers.DepthwiseConv2D: -2,
 }
-# Factors beyond this would only trade one outlier for another.
+# Factors are clipped to this: larger ones would make outliers in the other tensor.
 LARGEST_FACTOR = 2.0**10
 
 
-# Of a batch's positions no more than this are looked at, evenly spread.
+# Statistics use at most this many positions of a batch, evenly spread.
 ROWS = 4096
 
 
 class Statistics:
-    """What is remembered of the values of one tensor, channel by channel.
+    """Statistics of the values of one tensor, per channel.
 
     Attributes, after `add`:
         largest: largest magnitude, shape `(channels,)`.
@@ -53,7 +53,7 @@ class Statistics:
         self.products = np.zeros((channels, channels))
 
     def add(self, value: np.ndarray) -> None:
-        """Takes in one batch, shape `(…, channels)`."""
+        """Adds one batch, shape `(…, channels)`, to the statistics."""
         rows = value.reshape(-1, value.shape[-1]).astype(np.float64)
         rows = rows[:: -(-len(rows) // ROWS)]
         self.count += len(rows)
@@ -66,7 +66,7 @@ class Statistics:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Layers with one value between them that nothing else reads.
+    """A layer and the layers that read its output; nothing else reads it.
 
     Attributes:
         producer: the layer whose output channels can be scaled; it is called once.
@@ -80,7 +80,7 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """Names of both sides, for a reader."""
+        """The names of the producer and the consumers, for messages."""
         readers = ", ".join(consumer.layer.name for consumer in self.consumers)
         return f"{self.producer.layer.name} -> {readers}"
 
@@ -126,19 +126,19 @@ def rescaled(
     factors: Callable[[Pair, Statistics], np.ndarray],
     eligible: Callable[[Pair], bool] = lambda pair: True,
 ) -> keras.Model:
-    """A copy of a QAT model with every pair scaled and all ranges found anew.
+    """A copy of a QAT model with its pairs scaled and all ranges calibrated again.
 
     Args:
-        qat: a QAT model; it is left alone.
+        qat: a QAT model; it is not changed.
         data: as for `kqat.calibrate`.
-        factors: pair and the statistics of the value between -> one factor per channel.
-        eligible: which pairs are looked at.
+        factors: (pair, statistics of the value between) -> one factor per channel.
+        eligible: which pairs to scale.
 
     Raises:
-        ModelError: if `qat` is no QAT model, or has no such pair.
-        CalibrationError: if data are not what the model takes.
+        ModelError: if `qat` is not a QAT model, or has no eligible pair.
+        CalibrationError: if the data do not fit the model.
     """
-    trace(qat)  # refuses what is no model at all
+    trace(qat)  # raises if `qat` is not a model
     if not is_quantized(qat):
         raise ModelError(
             f"Expected a QAT model to scale. Received: '{qat.name}', which is float. Use "
@@ -152,7 +152,8 @@ def rescaled(
     if not chosen:
         raise ModelError(
             f"Expected a normalization or linear layer right before layers with weights. "
-            f"Received: '{qat.name}', which has none that scales."
+            f"Received: '{qat.name}', which has none whose channels can be scaled. Train it as it "
+            "is."
         )
     statistics = _statistics(graph, batches, [pair.value for pair in chosen])
     for pair in chosen:
@@ -168,7 +169,7 @@ def rescaled(
 def _statistics(
     graph: Graph, batches: Sequence[list[np.ndarray]], wanted: list[Ref]
 ) -> dict[Ref, Statistics]:
-    """Of what flows at each of the wanted places, unrounded."""
+    """The statistics of each of the wanted values, computed without rounding."""
     kept = {ref: Statistics(ref.shape[-1] or 0) for ref in wanted}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
@@ -183,13 +184,13 @@ def _statistics(
 
 
 def _follow(ref: Ref, readers: dict[Ref, list[Node]], outputs: set[Ref]) -> tuple[Ref, list[Node]]:
-    """The value behind the quantizers of `ref`, and who reads it; nobody, if it is an output."""
+    """The value after the quantizers of `ref`, and its readers; none if it is a model output."""
     while ref not in outputs and len(readers[ref]) == 1:
         (node,) = readers[ref]
         passes = isinstance(node.layer, layers.Dropout) or (
             isinstance(node.layer, ActivationQuantizer)
             and node.layer.clamp in (None, Clamp.RELU)
-            # A range that is given does not move with the channels.
+            # A fixed range cannot follow channels that are scaled.
             and not isinstance(node.layer.range_method, Fixed)
         )
         if not passes:
@@ -231,5 +232,5 @@ def _divide(wrapper: QuantizeWrapper, factor: np.ndarray) -> None:
 
 
 def input_axis(wrapper: QuantizeWrapper) -> int:
-    """The axis of the wrapped kernel that runs over the channels of its input."""
+    """The axis of the wrapped kernel that belongs to the channels of the input."""
     return INPUT_AXES[type(wrapper.layer)]

@@ -1,4 +1,4 @@
-"""SmoothQuant: outliers of activations move into the weights, which round them better."""
+"""SmoothQuant: moves outlier channels of activations into the weights, which round more easily."""
 
 from typing import Any
 
@@ -20,17 +20,17 @@ def smooth_quant(qat: keras.Model, data: Any, *, alpha: float = 0.5) -> keras.Mo
 
         s_j = max|X_j|**alpha / max|W_j|**(1 - alpha)
 
-    and row `j` of every kernel multiplied by it: the float function stays. One scale per tensor
-    then serves all channels alike. It pays where a few channels of a transformer are tens of
-    times larger than the rest.
+    and row `j` of every kernel is multiplied by it, so the float function stays the same. The
+    activation's single scale then fits all channels. This helps transformers in which a few
+    channels are tens of times larger than the others.
 
     Args:
-        qat: a QAT model; it is left alone. Do this before training.
-        data: typical inputs, as for `kqat.quantize_model`; ranges are found anew with them.
-        alpha: how much of the difficulty goes to the weights, in [0, 1].
+        qat: a QAT model, before training; it is not changed.
+        data: typical inputs, as for `kqat.quantize_model`. The copy is calibrated on them.
+        alpha: how much of the activations' spread moves into the weights, in [0, 1].
 
     Raises:
-        SpecError: if `alpha` is outside.
+        SpecError: if `alpha` is not in [0, 1].
         ModelError: if `qat` has no normalization right before layers with weights.
         CalibrationError: if the data do not fit the model.
 

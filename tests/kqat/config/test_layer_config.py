@@ -82,7 +82,7 @@ def test_config_keeps_no_hold_of_the_users_mapping() -> None:
         ({"weights": {"kernel": 8}}, r"Expected weights\['kernel'\] to be a QuantSpec. .*: 8"),
         (
             {"weights": {"*": W4, "kernel": W4}},
-            r"Expected either '\*' or names of variables. Received: weights=",
+            r"Expected either '\*' or names of variables, not both. Received: weights=",
         ),
         (
             {"weights": QuantSpec()},

@@ -59,7 +59,7 @@ def test_narrow_range_leaves_one_integer_out(bits: int) -> None:
         ({"bits": 1}, "Expected 2 to 16 bits. Received: bits=1. Use 8"),
         (
             {"bits": 1, "symmetric": True, "narrow_range": True},
-            "grid of one bit, −1 and 1, to be whole. Received: narrow_range=True. Use",
+            "a grid of one bit: it has −1 and 1 only. Received: narrow_range=True. Use",
         ),
         ({"bits": 17}, "Expected 2 to 16 bits. Received: bits=17"),
         ({"symmetric": 1}, "Expected True or False. Received: symmetric=1"),
@@ -70,8 +70,8 @@ def test_narrow_range_leaves_one_integer_out(bits: int) -> None:
         ({"symmetric": True, "axis": ()}, r"tuple of distinct ints.* Received: axis=\(\)"),
         ({"symmetric": True, "axis": (0, 0)}, r"tuple of distinct ints.* axis=\(0, 0\)"),
         ({"symmetric": True, "axis": [0, None]}, r"Expected axis to be .* axis=\(0, None\)"),
-        ({"axis": -1}, "symmetric grid where scales are per axis.* axis=-1. Use symmetric=True"),
-        ({"axis": "channel"}, "symmetric grid where scales are per axis.* axis='channel'"),
+        ({"axis": -1}, "symmetric grid for scales per axis.* axis=-1. Use symmetric=True"),
+        ({"axis": "channel"}, "symmetric grid for scales per axis.* axis='channel'"),
     ],
 )
 def test_what_is_no_grid_is_refused(fields: dict[str, Any], message: str) -> None:

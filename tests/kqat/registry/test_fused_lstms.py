@@ -138,7 +138,7 @@ def test_the_carry_has_the_least_power_of_two(high: float, power: int) -> None:
 
 
 def test_a_power_of_two_without_symmetry_is_refused() -> None:
-    with pytest.raises(SpecError, match="symmetric grid where the scale is a power of two"):
+    with pytest.raises(SpecError, match="Expected a symmetric grid for power_of_two=True"):
         QuantSpec(bits=16, power_of_two=True)
 
 

@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
             x, x, attention_mask=layers.Dense(STEPS)(x)
         ),
         kqat.UnsupportedLayerError,
-        r"truth values in attention layer 'mha'.*shape \(None, 6, 6\) and type float32",
+        r"boolean masks in attention layer 'mha'.*shape \(None, 6, 6\) and type float32",
     ),
 }
 

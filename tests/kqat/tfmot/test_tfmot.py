@@ -192,7 +192,7 @@ def test_translation(layer: Any, config: Any, expected: kqat.QuantizeConfig | No
             layers.DepthwiseConv2D(3, name="dw"),
             Config({"pointwise_kernel": weight()}),
             "Config.get_weights_and_quantizers .*'dw' of type DepthwiseConv2D has in Keras 3: "
-            "kernel, bias, activation. .*no attribute 'pointwise_kernel'. Name that in the class",
+            "kernel, bias, activation. .*no attribute 'pointwise_kernel'. Use these names in",
         ),
         (
             layers.Activation("elu", name="a"),
@@ -249,7 +249,7 @@ def test_translation(layer: Any, config: Any, expected: kqat.QuantizeConfig | No
         (
             layers.Dense(2, name="d"),
             Config({"kernel": weight(num_bits=1)}, output=(average(),)),
-            "grid of one bit, .* Asked by Config for layer 'd'",
+            "grid of one bit: .* Asked by Config for layer 'd'",
         ),
         (
             layers.PReLU(name="p"),
@@ -317,7 +317,7 @@ def test_translation(layer: Any, config: Any, expected: kqat.QuantizeConfig | No
         (
             layers.Dense(2, activation="elu", name="d"),
             Config({"kernel": weight()}, output=(fixed(-1, 6),)),
-            "observed range for the output of layer 'd'.* as its activation elu comes after",
+            "observed range for the output of layer 'd'.* its activation elu comes after",
         ),
         (
             layers.Softmax(name="s"),

@@ -135,7 +135,7 @@ def test_a_kernel_of_several_layers_needs_one_quantizer_at_its_end() -> None:
     assert (roles["conv"], roles["norm"], roles["relu"]) == ("integer", "folded", "clamp")
     with pytest.raises(PolicyError, match="quantizer for the output of layer 'conv'"):
         kqat.plan(model, policy | {"relu": None})
-    with pytest.raises(PolicyError, match=r"output of layer 'conv'.* as the next layer comes"):
+    with pytest.raises(PolicyError, match=r"output of layer 'conv'.* the next layer comes"):
         kqat.plan(model, policy | {"conv": Config({"kernel": weight()}, output=(fixed(0, 1),))})
 
 
@@ -159,7 +159,7 @@ def test_operations_have_outputs_like_layers() -> None:
     assert plan.float_layers() == ()
     assert ranges(plan)["relu"] == kqat.MovingAverage(0.999)
     assert kqat.plan(model, Config()).float_layers() == ("d", "add", "relu")
-    with pytest.raises(PolicyError, match=r"layer 'add' of type Add, as another layer comes"):
+    with pytest.raises(PolicyError, match=r"layer 'add' of type Add: another layer comes"):
         kqat.plan(model, {"d": CONV, "add": Config(output=(fixed(0, 1),))})
     with pytest.raises(PolicyError, match=r"layer 'relu' of type Relu has in Keras 3: neither"):
         kqat.plan(model, DefaultDenseQuantizeConfig())
@@ -197,7 +197,7 @@ def test_model_inputs_have_a_quantizer_of_their_own() -> None:
 def test_a_given_range_behind_a_float_layer_is_refused() -> None:
     model = chain(layers.Dense(3, name="first"), layers.Dense(3, name="second"), shape=(8,))
     config = Config({"kernel": weight()}, output=(fixed(-1, 1),))
-    with pytest.raises(PolicyError, match=r"output of layer 'second'.* from float layer 'first'"):
+    with pytest.raises(PolicyError, match=r"output of layer 'second'.* of the float layer 'first'"):
         kqat.plan(model, {"first": None, "second": config})
 
 

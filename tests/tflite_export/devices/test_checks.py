@@ -104,7 +104,7 @@ def test_files_are_checked_too(net: tuple[keras.Model, np.ndarray]) -> None:
          r"has strides \[1, 2\]; all must be 1"),
         ((5,), lambda x: keras.ops.mean(x, axis=-1, keepdims=True), r"MEAN: 'mean' averages 5 "
          "channels; MEAN over channels takes a multiple of 4 of them"),
-        ((6, 6, 5), lambda x: L.PReLU(name="odd")(x), "PRELU: 'odd' has slopes along more than"),
+        ((6, 6, 5), lambda x: L.PReLU(name="odd")(x), "PRELU: 'odd' has slopes along more axes"),
         ((6, 6, 4), lambda x: L.Dense(2, name="odd")(L.Flatten()(L.Conv2D(3, 3)(x))), None),
     ],
 )  # fmt: skip

@@ -75,7 +75,7 @@ def test_a_new_operator_is_one_row(
     assert (found.macs, found.weight_dtype) == (7 * 6 * 4, "int8")
     # The Edge TPU's limits, of an operator that it is said to have.
     reader = edge_tpu_file._Reader(twice, twice.subgraphs[0].tensors)
-    assert "computes with weights that are no constants" in "".join(reader.read(operator))
+    assert "has weights that are not constants" in "".join(reader.read(operator))
     # The C++ resolver.
     if supports("tflite_micro"):
         source = tflite_export.to_c(blob, tmp_path, samples=1)

@@ -145,7 +145,7 @@ def test_a_verdict_is_good_for_a_good_file_only() -> None:
         ),
     )
     assert verdicts(wrong) == [
-        ("bad", "3 operators touch floats"),
+        ("bad", "3 operators read or write floats"),
         ("bad", "litert: at most 2 steps in lockstep"),
         ("bad", "tflite_micro did not run it"),
         ("bad", "75 % of operators on the NPU"),
