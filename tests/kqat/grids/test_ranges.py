@@ -214,7 +214,7 @@ def test_calibrated_ranges_hold_zero_and_go_no_further_than_the_data(
     assert min(x.min(), 0.0) <= low <= 0.0 <= high <= max(x.max(), 0.0)
 
 
-@pytest.mark.parametrize("name", set(DISTRIBUTIONS) - {"zero", "tiny", "huge"})
+@pytest.mark.parametrize("name", sorted(set(DISTRIBUTIONS) - {"zero", "tiny", "huge"}))
 @pytest.mark.parametrize("spec", SPECS, ids=["int8", "symmetric", "int16"])
 def test_mse_is_the_least_error_that_any_cut_gives(spec: QuantSpec, name: str) -> None:
     x = DISTRIBUTIONS[name]
