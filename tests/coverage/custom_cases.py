@@ -61,6 +61,20 @@ class Projection(L.Layer):
 
 
 @register
+class ClassToken(L.Layer):
+    """A weight in front of a sequence, for each sample of a batch of any size."""
+
+    def build(self, shape: Any) -> None:
+        """Creates the token."""
+        self.token = self.add_weight(name="token", shape=(1, 1, shape[-1]), initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        """The longer sequence."""
+        token = ops.broadcast_to(self.token, (ops.shape(x)[0], 1, x.shape[-1]))
+        return ops.concatenate([token, x], axis=1)
+
+
+@register
 class TokensAndPositions(L.Layer):
     """The usual first layer of a text transformer."""
 
@@ -185,6 +199,7 @@ CASES: tuple[Case, ...] = (
         FULLY_CONNECTED=1,
         RESHAPE=2,
     ),
+    _case("class_token", ROWS, lambda x: ClassToken()(x), CONCATENATION=1),
     Case(
         name="tokens_and_positions",
         build=lambda: functional((6,), lambda x: L.Dense(3)(TokensAndPositions()(x)), "int32"),

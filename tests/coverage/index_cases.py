@@ -82,6 +82,7 @@ CASES: tuple[Case, ...] = (
         ops={"GATHER": 1},
         policy="w4a8",
     ),
+    _tokens("reversible_embedding", lambda x: L.ReversibleEmbedding(INDEXES, 4)(x), GATHER=1),
     _tokens("positions", _positions, ADD=1, FULLY_CONNECTED=1, GATHER=1, RESHAPE=1),
     _tokens("codes", _codes, FULLY_CONNECTED=1, GATHER=4, MEAN=1, MUL=1, REDUCE_MAX=1),
     _tokens(
