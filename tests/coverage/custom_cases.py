@@ -75,6 +75,15 @@ class ClassToken(L.Layer):
 
 
 @register
+class Mixing(L.Layer):
+    """FNet's mixing of tokens: the real part of a Fourier transform over both axes."""
+
+    def call(self, x: Any) -> Any:
+        """The mixed tokens."""
+        return ops.fft2((x, ops.zeros_like(x)))[0]
+
+
+@register
 class TokensAndPositions(L.Layer):
     """The usual first layer of a text transformer."""
 
@@ -199,6 +208,14 @@ CASES: tuple[Case, ...] = (
         FULLY_CONNECTED=1,
         RESHAPE=2,
     ),
+    _case(
+        "grayscale",
+        IMAGE,
+        lambda x: ops.image.rgb_to_grayscale(x),
+        FULLY_CONNECTED=1,
+        RESHAPE=1,
+    ),
+    _case("fourier", ROWS, lambda x: Mixing()(x), FULLY_CONNECTED=4, RESHAPE=4, SUB=1, TRANSPOSE=4),
     _case("class_token", ROWS, lambda x: ClassToken()(x), CONCATENATION=1),
     Case(
         name="tokens_and_positions",

@@ -63,6 +63,12 @@ def _shown(x: Any) -> Any:
     return L.GlobalMaxPooling1D()(rows_of(x) * shown)
 
 
+def _truths(x: Any) -> Any:
+    y = L.Dense(5)(x)
+    some = ops.cast(ops.any(y > 0.5, axis=-1, keepdims=True), "float32")
+    return y * some + ops.cast(ops.all(y > 0.0, axis=-1, keepdims=True), "float32")
+
+
 CASES: tuple[Case, ...] = (
     _tokens(
         "embedding",
@@ -89,6 +95,20 @@ CASES: tuple[Case, ...] = (
         "shifted_tokens", _shifted, ADD=1, EQUAL=1, GATHER=3, MUL=1, RESHAPE=2, SELECT_V2=1, SUB=1
     ),
     _tokens("truth", _shown, CAST=1, GATHER=2, MUL=1, NOT_EQUAL=1, REDUCE_MAX=1),
+    _values(
+        "truths",
+        (6,),
+        _truths,
+        ADD=1,
+        CAST=4,
+        FULLY_CONNECTED=1,
+        GATHER=4,
+        GREATER=4,
+        MUL=1,
+        REDUCE_MAX=1,
+        REDUCE_MIN=1,
+        RESHAPE=4,
+    ),
     _values(
         "argmax",
         (4, 6),
