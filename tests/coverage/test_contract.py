@@ -383,5 +383,5 @@ def test_every_row_has_a_case() -> None:
         if isinstance(layer, keras.layers.Activation)
     ]
     assert [name for name in ACTIVATIONS if name not in kinds] == []
-    # Of a Fourier transform, zeros are a part, which a layer of the user's makes: the case "fourier".
+    # A Fourier transform needs zeros, which only a layer of the user's makes: the case "fourier".
     assert set(OPERATIONS) - {type(layer).__name__ for layer in nodes} == {"FFT2"}
