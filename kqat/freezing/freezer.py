@@ -74,8 +74,8 @@ class _GraphFreezer:
             node.inputs[0] for node in graph.nodes if isinstance(node.layer, ActivationQuantizer)
         }
         self.grids: dict[Ref, Site] = {}
-        # Values that no input of the model reaches. The converter computes them, and a marker too if
-        # one stood there, so they have none. The file holds them on the grid of their reader.
+        # Values that no input of the model reaches. The converter computes them, and would compute
+        # a marker as well, so they have none. The file holds them on the grid of their reader.
         self.constants: set[Ref] = set()
 
     def run(self, inputs: list[Value]) -> list[Value]:
