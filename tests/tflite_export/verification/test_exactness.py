@@ -21,7 +21,8 @@ from tflite_export.verification.report import Exactness
 def shipped() -> tuple[keras.Model, bytes, np.ndarray]:
     keras.utils.set_random_seed(0)
     qat, x = quantized((12,), lambda x: L.Dense(4, name="head")(L.LeakyReLU(name="leaky")(x)))
-    return qat, tflite_export.convert(qat), x
+    # For LiteRT alone, as only then its two ways to round LEAKY_RELU are in the file.
+    return qat, tflite_export.convert(qat, target="litert"), x
 
 
 def test_a_right_file_is_exact(shipped: tuple[keras.Model, bytes, np.ndarray]) -> None:
