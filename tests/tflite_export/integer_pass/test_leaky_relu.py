@@ -42,6 +42,16 @@ def test_no_runtime_is_a_step_off(slope: float) -> None:
         assert np.mean(off != 0) < 0.01, runtime
 
 
+def test_a_negative_slope_ships_as_a_table() -> None:
+    """`keras.ops.leaky_relu` takes one, which the layer refuses."""
+    keras.utils.set_random_seed(0)
+    qat, x = quantized((64,), leaky(-0.4))
+    blob = tflite_export.convert(qat)
+    assert operators(flatbuffer.read(blob)) == ["CAST", "ADD", "GATHER"]
+    report = tflite_export.verify(qat, blob, x)
+    assert all(site.max_steps == 0 for part in report.runtimes for site in part.sites)
+
+
 def test_where_it_stays_leaky_relu() -> None:
     """LiteRT alone has the faster kernel; PRELU has no int16 kernel and takes four axes."""
     keras.utils.set_random_seed(0)
