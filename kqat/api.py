@@ -13,7 +13,7 @@ from kqat.graph import Graph, hands_on_mask, non_finite_variable, trace
 from kqat.grids import CalibrationMethod
 from kqat.planning import Plan, make_plan, misfits, with_replacements
 from kqat.tfmot import translate_policy
-from kqat.training import DEFAULT_METHOD, calibrate, check_method, is_quantized, wrap
+from kqat.training import DEFAULT_METHOD, calibrate_for, check_method, is_quantized, wrap
 
 
 class PolicyWarning(UserWarning):
@@ -152,7 +152,7 @@ def quantize_model(
         )
     qat = wrap(decided)
     if calibration_data is not None:
-        calibrate(qat, calibration_data, method=calibration or DEFAULT_METHOD)
+        calibrate_for(qat, calibration_data, calibration or DEFAULT_METHOD, stacklevel=3)
     elif any(group.is_observed for group in decided.groups):
         warnings.warn(
             f"No calibration data: the ranges of '{model.name}' start from its first training "

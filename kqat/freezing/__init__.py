@@ -6,7 +6,7 @@ tables and LSTMs among the layers.
 
 from kqat.freezing.freezer import freeze
 from kqat.freezing.frozen_model import FrozenModel, NodeFacts
-from kqat.freezing.frozen_weight import FrozenWeight
+from kqat.freezing.frozen_weight import FrozenConstant, FrozenWeight
 from kqat.freezing.stripper import strip
 from kqat.graph import Graph, Node, Ref
 from kqat.parts import (
@@ -23,6 +23,7 @@ from kqat.parts import (
 
 __all__ = [
     "GATES",
+    "FrozenConstant",
     "FrozenLSTM",
     "FrozenModel",
     "FrozenWeight",

@@ -15,13 +15,14 @@ from kqat.base import FreezeError
 from kqat.freezing.folding import channelwise, freeze_layer
 from kqat.freezing.frozen_model import FrozenModel
 from kqat.freezing.frozen_parts import FrozenParts, Value, labels
+from kqat.freezing.frozen_weight import FrozenConstant
 from kqat.freezing.node_facts import find_node_facts
 from kqat.freezing.recurrences import fused, unrolled
 from kqat.freezing.stripper import checked_graph
 from kqat.freezing.unplanned import check_planned
 from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild, trace
 from kqat.grids import Site, arithmetic
-from kqat.parts import Hide, PrecisionBoundary, RecurrenceKind
+from kqat.parts import Hide, Learned, PrecisionBoundary, RecurrenceKind
 from kqat.registry import LayerFacts, Output, stock_facts
 from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrapper
 
@@ -50,6 +51,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
         weights=tuple(parts.weights),
         tables=tuple(parts.tables),
         lstms=tuple(parts.lstms),
+        constants=tuple(parts.constants),
         input_names=graph.input_keys,
         output_names=graph.output_keys,
         node_facts=find_node_facts(trace(model), parts.sites, parts.carried),
@@ -72,6 +74,9 @@ class _GraphFreezer:
             node.inputs[0] for node in graph.nodes if isinstance(node.layer, ActivationQuantizer)
         }
         self.grids: dict[Ref, Site] = {}
+        # Values that no input of the model reaches. The converter computes them, and a marker too if
+        # one stood there, so they have none. The file holds them on the grid of their reader.
+        self.constants: set[Ref] = set()
 
     def run(self, inputs: list[Value]) -> list[Value]:
         """The graph's outputs for these inputs; a step is run once for each step of a sequence."""
@@ -83,9 +88,15 @@ class _GraphFreezer:
     def call(self, node: Node, *args: Any, **kwargs: Any) -> list[Any]:
         """The node's frozen output tensors, symbolic; see `kqat.graph.tracer.Graph.run`."""
         values = self._frozen(node, args, kwargs)
+        if self._is_constant(node):
+            self.constants.update(node.outputs)
         for ref, value in zip(node.outputs, values, strict=True):
             self._note(ref, value)
         return [value.tensor for value in values]
+
+    def _is_constant(self, node: Node) -> bool:
+        reads_constants = bool(node.inputs) and self.constants.issuperset(node.inputs)
+        return isinstance(node.layer, Learned) or reads_constants
 
     def _note(self, ref: Ref, value: Value) -> None:
         if value.grid is None:
@@ -104,7 +115,7 @@ class _GraphFreezer:
         if isinstance(layer, QuantizedRecurrence):
             return self._recurrence(node, self._values(node.inputs, args[0]))
         if isinstance(layer, PrecisionBoundary):
-            return [Value(self.parts.fence(args[0]))]
+            return [Value(args[0] if self._is_constant(node) else self.parts.fence(args[0]))]
         if not isinstance(layer, QuantizeWrapper):
             facts = stock_facts(layer) if self._grids_read(node) else None
             return self._plain(node, layer, facts, args, kwargs)
@@ -137,6 +148,10 @@ class _GraphFreezer:
         if facts.output is Output.VANISHES:
             return [Value(args[0], grids[0])]
         bits = grids[0].bits
+        if self._is_constant(node):
+            copy = self.parts.once(layer, _float_copy)
+            grid = grids[0] if facts.output is Output.SAME else None
+            return [Value(t, grid) for t in keras.tree.flatten(copy(*args, **kwargs))]
         if facts.ships_as_table(bits, float(grids[0].scale)):
             table = self.parts.table(layer, node.name, bits)
             self.parts.carried[id(table.layer)] = facts
@@ -185,7 +200,17 @@ class _GraphFreezer:
         if layer.clamp and observes:
             name = self.parts.free_name(f"kqat_clamp_{len(self.parts.sites)}")
             x = keras.layers.Activation(layer.clamp, name=name, dtype="float32")(x)
+        if self._is_constant(node):
+            self._note_constant(node.inputs[0], grid)
+            return Value(x, grid)
         return self.parts.mark(self._site_name(node, observes), x, grid)
+
+    def _note_constant(self, ref: Ref, grid: Site) -> None:
+        """Keeps the integers of a weight that an operator with scales of its own may read."""
+        layer = self.producers[ref].layer
+        if isinstance(layer, Learned):
+            values = np.asarray(layer.value, np.float32)
+            self.parts.constants.append(FrozenConstant(values, grid))
 
     def _site_name(self, node: Node, observes: bool) -> str:
         """What the value is called: as the group of its quantizer, or where others are in that

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import keras
 
 from kqat.devices import Replacement
-from kqat.freezing.frozen_weight import FrozenWeight
+from kqat.freezing.frozen_weight import FrozenConstant, FrozenWeight
 from kqat.graph import Graph, Node, trace, unique_name
 from kqat.grids import Site
 from kqat.parts import (
@@ -53,6 +53,7 @@ class FrozenModel:
         tables: the elementwise layers that may ship as tables, by their `Tabulated` index.
         lstms: the LSTMs that ship as one operator.
         input_names, output_names: those of the user's model, in its order: the keys of a dict.
+        constants: weights that are values of their own, with their grids; found by content too.
         node_facts: what the exporter asks of the nodes of `graph` that compute on integers, by
             their names; see `facts`.
     """
@@ -64,6 +65,7 @@ class FrozenModel:
     lstms: tuple[FrozenLSTM, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    constants: tuple[FrozenConstant, ...] = ()
     node_facts: Mapping[str, NodeFacts] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property

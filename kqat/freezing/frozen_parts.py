@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from kqat.freezing.frozen_weight import FrozenWeight
+from kqat.freezing.frozen_weight import FrozenConstant, FrozenWeight
 from kqat.graph import Graph, Node, clone, unique_name
 from kqat.grids import Site
 from kqat.parts import FrozenLSTM, Marker, MarkerKind, Tabulated
@@ -30,6 +30,7 @@ class FrozenParts:
     def __init__(self, graph: Graph):
         self.sites: list[Site] = []
         self.weights: list[FrozenWeight] = []
+        self.constants: list[FrozenConstant] = []
         self.tables: list[Tabulated] = []
         self.lstms: list[FrozenLSTM] = []
         self.carried: dict[int, LayerFacts] = {}  # by the identity of the frozen layer

@@ -1,8 +1,10 @@
-"""`FrozenWeight`: the integers and scales of one weight as they ship."""
+"""`FrozenWeight` and `FrozenConstant`: the integers, scales and grids of weights as they ship."""
 
 import dataclasses
 
 import numpy as np
+
+from kqat.grids import Site
 
 # A channel without weights has no scale of its own. Its bias counts in steps of it, so it is fine;
 # the exporter coarsens it to what int32 holds.
@@ -29,3 +31,11 @@ class FrozenWeight:
     def values(self) -> np.ndarray:
         """The float weights that the frozen model computes with."""
         return self.integers.astype(np.float32) * self.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenConstant:
+    """A weight that is a value of its own, as a class token: its float32 values and their grid."""
+
+    values: np.ndarray
+    grid: Site

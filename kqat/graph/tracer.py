@@ -67,6 +67,11 @@ class Node:
         """The values that the call reads, once per use."""
         return refs_in((self.args, self.kwargs))
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the layer has weights; an operation of `keras.ops` has none."""
+        return bool(getattr(self.layer, "weights", ()))
+
 
 @dataclasses.dataclass(frozen=True)
 class Graph:

@@ -5,7 +5,13 @@ algorithms.
 from kqat.training import algorithms, batchnorm
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import is_quantized, wrap
-from kqat.training.calibration import DEFAULT_METHOD, CalibrationWarning, calibrate, check_method
+from kqat.training.calibration import (
+    DEFAULT_METHOD,
+    CalibrationWarning,
+    calibrate,
+    calibrate_for,
+    check_method,
+)
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -21,6 +27,7 @@ __all__ = [
     "algorithms",
     "batchnorm",
     "calibrate",
+    "calibrate_for",
     "check_method",
     "is_quantized",
     "wrap",

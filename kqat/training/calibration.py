@@ -56,6 +56,13 @@ def calibrate(
     Warns:
         CalibrationWarning: once, where the data or the ranges look wrong.
     """
+    calibrate_for(model, data, method, stacklevel=3)
+
+
+def calibrate_for(
+    model: keras.Model, data: Any, method: str | CalibrationMethod, *, stacklevel: int
+) -> None:
+    """As `calibrate`, for a caller whose own caller is `stacklevel` - 1 frames away."""
     check_method(method)
     graph = trace(model)
     if not is_quantized(model):
@@ -71,7 +78,7 @@ def calibrate(
         quantizer.start(ranges)
     doubtful = concerns(graph, observer, found)
     if doubtful:
-        warnings.warn(as_text(model.name, doubtful), CalibrationWarning, stacklevel=2)
+        warnings.warn(as_text(model.name, doubtful), CalibrationWarning, stacklevel=stacklevel)
 
 
 def check_method(method: Any) -> None:
@@ -94,7 +101,7 @@ def observed(graph: Graph, data: Any) -> tuple[Observer, KeptSamples]:
     """
     observer, kept = Observer(graph), KeptSamples()
     for batch, real in _whole_batches(batches(data, graph)):
-        observer.run(_tensors(batch, graph), real)
+        observer.run(_tensors(batch, graph, real), real)
         kept.offer(batch, real)
     _check_some(observer.samples, graph)
     return observer, kept
@@ -258,8 +265,8 @@ def _whole(array: np.ndarray, name: str) -> np.ndarray:
     return array
 
 
-def _tensors(batch: list[np.ndarray], graph: Graph) -> list[Any]:
-    """The batch as the model takes it.
+def _tensors(batch: list[np.ndarray], graph: Graph, real: int | None = None) -> list[Any]:
+    """The batch as the model takes it; its first `real` samples are the user's, or all.
 
     Raises:
         CalibrationError: if it holds what is no finite float32.
@@ -274,9 +281,9 @@ def _tensors(batch: list[np.ndarray], graph: Graph) -> list[Any]:
         finite = np.isfinite(floats)
         if not finite.all():
             raise CalibrationError(
-                f"Expected finite calibration data ({ref.dtype}) for input '{name}'. Received: NaN "
-                f"or infinity in {np.count_nonzero(~finite)} of {array.size} values. Clean the "
-                "data."
+                f"Expected finite calibration data for input '{name}'. Received: NaN or infinity "
+                f"in {np.count_nonzero(~finite[:real])} of {array[:real].size} values, as "
+                f"{ref.dtype}. Clean the data."
             )
         tensors.append(keras.ops.convert_to_tensor(floats, ref.dtype))
     return tensors

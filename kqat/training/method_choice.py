@@ -96,7 +96,7 @@ def _judged(graph: Graph) -> Iterator[Ref]:
         given = isinstance(node.layer, ActivationQuantizer) and isinstance(
             node.layer.range_method, Fixed
         )
-        if node.layer.weights and not given:
+        if node.has_weights and not given:
             yield ref
         else:
             waiting += node.inputs

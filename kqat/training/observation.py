@@ -298,5 +298,5 @@ def _ends(graph: Graph) -> Iterator[int]:
         met.add(maker)
         if isinstance(maker.layer, ActivationQuantizer):
             yield id(maker.layer)
-        elif not maker.layer.weights:
+        elif not maker.has_weights:
             waiting += maker.inputs

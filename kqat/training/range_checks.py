@@ -262,7 +262,7 @@ class _Names:
             if isinstance(node.layer, ActivationQuantizer):
                 if node.kwargs.get("observe", True):
                     return node.layer, node.kwargs.get("site", 0)
-            elif node.layer.weights or len(node.inputs) != 1:
+            elif node.has_weights or len(node.inputs) != 1:
                 return None
             ref = node.inputs[0]
         return None

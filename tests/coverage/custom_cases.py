@@ -61,6 +61,29 @@ class Projection(L.Layer):
 
 
 @register
+class ClassToken(L.Layer):
+    """A weight in front of a sequence, for each sample of a batch of any size."""
+
+    def build(self, shape: Any) -> None:
+        """Creates the token."""
+        self.token = self.add_weight(name="token", shape=(1, 1, shape[-1]), initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        """The longer sequence."""
+        token = ops.broadcast_to(self.token, (ops.shape(x)[0], 1, x.shape[-1]))
+        return ops.concatenate([token, x], axis=1)
+
+
+@register
+class Mixing(L.Layer):
+    """FNet's mixing of tokens: the real part of a Fourier transform over both axes."""
+
+    def call(self, x: Any) -> Any:
+        """The mixed tokens."""
+        return ops.fft2((x, ops.zeros_like(x)))[0]
+
+
+@register
 class TokensAndPositions(L.Layer):
     """The usual first layer of a text transformer."""
 
@@ -185,6 +208,15 @@ CASES: tuple[Case, ...] = (
         FULLY_CONNECTED=1,
         RESHAPE=2,
     ),
+    _case(
+        "grayscale",
+        IMAGE,
+        lambda x: ops.image.rgb_to_grayscale(x),
+        FULLY_CONNECTED=1,
+        RESHAPE=1,
+    ),
+    _case("fourier", ROWS, lambda x: Mixing()(x), FULLY_CONNECTED=4, RESHAPE=4, SUB=1, TRANSPOSE=4),
+    _case("class_token", ROWS, lambda x: ClassToken()(x), CONCATENATION=1),
     Case(
         name="tokens_and_positions",
         build=lambda: functional((6,), lambda x: L.Dense(3)(TokensAndPositions()(x)), "int32"),

@@ -63,6 +63,12 @@ def _shown(x: Any) -> Any:
     return L.GlobalMaxPooling1D()(rows_of(x) * shown)
 
 
+def _truths(x: Any) -> Any:
+    y = L.Dense(5)(x)
+    some = ops.cast(ops.any(y > 0.5, axis=-1, keepdims=True), "float32")
+    return y * some + ops.cast(ops.all(y > 0.0, axis=-1, keepdims=True), "float32")
+
+
 CASES: tuple[Case, ...] = (
     _tokens(
         "embedding",
@@ -82,12 +88,27 @@ CASES: tuple[Case, ...] = (
         ops={"GATHER": 1},
         policy="w4a8",
     ),
+    _tokens("reversible_embedding", lambda x: L.ReversibleEmbedding(INDEXES, 4)(x), GATHER=1),
     _tokens("positions", _positions, ADD=1, FULLY_CONNECTED=1, GATHER=1, RESHAPE=1),
     _tokens("codes", _codes, FULLY_CONNECTED=1, GATHER=4, MEAN=1, MUL=1, REDUCE_MAX=1),
     _tokens(
         "shifted_tokens", _shifted, ADD=1, EQUAL=1, GATHER=3, MUL=1, RESHAPE=2, SELECT_V2=1, SUB=1
     ),
     _tokens("truth", _shown, CAST=1, GATHER=2, MUL=1, NOT_EQUAL=1, REDUCE_MAX=1),
+    _values(
+        "truths",
+        (6,),
+        _truths,
+        ADD=1,
+        CAST=4,
+        FULLY_CONNECTED=1,
+        GATHER=4,
+        GREATER=4,
+        MUL=1,
+        REDUCE_MAX=1,
+        REDUCE_MIN=1,
+        RESHAPE=4,
+    ),
     _values(
         "argmax",
         (4, 6),

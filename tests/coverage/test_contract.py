@@ -19,6 +19,7 @@ import tflite_export
 from kqat.base.errors import ExportError, TargetError
 from kqat.devices.kernels import KERNELS, LITERT, TABLE_OPS
 from kqat.graph.tracer import Graph, trace
+from kqat.parts.learned import Learned
 from kqat.parts.markers import Requantize
 from kqat.parts.recurrence import Recurrence
 from kqat.parts.single_op_layers import Hide
@@ -372,8 +373,9 @@ def test_own_kernels_on_a_target_that_has_them(kind: str, operator: str, tmp_pat
 def test_every_row_has_a_case() -> None:
     nodes = [node.layer for case in CASES for node in trace(case.model()).nodes]
     # `test_walk` tries image augmentation, which is slow, layer by layer. A plan puts Requantize
-    # there, where widths meet: `tests/kqat/test_crossing.py`. Attention puts Hide where a mask is.
-    tried = {*(type(layer) for layer in nodes), *AUGMENTING, Requantize, Hide}
+    # where widths meet (`tests/kqat/planning/test_width_changes.py`), attention puts Hide where a
+    # mask is, and tracing puts Learned where a weight is a value: the case "class_token".
+    tried = {*(type(layer) for layer in nodes), *AUGMENTING, Requantize, Hide, Learned}
     assert set(LAYERS) - tried == set()
     kinds = [
         keras.activations.serialize(layer.activation)
@@ -381,4 +383,5 @@ def test_every_row_has_a_case() -> None:
         if isinstance(layer, keras.layers.Activation)
     ]
     assert [name for name in ACTIVATIONS if name not in kinds] == []
-    assert set(OPERATIONS) - {type(layer).__name__ for layer in nodes} == set()
+    # A Fourier transform needs zeros, which only a layer of the user's makes: the case "fourier".
+    assert set(OPERATIONS) - {type(layer).__name__ for layer in nodes} == {"FFT2"}

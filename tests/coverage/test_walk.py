@@ -16,7 +16,7 @@ from kqat.registry.operation_table import OPERATIONS
 from kqat.registry.refusals import LAYER_REASONS, OPERATION_REASONS
 
 # Functions that are another function's second name, or whose operation bears another.
-SAME = {"abs": "Absolute", "hard_swish": "HardSilu", "swish": "Silu"}
+SAME = {"abs": "Absolute", "fft2": "FFT2", "hard_swish": "HardSilu", "swish": "Silu"}
 # `Activation` has a table of its own.
 BESIDE = {"Activation"}
 
@@ -48,8 +48,8 @@ def test_every_function_has_a_row_or_a_reason() -> None:
 
 def test_every_row_is_a_function_of_keras() -> None:
     known = {_operation(name) for name in dir(keras.ops)}
-    # The operator of `x[…]`, and the resizing of `keras.ops.image`.
-    assert set(OPERATIONS) - known == {"Resize"}
+    # Of `keras.ops.image`; and what the function `relu` is in a layer ReLU with options.
+    assert set(OPERATIONS) - known == {"Resize", "RGBToGrayscale", "ReLU"}
 
 
 @pytest.mark.parametrize("table", [LAYER_REASONS, OPERATION_REASONS])

@@ -182,10 +182,6 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda x: layers.Dense(2)(layers.Masking()(x[:, 0])),
         "layer 'masking' of type Masking.*It masks steps by their values",
     ),
-    "Softmax axis": (
-        layers.Softmax(axis=1, name="softmax"),
-        "layer 'softmax' of type Softmax, which cannot ship: axis=1 is not -1; permute",
-    ),
     "BatchNormalization axis": (
         layers.BatchNormalization(axis=1, name="norm"),
         "layer 'norm' of type BatchNormalization.*axis=1 is not the last; permute",

@@ -78,8 +78,11 @@ def test_weights_are_int8_and_the_bias_int64(operator: str) -> None:
     scale = computed(model)["x"].quantization.scale[0]
     product = np.float64(scale) * weights.quantization.scale
     np.testing.assert_array_equal(bias.quantization.scale, np.float32(product))
-    trained = next(np.float64(weight) for weight in qat.weights if weight.name == "bias")
+    (wrapper,) = (layer for layer in qat.layers if isinstance(layer, kqat.QuantizeWrapper))
+    trained = np.float64(wrapper.bias_on_grid())
     np.testing.assert_array_equal(sums, np.rint(trained / product))
+    # Training divides in float32, which may fall on the other side of a half.
+    assert np.abs(sums - np.float64(wrapper.layer.bias) / product).max() < 0.51
 
 
 def test_a_bias_beyond_48_bits_coarsens_the_weights() -> None:
@@ -225,8 +228,8 @@ def test_a_function_without_a_kernel_ships_as_pieces(function: str) -> None:
     for part in report.runtimes:
         (site,) = (site for site in part.sites if site.name == "odd")
         # The integers are the same on every runtime, and at most one step from the function.
-        assert (part.problem, part.max_steps, part.unmatched) == (None, 1, ()), part.runtime
-        assert 0 < site.differing / site.elements < 0.02  # Measured: 0.006 to 0.012.
+        assert (part.problem, part.max_steps <= 1, part.unmatched) == (None, True, ()), part.runtime
+        assert site.differing / site.elements < 0.02  # Measured: 0 (jump) to 0.012.
     exact = tflite_export.convert(qat, target="litert")
     assert operators(flatbuffer.read(exact)) == list(TABLE_OPS)
     (part,) = tflite_export.verify(qat, exact, x, runtimes=["litert"], samples=1024).runtimes

@@ -9,7 +9,7 @@ import numpy as np
 
 from kqat.base import LoweringError
 from kqat.devices import INT16, PACKED_BITS, PACKS_AS
-from kqat.freezing import FrozenWeight
+from kqat.freezing import FrozenConstant, FrozenWeight
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import OperatorT, TensorT
 from tflite_export.integer_pass.draft import Draft
@@ -33,7 +33,7 @@ def quantize_constants(draft: Draft) -> None:
     Raises:
         LoweringError: if weights are computed, or are not those of the frozen model.
     """
-    frozen = _FrozenWeights(draft.frozen.weights)
+    frozen = _FrozenWeights(draft.frozen.weights, draft.frozen.constants)
     for operator in draft.integer_operators:
         rule = draft.rule(operator)
         _quantize_operands(draft, frozen, operator, rule)
@@ -74,7 +74,8 @@ def _packed_bits(draft: Draft, operator: OperatorT, weights: Weights) -> int | N
 class _FrozenWeights:
     """The frozen model's weights, found by their values: the converter keeps no names."""
 
-    def __init__(self, weights: tuple[FrozenWeight, ...]):
+    def __init__(self, weights: tuple[FrozenWeight, ...], constants: tuple[FrozenConstant, ...]):
+        self.grids = {constant.values.tobytes(): constant.grid for constant in constants}
         self.by_bytes: dict[bytes, list[FrozenWeight]] = {}
         for weight in weights:
             self.by_bytes.setdefault(weight.values.tobytes(), []).append(weight)
@@ -104,7 +105,10 @@ def _quantize_operands(
         data = flatbuffer.tensor_data(draft.model, tensor)
         if data is None or data.dtype != np.float32:
             continue
-        if rule.scales == "own":
+        own = frozen.grids.get(data.tobytes())
+        if rule.scales == "own" and own is not None:
+            integers, scale, zero = constant_on_grid(data, own)
+        elif rule.scales == "own":
             weight = frozen.find(data, tensor, 1)
             integers, scale, zero = weight.integers.reshape(data.shape), weight.scale, 0
         else:

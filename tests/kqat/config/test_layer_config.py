@@ -104,7 +104,7 @@ def test_config_keeps_no_hold_of_the_users_mapping() -> None:
         ),
         (
             {"activation_range": "minmax"},
-            r"activation_range to be one of \['fixed'.* Received: 'minmax'",
+            r"activation_range to be one of \['entropy', 'fixed'.* Received: 'minmax'",
         ),
         ({"activation_range": MinMax}, "activation_range to be one of .* Received: <class"),
     ],

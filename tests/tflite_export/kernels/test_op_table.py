@@ -109,6 +109,8 @@ def test_a_row_may_ship_as_another_operator(
     frozen: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(OP_TABLE, "ABS", dataclasses.replace(ABS, ships_as="NEG", version=5))
+    # No runtime has such a kernel, so the file is not loaded.
+    monkeypatch.setattr("tflite_export.exporter._check_loads", lambda blob, name: None)
     model = flatbuffer.read(tflite_export.convert(frozen))
     assert operators(model) == ["NEG"] and model.operatorCodes[0].version == 5
 

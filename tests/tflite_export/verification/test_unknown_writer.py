@@ -91,7 +91,7 @@ def test_a_crash_is_a_finding(blob: bytes) -> None:
 def test_an_endless_file_is_given_up(blob: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unknown_writer, "TIMEOUT_SECONDS", 0.01)
     report = tflite_export.verify(None, blob, runtimes=LITERT, samples=1)
-    assert all("within 0.01 s" in str(part.problem) for part in report.runtimes)
+    assert all("it may never end" in str(part.problem) for part in report.runtimes)
 
 
 def test_memory_is_bounded(blob: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
