@@ -9,7 +9,7 @@ from pathlib import Path
 
 import keras
 
-from kqat.devices import TABLE_OPS
+from kqat.devices import TABLE_OPS, ops_at
 from kqat.registry import (
     ACTIVATIONS,
     FUNCTIONS,
@@ -85,7 +85,9 @@ def _section(title: str, kind: str, rows: Iterator[Row]) -> str:
 def _runs(rule: LayerRule, runtime: str, bits: int) -> str:
     # A row with CAST uses a lookup table, whose operators run everywhere: they are not missing.
     parts = TABLE_OPS if "CAST" in rule.ops and not rule.table_of_rows else ()
-    missing = missing_kernels(tuple(op for op in rule.ops if op not in parts), runtime, bits)
+    missing = missing_kernels(
+        tuple(op for op in ops_at(rule.ops, bits, 0) if op not in parts), runtime, bits
+    )
     if not missing:
         return "yes"
     return "as a table" if rule.is_table(bits) else f"not with {', '.join(missing)}"

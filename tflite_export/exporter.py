@@ -60,7 +60,8 @@ def convert(
         inference_output_type: the same for outputs.
         target: a name from `tflite_export.TARGETS`; something on the device must run the int8
             operators (those that the plan leaves float are not checked). A `kqat.TargetWarning`
-            names the layers that an accelerator leaves to the CPU.
+            names the layers that an accelerator leaves to the CPU. `"litert"` also means speed on
+            XNNPACK: LeakyReLU stays LEAKY_RELU, and is PRELU in all files for TFLite Micro.
         batch_size: samples per invocation.
         compress: for `target="tflite_micro"` and `"cmsis_nn"`: encodes weights where that makes
             the file smaller; the operator TFLM_DECODE decodes them into the arena each time that

@@ -16,9 +16,11 @@ from kqat.devices.kernels import (
     PACKED_BITS,
     PACKS_AS,
     RUNTIMES,
+    STAND_INS,
     TABLE_OPS,
     FixedScale,
     most_axes,
+    ops_at,
     runtimes_with,
 )
 from kqat.devices.replacements import NEAREST
@@ -45,6 +47,7 @@ __all__ = [
     "PACKED_BITS",
     "PACKS_AS",
     "RUNTIMES",
+    "STAND_INS",
     "TABLE_OPS",
     "TARGETS",
     "FixedScale",
@@ -55,6 +58,7 @@ __all__ = [
     "edge_tpu_shapes",
     "misfit",
     "most_axes",
+    "ops_at",
     "runtimes_with",
     "shape_limit",
     "target_named",

@@ -5,6 +5,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 LITERT = frozenset({"litert_reference", "litert_builtin", "litert"})
 
@@ -172,3 +173,24 @@ NEVER_PACKED = ("UNIDIRECTIONAL_SEQUENCE_LSTM",)
 
 # Operator -> another operator that computes the same and has kernels for packed weights.
 PACKS_AS = {"FULLY_CONNECTED": "CONV_2D"}
+
+
+# Operator -> the int8 operator that takes its place where TFLite Micro must run the file. TFLite's
+# LEAKY_RELU multiplies by the slope and rounds, shifts, and rounds again: 12 % of its results are
+# one step off. PRELU multiplies by the slope's integer before it rounds, so that its second
+# rounding changes nothing, in the same time and memory. XNNPACK has no int8 PRELU, and is a
+# hundred times as fast with LEAKY_RELU: so that stays in a file that TFLite Micro need not run.
+STAND_INS = {"LEAKY_RELU": "PRELU"}
+
+
+def ops_at(ops: Sequence[str], bits: int, axes: int) -> tuple[str, ...]:
+    """The operators of a row that a layer may become, for activations of `bits` bits.
+
+    Stand-ins compute on int8 only. `axes` is the most axes of its values, the batch's among them.
+    """
+    left_out = {
+        stand_in
+        for op, stand_in in STAND_INS.items()
+        if op in ops and (bits != 8 or any(axes > most for most in MOST_AXES[stand_in]))
+    }
+    return tuple(op for op in ops if op not in left_out)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kqat.devices import ops_at
 from kqat.freezing.frozen_model import NodeFacts
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import Site
@@ -51,11 +52,13 @@ def _node_facts(node: Node, bits: int, carried: Mapping[int, LayerFacts]) -> Nod
     function = activation_of(layer, label)
     # Else there is no kernel of this width, or it is wrong on this very grid.
     computes = table is not None and facts.table and table.bits == 8
+    axes = max(len(ref.shape) for ref in (*node.inputs, *node.outputs))
+    ops = ops_at(facts.ops, bits, axes)
     return NodeFacts(
         label=label,
         bits=bits,
-        ops=facts.ops,
-        own_kernel=facts.ops if computes else (),
+        ops=ops,
+        own_kernel=ops if computes else (),
         keeps_integers=table is None and facts.keeps_integers(),
         function=function,
         replacements=replacements(function, bits),

@@ -13,6 +13,7 @@ the graph's edges and the rows of the registry, each by a module of its own:
 from collections.abc import Mapping
 
 from kqat.config import QuantizeConfig, QuantizePolicy
+from kqat.devices import ops_at
 from kqat.graph import Graph, Node, trace
 from kqat.grids import MaxAbs, QuantSpec
 from kqat.parts import Recurrence, Requantize
@@ -125,7 +126,8 @@ def _layer_plan(
     if rule and config and role is Role.INTEGER:
         weights = weight_grids(node.name, node.layer, rule, config)
     if rule and role in (Role.INTEGER, Role.CLAMP) and node not in fusions.activations:
-        ops = rule.ops
+        axes = max(len(ref.shape) for ref in (*node.inputs, *node.outputs))
+        ops = ops_at(rule.ops, config.activation.bits if config else 8, axes)
     return LayerPlan(
         name=node.name,
         origin=planned.user_names[node],

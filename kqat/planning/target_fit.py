@@ -19,6 +19,7 @@ from kqat.devices import (
     edge_tpu_shapes,
     misfit,
     most_axes,
+    ops_at,
 )
 from kqat.graph import Graph, Node, activation_name, duplicate, rebuild
 from kqat.parts import Requantize
@@ -85,7 +86,9 @@ def replacements(function: str | None, bits: int) -> tuple[Replacement, ...]:
     """
     names = NEAREST.get(function or "", ())
     rules = [(name, ACTIVATIONS[name]) for name in names]
-    return tuple(Replacement(name, rule.ops, rule.is_table(bits)) for name, rule in rules)
+    return tuple(
+        Replacement(name, ops_at(rule.ops, bits, 0), rule.is_table(bits)) for name, rule in rules
+    )
 
 
 def with_replacements(graph: Graph, found: Sequence[Misfit], name: str) -> keras.Model:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from kqat.base import UnsupportedLayerError
 from kqat.config import QuantizeConfig
-from kqat.devices import runtimes_with
+from kqat.devices import ops_at, runtimes_with
 from kqat.graph import Graph, Node, Ref, fill, unique_name
 from kqat.grids import Fixed, MovingAverage
 from kqat.parts import Requantize
@@ -139,8 +139,10 @@ class _Walk:
         values = (*node.inputs, *node.outputs)
         if rule is None or config.activation.bits == 8 or all(ref.holds_indexes for ref in values):
             return
-        lacking = [op for op in rule.ops if not runtimes_with(op, config.activation.bits)]
-        if lacking and not rule.is_table(config.activation.bits):
+        bits = config.activation.bits
+        ops = ops_at(rule.ops, bits, max(len(ref.shape) for ref in values))
+        lacking = [op for op in ops if not runtimes_with(op, bits)]
+        if lacking and not rule.is_table(bits):
             found = f"whose {', '.join(lacking)} ships on int8 only"
         elif node.layer.compute_dtype != "float32":
             # Its 11 or 8 bits cannot hold what is rounded to 16.

@@ -72,8 +72,16 @@ def _clip(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _rectified(operation: Any, name: str) -> Callable[..., Any]:
+    if operation.negative_slope < 0:  # Keras's layers refuse what its functions take.
+        return function(operation, name)
     options = ("negative_slope", "max_value", "threshold")
     return layers.ReLU(**{option: getattr(operation, option) for option in options}, name=name)
+
+
+def _leaky(operation: Any, name: str) -> Callable[..., Any]:
+    if operation.negative_slope < 0:
+        return function(operation, name)
+    return layers.LeakyReLU(operation.negative_slope, name=name)
 
 
 def _elu(operation: Any, name: str) -> Callable[..., Any]:
@@ -204,7 +212,7 @@ OPERATIONS: dict[str, Row] = {
     "ReLU": _rectified,
     "Elu": _elu,
     "Gelu": function,
-    "LeakyRelu": lambda operation, name: layers.LeakyReLU(operation.negative_slope, name=name),
+    "LeakyRelu": _leaky,
     "Matmul": _matmul,
     "Einsum": _einsum,
     "Tensordot": _tensordot,

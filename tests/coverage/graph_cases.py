@@ -199,8 +199,8 @@ def _moves() -> keras.Model:
 
 
 _FUNCTION_OPS = {
-    "ADD": 7, "CAST": 7, "GATHER": 7, "HARD_SWISH": 1, "LEAKY_RELU": 1, "LOGISTIC": 2,
-    "LOG_SOFTMAX": 1, "MUL": 3, "RELU": 2, "SOFTMAX": 1, "TANH": 1,
+    "ADD": 7, "CAST": 7, "GATHER": 7, "HARD_SWISH": 1, "LOGISTIC": 2, "LOG_SOFTMAX": 1, "MUL": 3,
+    "PRELU": 1, "RELU": 2, "SOFTMAX": 1, "TANH": 1,
 }  # fmt: skip
 _ARITHMETIC_OPS = {
     "ADD": 1, "DEPTHWISE_CONV_2D": 2, "FULLY_CONNECTED": 2, "MAXIMUM": 1, "MINIMUM": 1, "MUL": 4,

@@ -182,7 +182,7 @@ TABLE = {"CAST": 1, "ADD": 1, "GATHER": 1}
 ACTIVATION_OPS: dict[str, Mapping[str, int]] = {
     "relu": {"RELU": 1},
     "relu6": {"RELU": 1},
-    "leaky_relu": {"LEAKY_RELU": 1},
+    "leaky_relu": {"PRELU": 1},
     "elu": {"ELU": 1},
     "hard_silu": {"HARD_SWISH": 1},
     "silu": {"LOGISTIC": 1, "MUL": 1},
@@ -218,8 +218,8 @@ ACTIVATION = (
     ),
     _one("relu", VECTOR, lambda x: L.ReLU()(x), RELU=1),
     _one("relu6", VECTOR, lambda x: L.ReLU(6.0)(x), RELU=1),
-    _one("relu_slope", VECTOR, lambda x: L.ReLU(negative_slope=0.1)(x), LEAKY_RELU=1),
-    _one("leaky_relu", VECTOR, lambda x: L.LeakyReLU(0.1)(x), LEAKY_RELU=1),
+    _one("relu_slope", VECTOR, lambda x: L.ReLU(negative_slope=0.1)(x), PRELU=1),
+    _one("leaky_relu", VECTOR, lambda x: L.LeakyReLU(0.1)(x), PRELU=1),
     _one("elu", VECTOR, lambda x: L.ELU()(x), ELU=1),
     _one(
         "softmax",

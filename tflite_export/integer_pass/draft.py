@@ -36,6 +36,7 @@ class Fact(enum.Enum):
     CONSTANTS = "integer operators read integer weights, biases and other constants"
     PACKED = "weights of few bits are in whole bytes where all the runtimes read them so"
     CODES = "integer operators have the code and the version of the integer kernel"
+    SLOPES = "an int8 LEAKY_RELU that TFLite Micro must run is a PRELU of one slope"
     TABLES = "a lookup stands where a function ships as a table"
     LSTMS = "UNIDIRECTIONAL_SEQUENCE_LSTM has its 24 inputs"
     INTEGER_TENSORS = "tensors with a site have its type, scale and zero point"

@@ -13,6 +13,7 @@ from tflite_export.integer_pass.dense_as_conv import convolve_dense
 from tflite_export.integer_pass.draft import Draft, Fact, Pass
 from tflite_export.integer_pass.drop_reshapes import drop_flattening
 from tflite_export.integer_pass.fused_lstm import insert_lstms
+from tflite_export.integer_pass.leaky_relu import multiply_slopes
 from tflite_export.integer_pass.operators import check_operators, set_codes
 from tflite_export.integer_pass.shared_products import split_shared_products
 from tflite_export.integer_pass.tables import insert_tables
@@ -78,6 +79,12 @@ PASSES: tuple[Pass, ...] = (
     ),
     # The version depends on the type of the weights.
     Pass(set_codes, needs={Fact.FLOAT_ISLANDS, Fact.PACKED}, leaves={Fact.CODES}),
+    # Behind the passes that read the weights of a PRELU from the frozen model.
+    Pass(
+        multiply_slopes,
+        needs={Fact.CODES, Fact.CONSTANTS, Fact.GRIDS, Fact.FLOAT_ISLANDS},
+        leaves={Fact.SLOPES},
+    ),
     Pass(insert_tables, needs={Fact.LABELS, Fact.FLOAT_ISLANDS}, leaves={Fact.TABLES}),
     # Only the sequence is an input up to here; those that are left out have no type.
     Pass(insert_lstms, needs={Fact.LABELS, Fact.CHECKED, Fact.CODES}, leaves={Fact.LSTMS}),

@@ -4,6 +4,7 @@ Lockstep compares with the trained model's floats, from which a kernel may diffe
 nothing may differ, because `tflite_export.integer_model` has the arithmetic of each runtime.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from kqat.base import ExportError
 from kqat.kernels import KERAS, NUMPY, Arrays
 from tflite_export.flatbuffer import ModelT
-from tflite_export.integer_model import Step, carry_out, read_program
+from tflite_export.integer_model import Program, Step, carry_out, read_program
 from tflite_export.verification.report import Exactness
 
 
@@ -31,15 +32,15 @@ def exactness(model: ModelT, computed: Mapping[int, np.ndarray], runtime: str) -
     samples = _samples(program.inputs, computed)
     if samples is None:
         return Exactness(elements=0, differing=0, unknown=("a batch of more than one sample",))
-    values = {
-        tensor.index: computed[tensor.index].reshape(samples, *tensor.shape)
-        for step in program.steps
-        for tensor in (*step.inputs, *step.outputs)
-        if tensor is not None and tensor.index in computed
-    }
+    values, damaged = _values(program, computed, samples)
     elements = differing = 0
-    first, unknown = "", []
+    first, unknown = (
+        "",
+        [f"'{name}', whose shape is not the runtime's" for name in damaged.values()],
+    )
     for step in program.steps:
+        if any(tensor and tensor.index in damaged for tensor in (*step.inputs, *step.outputs)):
+            continue
         try:
             found = carry_out(step, values, runtime, _arrays(step))
         except ExportError:
@@ -54,6 +55,26 @@ def exactness(model: ModelT, computed: Mapping[int, np.ndarray], runtime: str) -
             if wrong and not first:
                 first = f"{step.name}, '{tensor.name}' ({wrong:,})"
     return Exactness(elements=elements, differing=differing, first=first, unknown=tuple(unknown))
+
+
+def _values(
+    program: Program, computed: Mapping[int, np.ndarray], samples: int
+) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+    """What the runtime computed, of the file's shapes, and the names of tensors of other shapes.
+
+    Runtimes find the shapes anew, so they run a file in which one is damaged.
+    """
+    values, damaged = {}, {}
+    for step in program.steps:
+        for tensor in (*step.inputs, *step.outputs):
+            if tensor is None or tensor.index not in computed:
+                continue
+            value = computed[tensor.index]
+            if value.size == samples * math.prod(tensor.shape):
+                values[tensor.index] = value.reshape(samples, *tensor.shape)
+            else:
+                damaged[tensor.index] = tensor.name
+    return values, damaged
 
 
 def _arrays(step: Step) -> Arrays:
