@@ -5,9 +5,11 @@ gain 3 dB over minima and maxima, and some where they lose 3. So the default tri
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -52,8 +54,10 @@ class KeptSamples:
 def chosen_method(graph: Graph, observer: Observer, tensors: Sequence[Any]) -> CalibrationMethod:
     """The candidate with which the outputs differ least from those without rounded activations.
 
-    A closing softmax or another function of given range is left out: before it the difference
-    shows better. Inside recurrent layers nothing is rounded for this. No variable is changed.
+    The noise is taken twice, of the outputs and of what a closing softmax (or another function of
+    given range) reads: before it differences show better, and behind it are the user's numbers. A
+    method is judged by the geometric mean of both. Inside recurrent layers nothing is rounded for
+    this. No variable is changed.
 
     Args:
         graph: that of the QAT model.
@@ -61,7 +65,8 @@ def chosen_method(graph: Graph, observer: Observer, tensors: Sequence[Any]) -> C
         tensors: one batch of them, one tensor per input.
     """
     ends = set(_judged(graph))
-    want = _values(graph, tensors, ends, None)
+    outputs = {ref for ref in graph.outputs if not ref.holds_indexes}
+    want = _values(graph, tensors, ends | outputs, None)
     best, least = CANDIDATES[0], np.inf
     met: list[Any] = []
     for method in CANDIDATES:
@@ -69,11 +74,18 @@ def chosen_method(graph: Graph, observer: Observer, tensors: Sequence[Any]) -> C
         if ranges in met:
             continue
         met.append(ranges)
-        got = _values(graph, tensors, ends, ranges)
-        noise = sum(_noise(w, g) for w, g in zip(want, got, strict=True))
+        got = _values(graph, tensors, ends | outputs, ranges)
+        noise = math.sqrt(_noise_at(ends, want, got) * _noise_at(outputs, want, got))
         if len(met) == 1 or noise < least * 10.0 ** (-MARGIN_DB / 10.0):
             best, least = method, noise
     return best
+
+
+def _noise_at(
+    refs: set[Ref], want: Mapping[Ref, np.ndarray], got: Mapping[Ref, np.ndarray]
+) -> float:
+    """The noise of all these values, never zero: no noise anywhere must not hide that elsewhere."""
+    return max(sum(_noise(want[ref], got[ref]) for ref in refs), 1e-12)
 
 
 def _noise(want: np.ndarray, got: np.ndarray) -> float:
@@ -107,9 +119,9 @@ def _values(
     tensors: Sequence[Any],
     ends: set[Ref],
     ranges: Mapping[ActivationQuantizer, Mapping[int, SiteRange]] | None,
-) -> list[np.ndarray]:
+) -> dict[Ref, np.ndarray]:
     """The values at `ends`, with activations rounded on `ranges`, or not."""
-    found = []
+    found = {}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         layer = node.layer
@@ -127,8 +139,9 @@ def _values(
             value = layer.rounded(args[0], lows, highs)
         else:
             value = layer(*args, **kwargs)
-        if not ends.isdisjoint(node.outputs):
-            found.append(np.asarray(ops.convert_to_numpy(ops.cast(value, "float32"))))
+        for ref, tensor in zip(node.outputs, keras.tree.flatten(value), strict=True):
+            if ref in ends:
+                found[ref] = np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
         return value
 
     graph.run(tensors, call)

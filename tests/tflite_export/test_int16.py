@@ -229,7 +229,8 @@ def test_a_function_without_a_kernel_ships_as_pieces(function: str) -> None:
         (site,) = (site for site in part.sites if site.name == "odd")
         # The integers are the same on every runtime, and at most one step from the function.
         assert (part.problem, part.max_steps <= 1, part.unmatched) == (None, True, ()), part.runtime
-        assert site.differing / site.elements < 0.02  # Measured: 0 (jump) to 0.012.
+        # Values half-way between two steps are told apart: either is right. Measured: 0 to 0.008.
+        assert (site.differing - site.ties) / site.elements < 0.02
     exact = tflite_export.convert(qat, target="litert")
     assert operators(flatbuffer.read(exact)) == list(TABLE_OPS)
     (part,) = tflite_export.verify(qat, exact, x, runtimes=["litert"], samples=1024).runtimes
