@@ -74,7 +74,9 @@ def _packed_bits(draft: Draft, operator: OperatorT, weights: Weights) -> int | N
 class _FrozenWeights:
     """The frozen model's weights, found by their values: the converter keeps no names."""
 
-    def __init__(self, weights: tuple[FrozenWeight, ...], constants: tuple[FrozenConstant, ...]):
+    def __init__(
+        self, weights: tuple[FrozenWeight, ...], constants: tuple[FrozenConstant, ...] = ()
+    ):
         self.grids = {constant.values.tobytes(): constant.grid for constant in constants}
         self.by_bytes: dict[bytes, list[FrozenWeight]] = {}
         for weight in weights:
