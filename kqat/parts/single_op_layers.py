@@ -32,6 +32,10 @@ class Slice(layers.Layer):
         triples = zip(self.begin, self.end, self.steps, strict=True)
         return (input_shape[0], *(len(range(b, e, s)) for b, e, s in triples))
 
+    def compute_output_spec(self, x: Any) -> Any:
+        """The input's type: indexes and truth values are sliced too."""
+        return keras.KerasTensor(self.compute_output_shape(x.shape), dtype=x.dtype)
+
     def get_config(self) -> dict[str, Any]:
         """The config of every layer, with `begin`, `end` and `steps`."""
         return {**super().get_config(), "begin": self.begin, "end": self.end, "steps": self.steps}
