@@ -25,12 +25,12 @@ def _hub(name: str, **options: Any) -> Any:
     return getattr(importlib.import_module("keras_hub").models, name)(**options)
 
 
-def _tokens(name: str, *, segments: bool = False, **options: Any) -> Build:
+def _tokens(name: str, **options: Any) -> Build:
     """A text backbone of KerasHub on sequences of fixed length."""
 
     def build() -> keras.Model:
         backbone = _hub(name, **options)
-        keys = ["token_ids", "padding_mask", *(["segment_ids"] if segments else [])]
+        keys = list(backbone.input)
         inputs = {key: keras.Input((TOKENS,), dtype="int32", name=key) for key in keys}
         return keras.Model(inputs, _first(backbone(inputs)), name=name.lower())
 
@@ -251,7 +251,7 @@ MODELS: dict[str, dict[str, Build]] = {
     },
     "keras_hub text": {
         "BERT": _tokens(
-            "BertBackbone", segments=True, vocabulary_size=VOCABULARY,
+            "BertBackbone", vocabulary_size=VOCABULARY,
             max_sequence_length=TOKENS, **TRANSFORMER,
         ),
         "DistilBERT": _tokens(
@@ -259,11 +259,11 @@ MODELS: dict[str, dict[str, Build]] = {
             **TRANSFORMER,
         ),
         "ALBERT": _tokens(
-            "AlbertBackbone", segments=True, vocabulary_size=VOCABULARY, embedding_dim=16,
+            "AlbertBackbone", vocabulary_size=VOCABULARY, embedding_dim=16,
             max_sequence_length=TOKENS, **TRANSFORMER,
         ),
         "ELECTRA": _tokens(
-            "ElectraBackbone", segments=True, vocab_size=VOCABULARY, embedding_dim=16,
+            "ElectraBackbone", vocab_size=VOCABULARY, embedding_dim=16,
             max_sequence_length=TOKENS, **TRANSFORMER,
         ),
         "RoBERTa": _tokens(
@@ -279,7 +279,7 @@ MODELS: dict[str, dict[str, Build]] = {
             bucket_size=8, **TRANSFORMER,
         ),
         "FNet": _tokens(
-            "FNetBackbone", segments=True, vocabulary_size=VOCABULARY, num_layers=2,
+            "FNetBackbone", vocabulary_size=VOCABULARY, num_layers=2,
             hidden_dim=32, intermediate_dim=64, max_sequence_length=TOKENS,
         ),
         "GPT-2": _tokens(
