@@ -320,6 +320,11 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
         else:
             given = refs_in((args, kwargs))
+            if len(given) != len(inner.tensors):
+                raise ModelError(
+                    f"Expected a call of model '{layer.name}' on its {len(inner.tensors)} inputs. "
+                    f"Received: {len(given)} tensors. Give it those that it names and no others."
+                )
             inner_refs = {id(t): r for t, r in zip(inner.tensors, given, strict=True)}
             path = opened.owners.get(id(layer), "")
             deeper = _Walk(f"{walk.prefix}{path}{layer.name}_", walk.nodes, walk.names)

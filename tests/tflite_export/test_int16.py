@@ -228,9 +228,12 @@ def test_a_function_without_a_kernel_ships_as_pieces(function: str) -> None:
     for part in report.runtimes:
         (site,) = (site for site in part.sites if site.name == "odd")
         # The integers are the same on every runtime, and at most one step from the function.
-        assert (part.problem, part.max_steps <= 1, part.unmatched) == (None, True, ()), part.runtime
+        # The pieces of the jump, which is straight but for it, happen to meet every value.
+        steps = 0 if function == "jump" else 1
+        assert (part.problem, part.max_steps, part.unmatched) == (None, steps, ()), part.runtime
         # Values half-way between two steps are told apart: either is right. Measured: 0 to 0.008.
         assert (site.differing - site.ties) / site.elements < 0.02
+        assert (site.differing > 0) == (function != "jump")
     exact = tflite_export.convert(qat, target="litert")
     assert operators(flatbuffer.read(exact)) == list(TABLE_OPS)
     (part,) = tflite_export.verify(qat, exact, x, runtimes=["litert"], samples=1024).runtimes

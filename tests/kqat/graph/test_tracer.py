@@ -1,5 +1,6 @@
 """Any model as one flat graph: names, structures, and the same values to the bit."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -277,3 +278,13 @@ def test_the_first_broken_weight_is_named() -> None:
     assert non_finite_variable(model) is None
     model.layers[1].moving_variance.assign([1.0, np.inf, 1.0, 1.0])
     assert non_finite_variable(model) == "model/norm/moving_variance"
+
+
+def test_a_model_inside_that_is_given_more_than_its_inputs_is_named() -> None:
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    inner = keras.Model({"a": a}, keras.layers.Dense(2)(a), name="inner")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras says that it leaves `b` out.
+        outer = keras.Model({"a": a, "b": b}, inner({"a": a, "b": b}))
+    with pytest.raises(ModelError, match=r"model 'inner' on its 1 inputs\. Received: 2 tensors"):
+        trace(outer)
