@@ -212,8 +212,11 @@ class _Walk:
         Keras was given a runtime's integers, so it also computes the same where a layer that the
         converter removed, such as a multiplication by one, hands these on.
         """
-        compared = [v for v in self.visits if v.tensor is not None]
-        tensors = {v.held: v.tensor for v in compared} | {v.identity: v.tensor for v in compared}
+        tensors: dict[Hashable, int] = {}
+        for visit in self.visits:
+            if visit.tensor is not None:
+                tensors[visit.identity] = visit.tensor
+                tensors.setdefault(visit.held, visit.tensor)
         return {v.index: tensors[v.identity] for v in self._unmatched() if v.identity in tensors}
 
     def comparison(self) -> Comparison:
