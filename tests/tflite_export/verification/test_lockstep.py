@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers as L
+from keras import ops
 
 import kqat
 import tflite_export
@@ -372,3 +373,22 @@ def test_approximating_kernels_are_allowed_their_steps() -> None:
     assert RuntimeReport(runtime=REFERENCE, sites=(site,)).is_right
     plain = dataclasses.replace(site, allowed_steps=1)
     assert not RuntimeReport(runtime=REFERENCE, sites=(plain,)).is_right
+
+
+def cancelling(x: Any) -> Any:
+    """Sums whose values cancel, so that floats leave 1e-7 of a step of their inputs."""
+    centered = L.Subtract(name="centered")([x, ops.mean(x, axis=1, keepdims=True)])
+    return [
+        L.GlobalAveragePooling1D(name="pooled")(centered),
+        ops.sum(centered, axis=1),
+        L.Subtract(name="means")([ops.mean(x, (1, 2)), ops.mean(ops.mean(x, 1), -1)]),
+        L.Subtract(name="same")([L.Activation("sigmoid")(x), 1.0 - ops.sigmoid(-x)]),
+    ]
+
+
+def test_sums_whose_values_cancel_are_within_a_step() -> None:
+    keras.utils.set_random_seed(0)
+    qat, x = quantized((12, 8), cancelling)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), x, samples=8)
+    assert {part.runtime: part.max_steps for part in report.runtimes if part.max_steps > 1} == {}
+    assert all(part.problem is None for part in report.runtimes)
