@@ -163,6 +163,9 @@ class _Walk:
         if self._are_integers_of(before.tensor, expected):
             # As where no RESHAPE is needed: the site has the tensor of the one before it.
             self.carried[node.outputs[0]] = _Carried(before.tensor)
+        elif self._are_padded_integers_of(before.tensor, expected, site.zero_point):
+            # As where a convolution pads by its own option: what it computes is compared next.
+            self.carried[node.outputs[0]] = before
         else:
             self.visits.append(_Visit(index, None, identity))
             self.carried[node.outputs[0]] = _Carried(None, before.passed | {index})
@@ -171,6 +174,30 @@ class _Walk:
     def _are_integers_of(self, tensor: int | None, expected: np.ndarray) -> bool:
         return tensor is not None and np.array_equal(
             self.computed[tensor].ravel(), expected.ravel()
+        )
+
+    def _are_padded_integers_of(
+        self, tensor: int | None, expected: np.ndarray, zero_point: int
+    ) -> bool:
+        """Whether `expected` (samples, rows, columns, channels) is a tensor between zeros."""
+        if tensor is None or expected.ndim != 4 or self.computed[tensor].ndim != 4:
+            return False
+        image = self.computed[tensor]
+        lacks = [int(b) - int(a) for a, b in zip(image.shape, expected.shape, strict=True)]
+        if lacks[0] or lacks[3] or min(lacks) < 0 or not any(lacks):
+            return False
+        rows, columns = lacks[1:3]
+        return any(
+            np.array_equal(
+                np.pad(
+                    image,
+                    ((0, 0), (top, rows - top), (left, columns - left), (0, 0)),
+                    constant_values=zero_point,
+                ),
+                expected,
+            )
+            for top in range(rows + 1)
+            for left in range(columns + 1)
         )
 
     def _compare(
