@@ -96,7 +96,8 @@ def _composite(decompose: Callable[[Any, str], Any], *ops: str, **options: Any) 
 
 
 _NORMALIZING = (
-    "MEAN", "SUB", "MUL", "CAST", "ADD", "GATHER", "DEPTHWISE_CONV_2D", "RESHAPE",
+    "MEAN", "FULLY_CONNECTED", "SUB", "MUL", "CAST", "ADD", "GATHER", "DEPTHWISE_CONV_2D",
+    "RESHAPE",
 )  # fmt: skip
 _ATTENDING = (
     "RESHAPE", "TRANSPOSE", "BATCH_MATMUL", "SOFTMAX", "LOGISTIC", "ADD", "MUL", "CAST", "GATHER",
@@ -336,7 +337,7 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (WithConstant, ConstantKind.MULTIPLY): _own("MUL", weights={"value": None}, takes_clamp=True),
     (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
     (layers.Resizing, "bilinear"): _resize("RESIZE_BILINEAR"),
-    (Reduce, ReduceKind.MEAN): _own("MEAN", **_MEAN),
+    (Reduce, ReduceKind.MEAN): _own("MEAN", "FULLY_CONNECTED", **_MEAN),
     (Reduce, ReduceKind.MAX): _same("REDUCE_MAX"),
     (Reduce, ReduceKind.MIN): _same("REDUCE_MIN"),
     (Reduce, ReduceKind.PROD): _own("REDUCE_PROD", refuse=rule.few_factors),

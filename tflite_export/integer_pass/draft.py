@@ -37,6 +37,7 @@ class Fact(enum.Enum):
     PACKED = "weights of few bits are in whole bytes where all the runtimes read them so"
     CODES = "integer operators have the code and the version of the integer kernel"
     SLOPES = "an int8 LEAKY_RELU that TFLite Micro must run is a PRELU of one slope"
+    ROWS = "an int8 MEAN of rows that kernels round twice is a FULLY_CONNECTED of equal weights"
     TABLES = "a lookup stands where a function ships as a table"
     LSTMS = "UNIDIRECTIONAL_SEQUENCE_LSTM has its 24 inputs"
     INTEGER_TENSORS = "tensors with a site have its type, scale and zero point"

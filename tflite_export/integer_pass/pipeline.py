@@ -15,6 +15,7 @@ from tflite_export.integer_pass.drop_reshapes import drop_flattening
 from tflite_export.integer_pass.fused_lstm import insert_lstms
 from tflite_export.integer_pass.leaky_relu import multiply_slopes
 from tflite_export.integer_pass.operators import check_operators, set_codes
+from tflite_export.integer_pass.row_means import multiply_rows
 from tflite_export.integer_pass.same_padding import join_padding
 from tflite_export.integer_pass.shared_products import split_shared_products
 from tflite_export.integer_pass.tables import insert_tables
@@ -85,6 +86,11 @@ PASSES: tuple[Pass, ...] = (
         multiply_slopes,
         needs={Fact.CODES, Fact.CONSTANTS, Fact.GRIDS, Fact.FLOAT_ISLANDS},
         leaves={Fact.SLOPES},
+    ),
+    Pass(
+        multiply_rows,
+        needs={Fact.CODES, Fact.CONSTANTS, Fact.GRIDS, Fact.FLOAT_ISLANDS},
+        leaves={Fact.ROWS},
     ),
     Pass(insert_tables, needs={Fact.LABELS, Fact.FLOAT_ISLANDS}, leaves={Fact.TABLES}),
     # Only the sequence is an input up to here; those that are left out have no type.
