@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from kqat.devices import RUNTIMES, STAND_INS
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import OperatorT, operator_code
 from tflite_export.integer_pass.draft import Draft
 from tflite_export.kernels import kernel_version, quantization
 
-_STAND_IN = "FULLY_CONNECTED"
+_STAND_IN = STAND_INS["MEAN"]
 _LARGEST = 127
 # The first version with `keep_num_dims`.
 _KEEPS_AXES = 5
@@ -19,15 +20,12 @@ _MOST_VALUES = 2**31 // (_LARGEST * 255)
 
 
 def multiply_rows(draft: Draft) -> None:
-    """Makes a FULLY_CONNECTED of each int8 MEAN over the last axis, where it does not run on
-    XNNPACK alone.
+    """Makes a FULLY_CONNECTED of each int8 MEAN over the last axis, where TFLite Micro must run it.
 
-    MEAN's other kernels round to a fraction of a step first, of a power of two near the number of
-    values; so one value in eight or so is a step off. With weights of 127 that fraction is 127
-    times as fine (`benchmarks/op_probe.py`). In a normalization a step of the variance is many of
-    the output. XNNPACK's MEAN rounds once.
+    See `kqat.devices.STAND_INS` for the reason: in a normalization a step of the variance is many
+    of the output. Accelerators, each a runtime of its own here, keep MEAN.
     """
-    if draft.runtimes <= {"litert"}:
+    if "tflite_micro" not in draft.runtimes or draft.runtimes - RUNTIMES:
         return
     for operator in draft.integer_operators:
         if draft.op_name(operator) == "MEAN" and draft.bits(operator) == 8:

@@ -40,9 +40,11 @@ def test_means_of_rows_are_right_on_every_runtime(call: Callable[[Any], Any], me
         assert dense.max_steps <= 1 and dense.differing - dense.ties <= 0.02 * dense.elements
 
 
-def test_means_are_kept_where_xnnpack_alone_runs_them() -> None:
+@pytest.mark.parametrize("target", ["litert", "ethos_u55"])
+@pytest.mark.filterwarnings("ignore::kqat.TargetWarning")
+def test_means_are_kept_where_no_micro_kernel_runs_them(target: str) -> None:
     qat, _ = quantized(ROWS, centered)
-    blob = tflite_export.convert(qat, target="litert")
+    blob = tflite_export.convert(qat, target=target)
     assert count(blob, "MEAN") == 1 and count(blob, "FULLY_CONNECTED") == 0
 
 
