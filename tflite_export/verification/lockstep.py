@@ -81,11 +81,13 @@ class _Visit:
         index: of the site.
         tensor: the tensor of the file that it was compared with; `None` without one.
         identity: its grid and what Keras computes there; equal for sites that compute the same.
+        held: the same of what the tensor holds, a step off here and there; `None` without one.
     """
 
     index: int
     tensor: int | None
     identity: Hashable
+    held: Hashable = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,12 @@ class _Carried:
 
     tensor: int | None = None
     passed: frozenset[int] = _NO_SITES
+
+
+def _identity(site: Site, integers: np.ndarray) -> Hashable:
+    """Equal for equal integers on equal grids."""
+    grid = (site.scale, site.zero_point, site.bits, integers.shape)
+    return (*grid, sha256(np.ascontiguousarray(integers).tobytes()).digest())
 
 
 class _Walk:
@@ -152,13 +160,12 @@ class _Walk:
         tensor = self.places.get(index)
         if tensor is not None and self.computed[tensor].size != expected.size:
             tensor = None  # the shape in the file is not that of the value
-        grid = (site.scale, site.zero_point, site.bits, expected.shape)
-        identity = (*grid, sha256(expected.tobytes()).digest())
+        identity = _identity(site, expected)
         if tensor is not None:
-            self.visits.append(_Visit(index, tensor, identity))
             self.stood_for |= before.passed
             self.carried[node.outputs[0]] = _Carried(tensor)
             actual = self._compare(site, tensor, real, expected)
+            self.visits.append(_Visit(index, tensor, identity, _identity(site, actual)))
             return keras.ops.convert_to_tensor(site.reals(actual))
         if self._are_integers_of(before.tensor, expected):
             # As where no RESHAPE is needed: the site has the tensor of the one before it.
@@ -230,8 +237,13 @@ class _Walk:
         return [v for v in self.visits if v.tensor is None and v.index not in compared]
 
     def twins(self) -> dict[int, int]:
-        """Unmatched site -> the tensor of another site at which Keras computes the same."""
-        tensors = {v.identity: v.tensor for v in self.visits if v.tensor is not None}
+        """Unmatched site -> the tensor of another site at which Keras computes the same.
+
+        Or the tensor that holds just that: a layer that computes nothing with its weights of now,
+        as a scale of one, is no operator, and reads what the runtime made before it.
+        """
+        compared = [v for v in self.visits if v.tensor is not None]
+        tensors = {v.held: v.tensor for v in compared} | {v.identity: v.tensor for v in compared}
         return {v.index: tensors[v.identity] for v in self._unmatched() if v.identity in tensors}
 
     def comparison(self) -> Comparison:

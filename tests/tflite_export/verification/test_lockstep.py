@@ -392,3 +392,16 @@ def test_sums_whose_values_cancel_are_within_a_step() -> None:
     report = tflite_export.verify(qat, tflite_export.convert(qat), x, samples=8)
     assert {part.runtime: part.max_steps for part in report.runtimes if part.max_steps > 1} == {}
     assert all(part.problem is None for part in report.runtimes)
+
+
+def test_a_scale_of_one_is_no_operator_and_is_compared_all_the_same() -> None:
+    """Behind roundings of a runtime's own, its site holds what the tensor before it does."""
+    x = keras.Input((6, 8), name="x")
+    y = L.LayerNormalization(name="norm")(L.Dense(8, name="dense")(x))
+    model = keras.Model(x, L.Dense(3, name="head")(y))
+    data = np.random.default_rng(0).normal(size=(64, 6, 8)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), data, samples=64)
+    (unit,) = [s for s in report.on(REFERENCE).sites if s.name in ("norm", "norm_unit")][:1]
+    assert unit.differing > 0, "else every runtime's values are Keras's"
+    assert [part.unmatched for part in report.runtimes] == [(), (), ()]
