@@ -242,8 +242,10 @@ class _Walk:
         Or the tensor that holds just that: a layer that computes nothing with its weights of now,
         as a scale of one, is no operator, and reads what the runtime made before it.
         """
-        compared = [v for v in self.visits if v.tensor is not None]
-        tensors = {v.held: v.tensor for v in compared} | {v.identity: v.tensor for v in compared}
+        tensors: dict[Hashable, int] = {}
+        for visit in self.visits:
+            if visit.tensor is not None:
+                tensors |= {visit.held: visit.tensor, visit.identity: visit.tensor}
         return {v.index: tensors[v.identity] for v in self._unmatched() if v.identity in tensors}
 
     def comparison(self) -> Comparison:

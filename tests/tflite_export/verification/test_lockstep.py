@@ -397,7 +397,7 @@ def test_sums_whose_values_cancel_are_within_a_step() -> None:
 def test_a_scale_of_one_is_no_operator_and_is_compared_all_the_same() -> None:
     """Behind roundings of a runtime's own, its site holds what the tensor before it does."""
     x = keras.Input((6, 8), name="x")
-    y = L.LayerNormalization(name="norm")(L.Dense(8, name="dense")(x))
+    y = L.RMSNormalization(name="norm")(L.Dense(8, name="dense")(x))
     model = keras.Model(x, L.Dense(3, name="head")(y))
     data = np.random.default_rng(0).normal(size=(64, 6, 8)).astype(np.float32)
     qat = kqat.quantize_model(model, calibration_data=data)
