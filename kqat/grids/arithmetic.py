@@ -51,6 +51,22 @@ def widen(low: Any, high: Any) -> tuple[Any, Any]:
     return low, ops.where(high - low < SMALLEST_RANGE, ops.ones_like(high), high)
 
 
+def no_narrower(low: Any, high: Any, width: Any) -> tuple[Any, Any]:
+    """The range, widened to `width` at least.
+
+    It grows alike on both sides of zero where it has both, otherwise on the one that it has. An
+    empty range stays empty.
+
+    Args:
+        low, high: float32, `low <= 0 <= high`.
+        width: float32, of a shape that broadcasts with them.
+    """
+    lacks = ops.relu(width - (high - low))
+    lacks = ops.where(high > low, lacks, 0.0)
+    below = ops.where(low < 0.0, ops.where(high > 0.0, 0.5, 1.0), 0.0)
+    return low - lacks * below, high + lacks * (1.0 - below)
+
+
 def symmetrize(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
     """The smallest range around `[low, high]` on whose grid real zero is integer zero.
 

@@ -12,6 +12,7 @@ from kqat.devices import (
     NEVER_PACKED,
     PACKED,
     PACKED_BITS,
+    STAND_INS,
     TARGETS,
     Misfit,
     Replacement,
@@ -164,6 +165,8 @@ def _limited(plan: Plan) -> Iterator[Misfit]:
         for op in part.ops if part.name in nodes else ():
             if part.role is Role.FLOAT or not device.accelerates(op, part.bits):
                 continue
+            if any(STAND_INS.get(other) == op for other in part.ops):
+                continue  # It stands in on other devices.
             node = nodes[part.name]
             # A plan's shapes have no size for the batch, which is one there.
             source, result = (refs[0].shape[1:] for refs in (node.inputs, node.outputs))

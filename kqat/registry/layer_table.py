@@ -101,7 +101,8 @@ def _composite(decompose: Callable[[Any, str], Any], *ops: str, **options: Any) 
 
 
 _NORMALIZING = (
-    "MEAN", "SUB", "MUL", "CAST", "ADD", "GATHER", "DEPTHWISE_CONV_2D", "RESHAPE",
+    "MEAN", "FULLY_CONNECTED", "SUB", "MUL", "CAST", "ADD", "GATHER", "DEPTHWISE_CONV_2D",
+    "RESHAPE",
 )  # fmt: skip
 _ATTENDING = (
     "RESHAPE", "TRANSPOSE", "BATCH_MATMUL", "SOFTMAX", "LOGISTIC", "ADD", "MUL", "CAST", "GATHER",
@@ -134,6 +135,8 @@ _RECURRENT_OPS = (
 _RECURRENT = _composite(recurrent.rnn, *_RECURRENT_OPS, decompose_fused=fused_lstms.fused_rnn)
 _LSTM = dataclasses.replace(_RECURRENT, ops=(*_RECURRENT_OPS, *fused_lstms.OPS))
 _VANISHES = LayerRule(output=Output.VANISHES)
+_MEAN: dict[str, Any] = {"resolution": rule.resolution_of_mean}
+_SUM: dict[str, Any] = {"resolution": rule.resolution_of_sum}
 _PAIRWISE = {"takes_clamp": True, "decompose": basic.pairwise}
 _POOL = {"refuse": rule.channels_last}
 
@@ -198,7 +201,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.SeparableConv2D: _own("DEPTHWISE_CONV_2D", "CONV_2D", decompose=basic.separable),
     layers.BatchNormalization: _affine(rule.last_axis),
     layers.Normalization: _affine(rule.last_axis),
-    layers.Rescaling: _affine(),
+    layers.Rescaling: dataclasses.replace(_affine(), resolution=rule.resolution_of_multiple),
     layers.ReLU: _own("RELU", "LEAKY_RELU", "PRELU", decompose=basic.relu),
     layers.LeakyReLU: _own("LEAKY_RELU", "PRELU"),
     layers.ELU: _own("ELU", wide_table=True, decompose=basic.elu),
@@ -219,15 +222,15 @@ LAYERS: dict[type, LayerRule] = {
     layers.AveragePooling3D: _same(
         "AVERAGE_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d, **_POOL
     ),
-    layers.GlobalAveragePooling1D: _own("MEAN", **_POOL),
-    layers.GlobalAveragePooling2D: _own("MEAN", **_POOL),
-    layers.GlobalAveragePooling3D: _own("MEAN", **_POOL),
+    layers.GlobalAveragePooling1D: _own("MEAN", **_MEAN, **_POOL),
+    layers.GlobalAveragePooling2D: _own("MEAN", **_MEAN, **_POOL),
+    layers.GlobalAveragePooling3D: _own("MEAN", **_MEAN, **_POOL),
     layers.GlobalMaxPooling1D: _same("REDUCE_MAX", **_POOL),
     layers.GlobalMaxPooling2D: _same("REDUCE_MAX", **_POOL),
     layers.GlobalMaxPooling3D: _same("REDUCE_MAX", **_POOL),
-    layers.Add: _own("ADD", **_PAIRWISE),
+    layers.Add: _own("ADD", **_SUM, **_PAIRWISE),
     Hide: _own("ADD", hides=True),
-    layers.Subtract: _own("SUB", takes_clamp=True),
+    layers.Subtract: _own("SUB", **_SUM, takes_clamp=True),
     layers.Multiply: _own("MUL", **_PAIRWISE),
     layers.Average: _own("ADD", "MUL", decompose=basic.average),
     layers.Maximum: _same("MAXIMUM"),
@@ -333,12 +336,12 @@ LAYERS: dict[type, LayerRule] = {
 # Rows of layers that become one of several operators: (class, `kind` or `interpolation`) -> row.
 KINDS: dict[tuple[type, str], LayerRule] = {
     **fused_lstms.KINDS,
-    (WithConstant, ConstantKind.ADD): _operand("ADD", takes_clamp=True),
+    (WithConstant, ConstantKind.ADD): _operand("ADD", takes_clamp=True, **_SUM),
     (WithConstant, ConstantKind.HIDE): _operand("ADD", hides=True),
     (WithConstant, ConstantKind.MULTIPLY): _operand("MUL", takes_clamp=True),
     (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
     (layers.Resizing, "bilinear"): _resize("RESIZE_BILINEAR"),
-    (Reduce, ReduceKind.MEAN): _own("MEAN"),
+    (Reduce, ReduceKind.MEAN): _own("MEAN", "FULLY_CONNECTED", **_MEAN),
     (Reduce, ReduceKind.MAX): _same("REDUCE_MAX"),
     (Reduce, ReduceKind.MIN): _same("REDUCE_MIN"),
     (Reduce, ReduceKind.PROD): _own("REDUCE_PROD", refuse=rule.few_factors),

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from kqat.base import TextEnum
 from kqat.devices import INT16_FIXED
 from kqat.grids import Clamp, QuantSpec
@@ -12,6 +14,8 @@ from kqat.grids import Clamp, QuantSpec
 # Products of four values were at most one step off, products of six up to three steps (measured on
 # LiteRT by `benchmarks/op_probe.py`).
 MOST_FACTORS = 4
+# Of a step of an addend. What its own rounding leaves has 20 times the power of a rounding to that.
+_SHARE_OF_A_STEP = 1.0 / 16.0
 
 
 class Output(TextEnum):
@@ -55,6 +59,10 @@ class LayerRule:
             `kqat.rewrites.layers.attention_masks`.
         masks: whether the layer's decomposition uses the masks of its call.
         affine: whether the layer is `x * scale + offset`, with one pair per channel.
+        resolution: for a layer whose output may be all but zero beside its inputs, as values cancel
+            in a sum: the finest useful scale of its output in scales of an input, from the layer
+            and how many values of that input make how many of the output; `None` where values do
+            not cancel.
         decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
             `None` if the layer is simple already.
         decompose_masked: the same for a call that is given a mask.
@@ -82,6 +90,7 @@ class LayerRule:
     hides: bool = False
     masks: bool = False
     affine: bool = False
+    resolution: Callable[[Any, int, int], float] | None = None
     decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
     decompose_masked: Callable[[Any, str], Callable[..., Any] | None] | None = None
     decompose_fused: Callable[[Any, str], Callable[..., Any] | None] | None = None
@@ -96,6 +105,21 @@ class LayerRule:
     def range_at(self, bits: int) -> tuple[float, float] | None:
         """The range that the kernel for activations of `bits` bits demands."""
         return self.fixed_range if bits == 8 or not self.fixed_range else INT16_FIXED.range
+
+
+def resolution_of_mean(layer: Any, values: int, results: int) -> float:
+    """The mean of n integers is a multiple of the n-th part of a step."""
+    return results / values
+
+
+def resolution_of_sum(layer: Any, values: int, results: int) -> float:
+    """A part of a step that adds next to nothing to the noise from the rounding of the addends."""
+    return _SHARE_OF_A_STEP
+
+
+def resolution_of_multiple(layer: Any, values: int, results: int) -> float:
+    """As of a sum, for a Rescaling, which hands on what its input resolves."""
+    return float(np.max(np.abs(layer.scale))) * _SHARE_OF_A_STEP
 
 
 def channels_last(layer: Any) -> str | None:

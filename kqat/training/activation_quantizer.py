@@ -1,7 +1,8 @@
 """The layer that rounds the values of a group; saved and loaded without a custom-object scope."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -9,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from kqat.base import FreezeError
+from kqat.graph import layer_behind
 from kqat.grids import (
     FOLLOWING,
     Anchor,
@@ -46,6 +48,33 @@ class SiteRange:
     seen_high: float
     stretched: float
     batches: int
+
+    def no_narrower(self, width: float) -> "SiteRange":
+        """The same with a range at least that wide, which then counts as seen."""
+        low, high = (float(x) for x in arithmetic.no_narrower(self.low, self.high, width))
+        if (low, high) == (self.low, self.high):
+            return self
+        return dataclasses.replace(
+            self,
+            low=low,
+            high=high,
+            seen_low=min(low, self.seen_low),
+            seen_high=max(high, self.seen_high),
+        )
+
+
+class _Sources:
+    """The quantizers of the inputs of what a call site rounds, with shares of their scales.
+
+    They are found where the model's graph is made. Keras, which would take their variables for the
+    layer's too, does not look in here.
+    """
+
+    def __init__(self) -> None:
+        self.by_site: dict[int, list[tuple[ActivationQuantizer, float]]] = {}
+
+    def get(self, site: int) -> list[tuple["ActivationQuantizer", float]]:
+        return self.by_site.get(site, [])
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -95,6 +124,7 @@ class ActivationQuantizer(keras.layers.Layer):
         self.hides = hides
         self.label = label or self.name
         self.supports_masking = True
+        self._sources = _Sources()
 
     def build(self, input_shape: Any) -> None:
         """Creates the ranges, all zero: nothing seen."""
@@ -140,9 +170,20 @@ class ActivationQuantizer(keras.layers.Layer):
         self.anchor.assign(self._no_anchor())
 
     def call(
-        self, x: Any, site: int = 0, observe: bool = True, training: bool | None = None
+        self,
+        x: Any,
+        site: int = 0,
+        observe: bool = True,
+        training: bool | None = None,
+        resolution: Mapping[str, float] | None = None,
     ) -> Any:
-        """`x` rounded; any shape. `site` and `observe` say which range `x` shapes, and whether."""
+        """`x` rounded; any shape. `site` and `observe` say which range `x` shapes, and whether.
+
+        `resolution` says what the integer kernel that makes `x` resolves, where `x` may be all but
+        zero beside the kernel's inputs: name of the `ActivationQuantizer` of an input -> share of
+        its scale. A finer grid would hold only the float errors of a sum, and no range is so narrow
+        that its scale falls below.
+        """
         dtype = x.dtype
         x = ops.cast(x, "float32")
         if isinstance(self.range_method, Fixed):
@@ -228,6 +269,20 @@ class ActivationQuantizer(keras.layers.Layer):
         known = ops.max(self.count.value) > 0.0
         return ops.stop_gradient(ops.where(known, (high - low) / levels, 0.0))
 
+    def least_width(
+        self, site: int, scale_of: Callable[["ActivationQuantizer"], Any] | None = None
+    ) -> Any:
+        """The least width of the range of a call site, a float32 scalar; `None` without one.
+
+        `scale_of` gives the scale of the quantizer of an input, where that is not the one of now.
+        """
+        sources = self._sources.get(site)
+        if not sources or isinstance(self.range_method, Fixed):
+            return None
+        scale_of = scale_of or ActivationQuantizer.scale
+        finest = [scale_of(source) * share for source, share in sources]
+        return functools.reduce(ops.maximum, finest) * float(self.spec.qmax - self.spec.qmin)
+
     def union(self, site_low: Any, site_high: Any) -> tuple[Any, Any]:
         """The range that holds those of all sites, as the grid allows it."""
         return self._symmetric(*arithmetic.widen(ops.min(site_low), ops.max(site_high)))
@@ -271,6 +326,9 @@ class ActivationQuantizer(keras.layers.Layer):
             self.extremes.assign(ops.where(here, extremes, old))
             new_low, new_high = ops.unstack(bounds, axis=0)
             new_low = 0.0 - new_low
+        least_width = self.least_width(site)
+        if least_width is not None:
+            new_low, new_high = arithmetic.no_narrower(new_low, new_high, least_width)
         low, high = ops.where(here, new_low, low), ops.where(here, new_high, high)
         self.site_low.assign(low)
         self.site_high.assign(high)
@@ -281,8 +339,18 @@ class ActivationQuantizer(keras.layers.Layer):
         """The input's shape."""
         return input_shape
 
-    def compute_output_spec(self, x: Any, **kwargs: Any) -> Any:
+    def compute_output_spec(
+        self,
+        x: Any,
+        site: int = 0,
+        observe: bool = True,
+        training: bool | None = None,
+        resolution: Mapping[str, float] | None = None,
+    ) -> Any:
         """The input's shape and dtype."""
+        if observe and resolution:
+            found = [(layer_behind(x, name), share) for name, share in resolution.items()]
+            self._sources.by_site[site] = [(q, s) for q, s in found if q is not None]
         return keras.KerasTensor(x.shape, dtype=x.dtype)
 
     def get_config(self) -> dict[str, Any]:

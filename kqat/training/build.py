@@ -1,5 +1,6 @@
 """Plan to QAT model: an ordinary Keras model whose layers quantize."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,11 @@ def _rounds_bias(layer: Any) -> bool:
     return isinstance(getattr(layer, "layer", None), QuantizeWrapper)
 
 
+def _size(ref: Ref) -> int:
+    """The number of values of one sample; 0 if that is not known."""
+    return math.prod(size or 0 for size in ref.shape[1:])
+
+
 class _Assembly:
     """The working state of `wrap`.
 
@@ -64,6 +70,8 @@ class _Assembly:
         self.copies: dict[int, Any] = {}
         self.grids: dict[Ref, str | None] = {}  # the name of the quantizer on whose grid a value is
         self.forms: dict[tuple[Ref, bool], Any] = {}
+        # What a value that is not rounded yet resolves, see `ActivationQuantizer.call`.
+        self.resolutions: dict[Ref, dict[str, float]] = {}
         names = (node.name for node in plan.graph.nodes)
         self.names = {*plan.input_names, *plan.output_names, *names}
 
@@ -90,8 +98,28 @@ class _Assembly:
             # What is not rounded hands the integers of its inputs on.
             handed_on = {ref: self.grids.get(node.inputs[0]) for ref in node.outputs}
             self.grids = {**handed_on, **self.grids}
+        resolution = self._resolution(node)
+        self.resolutions |= {ref: resolution for ref in node.outputs if resolution}
         values = keras.tree.flatten(value)
         return [self._rounded(ref, v) for ref, v in zip(node.outputs, values, strict=True)]
+
+    def _resolution(self, node: Node) -> dict[str, float]:
+        """The finest useful scale of a node's output: quantizer of an input -> share of its scale.
+
+        What is computed inside the kernel before it resolves what that kernel does.
+        """
+        decision, rule = self.decisions[node.name], self.plan.rules.get(node.name)
+        if decision.role in (Role.FOLDED, Role.CLAMP):
+            return self.resolutions.get(node.inputs[0], {})
+        found: dict[str, float] = {}
+        if rule is None or rule.resolution is None:
+            return found
+        results = _size(node.outputs[0])
+        for ref in node.inputs:
+            grid, values = self.grids.get(ref), _size(ref)
+            if grid is not None and values and results:
+                found[grid] = rule.resolution(node.layer, values, results)
+        return found
 
     def _carried_out_by_quantizer(self, node: Node, decision: LayerPlan) -> bool:
         roundings = self.plan.roundings.get(node.outputs[0], ())
@@ -122,9 +150,12 @@ class _Assembly:
         return PrecisionBoundary(name=name)(tensor)
 
     def _rounded(self, ref: Ref, tensor: Any) -> Any:
+        more: dict[str, Any] = {}
+        if resolution := self.resolutions.get(ref):
+            more["resolution"] = resolution
         for rounding in self.plan.roundings.get(ref, ()):
             quantizer = self._quantizer(rounding)
-            tensor = quantizer(tensor, site=rounding.site, observe=rounding.observe)
+            tensor = quantizer(tensor, site=rounding.site, observe=rounding.observe, **more)
             self.grids[ref] = quantizer.name
         return tensor
 

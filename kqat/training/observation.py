@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -221,6 +221,11 @@ class Observer:
         for (quantizer, site), record in self.records.items():
             method = self.method_of(record, default)
             found.setdefault(quantizer, {})[site] = record.found(method)
+        # In the order of the graph: what was widened is an input of what comes later.
+        for quantizer, site in self.records:
+            width = quantizer.least_width(site, lambda source: _scale(source, found.get(source)))
+            if width is not None:
+                found[quantizer][site] = found[quantizer][site].no_narrower(float(width))
         return found
 
     def method_of(self, record: SiteRecord, default: CalibrationMethod) -> CalibrationMethod:
@@ -281,6 +286,19 @@ class Observer:
             cut.beyond += count
             cut.low = min(cut.low, float(values.min()))
             cut.high = max(cut.high, float(values.max()))
+
+
+def _scale(quantizer: ActivationQuantizer, found: Mapping[int, SiteRange] | None) -> float:
+    """The scale of a quantizer whose sites have these ranges; 0 where none is known."""
+    if isinstance(quantizer.range_method, Fixed):
+        return float(quantizer.scale())
+    if not found:
+        return 0.0
+    lows, highs = ([getattr(one, side) for one in found.values()] for side in ("low", "high"))
+    low, high = quantizer.union(
+        ops.convert_to_tensor(lows, "float32"), ops.convert_to_tensor(highs, "float32")
+    )
+    return float(high - low) / (quantizer.spec.qmax - quantizer.spec.qmin)
 
 
 def _ends(graph: Graph) -> Iterator[int]:

@@ -37,11 +37,13 @@ class Fact(enum.Enum):
     PACKED = "weights of few bits are in whole bytes where all the runtimes read them so"
     CODES = "integer operators have the code and the version of the integer kernel"
     SLOPES = "an int8 LEAKY_RELU that TFLite Micro must run is a PRELU of one slope"
+    ROWS = "an int8 MEAN of rows that kernels round twice is a FULLY_CONNECTED of equal weights"
     TABLES = "a lookup stands where a function ships as a table"
     LSTMS = "UNIDIRECTIONAL_SEQUENCE_LSTM has its 24 inputs"
     INTEGER_TENSORS = "tensors with a site have its type, scale and zero point"
     NAMES = "tensors bear the names of their sites"
     NO_FLATTENING = "no RESHAPE only flattens for FULLY_CONNECTED, which does that itself"
+    PADDING_INSIDE = "no PAD stands before convolutions that can pad so themselves"
     DENSE_PACKED = "4-bit matrices that only CONV_2D reads packed are those of a CONV_2D"
 
 

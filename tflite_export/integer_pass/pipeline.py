@@ -15,6 +15,8 @@ from tflite_export.integer_pass.drop_reshapes import drop_flattening
 from tflite_export.integer_pass.fused_lstm import insert_lstms
 from tflite_export.integer_pass.leaky_relu import multiply_slopes
 from tflite_export.integer_pass.operators import check_operators, set_codes
+from tflite_export.integer_pass.row_means import multiply_rows
+from tflite_export.integer_pass.same_padding import join_padding
 from tflite_export.integer_pass.shared_products import split_shared_products
 from tflite_export.integer_pass.tables import insert_tables
 from tflite_export.integer_pass.tensor_grids import (
@@ -85,6 +87,11 @@ PASSES: tuple[Pass, ...] = (
         needs={Fact.CODES, Fact.CONSTANTS, Fact.GRIDS, Fact.FLOAT_ISLANDS},
         leaves={Fact.SLOPES},
     ),
+    Pass(
+        multiply_rows,
+        needs={Fact.CODES, Fact.CONSTANTS, Fact.GRIDS, Fact.FLOAT_ISLANDS},
+        leaves={Fact.ROWS},
+    ),
     Pass(insert_tables, needs={Fact.LABELS, Fact.FLOAT_ISLANDS}, leaves={Fact.TABLES}),
     # Only the sequence is an input up to here; those that are left out have no type.
     Pass(insert_lstms, needs={Fact.LABELS, Fact.CHECKED, Fact.CODES}, leaves={Fact.LSTMS}),
@@ -96,6 +103,11 @@ PASSES: tuple[Pass, ...] = (
     ),
     Pass(name_tensors, needs={Fact.LABELS}, leaves={Fact.NAMES}),
     Pass(drop_flattening, needs={Fact.NAMES}, leaves={Fact.NO_FLATTENING}),
+    Pass(
+        join_padding,
+        needs={Fact.NAMES, Fact.PACKED, Fact.INTEGER_TENSORS},
+        leaves={Fact.PADDING_INSIDE},
+    ),
     # It adds RESHAPEs without names, and tensors of the types and grids of those around them.
     Pass(
         convolve_dense,

@@ -81,7 +81,7 @@ class _Visit:
         index: of the site.
         tensor: the tensor of the file that it was compared with; `None` without one.
         identity: its grid and what Keras computes there; equal for sites that compute the same.
-        held: its grid and what the runtime computed in its tensor.
+        held: the same of what the tensor holds, a step off here and there; `None` without one.
     """
 
     index: int
@@ -101,6 +101,12 @@ class _Carried:
 
     tensor: int | None = None
     passed: frozenset[int] = _NO_SITES
+
+
+def _identity(site: Site, integers: np.ndarray) -> Hashable:
+    """Equal for equal integers on equal grids."""
+    grid = (site.scale, site.zero_point, site.bits, integers.shape)
+    return (*grid, sha256(np.ascontiguousarray(integers).tobytes()).digest())
 
 
 class _Walk:
@@ -154,19 +160,19 @@ class _Walk:
         tensor = self.places.get(index)
         if tensor is not None and self.computed[tensor].size != expected.size:
             tensor = None  # the shape in the file is not that of the value
-        grid = (site.scale, site.zero_point, site.bits, expected.shape)
-        identity = (*grid, sha256(expected.tobytes()).digest())
+        identity = _identity(site, expected)
         if tensor is not None:
-            integers = self.computed[tensor].reshape(expected.shape).astype(expected.dtype)
-            held = (*grid, sha256(integers.tobytes()).digest())
-            self.visits.append(_Visit(index, tensor, identity, held))
             self.stood_for |= before.passed
             self.carried[node.outputs[0]] = _Carried(tensor)
             actual = self._compare(site, tensor, real, expected)
+            self.visits.append(_Visit(index, tensor, identity, _identity(site, actual)))
             return keras.ops.convert_to_tensor(site.reals(actual))
         if self._are_integers_of(before.tensor, expected):
             # As where no RESHAPE is needed: the site has the tensor of the one before it.
             self.carried[node.outputs[0]] = _Carried(before.tensor)
+        elif self._are_padded_integers_of(before.tensor, expected, site.zero_point):
+            # As where a convolution pads by its own option: what it computes is compared next.
+            self.carried[node.outputs[0]] = before
         else:
             self.visits.append(_Visit(index, None, identity))
             self.carried[node.outputs[0]] = _Carried(None, before.passed | {index})
@@ -175,6 +181,30 @@ class _Walk:
     def _are_integers_of(self, tensor: int | None, expected: np.ndarray) -> bool:
         return tensor is not None and np.array_equal(
             self.computed[tensor].ravel(), expected.ravel()
+        )
+
+    def _are_padded_integers_of(
+        self, tensor: int | None, expected: np.ndarray, zero_point: int
+    ) -> bool:
+        """Whether `expected` (samples, rows, columns, channels) is a tensor between zeros."""
+        if tensor is None or expected.ndim != 4 or self.computed[tensor].ndim != 4:
+            return False
+        image = self.computed[tensor]
+        lacks = [int(b) - int(a) for a, b in zip(image.shape, expected.shape, strict=True)]
+        if lacks[0] or lacks[3] or min(lacks) < 0 or not any(lacks):
+            return False
+        rows, columns = lacks[1:3]
+        return any(
+            np.array_equal(
+                np.pad(
+                    image,
+                    ((0, 0), (top, rows - top), (left, columns - left), (0, 0)),
+                    constant_values=zero_point,
+                ),
+                expected,
+            )
+            for top in range(rows + 1)
+            for left in range(columns + 1)
         )
 
     def _compare(
@@ -209,14 +239,13 @@ class _Walk:
     def twins(self) -> dict[int, int]:
         """Unmatched site -> the tensor of another site at which Keras computes the same.
 
-        Keras was given a runtime's integers, so it also computes the same where a layer that the
-        converter removed, such as a multiplication by one, hands these on.
+        Or the tensor that holds just that: a layer that computes nothing with its weights of now,
+        as a scale of one, is no operator, and reads what the runtime made before it.
         """
         tensors: dict[Hashable, int] = {}
         for visit in self.visits:
             if visit.tensor is not None:
-                tensors[visit.identity] = visit.tensor
-                tensors.setdefault(visit.held, visit.tensor)
+                tensors |= {visit.held: visit.tensor, visit.identity: visit.tensor}
         return {v.index: tensors[v.identity] for v in self._unmatched() if v.identity in tensors}
 
     def comparison(self) -> Comparison:

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras import layers
+from keras import layers, ops
 
 import kqat
 from kqat import ActivationQuantizer, MinMax, QuantizeConfig
@@ -353,6 +353,51 @@ def test_auto_does_not_depend_on_order() -> None:
     before = ranges(qat)
     calibrate(qat, (row[None] for row in RNG.permutation(x)))
     assert ranges(qat) == before
+
+
+def cancelling() -> keras.Model:
+    """Sums whose values cancel: what floats leave of them is 1e-7 of a step of their inputs."""
+    x = keras.Input((12, 8), name="x")
+    centered = layers.Subtract(name="centered")([x, ops.mean(x, axis=1, keepdims=True)])
+    outputs = [
+        layers.GlobalAveragePooling1D(name="pooled")(centered),
+        layers.ReLU(name="clamped")(
+            layers.Subtract(name="same")([ops.sigmoid(x), 1.0 - ops.sigmoid(-x)])
+        ),
+        layers.Rescaling(12.0, name="sum")(layers.GlobalAveragePooling1D()(centered)),
+    ]
+    return keras.Model(x, outputs, name="model")
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_no_grid_is_finer_than_what_a_sum_resolves(calibrated: bool) -> None:
+    x = np.random.default_rng(0).normal(size=(64, 12, 8)).astype(np.float32)
+    qat = uncalibrated(cancelling())
+    if calibrated:
+        calibrate(qat, x)
+    # Zero batches pull every range to zero.
+    for batch in (x, *[np.zeros_like(x)] * 5):
+        qat(batch, training=True)
+    scale = {
+        layer.name.removesuffix("_quantizer"): float(layer.scale())
+        for layer in qat.layers
+        if isinstance(layer, ActivationQuantizer)
+    }
+    assert scale["pooled"] >= scale["centered"] / 12 * 0.999
+    assert scale["sum"] >= scale["centered"] / 16 * 0.999
+    assert scale["clamped"] >= 1 / 256 / 16 * 0.999
+    clamped = qat.get_layer("clamped_quantizer")
+    assert clamped.range()[0] == 0.0
+
+
+def test_what_a_sum_resolves_is_known_after_loading(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(64, 12, 8)).astype(np.float32)
+    qat = kqat.quantize_model(cancelling(), calibration_data=x)
+    qat.save(tmp_path / "qat.keras")
+    loaded = keras.models.load_model(tmp_path / "qat.keras")
+    assert ranges(loaded) == ranges(qat)
+    calibrate(loaded, x)
+    assert ranges(loaded) == ranges(qat)
 
 
 def test_files_of_before_anchors_load(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers as L
+from keras import ops
 
 import kqat
 import tflite_export
@@ -385,3 +386,35 @@ def test_a_product_that_the_converter_removes_is_compared_where_its_factor_is(se
     qat = kqat.quantize_model(model, calibration_data=x)
     report = tflite_export.verify(qat, tflite_export.convert(qat), x)
     assert [part.unmatched for part in report.runtimes] == [()] * len(report.runtimes)
+
+
+def cancelling(x: Any) -> Any:
+    """Sums whose values cancel, so that floats leave 1e-7 of a step of their inputs."""
+    centered = L.Subtract(name="centered")([x, ops.mean(x, axis=1, keepdims=True)])
+    return [
+        L.GlobalAveragePooling1D(name="pooled")(centered),
+        ops.sum(centered, axis=1),
+        L.Subtract(name="means")([ops.mean(x, (1, 2)), ops.mean(ops.mean(x, 1), -1)]),
+        L.Subtract(name="same")([L.Activation("sigmoid")(x), 1.0 - ops.sigmoid(-x)]),
+    ]
+
+
+def test_sums_whose_values_cancel_are_within_a_step() -> None:
+    keras.utils.set_random_seed(0)
+    qat, x = quantized((12, 8), cancelling)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), x, samples=8)
+    assert {part.runtime: part.max_steps for part in report.runtimes if part.max_steps > 1} == {}
+    assert all(part.problem is None for part in report.runtimes)
+
+
+def test_a_scale_of_one_is_no_operator_and_is_compared_all_the_same() -> None:
+    """Behind roundings of a runtime's own, its site holds what the tensor before it does."""
+    x = keras.Input((6, 8), name="x")
+    y = L.RMSNormalization(name="norm")(L.Dense(8, name="dense")(x))
+    model = keras.Model(x, L.Dense(3, name="head")(y))
+    data = np.random.default_rng(0).normal(size=(64, 6, 8)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), data, samples=64)
+    (unit,) = [s for s in report.on(REFERENCE).sites if s.name in ("norm", "norm_unit")][:1]
+    assert unit.differing > 0, "else every runtime's values are Keras's"
+    assert [part.unmatched for part in report.runtimes] == [(), (), ()]
