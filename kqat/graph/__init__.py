@@ -3,7 +3,13 @@
 """
 
 from kqat.graph.copies import Part, activation_name, clone, config_of, duplicate, finalize
-from kqat.graph.keras_internals import attach_masks, frozen_function, hands_on_mask, layer_behind
+from kqat.graph.keras_internals import (
+    attach_masks,
+    frozen_function,
+    hands_on_mask,
+    layer_behind,
+    maker_of,
+)
 from kqat.graph.tracer import (
     Graph,
     Node,
@@ -35,6 +41,7 @@ __all__ = [
     "holds_indexes",
     "is_tensor",
     "layer_behind",
+    "maker_of",
     "non_finite_variable",
     "rebuild",
     "refs_in",
