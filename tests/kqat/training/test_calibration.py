@@ -224,12 +224,30 @@ def raising() -> Iterator[np.ndarray]:
     raise OSError("the disk is gone")
 
 
+class Endless(keras.utils.PyDataset):
+    """Says with `None` that it has no last batch."""
+
+    num_batches = None
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return A[:8]
+
+
 BROKEN: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a generator that raises": (raising, OSError, "the disk is gone"),
     "a generator that ends at once": (lambda: iter([]), kqat.CalibrationError, "at least one samp"),
     "NaN in the second batch": (
         lambda: iter([9 * A[:32], A[:32] * np.nan]), kqat.CalibrationError, "input 'a'. Received",
     ),
+    "infinity in one sample of the second batch": (
+        lambda: iter([9 * A[:32], np.where(np.arange(32)[:, None] == 5, np.inf, A[:32])]),
+        kqat.CalibrationError, r"in sample 37 \(counted from 0\)",
+    ),
+    "a dataset without an end": (
+        lambda: tf.data.Dataset.from_tensor_slices(A).batch(8).repeat(),
+        kqat.CalibrationError, "that end. Received: an endless .*take",
+    ),
+    "a PyDataset without an end": (Endless, kqat.CalibrationError, "an endless Endless"),
     "another shape in the second batch": (
         lambda: iter([9 * A[:32], A[:32, :3]]), kqat.CalibrationError, "of shape .* for input 'a'",
     ),
