@@ -10,10 +10,11 @@ import numpy as np
 from kqat.base import CalibrationError, ModelError
 from kqat.graph import Graph, trace
 from kqat.grids import CalibrationMethod, calibration_method
-from kqat.training.build import is_quantized
+from kqat.training.build import all_layers, is_quantized
 from kqat.training.method_choice import KeptSamples, chosen_method
 from kqat.training.observation import Observer
 from kqat.training.range_checks import as_text, concerns
+from kqat.training.weight_wrapper import QuantizeWrapper
 
 BATCH_SIZE = 32
 DEFAULT_METHOD = "auto"
@@ -70,9 +71,11 @@ def calibrate_for(
             f"Expected a QAT model to calibrate. Received: '{model.name}', which is float. Use "
             "kqat.quantize_model."
         )
-    observer, kept = observed(graph, data)
-    if method == DEFAULT_METHOD:
-        method = chosen_method(graph, observer, _tensors(kept.batch(), graph))
+    wrappers = [layer for layer in all_layers(model) if isinstance(layer, QuantizeWrapper)]
+    with QuantizeWrapper.weights_stay(wrappers):
+        observer, kept = observed(graph, data)
+        if method == DEFAULT_METHOD:
+            method = chosen_method(graph, observer, _tensors(kept.batch(), graph))
     found = observer.ranges(calibration_method(method))
     for quantizer, ranges in found.items():
         quantizer.start(ranges)

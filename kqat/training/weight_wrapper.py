@@ -4,8 +4,9 @@
 group. Both are ordinary Keras layers, saved and loaded without a custom-object scope.
 """
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -42,6 +43,8 @@ class _Quantizers:
     def __init__(self) -> None:
         self.by_name: dict[str | None, ActivationQuantizer] = {}
         self.names: dict[int, set[str]] = {}  # of the inputs of each branch
+        # Rounded weights and their scales by name and branch, while `weights_stay` says so.
+        self.kept: dict[tuple[str, int], tuple[Any, Any]] | None = None
 
     def find(self, x: Any, name: str, branch: int) -> None:
         found = layer_behind(x, name)
@@ -149,6 +152,18 @@ class QuantizeWrapper(keras.layers.Layer):
     def computes_with_grids(self) -> bool:
         """Whether the layer has numbers that ship as integers; else only its facts are carried."""
         return bool(self.weight_specs) or self.facts.affine
+
+    @staticmethod
+    @contextlib.contextmanager
+    def weights_stay(wrappers: Sequence["QuantizeWrapper"]) -> Iterator[None]:
+        """Rounds each weight once in all eager calls inside, where no weight may change."""
+        for wrapper in wrappers:
+            wrapper._quantizers.kept = {}
+        try:
+            yield
+        finally:
+            for wrapper in wrappers:
+                wrapper._quantizers.kept = None
 
     def call(
         self,
@@ -373,6 +388,14 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def _numbers(self, name: str, branch: int) -> tuple[Any, Any]:
         """What `on_grid` and `scale` return, computed together."""
+        kept = self._quantizers.kept
+        if kept is None:
+            return self._numbers_now(name, branch)
+        if (name, branch) not in kept:
+            kept[name, branch] = self._numbers_now(name, branch)
+        return kept[name, branch]
+
+    def _numbers_now(self, name: str, branch: int) -> tuple[Any, Any]:
         folded, spec = self._folded(name, branch), self.weight_specs[name]
         step = self._step(name, folded)
         return self.weight_step.fake_quantize(folded, step, spec), ops.stop_gradient(step)

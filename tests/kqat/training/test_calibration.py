@@ -387,3 +387,28 @@ def test_files_of_before_anchors_load(tmp_path: Path) -> None:
     again = keras.models.load_model(tmp_path / "qat.keras")
     for ours, theirs in zip(qat.get_weights(), again.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_weights_are_rounded_once_and_anew_for_the_next_calibration() -> None:
+    """Though the data come in many batches, and three methods are tried on them."""
+    qat = uncalibrated(one_input())
+    wrapper = qat.get_layer("quant_dense")
+    rounded = []
+    fake_quantize = wrapper.weight_step.fake_quantize
+
+    class Counting(type(wrapper.weight_step)):
+        def fake_quantize(self, *args: Any) -> Any:
+            rounded.append(args)
+            return fake_quantize(*args)
+
+    wrapper.weight_step = Counting()
+    calibrate(qat, np.concatenate([A] * 8))
+    assert len(rounded) == 1
+    before = ranges(qat)
+    wrapper.layer.kernel.assign(2.0 * wrapper.layer.kernel)
+    calibrate(qat, np.concatenate([A] * 8))
+    assert len(rounded) == 2 and ranges(qat) != before
+    # Outside, each call rounds: weights may have been trained.
+    wrapper.rounded("kernel")
+    wrapper.rounded("kernel")
+    assert len(rounded) == 4
