@@ -14,6 +14,7 @@ the default's own file and the converter's are run on LiteRT.
 
 import argparse
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -172,35 +173,83 @@ def _cell(found: dict[str, Any]) -> str:
 
 
 def _pictures(name: str) -> Task:
+    """CIFAR-10's images, resized and made grey as the model takes them; labels where it has ten."""
+    model = data.pretrained(name)
+    height, width, channels = model.input_shape[1:]
     images, labels = data.cifar10_lossless()
-    order = np.random.default_rng(0).permutation(len(images))
-    x, y = data.model_input(name, images[order]), labels[order]
-    test = x[1024 : 1024 + TEST_SAMPLES], y[1024 : 1024 + TEST_SAMPLES]
-    return Task(data.pretrained(name), x[:1024], y[:1024], *test)
+    order = np.random.default_rng(0).permutation(len(images))[: 1024 + TEST_SAMPLES]
+    images, labels = images[order], labels[order]
+    if channels == 1:
+        images = images @ np.asarray([[0.299], [0.587], [0.114]], np.float32)
+    if (height, width) != images.shape[1:3]:
+        images = np.asarray(
+            keras.ops.image.resize(images, (height, width), interpolation="bilinear")
+        )
+    if name in NORMALIZED_EACH:
+        mean, deviation = (of(images, axis=(1, 2, 3), keepdims=True) for of in (np.mean, np.std))
+        x = (images - mean) / deviation
+    else:
+        x = data.model_input(name, images)
+    has_classes = model.output_shape[-1] == len(set(labels))
+    return Task(model, x[:1024], labels[:1024], x[1024:], labels[1024:] if has_classes else None)
 
 
-def _keywords() -> Task:
+def _keywords(name: str) -> Task:
+    """MLPerf's features; other models get frames and bands beyond them as zeros."""
+    model = data.pretrained(name)
     features, labels = data.kws01()
     order = np.random.default_rng(0).permutation(len(features))
     x, y = features[order], labels[order]
-    return Task(data.pretrained("mlperf_tiny/kws"), x[:500], y[:500], x[500:], y[500:])
+    _, frames, bands, _ = model.input_shape
+    x = np.pad(x, [(0, 0), (0, frames - x.shape[1]), (0, bands - x.shape[2]), (0, 0)])
+    own = name == "mlperf_tiny/kws"
+    return Task(model, x[:500], y[:500], x[500:], y[500:] if own else None)
 
 
-def _machine() -> Task:
+def _on_off() -> Task:
+    """Spoken digits as the frames of 32 bands that the model reads; none of them is its keyword."""
+    model = data.pretrained("mltk_siliconlabs/keyword_spotting_on_off")
+    clips, labels = data.fsdd("train")
+    order = np.random.default_rng(0).permutation(len(clips))[: 1024 + TEST_SAMPLES]
+    clips, labels = clips[order], labels[order]
+    starts = np.linspace(0, clips.shape[1] - 256, 49).astype(int)
+    frames = np.stack([clips[:, start : start + 256] for start in starts], axis=1)
+    power = np.abs(np.fft.rfft(frames * np.hanning(256)))[..., :128]
+    bands = np.log(power.reshape(*power.shape[:2], 32, 4).mean(axis=-1) + 1e-4)
+    # The vendor's file takes whole numbers of eight bits.
+    bands = np.rint((bands - bands.min()) / np.ptp(bands) * 255 - 128).astype(np.float32)
+    x = bands[..., np.newaxis]
+    return Task(model, x[:1024], labels[:1024], x[1024:], None)
+
+
+def _wake_words() -> Task:
+    """The vendor's 45 spectrograms: those that do not calibrate are few, so all are judged on."""
+    x, y = data.sww_calibration()
+    order = np.random.default_rng(0).permutation(len(x))
+    return Task(data.pretrained("mlperf_tiny/sww"), x[order], y[order], x, y)
+
+
+def _machine(name: str) -> Task:
+    model = data.pretrained(name)
     windows = data.ad01_windows()
     windows = windows[np.random.default_rng(0).permutation(len(windows))]
     loudness = np.argsort(np.argsort(windows.mean(axis=1))) // 13
-    return Task(
-        data.pretrained("mlperf_tiny/ad"), windows[:128], loudness[:128], windows[128:], None
-    )
+    windows = windows.reshape(-1, *model.input_shape[1:])
+    return Task(model, windows[:128], loudness[:128], windows[128:], None)
 
 
-TASKS: dict[str, Callable[[], Task]] = {
+# Networks that read pictures each of which has mean 0 and deviation 1.
+NORMALIZED_EACH = ("mltk_siliconlabs/rock_paper_scissors",)
+_READERS: dict[str, Callable[[str], Task]] = {
     "mlperf_tiny/kws": _keywords,
-    "mlperf_tiny/ic": lambda: _pictures("mlperf_tiny/ic"),
-    "cifar_resnet_keras/resnet20": lambda: _pictures("cifar_resnet_keras/resnet20"),
-    "mltk_tinyml/image_classification": lambda: _pictures("mltk_tinyml/image_classification"),
+    "mlperf_tiny/sww": lambda _: _wake_words(),
     "mlperf_tiny/ad": _machine,
+    "mltk_tinyml/keyword_spotting": _keywords,
+    "mltk_tinyml/anomaly_detection": _machine,
+    "mltk_siliconlabs/keyword_spotting_on_off": lambda _: _on_off(),
+}
+TASKS: dict[str, Callable[[], Task]] = {
+    name: functools.partial(_READERS.get(name, _pictures), name) for name in data.pretrained_names()
 }
 
 

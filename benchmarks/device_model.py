@@ -1,15 +1,24 @@
-"""One test set judged three ways: the QAT model, its integer model, and the file on its runtime.
+"""The integer model against the files themselves: a test set judged three ways, and many networks.
 
     python -m benchmarks.device_model --images 10000 --out out/device_model.json
+    python -m benchmarks.device_model --networks all
 
-MobileNetV2 (0.35 times as wide as the paper's) learns CIFAR-10 for --epochs, then trains for one as
-a QAT model. The last two rows must be equal, and so must all output integers, which are counted.
-Without the shared data the images are noise: accuracy then says nothing, equality as much.
+The first: MobileNetV2 (0.35 times as wide as the paper's) learns CIFAR-10 for --epochs, then trains
+for one as a QAT model, and the QAT model, its integer model and the file judge one test set. The
+last two rows must be equal, and so must all output integers, which are counted. Without the shared
+data the images are noise: accuracy then says nothing, equality as much.
+
+The second: each network's file runs on each runtime. Its output integers are compared with those of
+the integer model, which saw nothing but the inputs; and the integers of every operator with our
+arithmetic of what the runtime computed before it. Writes `benchmarks/device_networks.json` after
+each network, and `.md` beside it; networks that the JSON holds are not measured again.
 """
 
 import argparse
+import functools
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +27,27 @@ import numpy as np
 
 import kqat
 import tflite_export
-from recipes import data
+from benchmarks.calibration import TASKS
+from kqat.base import RuntimeUnavailableError, write_file
+from recipes import data, sequence, transformer
 from recipes.models.mobilenet_v2 import FAST_STRIDES, STAGES, mobilenet_v2
 from recipes.timing import print_table, write_json
 from tflite_export import flatbuffer
 from tflite_export.runtimes import RUNTIMES, as_type, run
+from tflite_export.verification.exactness import exactness
 
 CALIBRATION_SAMPLES = 512
 SMOKE_STAGES = 2
+NETWORKS_OUT = Path(__file__).with_name("device_networks.json")
+COMPARED = ("litert", "litert_reference", "tflite_micro")
+COMPARED_SAMPLES = 100
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints a table and writes JSON; returns what it writes."""
     options = _parser().parse_args(arguments)
+    if options.networks:
+        return _compare_networks(options)
     if options.smoke:
         options.images, options.train_images = 16, 32
     train, test = _samples("train", options.train_images), _samples("test", options.images)
@@ -112,8 +129,121 @@ def _fit(
     model.fit(*train, epochs=epochs, batch_size=64, verbose=0)
 
 
+def _compare_networks(options: argparse.Namespace) -> dict[str, Any]:
+    out = options.out or NETWORKS_OUT
+    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    names = list(NETWORKS) if "all" in options.networks else options.networks
+    samples = 4 if options.smoke else COMPARED_SAMPLES
+    for name in names:
+        if name in results:
+            continue
+        keras.utils.set_random_seed(0)
+        qat, x = NETWORKS[name](options.smoke)
+        results[name] = compare(qat, x[:samples])
+        write_file(out, (json.dumps(results, indent=1) + "\n").encode())
+        print(name, results[name], flush=True)
+    text = as_markdown(results)
+    write_file(out.with_suffix(".md"), text.encode())
+    print(text)
+    return results
+
+
+def compare(qat: keras.Model, x: np.ndarray) -> dict[str, Any]:
+    """By runtime: integers of the output and of all operators, and how many are not ours."""
+    blob = tflite_export.convert(qat)
+    model, given = flatbuffer.read(blob), _input_tensor(blob)
+    found: dict[str, Any] = {}
+    for runtime in COMPARED:
+        try:
+            got = run(blob, [as_type(x, given)], runtime=runtime, tensors="all")
+        except RuntimeUnavailableError as error:
+            found[runtime] = {"problem": str(error)}
+            continue
+        device = tflite_export.integer_model(blob, runtime, outputs="integers")
+        ours = np.asarray(device.predict(x, batch_size=32, verbose=0))
+        steps = exactness(model, got.tensors, runtime)
+        found[runtime] = {
+            "samples": len(x),
+            "outputs": ours.size,
+            "outputs_differing": int(np.count_nonzero(ours != got.outputs[0].reshape(ours.shape))),
+            "integers": steps.elements,
+            "integers_differing": steps.differing,
+            "first": steps.first,
+            "unknown": list(steps.unknown),
+        }
+    return found
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The table."""
+    lines = ["# Integers that differ between the integer model and the file", ""]
+    lines += ["`python -m benchmarks.device_model --networks all` writes this file.", ""]
+    lines += ["Outputs: end to end, the integer model fed the inputs alone. All operators: each"]
+    lines += ["fed what the runtime computed before it.", ""]
+    lines += ["| network | runtime | samples | outputs | all operators | the first that differs |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for name, runtimes in results.items():
+        for runtime, row in runtimes.items():
+            if "problem" in row:
+                lines.append(f"| {name} | {runtime} | - | - | - | {row['problem']} |")
+                continue
+            notes = "; ".join(note for note in (row["first"], *row["unknown"]) if note)
+            lines.append(
+                f"| {name} | {runtime} | {row['samples']} | {row['outputs_differing']:,} of "
+                f"{row['outputs']:,} | {row['integers_differing']:,} of {row['integers']:,} | "
+                f"{notes} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _pretrained(name: str, smoke: bool) -> tuple[keras.Model, np.ndarray]:
+    """Calibrated from the pool of its calibration task; the test samples, and noisy copies."""
+    task = TASKS[name]()
+    x = task.test
+    generator = np.random.default_rng(0)
+    while len(x) < COMPARED_SAMPLES:
+        noise = generator.normal(0, 0.1 * x.std(), task.test.shape).astype(np.float32)
+        x = np.concatenate([x, task.test + noise])
+    return kqat.quantize_model(task.model, calibration_data=task.pool[:256]), x
+
+
+def _learned(
+    build: Callable[[], keras.Model],
+    samples: Callable[[int], tuple[data.Samples, data.Samples]],
+    policy: Any,
+    smoke: bool,
+) -> tuple[keras.Model, np.ndarray]:
+    """Trained for an epoch in float and an epoch quantized."""
+    train, test = samples(64 if smoke else 6000)
+    model = build()
+    _fit(model, train, 1 if smoke else 2, 2e-3)
+    qat = kqat.quantize_model(model, policy, calibration_data=train[0][:CALIBRATION_SAMPLES])
+    _fit(qat, train, 1, 2e-4)
+    return qat, test[0]
+
+
+def _transformer(name: str, smoke: bool) -> tuple[keras.Model, np.ndarray]:
+    task = transformer.TASKS[name]
+    return _learned(task.build, task.samples, "int8", smoke)
+
+
+def _recurrent(name: str, smoke: bool) -> tuple[keras.Model, np.ndarray]:
+    policy = sequence.POLICIES.get(name, "int8")
+    return _learned(lambda: sequence.network(name, 32), sequence.digit_rows, policy, smoke)
+
+
+NETWORKS: dict[str, Callable[[bool], tuple[keras.Model, np.ndarray]]] = {
+    **{name: functools.partial(_pretrained, name) for name in data.pretrained_names()},
+    **{name: functools.partial(_transformer, name) for name in transformer.TASKS},
+    **{name: functools.partial(_recurrent, name) for name in sequence.NETWORKS},
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--networks", nargs="+", choices=("all", *NETWORKS), help="compare their integers instead"
+    )
     parser.add_argument("--images", type=int, default=1000, help="of the test set")
     parser.add_argument("--train-images", type=int, default=10_000, help="of the training set")
     parser.add_argument("--epochs", type=int, default=2, help="of float training")

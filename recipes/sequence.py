@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the recipe with command-line arguments; returns what results.json holds."""
     options = _options(argv)
     running.start(options)
-    train, test = _fake_rows() if options.smoke else _rows(options.train_samples)
+    train, test = _fake_rows() if options.smoke else digit_rows(options.train_samples)
     model = network(options.network, options.units, *train[0].shape[1:])
     fit(model, train, options.epochs, LEARNING_RATE, batch_size=BATCH_SIZE)
     rows = [running.measure_keras("FP32", model, test)]
@@ -101,7 +101,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _rows(count: int) -> tuple[Samples, Samples]:
+def digit_rows(count: int) -> tuple[Samples, Samples]:
     """MNIST with the rows of an image as steps of a sequence; `count` training images."""
     (x, y), (x_test, y_test) = data.mnist("train"), data.mnist("test")
     return (x[:count, ..., 0], y[:count]), (x_test[..., 0], y_test)

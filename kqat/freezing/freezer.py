@@ -24,7 +24,12 @@ from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild
 from kqat.grids import Site, arithmetic
 from kqat.parts import Hide, Learned, PrecisionBoundary, RecurrenceKind
 from kqat.registry import LayerFacts, Output, stock_facts
-from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrapper
+from kqat.training import (
+    ActivationQuantizer,
+    QuantizedRecurrence,
+    QuantizeWrapper,
+    warn_of_drift,
+)
 
 
 def freeze(qat: keras.Model) -> FrozenModel:
@@ -34,6 +39,9 @@ def freeze(qat: keras.Model) -> FrozenModel:
         ModelError: if `qat` is no QAT model, or layers were added to it since it was planned.
         FreezeError: if a range was never observed, or a weight is not finite or overflows
             where BatchNormalization folds into it.
+
+    Warns:
+        CalibrationWarning: if training moved ranges far away from those of calibration.
     """
     graph = checked_graph(qat)
     check_planned(graph, qat.name)
@@ -43,6 +51,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
             f"Expected finite weights and ranges. Received: NaN or infinity in '{path}' of "
             f"'{qat.name}'. Its training diverged; go back to a checkpoint."
         )
+    warn_of_drift(qat, stacklevel=2)
     parts = FrozenParts(graph)
     model = rebuild(graph, _GraphFreezer(graph, parts).call, qat.name)
     return FrozenModel(

@@ -4,7 +4,13 @@
 
 from kqat.graph.copies import Part, activation_name, clone, config_of, duplicate, finalize
 from kqat.graph.input_shapes import fits, has_open_sizes, input_shapes, with_input_shapes
-from kqat.graph.keras_internals import attach_masks, frozen_function, hands_on_mask, layer_behind
+from kqat.graph.keras_internals import (
+    attach_masks,
+    frozen_function,
+    hands_on_mask,
+    layer_behind,
+    maker_of,
+)
 from kqat.graph.tracer import (
     Graph,
     Node,
@@ -39,6 +45,7 @@ __all__ = [
     "input_shapes",
     "is_tensor",
     "layer_behind",
+    "maker_of",
     "non_finite_variable",
     "rebuild",
     "refs_in",

@@ -675,6 +675,16 @@ def layer_behind(tensor: Any, name: str) -> Any:
     return None
 
 
+def maker_of(tensor: Any) -> tuple[Any, list[Any]]:
+    """The layer or operation that makes a symbolic tensor, and its inputs; `None` for others."""
+    history = getattr(tensor, "_keras_history", None)
+    if history is None:
+        return None, []
+    nodes = history.operation._inbound_nodes
+    made = history.node_index < len(nodes)
+    return history.operation, list(nodes[history.node_index].input_tensors) if made else []
+
+
 def inner_function(layer: Any) -> Any:
     """The Functional inside a Sequential, or a Functional itself; `None` for anything else."""
     function = getattr(layer, "_functional", None) or layer

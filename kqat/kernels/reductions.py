@@ -8,7 +8,7 @@ import numpy as np
 
 from kqat.kernels.arrays import Arrays
 from kqat.kernels.grids import Grid, onto
-from kqat.kernels.rounding import Factor, fixed_point, of_wide_sum, once_rounded, twice_rounded
+from kqat.kernels.rounding import Factor, fixed_point, of_wide_sum, twice_rounded
 from kqat.kernels.sums import Window
 
 
@@ -21,24 +21,28 @@ def mean(xp: Arrays, x: Any, axes: Sequence[int], given: Grid, result: Grid) -> 
     factor = fixed_point(np.float64(given.scale) / np.float64(result.scale))
     power = min(count.bit_length() - 1, 32, 31 + factor.shift)
     factor = Factor((factor.mantissa << power) // count, factor.shift - power)
-    total = _sum(xp, x, axes, given)
+    total = _sum(xp, x, axes, given.wide) - given.zero_point * count
     return onto(xp, twice_rounded(xp, total, factor), result)
 
 
 def mean_by_xnnpack(xp: Arrays, x: Any, axes: Sequence[int], given: Grid, result: Grid) -> Any:
-    """MEAN rounded once."""
+    """MEAN in float32: both zero points are one number that is added before the only rounding.
+
+    Source: `reshape_reduce_nd` in XNNPACK's src/operators/reduce-nd.c, and `quantize` in
+    src/xnnpack/reference-utils.h (2026-08). Where a compiler fuses product and sum, as those for
+    Arm may, a value next to a half can round the other way.
+    """
     count = math.prod(x.shape[axis] for axis in axes)
     factor = given.scale / result.scale * (np.float32(1) / np.float32(count))
-    steps = once_rounded(xp, _sum(xp, x, axes, given), factor)
-    return onto(xp, xp.cast(steps, "int32"), result)
+    zero_point = np.float32(result.zero_point) - np.float32(count * given.zero_point) * factor
+    steps = xp.round(xp.cast(_sum(xp, x, axes, given.wide), "float32") * factor + zero_point)
+    return xp.cast(xp.clip(steps, *result.limits), "int32")
 
 
-def _sum(xp: Arrays, x: Any, axes: Sequence[int], given: Grid) -> Any:
-    """Of integers without their zero point; keeps the axes."""
-    count = math.prod(x.shape[axis] for axis in axes)
-    x = xp.cast(x, "int64" if given.wide else "int32")
-    total = xp.sum(x, axis=tuple(axes), keepdims=True)
-    return xp.cast(total, "int64" if given.wide else "int32") - given.zero_point * count
+def _sum(xp: Arrays, x: Any, axes: Sequence[int], wide: bool) -> Any:
+    """Of integers with their zero point; keeps the axes."""
+    dtype = "int64" if wide else "int32"
+    return xp.cast(xp.sum(xp.cast(x, dtype), axis=tuple(axes), keepdims=True), dtype)
 
 
 def product(xp: Arrays, x: Any, axes: Sequence[int], given: Grid, result: Grid) -> Any:

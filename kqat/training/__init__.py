@@ -15,6 +15,7 @@ from kqat.training.calibration import (
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
 from kqat.training.quantized_recurrence import QuantizedRecurrence
+from kqat.training.range_drift import warn_of_drift
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "check_method",
     "is_quantized",
     "shapes_of",
+    "warn_of_drift",
     "wrap",
 ]

@@ -77,6 +77,18 @@ class _Sources:
         return self.by_site.get(site, [])
 
 
+class _LastRange:
+    """A range that was computed, and the bytes of the call sites' ranges that it is of."""
+
+    key = b""
+    value = (0.0, 0.0)
+
+
+def _largest(sites: Any) -> Any:
+    """The largest of one number per call site; of one site without a reduction."""
+    return ops.reshape(sites, ()) if sites.shape[0] == 1 else ops.max(sites)
+
+
 @keras.saving.register_keras_serializable("kqat")
 class ActivationQuantizer(keras.layers.Layer):
     """Rounds the values of one group to its integer grid; the gradient is straight-through.
@@ -123,6 +135,7 @@ class ActivationQuantizer(keras.layers.Layer):
         self.sites = sites
         self.hides = hides
         self.label = label or self.name
+        self._last_range = _LastRange()
         self.supports_masking = True
         self._sources = _Sources()
 
@@ -195,7 +208,7 @@ class ActivationQuantizer(keras.layers.Layer):
         low, high, count = self.site_low.value, self.site_high.value, self.count.value
         # Not ops.where: it would compute both, and send gradients through both.
         rounded = ops.cond(
-            ops.max(count) > 0.0, lambda: self._round(x, low, high), lambda: self.clamped(x)
+            _largest(count) > 0.0, lambda: self._round(x, low, high), lambda: self.clamped(x)
         )
         return ops.cast(rounded, dtype)
 
@@ -247,17 +260,39 @@ class ActivationQuantizer(keras.layers.Layer):
         if isinstance(self.range_method, Fixed):
             low, high = self.fixed_range()
             return float(low), float(high)
-        if float(ops.max(self.count)) == 0.0:
+        site_low, site_high, count = (ops.convert_to_numpy(v) for v in self._ranges()[:3])
+        if np.max(count) == 0.0:
             raise FreezeError(
                 f"Expected ranges from data. Received: quantizer '{self.name}', which has seen "
                 "none. Give calibration_data to kqat.quantize_model, or train."
             )
-        low, high = self.union(self.site_low.value, self.site_high.value)
-        return float(low), float(high)
+        # Asked several times for each value when a model is frozen.
+        key = site_low.tobytes() + site_high.tobytes()
+        if self._last_range.key != key:
+            low, high = self.union(self.site_low.value, self.site_high.value)
+            self._last_range.key, self._last_range.value = key, (float(low), float(high))
+        return self._last_range.value
+
+    def widths(self) -> tuple[float, float] | None:
+        """How wide the range of all call sites is, and how wide calibration found it.
+
+        `None` where the range is given, or was never calibrated.
+        """
+        if isinstance(self.range_method, Fixed):
+            return None
+        anchor = ops.convert_to_numpy(self.anchor)
+        known = anchor[Anchor.WIDEST, 0] != np.float32(Anchor.UNSET[Anchor.WIDEST])
+        if not known.any():
+            return None
+        low, high = (ops.convert_to_numpy(v)[known] for v in (self.site_low, self.site_high))
+        calibrated = anchor[0][:, known].max(axis=-1)
+        return float(np.max(high) - np.min(low)), float(calibrated.sum())
 
     def is_calibrated(self) -> bool:
         """Whether the range is known."""
-        return isinstance(self.range_method, Fixed) or float(ops.max(self.count)) > 0.0
+        return isinstance(self.range_method, Fixed) or bool(
+            np.max(ops.convert_to_numpy(self.count)) > 0.0
+        )
 
     def scale(self) -> Any:
         """The scale of the grid now, a float32 scalar; zero where the range is not known yet."""
@@ -266,7 +301,7 @@ class ActivationQuantizer(keras.layers.Layer):
             low, high = self.fixed_range()
             return ops.stop_gradient(ops.convert_to_tensor((high - low) / levels, "float32"))
         low, high = self.union(self.site_low.value, self.site_high.value)
-        known = ops.max(self.count.value) > 0.0
+        known = _largest(self.count.value) > 0.0
         return ops.stop_gradient(ops.where(known, (high - low) / levels, 0.0))
 
     def least_width(
@@ -285,7 +320,8 @@ class ActivationQuantizer(keras.layers.Layer):
 
     def union(self, site_low: Any, site_high: Any) -> tuple[Any, Any]:
         """The range that holds those of all sites, as the grid allows it."""
-        return self._symmetric(*arithmetic.widen(ops.min(site_low), ops.max(site_high)))
+        low = ops.reshape(site_low, ()) if site_low.shape[0] == 1 else ops.min(site_low)
+        return self._symmetric(*arithmetic.widen(low, _largest(site_high)))
 
     def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
         return arithmetic.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)

@@ -15,15 +15,22 @@ from kqat.parts import ChannelAffine
 LEAST_EPSILON = 1.001e-5
 
 
-def normalize(norm: keras.layers.Layer, x: Any, training: bool | None) -> Any:
+def normalize(norm: keras.layers.Layer, x: Any, training: bool | None, moved: Any = None) -> Any:
     """`norm(x, training=training)` for any shape, by the fused kernel if possible.
 
     The moving statistics are updated as Keras does. The fused kernel sums in another order, so the
     last bits of a float32 may differ.
+
+    Args:
+        moved: what is added to the output, `(channels,)`, float32 and without a gradient.
     """
     if training and norm.trainable and _fuses(norm, x):
-        return _fused(norm, x)
-    return norm(x, training=training)
+        return _fused(norm, x, moved)
+    y = norm(x, training=training)
+    if moved is None:
+        return y
+    shape = [n if a == norm.axis % len(y.shape) else 1 for a, n in enumerate(y.shape)]
+    return y + ops.cast(ops.reshape(moved, shape), y.dtype)
 
 
 def _fuses(norm: Any, x: Any) -> bool:
@@ -35,14 +42,15 @@ def _fuses(norm: Any, x: Any) -> bool:
     return images and x.dtype == norm.compute_dtype == "float32"
 
 
-def _fused(norm: Any, x: Any) -> Any:
+def _fused(norm: Any, x: Any, moved: Any) -> Any:
     import tensorflow as tf
 
     variance = norm.moving_variance.value
+    offset = norm.beta.value if norm.center else tf.zeros_like(variance)
     y, mean, sample_variance = tf.compat.v1.nn.fused_batch_norm(
         x,
         norm.gamma.value if norm.scale else tf.ones_like(variance),
-        norm.beta.value if norm.center else tf.zeros_like(variance),
+        offset if moved is None else offset + moved,
         epsilon=norm.epsilon,
         is_training=True,
     )

@@ -10,10 +10,11 @@ import numpy as np
 from kqat.base import CalibrationError, ModelError
 from kqat.graph import Graph, trace
 from kqat.grids import CalibrationMethod, calibration_method
-from kqat.training.build import is_quantized
+from kqat.training.build import all_layers, is_quantized
 from kqat.training.method_choice import KeptSamples, chosen_method
 from kqat.training.observation import Observer
 from kqat.training.range_checks import as_text, concerns
+from kqat.training.weight_wrapper import QuantizeWrapper
 
 BATCH_SIZE = 32
 DEFAULT_METHOD = "auto"
@@ -70,9 +71,11 @@ def calibrate_for(
             f"Expected a QAT model to calibrate. Received: '{model.name}', which is float. Use "
             "kqat.quantize_model."
         )
-    observer, kept = observed(graph, data)
-    if method == DEFAULT_METHOD:
-        method = chosen_method(graph, observer, _tensors(kept.batch(), graph))
+    wrappers = [layer for layer in all_layers(model) if isinstance(layer, QuantizeWrapper)]
+    with QuantizeWrapper.weights_stay(wrappers):
+        observer, kept = observed(graph, data)
+        if method == DEFAULT_METHOD:
+            method = chosen_method(graph, observer, _tensors(kept.batch(), graph))
     found = observer.ranges(calibration_method(method))
     for quantizer, ranges in found.items():
         quantizer.start(ranges)
@@ -101,7 +104,7 @@ def observed(graph: Graph, data: Any) -> tuple[Observer, KeptSamples]:
     """
     observer, kept = Observer(graph), KeptSamples()
     for batch, real in _whole_batches(batches(data, graph)):
-        observer.run(_tensors(batch, graph, real), real)
+        observer.run(_tensors(batch, graph, real, observer.samples), real)
         kept.offer(batch, real)
     _check_some(observer.samples, graph)
     return observer, kept
@@ -150,7 +153,7 @@ def run_batches(
     samples = 0
     for batch in batches:
         if len(batch[0]):
-            graph.run(_tensors(batch, graph), call)
+            graph.run(_tensors(batch, graph, before=samples), call)
             samples += len(batch[0])
     _check_some(samples, graph)
 
@@ -159,7 +162,8 @@ def _check_some(samples: int, graph: Graph) -> None:
     if not samples:
         raise CalibrationError(
             f"Expected at least one sample of calibration data for the inputs "
-            f"{list(graph.input_keys)}. Received: none. Give some hundred typical inputs."
+            f"{list(graph.input_keys)}. Received: none. Give some hundred typical inputs; a "
+            "generator that was read before gives nothing."
         )
 
 
@@ -171,6 +175,7 @@ def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
     """
     arrays = _as_arrays(data, graph.input_keys)
     if arrays is None:
+        _check_ends(data)
         for batch in data:
             inputs = batch[0] if isinstance(batch, tuple) and batch else batch
             # tf.data turns the lists of its elements into tuples.
@@ -204,6 +209,23 @@ def shapes_of(data: Any, keys: Sequence[str]) -> dict[str, tuple[int, ...]] | No
     if arrays is None:
         return None
     return {key: tuple(np.shape(x)[1:]) for key, x in zip(keys, arrays, strict=True)}
+
+
+def _check_ends(data: Any) -> None:
+    """Refuses what says of itself that it never ends: a repeated `tf.data.Dataset`, a `PyDataset`.
+
+    Raises:
+        CalibrationError: if it does.
+    """
+    cardinality = getattr(data, "cardinality", None)
+    endless = callable(cardinality) and int(cardinality()) == -1
+    if isinstance(data, keras.utils.PyDataset):
+        endless = data.num_batches is None
+    if endless:
+        raise CalibrationError(
+            f"Expected calibration data that end. Received: an endless {type(data).__name__}. "
+            "Give some hundred samples of it: data.take(…) of a Dataset, or arrays."
+        )
 
 
 def _as_arrays(data: Any, keys: Sequence[str]) -> list[Any] | None:
@@ -283,8 +305,12 @@ def _whole(array: np.ndarray, name: str) -> np.ndarray:
     return array
 
 
-def _tensors(batch: list[np.ndarray], graph: Graph, real: int | None = None) -> list[Any]:
+def _tensors(
+    batch: list[np.ndarray], graph: Graph, real: int | None = None, before: int = 0
+) -> list[Any]:
     """The batch as the model takes it; its first `real` samples are the user's, or all.
+
+    `before` is the number of samples in the batches before it.
 
     Raises:
         CalibrationError: if it holds what is no finite float32.
@@ -298,10 +324,11 @@ def _tensors(batch: list[np.ndarray], graph: Graph, real: int | None = None) -> 
             floats = array.astype(np.float16 if ref.dtype == "float16" else np.float32)
         finite = np.isfinite(floats)
         if not finite.all():
+            sample = before + int(np.argwhere(~finite)[0][0])
             raise CalibrationError(
                 f"Expected finite calibration data for input '{name}'. Received: NaN or infinity "
                 f"in {np.count_nonzero(~finite[:real])} of {array[:real].size} values, as "
-                f"{ref.dtype}. Clean the data."
+                f"{ref.dtype}, first in sample {sample} (counted from 0). Clean the data."
             )
         tensors.append(keras.ops.convert_to_tensor(floats, ref.dtype))
     return tensors

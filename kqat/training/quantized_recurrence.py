@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kqat.graph import Graph, Node, trace
+from kqat.graph import Graph, Node, maker_of, trace
 from kqat.grids import Fixed, arithmetic
 from kqat.parts import LstmState, Recurrence
 from kqat.training.activation_quantizer import ActivationQuantizer
@@ -23,10 +23,10 @@ Note = Callable[[ActivationQuantizer, int, Any], None]
 class QuantizedRecurrence(Recurrence):
     """A `Recurrence` whose step is a QAT model.
 
-    Weights are rounded once per batch. In training, all steps use the ranges from before the
-    batch; after the batch its minima and maxima over all steps update the ranges. If there are no
-    ranges yet, the first batch runs once without rounding to initialize them. Initial states are
-    rounded with the ranges of the states.
+    Weights and biases are rounded once per batch. In training, all steps use the ranges from
+    before the batch; after the batch its minima and maxima over all steps update the ranges. If
+    there are no ranges yet, the first batch runs once without rounding to initialize them. Initial
+    states are rounded with the ranges of the states.
 
     Args:
         step, sequences, kwargs: as for `Recurrence`.
@@ -39,6 +39,7 @@ class QuantizedRecurrence(Recurrence):
         super().__init__(step, sequences, **kwargs)
         self.label = label or self.name
         self.parts = Parts.of(trace(step))
+        self._outer = _SequenceQuantizers()
 
     def get_config(self) -> dict[str, Any]:
         """The config of a `Recurrence`, and the label."""
@@ -69,6 +70,11 @@ class QuantizedRecurrence(Recurrence):
             if quantizer.trainable:
                 quantizer.observe(ops.stack([low, high]), site)
         return results
+
+    def compute_output_spec(self, inputs: Sequence[Any], training: bool | None = None) -> Any:
+        """As every layer's; finds on whose grids the sequences lie."""
+        self._outer.find(inputs[: self.sequences])
+        return super().compute_output_spec(inputs, training=training)
 
     def observe(self, inputs: Sequence[Any], note: Note, noisy: bool = False) -> Any:
         """Calls `note` with each value that has a range; returns the states, not rounded.
@@ -105,7 +111,7 @@ class QuantizedRecurrence(Recurrence):
             return states, wider
 
         inputs, seen = self._with_rounded_states(inputs, rounding)
-        with keras.StatelessScope(state_mapping=self._rounded_weights()):
+        with keras.StatelessScope(state_mapping=self._rounded_weights(rounding)):
             return self.scan(inputs, step, [_extremes(values) for values in seen])
 
     def _unroll(self, inputs: Sequence[Any], rounding: "_Pass") -> tuple[Any, list[Extremes]]:
@@ -114,7 +120,7 @@ class QuantizedRecurrence(Recurrence):
         sequences = [ops.unstack(x, axis=1) for x in inputs[: self.sequences]]
         states = list(inputs[self.sequences :]) or self.zeros(inputs)
         outputs = []
-        with keras.StatelessScope(state_mapping=self._rounded_weights()):
+        with keras.StatelessScope(state_mapping=self._rounded_weights(rounding)):
             for values in self.steps(sequences):
                 states = rounding.step([*values, *states], seen)
                 outputs.append(states[0])
@@ -132,7 +138,7 @@ class QuantizedRecurrence(Recurrence):
         ]
         return [*inputs[: self.sequences], *states], seen
 
-    def _rounded_weights(self) -> list[tuple[Any, Any]]:
+    def _rounded_weights(self, rounding: "_Pass") -> list[tuple[Any, Any]]:
         """Pairs of variable and value for a `StatelessScope`: rounded weights, others as they are.
 
         All variables of the layers are listed, because the scope hides those of an outer scope.
@@ -143,6 +149,9 @@ class QuantizedRecurrence(Recurrence):
                 id(getattr(wrapper.layer, name)): wrapper.rounded(name)
                 for name in wrapper.weight_specs
             }
+            scale = rounding.scale_before(wrapper, self._outer.by_position)
+            if scale is not None:
+                rounded |= {id(v): value for v, value in wrapper.biases_on_grid(scale)}
             mapping += [(v, rounded.get(id(v), v.value)) for v in wrapper.layer.variables]
         return mapping
 
@@ -160,7 +169,8 @@ class Parts:
     """The graph of one step, with its nodes and layers sorted by their purpose.
 
     `sites` are the calls of quantizers that update a range; `state_roundings` are the nodes that
-    round the states.
+    round the states. `before` has, by a wrapper's identity, the quantizer on whose grid its first
+    input lies, or the position of the sequence that this is, where there is one.
     """
 
     graph: Graph
@@ -169,6 +179,7 @@ class Parts:
     dropouts: tuple[Node, ...]
     sites: tuple[tuple[ActivationQuantizer, int], ...]
     state_roundings: tuple[Node, ...]
+    before: Mapping[int, ActivationQuantizer | int]
 
     @classmethod
     def of(cls, graph: Graph) -> "Parts":
@@ -182,7 +193,60 @@ class Parts:
             dropouts=tuple(n for n in graph.nodes if isinstance(n.layer, keras.layers.Dropout)),
             sites=tuple(dict.fromkeys(site for n in graph.nodes if (site := _site(n)))),
             state_roundings=tuple(producers[ref] for ref in graph.outputs),
+            before=_before(graph),
         )
+
+
+def _before(graph: Graph) -> dict[int, ActivationQuantizer | int]:
+    """On whose grid the first input of each wrapper of a step lies: see `Parts`.
+
+    A wrapper that is called on values of several grids is left out, as a bias has one grid.
+    """
+    producers = graph.producers()
+    sequences = len(graph.inputs) - len(graph.outputs)
+    given: dict[Any, Any] = dict(zip(graph.inputs, range(sequences), strict=False))
+    for ref, result in zip(graph.inputs[sequences:], graph.outputs, strict=True):
+        given[ref] = producers[result].layer  # a state, rounded by the step before
+
+    def behind(ref: Any) -> Any:
+        while ref not in given:
+            node = producers.get(ref)
+            if node is None or isinstance(node.layer, ActivationQuantizer):
+                return None if node is None else node.layer
+            if node.has_weights or len(node.inputs) != 1:
+                return None
+            ref = node.inputs[0]
+        return given[ref]
+
+    found: dict[int, list[Any]] = {}
+    for node in graph.nodes:
+        if isinstance(node.layer, QuantizeWrapper):
+            found.setdefault(id(node.layer), []).append(behind(node.inputs[0]))
+    return {
+        key: one
+        for key, (one, *more) in found.items()
+        if isinstance(one, ActivationQuantizer | int) and all(other is one for other in more)
+    }
+
+
+class _SequenceQuantizers:
+    """The quantizers of a recurrence's sequences, found where the model's graph is made.
+
+    Keras, which would take their variables for the recurrence's too, does not look in here.
+    """
+
+    def __init__(self) -> None:
+        self.by_position: dict[int, ActivationQuantizer] = {}
+
+    def find(self, sequences: Sequence[Any]) -> None:
+        """Looks at what made symbolic tensors; others tell nothing."""
+        for position, tensor in enumerate(sequences):
+            layer, inputs = maker_of(tensor)
+            while layer is not None and not isinstance(layer, ActivationQuantizer):
+                moves = len(inputs) == 1 and not getattr(layer, "weights", None)
+                layer, inputs = maker_of(inputs[0]) if moves else (None, [])
+            if layer is not None:
+                self.by_position[position] = layer
 
 
 def _site(node: Node) -> tuple[ActivationQuantizer, int] | None:
@@ -214,6 +278,21 @@ class _Pass:
         if bounds is not None:
             ids = map(id, parts.quantizers)
             self.bounds = dict(zip(ids, bounds, strict=True))
+
+    def scale_before(
+        self, wrapper: QuantizeWrapper, outer: Mapping[int, ActivationQuantizer]
+    ) -> Any:
+        """The scale of a wrapper's input, or `None` where nothing is rounded or it is not known.
+
+        `outer` are the quantizers of the sequences, by their position.
+        """
+        before = self.parts.before.get(id(wrapper))
+        if self.bounds is None or before is None:
+            return None
+        if isinstance(before, int):
+            return outer[before].scale() if before in outer else None
+        low, high = self.bounds[id(before)]
+        return (high - low) / float(before.spec.qmax - before.spec.qmin)
 
     def step(self, values: list[Any], seen: list[list[Any]]) -> list[Any]:
         """One step; appends the value at each site to `seen`."""

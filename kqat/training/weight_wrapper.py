@@ -4,8 +4,9 @@
 group. Both are ordinary Keras layers, saved and loaded without a custom-object scope.
 """
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -42,6 +43,8 @@ class _Quantizers:
     def __init__(self) -> None:
         self.by_name: dict[str | None, ActivationQuantizer] = {}
         self.names: dict[int, set[str]] = {}  # of the inputs of each branch
+        # Rounded weights and their scales by name and branch, while `weights_stay` says so.
+        self.kept: dict[tuple[str, int], tuple[Any, Any]] | None = None
 
     def find(self, x: Any, name: str, branch: int) -> None:
         found = layer_behind(x, name)
@@ -150,6 +153,18 @@ class QuantizeWrapper(keras.layers.Layer):
         """Whether the layer has numbers that ship as integers; else only its facts are carried."""
         return bool(self.weight_specs) or self.facts.affine
 
+    @staticmethod
+    @contextlib.contextmanager
+    def weights_stay(wrappers: Sequence["QuantizeWrapper"]) -> Iterator[None]:
+        """Rounds each weight once in all eager calls inside, where no weight may change."""
+        for wrapper in wrappers:
+            wrapper._quantizers.kept = {}
+        try:
+            yield
+        finally:
+            for wrapper in wrappers:
+                wrapper._quantizers.kept = None
+
     def call(
         self,
         x: Any,
@@ -163,7 +178,8 @@ class QuantizeWrapper(keras.layers.Layer):
 
         `x` and further arguments are those of the layer. `input_quantizer` is the name of the
         `ActivationQuantizer` on whose grid `x` lies; the bias is rounded to the grid that it has
-        in the file. Where statistics of a batch normalize there is no such bias.
+        in the file. Where the statistics of a batch normalize, no such bias is added: there the
+        output is moved by the rounding error that the bias of the moving statistics has.
         """
         statistics = training and not self.freeze_statistics
         if self._takes_training:
@@ -172,16 +188,41 @@ class QuantizeWrapper(keras.layers.Layer):
         drops = bool(training and self.between)
         if quantizer is not None and not drops and self._ships_bias(bool(statistics)):
             return self._call_as_shipped(quantizer.scale(), branch, x, *args, **kwargs)
-        if self.weight_specs:
-            names = self.weight_specs
-            rounded = {id(self._variable(name)): self.rounded(name, branch) for name in names}
+        weights = {name: self._numbers(name, branch) for name in self.weight_specs}
+        error = None
+        if quantizer is not None and self._ships_bias():
+            error = self._bias_error(quantizer.scale(), branch, weights)
+        if weights:
+            rounded = {
+                id(self._variable(name)): self._unfolded(on_grid, name, branch)
+                for name, (on_grid, _) in weights.items()
+            }
             y = self._call_rounded(rounded, x, *args, **kwargs)
+        elif self._is_normalization:
+            return normalize(self.layer, x, statistics, error)
         else:
             y = self.layer(x, *args, **kwargs)
         for part in self.between:
             y = part(y, training=training)
         norms = self.normalizations
-        return normalize(norms[branch], y, statistics) if norms else y
+        return normalize(norms[branch], y, statistics, error) if norms else y
+
+    @property
+    def _is_normalization(self) -> bool:
+        """Whether the layer is a BatchNormalization that ships on its own."""
+        return self._is_affine and isinstance(self.layer, keras.layers.BatchNormalization)
+
+    def _bias_error(self, input_scale: Any, branch: int, weights: Mapping[str, Any]) -> Any:
+        """By how much the bias that ships is off the one that is trained, without a gradient.
+
+        `weights` are the numbers of each weight, from `_numbers`.
+        """
+        if self._is_affine:
+            rounded, exact = self._affine_as_shipped(input_scale)[1], affine_numbers(self.layer)[1]
+        else:
+            (numbers,), exact = weights.values(), self._exact_bias(branch)
+            rounded = self._as_shipped(input_scale, branch, numbers)[1]
+        return ops.stop_gradient(rounded - exact)
 
     def _ships_bias(self, statistics: bool = False) -> bool:
         """Whether the file has a bias for the layer, which is known now.
@@ -189,11 +230,32 @@ class QuantizeWrapper(keras.layers.Layer):
         It is not where a BatchNormalization takes the `statistics` of a batch.
         """
         if self._is_affine:
-            return not (statistics and isinstance(self.layer, keras.layers.BatchNormalization))
+            return not (statistics and self._is_normalization)
         if self.normalization is not None:
             return not statistics and list(self.weight_specs) == ["kernel"]
         bias = getattr(self.layer, "bias", None)
         return bias is not None and list(self.weight_specs) == ["kernel"]
+
+    def biases_on_grid(self, input_scale: Any) -> list[tuple[keras.Variable, Any]]:
+        """Each bias of the layer, and its value on the grid that it has in the file.
+
+        For who calls the layer itself, in a `StatelessScope`; a layer that takes more than weights
+        and biases has none here.
+
+        Args:
+            input_scale: that of the layer's input; zero where it is not known, and then no bias is
+                rounded.
+        """
+        if self.normalization is not None or self._is_affine:
+            return []
+        found = []
+        for name in self.weight_specs:
+            bias = getattr(self.layer, name.removesuffix("kernel") + "bias", None)
+            if name.endswith("kernel") and isinstance(bias, keras.Variable):
+                kernel, scale = self._numbers(name, 0)
+                exact = ops.cast(bias.value, "float32")
+                found.append((bias, self._rounded_bias(exact, kernel, input_scale * scale)))
+        return found
 
     @property
     def _is_affine(self) -> bool:
@@ -212,7 +274,8 @@ class QuantizeWrapper(keras.layers.Layer):
         (quantizer,) = quantizers
         if self._is_affine:
             return np.asarray(self._affine_as_shipped(quantizer.scale())[1])
-        return np.asarray(self._as_shipped(quantizer.scale(), branch)[1])
+        numbers = self._numbers("kernel", branch)
+        return np.asarray(self._as_shipped(quantizer.scale(), branch, numbers)[1])
 
     def _call_as_shipped(self, input_scale: Any, branch: int, *args: Any, **kwargs: Any) -> Any:
         """The layer with the weights and the bias that ship, a normalization folded into both."""
@@ -221,7 +284,7 @@ class QuantizeWrapper(keras.layers.Layer):
             y = ops.cast(args[0], "float32") * factor + offset
             return ops.cast(y, self.layer.compute_dtype)
         (name,) = self.weight_specs
-        kernel, rounded = self._as_shipped(input_scale, branch)
+        kernel, rounded = self._as_shipped(input_scale, branch, self._numbers(name, branch))
         values, bias = {id(self._variable(name)): kernel}, getattr(self.layer, "bias", None)
         if bias is not None:
             values[id(bias)] = rounded
@@ -236,22 +299,29 @@ class QuantizeWrapper(keras.layers.Layer):
         step = ops.stop_gradient(input_scale * (ops.abs(factor) / 127.0))
         return factor, on_bias_grid(offset, step)
 
-    def _as_shipped(self, input_scale: Any, branch: int) -> tuple[Any, Any]:
-        """The kernel and the bias that ship, both as reals."""
+    def _as_shipped(
+        self, input_scale: Any, branch: int, numbers: tuple[Any, Any]
+    ) -> tuple[Any, Any]:
+        """The kernel and the bias that ship, both as reals; `numbers` are the kernel's."""
         (name,) = self.weight_specs
-        kernel, scale = self.on_grid(name, branch), self.scale(name, branch)
-        bias: Any = getattr(self.layer, "bias", None)
-        if self.normalization is None:
-            folded = ops.cast(bias.value, "float32")
-        else:
-            factor, folded = normalization_numbers(self.normalizations[branch], bias)
+        kernel, scale = numbers
+        if self.normalization is not None:
+            factor = normalization_factor(self.normalizations[branch])
             fold = ops.reshape(factor, self._channel_shape(name))
             if self.folds_before(name):
                 kernel = ops.where(fold == 0.0, 0.0, kernel)
-                kernel = arithmetic.straight_through(kernel, self.rounded(name, branch) * fold)
+                unfolded = self._unfolded(numbers[0], name, branch)
+                kernel = arithmetic.straight_through(kernel, unfolded * fold)
             else:
                 kernel, scale = kernel * fold, scale * ops.abs(fold)
-        return kernel, self._rounded_bias(folded, kernel, input_scale * scale)
+        return kernel, self._rounded_bias(self._exact_bias(branch), kernel, input_scale * scale)
+
+    def _exact_bias(self, branch: int) -> Any:
+        """The bias before it is rounded, with a normalization's moving statistics folded in."""
+        bias: Any = getattr(self.layer, "bias", None)
+        if self.normalization is None:
+            return ops.cast(bias.value, "float32")
+        return normalization_numbers(self.normalizations[branch], bias)[1]
 
     def _rounded_bias(self, bias: Any, kernel: Any, step: Any) -> Any:
         """`bias` on its grid, of the scale `step` in the shape of the kernel's scale.
@@ -302,18 +372,33 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def rounded(self, name: str, branch: int = 0) -> Any:
         """The rounded weight `name`, of the variable's shape: what the layer computes with."""
+        return self._unfolded(self.on_grid(name, branch), name, branch)
+
+    def _unfolded(self, on_grid: Any, name: str, branch: int) -> Any:
         fold = self._fold_before(name, branch)
-        on_grid = self.on_grid(name, branch)
         return on_grid if fold is None else on_grid / fold
 
     def on_grid(self, name: str, branch: int = 0) -> Any:
         """The rounded weight, integers times `scale(name)`; folded where `folds_before(name)`."""
-        folded, spec = self._folded(name, branch), self.weight_specs[name]
-        return self.weight_step.fake_quantize(folded, self._step(name, folded), spec)
+        return self._numbers(name, branch)[0]
 
     def scale(self, name: str, branch: int = 0) -> Any:
         """The scale of weight `name`: its shape, with the axes that share a scale of size 1."""
-        return ops.stop_gradient(self._step(name, self._folded(name, branch)))
+        return self._numbers(name, branch)[1]
+
+    def _numbers(self, name: str, branch: int) -> tuple[Any, Any]:
+        """What `on_grid` and `scale` return, computed together."""
+        kept = self._quantizers.kept
+        if kept is None:
+            return self._numbers_now(name, branch)
+        if (name, branch) not in kept:
+            kept[name, branch] = self._numbers_now(name, branch)
+        return kept[name, branch]
+
+    def _numbers_now(self, name: str, branch: int) -> tuple[Any, Any]:
+        folded, spec = self._folded(name, branch), self.weight_specs[name]
+        step = self._step(name, folded)
+        return self.weight_step.fake_quantize(folded, step, spec), ops.stop_gradient(step)
 
     def _step(self, name: str, folded: Any) -> Any:
         if isinstance(self.weight_step, LearnedStep):

@@ -32,7 +32,8 @@ def moved(model: keras.Model) -> keras.Model:
             gamma = draw.uniform(0.5, 1.5, n) * np.where(draw.random(n) < 0.3, -1, 1)
             gamma[0] = 0.0
             offsets = draw.normal(size=(2, n))
-            layer.set_weights([gamma, *offsets, draw.uniform(0.05, 0.3, n)])
+            variance = draw.uniform(0.05, 0.3, n)
+            layer.set_weights([gamma, *offsets[not layer.center :], variance])
     return model
 
 
@@ -154,3 +155,109 @@ def test_the_file_holds_the_bias_that_was_trained() -> None:
     steps = np.asarray(conv.bias, np.float64) / step
     np.testing.assert_allclose(steps, np.rint(steps), rtol=1e-6)
     assert np.any(np.asarray(conv.bias) != np.asarray(wrapper.layer.bias))
+
+
+BATCH_STATISTICS: dict[str, Callable[[], list[Any]]] = {
+    "fused kernel": lambda: [L.Conv2D(3, 3, bias_initializer=NOISY), L.BatchNormalization()],
+    "per tensor": lambda: [L.Conv2D(3, 3, use_bias=False), L.BatchNormalization()],
+    "vectors": lambda: [L.Flatten(), L.Dense(3, bias_initializer=NOISY), L.BatchNormalization()],
+    "without an offset": lambda: [L.Conv2D(3, 3), L.BatchNormalization(center=False)],
+    "dropout between": lambda: [L.Conv2D(3, 3), L.Dropout(0.5, seed=1), L.BatchNormalization()],
+    "alone": lambda: [L.BatchNormalization()],
+}
+
+
+@pytest.mark.parametrize("name", BATCH_STATISTICS)
+def test_with_batch_statistics_the_error_of_the_bias_that_ships_is_added(name: str) -> None:
+    """So the step sees it, though the bias of these statistics never ships."""
+    keras.utils.set_random_seed(0)
+    # Wide inputs: steps that float32 tells apart.
+    x = 100.0 * images(8, 8, 3)
+    model = moved(keras.Sequential([keras.Input((8, 8, 3)), *BATCH_STATISTICS[name]()]))
+    policy = PER_TENSOR if name == "per tensor" else "int8"
+    qat = kqat.quantize_model(model, policy, calibration_data=x)
+    wrapper = next(layer for layer in qat.layers if isinstance(layer, kqat.QuantizeWrapper))
+    source = qat.layers[1].name
+    given = np.asarray(qat.layers[1](x)).reshape(-1, *wrapper.input.shape[1:])
+    weights = wrapper.get_weights()
+
+    def outputs(**kwargs: Any) -> np.ndarray:
+        wrapper.set_weights(weights)  # Statistics move, and the seed of Dropout.
+        y = np.asarray(wrapper(given, training=True, **kwargs), np.float64)
+        return y.reshape(-1, y.shape[-1])
+
+    error = (outputs(input_quantizer=source) - outputs()).mean(axis=0)
+    wrapper.set_weights(weights)
+    norm = wrapper.normalization or wrapper.layer
+    factor = 1.0 / np.sqrt(np.float64(norm.moving_variance) + norm.epsilon)
+    factor = factor * np.float64(norm.gamma)
+    bias = getattr(wrapper.layer, "bias", None)
+    start = 0.0 if bias is None else np.float64(bias)
+    offset = (start - np.float64(norm.moving_mean)) * factor
+    offset += np.float64(norm.beta) if norm.center else 0.0
+    expected = np.float64(wrapper.bias_on_grid()) - offset
+    assert np.max(np.abs(expected)) > 1e-4
+    np.testing.assert_allclose(error, expected, atol=1e-5)
+
+
+RECURRENT: dict[str, tuple[Callable[[], Any], Any]] = {
+    "state": (lambda: L.GRU(4, bias_initializer=NOISY), "int8"),
+    "sequence": (
+        lambda: L.LSTM(4, bias_initializer=NOISY),
+        {L.LSTM: kqat.QuantizeConfig(recurrence="fused")},
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_biases_inside_recurrences_are_on_their_grids(name: str, training: bool) -> None:
+    """By what the layers inside see of their biases, in inference and in a training step."""
+    keras.utils.set_random_seed(0)
+    make, policy = RECURRENT[name]
+    x = 50.0 * np.random.default_rng(0).normal(size=(32, 3, 5)).astype(np.float32)
+    model = keras.Sequential([keras.Input((3, 5)), make()])
+    qat = kqat.quantize_model(model, policy, calibration_data=x)
+    (recurrence,) = [la for la in qat.layers if isinstance(la, kqat.training.QuantizedRecurrence)]
+    sources = {
+        "state": recurrence.state_quantizers()[0],
+        "sequence": next(la for la in qat.layers if isinstance(la, kqat.ActivationQuantizer)),
+    }
+    checked = 0
+    seen: dict[str, np.ndarray] = {}
+    for wrapper in recurrence.parts.wrappers:
+        # A fused LSTM's state has two calls: with what is rounded inside, and without.
+        for method in ("call", "rounded"):
+            if hasattr(wrapper.layer, method):
+                setattr(wrapper.layer, method, noting(wrapper.layer, method, seen))
+    scale = float(sources[name].scale())
+    recurrence(given_to(recurrence, qat, x), training=training)
+    for wrapper in recurrence.parts.wrappers:
+        for weight in wrapper.weight_specs:
+            bias = getattr(wrapper.layer, weight.removesuffix("kernel") + "bias", None)
+            if bias is None or not weight.endswith("kernel"):
+                continue
+            step = scale * np.asarray(wrapper.scale(weight), np.float64).reshape(-1)
+            steps = seen[bias.path] / step
+            np.testing.assert_allclose(steps, np.rint(steps), rtol=1e-6, atol=1e-4)
+            assert np.any(seen[bias.path] != np.asarray(bias))
+            checked += 1
+    assert checked >= 1
+
+
+def noting(layer: Any, method: str, seen: dict[str, np.ndarray]) -> Callable[..., Any]:
+    """A method of a layer that also notes the values of the layer's variables by their paths."""
+    call = getattr(layer, method)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        for v in layer.trainable_variables:
+            seen[v.path] = np.array(keras.ops.convert_to_numpy(v.value))
+        return call(*args, **kwargs)
+
+    return noted
+
+
+def given_to(layer: Any, model: keras.Model, x: np.ndarray) -> list[Any]:
+    """What a layer of `model` is called with, for the inputs `x`."""
+    tensors = keras.Model(model.input, keras.tree.flatten(layer.input))(x)
+    return [np.asarray(t) for t in keras.tree.flatten(tensors)]

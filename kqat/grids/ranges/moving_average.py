@@ -12,11 +12,15 @@ from kqat.base import SpecError
 _QUIET = 0.25
 # A range widens only if the batches' average exceeds the calibration extremes by this share of
 # their width.
-_NEW = 0.25
-# The extremes shrink at this fraction of the speed at which they grow.
+_NEW = 1.0 / 16.0
+# A range that widens goes this many times as fast as the extremes, until it has caught up.
+_CATCHES_UP = 5.0
+# After calibration the extremes grow at so many times the average's speed: one batch alone, cut at
+# one and a half widths, widens a range by a tenth at most. And they shrink at this fraction of it.
+_FOLLOWS = 4.0
 _FORGETS = 0.1
 # The extremes of a batch are cut at this many widths of the range.
-_WIDEST = 4.0
+_WIDEST = 1.5
 # Near the largest float32.
 _LARGEST = 3e38
 
@@ -76,17 +80,20 @@ class Anchor:
     Training batches are not a fair sample of the device's inputs: they may be small or of one
     class, and after a Dropout layer the values are scaled up. So training keeps a second pair of
     numbers, the extremes `e` (as magnitudes, `-low` and `high`). They start as the calibration
-    extremes, and follow the batches' extremes as a moving average: with the weight
-    `MovingAverage.share` if these are larger, and ten times slower if they are smaller. The
-    batches' extremes are divided by the factor by which Dropout scales them here, and cut at four
-    widths of the range. The range is
+    extremes, and follow the batches' extremes as a moving average: with four times the weight
+    `MovingAverage.share` if these are larger, and a tenth of it if they are smaller. So they come
+    to lie near the largest of many batches. The batches' extremes are divided by the factor by
+    which Dropout scales them here, and cut at 1.5 widths of the range. The range is
 
-        calibrated * min(1, 4 * e / seen) + max(0, e - seen - width / 4)
+        calibrated * min(1, 4 * e / seen) + min(5 * beyond, max(grown, beyond))
+        beyond = max(0, e - seen - width / 16)
+        grown = calibrated * (e / seen - 1)
 
     where `seen` are the calibration extremes and `width = seen_low + seen_high`. It does not
-    change while the average stays above a quarter of `seen` and below `seen` plus a quarter of the
-    width. So order, size and dropout of batches do not change a range while the weights stay the
-    same. If weights change the values beyond these limits, the range follows.
+    change while the average stays above a quarter of `seen` and below `seen` plus a sixteenth of
+    the width. So order, size and dropout of batches do not change a range while the weights stay
+    the same. If weights change the values beyond these limits, the range follows: where it did not
+    clip it soon is `e`.
 
     The rows, each `(2, sites)` for low and high, are: the calibrated range; the extreme above which
     it widens; the slope by which it narrows; the factor of a batch's extremes; the weight of
@@ -96,6 +103,7 @@ class Anchor:
 
     ROWS = 6
     FACTOR = 3  # the row of the factor of a batch
+    WIDEST = 5  # the row of the least width at which a batch is cut
     UNSET = (0.0, 0.0, 0.0, 1.0, 1.0, _LARGEST)
 
     @staticmethod
@@ -126,6 +134,11 @@ class Anchor:
         widest = ops.sum(extremes, axis=0) * _WIDEST + most
         step = ops.minimum(batch * factor, widest) - extremes
         share = method.share(count)
-        extremes = extremes + ops.where(step < 0.0, share * less, share) * step
+        more = ops.where(most > 0.0, 1.0, _FOLLOWS)  # The plain average before calibration.
+        extremes = extremes + share * ops.where(step < 0.0, less, more) * step
         kept = calibrated * ops.minimum(extremes * slope, 1.0)
-        return extremes, kept + ops.relu(extremes - start)
+        # In the end as much wider as the values are; a range that clipped goes on to clip.
+        grown = calibrated * (extremes * slope * _QUIET - 1.0)
+        beyond = ops.relu(extremes - start)
+        wider = ops.minimum(_CATCHES_UP * beyond, ops.maximum(grown, beyond))
+        return extremes, kept + ops.relu(wider)

@@ -270,9 +270,11 @@ def test_other_calibration_methods_are_refused(method: Any) -> None:
         calibration_method(method)
 
 
-def moved(batches: Any, *, stretched: float = 1.0) -> np.ndarray:
+def moved(
+    batches: Any, *, stretched: float = 1.0, calibrated: tuple[float, float] = (0.5, 1.5)
+) -> np.ndarray:
     """The range after batches, calibrated to [-0.5, 1.5] where [-1, 2] was seen."""
-    rows = Anchor.rows((0.5, 1.5), (1.0, 2.0), stretched)
+    rows = Anchor.rows(calibrated, (1.0, 2.0), stretched)
     anchor = tf.constant(np.float32(rows)[:, :, None])
     extremes, bounds = tf.constant([[1.0], [2.0]]), tf.zeros((2, 1))
     for count, batch in enumerate(batches, start=100):
@@ -286,7 +288,7 @@ def moved(batches: Any, *, stretched: float = 1.0) -> np.ndarray:
     return bounds.numpy()[:, 0]
 
 
-@pytest.mark.parametrize("batch", [(1.0, 2.0), (0.3, 0.6), (1.7, 2.7)], ids=str)
+@pytest.mark.parametrize("batch", [(1.0, 2.0), (0.3, 0.6), (1.15, 2.15)], ids=str)
 def test_batches_near_what_was_seen_move_nothing(batch: tuple[float, float]) -> None:
     np.testing.assert_array_equal(moved([batch] * 200), [0.5, 1.5])
 
@@ -300,9 +302,21 @@ def test_quiet_batches_narrow_a_range_late_and_slowly() -> None:
 
 
 def test_a_range_follows_values_that_outgrow_it() -> None:
-    found = moved([(10.0, 20.0)] * 1000)
-    # What was seen and a quarter of the width more is what 0.5 and 1.5 stand for.
-    np.testing.assert_allclose(found, [0.5 + 10.0 - 1.75, 1.5 + 20.0 - 2.75], rtol=1e-3)
+    found = moved([(10.0, 20.0)] * 200)
+    # What was seen and a sixteenth of the width more is what 0.5 and 1.5 stand for.
+    np.testing.assert_allclose(found, [0.5 + 10.0 - 1.1875, 1.5 + 20.0 - 2.1875], rtol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [(1.4, 2.4), (10.0, 20.0)], ids=str)
+def test_a_range_that_clips_nothing_goes_on_to_clip_nothing(batch: tuple[float, float]) -> None:
+    found = moved([batch] * 200, calibrated=(1.0, 2.0))
+    np.testing.assert_allclose(found, batch, rtol=1e-3)
+
+
+def test_the_largest_of_many_batches_decide() -> None:
+    """Small batches have small extremes; the data have the largest of them."""
+    found = moved([(2.0, 3.0), *[(0.5, 1.0)] * 4] * 100, calibrated=(1.0, 2.0))
+    assert np.all(found > 0.9 * np.array([2.0, 3.0]))
 
 
 def test_one_huge_batch_widens_by_a_few_percent() -> None:

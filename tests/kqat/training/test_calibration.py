@@ -224,12 +224,30 @@ def raising() -> Iterator[np.ndarray]:
     raise OSError("the disk is gone")
 
 
+class Endless(keras.utils.PyDataset):
+    """Says with `None` that it has no last batch."""
+
+    num_batches = None
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return A[:8]
+
+
 BROKEN: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a generator that raises": (raising, OSError, "the disk is gone"),
     "a generator that ends at once": (lambda: iter([]), kqat.CalibrationError, "at least one samp"),
     "NaN in the second batch": (
         lambda: iter([9 * A[:32], A[:32] * np.nan]), kqat.CalibrationError, "input 'a'. Received",
     ),
+    "infinity in one sample of the second batch": (
+        lambda: iter([9 * A[:32], np.where(np.arange(32)[:, None] == 5, np.inf, A[:32])]),
+        kqat.CalibrationError, r"in sample 37 \(counted from 0\)",
+    ),
+    "a dataset without an end": (
+        lambda: tf.data.Dataset.from_tensor_slices(A).batch(8).repeat(),
+        kqat.CalibrationError, "that end. Received: an endless .*take",
+    ),
+    "a PyDataset without an end": (Endless, kqat.CalibrationError, "an endless Endless"),
     "another shape in the second batch": (
         lambda: iter([9 * A[:32], A[:32, :3]]), kqat.CalibrationError, "of shape .* for input 'a'",
     ),
@@ -414,3 +432,28 @@ def test_files_of_before_anchors_load(tmp_path: Path) -> None:
     again = keras.models.load_model(tmp_path / "qat.keras")
     for ours, theirs in zip(qat.get_weights(), again.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_weights_are_rounded_once_and_anew_for_the_next_calibration() -> None:
+    """Though the data come in many batches, and three methods are tried on them."""
+    qat = uncalibrated(one_input())
+    wrapper = qat.get_layer("quant_dense")
+    rounded = []
+    fake_quantize = wrapper.weight_step.fake_quantize
+
+    class Counting(type(wrapper.weight_step)):
+        def fake_quantize(self, *args: Any) -> Any:
+            rounded.append(args)
+            return fake_quantize(*args)
+
+    wrapper.weight_step = Counting()
+    calibrate(qat, np.concatenate([A] * 8))
+    assert len(rounded) == 1
+    before = ranges(qat)
+    wrapper.layer.kernel.assign(2.0 * wrapper.layer.kernel)
+    calibrate(qat, np.concatenate([A] * 8))
+    assert len(rounded) == 2 and ranges(qat) != before
+    # Outside, each call rounds: weights may have been trained.
+    wrapper.rounded("kernel")
+    wrapper.rounded("kernel")
+    assert len(rounded) == 4
