@@ -256,12 +256,12 @@ def _check_input(tensor: Any, model_name: str) -> None:
             f"Received: input '{tensor.name}' of shape {tuple(tensor.shape)}. Rebuild the model "
             "with a fixed shape."
         )
-    if not str(tensor.dtype).startswith(("float", "bfloat", "int32")):
+    if not str(tensor.dtype).startswith(("float", "bfloat", "int32", "uint8")):
         raise ModelError(
-            "Expected float inputs, or int32 inputs that hold indexes (token ids), in model "
-            f"'{model_name}'. Received: input '{tensor.name}' of dtype {tensor.dtype}. Declare "
-            "indexes int32 and quantities float32; "
-            "tflite_export.convert(inference_input_type='uint8') makes the file take bytes."
+            "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "
+            f"that hold indexes (token ids), in model '{model_name}'. Received: input "
+            f"'{tensor.name}' of dtype {tensor.dtype}. Declare indexes int32, pixels uint8 and "
+            "other quantities float32."
         )
 
 

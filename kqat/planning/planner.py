@@ -17,6 +17,7 @@ from kqat.devices import ops_at
 from kqat.graph import Graph, Node, trace
 from kqat.grids import MaxAbs, QuantSpec
 from kqat.parts import Recurrence, Requantize
+from kqat.planning.byte_inputs import read_bytes
 from kqat.planning.expansion import expand
 from kqat.planning.followers import follow_neighbours
 from kqat.planning.fusions import Fusions, find_fusions
@@ -38,6 +39,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     """
     configs, input_configs, unused = assign_configs(graph, policy)
     configs = follow_neighbours(graph, configs)
+    graph, configs = read_bytes(graph, configs, input_configs)
     whole = {n.name for n in graph.nodes if stays_whole(n.layer, configs[n.name])}
     fused = fused_nodes(graph, configs)
     simple, origins = expand(graph, lambda node: node.name in whole, model_name, fused)

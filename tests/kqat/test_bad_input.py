@@ -123,8 +123,8 @@ NO_MODEL: dict[str, tuple[Callable[[], Any], str]] = {
         r"fixed input shapes in model 'model'.*input 'image' of shape \(None, None, None, 3\)",
     ),
     "integer input": (
-        lambda: model_of(lambda x: layers.Rescaling(2.0)(x), (8,), dtype="uint8"),
-        r"float inputs, or int32 inputs that hold indexes.*input 'image' of dtype uint8. Declare ",
+        lambda: model_of(lambda x: layers.Rescaling(2.0)(x), (8,), dtype="int16"),
+        r"int32 inputs that hold indexes.*input 'image' of dtype int16. Declare indexes int32, pixels ",
     ),
     "nothing inside": (
         lambda: model_of(layers.Dropout(0.5)),
