@@ -3,7 +3,13 @@
 """
 
 from kqat.graph.copies import Part, activation_name, clone, config_of, duplicate, finalize
-from kqat.graph.keras_internals import attach_masks, frozen_function, hands_on_mask, layer_behind
+from kqat.graph.keras_internals import (
+    FUNCTIONAL_MODULE,
+    attach_masks,
+    frozen_function,
+    hands_on_mask,
+    layer_behind,
+)
 from kqat.graph.tracer import (
     Graph,
     Node,
@@ -19,6 +25,7 @@ from kqat.graph.tracer import (
 from kqat.graph.values import holds_indexes, is_tensor
 
 __all__ = [
+    "FUNCTIONAL_MODULE",
     "Graph",
     "Node",
     "Part",

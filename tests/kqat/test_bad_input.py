@@ -100,7 +100,7 @@ NO_MODEL: dict[str, tuple[Callable[[], Any], str]] = {
     "function": (lambda: doubled, r"keras.Model \(Keras 3\). Received: builtins.function"),
     "None": (lambda: None, "Received: builtins.NoneType"),
     "layer": (lambda: layers.Dense(2), r"Received: .*\.Dense\."),
-    "Keras 2": (legacy, r"Keras 2 \(tf_keras\) model: rebuild it with Keras 3"),
+    "Keras 2": (legacy, r"Keras 2 \(tf_keras\) model: kqat.load_model"),
     "unbuilt": (
         lambda: keras.Sequential([layers.Dense(2)], name="bare"),
         r"built model. Received: 'bare'.*Begin it with keras.Input",
@@ -124,7 +124,7 @@ NO_MODEL: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "integer input": (
         lambda: model_of(lambda x: layers.Rescaling(2.0)(x), (8,), dtype="int16"),
-        r"int32 inputs that hold indexes.*input 'image' of dtype int16. Declare indexes int32, pixels ",
+        r"int32 inputs that hold indexes.*input 'image' of dtype int16. Declare indexes ",
     ),
     "nothing inside": (
         lambda: model_of(layers.Dropout(0.5)),
