@@ -14,6 +14,7 @@ from kqat.training.calibration import (
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
 from kqat.training.quantized_recurrence import QuantizedRecurrence
+from kqat.training.unlike_joins import with_unlike_members_apart
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "calibrate_for",
     "check_method",
     "is_quantized",
+    "with_unlike_members_apart",
     "wrap",
 ]
