@@ -9,7 +9,7 @@ import keras
 from kqat.base import CalibrationError, ModelError, TargetError
 from kqat.config import QuantizePolicy
 from kqat.devices import target_named
-from kqat.graph import Graph, hands_on_mask, non_finite_variable, trace
+from kqat.graph import Graph, check_apart, hands_on_mask, non_finite_variable, trace
 from kqat.grids import CalibrationMethod
 from kqat.planning import Plan, make_plan, misfits, with_replacements
 from kqat.tfmot import translate_policy
@@ -205,6 +205,7 @@ def _checked_graph(model: Any) -> Graph:
             f"Expected a float model. Received: '{model.name}', which is quantized already. Train "
             "it on with fit, or start from the float model."
         )
+    check_apart(graph, model.trainable_variables, f"model '{model.name}'")
     return graph
 
 

@@ -10,6 +10,7 @@ from kqat.graph.keras_internals import (
     hands_on_mask,
     layer_behind,
 )
+from kqat.graph.sharing import check_apart
 from kqat.graph.tracer import (
     Graph,
     Node,
@@ -32,6 +33,7 @@ __all__ = [
     "Ref",
     "activation_name",
     "attach_masks",
+    "check_apart",
     "clone",
     "config_of",
     "duplicate",

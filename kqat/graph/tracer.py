@@ -256,6 +256,13 @@ def _check_input(tensor: Any, model_name: str) -> None:
             f"Received: input '{tensor.name}' of shape {tuple(tensor.shape)}. Rebuild the model "
             "with a fixed shape."
         )
+    for kind in ("sparse", "ragged"):
+        if getattr(tensor, kind, False):
+            raise ModelError(
+                f"Expected dense inputs in model '{model_name}'. Received: input '{tensor.name}', "
+                f"which is {kind}; a file has no such tensors. Build it with keras.Input(shape), "
+                "and give dense data: tf.sparse.to_dense(x), or x.to_tensor(shape=...)."
+            )
     if not str(tensor.dtype).startswith(("float", "bfloat", "int32", "uint8")):
         raise ModelError(
             "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "

@@ -122,6 +122,14 @@ NO_MODEL: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: model_of(conv(), (None, None, 3)),
         r"fixed input shapes in model 'model'.*input 'image' of shape \(None, None, None, 3\)",
     ),
+    "sparse input": (
+        lambda: model_of(layers.Dense(2), (8,), sparse=True),
+        r"dense inputs in model 'model'.*'image', which is sparse.*tf.sparse.to_dense",
+    ),
+    "ragged input": (
+        lambda: model_of(layers.Dense(2), (8,), ragged=True),
+        r"dense inputs in model 'model'.*'image', which is ragged.*x.to_tensor",
+    ),
     "integer input": (
         lambda: model_of(lambda x: layers.Rescaling(2.0)(x), (8,), dtype="int16"),
         r"int32 inputs that hold indexes.*input 'image' of dtype int16. Declare indexes ",
