@@ -26,6 +26,7 @@ from kqat.planning.groups import Quantizers, check_given_ranges, place_quantizer
 from kqat.planning.layer_configs import assign_configs, fused_nodes, stays_whole, weight_grids
 from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
+from kqat.planning.rank_limits import fit_ranks
 from kqat.planning.shared_scales import share_scales
 from kqat.planning.width_changes import match_widths
 from kqat.registry import Output
@@ -45,6 +46,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     fused = fused_nodes(graph, configs)
     simple, origins = expand(graph, lambda node: node.name in whole, model_name, fused)
     simple = join_biases(simple, origins, configs, model_name)
+    simple, origins = fit_ranks(simple, origins, configs, model_name)
     simple, new = match_widths(simple, origins, configs, input_configs)
     origins, configs = {**origins, **{name: name for name in new}}, {**configs, **new}
     return _decide(
