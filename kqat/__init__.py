@@ -42,7 +42,7 @@ from kqat.grids import (
     QuantSpec,
     Ternary,
 )
-from kqat.old_files import load_model
+from kqat.old_files import FileWarning, load_model
 from kqat.parts import PrecisionBoundary
 from kqat.planning import Plan
 from kqat.registry import LayerRule, Output, register_layer, supported_layers
@@ -67,6 +67,7 @@ __all__ = [
     "CalibrationWarning",
     "Entropy",
     "ExportError",
+    "FileWarning",
     "Fixed",
     "FreezeBatchNorm",
     "FreezeError",

@@ -11,6 +11,7 @@ from kqat.config import QuantizePolicy
 from kqat.devices import target_named
 from kqat.graph import (
     Graph,
+    check_apart,
     fits,
     hands_on_mask,
     has_open_sizes,
@@ -28,6 +29,7 @@ from kqat.training import (
     check_method,
     is_quantized,
     shapes_of,
+    with_unlike_members_apart,
     wrap,
 )
 
@@ -78,31 +80,55 @@ def plan(
     return dataclasses.replace(decided, target=target, misfits=found)
 
 
-def adapt(model: keras.Model, target: str) -> keras.Model:
-    """A float copy of `model` whose activation functions run fast on a device.
+def adapt(
+    model: keras.Model, target: str | None = None, *, calibration_data: Any = None
+) -> keras.Model:
+    """A float copy of `model` that suits a device, or one scale for each join, better.
 
-    An activation function that does not is replaced by the most similar one that does: h-swish for
-    mish, ReLU6 for GELU (`kqat.devices.NEAREST`). The copy has the same weights but computes
-    different values, so train it on. Nested models come out flat. Layers without a replacement
+    With `target`: an activation function that does not run fast there is replaced by the most
+    similar one that does: h-swish for mish, ReLU6 for GELU (`kqat.devices.NEAREST`). The copy has
+    the same weights but computes different values, so train it on. Layers without a replacement
     stay as they are.
+
+    With `calibration_data`: a Concatenate of values of unlike size, as boxes in pixels beside
+    scores, would lose the small ones on its one scale. Where it is an output, its members become
+    outputs of their own, in its place. Inside, its small members are scaled up, and the weights of
+    the layers that read it are scaled down; the copy computes the same.
+
+    Nested models come out flat.
 
     Args:
         model: a float model, as for `quantize_model`.
         target: a name from `kqat.TARGETS`.
+        calibration_data: typical inputs, as for `kqat.calibrate`, by which sizes are measured.
 
     Raises:
         TargetError: if there is no such target, or if the device cannot run a layer at all and
             there is no replacement.
+        CalibrationError: if there is neither a target nor data, or data are not as the inputs.
         ModelError, UnsupportedLayerError: as `quantize_model`.
+
+    Warns:
+        kqat.CalibrationWarning: of a join inside whose readers have no weights to scale.
     """
-    found = plan(model, target=target).misfits
-    stuck = [str(misfit) for misfit in found if misfit.blocking and not misfit.replacement]
-    if stuck:
-        raise TargetError(
-            f"Expected layers that target '{target}' runs, or that have a replacement. Received: "
-            f"{'; '.join(stuck)}."
+    if target is None and calibration_data is None:
+        raise CalibrationError(
+            "Expected a target, calibration_data, or both. Received: neither. Name the device that "
+            "the model shall suit, or give typical inputs."
         )
-    return with_replacements(trace(model), found, model.name)
+    if target is not None:
+        found = plan(model, target=target).misfits
+        stuck = [str(misfit) for misfit in found if misfit.blocking and not misfit.replacement]
+        if stuck:
+            raise TargetError(
+                f"Expected layers that target '{target}' runs, or that have a replacement. "
+                f"Received: {'; '.join(stuck)}."
+            )
+        model = with_replacements(trace(model), found, model.name)
+    if calibration_data is not None:
+        graph = _checked_graph(model)
+        model = with_unlike_members_apart(graph, calibration_data, model.name)
+    return model
 
 
 def quantize_model(
@@ -229,6 +255,7 @@ def _checked_graph(model: Any) -> Graph:
             f"Expected a float model. Received: '{model.name}', which is quantized already. Train "
             "it on with fit, or start from the float model."
         )
+    check_apart(graph, model.trainable_variables, f"model '{model.name}'")
     return graph
 
 

@@ -29,7 +29,7 @@ def integer_model(
     Args:
         qat: a model from `kqat.quantize_model`, or what `kqat.freeze` made of it.
         runtime: `"litert"` (XNNPACK), `"litert_reference"` or `"tflite_micro"` (and CMSIS-NN).
-        inputs: `"float"`, or `"integers"` on the inputs' grids.
+        inputs: `"float"`, or `"integers"` on the inputs' grids. uint8 inputs take their bytes.
         outputs: `"float"`: real values on the outputs' grids, for losses and metrics;
             `"integers"`: the file's own.
 
@@ -41,7 +41,9 @@ def integer_model(
 
     frozen = qat if isinstance(qat, FrozenModel) else freeze(qat)
     blob = tflite_export.convert(frozen)
-    model = tflite_export.integer_model(blob, runtime, inputs=inputs, outputs=outputs)
+    # The bytes of a uint8 input are the file's integers.
+    kinds = ["integers" if n in frozen.byte_inputs else inputs for n in frozen.input_names]
+    model = tflite_export.integer_model(blob, runtime, inputs=kinds, outputs=outputs)
     if isinstance(qat, FrozenModel):
         return model
     # The file has flat lists; the QAT model may have dicts.

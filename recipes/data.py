@@ -12,16 +12,14 @@ import gzip
 import io
 import json
 import os
-import warnings
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 from PIL import Image
 
-from recipes.models.ds_cnn import ds_cnn
+import kqat
 
 Split = Literal["train", "test"]
 Samples = tuple[np.ndarray, np.ndarray]
@@ -80,15 +78,6 @@ _PRETRAINED = {
     "cifar_resnet_keras/resnet20": _Pretrained("resnet20_cifar10.keras", None, _IMAGENET),
     "cifar_resnet_keras/resnet32": _Pretrained("resnet32_cifar10.keras", None, _IMAGENET),
 }
-
-
-class _LegacyDepthwiseConv2D(keras.layers.DepthwiseConv2D):
-    """Reads the config of a Keras 2 file, without the `groups` that Keras 3's layer refuses."""
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> keras.layers.DepthwiseConv2D:
-        kept = {key: value for key, value in config.items() if key != "groups"}
-        return keras.layers.DepthwiseConv2D.from_config(kept)
 
 
 def root() -> Path:
@@ -230,14 +219,7 @@ def pretrained(name: str) -> keras.Model:
         DataNotFoundError: if its file is not on this machine.
     """
     path = _existing(_below_models(name, _row(name).weights))
-    if path.is_dir():
-        return _from_checkpoint(ds_cnn(), path / "variables" / "variables")
-    with warnings.catch_warnings():
-        # Keras 2 wrote the input shape into a Sequential model's first layer.
-        warnings.filterwarnings("ignore", message="Do not pass an `input_shape`")
-        return keras.models.load_model(
-            path, compile=False, custom_objects={"DepthwiseConv2D": _LegacyDepthwiseConv2D}
-        )
+    return kqat.load_model(path)
 
 
 def model_input(name: str, pixels: np.ndarray) -> np.ndarray:
@@ -307,16 +289,3 @@ def _from_keras(name: Literal["cifar10", "mnist"], split: Split) -> Samples:
         ) from error
     x, y = train if split == "train" else test
     return x.astype(np.float32), y.reshape(-1).astype(np.int64)
-
-
-def _from_checkpoint(model: keras.Model, prefix: Path) -> keras.Model:
-    """`model` with the weights of a Keras 2 SavedModel, whose names number the layers."""
-    reader = tf.train.load_checkpoint(str(prefix))
-    for index, layer in enumerate(layer for layer in model.layers if layer.weights):
-        for variable in layer.weights:
-            name = variable.name
-            if isinstance(layer, keras.layers.DepthwiseConv2D) and name == "kernel":
-                name = "depthwise_kernel"
-            key = f"layer_with_weights-{index}/{name}/.ATTRIBUTES/VARIABLE_VALUE"
-            variable.assign(reader.get_tensor(key))
-    return model

@@ -27,7 +27,7 @@ SUBPACKAGES = {
 }  # fmt: skip
 # The modules of a package that stand above its sub-packages, lowest first.
 TOP = {
-    "kqat": ("api", "annotate", "old_files", "device_model", "__init__", "cli"),
+    "kqat": ("api", "annotate", "old_operations", "old_files", "device_model", "__init__", "cli"),
     "tflite_export": ("exporter", "__init__"),
 }
 # What of kqat the exporter may see: the seam.

@@ -56,7 +56,8 @@ def convert(
         inference_input_type: `"int8"`, `"uint8"`, `"int16"` or `"float32"`, for all inputs, or a
             mapping from input names. `None` is what the plan makes of the input: int8, int16 where
             its width is 16 bits, float32 where the layers that read it stay float. What counts, as
-            tokens do, is `"int32"` in any case.
+            tokens do, is `"int32"` in any case. A `keras.Input` of dtype uint8 takes its bytes,
+            `"uint8"` by default; as `"int8"` they are 128 less, which saves an operator.
         inference_output_type: the same for outputs.
         target: a name from `tflite_export.TARGETS`; something on the device must run the int8
             operators (those that the plan leaves float are not checked). A `kqat.TargetWarning`
@@ -85,8 +86,11 @@ def convert(
     frozen = qat if isinstance(qat, FrozenModel) else freeze(qat)
     inputs = dict(zip(frozen.input_names, frozen.model.inputs, strict=True))
     outputs = dict(zip(frozen.output_names, frozen.model.outputs, strict=True))
-    input_types = _types(inference_input_type, inputs, "inference_input_type")
-    output_types = _types(inference_output_type, outputs, "inference_output_type")
+    takes_bytes = {name for name, tensor in inputs.items() if tensor.dtype == "uint8"}
+    input_types = _types(inference_input_type, inputs, "inference_input_type", takes_bytes)
+    for name in takes_bytes - frozen.byte_inputs:
+        input_types[frozen.input_names.index(name)] = "uint8"  # for layers left float
+    output_types = _types(inference_output_type, outputs, "inference_output_type", set())
     _check_size(frozen)
     if target is not None:
         check_target(frozen, target)
@@ -237,9 +241,13 @@ def save(blob: bytes, path: str | os.PathLike[str]) -> None:
     write_file(path, blob)
 
 
-def _types(asked: IoType, tensors: Mapping[str, Any], argument: str) -> list[str | None]:
+def _types(
+    asked: IoType, tensors: Mapping[str, Any], argument: str, takes_bytes: set[str]
+) -> list[str | None]:
+    """The type asked for of each tensor; `takes_bytes` names the uint8 inputs among them."""
     names = list(tensors)
     counts = {name for name in names if not keras.backend.is_float_dtype(tensors[name].dtype)}
+    counts -= takes_bytes
     if asked is None or isinstance(asked, str):
         # What counts stays as it is: it has no scale.
         asked = {name: "int32" if name in counts else asked for name in names}
@@ -256,7 +264,13 @@ def _types(asked: IoType, tensors: Mapping[str, Any], argument: str) -> list[str
                 f"Expected {argument} to be one of {sorted(IO_TYPES)} or None. "
                 f"Received: {asked[name]!r} for '{name}'."
             )
-    return [asked[name] for name in names]
+        if name in takes_bytes and asked[name] not in ("uint8", "int8", None):
+            raise ExportError(
+                f"Expected {argument} to be 'uint8' or 'int8' for '{name}', whose keras.Input has "
+                f"dtype uint8. Received: {asked[name]!r}. Give a mapping from input names to "
+                "types, or make it a float input."
+            )
+    return [asked[name] or ("uint8" if name in takes_bytes else None) for name in names]
 
 
 class _Interface:

@@ -11,6 +11,7 @@ from kqat.freezing.stripper import strip
 from kqat.graph import Graph, Node, Ref
 from kqat.parts import (
     GATES,
+    ByteInput,
     FrozenLSTM,
     GateNumbers,
     IndexOperation,
@@ -23,6 +24,7 @@ from kqat.parts import (
 
 __all__ = [
     "GATES",
+    "ByteInput",
     "FrozenConstant",
     "FrozenLSTM",
     "FrozenModel",

@@ -22,7 +22,7 @@ from kqat.freezing.stripper import checked_graph
 from kqat.freezing.unplanned import check_planned
 from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild, trace
 from kqat.grids import Site, arithmetic
-from kqat.parts import Hide, Learned, PrecisionBoundary, RecurrenceKind
+from kqat.parts import ByteInput, Hide, Learned, PrecisionBoundary, RecurrenceKind
 from kqat.registry import LayerFacts, Output, stock_facts
 from kqat.training import (
     ActivationQuantizer,
@@ -152,7 +152,11 @@ class _GraphFreezer:
         """A layer without weights on a grid; `facts` is `None` where it reads no integers."""
         if facts is None:
             copy = self.parts.once(layer, _float_copy)
-            return [Value(t) for t in keras.tree.flatten(copy(*args, **kwargs))]
+            values = [Value(t) for t in keras.tree.flatten(copy(*args, **kwargs))]
+            if isinstance(layer, ByteInput) and node.outputs[0] not in self.rounded:
+                # Layers left float read it; a float input would tell the exporter so itself.
+                return [Value(self.parts.fence(values[0].tensor))]
+            return values
         grids = self._grids_read(node)
         if facts.output is Output.VANISHES:
             return [Value(args[0], grids[0])]
@@ -228,6 +232,8 @@ class _GraphFreezer:
         producer = self.producers.get(node.inputs[0])
         if producer is None:
             return self.input_names[node.inputs[0]]
+        if isinstance(producer.layer, ByteInput):
+            return self.input_names[producer.inputs[0]]
         if node.layer.sites == 1 and observes:
             return node.layer.label
         is_quantizer = isinstance(producer.layer, ActivationQuantizer)

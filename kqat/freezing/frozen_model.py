@@ -10,10 +10,7 @@ from kqat.devices import Replacement
 from kqat.freezing.frozen_weight import FrozenConstant, FrozenWeight
 from kqat.graph import Graph, Node, trace, unique_name
 from kqat.grids import Site
-from kqat.parts import (
-    FrozenLSTM,
-    Tabulated,
-)
+from kqat.parts import ByteInput, FrozenLSTM, MarkerKind, Tabulated, is_marker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +69,21 @@ class FrozenModel:
     def graph(self) -> Graph:
         """The graph of `model`: its nodes in the order in which they run, and how to run them."""
         return trace(self.model)
+
+    @functools.cached_property
+    def byte_inputs(self) -> frozenset[str]:
+        """The names of the uint8 inputs whose bytes are the file's integers.
+
+        Others are read by layers that the plan leaves float.
+        """
+        readers, found = self.graph.consumers(), set()
+        for ref, name in zip(self.graph.inputs, self.input_names, strict=True):
+            nodes = readers[ref]
+            values = [value for node in nodes for value in node.outputs]
+            marked = all(is_marker(n.layer, MarkerKind.SITE) for v in values for n in readers[v])
+            if nodes and marked and all(isinstance(node.layer, ByteInput) for node in nodes):
+                found.add(name)
+        return frozenset(found)
 
     def facts(self, node: Node) -> NodeFacts:
         """What is known of a node of `graph`; of one that computes on floats, nothing."""

@@ -5,12 +5,14 @@
 from kqat.graph.copies import Part, activation_name, clone, config_of, duplicate, finalize
 from kqat.graph.input_shapes import fits, has_open_sizes, input_shapes, with_input_shapes
 from kqat.graph.keras_internals import (
+    FUNCTIONAL_MODULE,
     attach_masks,
     frozen_function,
     hands_on_mask,
     layer_behind,
     maker_of,
 )
+from kqat.graph.sharing import check_apart
 from kqat.graph.tracer import (
     Graph,
     Node,
@@ -26,12 +28,14 @@ from kqat.graph.tracer import (
 from kqat.graph.values import holds_indexes, is_tensor
 
 __all__ = [
+    "FUNCTIONAL_MODULE",
     "Graph",
     "Node",
     "Part",
     "Ref",
     "activation_name",
     "attach_masks",
+    "check_apart",
     "clone",
     "config_of",
     "duplicate",

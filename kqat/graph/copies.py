@@ -1,6 +1,7 @@
 """Copies of layers: a new layer of the same config that takes over the weights."""
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -49,6 +50,33 @@ def finalize(layer: Any) -> None:
         layer.finalize_state()
 
 
+def _without_config(error: Exception) -> str:
+    """What an error of Keras says, without the config that it quotes."""
+    text = str(error)
+    _, found, reason = text.partition("Exception encountered:")
+    words = (reason if found else text.split("using config=")[0]).split()
+    return " ".join(words)[:300]
+
+
+def _from_config(kind: Any, config: dict[str, Any]) -> Any:
+    """A layer of this class; entries of the config that no `__init__` of it takes are left out."""
+    try:
+        return kind.from_config(config)
+    except Exception:  # Whatever a user's own class raises.
+        known: set[str] = set()
+        for base in kind.__mro__:
+            parameters = inspect.signature(base.__init__).parameters.values()
+            known.update(p.name for p in parameters)
+            if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+                break
+            if base is layers.Layer:
+                break
+        kept = {key: value for key, value in config.items() if key in known}
+        if len(kept) == len(config):
+            raise
+        return kind.from_config(kept)
+
+
 @contextlib.contextmanager
 def _nameless_functions() -> Iterator[None]:
     """Without the warning of Keras about lambdas: they are shared or replaced, not read back."""
@@ -80,8 +108,8 @@ def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.L
     except Exception as error:  # Whatever a user's own class raises.
         raise ModelError(
             f"Expected a layer that can be made anew from its config. Received: '{layer.name}' of "
-            f"type {type(layer).__name__}, which cannot: {error} Let get_config return every "
-            "argument of __init__, and register functions of your own with "
+            f"type {type(layer).__name__}, which cannot: {_without_config(error)} Let get_config "
+            "return every argument of __init__, and register functions of your own with "
             "keras.saving.register_keras_serializable."
         ) from error
     copy.trainable = layer.trainable
@@ -101,7 +129,7 @@ def _made_anew(layer: Any, changes: dict[str, Any]) -> keras.layers.Layer:
         return layers.Lambda(layer.function, **own, **kept)
     if isinstance(layer, layers.Activation) and "activation" not in changes:
         config = {**config, "activation": layer.activation}
-    copy = type(layer).from_config(config)
+    copy = _from_config(type(layer), config)
     parts, copies = parts_of(layer), parts_of(copy)
     # A layer that makes its parts when it is built hands its own objects on to them.
     alike = [type(part) for part in parts] == [type(part) for part in copies]

@@ -50,7 +50,12 @@ def open_model(model: Any) -> Opened:
         raise ModelError(
             f"Expected a keras.Model (Keras 3). Received: {type(model).__module__}."
             f"{type(model).__name__}."
-            + (" It is a Keras 2 (tf_keras) model: rebuild it with Keras 3." if legacy else "")
+            + (
+                " It is a Keras 2 (tf_keras) model: kqat.load_model(model) makes a Keras 3 model "
+                "of it."
+                if legacy
+                else ""
+            )
         )
     if not model.built:
         raise ModelError(
@@ -689,3 +694,7 @@ def inner_function(layer: Any) -> Any:
     """The Functional inside a Sequential, or a Functional itself; `None` for anything else."""
     function = getattr(layer, "_functional", None) or layer
     return function if hasattr(function, "_nodes_by_depth") else None
+
+
+# The module that files of Keras 3 name for a Functional model, a class that has no public name.
+FUNCTIONAL_MODULE = "keras.src.models.functional"

@@ -257,12 +257,19 @@ def _check_input(tensor: Any, model_name: str) -> None:
             "kqat.quantize_model or kqat.plan the sizes of the file, such as "
             f"input_shapes={_example(tensor)}."
         )
-    if not str(tensor.dtype).startswith(("float", "bfloat", "int32")):
+    for kind in ("sparse", "ragged"):
+        if getattr(tensor, kind, False):
+            raise ModelError(
+                f"Expected dense inputs in model '{model_name}'. Received: input '{tensor.name}', "
+                f"which is {kind}; a file has no such tensors. Build it with keras.Input(shape), "
+                "and give dense data: tf.sparse.to_dense(x), or x.to_tensor(shape=...)."
+            )
+    if not str(tensor.dtype).startswith(("float", "bfloat", "int32", "uint8")):
         raise ModelError(
-            "Expected float inputs, or int32 inputs that hold indexes (token ids), in model "
-            f"'{model_name}'. Received: input '{tensor.name}' of dtype {tensor.dtype}. Declare "
-            "indexes int32 and quantities float32; "
-            "tflite_export.convert(inference_input_type='uint8') makes the file take bytes."
+            "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "
+            f"that hold indexes (token ids), in model '{model_name}'. Received: input "
+            f"'{tensor.name}' of dtype {tensor.dtype}. Declare indexes int32, pixels uint8 and "
+            "other quantities float32."
         )
 
 

@@ -1,5 +1,6 @@
 """Layers that Keras lacks: each becomes one TFLite operator, or marks a value for the exporter."""
 
+from kqat.parts.byte_input import ByteInput
 from kqat.parts.elementwise import Elementwise, is_elementwise, within_domain
 from kqat.parts.learned import Learned
 from kqat.parts.lstm_step import (
@@ -46,6 +47,7 @@ from kqat.parts.tensorflow_function import TensorFlowFunction
 __all__ = [
     "CARRY",
     "GATES",
+    "ByteInput",
     "ChannelAffine",
     "ConstantKind",
     "ConstantRows",

@@ -18,6 +18,7 @@ from kqat.graph import (
     Part,
     Ref,
     attach_masks,
+    check_apart,
     duplicate,
     fill,
     holds_indexes,
@@ -252,6 +253,7 @@ def _opened_layer(node: Node, origin: str, copies: Copies) -> Callable[..., Any]
                 f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
                 f"describe it with kqat.register_layer. {error}"
             ) from error
+        check_apart(graph, layer.trainable_variables, f"layer '{origin}'")
         return _inlined(graph, name, copies)(*args, **kwargs)
 
     return _tried(layer, call, name)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from kqat.base import PolicyError
 from kqat.graph import Node, Ref
 from kqat.grids import Clamp, Fixed, MovingAverage, QuantSpec, RangeMethod
+from kqat.parts import ByteInput
 from kqat.planning.fusions import Fusions
 from kqat.planning.plan import Group, Rounding
 from kqat.planning.planned_graph import PlannedGraph
@@ -137,6 +138,8 @@ def _fixed_range(planned: PlannedGraph, node: Node, ref: Ref) -> tuple[float, fl
         method = planned.range_inside(node, ref)
         return (method.low, method.high) if isinstance(method, Fixed) else None
     rule, config = planned.rules[node], planned.configs[node]
+    if rule and isinstance(node.layer, ByteInput):
+        return node.layer.range
     return rule.range_at(config.activation.bits) if rule and config else None
 
 

@@ -18,6 +18,8 @@ from kqat.graph import Graph, Node, trace
 from kqat.grids import MaxAbs, QuantSpec
 from kqat.parts import Recurrence, Requantize
 from kqat.planning.additive_masks import hide_added_masks
+from kqat.planning.biases import join_biases
+from kqat.planning.byte_inputs import read_bytes
 from kqat.planning.expansion import expand
 from kqat.planning.followers import follow_neighbours
 from kqat.planning.fusions import Fusions, find_fusions
@@ -31,6 +33,7 @@ from kqat.planning.layer_configs import (
 )
 from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
+from kqat.planning.rank_limits import fit_ranks
 from kqat.planning.shared_scales import share_scales
 from kqat.planning.width_changes import match_widths
 from kqat.registry import Output
@@ -45,10 +48,13 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     """
     configs, input_configs, unused = assign_configs(graph, policy)
     configs = follow_neighbours(graph, configs)
+    graph, configs = read_bytes(graph, configs, input_configs)
     whole = {n.name for n in graph.nodes if stays_whole(n.layer, configs[n.name])}
     fused = fused_nodes(graph, configs)
     simple, origins = expand(graph, lambda node: node.name in whole, model_name, fused)
     simple, origins = hide_added_masks(simple, origins, whole, model_name)
+    simple = join_biases(simple, origins, configs, model_name)
+    simple, origins = fit_ranks(simple, origins, configs, model_name)
     simple, new = match_widths(simple, origins, configs, input_configs)
     origins, configs = {**origins, **{name: name for name in new}}, {**configs, **new}
     return _decide(

@@ -16,6 +16,7 @@ from kqat.base import UnsupportedLayerError
 from kqat.devices import INT8_FIXED
 from kqat.grids import Clamp
 from kqat.parts import (
+    ByteInput,
     ChannelAffine,
     ConstantKind,
     ConstantRows,
@@ -317,6 +318,7 @@ LAYERS: dict[type, LayerRule] = {
         decompose_fused=fused_lstms.fused_bidirectional,
     ),
     Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
+    ByteInput: LayerRule(output=Output.FIXED),  # its range is that of the layer
     Learned: LayerRule(output=Output.OWN),
     Unstack: _same("UNPACK"),
     Stack: _same("PACK"),

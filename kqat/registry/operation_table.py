@@ -46,8 +46,8 @@ def as_layers(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _function_name(kind: str) -> str:
-    """The function's name for an operation's class: `nan_to_num` for `NanToNum`."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
+    """The function's name for an operation's class: `rgb_to_hsv` for `RGBToHSV`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind).lower()
 
 
 # `keras.ops` functions without options that are Keras activations. Those with options have rows

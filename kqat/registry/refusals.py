@@ -87,7 +87,7 @@ OPERATION_REASONS: dict[str, str] = {
     **dict.fromkeys(
         (
             "allclose binary_crossentropy categorical_crossentropy ctc_decode ctc_loss in_top_k "
-            "psnr sparse_categorical_crossentropy"
+            "psnr sparse_categorical_crossentropy ssim"
         ).split(),
         _LOSS,
     ),
@@ -146,6 +146,24 @@ OPERATION_REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         "bincount corrcoef correlate digitize histogram moments".split(), _STATISTIC
+    ),
+    **dict.fromkeys(
+        "hsv_to_rgb rgb_to_hsv".split(),
+        "turns colours by divisions and a hue that jumps from 1 to 0, where one step of an 8-bit "
+        "grid is another colour; convert the image before the model, or train on RGB, from which "
+        "a 1 x 1 convolution learns what it needs",
+    ),
+    **dict.fromkeys(
+        (
+            "affine_transform elastic_transform map_coordinates perspective_transform "
+            "scale_and_translate"
+        ).split(),
+        "picks pixels at computed places, for which TFLite has no integer kernel; do it before the "
+        "model, or use resize",
+    ),
+    **dict.fromkeys(
+        "extract_patches extract_patches_3d gaussian_blur sobel_edges".split(),
+        "is a convolution with a fixed kernel; use a DepthwiseConv2D with that kernel",
     ),
     **dict.fromkeys(
         "count_nonzero".split(),

@@ -16,6 +16,7 @@ from kqat.training.calibration import (
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.range_drift import warn_of_drift
+from kqat.training.unlike_joins import with_unlike_members_apart
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "is_quantized",
     "shapes_of",
     "warn_of_drift",
+    "with_unlike_members_apart",
     "wrap",
 ]

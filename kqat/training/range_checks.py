@@ -78,8 +78,8 @@ _ADVICE = {
     "zero": "Its range is a guess; give data that reach it.",
     "clipped": "Choose another range for it: "
     "kqat.QuantizeConfig(activation_range=kqat.MinMax()) covers all.",
-    "unlike": "Make separate outputs, scale the members alike before they meet (a Rescaling), or "
-    "give that layer 'int16x8'.",
+    "unlike": "kqat.adapt(model, calibration_data=…) makes separate outputs, or scales the members "
+    "alike before they meet; or give that layer 'int16x8'.",
     "drowned": "Scale them alike before they are added, or give that layer 'int16x8'.",
 }
 

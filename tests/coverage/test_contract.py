@@ -19,6 +19,7 @@ import tflite_export
 from kqat.base.errors import ExportError, TargetError
 from kqat.devices.kernels import KERNELS, LITERT, TABLE_OPS
 from kqat.graph.tracer import Graph, trace
+from kqat.parts.byte_input import ByteInput
 from kqat.parts.learned import Learned
 from kqat.parts.markers import Requantize
 from kqat.parts.recurrence import Recurrence
@@ -373,9 +374,10 @@ def test_own_kernels_on_a_target_that_has_them(kind: str, operator: str, tmp_pat
 def test_every_row_has_a_case() -> None:
     nodes = [node.layer for case in CASES for node in trace(case.model()).nodes]
     # `test_walk` tries image augmentation, which is slow, layer by layer. A plan puts Requantize
-    # where widths meet (`tests/kqat/planning/test_width_changes.py`), attention puts Hide where a
-    # mask is, and tracing puts Learned where a weight is a value: the case "class_token".
-    tried = {*(type(layer) for layer in nodes), *AUGMENTING, Requantize, Hide, Learned}
+    # where widths meet (`tests/kqat/planning/test_width_changes.py`) and ByteInput behind uint8
+    # inputs (`test_byte_inputs.py` there), attention puts Hide where a mask is, and tracing puts
+    # Learned where a weight is a value: the case "class_token".
+    tried = {*(type(layer) for layer in nodes), *AUGMENTING, Requantize, ByteInput, Hide, Learned}
     assert set(LAYERS) - tried == set()
     kinds = [
         keras.activations.serialize(layer.activation)

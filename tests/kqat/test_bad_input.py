@@ -100,7 +100,7 @@ NO_MODEL: dict[str, tuple[Callable[[], Any], str]] = {
     "function": (lambda: doubled, r"keras.Model \(Keras 3\). Received: builtins.function"),
     "None": (lambda: None, "Received: builtins.NoneType"),
     "layer": (lambda: layers.Dense(2), r"Received: .*\.Dense\."),
-    "Keras 2": (legacy, r"Keras 2 \(tf_keras\) model: rebuild it with Keras 3"),
+    "Keras 2": (legacy, r"Keras 2 \(tf_keras\) model: kqat.load_model"),
     "unbuilt": (
         lambda: keras.Sequential([layers.Dense(2)], name="bare"),
         r"built model. Received: 'bare'.*Begin it with keras.Input",
@@ -118,9 +118,17 @@ NO_MODEL: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: keras.Sequential([keras.Input((4,)), quantized()], name="outer"),
         "Received: 'outer', which is quantized already",
     ),
+    "sparse input": (
+        lambda: model_of(layers.Dense(2), (8,), sparse=True),
+        r"dense inputs in model 'model'.*'image', which is sparse.*tf.sparse.to_dense",
+    ),
+    "ragged input": (
+        lambda: model_of(layers.Dense(2), (8,), ragged=True),
+        r"dense inputs in model 'model'.*'image', which is ragged.*x.to_tensor",
+    ),
     "integer input": (
-        lambda: model_of(lambda x: layers.Rescaling(2.0)(x), (8,), dtype="uint8"),
-        r"float inputs, or int32 inputs that hold indexes.*input 'image' of dtype uint8. Declare ",
+        lambda: model_of(lambda x: layers.Rescaling(2.0)(x), (8,), dtype="int16"),
+        r"int32 inputs that hold indexes.*input 'image' of dtype int16. Declare indexes ",
     ),
     "nothing inside": (
         lambda: model_of(layers.Dropout(0.5)),

@@ -18,7 +18,11 @@ ENDS = ("float", "integers")
 
 
 def integer_model(
-    blob: bytes, runtime: str = "litert", *, inputs: str = "float", outputs: str = "float"
+    blob: bytes,
+    runtime: str = "litert",
+    *,
+    inputs: str | Sequence[str] = "float",
+    outputs: str = "float",
 ) -> keras.Model:
     """The Keras model that computes what a runtime computes with a file, to the last integer.
 
@@ -31,15 +35,17 @@ def integer_model(
         runtime: whose rounding: `"litert"` (XNNPACK where it has a kernel), `"litert_reference"`,
             `"litert_builtin"` or `"tflite_micro"` (which CMSIS-NN agrees with).
         inputs: `"float"` takes what the float model takes and rounds it onto the input's grid, half
-            up, as `tflite_export.verify` does; `"integers"` takes the file's integers.
+            up, as `tflite_export.verify` does; `"integers"` takes the file's integers. One for all,
+            or one for each input.
         outputs: `"float"` gives real values on the output's grid, `"integers"` the integers.
 
     Raises:
         ExportError: if the file's batch is not 1, it has loops, or the arithmetic of an operator is
             not known; a runtime of another name.
     """
-    _check_arguments(runtime, inputs, outputs)
     program = read_program(flatbuffer.read(blob))
+    kinds = [inputs] * len(program.inputs) if isinstance(inputs, str) else [*inputs]
+    _check_arguments(runtime, kinds, outputs)
     for tensor in program.inputs:
         if tensor.shape[:1] not in ((), (1,)):
             raise ExportError(
@@ -49,14 +55,14 @@ def integer_model(
     entries = [
         keras.Input(
             tensor.shape[1:],
-            dtype="float32" if _is_real(tensor, inputs) else _plain_dtype(tensor),
+            dtype="float32" if _is_real(tensor, kind) else _plain_dtype(tensor),
             name=_layer_name(tensor.name),
         )
-        for tensor in program.inputs
+        for tensor, kind in zip(program.inputs, kinds, strict=True)
     ]
     values: dict[int, Any] = {
-        tensor.index: Entry(tensor, rounds=inputs == "float", name=f"entry_{i}")(entry)
-        for i, (tensor, entry) in enumerate(zip(program.inputs, entries, strict=True))
+        tensor.index: Entry(tensor, rounds=kind == "float", name=f"entry_{i}")(entry)
+        for i, (tensor, kind, entry) in enumerate(zip(program.inputs, kinds, entries, strict=True))
     }
     for number, step in enumerate(program.steps):
         found = _called(step, f"{step.name.lower()}_{number}", values, runtime)
@@ -73,10 +79,10 @@ def integer_model(
     )
 
 
-def _check_arguments(runtime: str, inputs: str, outputs: str) -> None:
+def _check_arguments(runtime: str, inputs: Sequence[str], outputs: str) -> None:
     if runtime not in RUNTIMES:
         raise ExportError(f"Expected a runtime of {RUNTIMES}. Received: {runtime!r}.")
-    if inputs not in ENDS or outputs not in ENDS:
+    if not {*inputs, outputs} <= {*ENDS}:
         raise ExportError(
             f"Expected inputs and outputs to be of {ENDS}. Received: inputs={inputs!r}, "
             f"outputs={outputs!r}."

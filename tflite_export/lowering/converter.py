@@ -16,7 +16,15 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kqat.base import ExportError, LoweringError
-from kqat.freezing import FrozenLSTM, FrozenModel, IndexOperation, Marker, Node, Tabulated
+from kqat.freezing import (
+    ByteInput,
+    FrozenLSTM,
+    FrozenModel,
+    IndexOperation,
+    Marker,
+    Node,
+    Tabulated,
+)
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 
@@ -69,8 +77,12 @@ def _concrete(frozen: FrozenModel, batch_size: int, computed: frozenset[int]) ->
         return [tf.identity(t) for t in outputs]
 
     signature = [
-        tf.TensorSpec((batch_size, *t.shape[1:]), t.dtype, name=f"input_{i}")
-        for i, t in enumerate(model.inputs)
+        tf.TensorSpec(
+            (batch_size, *t.shape[1:]),
+            "float32" if name in frozen.byte_inputs else t.dtype,
+            name=f"input_{i}",
+        )
+        for i, (t, name) in enumerate(zip(model.inputs, frozen.input_names, strict=True))
     ]
     return tf.function(serve, input_signature=signature, autograph=False).get_concrete_function()
 
@@ -90,10 +102,14 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
     A marker stands where a function ships as a table, or an LSTM as one operator.
     """
     lstms = [id(layer) for layer in frozen.lstms]
+    inputs = zip(frozen.graph.inputs, frozen.input_names, strict=True)
+    byte_inputs = {ref for ref, name in inputs if name in frozen.byte_inputs}
     plain: dict[int, _Plain] = {}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         layer = node.layer
+        if isinstance(layer, ByteInput) and node.inputs[0] in byte_inputs:
+            return args[0]  # The marker behind it gives the input its scale.
         if isinstance(layer, Tabulated) and layer.index not in computed:
             layer = Marker("table", layer.index, name=frozen.unused_name(f"{layer.name}_marker"))
         elif isinstance(layer, FrozenLSTM):

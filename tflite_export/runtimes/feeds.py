@@ -24,6 +24,8 @@ def as_type(x: np.ndarray, tensor: TensorT) -> np.ndarray:
     dtype = flatbuffer.tensor_dtype(tensor)
     if dtype.kind == "f":
         return x.astype(dtype)
+    if x.dtype == np.uint8 and dtype == np.int8:
+        return (x ^ 0x80).view(np.int8)  # bytes, of which the file's integers are 128 less
     if not np.issubdtype(x.dtype, np.floating):
         return x
     limits = np.iinfo(dtype)

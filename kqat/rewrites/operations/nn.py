@@ -126,6 +126,39 @@ def _grayscale(operation: Any, name: str) -> Callable[..., Any]:
     return call
 
 
+def _margins(operation: Any, shape: Any, ending: str, sign: int) -> list[tuple[int, int]]:
+    """What `crop_images` (sign -1) or `pad_images` (1) takes away or adds at each side."""
+    height, width = shape[1:3]
+    pairs = []
+    for size, target, ends in (
+        (height, operation.target_height, ("top", "bottom")),
+        (width, operation.target_width, ("left", "right")),
+    ):
+        first, last = (getattr(operation, f"{end}_{ending}") for end in ends)
+        rest = 0 if target is None else sign * (target - size)
+        pairs.append(
+            (rest - last if first is None else first, rest - first if last is None else last)
+        )
+    return pairs
+
+
+def _framed(kind: type, ending: str, sign: int) -> Row:
+    """`crop_images` and `pad_images` as the layer of that kind."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(images: Any) -> Any:
+            if operation.data_format == "channels_first":
+                raise UnsupportedLayerError(
+                    f"Expected data_format='channels_last' in operation '{name}'. Received: "
+                    "channels_first. Permute."
+                )
+            return kind(tuple(_margins(operation, images.shape, ending, sign)), name=name)(images)
+
+        return call
+
+    return row
+
+
 def _fft2(operation: Any, name: str) -> Callable[..., Any]:
     """The two-dimensional Fourier transform of real numbers, as products with its matrices."""
 
@@ -197,6 +230,8 @@ NETWORKS: dict[str, Row] = {
     "ExtractPatches": extract_patches,
     "FFT2": _fft2,
     "RGBToGrayscale": _grayscale,
+    "CropImages": _framed(layers.Cropping2D, "cropping", -1),
+    "PadImages": _framed(layers.ZeroPadding2D, "padding", 1),
     "MaxPool": _pool("Max"),
     "AveragePool": _pool("Average"),
     "AdaptiveMaxPool": _adaptive_pool("Max"),

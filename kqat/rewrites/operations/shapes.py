@@ -1,6 +1,7 @@
 """Rewrites functions that move or pick values: `reshape`, `transpose`, `split`, `take`, `pad` …"""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -245,12 +246,14 @@ def _pad(operation: Any, name: str) -> Callable[..., Any]:
             constant_values is None or (is_number(constant_values) and not constant_values)
         )
         spatial = width[1:-1]
-        if not plain or width[0] != (0, 0) or len(width) > 5 or len(width) < 2:
+        if not plain or width[0] != (0, 0) or len(width) < 2:
             raise UnsupportedLayerError(
                 f"Expected zeros around axes other than the batch in operation '{name}'. "
                 f"Received: pad_width={operation.pad_width}, mode={operation.mode!r}. Slice and "
                 "concatenate instead."
             )
+        if len(width) > 4 and (width[-1] != (0, 0) or len(width) > 5):
+            return _zeros_axis_by_axis(x, width[1:], name)
         if width[-1] != (0, 0) or not 1 <= len(spatial) <= 3:
             # Only spatial axes can be padded: one more axis makes the last one spatial.
             shape = tuple(x.shape[1:])
@@ -262,6 +265,18 @@ def _pad(operation: Any, name: str) -> Callable[..., Any]:
         return _zeros_around(spatial, name)(x)
 
     return call
+
+
+def _zeros_axis_by_axis(x: Any, width: list[tuple[int, int]], name: str) -> Any:
+    """Zeros around more axes than PAD takes: one after another, the others before it as one."""
+    shape = list(x.shape[1:])
+    for axis, pair in enumerate(width):
+        if pair != (0, 0):
+            outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+            x = layers.Reshape((outer, shape[axis], inner), name=f"{name}_grown_{axis}")(x)
+            x = _zeros_around([(0, 0), pair], f"{name}_padded_{axis}")(x)
+            shape[axis] += sum(pair)
+    return layers.Reshape(tuple(shape), name=name)(x)
 
 
 def _zeros_around(spatial: list[tuple[int, int]], name: str) -> Any:

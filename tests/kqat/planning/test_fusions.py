@@ -69,6 +69,51 @@ def test_a_clamp_fuses_past_what_computes_nothing() -> None:
     assert clamp.into == parts[0].name
 
 
+def triplet() -> keras.Model:
+    """One network for three images."""
+    parts = [L.Conv2D(4, 3), L.BatchNormalization(), L.ReLU(), L.GlobalAveragePooling2D()]
+    base = keras.Sequential([keras.Input((6, 6, 3)), *parts, L.Dense(3, name="embedding")])
+    inputs = [keras.Input((6, 6, 3), name=name) for name in ("anchor", "positive", "negative")]
+    return keras.Model(inputs, [base(x) for x in inputs])
+
+
+def detection_head() -> keras.Model:
+    """Two shared convolutions with a BatchNormalization for each of three levels, and a last."""
+    inputs = [keras.Input((size, size, 3), name=f"level_{size}") for size in (8, 4, 2)]
+    tower = [L.SeparableConv2D(3, 3, padding="same"), L.Conv2D(3, 3, padding="same")]
+    last = L.Conv2D(2, 1, name="boxes")
+    ends = []
+    for x in inputs:
+        for conv in tower:
+            x = L.ReLU()(L.BatchNormalization()(conv(x)))
+        ends.append(L.Reshape((-1, 2))(last(x)))
+    return keras.Model(inputs, L.Concatenate(axis=1)(ends))
+
+
+@pytest.mark.parametrize(
+    ("build", "counts"),
+    [
+        (triplet, {"CONV_2D": 3, "MEAN": 3, "FULLY_CONNECTED": 3}),
+        (detection_head, {"DEPTHWISE_CONV_2D": 3, "CONV_2D": 9, "RESHAPE": 3, "CONCATENATION": 1}),
+    ],
+)
+def test_shared_networks_fold_at_each_call(build: Any, counts: dict[str, int]) -> None:
+    keras.utils.set_random_seed(0)
+    model, generator = build(), np.random.default_rng(0)
+    data = [generator.normal(size=(32, *x.shape[1:])).astype(np.float32) for x in model.inputs]
+    for _ in range(3):
+        model(data, training=True)
+    assert roles(model, "BatchNormalization") == {Role.FOLDED}
+    qat = kqat.quantize_model(model, calibration_data=data)
+    blob = tflite_export.convert(qat)
+    assert tflite_export.inspect(blob).counts() == counts
+    part = tflite_export.verify(qat, blob, data, runtimes=["litert"]).runtimes[0]
+    assert part.is_right and not part.unmatched
+    expected, found = (keras.tree.flatten(m.predict(data, verbose=0)) for m in (model, qat))
+    for a, b in zip(expected, found, strict=True):
+        assert 10 * np.log10(np.mean(a**2) / np.mean((a - b) ** 2)) > 25
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["int8", "w4a8", "per_tensor"])
 @pytest.mark.parametrize("own", [False, True])

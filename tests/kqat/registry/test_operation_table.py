@@ -133,6 +133,15 @@ CASES: dict[str, Callable[[Any, Any], Any]] = {
     "All": lambda x, y: ops.where(ops.all(x > -1.0, axis=2, keepdims=True), x, y),
     "Any": lambda x, y: ops.where(ops.any(x > 1.0, axis=2, keepdims=True), x, y),
     "ReLU": lambda x, y: keras.activations.relu(x, negative_slope=0.1),
+    "CropImages": lambda x, y: [
+        ops.image.crop_images(x, 1, 2, target_height=2, target_width=3),
+        ops.image.crop_images(
+            x, top_cropping=1, bottom_cropping=1, right_cropping=2, target_width=2
+        ),
+    ],
+    "PadImages": lambda x, y: ops.image.pad_images(
+        x, 1, target_height=7, right_padding=2, left_padding=0
+    ),
     "RGBToGrayscale": lambda x, y: ops.image.rgb_to_grayscale(x),
     "FFT2": lambda x, y: layers.Lambda(lambda t: ops.fft2((t, ops.zeros_like(t)))[0])(x[:, 0]),
     **{
@@ -180,6 +189,8 @@ def test_layers_compute_what_the_operations_compute(name: str) -> None:
     [
         (np.s_[:, 1:3], (2, 6, 3)),
         (np.s_[..., 0], (4, 6)),
+        (np.s_[..., ::-1], (4, 6, 3)),
+        (np.s_[:, ::-1, ::-2], (4, 3, 3)),
         (np.s_[:, -1, :, 1:], (6, 2)),
         (np.s_[:, None, ::2], (1, 2, 6, 3)),
     ],
@@ -204,6 +215,8 @@ def test_slices_are_numpys(key: Any, shape: tuple[int, ...]) -> None:
         (lambda x, y: x + ops.max(y, axis=(1, 2)), "equal rank"),
         (lambda x, y: x * np.ones((8, 4, 6, 3), np.float32), "without the batch axis"),
         (lambda x, y: ops.einsum("bijc,bijc->bijc", x, y), "a matrix product for each sample"),
+        (lambda x, y: ops.image.rgb_to_hsv(x), "a hue that jumps from 1 to 0"),
+        (lambda x, y: ops.image.sobel_edges(x), "a DepthwiseConv2D with that kernel"),
         (lambda x, y: ops.cast(x, "int32"), "An index is no quantity"),
         (lambda x, y: ops.norm(x, ord=1, axis=1), "the Euclidean norm"),
         (lambda x, y: ops.pad(x, [[0, 0], [1, 1], [0, 0], [0, 0]], "reflect"), "zeros around"),

@@ -1,0 +1,248 @@
+"""Joins of values of unlike size, which one scale would drown: taken apart, or scaled alike.
+
+CONCATENATION has one scale for all its members. Beside boxes in pixels every score is 0 or one
+step. Where such a join ends the model, its members become outputs of their own. Inside, the small
+members are multiplied by a power of two before they meet, and the weights of the layers that read
+the join are divided by it, so that the model computes the same.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from kqat.graph import Graph, Node, Part, Ref, clone, duplicate, rebuild, unique_name
+from kqat.training.calibration import CalibrationWarning, batches, run_batches
+from kqat.training.range_checks import LOST_BITS
+
+# Layers whose kernel takes up a factor of each input channel, and the kernel's axis of these.
+_TAKES_FACTORS: Mapping[type, tuple[str, int]] = {
+    layers.Dense: ("kernel", -2),
+    layers.Conv1D: ("kernel", -2),
+    layers.Conv2D: ("kernel", -2),
+    layers.Conv3D: ("kernel", -2),
+    layers.DepthwiseConv1D: ("kernel", -2),
+    layers.DepthwiseConv2D: ("kernel", -2),
+    layers.SeparableConv1D: ("depthwise_kernel", -2),
+    layers.SeparableConv2D: ("depthwise_kernel", -2),
+}
+
+
+def with_unlike_members_apart(
+    graph: Graph, data: Any, name: str, stacklevel: int = 2
+) -> keras.Model:
+    """A copy of a float model in which no Concatenate joins values of unlike size.
+
+    An output that was such a join becomes several, in its place: those of its members that are
+    alike stay joined.
+
+    Args:
+        graph: of the model.
+        data: as for `kqat.calibrate`.
+        name: of the copy.
+        stacklevel: of warnings, counted from here.
+
+    Raises:
+        CalibrationError: if the data are empty, misshapen or not finite.
+
+    Warns:
+        CalibrationWarning: of a join whose readers cannot take a factor up.
+    """
+    parts = _parts_of_joins(graph, _widths(graph, data))
+    graph, parts = _outputs_apart(graph, parts)
+    readers, calls = graph.consumers(), graph.calls()
+    factors: dict[Node, np.ndarray] = {}
+    scaled: dict[Node, Sequence[float]] = {}
+    for join, found in parts.items():
+        stuck = [n for n in readers[join.outputs[0]] if not _takes_factors(n, calls, join)]
+        if stuck or join.outputs[0] in graph.outputs:
+            reader = stuck[0].name if stuck else "an output"
+            warnings.warn(
+                f"'{join.name}' joins values of unlike size, of which some lose more than "
+                f"{LOST_BITS:.0f} bits; '{reader}' reads them and has no kernel to take a factor "
+                "up. Scale the members alike before they meet, or give them 'int16x8'.",
+                CalibrationWarning,
+                stacklevel=stacklevel + 1,
+            )
+            continue
+        scaled[join] = found.factors
+        each = np.repeat(found.factors, [ref.shape[-1] or 1 for ref in join.inputs])
+        factors |= dict.fromkeys(readers[join.outputs[0]], each)
+    return rebuild(graph, _Copies(scaled, factors).call, name, graph.output_names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Join:
+    """The members of a join, in runs of alike ones, and the factor for each member."""
+
+    runs: tuple[tuple[Ref, ...], ...]
+    factors: tuple[float, ...]
+
+
+def _widths(graph: Graph, data: Any) -> dict[Ref, float]:
+    """How far the members of all joins spread from 0, over the data."""
+    members = {ref for node in graph.nodes if _is_join(node) for ref in node.inputs}
+    widths = dict.fromkeys(members, 0.0)
+
+    def seen(ref: Ref, value: Any) -> None:
+        if ref in members and not ref.holds_indexes:
+            array = np.asarray(keras.ops.convert_to_numpy(value), np.float32)
+            spread = max(float(array.max()), 0.0) - min(float(array.min()), 0.0)
+            widths[ref] = max(widths[ref], spread)
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        values = [v for v in keras.tree.flatten((args, kwargs)) if keras.ops.is_tensor(v)]
+        for ref, value in zip(node.inputs, values, strict=False) if _is_join(node) else ():
+            seen(ref, value)
+        return node.layer(*args, **kwargs)
+
+    run_batches(graph, batches(data, graph), call)
+    return widths
+
+
+def _is_join(node: Node) -> bool:
+    kind = type(node.layer).__name__
+    return kind == "Concatenate" and len(node.inputs) > 1 and not node.outputs[0].holds_indexes
+
+
+def _parts_of_joins(graph: Graph, widths: Mapping[Ref, float]) -> dict[Node, _Join]:
+    """The joins of unlike members."""
+    found = {}
+    for node in filter(_is_join, graph.nodes):
+        sizes = [widths[ref] for ref in node.inputs]
+        most = max(sizes)
+        if all(size == 0.0 or most < size * 2.0**LOST_BITS for size in sizes):
+            continue
+        runs: list[list[Ref]] = []
+        for ref in node.inputs:
+            run = [*runs[-1], ref] if runs else [ref]
+            spread = [widths[r] for r in run if widths[r]]
+            alike = bool(runs) and (not spread or max(spread) < min(spread) * 2.0**LOST_BITS)
+            runs[-1:] = [run] if alike else [*runs[-1:], [ref]]
+        factors = [2.0 ** math.floor(math.log2(most / s)) if s else 1.0 for s in sizes]
+        found[node] = _Join(tuple(map(tuple, runs)), tuple(factors))
+    return found
+
+
+def _outputs_apart(graph: Graph, parts: Mapping[Node, _Join]) -> tuple[Graph, dict[Node, _Join]]:
+    """`graph` with outputs in place of the joins that end it, and the other joins."""
+    readers, producers = graph.consumers(), graph.producers()
+    taken = {*graph.input_names, *graph.output_names, *(node.name for node in graph.nodes)}
+    nodes, split = list(graph.nodes), dict[Ref, list[Ref]]()
+    names: dict[Ref, list[str]] = {}
+    for join, found in parts.items():
+        ref = join.outputs[0]
+        if readers[ref] or graph.outputs.count(ref) != 1 or not set(found.runs[0]) <= {*producers}:
+            continue
+        split[ref], names[ref] = [], []
+        at = nodes.index(join)
+        del nodes[at]
+        for run in found.runs:
+            if len(run) == 1 and run[0] in producers and run[0] not in graph.outputs:
+                maker = producers[run[0]].name
+                own = maker if maker not in graph.output_names else unique_name(maker, taken)
+                split[ref].append(run[0])
+            else:
+                own = unique_name(f"{join.name}_{len(names[ref])}", taken)
+                axis = join.layer.axis
+                part = Ref(_joined(run, axis), ref.dtype)
+                layer = layers.Concatenate(axis=axis, name=own)
+                nodes.insert(at, Node(own, layer, (list(run),), {}, (part,)))
+                split[ref].append(part)
+            names[ref].append(own)
+    rest = {join: found for join, found in parts.items() if join.outputs[0] not in split}
+    if not split:
+        return graph, rest
+    output_names = []
+    for ref, name in zip(graph.outputs, graph.output_names, strict=True):
+        output_names += names.get(ref, [name])
+    return Graph(
+        nodes=tuple(nodes),
+        input_struct=graph.input_struct,
+        output_struct=_spliced(graph.output_struct, split, names),
+        input_names=graph.input_names,
+        output_names=tuple(output_names),
+    ), rest
+
+
+def _joined(run: Sequence[Ref], axis: int) -> tuple[int | None, ...]:
+    shape = list(run[0].shape)
+    shape[axis] = sum(ref.shape[axis] or 0 for ref in run)
+    return tuple(shape)
+
+
+def _spliced(structure: Any, split: Mapping[Ref, list[Ref]], names: Mapping[Ref, list[str]]) -> Any:
+    """An output structure in which several stand where one stood."""
+    if isinstance(structure, Ref):
+        return list(split[structure]) if structure in split else structure
+    if isinstance(structure, dict):
+        # Keras lists the outputs of a dict by their sorted keys.
+        found: dict[str, Any] = {}
+        for key, value in structure.items():
+            if isinstance(value, Ref) and value in split:
+                parts = zip(split[value], range(len(split[value])), strict=True)
+                found |= {f"{key}_{index}": part for part, index in parts}
+            else:
+                found[key] = _spliced(value, split, names)
+        return found
+    flat: list[Any] = []
+    for value in structure:
+        new = _spliced(value, split, names)
+        flat += new if isinstance(value, Ref) and value in split else [new]
+    return flat
+
+
+def _takes_factors(node: Node, calls: Mapping[int, int], join: Node) -> bool:
+    """Whether the kernel of a node that reads a join can take a factor per channel up."""
+    rank = len(join.outputs[0].shape)
+    last = join.layer.axis in (-1, rank - 1)
+    plain = getattr(node.layer, "groups", 1) == 1
+    once = calls[id(node.layer)] == 1 and len(node.inputs) == 1
+    return type(node.layer) in _TAKES_FACTORS and plain and once and last
+
+
+class _Copies:
+    """Copies of the layers, with factors before joins and kernels that take them up."""
+
+    def __init__(self, scaled: Mapping[Node, Sequence[float]], factors: Mapping[Node, np.ndarray]):
+        self.scaled = scaled
+        self.factors = factors
+        self.made: dict[int, Any] = {}
+
+    def call(self, node: Node, *args: Any, **kwargs: Any) -> Any:
+        """The node's output, symbolic; see `kqat.graph.Graph.run`."""
+        if node in self.scaled:
+            args, kwargs = self._scaled(node, args, kwargs)
+        if id(node.layer) not in self.made:
+            self.made[id(node.layer)] = self._copy(node)
+        return self.made[id(node.layer)](*args, **kwargs)
+
+    def _scaled(self, node: Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        pairs = iter(enumerate(self.scaled[node]))
+
+        def times(x: Any) -> Any:
+            if not isinstance(x, keras.KerasTensor):
+                return x
+            index, factor = next(pairs)
+            name = f"{node.name}_scaled_{index}"
+            return x if factor == 1.0 else layers.Rescaling(factor, name=name)(x)
+
+        return keras.tree.map_structure(times, (args, kwargs))
+
+    def _copy(self, node: Node) -> Any:
+        if node not in self.factors:
+            return duplicate(node.layer, node.name)
+        kernel, axis = _TAKES_FACTORS[type(node.layer)]
+        weights = []
+        for variable, value in zip(node.layer.weights, node.layer.get_weights(), strict=True):
+            if variable is getattr(node.layer, kernel):
+                shape = [1] * value.ndim
+                shape[axis] = -1
+                value = value / self.factors[node].reshape(shape)
+            weights.append(value)
+        return Part(clone(node.layer, node.name), weights)

@@ -1,0 +1,54 @@
+"""Copies of layers whose config says more than their class takes."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+
+import kqat
+from kqat.graph.copies import clone
+
+
+class Block(L.Layer):
+    """Its config has keys that its class does not take, as configs in the wild do."""
+
+    def __init__(self, units: int, kind: Any = L.Dense, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.units = units
+        self.dense = kind(units)
+
+    def build(self, input_shape: Any) -> None:
+        self.dense.build(input_shape)
+
+    def call(self, x: Any) -> Any:
+        return self.dense(x)
+
+    def get_config(self) -> dict[str, Any]:
+        own = {"units": self.units, "kind": L.Dense, "version": 3, "channels": 4}
+        return {**super().get_config(), **own}
+
+
+class Stubborn(Block):
+    """No config makes it."""
+
+    def __init__(self, units: int, secret: Any, **kwargs: Any) -> None:
+        super().__init__(units, **kwargs)
+
+
+def test_a_float_layer_with_more_keys_than_arguments_is_copied() -> None:
+    model = keras.Sequential([keras.Input((6,)), Block(4, name="block"), L.Dense(2)])
+    data = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
+    qat = kqat.quantize_model(model, {"block": None}, calibration_data=data)
+    np.testing.assert_array_equal(
+        qat.get_layer("block").dense.kernel, model.get_layer("block").dense.kernel
+    )
+
+
+def test_the_error_quotes_no_config() -> None:
+    with pytest.raises(
+        kqat.ModelError, match=r"'odd' of type Stubborn, which cannot:.*secret"
+    ) as e:
+        clone(Stubborn(3, 1, name="odd"))
+    assert "config=" not in str(e.value) and "'units'" not in str(e.value)

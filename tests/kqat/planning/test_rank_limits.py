@@ -1,0 +1,64 @@
+"""Values of more axes than a kernel takes are reshaped around it, and compute the same."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+from keras import ops
+
+import kqat
+import tflite_export
+
+FIVE, SIX, SEVEN = (2, 3, 2, 4), (2, 3, 2, 2, 4), (2, 1, 3, 2, 2, 4)
+CASES: dict[str, tuple[tuple[int, ...], Callable[[Any], Any]]] = {
+    "slice": (FIVE, lambda x: x[:, :1, ..., 1::2]),
+    "slice_of_six": (SIX, lambda x: x[:, :, 1:, :, 0]),
+    "crop": (FIVE, lambda x: L.Cropping3D(((0, 1), (1, 0), (0, 0)))(x)),
+    "windows": (SIX, lambda x: ops.transpose(x, (0, 1, 3, 2, 4, 5))),
+    "reversed": (SEVEN, lambda x: ops.transpose(x, (0, 6, 5, 4, 3, 2, 1))),
+    "prelu_of_channels": (FIVE, lambda x: slopes(x, [1, 2, 3])),
+    "prelu_of_places": (SIX, lambda x: slopes(x, None)),
+    "prelu_of_some": (FIVE, lambda x: slopes(x, [3, 4])),
+    "unit": (SIX, lambda x: L.UnitNormalization()(x)),
+    "matmul": (SIX, lambda x: ops.matmul(x, ops.swapaxes(x, -1, -2))),
+    "pad": (FIVE, lambda x: ops.pad(x, [(0, 0), (1, 0), (0, 0), (0, 2), (1, 1)])),
+    "pad_of_six": (SIX, lambda x: ops.pad(x, [*[(0, 0)] * 5, (1, 1)])),
+}
+
+
+def slopes(x: Any, shared: Any) -> Any:
+    layer = L.PReLU(shared_axes=shared)
+    y = layer(x)
+    alpha = np.linspace(0.1, 0.6, math.prod(layer.alpha.shape), dtype=np.float32)
+    layer.set_weights([alpha.reshape(layer.alpha.shape)])
+    return y
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_runs_everywhere(name: str) -> None:
+    shape, function = CASES[name]
+    x = keras.Input(shape)
+    model = keras.Model(x, function(x))
+    data = np.random.default_rng(0).normal(size=(32, *shape)).astype(np.float32)
+    assert not kqat.plan(model, target="tflite_micro").misfits
+    qat = kqat.quantize_model(model, calibration_data=data)
+    np.testing.assert_allclose(kqat.strip(qat)(data), model(data), rtol=1e-5, atol=1e-6)
+    blob = tflite_export.convert(qat, target="tflite_micro")
+    report = tflite_export.verify(
+        qat, blob, data[:2], runtimes=("litert_reference", "tflite_micro")
+    )
+    assert all(part.is_right and part.problem is None for part in report.runtimes)
+    assert not report.runtimes[0].unmatched
+
+
+def test_few_axes_and_float_layers_stay_as_they_are() -> None:
+    x = keras.Input(FIVE)
+    model = keras.Model(x, L.Permute((4, 3, 2, 1), name="few")(x))
+    assert [layer.kind for layer in kqat.plan(model).layers] == ["Permute"]
+    model = keras.Model(x, L.ReLU()(L.PReLU(name="left")(x)))
+    kinds = [layer.kind for layer in kqat.plan(model, {"left": None}).layers]
+    assert "PReLU" in kinds and "Reshape" not in kinds
