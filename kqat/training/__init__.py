@@ -14,21 +14,33 @@ from kqat.training.calibration import (
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
 from kqat.training.quantized_recurrence import QuantizedRecurrence
+from kqat.training.schedules.batchnorm_estimation import ReestimateBatchNorm, reestimate_batchnorm
+from kqat.training.schedules.delay import QuantizeAfter
+from kqat.training.schedules.falling_bits import FallingBits
+from kqat.training.schedules.oscillations import DampenOscillations, FreezeOscillations
+from kqat.training.schedules.stochastic_rounding import StochasticRounding
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 __all__ = [
     "DEFAULT_METHOD",
     "ActivationQuantizer",
     "CalibrationWarning",
+    "DampenOscillations",
+    "FallingBits",
     "FreezeBatchNorm",
     "FreezeObservers",
+    "FreezeOscillations",
+    "QuantizeAfter",
     "QuantizeWrapper",
     "QuantizedRecurrence",
+    "ReestimateBatchNorm",
+    "StochasticRounding",
     "algorithms",
     "batchnorm",
     "calibrate",
     "calibrate_for",
     "check_method",
     "is_quantized",
+    "reestimate_batchnorm",
     "wrap",
 ]

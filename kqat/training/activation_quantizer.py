@@ -1,6 +1,7 @@
 """The layer that rounds the values of a group; saved and loaded without a custom-object scope."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,15 +15,22 @@ from kqat.grids import (
     Anchor,
     Clamp,
     Fixed,
+    GradientEstimator,
     LastValue,
+    LearnedRangeMethod,
     MinMax,
     MovingAverage,
     QuantSpec,
+    RangeForm,
     RangeMethod,
     arithmetic,
+    estimated,
+    gradient_from_dict,
+    gradient_to_dict,
     range_method_from_dict,
     range_method_to_dict,
 )
+from kqat.training.controls import Controls
 from kqat.training.older_files import with_label
 
 # Calibration weighs as many batches as the moving average of training remembers, at least.
@@ -53,9 +61,10 @@ class ActivationQuantizer(keras.layers.Layer):
     """Rounds the values of one group to its integer grid; the gradient is straight-through.
 
     Calibration gives it a range (`start`). In training it observes the batch and moves its range,
-    unless `trainable` is `False`: how is written at `kqat.grids.Anchor`; a `MinMax` range grows
-    with whatever a batch shows. Each call site (`site`) has a range of its own, of which the
-    group's range is the union:
+    unless it is `frozen` or not `trainable`: how is written at `kqat.grids.Anchor`; a `MinMax`
+    range grows with whatever a batch shows. A learned range starts there (or with its first batch),
+    and is moved by the loss: `moved` is what training adds to its numbers. Each call site (`site`)
+    has a range of its own, of which the group's range is the union:
 
         low == min(site_low), high == max(site_high), low <= 0 <= high
 
@@ -72,6 +81,9 @@ class ActivationQuantizer(keras.layers.Layer):
             of the others, with room below.
         label: what reports and the file call the value that is rounded, where there is one call
             site; the layer's own name if it is left out.
+        gradient: what stands for the derivative of rounding; `None` is the clipped straight-through
+            estimator, by TensorFlow's fused kernel.
+        frozen: whether the range stays as it is in training.
     """
 
     def __init__(
@@ -83,6 +95,8 @@ class ActivationQuantizer(keras.layers.Layer):
         sites: int = 1,
         hides: bool = False,
         label: str | None = None,
+        gradient: GradientEstimator | None = None,
+        frozen: bool = False,
         **kwargs: Any,
     ):
         # Ranges are float32 under every policy. Only where the layer's own policy is float32 too
@@ -94,6 +108,12 @@ class ActivationQuantizer(keras.layers.Layer):
         self.sites = sites
         self.hides = hides
         self.label = label or self.name
+        self.gradient = gradient
+        self.frozen = frozen
+        self.controls = Controls()
+        self.seeds = None
+        if gradient is not None and gradient.ADDS_NOISE:
+            self.seeds = keras.random.SeedGenerator()
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
@@ -114,6 +134,27 @@ class ActivationQuantizer(keras.layers.Layer):
         self.site_low, self.site_high, self.count = map(ranges, ("low", "high", "count"))
         self.extremes = self._state("extremes", np.zeros((2, self.sites)))
         self.anchor = self._state("anchor", self._no_anchor())
+        if isinstance(self.range_method, LearnedRangeMethod):
+            self.features = math.prod(n for n in input_shape[1:] if n)
+            terms = (self.range_method.terms(self._form),)
+            self.moved = self.add_weight(name="moved", shape=terms, initializer="zeros")
+            # What was moved when the range was frozen: an optimizer with momentum moves on.
+            self.kept = self._state("kept", np.zeros(terms))
+
+    @property
+    def _form(self) -> RangeForm:
+        return RangeForm.of(self.spec, self.clamp is not None)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the range stays as it is in training."""
+        return self.frozen or not self.trainable
+
+    def freeze(self) -> None:
+        """Keeps the range as it is from now on."""
+        if isinstance(self.range_method, LearnedRangeMethod) and not self.frozen:
+            self.kept.assign(self.moved)
+        self.frozen = True
 
     def _state(self, name: str, initial: np.ndarray) -> keras.Variable:
         return self.add_weight(
@@ -146,15 +187,17 @@ class ActivationQuantizer(keras.layers.Layer):
         dtype = x.dtype
         x = ops.cast(x, "float32")
         if isinstance(self.range_method, Fixed):
-            rounded = arithmetic.fake_quantize(self.clamped(x), *self.fixed_range(), self.spec)
-            return ops.cast(rounded, dtype)
-        if training and observe and self.trainable:
+            given = *self.fixed_range(), None
+            return ops.cast(self._on_grid(self.clamped(x), given, bool(training)), dtype)
+        if training and observe and not self.is_frozen:
             low, high = self._observed(x, site)
-            return ops.cast(self._round(x, low, high), dtype)
+            return ops.cast(self._round(x, self._grid(low, high), True), dtype)
         low, high, count = self.site_low.value, self.site_high.value, self.count.value
         # Not ops.where: it would compute both, and send gradients through both.
         rounded = ops.cond(
-            ops.max(count) > 0.0, lambda: self._round(x, low, high), lambda: self.clamped(x)
+            ops.max(count) > 0.0,
+            lambda: self._round(x, self._grid(low, high), bool(training)),
+            lambda: self.clamped(x),
         )
         return ops.cast(rounded, dtype)
 
@@ -184,6 +227,9 @@ class ActivationQuantizer(keras.layers.Layer):
         values = low, high, count, extremes, anchor
         for variable, value in zip(self._ranges(), values, strict=True):
             variable.assign(value)
+        if isinstance(self.range_method, LearnedRangeMethod):
+            for variable in (self.moved, self.kept):
+                variable.assign(ops.zeros_like(variable))
 
     def reset(self) -> None:
         """Forgets what was observed."""
@@ -211,7 +257,7 @@ class ActivationQuantizer(keras.layers.Layer):
                 f"Expected ranges from data. Received: quantizer '{self.name}', which has seen "
                 "none. Give calibration_data to kqat.quantize_model, or train."
             )
-        low, high = self.union(self.site_low.value, self.site_high.value)
+        low, high, _ = self._grid(self.site_low.value, self.site_high.value)
         return float(low), float(high)
 
     def is_calibrated(self) -> bool:
@@ -224,7 +270,7 @@ class ActivationQuantizer(keras.layers.Layer):
         if isinstance(self.range_method, Fixed):
             low, high = self.fixed_range()
             return ops.stop_gradient(ops.convert_to_tensor((high - low) / levels, "float32"))
-        low, high = self.union(self.site_low.value, self.site_high.value)
+        low, high, _ = self._grid(self.site_low.value, self.site_high.value)
         known = ops.max(self.count.value) > 0.0
         return ops.stop_gradient(ops.where(known, (high - low) / levels, 0.0))
 
@@ -232,23 +278,81 @@ class ActivationQuantizer(keras.layers.Layer):
         """The range that holds those of all sites, as the grid allows it."""
         return self._symmetric(*arithmetic.widen(ops.min(site_low), ops.max(site_high)))
 
+    def _grid(self, site_low: Any, site_high: Any) -> tuple[Any, Any, Any]:
+        """Low and high of the group's range, and the step where the loss moves it."""
+        low, high = self.union(site_low, site_high)
+        method = self.range_method
+        if not isinstance(method, LearnedRangeMethod):
+            return low, high, None
+        numbers = ops.stop_gradient(method.numbers(low, high, self.spec, self._form))
+        numbers = numbers + self._moved()
+        low, high, step = method.bounds(numbers, self.spec, self._form, self.features)
+        # A range that moved out of what a grid can be still has its gradients.
+        usable = arithmetic.widen(low, high)
+        low, high = map(arithmetic.straight_through, usable, (low, high))
+        return low, high, step if method.MOVES_STEP else None
+
+    def _moved(self) -> Any:
+        """What training adds to the numbers of a learned range."""
+        if self.is_frozen:
+            return self.kept.value
+        frozen = self.controls.frozen
+        if frozen is None:
+            return self.moved.value
+        return self.moved.value * (1.0 - frozen.value) + self.kept.value * frozen.value
+
     def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
         return arithmetic.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)
 
     def rounded(self, x: Any, site_low: Any, site_high: Any) -> Any:
         """`x` as it would be rounded had its call sites (float32 vectors of) these ranges."""
-        return ops.cast(self._round(ops.cast(x, "float32"), site_low, site_high), x.dtype)
+        grid = *self.union(site_low, site_high), None
+        return ops.cast(self._round(ops.cast(x, "float32"), grid, False), x.dtype)
 
-    def _round(self, x: Any, site_low: Any, site_high: Any) -> Any:
-        low, high = self.union(site_low, site_high)
+    def _round(self, x: Any, grid: tuple[Any, Any, Any], training: bool) -> Any:
         if self.spec.symmetric:  # A range on both sides of zero clamps nothing at zero.
             x = self.clamped(x)
-        return arithmetic.fake_quantize(x, low, high, self.spec)
+        return self._on_grid(x, grid, training)
+
+    def _on_grid(self, x: Any, grid: tuple[Any, Any, Any], training: bool) -> Any:
+        """`x` rounded on a grid `(low, high, step)`; the step where the loss moves it."""
+        low, high, step = grid
+        if not training or self.controls.rounds is None:
+            return self._rounded_by(x, low, high, step, training)
+        rounds = self.controls.rounds.value > 0.5
+        return ops.cond(
+            rounds,
+            lambda: self._rounded_by(x, low, high, step, training),
+            lambda: self.clamped(x),
+        )
+
+    def _rounded_by(self, x: Any, low: Any, high: Any, step: Any, training: bool) -> Any:
+        spec, gradient = self.spec, self.gradient
+        levels = float(spec.qmax - spec.qmin)
+        if training and self.seeds is not None:
+            noise = keras.random.uniform(ops.shape(x), -0.5, 0.5, seed=self.seeds)
+            width = (high - low) * (1.0 / levels)
+            return ops.minimum(ops.maximum(x, low), high) + noise * width
+        if gradient is None:
+            rounded = arithmetic.fake_quantize(x, low, high, spec)
+        else:
+            rounded = arithmetic.fake_quantize(ops.stop_gradient(x), low, high, spec)
+            rounded = rounded + estimated(gradient, x, rounded, low, high)
+        if step is None or not training:
+            return rounded
+        # Inside the grid, a wider step moves a value by its rounding error.
+        fixed = ops.stop_gradient(step)
+        first = ops.stop_gradient(-ops.floor(0.5 - low / fixed) * fixed)
+        clipped = ops.minimum(ops.maximum(x, first), first + levels * fixed)
+        error = ops.stop_gradient((rounded - clipped) / fixed)
+        return rounded + error * (step - fixed)
 
     def _observed(self, x: Any, site: int) -> tuple[Any, Any]:
         """Updates the site's range by `x`; returns all sites' ranges."""
         low, high, count = self.site_low.value, self.site_high.value, self.count.value
         hides, spec, method = self.hides, self.spec, self.range_method
+        if isinstance(method, LearnedRangeMethod):
+            return self._first(x, site)
         least, most = (
             arithmetic.shown_bounds(x, spec) if hides else arithmetic.bounds(x, self.clamp)
         )
@@ -256,6 +360,9 @@ class ActivationQuantizer(keras.layers.Layer):
         batch = ops.stack([-least, most])
         # One exploding batch must not poison the range for good.
         here = ops.all(ops.isfinite(batch))
+        thaws = self.controls.thaws()
+        if thaws is not None:
+            here = ops.logical_and(thaws, here)
         # Of all sites, then only this one is kept: a slice would be an operation of its own.
         if self.sites > 1:
             here = ops.logical_and(ops.arange(self.sites) == site, here)
@@ -275,6 +382,29 @@ class ActivationQuantizer(keras.layers.Layer):
         self.site_low.assign(low)
         self.site_high.assign(high)
         self.count.assign(ops.where(here, count + 1.0, count))
+        return low, high
+
+    def _first(self, x: Any, site: int) -> tuple[Any, Any]:
+        """The range at which a learned one starts: that of the first batch, if nothing was seen."""
+        method = self.range_method
+        assert isinstance(method, LearnedRangeMethod)
+        low, high, count = self.site_low.value, self.site_high.value, self.count.value
+        new = ops.logical_and(ops.arange(self.sites) == site, count == 0.0)
+        least, most = ops.cond(
+            ops.any(new),
+            lambda: arithmetic.bounds(x, self.clamp),
+            lambda: (ops.zeros((), "float32"), ops.zeros((), "float32")),
+        )
+        new = ops.logical_and(new, ops.isfinite(most - least))
+        low, high = ops.where(new, least, low), ops.where(new, most, high)
+        self.site_low.assign(low)
+        self.site_high.assign(high)
+        self.count.assign(ops.where(new, 1.0, count))
+        union = self.union(low, high)
+        start = ops.stop_gradient(method.numbers(*union, self.spec, self._form))
+        penalty = method.penalty(start + self._moved())
+        if penalty is not None:
+            self.add_loss(penalty)
         return low, high
 
     def compute_output_shape(self, input_shape: Any, **kwargs: Any) -> Any:
@@ -297,6 +427,8 @@ class ActivationQuantizer(keras.layers.Layer):
             "sites": self.sites,
             "hides": self.hides,
             "label": self.label,
+            "gradient": gradient_to_dict(self.gradient),
+            "frozen": self.frozen,
         }
 
     @classmethod
@@ -305,4 +437,5 @@ class ActivationQuantizer(keras.layers.Layer):
         config = with_label(config, suffix="_quantizer")
         spec = QuantSpec(**config.pop("spec"))
         method = range_method_from_dict(config.pop("range_method"))
-        return cls(spec, method, **config)
+        gradient = gradient_from_dict(config.pop("gradient", None))
+        return cls(spec, method, gradient=gradient, **config)

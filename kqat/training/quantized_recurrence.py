@@ -64,9 +64,9 @@ class QuantizedRecurrence(Recurrence):
         masks = self._masks(inputs)
         bounds = ops.cond(known, lambda: stored, lambda: self._first_bounds(inputs, masks))
         bounds = keras.tree.map_structure(ops.stop_gradient, bounds)
-        results, extremes = self._unroll(inputs, _Pass(self.parts, bounds, masks))
+        results, extremes = self._unroll(inputs, _Pass(self.parts, bounds, masks), training=True)
         for (quantizer, site), (low, high) in zip(self.parts.sites, extremes, strict=True):
-            if quantizer.trainable:
+            if not quantizer.is_frozen:
                 quantizer.observe(ops.stack([low, high]), site)
         return results
 
@@ -108,13 +108,15 @@ class QuantizedRecurrence(Recurrence):
         with keras.StatelessScope(state_mapping=self._rounded_weights()):
             return self.scan(inputs, step, [_extremes(values) for values in seen])
 
-    def _unroll(self, inputs: Sequence[Any], rounding: "_Pass") -> tuple[Any, list[Extremes]]:
+    def _unroll(
+        self, inputs: Sequence[Any], rounding: "_Pass", *, training: bool = False
+    ) -> tuple[Any, list[Extremes]]:
         """As `_scan`, but unrolled: slower to trace, with faster gradients."""
         inputs, seen = self._with_rounded_states(inputs, rounding)
         sequences = [ops.unstack(x, axis=1) for x in inputs[: self.sequences]]
         states = list(inputs[self.sequences :]) or self.zeros(inputs)
         outputs = []
-        with keras.StatelessScope(state_mapping=self._rounded_weights()):
+        with keras.StatelessScope(state_mapping=self._rounded_weights(training)):
             for values in self.steps(sequences):
                 states = rounding.step([*values, *states], seen)
                 outputs.append(states[0])
@@ -132,7 +134,7 @@ class QuantizedRecurrence(Recurrence):
         ]
         return [*inputs[: self.sequences], *states], seen
 
-    def _rounded_weights(self) -> list[tuple[Any, Any]]:
+    def _rounded_weights(self, training: bool = False) -> list[tuple[Any, Any]]:
         """Pairs of variable and value for a `StatelessScope`: rounded weights, others as they are.
 
         All variables of the layers are listed, because the scope hides those of an outer scope.
@@ -140,7 +142,7 @@ class QuantizedRecurrence(Recurrence):
         mapping = []
         for wrapper in self.parts.wrappers:
             rounded = {
-                id(getattr(wrapper.layer, name)): wrapper.rounded(name)
+                id(getattr(wrapper.layer, name)): wrapper.rounded(name, training=training)
                 for name in wrapper.weight_specs
             }
             mapping += [(v, rounded.get(id(v), v.value)) for v in wrapper.layer.variables]
