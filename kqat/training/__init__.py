@@ -13,6 +13,7 @@ from kqat.training.calibration import (
     check_method,
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
+from kqat.training.finetuning import WarmUpCosine, finetune, finetune_callbacks
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.schedules.batchnorm_estimation import ReestimateBatchNorm, reestimate_batchnorm
 from kqat.training.schedules.delay import QuantizeAfter
@@ -35,11 +36,14 @@ __all__ = [
     "QuantizedRecurrence",
     "ReestimateBatchNorm",
     "StochasticRounding",
+    "WarmUpCosine",
     "algorithms",
     "batchnorm",
     "calibrate",
     "calibrate_for",
     "check_method",
+    "finetune",
+    "finetune_callbacks",
     "is_quantized",
     "reestimate_batchnorm",
     "wrap",

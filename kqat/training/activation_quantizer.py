@@ -295,7 +295,8 @@ class ActivationQuantizer(keras.layers.Layer):
     def _moved(self) -> Any:
         """What training adds to the numbers of a learned range."""
         if self.is_frozen:
-            return self.kept.value
+            # Keras warns of a trainable variable without a gradient, not of a gradient of zero.
+            return self.kept.value + self.moved.value * 0.0
         frozen = self.controls.frozen
         if frozen is None:
             return self.moved.value

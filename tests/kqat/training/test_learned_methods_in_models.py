@@ -69,6 +69,7 @@ def file_of(qat: keras.Model) -> Any:
     return tflite_export.convert(qat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_lowers_the_loss_and_the_file_has_what_was_trained(
     name: str, tmp_path: Path
@@ -109,6 +110,7 @@ def check_numbers(blob: bytes, frozen: kqat.FrozenModel) -> None:
     assert found == kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tqt", "powers"])
 def test_scales_in_the_file_are_powers_of_two(name: str) -> None:
     """Those of the layer into which a normalization folds too."""
@@ -134,8 +136,9 @@ def test_ttq_has_two_magnitudes_in_a_channel_of_the_file() -> None:
 
 @pytest.mark.parametrize("method", ["lsq_plus", "pact", "tqt"])
 def test_learned_ranges_start_where_observed_ones_do(method: str) -> None:
+    model = network()
     learned, observed = (
-        kqat.quantize_model(network(), config, calibration_data=IMAGES)
+        kqat.quantize_model(model, config, calibration_data=IMAGES)
         for config in (kqat.QuantizeConfig(activation_range=method), "int8")
     )
     for a, b in zip(ranges(learned), ranges(observed), strict=True):
@@ -150,7 +153,8 @@ def ranges(qat: keras.Model) -> list[tuple[float, float]]:
 
 
 def test_without_calibration_the_first_batch_is_the_start() -> None:
-    qat = kqat.quantize_model(network(), CONFIGS["lsq+"])
+    with pytest.warns(kqat.RangeWarning, match="No calibration data"):
+        qat = kqat.quantize_model(network(), CONFIGS["lsq+"])
     qat.compile(keras.optimizers.Adam(0.01), "mse")
     qat.fit(IMAGES, TARGETS, batch_size=16, epochs=3, verbose=0)
     check_numbers(file_of(qat), kqat.freeze(qat))
