@@ -179,7 +179,8 @@ class FreezeBatchNorm(_FreezeAt):
         assert isinstance(layer, QuantizeWrapper)
         # A loss cannot leave a conditional, nor can statistics meet there across replicas.
         plain = getattr(layer.layer, "activity_regularizer", None) is None
-        alone = getattr(self.model, "distribute_strategy", None) is None
+        strategy = getattr(self.model, "distribute_strategy", None)
+        alone = strategy is None or strategy.num_replicas_in_sync == 1
         return super()._takes_flag(layer) and plain and alone
 
     def _freeze(self, layer: QuantizeWrapper) -> None:

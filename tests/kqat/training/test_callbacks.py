@@ -181,7 +181,7 @@ def test_freezing_traces_the_training_step_once(
     )
     recorder = fit(qat, FreezeObservers(1), FreezeBatchNorm(2), first, epochs=4)
     # Keras calls the layers once more, to build the model.
-    assert set(counts) == {len(traces)} and len(counts) == 8
+    assert counts == [counts[0]] * 8
     assert ending(recorder.moved(0), "/moved" if learned else "/count") != set()
     for epoch in (1, 2, 3):
         assert ending(recorder.moved(epoch), *RANGES) == set()
