@@ -187,8 +187,8 @@ class ActivationQuantizer(keras.layers.Layer):
         dtype = x.dtype
         x = ops.cast(x, "float32")
         if isinstance(self.range_method, Fixed):
-            given = *self.fixed_range(), None
-            return ops.cast(self._on_grid(self.clamped(x), given, bool(training)), dtype)
+            rounded = self.rounded_on(x, *self.fixed_range(), training=bool(training))
+            return ops.cast(rounded, dtype)
         if training and observe and not self.is_frozen:
             low, high = self._observed(x, site)
             return ops.cast(self._round(x, self._grid(low, high), True), dtype)
@@ -310,8 +310,15 @@ class ActivationQuantizer(keras.layers.Layer):
         grid = *self.union(site_low, site_high), None
         return ops.cast(self._round(ops.cast(x, "float32"), grid, False), x.dtype)
 
+    def rounded_on(self, x: Any, low: Any, high: Any, *, training: bool = False) -> Any:
+        """`x` (float32) rounded on the range `[low, high]`, as in training or in inference."""
+        return self._round(x, (low, high, None), training)
+
     def _round(self, x: Any, grid: tuple[Any, Any, Any], training: bool) -> Any:
-        if self.spec.symmetric:  # A range on both sides of zero clamps nothing at zero.
+        # A range on both sides of zero clamps nothing at zero, nor does an estimator know of the
+        # gradient of a clamp.
+        given = isinstance(self.range_method, Fixed)
+        if self.spec.symmetric or given or self.gradient is not None:
             x = self.clamped(x)
         return self._on_grid(x, grid, training)
 

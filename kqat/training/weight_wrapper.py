@@ -185,7 +185,7 @@ class QuantizeWrapper(keras.layers.Layer):
         statistics = bool(training and not self.freeze_statistics)
         quantizer = self._quantizers.by_name.get(input_quantizer)
         if training and self.controls.dampening is not None:
-            self._add_dampening(branch)
+            self.add_loss(self.oscillation_penalty(branch))
 
         def computed(statistics: bool) -> Any:
             return self._computed(
@@ -391,17 +391,17 @@ class QuantizeWrapper(keras.layers.Layer):
         noise = keras.random.uniform(ops.shape(folded), -0.5, 0.5, seed=self.seeds)
         return (ops.clip(folded / step, -limit, limit) + noise) * step
 
-    def _add_dampening(self, branch: int) -> None:
-        """Adds the oscillation penalty to the loss; see `kqat.DampenOscillations`."""
-        weight = self.controls.dampening
-        assert weight is not None
+    def oscillation_penalty(self, branch: int = 0) -> Any:
+        """What `kqat.DampenOscillations` adds to the loss for these weights, a scalar."""
+        weight, total = self.controls.dampening, 0.0
         for name, spec in self.weight_specs.items():
             folded = self._folded(name, branch)
             step = ops.stop_gradient(self._step(name, folded))
             rounded = ops.stop_gradient(self._rounded_by(folded, step, spec))
             most = self._grid_scale(step, spec) * float(spec.qmax)
             clipped = ops.minimum(ops.maximum(folded, -most), most)
-            self.add_loss(weight.value * ops.sum(ops.square(rounded - clipped)))
+            total = total + ops.sum(ops.square(rounded - clipped))
+        return total if weight is None else weight.value * total
 
     def scale(self, name: str, branch: int = 0) -> Any:
         """The scale of weight `name`: its shape, with the axes that share a scale of size 1."""

@@ -130,6 +130,20 @@ def test_activations_round_as_before_with_this_gradient(name: str, method: Any) 
     assert all(np.any(np.asarray(g) != 0) for g in got[1:])
 
 
+@pytest.mark.parametrize("name", ["identity", "halved", "ewgs", "noise"])
+def test_a_clamp_that_the_quantizer_carries_out_keeps_its_gradient(name: str) -> None:
+    """Nothing passes below a ReLU, whatever stands for the derivative of rounding."""
+    made = kqat.ActivationQuantizer(
+        QuantSpec(), kqat.MovingAverage(), clamp="relu", gradient=estimator(name)
+    )
+    made.build((None, 50))
+    x = tf.Variable(normal((4, 50)))
+    with tf.GradientTape() as tape:
+        y = made(x + 0.0, training=True)
+    got = tape.gradient(y, x, np.ones((4, 50), np.float32)).numpy()
+    assert np.all(got[x.numpy() < 0] == 0) and np.all(got[x.numpy() > 0] != 0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_dict_comes_back(name: str) -> None:
     one = estimator(name)

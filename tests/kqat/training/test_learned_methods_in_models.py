@@ -160,9 +160,41 @@ def test_without_calibration_the_first_batch_is_the_start() -> None:
     check_numbers(file_of(qat), kqat.freeze(qat))
 
 
-def test_inside_a_recurrence_learned_ranges_are_refused_and_estimators_work() -> None:
+def recurrent() -> keras.Model:
     x = keras.Input((5, 3))
-    model = keras.Model(x, layers.Dense(4, name="head")(layers.LSTM(4, name="lstm")(x)))
+    return keras.Model(x, layers.Dense(4, name="head")(layers.LSTM(4, name="lstm")(x)))
+
+
+@pytest.mark.slow
+def test_estimators_and_schedules_reach_the_inside_of_a_recurrence() -> None:
+    x, y = normal((32, 5, 3)), TARGETS[:32]
+    model = recurrent()
+
+    def losses(config: Any, *callbacks: Any) -> list[float]:
+        keras.utils.set_random_seed(0)
+        qat = kqat.quantize_model(model, config, calibration_data=x)
+        qat.compile(keras.optimizers.SGD(0.5), "mse")
+        fitted = qat.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=list(callbacks))
+        return list(fitted.history["loss"])
+
+    plain = losses({"*": "w4a8"})
+    noise = kqat.QuantizeConfig(activation_gradient="noise")
+    halved = kqat.QuantizeConfig(weight_gradient=nothing, activation_gradient=nothing)
+    assert losses({"lstm*": noise, "*": "int8"}) != losses({"*": "int8"})
+    # No gradient passes into the LSTM: what it computes stays.
+    assert losses({"lstm*": halved, "*": "int8"}) != losses({"*": "int8"})
+    assert losses({"*": "w4a8"}, kqat.DampenOscillations(1.0))[1] > plain[1]
+    assert losses({"*": "w4a8"}, kqat.QuantizeAfter(100)) != plain
+    assert losses({"*": "w4a8"}, kqat.StochasticRounding()) != plain
+
+
+@keras.saving.register_keras_serializable("tests")
+def nothing(upstream: Any, x: Any, rounded: Any, low: Any, high: Any) -> Any:
+    return upstream * 0.0
+
+
+def test_inside_a_recurrence_learned_ranges_are_refused() -> None:
+    model = recurrent()
     with pytest.raises(PolicyError, match=r"inside a recurrent layer. Received: LearnedRange\(\)"):
         kqat.plan(model, kqat.QuantizeConfig(activation_range="lsq_plus"))
     kqat.plan(model, {"head": kqat.QuantizeConfig(activation_range="lsq_plus"), "*": "int8"})

@@ -18,6 +18,7 @@ def widths(model: keras.Model) -> tuple[int, int]:
     return one.weight_specs["kernel"].bits, int(np.abs(integers).max())
 
 
+@pytest.mark.slow
 def test_each_stage_has_its_width_and_the_plan_is_what_ships() -> None:
     qat, seen = quantized(), EachStep(widths)
     fit(qat, kqat.FallingBits((8, 6)), seen, epochs=3)
@@ -27,6 +28,7 @@ def test_each_stage_has_its_width_and_the_plan_is_what_ships() -> None:
     assert {weight.bits for weight in kqat.freeze(qat).weights} == {4}
 
 
+@pytest.mark.slow
 def test_validation_sees_the_width_of_the_stage_and_then_the_planned_one() -> None:
     qat = quantized(rate=0.0)
     history = fit(qat, kqat.FallingBits((8,)), epochs=2, validation_data=(X, X[:, :4])).history
