@@ -5,10 +5,10 @@ A policy is a default config and a list of rules. The first rule that matches a 
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from kqat.base import PolicyError, TextEnum
+from kqat.base import PolicyError, SpecError, TextEnum
 from kqat.grids import (
     INT8_ACTIVATION,
     INT8_WEIGHTS,
@@ -16,13 +16,19 @@ from kqat.grids import (
     RANGE_METHODS,
     STEP_METHODS,
     Binary,
+    GradientEstimator,
+    LearnedRangeMethod,
     LearnedStep,
+    LearnedTernary,
     MaxAbs,
     MovingAverage,
     QuantSpec,
-    RangeMethod,
-    StepMethod,
     Ternary,
+    gradient_estimator,
+    gradient_from_dict,
+    gradient_to_dict,
+    named_range,
+    named_step,
     range_method_from_dict,
     range_method_to_dict,
     step_method_from_dict,
@@ -49,14 +55,20 @@ class QuantizeConfig:
             names the variables (attributes of the layer), which a custom layer needs. One spec
             of less than 8 bits leaves 8 to operands of elementwise kernels (a constant that is
             added or multiplied, PReLU's slopes), which cannot read fewer; the plan shows it.
-        weight_step: how the step of each of these grids is found.
+        weight_step: how the step of each of these grids is found: a method, or its name in
+            `STEP_METHODS`, as `"lsq"`, for its defaults.
         activation: the grid of the layer's output: 8 bits, or 16 bits and symmetric. It also
             decides the width of the layer's kernel.
-        activation_range: how the range of the output is found.
+        activation_range: how the range of the output is found: a method, or its name in
+            `RANGE_METHODS`, as `"lsq_plus"`, for its defaults.
         recurrence: how an LSTM ships: `"unrolled"` as operators for every step, or `"fused"` as
             one UNIDIRECTIONAL_SEQUENCE_LSTM. That operator is small and has one scale for each
             weight of a gate. It keeps its states from one invocation to the next, so the device
             must reset the interpreter before each sequence.
+        weight_gradient, activation_gradient: what stands for the derivative of rounding: an
+            estimator, its name in `GRADIENTS` (`"identity"`, `"clipped"`, `"ewgs"`, `"noise"`), or
+            a registered function, see `kqat.grids.gradients.estimator`. `None` is what the method
+            of the step or range says: identity for most steps, clipped for learned ones and ranges.
 
     Raises:
         PolicyError: if a field has a wrong type, or no kernel has these bit widths together.
@@ -64,14 +76,23 @@ class QuantizeConfig:
     """
 
     weights: WeightSpecs = INT8_WEIGHTS
-    weight_step: StepMethod = MaxAbs()
+    weight_step: Any = MaxAbs()
     activation: QuantSpec = INT8_ACTIVATION
-    activation_range: RangeMethod = MovingAverage()
+    activation_range: Any = MovingAverage()
     recurrence: RecurrenceForm | Literal["unrolled", "fused"] = RecurrenceForm.UNROLLED
+    weight_gradient: Any = None
+    activation_gradient: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, Mapping):
             object.__setattr__(self, "weights", _single(self.weights))
+        self._resolve("weight_step", named_step)
+        self._resolve("activation_range", named_range)
+        for name in ("weight_gradient", "activation_gradient"):
+            try:
+                object.__setattr__(self, name, gradient_estimator(getattr(self, name)))
+            except SpecError as error:
+                raise PolicyError(f"{name}: {error}") from error
         if type(self.weight_step) not in STEP_METHODS.values():
             raise PolicyError(
                 f"Expected weight_step to be one of {sorted(STEP_METHODS)}. "
@@ -80,12 +101,15 @@ class QuantizeConfig:
         for name, spec in self.weight_items():
             _check_weight_spec(name, spec)
             self.weight_step.check(spec)
+        self._check_noise()
         if not isinstance(self.activation, QuantSpec):
             raise PolicyError(
                 f"Expected activation to be a QuantSpec. Received: {self.activation!r}. "
                 "To leave a layer float, give None in place of the whole config."
             )
         _check_activation_spec(self.activation)
+        if isinstance(self.activation_range, LearnedRangeMethod):
+            self.activation_range.check_grid(self.activation)
         if type(self.activation_range) not in RANGE_METHODS.values():
             raise PolicyError(
                 f"Expected activation_range to be one of {sorted(RANGE_METHODS)}. "
@@ -101,6 +125,26 @@ class QuantizeConfig:
                 "Expected activations of 8 bits for recurrence='fused': its operator is verified "
                 f"with 8 bits only. Received: bits={self.activation.bits}. Use "
                 "recurrence='unrolled'."
+            )
+
+    def _resolve(self, field: str, named: Callable[[str], Any]) -> None:
+        """Puts the method of a name in the place of the name."""
+        name = getattr(self, field)
+        if isinstance(name, str):
+            try:
+                object.__setattr__(self, field, named(name))
+            except SpecError as error:
+                raise PolicyError(f"{field}: {error}") from error
+
+    def _check_noise(self) -> None:
+        noise = isinstance(self.weight_gradient, GradientEstimator) and (
+            self.weight_gradient.ADDS_NOISE
+        )
+        if noise and isinstance(self.weight_step, Ternary | LearnedTernary | Binary):
+            raise PolicyError(
+                f"Expected weight_step with integers in equal steps for noise in the place of "
+                f"rounding. Received: {self.weight_step}, which has two or three values. Use "
+                "weight_gradient='clipped' with it, or weight_step='lsq'."
             )
 
     def weight_items(self) -> Iterator[tuple[str, QuantSpec]]:
@@ -119,6 +163,8 @@ class QuantizeConfig:
             "activation": self.activation.to_dict(),
             "activation_range": range_method_to_dict(self.activation_range),
             "recurrence": RecurrenceForm(self.recurrence).value,
+            "weight_gradient": gradient_to_dict(self.weight_gradient),
+            "activation_gradient": gradient_to_dict(self.activation_gradient),
         }
 
     @classmethod
@@ -133,6 +179,8 @@ class QuantizeConfig:
             activation=QuantSpec(**config["activation"]),
             activation_range=range_method_from_dict(config["activation_range"]),
             recurrence=config["recurrence"],
+            weight_gradient=gradient_from_dict(config.get("weight_gradient")),
+            activation_gradient=gradient_from_dict(config.get("activation_gradient")),
         )
 
 

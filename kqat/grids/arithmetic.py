@@ -77,9 +77,31 @@ def symmetrize(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
     ratio = spec.qmin / spec.qmax
     high = ops.maximum(high, low * (1.0 / ratio))
     if spec.power_of_two:
-        power = ops.ceil(ops.log(high / spec.qmax) / math.log(2.0) - _ALMOST)
-        high = ops.power(2.0, ops.clip(power, 1.0 - spec.bits, 7.0 - spec.bits)) * spec.qmax
+        power = ops.ceil(log2(high / spec.qmax) - _ALMOST)
+        if spec.bits == 16:
+            power = ops.clip(power, 1.0 - spec.bits, 7.0 - spec.bits)
+        high = exp2(power) * spec.qmax
     return high * ratio, high
+
+
+def log2(x: Any) -> Any:
+    """The binary logarithm of a positive tensor, to float32's precision."""
+    return ops.log(x) * (1.0 / math.log(2.0))
+
+
+def exp2(power: Any) -> Any:
+    """Two to the power of whole numbers (float32, −126 to 127), exact."""
+    return ops.power(2.0, ops.clip(power, -126.0, 127.0))
+
+
+def next_power_of_two(scale: Any) -> Any:
+    """The least power of two that is not below `scale`, up to float32's logarithms."""
+    return exp2(ops.ceil(log2(scale) - _ALMOST))
+
+
+def near_power_of_two(scale: Any) -> Any:
+    """The power of two nearest to `scale` in logarithms, with the gradient of `scale`."""
+    return straight_through(exp2(ops.round(log2(scale))), scale)
 
 
 def bounds(x: Any, clamp: Clamp | None) -> tuple[Any, Any]:
@@ -177,14 +199,16 @@ def weight_scale(weight: Any, spec: QuantSpec) -> Any:
 
     Shape: `weight.shape` with every axis that is not in `spec.axis` reduced to 1. A channel whose
     scale would be below `SMALLEST_RANGE`, such as one of zeros only, has scale 1. NaN or infinity
-    in the weights gives NaN or infinity as scale.
+    in the weights gives NaN or infinity as scale. With `spec.power_of_two` the scale is the next
+    power of two.
     """
     largest = ops.max(ops.abs(weight), axis=shared_axes(weight, spec), keepdims=True)
     # A compiler that sees a constant divisor multiplies by its reciprocal, which rounds
     # differently: training would use other scales than freezing. So the divisor is hidden behind a
     # `where`; NaN stays NaN.
     qmax = ops.where(largest >= 0.0, float(spec.qmax), 0.0)
-    return usable_scale(largest / qmax)
+    scale = usable_scale(largest / qmax)
+    return next_power_of_two(scale) if spec.power_of_two else scale
 
 
 def usable_scale(scale: Any) -> Any:

@@ -10,7 +10,15 @@ from collections.abc import Iterator, Mapping
 
 from kqat.base import PolicyError
 from kqat.graph import Node, Ref
-from kqat.grids import Clamp, Fixed, MovingAverage, QuantSpec, RangeMethod
+from kqat.grids import (
+    Clamp,
+    Fixed,
+    GradientEstimator,
+    LearnedRangeMethod,
+    MovingAverage,
+    QuantSpec,
+    RangeMethod,
+)
 from kqat.parts import ByteInput
 from kqat.planning.fusions import Fusions
 from kqat.planning.plan import Group, Rounding
@@ -153,7 +161,7 @@ def _make_group(
     fixed = {source.fixed for source in sources}
     common = fixed.pop() if len(fixed) == 1 else None
     own = [source for source in sources if source.fixed is None]
-    spec, method = _agreed(planned, own or sources)
+    spec, method, gradient = _agreed(planned, own or sources)
     if common is not None:
         spec, method = QuantSpec(bits=spec.bits), Fixed(*common)
     clamps = {source.clamp for source in sources}
@@ -179,8 +187,11 @@ def _make_group(
     names = tuple(source.name for source in sources)
     rules = [planned.rules[source.node] for source in sources if source.node]
     hides = any(rule is not None and rule.hides for rule in rules)
+    if hides and isinstance(method, LearnedRangeMethod):
+        method = MovingAverage()  # A mask needs room below the scores, which a loss does not leave.
     group = Group(name, spec, method, clamp, len(sources), names, hides, label=sources[0].name)
-    return [*before, group], roundings
+    made = [dataclasses.replace(one, gradient=gradient) for one in (*before, group)]
+    return made, roundings
 
 
 def _group_of_one(
@@ -201,9 +212,12 @@ def _check_end(sources: list[Source], method: RangeMethod) -> None:
             )
 
 
-def _agreed(planned: PlannedGraph, sources: list[Source]) -> tuple[QuantSpec, RangeMethod]:
-    """The one grid and range method that all sources of a group ask for."""
-    found: dict[tuple[QuantSpec, RangeMethod], str] = {}
+Asked = tuple[QuantSpec, RangeMethod, GradientEstimator | None]
+
+
+def _agreed(planned: PlannedGraph, sources: list[Source]) -> Asked:
+    """The one grid, range method and gradient that all sources of a group ask for."""
+    found: dict[Asked, str] = {}
     for source in sources:
         found.setdefault(_asked(planned, source), source.name)
     if len(found) > 1:
@@ -215,8 +229,8 @@ def _agreed(planned: PlannedGraph, sources: list[Source]) -> tuple[QuantSpec, Ra
     return next(iter(found))
 
 
-def _asked(planned: PlannedGraph, source: Source) -> tuple[QuantSpec, RangeMethod]:
-    """The grid and range method that the config of one source asks for."""
+def _asked(planned: PlannedGraph, source: Source) -> Asked:
+    """The grid, range method and gradient that the config of one source asks for."""
     node = source.node
     rule = planned.rules[node] if node else None
     config = planned.configs[node] if node else planned.input_configs.get(source.name)
@@ -228,7 +242,14 @@ def _asked(planned: PlannedGraph, source: Source) -> tuple[QuantSpec, RangeMetho
     # A range that is given is that of the layer's own output, of nothing before it.
     if inner and isinstance(method, Fixed):
         method = MovingAverage()
-    return (rule and rule.grid) or config.activation, method
+    if planned.states is not None and isinstance(method, LearnedRangeMethod):
+        raise PolicyError(
+            "Expected an observed range for the values inside a recurrent layer. Received: "
+            f"{method} for '{source.name}', which is learned: steps of a sequence share "
+            "ranges that only observers move. Give the recurrent layer "
+            "activation_range=kqat.MovingAverage()."
+        )
+    return (rule and rule.grid) or config.activation, method, config.activation_gradient
 
 
 def check_given_ranges(

@@ -145,5 +145,7 @@ def _check_axes(
     if axes is None or {a % rank for a in given} != {a % rank for a in axes}:
         raise PolicyError(
             f"Expected scales of {label} per tensor or along axes {axes}, "
-            f"where integer kernels have them. Received: axes {given}. Use axis='channel'."
+            f"where integer kernels have them. Received: axes {given}. Use axis='channel'. (A "
+            "scale per group of weights has kernels for float activations only: see "
+            "benchmarks/blockwise_probe.py.)"
         )

@@ -13,10 +13,12 @@ from kqat.devices import Misfit
 from kqat.grids import (
     Clamp,
     Fixed,
+    GradientEstimator,
     MaxAbs,
     QuantSpec,
     RangeMethod,
     StepMethod,
+    gradient_to_dict,
     range_method_to_dict,
     step_method_to_dict,
 )
@@ -40,7 +42,8 @@ class Group:
     """Values that share one quantizer: `sources` bring ranges, one call site each.
 
     `hides` says that they are scores of which a mask hides some. `label` is what a report calls the
-    rounded value, where it has one source.
+    rounded value, where it has one source. `gradient` stands for the derivative of rounding, `None`
+    for the clipped straight-through estimator.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Group:
     sources: tuple[str, ...]
     hides: bool = False
     label: str = ""
+    gradient: GradientEstimator | None = None
 
     @property
     def is_observed(self) -> bool:
@@ -79,6 +83,8 @@ class LayerPlan:
         role: what becomes of it.
         weights: name of each weight -> its grid.
         weight_step: how the steps of these grids are found.
+        weight_gradient: what stands for the derivative of their rounding; `None` is what
+            `weight_step` says.
         normalization: name of the BatchNormalization that folds into it.
         group: name of the group whose quantizer rounds its output.
         ops: the TFLite operators that it may become.
@@ -101,6 +107,7 @@ class LayerPlan:
     note: str
     into: str | None = None
     output: Output | None = None
+    weight_gradient: GradientEstimator | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +147,17 @@ class Plan:
                 "spec": group.spec.to_dict(),
                 "range": range_method_to_dict(group.range_method),
                 "clamp": group.clamp,
+                "gradient": gradient_to_dict(group.gradient),
                 "sources": list(group.sources),
             }
             for group in self.groups
         ]
         layers = [
-            {**dataclasses.asdict(layer), "weight_step": step_method_to_dict(layer.weight_step)}
+            {
+                **dataclasses.asdict(layer),
+                "weight_step": step_method_to_dict(layer.weight_step),
+                "weight_gradient": gradient_to_dict(layer.weight_gradient),
+            }
             for layer in self.layers
         ]
         table = {

@@ -149,6 +149,7 @@ def _layer_plan(
         role=role,
         weights=weights,
         weight_step=weight_step(rule, config) if rule and config else MaxAbs(),
+        weight_gradient=config.weight_gradient if config else None,
         normalization=normalization.name if normalization else None,
         group=roundings[-1].group if roundings else None,
         ops=ops,

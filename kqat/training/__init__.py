@@ -14,8 +14,14 @@ from kqat.training.calibration import (
     shapes_of,
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
+from kqat.training.finetuning import WarmUpCosine, finetune, finetune_callbacks
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.range_drift import warn_of_drift
+from kqat.training.schedules.batchnorm_estimation import ReestimateBatchNorm, reestimate_batchnorm
+from kqat.training.schedules.delay import QuantizeAfter
+from kqat.training.schedules.falling_bits import FallingBits
+from kqat.training.schedules.oscillations import DampenOscillations, FreezeOscillations
+from kqat.training.schedules.stochastic_rounding import StochasticRounding
 from kqat.training.unlike_joins import with_unlike_members_apart
 from kqat.training.weight_wrapper import QuantizeWrapper
 
@@ -23,16 +29,26 @@ __all__ = [
     "DEFAULT_METHOD",
     "ActivationQuantizer",
     "CalibrationWarning",
+    "DampenOscillations",
+    "FallingBits",
     "FreezeBatchNorm",
     "FreezeObservers",
+    "FreezeOscillations",
+    "QuantizeAfter",
     "QuantizeWrapper",
     "QuantizedRecurrence",
+    "ReestimateBatchNorm",
+    "StochasticRounding",
+    "WarmUpCosine",
     "algorithms",
     "batchnorm",
     "calibrate",
     "calibrate_for",
     "check_method",
+    "finetune",
+    "finetune_callbacks",
     "is_quantized",
+    "reestimate_batchnorm",
     "shapes_of",
     "warn_of_drift",
     "with_unlike_members_apart",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,15 +17,22 @@ from kqat.grids import (
     Anchor,
     Clamp,
     Fixed,
+    GradientEstimator,
     LastValue,
+    LearnedRangeMethod,
     MinMax,
     MovingAverage,
     QuantSpec,
+    RangeForm,
     RangeMethod,
     arithmetic,
+    estimated,
+    gradient_from_dict,
+    gradient_to_dict,
     range_method_from_dict,
     range_method_to_dict,
 )
+from kqat.training.controls import Controls
 from kqat.training.older_files import with_label
 
 # Calibration weighs as many batches as the moving average of training remembers, at least.
@@ -94,9 +102,10 @@ class ActivationQuantizer(keras.layers.Layer):
     """Rounds the values of one group to its integer grid; the gradient is straight-through.
 
     Calibration gives it a range (`start`). In training it observes the batch and moves its range,
-    unless `trainable` is `False`: how is written at `kqat.grids.Anchor`; a `MinMax` range grows
-    with whatever a batch shows. Each call site (`site`) has a range of its own, of which the
-    group's range is the union:
+    unless it is `frozen` or not `trainable`: how is written at `kqat.grids.Anchor`; a `MinMax`
+    range grows with whatever a batch shows. A learned range starts there (or with its first batch),
+    and is moved by the loss: `moved` is what training adds to its numbers. Each call site (`site`)
+    has a range of its own, of which the group's range is the union:
 
         low == min(site_low), high == max(site_high), low <= 0 <= high
 
@@ -113,6 +122,9 @@ class ActivationQuantizer(keras.layers.Layer):
             of the others, with room below.
         label: what reports and the file call the value that is rounded, where there is one call
             site; the layer's own name if it is left out.
+        gradient: what stands for the derivative of rounding; `None` is the clipped straight-through
+            estimator, by TensorFlow's fused kernel.
+        frozen: whether the range stays as it is in training.
     """
 
     def __init__(
@@ -124,6 +136,8 @@ class ActivationQuantizer(keras.layers.Layer):
         sites: int = 1,
         hides: bool = False,
         label: str | None = None,
+        gradient: GradientEstimator | None = None,
+        frozen: bool = False,
         **kwargs: Any,
     ):
         # Ranges are float32 under every policy. Only where the layer's own policy is float32 too
@@ -136,6 +150,12 @@ class ActivationQuantizer(keras.layers.Layer):
         self.hides = hides
         self.label = label or self.name
         self._last_range = _LastRange()
+        self.gradient = gradient
+        self.frozen = frozen
+        self.controls = Controls()
+        self.seeds = None
+        if gradient is not None and gradient.ADDS_NOISE:
+            self.seeds = keras.random.SeedGenerator()
         self.supports_masking = True
         self._sources = _Sources()
 
@@ -157,6 +177,27 @@ class ActivationQuantizer(keras.layers.Layer):
         self.site_low, self.site_high, self.count = map(ranges, ("low", "high", "count"))
         self.extremes = self._state("extremes", np.zeros((2, self.sites)))
         self.anchor = self._state("anchor", self._no_anchor())
+        if isinstance(self.range_method, LearnedRangeMethod):
+            self.features = math.prod(n for n in input_shape[1:] if n)
+            terms = (self.range_method.terms(self._form),)
+            self.moved = self.add_weight(name="moved", shape=terms, initializer="zeros")
+            # What was moved when the range was frozen: an optimizer with momentum moves on.
+            self.kept = self._state("kept", np.zeros(terms))
+
+    @property
+    def _form(self) -> RangeForm:
+        return RangeForm.of(self.spec, self.clamp is not None)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the range stays as it is in training."""
+        return self.frozen or not self.trainable
+
+    def freeze(self) -> None:
+        """Keeps the range as it is from now on."""
+        if isinstance(self.range_method, LearnedRangeMethod) and not self.frozen:
+            self.kept.assign(self.moved)
+        self.frozen = True
 
     def _state(self, name: str, initial: np.ndarray) -> keras.Variable:
         return self.add_weight(
@@ -200,15 +241,17 @@ class ActivationQuantizer(keras.layers.Layer):
         dtype = x.dtype
         x = ops.cast(x, "float32")
         if isinstance(self.range_method, Fixed):
-            rounded = arithmetic.fake_quantize(self.clamped(x), *self.fixed_range(), self.spec)
+            rounded = self.rounded_on(x, *self.fixed_range(), training=bool(training))
             return ops.cast(rounded, dtype)
-        if training and observe and self.trainable:
+        if training and observe and not self.is_frozen:
             low, high = self._observed(x, site)
-            return ops.cast(self._round(x, low, high), dtype)
+            return ops.cast(self._round(x, self._grid(low, high), True), dtype)
         low, high, count = self.site_low.value, self.site_high.value, self.count.value
         # Not ops.where: it would compute both, and send gradients through both.
         rounded = ops.cond(
-            _largest(count) > 0.0, lambda: self._round(x, low, high), lambda: self.clamped(x)
+            _largest(count) > 0.0,
+            lambda: self._round(x, self._grid(low, high), bool(training)),
+            lambda: self.clamped(x),
         )
         return ops.cast(rounded, dtype)
 
@@ -238,6 +281,9 @@ class ActivationQuantizer(keras.layers.Layer):
         values = low, high, count, extremes, anchor
         for variable, value in zip(self._ranges(), values, strict=True):
             variable.assign(value)
+        if isinstance(self.range_method, LearnedRangeMethod):
+            for variable in (self.moved, self.kept):
+                variable.assign(ops.zeros_like(variable))
 
     def reset(self) -> None:
         """Forgets what was observed."""
@@ -268,8 +314,8 @@ class ActivationQuantizer(keras.layers.Layer):
             )
         # Asked several times for each value when a model is frozen.
         key = site_low.tobytes() + site_high.tobytes()
-        if self._last_range.key != key:
-            low, high = self.union(self.site_low.value, self.site_high.value)
+        if isinstance(self.range_method, LearnedRangeMethod) or self._last_range.key != key:
+            low, high, _ = self._grid(self.site_low.value, self.site_high.value)
             self._last_range.key, self._last_range.value = key, (float(low), float(high))
         return self._last_range.value
 
@@ -300,7 +346,7 @@ class ActivationQuantizer(keras.layers.Layer):
         if isinstance(self.range_method, Fixed):
             low, high = self.fixed_range()
             return ops.stop_gradient(ops.convert_to_tensor((high - low) / levels, "float32"))
-        low, high = self.union(self.site_low.value, self.site_high.value)
+        low, high, _ = self._grid(self.site_low.value, self.site_high.value)
         known = _largest(self.count.value) > 0.0
         return ops.stop_gradient(ops.where(known, (high - low) / levels, 0.0))
 
@@ -323,23 +369,89 @@ class ActivationQuantizer(keras.layers.Layer):
         low = ops.reshape(site_low, ()) if site_low.shape[0] == 1 else ops.min(site_low)
         return self._symmetric(*arithmetic.widen(low, _largest(site_high)))
 
+    def _grid(self, site_low: Any, site_high: Any) -> tuple[Any, Any, Any]:
+        """Low and high of the group's range, and the step where the loss moves it."""
+        low, high = self.union(site_low, site_high)
+        method = self.range_method
+        if not isinstance(method, LearnedRangeMethod):
+            return low, high, None
+        numbers = ops.stop_gradient(method.numbers(low, high, self.spec, self._form))
+        numbers = numbers + self._moved()
+        low, high, step = method.bounds(numbers, self.spec, self._form, self.features)
+        # A range that moved out of what a grid can be still has its gradients.
+        usable = arithmetic.widen(low, high)
+        low, high = map(arithmetic.straight_through, usable, (low, high))
+        return low, high, step if method.MOVES_STEP else None
+
+    def _moved(self) -> Any:
+        """What training adds to the numbers of a learned range."""
+        if self.is_frozen:
+            # Keras warns of a trainable variable without a gradient, not of a gradient of zero.
+            return self.kept.value + self.moved.value * 0.0
+        frozen = self.controls.frozen
+        if frozen is None:
+            return self.moved.value
+        return self.moved.value * (1.0 - frozen.value) + self.kept.value * frozen.value
+
     def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
         return arithmetic.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)
 
     def rounded(self, x: Any, site_low: Any, site_high: Any) -> Any:
         """`x` as it would be rounded had its call sites (float32 vectors of) these ranges."""
-        return ops.cast(self._round(ops.cast(x, "float32"), site_low, site_high), x.dtype)
+        grid = *self.union(site_low, site_high), None
+        return ops.cast(self._round(ops.cast(x, "float32"), grid, False), x.dtype)
 
-    def _round(self, x: Any, site_low: Any, site_high: Any) -> Any:
-        low, high = self.union(site_low, site_high)
-        if self.spec.symmetric:  # A range on both sides of zero clamps nothing at zero.
+    def rounded_on(self, x: Any, low: Any, high: Any, *, training: bool = False) -> Any:
+        """`x` (float32) rounded on the range `[low, high]`, as in training or in inference."""
+        return self._round(x, (low, high, None), training)
+
+    def _round(self, x: Any, grid: tuple[Any, Any, Any], training: bool) -> Any:
+        # A range on both sides of zero clamps nothing at zero, nor does an estimator know of the
+        # gradient of a clamp.
+        given = isinstance(self.range_method, Fixed)
+        if self.spec.symmetric or given or self.gradient is not None:
             x = self.clamped(x)
-        return arithmetic.fake_quantize(x, low, high, self.spec)
+        return self._on_grid(x, grid, training)
+
+    def _on_grid(self, x: Any, grid: tuple[Any, Any, Any], training: bool) -> Any:
+        """`x` rounded on a grid `(low, high, step)`; the step where the loss moves it."""
+        low, high, step = grid
+        if not training or self.controls.rounds is None:
+            return self._rounded_by(x, low, high, step, training)
+        rounds = self.controls.rounds.value > 0.5
+        return ops.cond(
+            rounds,
+            lambda: self._rounded_by(x, low, high, step, training),
+            lambda: self.clamped(x),
+        )
+
+    def _rounded_by(self, x: Any, low: Any, high: Any, step: Any, training: bool) -> Any:
+        spec, gradient = self.spec, self.gradient
+        levels = float(spec.qmax - spec.qmin)
+        if training and self.seeds is not None:
+            noise = keras.random.uniform(ops.shape(x), -0.5, 0.5, seed=self.seeds)
+            width = (high - low) * (1.0 / levels)
+            return ops.minimum(ops.maximum(x, low), high) + noise * width
+        if gradient is None:
+            rounded = arithmetic.fake_quantize(x, low, high, spec)
+        else:
+            rounded = arithmetic.fake_quantize(ops.stop_gradient(x), low, high, spec)
+            rounded = rounded + estimated(gradient, x, rounded, low, high)
+        if step is None or not training:
+            return rounded
+        # Inside the grid, a wider step moves a value by its rounding error.
+        fixed = ops.stop_gradient(step)
+        first = ops.stop_gradient(-ops.floor(0.5 - low / fixed) * fixed)
+        clipped = ops.minimum(ops.maximum(x, first), first + levels * fixed)
+        error = ops.stop_gradient((rounded - clipped) / fixed)
+        return rounded + error * (step - fixed)
 
     def _observed(self, x: Any, site: int) -> tuple[Any, Any]:
         """Updates the site's range by `x`; returns all sites' ranges."""
         low, high, count = self.site_low.value, self.site_high.value, self.count.value
         hides, spec, method = self.hides, self.spec, self.range_method
+        if isinstance(method, LearnedRangeMethod):
+            return self._first(x, site)
         least, most = (
             arithmetic.shown_bounds(x, spec) if hides else arithmetic.bounds(x, self.clamp)
         )
@@ -347,6 +459,9 @@ class ActivationQuantizer(keras.layers.Layer):
         batch = ops.stack([-least, most])
         # One exploding batch must not poison the range for good.
         here = ops.all(ops.isfinite(batch))
+        thaws = self.controls.thaws()
+        if thaws is not None:
+            here = ops.logical_and(thaws, here)
         # Of all sites, then only this one is kept: a slice would be an operation of its own.
         if self.sites > 1:
             here = ops.logical_and(ops.arange(self.sites) == site, here)
@@ -369,6 +484,29 @@ class ActivationQuantizer(keras.layers.Layer):
         self.site_low.assign(low)
         self.site_high.assign(high)
         self.count.assign(ops.where(here, count + 1.0, count))
+        return low, high
+
+    def _first(self, x: Any, site: int) -> tuple[Any, Any]:
+        """The range at which a learned one starts: that of the first batch, if nothing was seen."""
+        method = self.range_method
+        assert isinstance(method, LearnedRangeMethod)
+        low, high, count = self.site_low.value, self.site_high.value, self.count.value
+        new = ops.logical_and(ops.arange(self.sites) == site, count == 0.0)
+        least, most = ops.cond(
+            ops.any(new),
+            lambda: arithmetic.bounds(x, self.clamp),
+            lambda: (ops.zeros((), "float32"), ops.zeros((), "float32")),
+        )
+        new = ops.logical_and(new, ops.isfinite(most - least))
+        low, high = ops.where(new, least, low), ops.where(new, most, high)
+        self.site_low.assign(low)
+        self.site_high.assign(high)
+        self.count.assign(ops.where(new, 1.0, count))
+        union = self.union(low, high)
+        start = ops.stop_gradient(method.numbers(*union, self.spec, self._form))
+        penalty = method.penalty(start + self._moved())
+        if penalty is not None:
+            self.add_loss(penalty)
         return low, high
 
     def compute_output_shape(self, input_shape: Any, **kwargs: Any) -> Any:
@@ -401,6 +539,8 @@ class ActivationQuantizer(keras.layers.Layer):
             "sites": self.sites,
             "hides": self.hides,
             "label": self.label,
+            "gradient": gradient_to_dict(self.gradient),
+            "frozen": self.frozen,
         }
 
     @classmethod
@@ -409,4 +549,5 @@ class ActivationQuantizer(keras.layers.Layer):
         config = with_label(config, suffix="_quantizer")
         spec = QuantSpec(**config.pop("spec"))
         method = range_method_from_dict(config.pop("range_method"))
-        return cls(spec, method, **config)
+        gradient = gradient_from_dict(config.pop("gradient", None))
+        return cls(spec, method, gradient=gradient, **config)

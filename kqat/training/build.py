@@ -169,6 +169,7 @@ class _Assembly:
                 clamp=group.clamp,
                 sites=group.sites,
                 hides=group.hides,
+                gradient=group.gradient,
                 label=group.label,
                 name=unique_name(name, self.names),
             )
@@ -201,6 +202,7 @@ class _Assembly:
             decision.weights,
             clone(norms[0]) if norms else None,
             weight_step=decision.weight_step,
+            gradient=decision.weight_gradient,
             between=[clone(part) for part in self._between(node, decision)],
             branches=[clone(norm) for norm in norms[1:]],
             facts=None if rule is None else LayerFacts.of(rule),

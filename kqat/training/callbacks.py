@@ -5,6 +5,7 @@ last epochs train with exactly the numbers that ship (Krishnamoorthi 2018, secti
 https://arxiv.org/abs/1806.08342).
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -14,67 +15,173 @@ from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers, is_quantized
 from kqat.training.weight_wrapper import QuantizeWrapper
 
+Quantizing = ActivationQuantizer | QuantizeWrapper
 
-class _FreezeAt(keras.callbacks.Callback):
-    """Freezes layers of a QAT model at the beginning of an epoch, and keeps them frozen."""
 
-    def __init__(self, epoch: int):
-        super().__init__()
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise ModelError(
-                f"Expected the epoch to freeze at, 0 for the first. Received: epoch={epoch!r}. Use "
-                "an integer from 0 on."
-            )
-        self.epoch = epoch
-        self._frozen = False
+class QatCallback(keras.callbacks.Callback):
+    """A callback that needs a QAT model."""
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Checks that there is something to freeze."""
+        """Checks that the model is one."""
         if not is_quantized(self.model):
             raise ModelError(
                 f"Expected a QAT model for {type(self).__name__}. Received: '{self.model.name}', "
                 "which is float. Use kqat.quantize_model first."
             )
+
+    def quantizing_layers(self) -> Iterator[Quantizing]:
+        """The layers of the model that quantize."""
+        for layer in all_layers(self.model):
+            if isinstance(layer, ActivationQuantizer | QuantizeWrapper):
+                yield layer
+
+    def wrappers(self) -> list[QuantizeWrapper]:
+        """The layers whose weights lie on grids."""
+        return [
+            layer
+            for layer in self.quantizing_layers()
+            if isinstance(layer, QuantizeWrapper) and layer.weight_specs
+        ]
+
+    def control(self, layers: Sequence[Quantizing], field: str, initial: float) -> keras.Variable:
+        """One variable for a number of all `layers`, which the training step reads.
+
+        A step that was traced without it is traced anew, before the first batch.
+
+        Args:
+            layers: whose `Controls`.
+            field: the attribute of these.
+            initial: the number of a new variable.
+
+        Raises:
+            ModelError: on a backend whose compiled steps do not read variables outside layers.
+        """
+        check_backend(type(self).__name__)
+        found = [getattr(layer.controls, field) for layer in layers]
+        variable = next((v for v in found if v is not None), None)
+        if variable is None:
+            variable = keras.Variable(initial, trainable=False, dtype="float32", name=field)
+        if any(v is None for v in found):
+            for layer in layers:
+                setattr(layer.controls, field, variable)
+            self.model.make_train_function(force=True)
+        return variable
+
+
+def check_backend(name: str) -> None:
+    """Checks that a compiled training step reads variables that no layer owns.
+
+    Raises:
+        ModelError: if it does not, naming the callback `name`.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise ModelError(
+            f"Expected the TensorFlow backend for {name}. Received: {keras.backend.backend()}, "
+            "whose compiled steps do not see what callbacks change. Train on TensorFlow, or "
+            "without this callback."
+        )
+
+
+def check_epoch(name: str, epoch: Any) -> int:
+    """`epoch`, if it is the number of one.
+
+    Raises:
+        ModelError: if not; `name` is the argument's.
+    """
+    if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+        raise ModelError(
+            f"Expected the epoch to freeze at, 0 for the first. Received: {name}={epoch!r}. Use "
+            "an integer from 0 on."
+        )
+    return epoch
+
+
+class _FreezeAt(QatCallback):
+    """Freezes layers of a QAT model at the beginning of an epoch, and keeps them frozen.
+
+    The training step reads a flag, so it is not traced anew. It is where flags do not work: on
+    other backends than TensorFlow, for statistics under a distribution strategy, and for a layer
+    with an activity regularizer.
+    """
+
+    def __init__(self, epoch: int):
+        super().__init__()
+        self.epoch = check_epoch("epoch", epoch)
         self._frozen = False
+        self._flag: keras.Variable | None = None
+        self._traces_again = False
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Checks that there is something to freeze, and lets the training step read the flag."""
+        super().on_train_begin(logs)
+        self._frozen, self._flag = False, None
+        layers = [layer for layer in self.quantizing_layers() if self._freezes(layer)]
+        flagged = [layer for layer in layers if self._takes_flag(layer)]
+        self._traces_again = len(flagged) < len(layers)
+        if flagged:
+            self._flag = self.control(flagged, "frozen", 0.0)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Freezes, once `epoch` is reached."""
         if epoch < self.epoch or self._frozen:
             return
-        for layer in all_layers(self.model):
-            self._freeze(layer)
+        for layer in self.quantizing_layers():
+            if self._freezes(layer):
+                self._freeze(layer)
         self._frozen = True
-        # The training step was traced with the old flags.
-        self.model.make_train_function(force=True)
+        if self._flag is not None:
+            self._flag.assign(1.0)
+        if self._traces_again:
+            # The training step was traced with the old settings.
+            self.model.make_train_function(force=True)
+
+    def _freezes(self, layer: Quantizing) -> bool:
+        raise NotImplementedError
+
+    def _takes_flag(self, layer: Quantizing) -> bool:
+        return keras.backend.backend() == "tensorflow"
 
     def _freeze(self, layer: Any) -> None:
         raise NotImplementedError
 
 
 class FreezeObservers(_FreezeAt):
-    """Stops the observers: the ranges of all quantizers are fixed from epoch `epoch` on.
+    """Fixes the ranges of all quantizers from epoch `epoch` on, observed and learned ones.
 
-    The first epoch is 0.
+    The first epoch is 0. The training step is not traced anew.
 
     Raises:
         ModelError: if `epoch` is not an epoch number, or the model in `fit` is not a QAT model.
     """
 
-    def _freeze(self, layer: Any) -> None:
-        if isinstance(layer, ActivationQuantizer):
-            layer.trainable = False
+    def _freezes(self, layer: Quantizing) -> bool:
+        return isinstance(layer, ActivationQuantizer)
+
+    def _freeze(self, layer: ActivationQuantizer) -> None:
+        layer.freeze()
 
 
 class FreezeBatchNorm(_FreezeAt):
     """Makes BatchNormalization use its moving statistics from epoch `epoch` on.
 
     The first epoch is 0. The statistics no longer change, while gamma and beta still train.
-    BatchNormalization layers that the plan leaves float are not affected.
+    BatchNormalization layers that the plan leaves float are not affected. The training step is not
+    traced anew, but on other backends than TensorFlow and under a distribution strategy.
 
     Raises:
         ModelError: if `epoch` is not an epoch number, or the model in `fit` is not a QAT model.
     """
 
-    def _freeze(self, layer: Any) -> None:
-        if isinstance(layer, QuantizeWrapper):
-            layer.freeze_statistics = True
+    def _freezes(self, layer: Quantizing) -> bool:
+        return isinstance(layer, QuantizeWrapper) and layer.takes_statistics
+
+    def _takes_flag(self, layer: Quantizing) -> bool:
+        assert isinstance(layer, QuantizeWrapper)
+        # A loss cannot leave a conditional, nor can statistics meet there across replicas.
+        plain = getattr(layer.layer, "activity_regularizer", None) is None
+        strategy = getattr(self.model, "distribute_strategy", None)
+        alone = strategy is None or strategy.num_replicas_in_sync == 1
+        return super()._takes_flag(layer) and plain and alone
+
+    def _freeze(self, layer: QuantizeWrapper) -> None:
+        layer.freeze_statistics = True

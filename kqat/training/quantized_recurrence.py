@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from kqat.graph import Graph, Node, maker_of, trace
-from kqat.grids import Fixed, arithmetic
+from kqat.grids import Fixed
 from kqat.parts import LstmState, Recurrence
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.older_files import with_label
@@ -65,9 +65,13 @@ class QuantizedRecurrence(Recurrence):
         masks = self._masks(inputs)
         bounds = ops.cond(known, lambda: stored, lambda: self._first_bounds(inputs, masks))
         bounds = keras.tree.map_structure(ops.stop_gradient, bounds)
-        results, extremes = self._unroll(inputs, _Pass(self.parts, bounds, masks))
+        rounding = _Pass(self.parts, bounds, masks, training=True)
+        results, extremes = self._unroll(inputs, rounding)
+        for wrapper in self.parts.wrappers:
+            if wrapper.controls.dampening is not None:
+                self.add_loss(wrapper.oscillation_penalty())
         for (quantizer, site), (low, high) in zip(self.parts.sites, extremes, strict=True):
-            if quantizer.trainable:
+            if not quantizer.is_frozen:
                 quantizer.observe(ops.stack([low, high]), site)
         return results
 
@@ -146,7 +150,7 @@ class QuantizedRecurrence(Recurrence):
         mapping = []
         for wrapper in self.parts.wrappers:
             rounded = {
-                id(getattr(wrapper.layer, name)): wrapper.rounded(name)
+                id(getattr(wrapper.layer, name)): wrapper.rounded(name, training=rounding.training)
                 for name in wrapper.weight_specs
             }
             scale = rounding.scale_before(wrapper, self._outer.by_position)
@@ -264,6 +268,7 @@ class _Pass:
         parts: the parts of the recurrence.
         bounds: the range of each of its quantizers, or `None` to round the weights only.
         masks: name of a Dropout layer -> its mask; a Dropout without a mask does nothing.
+        training: whether values are rounded as in training.
     """
 
     def __init__(
@@ -271,8 +276,10 @@ class _Pass:
         parts: Parts,
         bounds: Sequence[Extremes] | None,
         masks: Mapping[str, Any] | None = None,
+        training: bool = False,
     ):
         self.parts = parts
+        self.training = training
         self.masks = masks or {}
         self.bounds: dict[int, Extremes] | None = None
         if bounds is not None:
@@ -322,7 +329,9 @@ class _Pass:
             self.saw(seen, site, x)
         if self.bounds is None:
             return node.layer.clamped(x)
-        return _round(node.layer, x, self.bounds[id(node.layer)])
+        low, high = self.bounds[id(node.layer)]
+        rounded = node.layer.rounded_on(ops.cast(x, "float32"), low, high, training=self.training)
+        return ops.cast(rounded, x.dtype)
 
 
 class _Noting(_Pass):
@@ -354,15 +363,6 @@ def _bounds(quantizer: ActivationQuantizer, seen: Sequence[Extremes] = ()) -> Ex
         return quantizer.union(quantizer.site_low.value, quantizer.site_high.value)
     lows, highs = (ops.stack([quantizer.clamped(x) for x in xs]) for xs in zip(*seen, strict=True))
     return quantizer.union(lows, highs)
-
-
-def _round(quantizer: ActivationQuantizer, x: Any, bounds: Extremes) -> Any:
-    """`x` rounded by the quantizer, but with the range `bounds`."""
-    # An observed asymmetric range of a clamp starts at zero, so rounding clamps as well.
-    if quantizer.spec.symmetric or _is_given(quantizer):
-        x = quantizer.clamped(x)
-    rounded = arithmetic.fake_quantize(ops.cast(x, "float32"), *bounds, quantizer.spec)
-    return ops.cast(rounded, x.dtype)
 
 
 def _extremes(values: Sequence[Any]) -> Extremes:

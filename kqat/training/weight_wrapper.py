@@ -15,11 +15,16 @@ from keras import ops
 
 from kqat.graph import finalize, layer_behind
 from kqat.grids import (
-    LearnedStep,
+    GradientEstimator,
+    LearnedMethod,
     MaxAbs,
     QuantSpec,
     StepMethod,
+    TrainedThreshold,
     arithmetic,
+    estimated,
+    gradient_from_dict,
+    gradient_to_dict,
     on_bias_grid,
     step_method_from_dict,
     step_method_to_dict,
@@ -32,6 +37,7 @@ from kqat.training.batchnorm import (
     normalization_numbers,
     normalize,
 )
+from kqat.training.controls import Controls
 
 
 class _Quantizers:
@@ -63,9 +69,9 @@ class QuantizeWrapper(keras.layers.Layer):
     During a call the weights named in `weights` are replaced by their rounded values
     (`keras.StatelessScope`); gradients reach the float weights straight through. A
     BatchNormalization that will fold into the layer follows inside. Per channel, folding
-    commutes with rounding. Per tensor it does not, so there the weights are rounded *as
-    folded*, with the moving variance, and unfolded again (Krishnamoorthi 2018, section 3.2.2,
-    https://arxiv.org/abs/1806.08342).
+    commutes with rounding. Per tensor it does not, nor where scales are powers of two, so there the
+    weights are rounded *as folded*, with the moving variance, and unfolded again (Krishnamoorthi
+    2018, section 3.2.2, https://arxiv.org/abs/1806.08342).
 
     Args:
         layer: the wrapped layer.
@@ -80,6 +86,7 @@ class QuantizeWrapper(keras.layers.Layer):
         facts: what the registry knew of the layer when it was planned; they are saved, so that no
             later process has to know a row that a user registered. Those of the stock table if
             they are left out, as in the files of older releases.
+        gradient: what stands for the derivative of rounding; `None` is what `weight_step` says.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class QuantizeWrapper(keras.layers.Layer):
         between: Sequence[keras.layers.Layer] = (),
         branches: Sequence[keras.layers.Layer] = (),
         facts: LayerFacts | None = None,
+        gradient: GradientEstimator | None = None,
         **kwargs: Any,
     ):
         # The layer inside casts by its own policy; here weights are rounded, in float32.
@@ -107,6 +115,11 @@ class QuantizeWrapper(keras.layers.Layer):
         self.facts = facts or stock_facts(layer) or LayerFacts(output=Output.OWN)
         self._takes_training = "training" in inspect.signature(layer.call).parameters
         self._quantizers = _Quantizers()
+        self.gradient = gradient
+        self.controls = Controls()
+        self.seeds = None
+        if gradient is not None and gradient.ADDS_NOISE:
+            self.seeds = keras.random.SeedGenerator()
         self.supports_masking = layer.supports_masking
 
     def build(self, input_shape: Any) -> None:
@@ -116,7 +129,7 @@ class QuantizeWrapper(keras.layers.Layer):
         for part in (*self.between, *self.normalizations):
             if not part.built:
                 part.build(self.layer.compute_output_shape(input_shape))
-        if isinstance(self.weight_step, LearnedStep):
+        if isinstance(self.weight_step, LearnedMethod):
             self.steps = {name: self._new_step(name) for name in self.weight_specs}
 
     @property
@@ -125,9 +138,11 @@ class QuantizeWrapper(keras.layers.Layer):
         return [] if self.normalization is None else [self.normalization, *self.branches]
 
     def _new_step(self, name: str) -> keras.Variable:
-        variable = self._variable(name)
-        shared = arithmetic.shared_axes(variable, self.weight_specs[name])
+        variable, spec = self._variable(name), self.weight_specs[name]
+        shared = arithmetic.shared_axes(variable, spec)
         shape = tuple(1 if a in shared else n for a, n in enumerate(variable.shape))
+        assert isinstance(self.weight_step, LearnedMethod)
+        shape = self.weight_step.variable_shape(shape, spec)
         return self.add_weight(name=f"{name}_step", shape=shape, initializer="ones", autocast=False)
 
     def take_over(self, weights: Any, *normalizations: Any) -> None:
@@ -140,8 +155,10 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def start_steps(self) -> None:
         """Puts learned steps where they start for the weights as they are."""
-        for name, step in self.steps.items():
-            step.assign(self.weight_step.step(self._folded(name), self.weight_specs[name]))
+        method = self.weight_step
+        if isinstance(method, LearnedMethod):
+            for name, step in self.steps.items():
+                step.assign(method.initial(self._folded(name), self.weight_specs[name]))
 
     def set_weights(self, weights: Any) -> None:
         """As every layer's; a Normalization inside computes with them at once."""
@@ -181,17 +198,54 @@ class QuantizeWrapper(keras.layers.Layer):
         in the file. Where the statistics of a batch normalize, no such bias is added: there the
         output is moved by the rounding error that the bias of the moving statistics has.
         """
-        statistics = training and not self.freeze_statistics
+        statistics = bool(training and not self.freeze_statistics)
+        quantizer = self._quantizers.by_name.get(input_quantizer)
+        if training and self.controls.dampening is not None:
+            self.add_loss(self.oscillation_penalty(branch))
+
+        def computed(statistics: bool) -> Any:
+            return self._computed(
+                x, *args, training=training, statistics=statistics, branch=branch,
+                quantizer=quantizer, **kwargs,
+            )  # fmt: skip
+
+        thaws = self.controls.thaws() if statistics and self.takes_statistics else None
+        if thaws is None:
+            return computed(statistics)
+        return ops.cond(thaws, lambda: computed(True), lambda: computed(False))
+
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether a BatchNormalization of this wrapper takes the statistics of a batch."""
+        affine = self._is_affine and isinstance(self.layer, keras.layers.BatchNormalization)
+        return affine or self.normalization is not None
+
+    def _computed(
+        self,
+        x: Any,
+        *args: Any,
+        training: bool | None,
+        statistics: bool,
+        branch: int,
+        quantizer: ActivationQuantizer | None,
+        **kwargs: Any,
+    ) -> Any:
+        """What `call` returns; `statistics` says whether those of the batch normalize."""
+        trains = bool(training)
         if self._takes_training:
             kwargs["training"] = statistics
-        quantizer = self._quantizers.by_name.get(input_quantizer)
-        drops = bool(training and self.between)
-        if quantizer is not None and not drops and self._ships_bias(bool(statistics)):
-            return self._call_as_shipped(quantizer.scale(), branch, x, *args, **kwargs)
-        weights = {name: self._numbers(name, branch) for name in self.weight_specs}
+        drops = bool(trains and self.between)
+        scale = None
+        if quantizer is not None:
+            scale = quantizer.scale()
+            if trains and self.controls.rounds is not None:
+                scale = scale * self.controls.rounds.value  # A step of zero rounds no bias.
+        if scale is not None and not drops and self._ships_bias(statistics):
+            return self._call_as_shipped(scale, branch, trains, x, *args, **kwargs)
+        weights = {name: self._numbers(name, branch, trains) for name in self.weight_specs}
         error = None
-        if quantizer is not None and self._ships_bias():
-            error = self._bias_error(quantizer.scale(), branch, weights)
+        if scale is not None and self._ships_bias():
+            error = self._bias_error(scale, branch, weights)
         if weights:
             rounded = {
                 id(self._variable(name)): self._unfolded(on_grid, name, branch)
@@ -277,14 +331,17 @@ class QuantizeWrapper(keras.layers.Layer):
         numbers = self._numbers("kernel", branch)
         return np.asarray(self._as_shipped(quantizer.scale(), branch, numbers)[1])
 
-    def _call_as_shipped(self, input_scale: Any, branch: int, *args: Any, **kwargs: Any) -> Any:
+    def _call_as_shipped(
+        self, input_scale: Any, branch: int, trains: bool, /, *args: Any, **kwargs: Any
+    ) -> Any:
         """The layer with the weights and the bias that ship, a normalization folded into both."""
         if self._is_affine:
             factor, offset = self._affine_as_shipped(input_scale)
             y = ops.cast(args[0], "float32") * factor + offset
             return ops.cast(y, self.layer.compute_dtype)
         (name,) = self.weight_specs
-        kernel, rounded = self._as_shipped(input_scale, branch, self._numbers(name, branch))
+        numbers = self._numbers(name, branch, trains)
+        kernel, rounded = self._as_shipped(input_scale, branch, numbers)
         values, bias = {id(self._variable(name)): kernel}, getattr(self.layer, "bias", None)
         if bias is not None:
             values[id(bias)] = rounded
@@ -370,44 +427,93 @@ class QuantizeWrapper(keras.layers.Layer):
     def _variable(self, name: str) -> keras.Variable:
         return getattr(self.layer, name)
 
-    def rounded(self, name: str, branch: int = 0) -> Any:
+    def rounded(self, name: str, branch: int = 0, *, training: bool = False) -> Any:
         """The rounded weight `name`, of the variable's shape: what the layer computes with."""
-        return self._unfolded(self.on_grid(name, branch), name, branch)
+        return self._unfolded(self.on_grid(name, branch, training), name, branch)
 
     def _unfolded(self, on_grid: Any, name: str, branch: int) -> Any:
         fold = self._fold_before(name, branch)
         return on_grid if fold is None else on_grid / fold
 
-    def on_grid(self, name: str, branch: int = 0) -> Any:
-        """The rounded weight, integers times `scale(name)`; folded where `folds_before(name)`."""
-        return self._numbers(name, branch)[0]
+    def on_grid(self, name: str, branch: int = 0, training: bool = False) -> Any:
+        """The rounded weight, integers times `scale(name)`; folded where `folds_before(name)`.
+
+        In training it may be something else, as a callback or an estimator with noise has it.
+        """
+        return self._numbers(name, branch, training)[0]
 
     def scale(self, name: str, branch: int = 0) -> Any:
         """The scale of weight `name`: its shape, with the axes that share a scale of size 1."""
         return self._numbers(name, branch)[1]
 
-    def _numbers(self, name: str, branch: int) -> tuple[Any, Any]:
+    def _numbers(self, name: str, branch: int, training: bool = False) -> tuple[Any, Any]:
         """What `on_grid` and `scale` return, computed together."""
         kept = self._quantizers.kept
-        if kept is None:
-            return self._numbers_now(name, branch)
+        if kept is None or training:
+            return self._numbers_now(name, branch, training)
         if (name, branch) not in kept:
-            kept[name, branch] = self._numbers_now(name, branch)
+            kept[name, branch] = self._numbers_now(name, branch, False)
         return kept[name, branch]
 
-    def _numbers_now(self, name: str, branch: int) -> tuple[Any, Any]:
+    def _numbers_now(self, name: str, branch: int, training: bool) -> tuple[Any, Any]:
         folded, spec = self._folded(name, branch), self.weight_specs[name]
         step = self._step(name, folded)
-        return self.weight_step.fake_quantize(folded, step, spec), ops.stop_gradient(step)
+        on_grid = self._trained if training else self._rounded_by
+        return on_grid(folded, step, spec), ops.stop_gradient(self._grid_scale(step, spec))
+
+    def _trained(self, folded: Any, step: Any, spec: QuantSpec) -> Any:
+        """What stands for the rounded weight in training."""
+        controls, shaken = self.controls, folded
+        if controls.random is not None:
+            shaken = controls.shaken(folded, self._grid_scale(step, spec))
+        if self.seeds is not None:
+            return controls.if_rounding(self._with_noise(folded, step, spec), folded)
+        return controls.if_rounding(self._rounded_by(shaken, step, spec), folded)
+
+    def _rounded_by(self, folded: Any, step: Any, spec: QuantSpec) -> Any:
+        if self.gradient is None:
+            return self.weight_step.fake_quantize(folded, step, spec)
+        rounded = self.weight_step.fake_quantize(ops.stop_gradient(folded), step, spec)
+        most = self._grid_scale(step, spec) * float(spec.qmax)
+        return rounded + estimated(self.gradient, folded, rounded, -most, most)
+
+    def _with_noise(self, folded: Any, step: Any, spec: QuantSpec) -> Any:
+        limit = float(spec.qmax)
+        noise = keras.random.uniform(ops.shape(folded), -0.5, 0.5, seed=self.seeds)
+        return (ops.clip(folded / step, -limit, limit) + noise) * step
+
+    def oscillation_penalty(self, branch: int = 0) -> Any:
+        """What `kqat.DampenOscillations` adds to the loss for these weights, a scalar."""
+        weight, total = self.controls.dampening, 0.0
+        for name, spec in self.weight_specs.items():
+            folded = self._folded(name, branch)
+            step = ops.stop_gradient(self._step(name, folded))
+            rounded = ops.stop_gradient(self._rounded_by(folded, step, spec))
+            most = self._grid_scale(step, spec) * float(spec.qmax)
+            clipped = ops.minimum(ops.maximum(folded, -most), most)
+            total = total + ops.sum(ops.square(rounded - clipped))
+        return total if weight is None else weight.value * total
 
     def _step(self, name: str, folded: Any) -> Any:
-        if isinstance(self.weight_step, LearnedStep):
-            return self.weight_step.scale(self.steps[name].value)
-        return ops.stop_gradient(self.weight_step.step(folded, self.weight_specs[name]))
+        spec, method = self.weight_specs[name], self.weight_step
+        if isinstance(method, LearnedMethod):
+            return method.scale(self.steps[name].value, spec)
+        return ops.stop_gradient(method.step(folded, spec))
+
+    def _grid_scale(self, step: Any, spec: QuantSpec) -> Any:
+        method = self.weight_step
+        return method.grid_scale(step, spec) if isinstance(method, LearnedMethod) else step
 
     def folds_before(self, name: str) -> bool:
-        """Whether the BatchNormalization is folded in before rounding: one scale per tensor."""
-        return self.normalization is not None and self.weight_specs[name].axis is None
+        """Whether the BatchNormalization is folded in before rounding.
+
+        It is where weights have one scale per tensor, or scales that are powers of two.
+        """
+        if self.normalization is None:
+            return False
+        spec = self.weight_specs[name]
+        powers = spec.power_of_two or isinstance(self.weight_step, TrainedThreshold)
+        return spec.axis is None or powers
 
     def _fold_before(self, name: str, branch: int) -> Any:
         return (
@@ -468,6 +574,7 @@ class QuantizeWrapper(keras.layers.Layer):
             "between": [serialize(part) for part in self.between],
             "branches": [serialize(part) for part in self.branches],
             "facts": self.facts.to_dict(),
+            "gradient": gradient_to_dict(self.gradient),
         }
 
     @classmethod
@@ -479,9 +586,11 @@ class QuantizeWrapper(keras.layers.Layer):
         weights = {name: QuantSpec(**spec) for name, spec in config.pop("weights").items()}
         method = step_method_from_dict(config.pop("weight_step"))
         norm = None if norm is None else restore(norm)
+        gradient = gradient_from_dict(config.pop("gradient", None))
         facts = config.pop("facts", None)
         facts = None if facts is None else LayerFacts.from_dict(facts)
         more: Any = {
             key: [restore(p) for p in config.pop(key, ())] for key in ("between", "branches")
         }
-        return cls(layer, weights, norm, weight_step=method, facts=facts, **more, **config)
+        more |= {"weight_step": method, "facts": facts, "gradient": gradient}
+        return cls(layer, weights, norm, **more, **config)

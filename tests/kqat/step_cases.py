@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 
 from kqat.grids.spec import QuantSpec
+from kqat.grids.trained_threshold import TrainedThreshold
 from kqat.grids.weight_steps.binary import Binary
 from kqat.grids.weight_steps.learned_step import LearnedStep
+from kqat.grids.weight_steps.learned_ternary import LearnedTernary
 from kqat.grids.weight_steps.least_squares import LeastSquares
 from kqat.grids.weight_steps.max_abs import MaxAbs
 from kqat.grids.weight_steps.ternary import Ternary
@@ -16,7 +18,9 @@ METHODS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "max_abs": (MaxAbs(), (2, 3, 4, 8)),
     "lsq": (LearnedStep(start="mean"), (2, 3, 4, 8)),
     "mse": (LeastSquares(), (2, 3, 4, 8)),
+    "tqt": (TrainedThreshold(), (2, 3, 4, 8)),
     "ternary": (Ternary(), (2,)),
+    "ttq": (LearnedTernary(), (2, 3, 4, 8)),
     "binary": (Binary(), (1,)),
 }
 CASES = [(name, bits) for name, (_, widths) in METHODS.items() for bits in widths]

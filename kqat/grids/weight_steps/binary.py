@@ -14,7 +14,10 @@ from kqat.grids.weight_steps.widths import check_bits
 class Binary:
     """Integers −1 and 1: the sign of `w`, with 1 for zero. The step is `mean|w|`.
 
-    The gradient is straight-through. If all weights are zero, the step is almost zero.
+    This is the scale of XNOR-Net and of its Binary-Weight-Networks, per output channel with
+    `axis="channel"`. Activations stay at 8 or 16 bits: no TFLite kernel takes binary ones. The
+    gradient is straight-through, without the paper's factor `1 / n + step * (|w| <= 1)`.
+    If all weights are zero, the step is almost zero.
     Reference: Rastegari et al. 2016, section 3.1 (https://arxiv.org/abs/1603.05279).
     """
 
@@ -26,7 +29,9 @@ class Binary:
         """The step of `weight`, in its shape with size 1 along axes that share a step."""
         # For weights that are all zero the step is tiny and not 1: the grid has no zero, so each
         # weight becomes plus or minus a step.
-        return ops.maximum(arithmetic.mean_magnitude(weight, spec), arithmetic.SMALLEST_RANGE)
+        mean = arithmetic.mean_magnitude(weight, spec)
+        step = ops.maximum(mean, arithmetic.SMALLEST_RANGE)
+        return arithmetic.near_power_of_two(step) if spec.power_of_two else step
 
     def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:
         """`-step` or `step` for each weight; the gradient passes unchanged."""

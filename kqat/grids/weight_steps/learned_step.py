@@ -9,12 +9,13 @@ from keras import ops
 from kqat.base import SpecError
 from kqat.grids import arithmetic
 from kqat.grids.spec import QuantSpec
+from kqat.grids.weight_steps.learned_method import LearnedMethod
 from kqat.grids.weight_steps.least_squares import LeastSquares
 from kqat.grids.weight_steps.widths import check_bits
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnedStep:
+class LearnedStep(LearnedMethod):
     """Step `s` as a trainable variable, so that the loss decides how much is clipped.
 
     With `v = clip(w / s, -qmax, qmax)`, where `N` weights share a step,
@@ -23,7 +24,9 @@ class LearnedStep:
         d out/d w = 1 where |w / s| <= qmax, else 0
         d out/d s = (round(v) - w / s if |w / s| <= qmax, else ±qmax) / sqrt(N * qmax)
 
-    If training makes the step negative, its magnitude is used.
+    If training makes the step negative, its magnitude is used. On a grid whose scale is a power of
+    two (`QuantSpec(power_of_two=True)`) the nearest power of two, in logarithms, is used; gradients
+    are those of the step itself.
 
     Args:
         start: the initial step: `"mse"` has the least squared error (as `LeastSquares`), `"mean"`
@@ -46,16 +49,17 @@ class LearnedStep:
         """Raises `SpecError` if this method cannot use the grid."""
         check_bits(self, spec, 2, 8)
 
-    def step(self, weight: Any, spec: QuantSpec) -> Any:
+    def initial(self, weight: Any, spec: QuantSpec) -> Any:
         """The initial step of `weight`, in its shape with size 1 along axes that share a step."""
         if self.start == "mse":
             return LeastSquares().step(weight, spec)
         mean = arithmetic.mean_magnitude(weight, spec)
         return arithmetic.usable_scale(mean * (2.0 / math.sqrt(spec.qmax)))
 
-    def scale(self, step: Any) -> Any:
-        """The scale that the variable `step` stands for; always positive."""
-        return ops.maximum(ops.abs(step), arithmetic.SMALLEST_RANGE)
+    def scale(self, variable: Any, spec: QuantSpec) -> Any:
+        """The step that the variable stands for; always positive."""
+        step = ops.maximum(ops.abs(variable), arithmetic.SMALLEST_RANGE)
+        return arithmetic.near_power_of_two(step) if spec.power_of_two else step
 
     def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:
         """`weight` rounded to multiples of `step`; gradients reach both."""

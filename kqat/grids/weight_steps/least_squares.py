@@ -17,7 +17,8 @@ class LeastSquares:
 
     The method tries `candidates` fractions of the max-abs step and takes the best. Then it moves
     the step to the least error for the integers `q` found: `s = <w, q> / <q, q>`. The search rounds
-    the weights `candidates` times in every training step; `LearnedStep` rounds them once.
+    the weights `candidates` times in every training step; `LearnedStep` rounds them once. On a grid
+    whose scale is a power of two, it takes the best of the five powers from max-abs downwards.
 
     Reference: the L2 search of Banner et al. 2019, section 3 (https://arxiv.org/abs/1810.05723),
     by enumeration.
@@ -58,6 +59,14 @@ class LeastSquares:
             step = largest * (ops.cast(index, "float32") * (1.0 / self.candidates))
             found = error(step)
             return ops.where(found < best[1], step, best[0]), ops.minimum(found, best[1])
+
+        if spec.power_of_two:
+            best, least = largest, error(largest)
+            for halvings in range(1, 5):
+                step = largest * 0.5**halvings
+                lost = error(step)
+                best, least = ops.where(lost < least, step, best), ops.minimum(lost, least)
+            return best
 
         # Not a Python loop over range(): that would put forty copies of the search in the graph.
         start = largest, error(largest)

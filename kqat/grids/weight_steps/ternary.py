@@ -28,7 +28,8 @@ class Ternary:
         axes = arithmetic.shared_axes(weight, spec)
         count = ops.maximum(ops.sum(kept, axis=axes, keepdims=True), 1.0)
         total = ops.sum(ops.abs(weight) * kept, axis=axes, keepdims=True)
-        return arithmetic.usable_scale(total / count)
+        step = arithmetic.usable_scale(total / count)
+        return arithmetic.near_power_of_two(step) if spec.power_of_two else step
 
     def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:
         """`-step`, 0 or `step` for each weight; the gradient passes unchanged."""

@@ -103,8 +103,16 @@ def test_config_keeps_no_hold_of_the_users_mapping() -> None:
             "all 256 integers.* Received: .* Use narrow_range=False",
         ),
         (
-            {"activation_range": "minmax"},
-            r"activation_range to be one of \['entropy', 'fixed'.* Received: 'minmax'",
+            {"activation_range": "minmaks"},
+            r"activation_range: Expected one of .* Received: 'minmaks'. Did you mean 'minmax'",
+        ),
+        (
+            {"activation_range": "fixed"},
+            r"Expected a range for the range method 'fixed'. .* Give kqat.Fixed\(low, high\)",
+        ),
+        (
+            {"activation_range": 8},
+            r"activation_range to be one of \['entropy', 'fixed'.* Received: 8",
         ),
         ({"activation_range": MinMax}, "activation_range to be one of .* Received: <class"),
     ],

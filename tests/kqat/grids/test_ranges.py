@@ -25,15 +25,20 @@ from kqat.grids.methods import (
 from kqat.grids.ranges.entropy import Entropy
 from kqat.grids.ranges.fixed import Fixed
 from kqat.grids.ranges.last_value import LastValue
+from kqat.grids.ranges.learned_clip import LearnedClip
+from kqat.grids.ranges.learned_range import LearnedRange
 from kqat.grids.ranges.minmax import MinMax
 from kqat.grids.ranges.moving_average import Anchor, MovingAverage
 from kqat.grids.ranges.mse import MSE
 from kqat.grids.ranges.percentile import Percentile
 from kqat.grids.spec import INT8_ACTIVATION, INT16_ACTIVATION, QuantSpec
+from kqat.grids.trained_threshold import TrainedThreshold
 
 # One method or more for every row of the table.
 CALIBRATING = (MinMax(), Percentile(), Percentile(99.0), MSE(), Entropy())
-METHODS = (*CALIBRATING, MovingAverage(), MovingAverage(0.5), LastValue(), Fixed(-1.0, 6.0))
+LEARNED = (LearnedRange(), LearnedClip(), LearnedClip(0.0), TrainedThreshold())
+OBSERVED = (MovingAverage(), MovingAverage(0.5), LastValue())
+METHODS = (*CALIBRATING, *OBSERVED, Fixed(-1.0, 6.0), *LEARNED)
 OBSERVING = (MinMax(), MovingAverage(), MovingAverage(0.5), LastValue())
 DECAYS = (1e-12, 0.5, 0.9, 0.99, 0.999, 0.9999999)
 # TensorFlow flushes subnormal floats to zero.

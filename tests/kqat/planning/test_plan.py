@@ -126,6 +126,7 @@ def test_a_plan_is_kept_as_json(tmp_path: Path) -> None:
         "spec": QuantSpec().to_dict(),
         "range": {"name": "moving_average", "decay": 0.99},
         "clamp": "relu",
+        "gradient": None,
         "sources": ["a_relu"],
     }
     assert table["unused_rules"] == ["z"]

@@ -1,5 +1,6 @@
 """Callbacks in a real `fit`: what moves before an epoch and holds still from it on."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,76 @@ def test_a_float_model_is_refused(callback: Any) -> None:
     model.compile("sgd", "mse")
     with pytest.raises(ModelError, match=rf"QAT model for {callback.__name__}. Received: 'model'"):
         fit(model, callback(0), epochs=1)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_freezing_traces_the_training_step_once(
+    learned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flags are read by the step, which is compiled for the first batch and never again."""
+    traces: list[str] = []
+    counts: list[int] = []
+    call = kqat.ActivationQuantizer.call
+
+    @functools.wraps(call)  # Keras reads the signature.
+    def counted(self: Any, x: Any, *args: Any, training: Any = None, **kwargs: Any) -> Any:
+        if training and self.label == "row":
+            traces.append(self.name)
+        return call(self, x, *args, training=training, **kwargs)
+
+    config = kqat.QuantizeConfig(activation_range="lsq_plus" if learned else "moving_average")
+    qat = kqat.quantize_model(float_model(), config, calibration_data=X[:8])
+    qat.compile(keras.optimizers.Adam(0.05), "mse")
+    monkeypatch.setattr(kqat.ActivationQuantizer, "call", counted)
+    first = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: counts.append(len(traces))
+    )
+    recorder = fit(qat, FreezeObservers(1), FreezeBatchNorm(2), first, epochs=4)
+    # Keras calls the layers once more, to build the model.
+    assert counts == [counts[0]] * 8
+    assert ending(recorder.moved(0), "/moved" if learned else "/count") != set()
+    for epoch in (1, 2, 3):
+        assert ending(recorder.moved(epoch), *RANGES) == set()
+        assert len(ending(recorder.moved(epoch), *STATISTICS)) == (4 if epoch == 1 else 0)
+    fit(qat, FreezeObservers(0), FreezeBatchNorm(0), first, epochs=1)
+    assert set(counts) == {len(traces)}
+
+
+def test_frozen_learned_ranges_stay_though_the_optimizer_has_momentum(tmp_path: Path) -> None:
+    config = kqat.QuantizeConfig(activation_range="lsq_plus")
+    qat = kqat.quantize_model(float_model(), config, calibration_data=X[:8])
+    qat.compile(keras.optimizers.Adam(0.05), "mse")
+    seen: list[Any] = []
+    quantizers = [la for la in qat.layers if isinstance(la, kqat.ActivationQuantizer)]
+    note = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append([q.range() for q in quantizers])
+    )
+    fit(qat, FreezeObservers(1), note, epochs=3)
+    start = [q.range() for q in quantizers]
+    assert seen[0] == seen[1] == seen[2] == start
+    qat.save(tmp_path / "qat.keras")
+    loaded = keras.models.load_model(tmp_path / "qat.keras")
+    fit(loaded, epochs=1)
+    found = [la.range() for la in loaded.layers if isinstance(la, kqat.ActivationQuantizer)]
+    assert found == start
+
+
+def test_a_step_that_was_traced_before_learns_of_the_flags() -> None:
+    qat = quantized(eager=False)
+    fit(qat, epochs=1)
+    recorder = fit(qat, FreezeObservers(1), FreezeBatchNorm(1), epochs=2)
+    assert len(ending(recorder.moved(0), "/count", *STATISTICS)) == 7
+    assert ending(recorder.moved(1), *RANGES, *STATISTICS) == set()
+
+
+def test_an_activity_regularizer_keeps_its_loss() -> None:
+    """A loss cannot leave the conditional that reads the flag."""
+    x = keras.Input((4,))
+    dense = layers.Dense(8, use_bias=False, activity_regularizer="l2", name="dense")
+    model = keras.Model(x, layers.BatchNormalization(momentum=0.8)(dense(x)))
+    qat = kqat.quantize_model(model, calibration_data=X[:8])
+    qat.compile(keras.optimizers.SGD(0.05), "mse")
+    recorder = fit(qat, FreezeBatchNorm(1), epochs=2)
+    assert len(ending(recorder.moved(0), *STATISTICS)) == 2
+    assert ending(recorder.moved(1), *STATISTICS) == set()
+    assert len(qat.losses) == 1

@@ -1,0 +1,1 @@
+"""Gradient estimators: what stands for the derivative of rounding, one module each."""

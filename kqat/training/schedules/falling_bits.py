@@ -1,0 +1,103 @@
+"""`FallingBits`: weights train on wider grids first."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from kqat.base import ModelError, SpecError
+from kqat.grids import LearnedMethod, QuantSpec
+from kqat.training.callbacks import QatCallback
+from kqat.training.weight_wrapper import QuantizeWrapper
+
+
+class FallingBits(QatCallback):
+    """Rounds weights to wider grids first, from stage to stage narrower, to the planned one last.
+
+    `FallingBits((8, 6), epochs=2)` trains two epochs with weights of 8 bits, two with 6, and the
+    rest with what the policy asks for. A weight whose own grid is as wide as a stage or wider keeps
+    it. Learned steps start anew in each stage, where they lose least. The end of `fit` puts the
+    planned grids back in any case: they are what ships. A checkpoint of an earlier stage has the
+    wider grid.
+
+    Each stage traces the training step anew, since widths are constants of it.
+
+    Args:
+        bits: the widths of the stages, from wide to narrow, 2 to 8.
+        epochs: epochs of each stage.
+
+    Raises:
+        ModelError: if the widths do not fall, there are no epochs, or the model in `fit` is not a
+            QAT model or has weights whose step method does not take the widths.
+
+    Reference: Zhuang et al. 2018, section 3.2, progressive quantization
+    (https://arxiv.org/abs/1711.00205).
+    """
+
+    def __init__(self, bits: Sequence[int] = (8, 6), *, epochs: int = 1):
+        super().__init__()
+        self.bits = tuple(bits)
+        falling = all(a > b for a, b in zip(self.bits, self.bits[1:], strict=False))
+        if not self.bits or not falling or not all(2 <= b <= 8 for b in self.bits):
+            raise ModelError(
+                f"Expected widths from 8 to 2 bits that fall. Received: bits={bits!r}. Use (8, 6)."
+            )
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+            raise ModelError(f"Expected one epoch or more. Received: epochs={epochs!r}.")
+        self.epochs = epochs
+        self._planned: dict[QuantizeWrapper, dict[str, QuantSpec]] = {}
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Notes the planned grids, and checks that wider ones can take their place."""
+        super().on_train_begin(logs)
+        self._planned = {w: dict(w.weight_specs) for w in self.wrappers()}
+        for wrapper, specs in self._planned.items():
+            for name, spec in specs.items():
+                self._check(wrapper, name, spec)
+
+    def _check(self, wrapper: QuantizeWrapper, name: str, spec: QuantSpec) -> None:
+        method = wrapper.weight_step
+        wide = [_widened(spec, bits) for bits in self.bits]
+        try:
+            for one in wide:
+                method.check(one)
+        except SpecError as error:
+            raise ModelError(
+                f"Expected weights whose step method takes wider grids. Received: '{name}' of "
+                f"'{wrapper.layer.name}': {error}"
+            ) from error
+        if isinstance(method, LearnedMethod) and any(
+            method.variable_shape((1,), one) != method.variable_shape((1,), spec) for one in wide
+        ):
+            raise ModelError(
+                f"Expected a step method with the same numbers on every grid. Received: {method} "
+                f"for '{wrapper.layer.name}'. Use kqat.LearnedStep()."
+            )
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Narrows the grids at the first epoch of a stage."""
+        stage = epoch // self.epochs
+        self._set(self.bits[stage] if stage < len(self.bits) else None)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Puts the planned grids back."""
+        self._set(None)
+
+    def _set(self, bits: int | None) -> None:
+        """Gives all weights grids of `bits` where their own are narrower; `None`: their own."""
+        changed = False
+        for wrapper, planned in self._planned.items():
+            specs = {
+                name: spec if bits is None else _widened(spec, bits)
+                for name, spec in planned.items()
+            }
+            if specs != wrapper.weight_specs:
+                wrapper.weight_specs = specs
+                wrapper.start_steps()
+                changed = True
+        if changed:
+            self.model.make_train_function(force=True)
+            self.model.test_function = self.model.predict_function = None
+
+
+def _widened(spec: QuantSpec, bits: int) -> QuantSpec:
+    return dataclasses.replace(spec, bits=max(spec.bits, bits))

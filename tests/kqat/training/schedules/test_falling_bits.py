@@ -1,0 +1,73 @@
+"""Widths that fall: what each epoch trains with, and that the planned grid is what ships."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import kqat
+from kqat.base.errors import ModelError
+from tests.kqat.training.schedules.models import EachStep, X, fit, quantized, wrapper
+
+
+def widths(model: keras.Model) -> tuple[int, int]:
+    """Of the grid, and of the integers that there are."""
+    one = wrapper(model)
+    integers = np.rint(np.asarray(one.on_grid("kernel") / one.scale("kernel")))
+    return one.weight_specs["kernel"].bits, int(np.abs(integers).max())
+
+
+@pytest.mark.slow
+def test_each_stage_has_its_width_and_the_plan_is_what_ships() -> None:
+    qat, seen = quantized(), EachStep(widths)
+    fit(qat, kqat.FallingBits((8, 6)), seen, epochs=3)
+    assert [bits for bits, _ in seen.seen[::4]] == [8, 6, 4]
+    assert [most > 31 for _, most in seen.seen[::4]] == [True, False, False]
+    assert [most > 7 for _, most in seen.seen[::4]] == [True, True, False]
+    assert {weight.bits for weight in kqat.freeze(qat).weights} == {4}
+
+
+@pytest.mark.slow
+def test_validation_sees_the_width_of_the_stage_and_then_the_planned_one() -> None:
+    qat = quantized(rate=0.0)
+    history = fit(qat, kqat.FallingBits((8,)), epochs=2, validation_data=(X, X[:, :4])).history
+    coarse = qat.evaluate(X, X[:, :4], verbose=0)
+    assert history["val_loss"][0] != history["val_loss"][1] == pytest.approx(coarse)
+
+
+def test_a_fit_that_ends_before_puts_the_planned_grids_back() -> None:
+    qat = quantized()
+    fit(qat, kqat.FallingBits((8,), epochs=5), epochs=1)
+    assert widths(qat)[0] == 4 and widths(qat)[1] <= 7
+
+
+def test_wider_weights_keep_their_grid() -> None:
+    qat, seen = quantized({"hidden": "w4a8", "*": "int8"}), EachStep(widths)
+    fit(qat, kqat.FallingBits((6,)), seen, epochs=1)
+    assert {bits for bits, _ in seen.seen} == {8}
+
+
+@pytest.mark.parametrize(("bits", "options", "match"), [
+    ((6, 8), {}, r"that fall. Received: bits=\(6, 8\)"),
+    ((), {}, r"Received: bits=\(\)"),
+    ((16, 8), {}, r"from 8 to 2 bits"),
+    ((8,), {"epochs": 0}, r"one epoch or more. Received: epochs=0"),
+])  # fmt: skip
+def test_widths_that_do_not_fall_are_refused(bits: Any, options: Any, match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        kqat.FallingBits(bits, **options)
+
+
+@pytest.mark.parametrize(("config", "match"), [
+    ("ternary", r"Received: 'kernel' of '.*': Expected a grid of 2 bits"),
+    (
+        kqat.QuantizeConfig(
+            weights=kqat.QuantSpec(bits=2, symmetric=True, narrow_range=True), weight_step="ttq"
+        ),
+        r"same numbers on every grid. Received: LearnedTernary",
+    ),
+])  # fmt: skip
+def test_a_method_for_one_width_is_refused_before_training(config: Any, match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        fit(quantized(config), kqat.FallingBits((8,)), epochs=1)

@@ -1,0 +1,92 @@
+"""The recipe of `finetune`: its rate, its stages, what it takes and refuses."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import kqat
+from kqat.base.errors import ModelError
+from tests.kqat.training.schedules.models import EachStep, X, Y, network, quantized, wrapper
+
+
+def rate(model: Any) -> float:
+    return float(model.optimizer.learning_rate)
+
+
+def test_the_rate_rises_and_falls_over_all_steps() -> None:
+    seen = EachStep(rate)
+    qat = kqat.quantize_model(network(), calibration_data=X)
+    options = {"batch_size": 16, "verbose": 0}
+    history = kqat.finetune(
+        qat, (X, Y), 5, loss="mse", learning_rate=0.01, callbacks=[seen], **options
+    )
+    share = (np.arange(20) + 0.5) / 20
+    falling = 0.01 * (0.5 + 0.5 * np.cos(np.pi * (share - 0.1) / 0.9))
+    expected = np.where(share < 0.1, 0.01 * share / 0.1, falling)
+    np.testing.assert_allclose(seen.seen, expected, rtol=1e-5)
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    # The second half trained with numbers that stay.
+    assert wrapper(qat, "hidden").freeze_statistics
+    assert all(la.is_frozen for la in qat.layers if isinstance(la, kqat.ActivationQuantizer))
+
+
+def test_the_loss_and_metrics_of_before_are_kept() -> None:
+    qat = quantized()
+    qat.compile("sgd", "mae", metrics=["mse"])
+    history = kqat.finetune(qat, (X, Y), 1, verbose=0).history
+    assert isinstance(qat.optimizer, keras.optimizers.Adam)
+    assert set(history) >= {"loss", "mse"}
+    expected = float(np.mean(np.abs(qat.predict(X, verbose=0) - Y)))
+    assert qat.evaluate(X, Y, verbose=0)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_datasets_and_validation_go_through_to_fit() -> None:
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
+    history = kqat.finetune(
+        quantized(), data, 2, loss="mse", validation_data=(X, Y), verbose=0, shuffle=False
+    ).history
+    assert len(history["val_loss"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras says it of a generator.
+def test_steps_that_are_not_known_change_the_rate_by_epochs() -> None:
+    seen = EachStep(rate)
+    batches = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 64, 16)]
+    kqat.finetune(
+        quantized(), (b for b in batches), 1, loss="mse", callbacks=[seen], verbose=0,
+        learning_rate=0.01, shuffle=False,
+    )  # fmt: skip
+    assert len(set(seen.seen)) == 1
+
+
+@pytest.mark.parametrize(("epochs", "freeze_at", "first"), [
+    (1, 0.5, 1), (2, 0.5, 1), (3, 0.5, 2), (4, 0.0, 0), (4, 1.0, 4),
+])  # fmt: skip
+def test_the_stages_of_the_recipe(epochs: int, freeze_at: float, first: int) -> None:
+    _, statistics, ranges = kqat.finetune_callbacks(epochs, freeze_at=freeze_at)
+    assert isinstance(statistics, kqat.FreezeBatchNorm) and statistics.epoch == first
+    assert isinstance(ranges, kqat.FreezeObservers) and ranges.epoch == first
+    assert len(kqat.finetune_callbacks(epochs, freeze_at=None)) == 1
+
+
+@pytest.mark.parametrize(("options", "match"), [
+    ({"epochs": 0}, "one epoch or more. Received: epochs=0"),
+    ({"epochs": 1.5}, "one epoch or more. Received: epochs=1.5"),
+    ({"learning_rate": 0.0}, "a rate above zero. Received: 0.0"),
+    ({"warm_up": 1.0}, r"inside \[0, 1\). Received: warm_up=1.0"),
+    ({"freeze_at": 1.5}, r"inside \[0, 1\], or None. Received: freeze_at=1.5"),
+])  # fmt: skip
+def test_numbers_that_are_none_are_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        kqat.finetune_callbacks(**{"epochs": 2, **options})
+
+
+def test_models_that_cannot_be_trained_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"Expected a QAT model. Received: 'net', which is float"):
+        kqat.finetune(network(), (X, Y), loss="mse")
+    qat = kqat.quantize_model(network(), calibration_data=X)
+    with pytest.raises(ModelError, match=r"Expected a loss for 'net', which is not compiled"):
+        kqat.finetune(qat, (X, Y))
