@@ -309,6 +309,8 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             continue
         layer = call.operation
         kwargs = {**call.arguments.kwargs, **masks}
+        if opened.sequence:
+            kwargs.pop("training", None)
         args, kwargs = _map_tensors((call.arguments.args, kwargs), refs)
         args, kwargs = _call_options(layer, args, kwargs)
         inner = _inner_model(layer, args, kwargs)
@@ -373,7 +375,7 @@ def _inner_model(layer: Any, args: Any, kwargs: Any) -> Opened | None:
             f"'{layer.name}'. Call its layers in the outer model, or leave mask_zero out."
         )
     if function is not None:
-        return opened_function(function)
+        return opened_function(function, layer)
     if not isinstance(layer, keras.Model):
         return None
     fresh = {

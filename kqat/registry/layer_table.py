@@ -25,6 +25,8 @@ from kqat.parts import (
     IndexOperation,
     Learned,
     Matmul,
+    Padding,
+    PaddingKind,
     ReciprocalSquareRoot,
     Recurrence,
     Reduce,
@@ -230,7 +232,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.Concatenate: _same("CONCATENATION"),
     layers.Flatten: _same("RESHAPE"),
     layers.Reshape: _same("RESHAPE"),
-    layers.Permute: _same("TRANSPOSE"),
+    layers.Permute: _same("TRANSPOSE", "RESHAPE", decompose=basic.permute),
     layers.RepeatVector: _same("RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.repeat_vector),
     **{
         getattr(layers, f"Adaptive{kind}Pooling{n}D"): _same(
@@ -332,6 +334,9 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (WithConstant, ConstantKind.MULTIPLY): _own("MUL", weights={"value": None}, takes_clamp=True),
     (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
     (layers.Resizing, "bilinear"): _resize("RESIZE_BILINEAR"),
+    (Padding, PaddingKind.LOWEST): _same("PADV2"),
+    (Padding, PaddingKind.REFLECT): _same("MIRROR_PAD"),
+    (Padding, PaddingKind.SYMMETRIC): _same("MIRROR_PAD"),
     (Reduce, ReduceKind.MEAN): _own("MEAN"),
     (Reduce, ReduceKind.MAX): _same("REDUCE_MAX"),
     (Reduce, ReduceKind.MIN): _same("REDUCE_MIN"),

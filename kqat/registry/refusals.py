@@ -73,7 +73,7 @@ OPERATION_REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "convert_to_numpy convert_to_tensor custom_gradient dtype is_tensor isreal jvp ndim "
+            "convert_to_numpy custom_gradient dtype is_tensor isreal jvp ndim "
             "saturate_cast shape size view"
         ).split(),
         _PYTHON,
@@ -129,7 +129,7 @@ OPERATION_REASONS: dict[str, str] = {
     **dict.fromkeys(
         (
             "nonzero scatter scatter_update segment_max segment_min segment_prod segment_sum "
-            "slice_update take_along_axis unravel_index"
+            "slice_update unravel_index"
         ).split(),
         _SCATTERS,
     ),
@@ -152,8 +152,8 @@ OPERATION_REASONS: dict[str, str] = {
         "reduces booleans, for which TFLite Micro has no kernel; reduce numbers with max or sum",
     ),
     **dict.fromkeys(
-        "empty_like full_like ones_like zeros_like".split(),
-        "makes a constant of the batch's size; multiply the tensor by 0 and add a number",
+        "empty_like".split(),
+        "makes numbers that nobody knows; use zeros_like",
     ),
 }  # fmt: skip
 

@@ -49,7 +49,7 @@ def test_every_function_has_a_row_or_a_reason() -> None:
 def test_every_row_is_a_function_of_keras() -> None:
     known = {_operation(name) for name in dir(keras.ops)}
     # Of `keras.ops.image`; and what the function `relu` is in a layer ReLU with options.
-    assert set(OPERATIONS) - known == {"Resize", "RGBToGrayscale", "ReLU"}
+    assert set(OPERATIONS) - known == {"ExtractPatches", "Resize", "RGBToGrayscale", "ReLU"}
 
 
 @pytest.mark.parametrize("table", [LAYER_REASONS, OPERATION_REASONS])

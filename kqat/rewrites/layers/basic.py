@@ -13,6 +13,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
+from kqat.devices import MOST_AXES
 from kqat.graph import Part, activation_name, clone, config_of, duplicate
 from kqat.parts import Elementwise
 
@@ -43,6 +44,49 @@ def dense(layer: Any, name: str) -> Decomposed | None:
         return layers.Reshape((*x.shape[1:-1], y.shape[-1]), name=f"{name}_shape")(y)
 
     return call
+
+
+def permute(layer: Any, name: str) -> Decomposed | None:
+    """`Permute` of more axes than every runtime transposes, as some that move fewer.
+
+    Axes that stay side by side are moved as one. Where that leaves too many, one axis is moved
+    after the other: before it, behind it, between its places and itself are four at most.
+    """
+    most = min(MOST_AXES["TRANSPOSE"]) - 1  # without the batch
+    if len(layer.dims) <= most:
+        return None
+
+    def call(x: Any) -> Any:
+        order, steps = [axis - 1 for axis in layer.dims], 0
+        while len(_side_by_side(order)) > most:
+            at = next(i for i, axis in enumerate(order) if axis != i)
+            moved = order[at]
+            one = [*range(at), moved, *(i for i in range(at, len(order)) if i != moved)]
+            x = _in_blocks(x, one, f"{name}_step_{steps}")
+            order, steps = [one.index(axis) for axis in order], steps + 1
+        return _in_blocks(x, order, name)
+
+    return call
+
+
+def _side_by_side(order: Sequence[int]) -> list[list[int]]:
+    """Axes in their new order, those together that stay side by side."""
+    blocks: list[list[int]] = []
+    for axis in order:
+        if blocks and axis == blocks[-1][-1] + 1:
+            blocks[-1].append(axis)
+        else:
+            blocks.append([axis])
+    return blocks
+
+
+def _in_blocks(x: Any, order: Sequence[int], name: str) -> Any:
+    blocks, sizes = _side_by_side(order), x.shape[1:]
+    places = sorted(range(len(blocks)), key=lambda i: blocks[i][0])
+    merged = [int(np.prod([sizes[axis] for axis in blocks[i]])) for i in places]
+    x = layers.Reshape(merged, name=f"{name}_merged")(x)
+    x = layers.Permute([places.index(i) + 1 for i in range(len(blocks))], name=f"{name}_moved")(x)
+    return layers.Reshape([sizes[axis] for axis in order], name=name)(x)
 
 
 def activated(layer: Any, name: str, linear: Decomposed) -> Decomposed:
