@@ -590,6 +590,8 @@ def _masks_read(calls: list[Any]) -> dict[int, dict[str, Any]]:
             continue
         given = _given(call)
         tensors = {k: v for k, v in given.items() if _tensors(v)}
+        if _tensors(keras.tree.map_structure(mask_of, list(tensors.values()))):
+            _check_reads_no_mask(layer)
         parameters = inspect.signature(layer.call).parameters
         found = {}
         for key, value in tensors.items():
@@ -611,6 +613,27 @@ def _masks_read(calls: list[Any]) -> dict[int, dict[str, Any]]:
         if isinstance(layer, keras.layers.MultiHeadAttention):
             live.update((id(t), None) for t in _tensors(list(tensors.values())))
     return masks
+
+
+def _check_reads_no_mask(layer: Any) -> None:
+    """Refuses a custom layer that takes masks off its inputs itself.
+
+    Raises:
+        ModelError: if its own code does that.
+    """
+    if _is_stock(layer):
+        return
+    own = [cls for cls in type(layer).__mro__ if not cls.__module__.startswith("keras.")]
+    functions = [f for cls in own for f in vars(cls).values() if inspect.isfunction(f)]
+    for function in functions:
+        code = function.__code__
+        if {"_keras_mask", "get_keras_mask"} & {*code.co_names, *map(str, code.co_consts)}:
+            raise ModelError(
+                f"Expected masks as arguments. Received: layer '{layer.name}' of type "
+                f"{type(layer).__name__}, whose {function.__name__} takes the mask off its "
+                "input, where no one sees it. Let call have an argument `mask`: Keras hands it "
+                f"over. Or leave the layer float with policy={{'{layer.name}': None}}."
+            )
 
 
 def _given(call: Any) -> dict[str, Any]:
