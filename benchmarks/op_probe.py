@@ -135,6 +135,13 @@ Build = Callable[[], keras.Model]
 IMAGE, ROWS, VECTOR = (6, 8, 4), (6, 8), (8,)
 
 
+AROUND = ((0, 0), (1, 1), (1, 1), (0, 0))
+
+
+def _max_behind_padding(x: Any) -> Any:
+    return layers.MaxPooling2D(3, strides=1)(ops.pad(x, AROUND, constant_values=-np.inf))
+
+
 def _one(shape: tuple[int, ...], call: Callable[[Any], Any]) -> Build:
     def build() -> keras.Model:
         x = keras.Input(shape, name="x")
@@ -203,6 +210,8 @@ MODELS: dict[str, Build] = {
     "RESHAPE": _one(IMAGE, lambda x: layers.Reshape((4, 48))(x)),
     "TRANSPOSE": _one(IMAGE, lambda x: layers.Permute((2, 3, 1))(x)),
     "PAD": _one(IMAGE, lambda x: layers.ZeroPadding2D()(x)),
+    "PADV2": _one(IMAGE, _max_behind_padding),
+    "MIRROR_PAD": _one(IMAGE, lambda x: ops.pad(x, AROUND, "reflect")),
     "STRIDED_SLICE": _one(IMAGE, lambda x: layers.Cropping2D(1)(x)),
     "RESIZE_BILINEAR": _one(IMAGE, lambda x: layers.UpSampling2D(2, interpolation="bilinear")(x)),
     "RESIZE_NEAREST_NEIGHBOR": _one(IMAGE, lambda x: layers.UpSampling2D(2)(x)),

@@ -105,6 +105,8 @@ INT16: dict[str, Int16Kernel] = {
     "RESHAPE": Int16Kernel(1),
     "TRANSPOSE": Int16Kernel(5),
     "PAD": Int16Kernel(3),
+    "PADV2": Int16Kernel(3),
+    "MIRROR_PAD": Int16Kernel(3, LITERT),
     "STRIDED_SLICE": Int16Kernel(2),
     "RESIZE_BILINEAR": Int16Kernel(4, LITERT),
     "RESIZE_NEAREST_NEIGHBOR": Int16Kernel(4),
@@ -125,6 +127,7 @@ MOST_AXES: dict[str, tuple[int, int]] = {
     "STRIDED_SLICE": (5, 4),
     "TRANSPOSE": (6, 5),
     "PAD": (5, 5),
+    "PADV2": (5, 5),
     "L2_NORMALIZATION": (6, 4),
     "BATCH_MATMUL": (5, 5),  # the converter makes none of more
 }

@@ -21,6 +21,8 @@ import keras
 import numpy as np
 
 from kqat.base import ModelError
+from kqat.graph.batch_axis import BatchFirst
+from kqat.graph.tensorflow_calls import tensorflow_traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Opened:
     model reaches, by the identity of their symbolic tensor: variables that `call` reads, and what
     it computes from them. `batch` is the number that stood for the batch size. `owners` says by
     which path a layer inside is reached. `fresh` says that its operations were made just now, and
-    will bear other names the next time.
+    will bear other names the next time. `sequence` says that it is a Sequential: what `training`
+    stands in its calls is not the user's, but that of the call in which it was built.
     """
 
     function: Any
@@ -42,6 +45,7 @@ class Opened:
     batch: int | None = None
     owners: Mapping[int, str] = dataclasses.field(default_factory=dict)
     fresh: bool = False
+    sequence: bool = False
 
 
 def open_model(model: Any) -> Opened:
@@ -64,7 +68,7 @@ def open_model(model: Any) -> Opened:
         )
     function = inner_function(model)
     if function is not None:
-        return opened_function(function)
+        return opened_function(function, model)
     shape = (model.get_build_config() or {}).get("input_shape")
     if shape is None:
         raise ModelError(
@@ -85,9 +89,10 @@ def input_struct(model: Any) -> Any:
     return () if shape is None else _inputs_of_shape(shape)
 
 
-def opened_function(function: Any) -> Opened:
-    """A Functional model, which is open already."""
-    return Opened(function, function.input, function.output, function.inputs)
+def opened_function(function: Any, model: Any) -> Opened:
+    """A Functional model, which is open already, or the one inside a Sequential."""
+    sequence = isinstance(model, keras.Sequential)
+    return Opened(function, function.input, function.output, function.inputs, sequence=sequence)
 
 
 def _control_flow(layer: Any) -> str:
@@ -128,7 +133,7 @@ def open_call(
     Args:
         layer: a built layer or model, or one that builds itself at its first call.
         args: of the call, symbolic tensors among them.
-        kwargs: of the call.
+        kwargs: of the call. Variables in either are weights of what is opened.
         inlined: which layers inside are opened as well.
 
     Raises:
@@ -143,12 +148,21 @@ def open_call(
     args, kwargs = keras.tree.map_structure(lambda x: fresh.get(id(x), x), (args, kwargs))
     inside = [part for part in parts_of(layer) if part is layer or inlined(part)]
     tensors = list(fresh.values())
-    function, output, weights, hidden = _called(layer, args, kwargs, tensors, inside)
+    read = {id(v): v for v in keras.tree.flatten((args, kwargs)) if isinstance(v, keras.Variable)}
+    stand_ins = {key: keras.Input(batch_shape=v.shape, dtype=v.dtype) for key, v in read.items()}
+    args, kwargs = keras.tree.map_structure(lambda x: stand_ins.get(id(x), x), (args, kwargs))
+    given_weights = {key: (stand_ins[key], v) for key, v in read.items()}
+    function, output, weights, hidden = _called(layer, args, kwargs, tensors, inside, given_weights)
     if hidden:
         # A layer that the graph does not show, whose variables are read from outside, or which
         # looks up constants.
         owners = [p for p in parts_of(layer) if any(id(v) in hidden for v in _own_variables(p))]
-        function, output, weights, _ = _called(layer, args, kwargs, tensors, [*inside, *owners])
+        inside = [*inside, *owners]
+        function, output, weights, _ = _called(layer, args, kwargs, tensors, inside, given_weights)
+    if _is_moved(function, batch, weights):
+        function, output, weights = _with_batch_first(
+            layer, function, output, tensors, weights, batch
+        )
     owners_by_path = {id(part): path for part, path in _paths(layer, inlined)}
     _check_untouched(layer, tensors)
     return Opened(
@@ -181,6 +195,38 @@ def _check_untouched(layer: Any, tensors: Iterable[Any]) -> None:
                 "which takes one of several Python functions by a value. An integer file runs all "
                 "of its operators; use keras.ops.where, which takes both results."
             )
+
+
+def _is_moved(function: Any, batch: int, constant: Mapping[int, Any]) -> bool:
+    """Whether some tensor of a function has the batch elsewhere than alone on its first axis."""
+    return any(
+        any(size and size % batch == 0 for size in t.shape) and t.shape[0] != batch
+        for call in _calls(function)
+        for t in call.outputs
+        if id(t) not in constant
+    )
+
+
+def _with_batch_first(
+    layer: Any, function: Any, output: Any, tensors: list[Any], weights: Any, batch: int
+) -> tuple[Any, Any, dict[int, Any]]:
+    """The function, its output structure and the weights among its outputs, the batch first."""
+    runs = BatchFirst(batch, weights, f"{layer.name}' of type '{type(layer).__name__}")
+    runs.run(_calls(function), tensors)
+    made = {key: tensor for key, (tensor, _) in runs.known.items()}
+    for tensor in _tensors(output):
+        if id(tensor) in made and tensor.shape[0] != batch:
+            raise ModelError(
+                f"Expected outputs with the batch alone on their first axis. Received: "
+                f"'{layer.name}' of type {type(layer).__name__}, one of whose outputs has the "
+                f"shape {tuple(tensor.shape)}, where {batch} stands for the batch. Undo inside it "
+                "what moved the batch."
+            )
+    output = keras.tree.map_structure(lambda t: made.get(id(t), t), output)
+    held = {id(t): t for t in _tensors(output) if id(t) in weights}
+    with _names_apart(layer):
+        function = keras.Function([*tensors, *held.values()], keras.tree.flatten(output))
+    return function, output, {key: weights[key] for key in held}
 
 
 def _of_batch(tensor: Any, batch: int) -> tuple[Any, ...]:
@@ -225,18 +271,31 @@ def _own_variables(layer: Any) -> list[Any]:
 
 
 def _called(
-    layer: Any, args: Any, kwargs: Any, tensors: list[Any], inside: list[Any]
+    layer: Any,
+    args: Any,
+    kwargs: Any,
+    tensors: list[Any],
+    inside: list[Any],
+    given: Mapping[int, tuple[Any, Any]],
 ) -> tuple[Any, Any, dict[int, Any], dict[int, str]]:
     """`layer.call` with the variables of `inside` as symbolic tensors.
+
+    `given` are variables among the arguments, each with the symbolic tensor that stands for it.
 
     Returns:
         The function of `tensors` and of the variables, the output structure, values of tensors
         that depend on variables alone, and the variables that were read without being seen.
     """
-    weights: dict[int, tuple[Any, Any]] = {}
+    weights: dict[int, tuple[Any, Any]] = dict(given)
     try:
-        with _as_inputs(inside, weights), _calls_inlined(layer, inside), _shapes_told(layer):
-            output = layer(*args, **kwargs)
+        with (
+            _as_inputs(inside, weights),
+            _calls_inlined(layer, inside),
+            _shapes_told(layer),
+            tensorflow_traced(),
+        ):
+            # Keras hands it down to every layer inside that does not say otherwise.
+            output = layer(*args, **{"training": False, **kwargs})
     except Exception as error:  # Whatever a user's own class raises.
         raise ModelError(
             f"Expected a call made of layers and keras.ops that runs on symbolic tensors. "
@@ -566,6 +625,8 @@ def _masks_read(calls: list[Any]) -> dict[int, dict[str, Any]]:
             continue
         given = _given(call)
         tensors = {k: v for k, v in given.items() if _tensors(v)}
+        if _tensors(keras.tree.map_structure(mask_of, list(tensors.values()))):
+            _check_reads_no_mask(layer)
         parameters = inspect.signature(layer.call).parameters
         found = {}
         for key, value in tensors.items():
@@ -587,6 +648,27 @@ def _masks_read(calls: list[Any]) -> dict[int, dict[str, Any]]:
         if isinstance(layer, keras.layers.MultiHeadAttention):
             live.update((id(t), None) for t in _tensors(list(tensors.values())))
     return masks
+
+
+def _check_reads_no_mask(layer: Any) -> None:
+    """Refuses a custom layer that takes masks off its inputs itself.
+
+    Raises:
+        ModelError: if its own code does that.
+    """
+    if _is_stock(layer):
+        return
+    own = [cls for cls in type(layer).__mro__ if not cls.__module__.startswith("keras.")]
+    functions = [f for cls in own for f in vars(cls).values() if inspect.isfunction(f)]
+    for function in functions:
+        code = function.__code__
+        if {"_keras_mask", "get_keras_mask"} & {*code.co_names, *map(str, code.co_consts)}:
+            raise ModelError(
+                f"Expected masks as arguments. Received: layer '{layer.name}' of type "
+                f"{type(layer).__name__}, whose {function.__name__} takes the mask off its "
+                "input, where no one sees it. Let call have an argument `mask`: Keras hands it "
+                f"over. Or leave the layer float with policy={{'{layer.name}': None}}."
+            )
 
 
 def _given(call: Any) -> dict[str, Any]:

@@ -322,6 +322,8 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             continue
         layer = call.operation
         kwargs = {**call.arguments.kwargs, **masks}
+        if opened.sequence:
+            kwargs.pop("training", None)
         args, kwargs = _map_tensors((call.arguments.args, kwargs), refs)
         args, kwargs = _call_options(layer, args, kwargs)
         inner = _inner_model(layer, args, kwargs)
@@ -332,7 +334,7 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             name = unique_name(walk.name_of(layer, opened), walk.names, "_call{}")
             walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
         else:
-            given = refs_in((args, kwargs))
+            given = refs_in(_named_inputs(inner, args, kwargs))
             if len(given) != len(inner.tensors):
                 raise ModelError(
                     f"Expected a call of model '{layer.name}' on its {len(inner.tensors)} inputs. "
@@ -344,6 +346,18 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             outputs = list(refs_in(_inline(inner, inner_refs, deeper)))
         refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
     return _map_tensors(opened.output, refs)
+
+
+def _named_inputs(inner: Opened, args: Any, kwargs: Any) -> Any:
+    """What a model inside reads of its arguments: of a dict, what it has names for."""
+    if len(args) != 1 or not isinstance(args[0], dict):
+        return args, kwargs
+    named = isinstance(inner.input, dict)
+    keys = list(inner.input) if named else [t.name for t in keras.tree.flatten(inner.input)]
+    if not set(keys) <= set(args[0]):
+        return args, kwargs
+    found = [args[0][key] for key in keys]
+    return dict(zip(keys, found, strict=True)) if named else found
 
 
 # Operations that hold a shape, and under which name.
@@ -386,7 +400,7 @@ def _inner_model(layer: Any, args: Any, kwargs: Any) -> Opened | None:
             f"'{layer.name}'. Call its layers in the outer model, or leave mask_zero out."
         )
     if function is not None:
-        return opened_function(function)
+        return opened_function(function, layer)
     if not isinstance(layer, keras.Model):
         return None
     fresh = {

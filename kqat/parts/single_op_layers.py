@@ -100,6 +100,45 @@ def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]
     return key.indices(size)
 
 
+class PaddingKind(TextEnum):
+    """With what a `Padding` surrounds values."""
+
+    LOWEST = "lowest"
+    REFLECT = "reflect"
+    SYMMETRIC = "symmetric"
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Padding(layers.Layer):
+    """Values around others: mirrored ones, or such as lie below all others.
+
+    The latter are `arithmetic.LOWEST`: a maximum passes them over, and the file has the lowest
+    integer of the grid there.
+
+    Args:
+        kind: what they are.
+        widths: two numbers for each axis behind the batch: of those before and behind.
+    """
+
+    def __init__(
+        self, kind: PaddingKind | str, widths: Sequence[Sequence[int]], **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.kind = PaddingKind(kind)
+        self.widths = [[int(n) for n in pair] for pair in widths]
+
+    def call(self, x: Any) -> Any:
+        """The padded tensor."""
+        widths = [[0, 0], *self.widths]
+        if self.kind is PaddingKind.LOWEST:
+            return ops.pad(x, widths, "constant", constant_values=LOWEST)
+        return ops.pad(x, widths, self.kind.value)
+
+    def get_config(self) -> dict[str, Any]:
+        """The config of every layer, with `kind` and `widths`."""
+        return {**super().get_config(), "kind": self.kind.value, "widths": self.widths}
+
+
 class ReduceKind(TextEnum):
     """The function of `keras.ops` that a `Reduce` computes."""
 

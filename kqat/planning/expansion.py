@@ -5,7 +5,7 @@ up by tracing their own `call`.
 """
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -35,6 +35,8 @@ from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight
 
 # Copies of layers by the identity of the layer, for all of its calls.
 Copies = dict[int, Callable[..., Any]]
+# Rounds in which composite layers become simpler ones; few need more than ten.
+MOST_ROUNDS = 50
 # Layers that read a weight as a constant of the file, on the grid that they hand on.
 READS_LEARNED = (keras.layers.Concatenate, Select, Learned)
 # Layers that merge tensors pair by pair, as operations that take a constant for one.
@@ -70,7 +72,16 @@ def expand(
     kept = {node.name for node in graph.nodes if keep(node)}
     expanded, origins = _expand_once(graph, kept, name, {}, fused)
     # A part may be composite itself, as the activation of Dense(activation="silu").
-    while _is_unfinished(expanded, origins, kept, fused):
+    rounds = 0
+    while unfinished := _unfinished(expanded, origins, kept, fused):
+        rounds += 1
+        if rounds > MOST_ROUNDS:
+            raise UnsupportedLayerError(
+                f"Expected parts that become simpler. Received: '{unfinished}' of layer "
+                f"'{origins[unfinished]}', which after {rounds} rounds is none of the layers "
+                f"that ship. Leave the layer float with policy={{'{origins[unfinished]}': None}}; "
+                "and tell us, for kqat should have known."
+            )
         still = {n.name for n in expanded.nodes if origins[n.layer.name] in kept}
         further, parts = _expand_once(expanded, still, name, origins, fused)
         layer_names = {node.name: node.layer.name for node in expanded.nodes}
@@ -79,22 +90,25 @@ def expand(
     return expanded, origins
 
 
-def _is_unfinished(
+def _unfinished(
     graph: Graph, origins: dict[str, str], kept: set[str], fused: Collection[str]
-) -> bool:
-    """Whether a layer is composite, or a weight stands apart from the layer that reads it."""
+) -> str | None:
+    """A layer that is composite, or reads a weight that stands apart from it; its name."""
     weights = {n.outputs[0] for n in graph.nodes if isinstance(n.layer, Learned)}
     for node in graph.nodes:
         if origins[node.layer.name] in kept:
             continue
         if _simpler(node, origins[node.layer.name], fused, {}) is not None:
-            return True
+            return str(node.layer.name)
         apart = not isinstance(node.layer, READS_LEARNED)
         if apart and weights & set(node.inputs):
-            return True
+            return str(node.layer.name)
         if any(is_weight(v) for v in keras.tree.flatten((node.args, node.kwargs))):
-            return True
-    return bool(weights & set(graph.outputs))
+            return str(node.layer.name)
+    outputs = set(graph.outputs)
+    return next(
+        (str(n.layer.name) for n in graph.nodes if outputs & weights & set(n.outputs)), None
+    )
 
 
 def _simpler(
@@ -135,10 +149,17 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
             attach_masks(operation, args, kwargs)
         if type(operation).__name__ in WANT_BATCH:
             args = keras.tree.map_structure(_for_two_samples, args)
+        # Models inside may keep the `training` of the call that built them.
+        inference = {"training": False} if isinstance(operation, keras.layers.Layer) else {}
         with keras.StatelessScope():  # A state stays as it was.
-            expected = operation(*args, **kwargs)
-        found = keras.Function(tensors, outputs)(list(values.values()))
-        pairs: Any = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
+            expected = operation(*args, **inference | kwargs)
+        found = keras.tree.flatten(outputs)
+        computed_now = [y for y in found if is_tensor(y)]
+        given_values = list(values.values())
+        results = keras.Function(tensors, computed_now)(given_values) if computed_now else []
+        by_tensor = dict(zip(map(id, computed_now), results, strict=True))
+        found = [by_tensor.get(id(y), y) for y in found]
+        pairs: Any = zip(keras.tree.flatten(expected), found, strict=True)
         if type(operation).__name__ == "Where":
             # A score far below all others is hidden, by whichever number.
             pairs = [[keras.ops.maximum(x, FAR_BELOW) for x in pair] for pair in pairs]
@@ -184,6 +205,8 @@ def _alike(expected: Any, found: Any) -> bool:
     """Whether values are equal but for roundings, where the expected ones are finite."""
     if 0 in expected.shape:  # Nothing can read it.
         return True
+    if is_weight(found) and tuple(found.shape[:1]) == (1,) != tuple(expected.shape[:1]):
+        found = keras.ops.broadcast_to(found, expected.shape)  # It is the same for all samples.
     if tuple(expected.shape) != tuple(found.shape):
         return False
     if holds_indexes(expected):
@@ -254,7 +277,8 @@ def _opened_layer(node: Node, origin: str, copies: Copies) -> Callable[..., Any]
                 f"describe it with kqat.register_layer. {error}"
             ) from error
         check_apart(graph, layer.trainable_variables, f"layer '{origin}'")
-        return _inlined(graph, name, copies)(*args, **kwargs)
+        batched = [ref.shape[:1] == (None,) for ref in node.outputs]
+        return _inlined(graph, name, copies, batched)(*args, **kwargs)
 
     return _tried(layer, call, name)
 
@@ -287,8 +311,13 @@ def _symbolic(ref: Ref) -> Any:
     return keras.KerasTensor(ref.shape, ref.dtype)
 
 
-def _inlined(graph: Graph, name: str, copies: Copies) -> Callable[..., Any]:
+def _inlined(
+    graph: Graph, name: str, copies: Copies, batched: Sequence[bool] = ()
+) -> Callable[..., Any]:
     """A callable that runs `graph`, whose last part takes over `name`.
+
+    An output that is a weight becomes a value where `batched` says that a batch is expected, as it
+    is where nothing is said; else it is handed on as a weight.
 
     Layers are copies, one for all calls of a layer; operations are layers of the registry at once,
     for those that are given a shape know none for any batch size.
@@ -311,7 +340,11 @@ def _inlined(graph: Graph, name: str, copies: Copies) -> Callable[..., Any]:
         outputs = graph.run(tensors, call)
         values = keras.tree.flatten(outputs)
         names = [name, *(f"{name}_{i}" for i in range(1, len(values)))]
-        found = [_as_output(x, tensors[0], n) for x, n in zip(values, names, strict=True)]
+        wanted = batched or [True] * len(values)
+        found = [
+            _as_output(x, tensors[0], n) if has_batch else x
+            for x, n, has_batch in zip(values, names, wanted, strict=True)
+        ]
         return keras.tree.pack_sequence_as(outputs, found)
 
     return run
@@ -345,16 +378,21 @@ def _expand_once(
     taken = {*graph.input_names, *(node.name for node in graph.nodes)}
     known: set[int] = set()
     learned: dict[int, tuple[Learned, Any]] = {}
+    seen: list[Any] = []
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         user = users.get(getattr(node.layer, "name", node.name), node.name)
         given = args, kwargs
+        seen.extend(t for t in keras.tree.flatten(given) if is_tensor(t) and not seen)
         likes = [learned[id(t)][1] for t in keras.tree.flatten(given) if id(t) in learned]
         args, kwargs = _read(node, args, kwargs, learned)
-        if likes and not any(is_tensor(t) for t in keras.tree.flatten((args, kwargs))):
+        flat = keras.tree.flatten((args, kwargs))
+        if not any(is_tensor(t) for t in flat) and any(is_weight(t) for t in flat):
+            likes = likes or seen[:1]
             outputs = _of_weights(node, args, kwargs, likes[0])
         else:
             outputs = made(node, user, args, kwargs)
+        _check_outputs(node, graph, outputs)
         for operation in _operations_between((given, likes), outputs):
             new = id(operation) not in known and operation is not node.layer
             if new and operation.name != node.name:
@@ -372,7 +410,7 @@ def _expand_once(
             value = keras.Variable(np.asarray(layer.value)[None], trainable=layer.trainable)
             return computed(value, args[0], len(layer.shape) + 1, node.name)
         if node.name not in kept:
-            args, kwargs = as_values(node.layer, args, kwargs, node.name)
+            args, kwargs = _weights_read(node, user, args, kwargs)
             merge = MERGES.get(type(node.layer))
             if merge is not None and any(is_weight(v) for v in args[0]):
                 return functools.reduce(merge, args[0])
@@ -385,14 +423,48 @@ def _expand_once(
     return trace(rebuild(graph, call, name)), origins
 
 
+def _check_outputs(node: Node, graph: Graph, outputs: Any) -> None:
+    """Refuses constants without a batch as outputs of the model."""
+    pairs = zip(node.outputs, keras.tree.flatten(outputs), strict=True)
+    if any(ref in graph.outputs and not is_tensor(value) for ref, value in pairs):
+        raise ModelError(
+            f"Expected outputs with a batch as their first axis. Received: an output of '"
+            f"{node.name}' of type {type(node.layer).__name__}, a constant of shape "
+            f"{node.outputs[0].shape}. Leave it out of the model's outputs."
+        )
+
+
+def _weights_read(node: Node, user: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call, in which weights may stand that a layer before it handed on.
+
+    A custom layer is traced with those that have no batch.
+    """
+    opens = isinstance(node.layer, keras.layers.Layer) and rule_for(node.layer, user).opens
+    if not opens:
+        return as_values(node.layer, args, kwargs, node.name)
+    refs = keras.tree.flatten((node.args, node.kwargs))
+    alone = [isinstance(ref, Ref) and ref.shape[:1] != (None,) for ref in refs]
+    values = keras.tree.flatten((args, kwargs))
+    kept = {i: v for i, (v, is_alone) in enumerate(zip(values, alone, strict=True)) if is_alone}
+    rest = [None if i in kept else v for i, v in enumerate(values)]
+    found, _ = as_values(node.layer, tuple(rest), {}, node.name)
+    flat = [kept.get(i, v) for i, v in enumerate(found)]
+    packed: tuple[Any, Any] = keras.tree.pack_sequence_as((args, kwargs), flat)
+    return packed
+
+
 def _of_weights(node: Node, args: Any, kwargs: Any, like: Any) -> Any:
-    """What a node computes from weights alone, as a value."""
+    """What a node computes from weights alone: weights, or values where it has a batch."""
     with keras.StatelessScope():
         values = node.layer(*args, **kwargs)
-    trained = any(v.trainable for v in keras.tree.flatten((args, kwargs)) if is_weight(v))
-    return keras.tree.map_structure(
-        lambda v: _as_output(keras.Variable(v, trainable=trained), like, node.name), values
-    )
+    flat = keras.tree.flatten((args, kwargs))
+    trained = any(getattr(v, "trainable", False) for v in flat if is_weight(v))
+    made = [keras.Variable(v, trainable=trained) for v in keras.tree.flatten(values)]
+    found = [
+        _as_output(v, like, node.name) if ref.shape[:1] == (None,) else v
+        for v, ref in zip(made, node.outputs, strict=True)
+    ]
+    return keras.tree.pack_sequence_as(values, found)
 
 
 def _read(node: Node, args: Any, kwargs: Any, learned: dict[int, Any]) -> tuple[Any, Any]:
@@ -414,7 +486,10 @@ def _read(node: Node, args: Any, kwargs: Any, learned: dict[int, Any]) -> tuple[
 def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
     tensors = [t for t in keras.tree.flatten(inputs) if isinstance(t, keras.KerasTensor)]
     unique = list({id(t): t for t in tensors}.values())
-    function = keras.Function(unique, keras.tree.flatten(outputs))
+    made = [t for t in keras.tree.flatten(outputs) if isinstance(t, keras.KerasTensor)]
+    if not made:
+        return []
+    function = keras.Function(unique, made)
     return [op for op in function.operations if not isinstance(op, keras.layers.InputLayer)]
 
 

@@ -173,7 +173,9 @@ def _square(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _cast(operation: Any, name: str) -> Callable[..., Any]:
-    def call(x: Any) -> Any:
+    def call(x: Any, **_: Any) -> Any:
+        if operation.dtype is None:  # Of `convert_to_tensor`, which keeps the type.
+            return layers.Identity(name=name, dtype=x.dtype)(x)
         to_float = str(operation.dtype).startswith(("float", "bfloat"))
         if to_float and x.dtype == "bool":
             return truth(x, (0.0, 1.0), x.shape[1:], name)

@@ -129,7 +129,7 @@ OPERATION_REASONS: dict[str, str] = {
     **dict.fromkeys(
         (
             "nonzero scatter scatter_update segment_max segment_min segment_prod segment_sum "
-            "slice_update take_along_axis unravel_index"
+            "slice_update unravel_index"
         ).split(),
         _SCATTERS,
     ),
@@ -170,8 +170,8 @@ OPERATION_REASONS: dict[str, str] = {
         "reduces booleans, for which TFLite Micro has no kernel; reduce numbers with max or sum",
     ),
     **dict.fromkeys(
-        "empty_like full_like ones_like zeros_like".split(),
-        "makes a constant of the batch's size; multiply the tensor by 0 and add a number",
+        "empty_like".split(),
+        "makes numbers that nobody knows; use zeros_like",
     ),
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ class Fact(enum.Enum):
     CLAMPS_OUTSIDE = "no operator clamps that hands its input's grid on"
     CLAMPS_IN_INT32 = "the 6 of every fused RELU6 is an int32 on its output's grid"
     GRIDS = "every tensor that a same-scale operator reads or writes has the grid of the others"
+    OWN_GRIDS = "layers with equal weights that read one value have a grid each behind it"
     FLOAT_ISLANDS = "the operators that compute on integers are told from those on floats"
     CHECKED = "integer operators have the grids that their kernels demand"
     CONSTANTS = "integer operators read integer weights, biases and other constants"

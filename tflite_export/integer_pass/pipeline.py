@@ -22,6 +22,7 @@ from tflite_export.integer_pass.tables import insert_tables
 from tflite_export.integer_pass.tensor_grids import (
     convert_tensors,
     find_float_islands,
+    part_merged_values,
     read_markers,
     spread_grids,
 )
@@ -59,13 +60,18 @@ PASSES: tuple[Pass, ...] = (
         leaves={Fact.GRIDS},
     ),
     Pass(
+        part_merged_values,
+        needs={Fact.LABELS, Fact.GRIDS, Fact.FLOAT_TENSORS},
+        leaves={Fact.OWN_GRIDS},
+    ),
+    Pass(
         find_float_islands,
         needs={Fact.LABELS, Fact.CLAMPS_INSIDE, Fact.CLAMPS_OUTSIDE, Fact.FLOAT_TENSORS},
         leaves={Fact.FLOAT_ISLANDS},
     ),
     Pass(
         check_operators,
-        needs={Fact.GRIDS, Fact.FLOAT_ISLANDS, Fact.FLOAT_TENSORS},
+        needs={Fact.GRIDS, Fact.OWN_GRIDS, Fact.FLOAT_ISLANDS, Fact.FLOAT_TENSORS},
         leaves={Fact.CHECKED},
     ),
     Pass(

@@ -1,8 +1,11 @@
 """Which tensors have which grid, and which stay float."""
 
+from kqat.freezing import is_marker
+from kqat.grids import Site
+from tflite_export.flatbuffer import add_tensor, new_operator
 from tflite_export.integer_pass.draft import Draft
 from tflite_export.kernels import ACTIVATION_DTYPES, OP_TABLE, TENSOR_TYPES, quantization
-from tflite_export.lowering import take_markers
+from tflite_export.lowering import same_grid, take_markers
 
 
 def read_markers(draft: Draft) -> None:
@@ -29,6 +32,54 @@ def spread_grids(draft: Draft) -> None:
                 if known and tensor not in sites:
                     sites[tensor] = known[0]
                     changed = True
+
+
+def part_merged_values(draft: Draft) -> None:
+    """Puts a QUANTIZE before a same-scale operator whose input is another layer's value.
+
+    The converter computes a product once where two layers with equal weights read one value, as
+    they do where a model is untrained. Each has a grid of its own, and the file then has the
+    product on one of them. Where the model itself has two grids there, nothing is put.
+    """
+    graph, sites = draft.graph, draft.sites
+    placeholders = {id(operator) for operator, _ in [*draft.labels.tables, *draft.labels.lstms]}
+    kept = []
+    for operator in graph.operators:
+        rule = OP_TABLE.get(draft.op_name(operator))
+        same = rule is not None and rule.scales == "same" and id(operator) not in placeholders
+        if rule is not None and same and not draft.reads_float(operator):
+            source, own = draft.activations(operator, rule), sites.get(int(operator.outputs[0]))
+            if len(source) == 1 and own is not None and _is_merged(draft, sites[source[0]], own):
+                tensor = graph.tensors[source[0]]
+                name = f"{own.name}/input"
+                other = add_tensor(draft.model, tensor.shape, tensor.type, name=name)
+                sites[other] = own
+                kept.append(new_operator(draft.model, "QUANTIZE", source, [other]))
+                operator.inputs = [
+                    other if int(t) == source[0] else int(t) for t in operator.inputs
+                ]
+        kept.append(operator)
+    graph.operators = kept
+
+
+def _is_merged(draft: Draft, given: Site, own: Site) -> bool:
+    """Whether the model has no value of the grid `given` that it hands on to the site `own`."""
+    if same_grid(given, own) or given.bits != own.bits:
+        return False
+    frozen = draft.frozen
+    made_by = frozen.graph.producers()
+    node = next(
+        node
+        for node in frozen.graph.nodes
+        if is_marker(node.layer, "site") and frozen.sites[node.layer.index] == own
+    )
+    while node.inputs and (before := made_by.get(node.inputs[0])) is not None:
+        if is_marker(before.layer, "site"):
+            return same_grid(frozen.sites[before.layer.index], own)
+        if not frozen.facts(before).keeps_integers:
+            return True  # The value that has this grid is computed here.
+        node = before
+    return False
 
 
 def find_float_islands(draft: Draft) -> None:

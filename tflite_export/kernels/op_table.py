@@ -217,6 +217,9 @@ OP_TABLE: dict[str, OpRule] = {
     "SPACE_TO_DEPTH": _same(1),
     "TRANSPOSE": _same(),
     "PAD": _same(),
+    # The number around is a constant in an activation's place.
+    "PADV2": OpRule(scales="same", version=2, activations=(0, 2), resolver_method="AddPadV2"),
+    "MIRROR_PAD": _same(),
     "STRIDED_SLICE": _same(),
     "UNPACK": _same(1),
     "PACK": _same(1, first=False),

@@ -11,6 +11,7 @@ from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, config_of
 from kqat.parts import Matmul, total
 from kqat.rewrites.layers.basic import Decomposed, activated
+from kqat.rewrites.operations.weights import computed
 
 
 def einsum(
@@ -30,6 +31,9 @@ def einsum(
     if not isinstance(a, keras.KerasTensor):
         a, b, first, second = b, a, second, first
     if not isinstance(b, keras.KerasTensor):
+        dense = "." in subscripts or _is_dense(first, second, output, len(a.shape))
+        if options is None and not dense:
+            return _with_value((first, second, output), a, b, name)
         return _with_constant((first, second, output), a, b, name, options)
     if "." in subscripts or first[0] != second[0] or output[:1] != first[0]:
         raise _no_product(subscripts, name)
@@ -54,6 +58,30 @@ def einsum(
     return _permuted(product, letters, output, name) if moved else product
 
 
+def _is_dense(first: str, second: str, output: str, rank: int) -> bool:
+    """Whether a product with a constant is a Dense over some axes."""
+    first, output = _spelled(first, output, rank)
+    gone = "".join(c for c in second if c in first and c not in output)
+    made = "".join(c for c in second if c not in gone)
+    kept = "".join(c for c in first if c not in gone)
+    whole = set(output) == set(kept + made) and not set(made) & set(first)
+    return bool(gone) and whole and first[:1] not in gone and output[:1] == first[:1]
+
+
+def _with_value(letters: tuple[str, str, str], x: Any, constant: Any, name: str) -> Any:
+    """`einsum` of a tensor and a constant that is another for each of their common axes."""
+    first, second, output = letters
+    if first[0] not in second:
+        constant = keras.Variable(
+            np.asarray(constant)[None], trainable=getattr(constant, "trainable", False)
+        )
+        second = first[0] + second
+    if second[0] != first[0] or constant.shape[0] != 1:
+        raise _no_product(f"{first},{second}->{output}", name)
+    value = computed(constant, x, len(second), f"{name}_constant")
+    return einsum(f"{first},{second}->{output}", x, value, name)
+
+
 def _no_product(subscripts: str, name: str) -> UnsupportedLayerError:
     return UnsupportedLayerError(
         f"Expected an equation that is a matrix product for each sample in '{name}', such as "
@@ -71,8 +99,7 @@ def _with_constant(
     gone = "".join(c for c in second if c in first and c not in output)
     made = "".join(c for c in second if c not in gone)
     kept = "".join(c for c in first if c not in gone)
-    whole = set(output) == set(kept + made) and not set(made) & set(first)
-    if not gone or not whole or first[:1] in gone or output[:1] != first[:1]:
+    if not _is_dense(first, second, output, len(x.shape)):
         raise _no_product(f"{first},{second}->{output}", name)
     kernel = np.einsum(f"{second}->{gone}{made}", np.asarray(constant, np.float32))
     x = _permuted(x, first, kept + gone, f"{name}_moved")

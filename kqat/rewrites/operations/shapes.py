@@ -5,15 +5,28 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
+from kqat.devices import MOST_AXES
 from kqat.graph import holds_indexes, is_tensor
-from kqat.parts import DepthToSpace, SpaceToDepth, Take, sliced, stacked
+from kqat.parts import (
+    DepthToSpace,
+    IndexKind,
+    IndexOperation,
+    Padding,
+    PaddingKind,
+    SpaceToDepth,
+    Take,
+    sliced,
+    stacked,
+)
 from kqat.rewrites.layers.one_hot import multi_hot, one_hot, rows
-from kqat.rewrites.operations.binary import Row, is_number
+from kqat.rewrites.operations.binary import FAR_BELOW, Row, is_number
 from kqat.rewrites.operations.reductions import axes_of, axis_of
+from kqat.rewrites.operations.weights import emitted
 
 
 def to_output_shape(operation: Any, name: str) -> Callable[..., Any]:
@@ -241,30 +254,48 @@ def _joined(axis: int) -> Row:
 
 def _pad(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any, constant_values: Any = None) -> Any:
-        width = [tuple(pair) for pair in operation.pad_width]
-        plain = operation.mode == "constant" and (
-            constant_values is None or (is_number(constant_values) and not constant_values)
-        )
-        spatial = width[1:-1]
-        if not plain or width[0] != (0, 0) or len(width) < 2:
+        widths, mode = [tuple(pair) for pair in operation.pad_width], operation.mode
+        value = 0.0 if constant_values is None else constant_values
+        if widths[0] != (0, 0) or len(widths) < 2 or not (mode != "constant" or is_number(value)):
             raise UnsupportedLayerError(
-                f"Expected zeros around axes other than the batch in operation '{name}'. "
-                f"Received: pad_width={operation.pad_width}, mode={operation.mode!r}. Slice and "
+                f"Expected one number around axes other than the batch in operation '{name}'. "
+                f"Received: pad_width={operation.pad_width}, mode={mode!r}. Slice and "
                 "concatenate instead."
             )
-        if len(width) > 4 and (width[-1] != (0, 0) or len(width) > 5):
-            return _zeros_axis_by_axis(x, width[1:], name)
-        if width[-1] != (0, 0) or not 1 <= len(spatial) <= 3:
-            # Only spatial axes can be padded: one more axis makes the last one spatial.
-            shape = tuple(x.shape[1:])
-            grown = (*shape, 1)
-            spatial = width[1:]
-            x = layers.Reshape(grown, name=f"{name}_grown")(x)
-            padded = _zeros_around(spatial, f"{name}_padded")(x)
-            return layers.Reshape(padded.shape[1:-1], name=name)(padded)
-        return _zeros_around(spatial, name)(x)
+        padded = [axis for axis, width in enumerate(widths) if any(width)]
+        if not padded:
+            return layers.Identity(name=name, dtype=x.dtype)(x)
+        if mode != "constant":
+            return _repeated(x, widths, mode, name)
+        number = float(np.asarray(value).reshape(()))
+        if number == 0:
+            return _zeros(x, widths, name)
+        most = min(MOST_AXES["PADV2"])
+        if number <= FAR_BELOW and len(widths) <= most:
+            return Padding(PaddingKind.LOWEST, widths[1:], name=name)(x)
+        for axis in padded:
+            part = name if axis == padded[-1] else f"{name}_{axis}"
+            x = _beside(x, axis, widths[axis], number, part)
+        return x
 
     return call
+
+
+TRIED_AXES = 6  # the most with which `benchmarks/rank_probe.py` tried MIRROR_PAD
+
+
+def _zeros(x: Any, widths: list[tuple[int, int]], name: str) -> Any:
+    spatial = widths[1:-1]
+    if len(widths) > 4 and (widths[-1] != (0, 0) or len(widths) > 5):
+        return _zeros_axis_by_axis(x, widths[1:], name)
+    if widths[-1] != (0, 0) or not 1 <= len(spatial) <= 3:
+        # Only spatial axes can be padded: one more axis makes the last one spatial.
+        shape = tuple(x.shape[1:])
+        spatial = widths[1:]
+        x = layers.Reshape((*shape, 1), name=f"{name}_grown")(x)
+        padded = _zeros_around(spatial, f"{name}_padded")(x)
+        return layers.Reshape(padded.shape[1:-1], name=name)(padded)
+    return _zeros_around(spatial, name)(x)
 
 
 def _zeros_axis_by_axis(x: Any, width: list[tuple[int, int]], name: str) -> Any:
@@ -279,9 +310,107 @@ def _zeros_axis_by_axis(x: Any, width: list[tuple[int, int]], name: str) -> Any:
     return layers.Reshape(tuple(shape), name=name)(x)
 
 
+def _repeated(x: Any, widths: list[tuple[int, int]], mode: str, name: str) -> Any:
+    """Values around that come again from inside, in the order that NumPy has for `mode`."""
+    if mode not in ("reflect", "symmetric"):
+        raise UnsupportedLayerError(
+            f"Expected mode 'constant', 'reflect' or 'symmetric' in operation '{name}'. "
+            f"Received: {mode!r}. Take or concatenate what is to stand around."
+        )
+    if len(widths) <= TRIED_AXES:
+        return Padding(mode, widths[1:], name=name)(x)
+    padded = [axis for axis, width in enumerate(widths) if any(width)]
+    for axis in padded:
+        kind: Any = mode
+        indices = np.pad(np.arange(x.shape[axis]), widths[axis], kind).tolist()
+        x = Take(indices, axis, name=name if axis == padded[-1] else f"{name}_{axis}")(x)
+    return x
+
+
+def _beside(x: Any, axis: int, widths: tuple[int, int], number: float, name: str) -> Any:
+    """One number before and behind the values of an axis: its range joins theirs."""
+    parts = [x]
+    for place, width in ((0, widths[0]), (len(parts) + 1, widths[1])):
+        if width:
+            shape = (1, *x.shape[1:axis], width, *x.shape[axis + 1 :])
+            side = np.full(shape, number, np.float32)
+            around = emitted(side, x, len(shape), f"{name}_{'behind' if place else 'before'}")
+            parts.insert(place, around)
+    return layers.Concatenate(axis=axis, name=name)(parts)
+
+
 def _zeros_around(spatial: list[tuple[int, int]], name: str) -> Any:
     kind = {1: layers.ZeroPadding1D, 2: layers.ZeroPadding2D, 3: layers.ZeroPadding3D}
     return kind[len(spatial)](spatial[0] if len(spatial) == 1 else tuple(spatial), name=name)
+
+
+def _take_along(operation: Any, name: str) -> Callable[..., Any]:
+    """Constant indices, others at each place: as one `take` of all that lies along such axes."""
+
+    def call(x: Any, indices: Any) -> Any:
+        axis = axis_of(operation.axis, len(x.shape), name)
+        if is_tensor(indices) or not is_tensor(x):
+            raise UnsupportedLayerError(
+                f"Expected constant indices into a tensor in operation '{name}' of type "
+                f"{type(operation).__name__}. Received: tensors for both, or a constant to pick "
+                "from. Multiply by a one_hot of the indices instead."
+            )
+        picked = np.asarray(indices, np.int64) % x.shape[axis]
+        shape = np.broadcast_shapes(
+            (*picked.shape[:axis], 1, *picked.shape[axis + 1 :]),
+            (1, *x.shape[1:axis], 1, *x.shape[axis + 1 :]),
+        )
+        if shape[0] != 1:
+            raise UnsupportedLayerError(
+                f"Expected indices that are the same for all samples in operation '{name}'. "
+                f"Received: shape {picked.shape}. Let their first axis, the batch, be 1."
+            )
+        grid = np.indices((1, *x.shape[1:]), sparse=False)[0].shape[1:]
+        picked = np.broadcast_to(picked, (*shape[:axis], picked.shape[axis], *shape[axis + 1 :]))[0]
+        # The axes before those along which all indices are alike stay as they are.
+        first = next((i for i in range(axis - 1) if not _alike_along(picked, i)), axis - 1)
+        picked = picked[(0,) * first]
+        places = np.indices(picked.shape)
+        places[axis - 1 - first] = picked
+        flat = np.ravel_multi_index(tuple(places), grid[first:])
+        whole = layers.Reshape((*grid[:first], -1), name=f"{name}_flat")(x)
+        taken = Take(flat.reshape(-1).tolist(), first + 1, name=f"{name}_taken")(whole)
+        return layers.Reshape((*grid[:first], *picked.shape), name=name)(taken)
+
+    return call
+
+
+def _alike_along(array: np.ndarray, axis: int) -> bool:
+    return bool(np.all(array == np.take(array, [0], axis=axis)))
+
+
+def _filled(number: float | None) -> Row:
+    """A constant of a tensor's shape, which is the same for all samples."""
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any, fill_value: Any = number) -> Any:
+            value = fill_value
+            if not is_number(value):
+                raise UnsupportedLayerError(
+                    f"Expected one number to fill with in operation '{name}'. Received: "
+                    f"{fill_value!r}. Multiply ones by the tensor instead."
+                )
+            value = float(np.asarray(value).reshape(()))
+            dtype = getattr(operation, "dtype", None) or x.dtype
+            if keras.backend.is_float_dtype(dtype):
+                shape = (1, *x.shape[1:])
+                return keras.Variable(np.full(shape, value), trainable=False, name="filled")
+            if not holds_indexes(x):
+                raise UnsupportedLayerError(
+                    f"Expected the type of the tensor in operation '{name}'. Received: {x.dtype} "
+                    f"-> {dtype}. Make the indexes of an input that holds indexes."
+                )
+            zero = IndexOperation(IndexKind.MULTIPLY, {"x2": 0}, name=f"{name}_zero")(x)
+            return IndexOperation(IndexKind.ADD, {"x2": int(value)}, name=name)(zero)
+
+        return call
+
+    return row
 
 
 REARRANGING: dict[str, Row] = {
@@ -313,4 +442,8 @@ REARRANGING: dict[str, Row] = {
     "Append": lambda operation, name: lambda *x: _concatenate(operation, name)(list(x)),
     "Fliplr": lambda operation, name: lambda x: ops.flip(x, axis=1),
     "Pad": _pad,
+    "TakeAlongAxis": _take_along,
+    "ZerosLike": _filled(0.0),
+    "OnesLike": _filled(1.0),
+    "FullLike": _filled(None),
 }

@@ -11,7 +11,15 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, holds_indexes
-from kqat.parts import ConstantKind, IndexKind, IndexOperation, Learned, Slice, WithConstant
+from kqat.parts import (
+    ConstantKind,
+    IndexKind,
+    IndexOperation,
+    Learned,
+    Matmul,
+    Slice,
+    WithConstant,
+)
 from kqat.rewrites.layers.one_hot import rows
 
 # Operations whose rows make a layer of a weight.
@@ -56,7 +64,8 @@ def as_values(layer: Any, args: Any, kwargs: Any, name: str) -> tuple[Any, Any]:
     """
     flat = keras.tree.flatten((args, kwargs))
     weights = {id(v): v for v in flat if is_weight(v)}
-    if not weights or type(layer).__name__ in TAKE_WEIGHTS:
+    takes = type(layer).__name__ in TAKE_WEIGHTS and not isinstance(layer, Matmul)
+    if not weights or takes:
         return args, kwargs
     is_layer = isinstance(layer, layers.Layer)
     if not is_layer:

@@ -280,11 +280,13 @@ def test_the_first_broken_weight_is_named() -> None:
     assert non_finite_variable(model) == "model/norm/moving_variance"
 
 
-def test_a_model_inside_that_is_given_more_than_its_inputs_is_named() -> None:
+@pytest.mark.parametrize("structure", [lambda b: {"b": b}, lambda b: [b]], ids=["dict", "list"])
+def test_a_model_inside_takes_what_it_names_of_a_dict(structure: Any) -> None:
     a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
-    inner = keras.Model({"a": a}, keras.layers.Dense(2)(a), name="inner")
+    inner = keras.Model(structure(b), keras.layers.Dense(2, name="dense")(b), name="inner")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Keras says that it leaves `b` out.
-        outer = keras.Model({"a": a, "b": b}, inner({"a": a, "b": b}))
-    with pytest.raises(ModelError, match=r"model 'inner' on its 1 inputs\. Received: 2 tensors"):
-        trace(outer)
+        warnings.simplefilter("ignore")  # Keras says that it leaves `a` out.
+        outer = keras.Model({"a": a, "b": b}, [inner({"a": a, "b": b}), keras.layers.ReLU()(a)])
+    graph = trace(outer)
+    dense = next(node for node in graph.nodes if node.name == "inner_dense")
+    assert dense.inputs == (graph.inputs[1],)

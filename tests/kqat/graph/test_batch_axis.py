@@ -1,0 +1,100 @@
+"""A call may have the batch on another axis, or merged with windows: its parts have it first."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import kqat
+from tests.kqat.graph.test_tracing_of_calls import ROWS, Own, _model, _parts
+
+
+def queries_in_front(own: Any, x: Any) -> Any:
+    """Queries, keys and values of one tensor, transposed to the front."""
+    b, n, c = ops.shape(x)
+    y = ops.reshape(ops.matmul(x, ops.concatenate([own.matrix] * 3, 1)), (b, n, 3, 2, 4))
+    q, k, v = ops.unstack(ops.transpose(y, (2, 0, 3, 1, 4)), axis=0)
+    a = ops.softmax(ops.matmul(q, ops.swapaxes(k, 2, 3)) + own.position[:, :6])
+    return ops.reshape(ops.transpose(ops.matmul(a, v), (0, 2, 1, 3)), (b, n, c))
+
+
+def picked_in_front(own: Any, x: Any) -> Any:
+    """The same by indexes, and products by equations."""
+    y = ops.moveaxis(ops.reshape(x, (-1, 6, 2, 2, 2)), 2, 0)
+    scores = ops.einsum("bqhd,bkhd->bhqk", y[0], y[1])
+    return ops.einsum("bhqk,bkhd->bqhd", ops.softmax(scores, axis=-1), y[1])
+
+
+def windows(own: Any, x: Any) -> Any:
+    """Windows merged into the batch, a mask that differs between windows, and back."""
+    b, n, c = ops.shape(x)
+    w = own.dense(ops.reshape(x, (-1, 3, c)))
+    a = ops.matmul(w, ops.transpose(w, (0, 2, 1))) + own.position[:3, :3]
+    a = ops.reshape(a, (ops.shape(a)[0] // 2, 2, 3, 3)) + np.float32([[[1]], [[2]]])
+    a = ops.softmax(ops.reshape(a, (-1, 3, 3)))
+    w = ops.matmul(a, w) - ops.mean(w, axis=-1, keepdims=True)
+    w = ops.pad(ops.roll(w, 1, axis=1), ((0, 0), (1, 0), (0, 0)))[:, 1:, :]
+    return ops.reshape(w, (b, n, c))
+
+
+def windows_outside(own: Any, x: Any) -> Any:
+    """Windows outside of the batch, of which sums are made."""
+    y = ops.transpose(ops.reshape(x, (ops.shape(x)[0], 3, 2, 8)), (1, 0, 2, 3))
+    y = ops.sum(ops.reshape(y, (-1, 2, 8)) @ own.matrix, axis=1)
+    return ops.transpose(ops.reshape(y, (3, -1, 8)), (1, 0, 2))
+
+
+def steps_first(own: Any, x: Any) -> Any:
+    """Steps before the batch."""
+    y = own.dense(ops.transpose(x, (1, 0, 2))) * own.bias
+    y = ops.concatenate([ops.softmax(y, axis=0), ops.take(y, np.array([3, 1]), axis=0)], axis=0)
+    return ops.transpose(ops.stack([y, y], axis=2), (1, 0, 2, 3))
+
+
+def one_by_one(own: Any, x: Any) -> Any:
+    """A layer of fixed rank, called for each window."""
+    return ops.reshape(own.parts[0](ops.reshape(x, (-1, 3, 8))), (-1, 6, 8))
+
+
+CALLS = (queries_in_front, picked_in_front, windows, windows_outside, steps_first, one_by_one)
+
+
+def _own(call: Callable[[Any, Any], Any]) -> Own:
+    own = Own(call)
+    own.parts = [layers.Conv1D(8, 3, padding="same", name="conv")]
+    own.parts[0].build((None, 3, 8))
+    return own
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_parts_compute_the_same_with_the_batch_first(call: Callable[[Any, Any], Any]) -> None:
+    model = _model(_own(call))
+    parts = _parts(model)
+    np.testing.assert_allclose(parts(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)
+    assert all(
+        t.shape[0] is None for layer in parts.layers for t in keras.tree.flatten(layer.output)
+    )
+
+
+def next_sample(own: Any, x: Any) -> Any:
+    """The batch itself is rolled: every sample gets another's values."""
+    return ops.transpose(ops.roll(ops.transpose(x, (1, 0, 2)), 1, axis=1), (1, 0, 2))
+
+
+def of_all(own: Any, x: Any) -> Any:
+    """A softmax over the samples."""
+    return ops.transpose(ops.softmax(ops.transpose(x, (1, 2, 0)), axis=-1), (2, 0, 1))
+
+
+@pytest.mark.parametrize("call", [next_sample, of_all])
+def test_who_mixes_samples_is_named(call: Callable[[Any, Any], Any]) -> None:
+    with pytest.raises(kqat.UnsupportedLayerError, match=r"'own'.*(Roll|Softmax) of shapes"):
+        kqat.plan(_model(_own(call)))
+
+
+def test_a_weight_beside_moved_axes_is_trained() -> None:
+    qat = kqat.quantize_model(_model(_own(windows)), calibration_data=ROWS)
+    assert {v.name for v in qat.trainable_variables} >= {"kernel", "bias", "value"}

@@ -1,0 +1,131 @@
+"""What layers hand on besides values: constants without a batch, and models built in training."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import kqat
+from tests.kqat.graph.test_tracing_of_calls import ROWS, _parts
+
+
+class Angles(layers.Layer):
+    """Sine and cosine of positions: constants that the shape of the input tells."""
+
+    def call(self, x: Any) -> Any:
+        """Two arrays without a batch, of shape (steps, channels)."""
+        steps, channels = ops.shape(x)[1:]
+        angles = np.outer(np.arange(steps), 1.0 / (1 + np.arange(channels))).astype(np.float32)
+        return ops.cos(angles), ops.sin(angles)
+
+
+class Positions(layers.Layer):
+    """A weight, handed on as it is."""
+
+    def build(self, shape: Any) -> None:
+        """Creates the weight."""
+        self.table = self.add_weight(name="table", shape=shape[1:], initializer="random_normal")
+
+    def call(self, x: Any) -> Any:
+        """The weight."""
+        return ops.convert_to_tensor(self.table)
+
+
+class Rotated(layers.Layer):
+    """Reads both."""
+
+    def call(self, x: Any, cos: Any, sin: Any) -> Any:
+        """The input, half of it turned."""
+        first, second = ops.split(x, 2, axis=-1)
+        turned = ops.concatenate([-second, first], axis=-1)
+        return x * ops.expand_dims(cos, 0) + turned * ops.expand_dims(sin, 0)
+
+
+def rotary(x: Any) -> Any:
+    """Angles of one layer, read by another."""
+    return Rotated(name="rotated")(x, *Angles(name="angles")(x))
+
+
+def of_operations(x: Any) -> Any:
+    """Angles read by functions."""
+    cos, sin = Angles(name="angles")(x)
+    return x * ops.expand_dims(cos * 2.0, 0) + sin
+
+
+def of_a_weight(x: Any) -> Any:
+    """A weight read by a function."""
+    return x + Positions(name="positions")(x)
+
+
+@pytest.mark.parametrize("build", [rotary, of_operations, of_a_weight])
+def test_layers_hand_on_constants_without_a_batch(build: Any) -> None:
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 8), name="x")
+    model = keras.Model(x, layers.Dense(3, name="head")(build(x)))
+    parts = _parts(model)
+    np.testing.assert_allclose(parts(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)
+    assert len(parts.trainable_variables) == len(model.trainable_variables)
+
+
+def test_a_constant_without_a_batch_is_no_output() -> None:
+    x = keras.Input((6, 8), name="x")
+    model = keras.Model(x, [layers.Dense(2)(x), Positions(name="positions")(x)])
+    with pytest.raises(kqat.ModelError, match=r"batch as their first axis.*'positions'"):
+        kqat.plan(model)
+
+
+class Sequences(layers.Layer):
+    """A Sequential inside, which builds itself at its first call."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.inner = keras.Sequential(
+            [layers.Dense(8), layers.BatchNormalization(), layers.Dropout(0.5)], name="inner"
+        )
+
+    def call(self, x: Any) -> Any:
+        """What the Sequential makes of it."""
+        return self.inner(x)
+
+
+def test_a_sequential_that_was_built_in_training_ships_as_in_inference() -> None:
+    keras.utils.set_random_seed(0)
+    layer = Sequences(name="own")
+    layer.inner(ROWS, training=True)
+    for operation in layer.inner._functional.operations:
+        for call in operation._inbound_nodes:  # As Keras records where training is on.
+            call.arguments.kwargs |= {"training": True} if call.arguments.kwargs else {}
+    x = keras.Input((6, 8), name="x")
+    for outer in (layer, layer.inner):
+        model = keras.Model(x, layers.Dense(3)(outer(x)))
+        expected = model(ROWS, training=False)
+        np.testing.assert_allclose(
+            _parts(model)(ROWS, training=False), expected, rtol=1e-4, atol=1e-5
+        )
+
+
+class Relative(layers.Layer):
+    """Scores of relative positions: a product of values and of a projected weight."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dense = layers.EinsumDense("bsd,dhe->bshe", (None, 2, 4), name="dense")
+
+    def build(self, shape: Any) -> None:
+        """Creates the weight."""
+        self.table = self.add_weight(name="table", shape=(1, 5, 8), initializer="random_normal")
+        self.dense.build(shape)
+
+    def call(self, x: Any) -> Any:
+        """The scores."""
+        keys = self.dense(ops.repeat(self.table, ops.shape(x)[0], axis=0))
+        return ops.einsum("bkhe,bqhe->bhqk", keys, self.dense(x))
+
+
+def test_a_product_with_what_is_computed_of_weights_ends() -> None:
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 8), name="x")
+    model = keras.Model(x, Relative(name="own")(x))
+    np.testing.assert_allclose(_parts(model)(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)

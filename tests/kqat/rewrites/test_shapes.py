@@ -1,0 +1,102 @@
+"""Functions that move, pick or add values: their layers compute the same, on as few axes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import kqat
+import tflite_export
+from tests.kqat.graph.test_tracing_of_calls import _parts
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(4, 8, 8, 3)).astype(np.float32)
+AROUND = ((0, 0), (2, 1), (0, 3), (0, 0))
+ORDER = (0, 5, 1, 4, 3, 6, 2)
+
+
+def _model(*outputs: Callable[[Any], Any]) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    x = keras.Input((8, 8, 3), name="x")
+    y = layers.Conv2D(4, 1, name="conv")(x)
+    return keras.Model(x, [layers.Identity(name=f"y{i}")(f(y)) for i, f in enumerate(outputs)])
+
+
+def _pooled(x: Any) -> Any:
+    return layers.MaxPooling2D(3, 2)(
+        ops.pad(x, ((0, 0), (1, 1), (0, 2), (0, 0)), constant_values=-np.inf)
+    )
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "the lowest number": _pooled,
+    "a number": lambda x: ops.pad(x, AROUND, constant_values=7.0),
+    "mirrored": lambda x: ops.pad(x, AROUND, "reflect"),
+    "mirrored with the edge": lambda x: ops.pad(x, AROUND, "symmetric"),
+    "patches side by side": lambda x: ops.image.extract_patches(x, (4, 4)),
+    "patches that overlap": lambda x: ops.image.extract_patches(x, (3, 2), 2, padding="same"),
+    "patches with gaps": lambda x: ops.image.extract_patches(x, (3, 3), 1, 2),
+    "indexes of an axis": lambda x: ops.take_along_axis(x, np.int32([[[[3, 0, 1]]]]), axis=3),
+    "other indexes at each place": lambda x: ops.take_along_axis(
+        x, np.random.default_rng(0).integers(0, 8, (1, 8, 5, 1)), axis=2
+    ),
+    "zeros": lambda x: ops.concatenate([x, ops.zeros_like(x)], axis=-1),
+    "ones and threes": lambda x: x * ops.full_like(x, 3.0) + ops.ones_like(x),
+    "seven axes": lambda x: ops.transpose(ops.reshape(x, (-1, 2, 4, 2, 4, 2, 2)), ORDER),
+    "windows": lambda x: ops.transpose(ops.reshape(x, (-1, 2, 4, 2, 4, 4)), (0, 1, 3, 2, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_layers_compute_what_the_function_computes(call: Callable[[Any], Any]) -> None:
+    model = _model(call)
+    np.testing.assert_allclose(_parts(model)(IMAGES)[0], model(IMAGES)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_transpositions_move_no_more_axes_than_every_runtime_takes() -> None:
+    model = _parts(_model(CALLS["seven axes"], CALLS["windows"]))
+    permutations = [layer for layer in model.layers if isinstance(layer, layers.Permute)]
+    assert permutations
+    assert all(len(layer.dims) <= 4 for layer in permutations)
+
+
+def test_zeros_of_indexes_are_indexes() -> None:
+    x = keras.Input((5,), dtype="int32", name="tokens")
+    table = layers.Embedding(10, 4, name="table")
+    model = keras.Model(x, table(x) + layers.Embedding(2, 4)(ops.zeros_like(x)))
+    tokens = RNG.integers(0, 10, (3, 5)).astype(np.int32)
+    np.testing.assert_allclose(_parts(model)(tokens), model(tokens), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: ops.pad(x, AROUND, "edge"), r"mode 'constant', 'reflect'.*'edge'"),
+        (
+            lambda x: ops.take_along_axis(x, ops.argmax(x, axis=-1, keepdims=True), axis=-1),
+            "constant indices into a tensor in operation 'take_along_axis'",
+        ),
+    ],
+)
+def test_what_no_layer_computes_is_named(call: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(kqat.UnsupportedLayerError, match=message):
+        kqat.plan(_model(call))
+
+
+def test_paddings_ship_as_one_operator() -> None:
+    names = ("the lowest number", "mirrored", "a number", "other indexes at each place")
+    model = _model(*(CALLS[name] for name in names))
+    qat = kqat.quantize_model(model, calibration_data=IMAGES)
+    blob = tflite_export.convert(qat)
+    report = tflite_export.verify(qat, blob, IMAGES, samples=2)
+    assert report.float_operators == 0
+    assert {"PADV2", "MIRROR_PAD", "CONCATENATION"} <= set(report.operators)
+    for part in report.runtimes:
+        assert part.problem is None
+        assert part.max_steps <= 1
+        assert not part.unmatched
+        assert part.exact is not None
+        assert part.exact.is_exact

@@ -1,0 +1,25 @@
+"""Tensors are named after their sites, also where the converter joins RESHAPEs and TRANSPOSEs."""
+
+import keras
+import numpy as np
+from keras import layers
+
+import kqat
+import tflite_export
+
+ROWS = np.random.default_rng(0).normal(size=(8, 16, 4)).astype(np.float32)
+
+
+def test_a_site_behind_a_transposition_is_not_the_tensor_before_it() -> None:
+    keras.utils.set_random_seed(0)
+    x = keras.Input((16, 4), name="x")
+    # As windows are put together again: what stands before has the shape of what comes behind.
+    y = layers.Dense(4, name="dense")(layers.Reshape((4, 4, 4))(x))
+    y = layers.Permute((2, 1, 3))(layers.Reshape((4, 4, 4), name="split")(y))
+    y = layers.Reshape((16, 4), name="last")(layers.Reshape((2, 8, 4), name="joined")(y))
+    model = keras.Model(x, layers.Add(name="sum")([x, y]))
+    qat = kqat.quantize_model(model, calibration_data=ROWS)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), ROWS)
+    for part in report.runtimes:
+        assert part.max_steps <= 1
+        assert not part.unmatched
