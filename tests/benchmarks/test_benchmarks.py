@@ -11,6 +11,7 @@ import tf_keras
 
 from benchmarks import applications, convert, device_model, file_sizes, peers, training_step, zoo
 from benchmarks.networks import NETWORKS
+from recipes import data
 from recipes.models import resnet8
 from recipes.timing import Seconds, Spread, ratio, spread, take_turns
 
@@ -150,3 +151,18 @@ def test_the_device_model_is_the_file(tmp_path: Path) -> None:
     assert result["file"]["differing"] == 0 < result["file"]["integers"]
     assert result["integer model"]["accuracy"] == result["file"]["accuracy"]
     assert json.loads(out.read_text())["images"] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not data.available(), reason="needs the shared models")
+def test_networks_are_compared_on_every_runtime(tmp_path: Path) -> None:
+    out = tmp_path / "networks.json"
+    arguments = ["--smoke", "--networks", "mlperf_tiny/ad", "--out", str(out)]
+    found = device_model.main(arguments)["mlperf_tiny/ad"]
+    assert set(found) == set(device_model.COMPARED)
+    for row in found.values():
+        assert row["outputs"] == 4 * 640 < row["integers"]
+        assert row["outputs_differing"] == row["integers_differing"] == 0 and not row["unknown"]
+    assert "| mlperf_tiny/ad | litert | 4 | 0 of 2,560 |" in out.with_suffix(".md").read_text()
+    # What is measured is not measured again.
+    assert device_model.main(arguments)["mlperf_tiny/ad"] == found
