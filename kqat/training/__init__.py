@@ -11,6 +11,7 @@ from kqat.training.calibration import (
     calibrate,
     calibrate_for,
     check_method,
+    shapes_of,
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
 from kqat.training.finetuning import WarmUpCosine, finetune, finetune_callbacks
@@ -46,5 +47,6 @@ __all__ = [
     "finetune_callbacks",
     "is_quantized",
     "reestimate_batchnorm",
+    "shapes_of",
     "wrap",
 ]
