@@ -129,7 +129,8 @@ def weight_grids(
 
 def weight_step(rule: LayerRule, config: QuantizeConfig) -> StepMethod:
     """How the steps of a layer's weight grids are found."""
-    return MaxAbs() if _widened(rule, config) else config.weight_step
+    step: StepMethod = config.weight_step
+    return MaxAbs() if _widened(rule, config) else step
 
 
 def _widened(rule: LayerRule, config: QuantizeConfig) -> bool:
