@@ -8,12 +8,18 @@ from kqat.training.build import is_quantized, wrap
 from kqat.training.calibration import (
     DEFAULT_METHOD,
     CalibrationWarning,
+    as_tensors,
+    batches,
     calibrate,
     calibrate_for,
     check_method,
+    some_samples,
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
+from kqat.training.method_choice import judged_values
 from kqat.training.quantized_recurrence import QuantizedRecurrence
+from kqat.training.range_checks import ValueNames
+from kqat.training.unrounded import call_unrounded, call_with, rounded_as
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 __all__ = [
@@ -24,11 +30,19 @@ __all__ = [
     "FreezeObservers",
     "QuantizeWrapper",
     "QuantizedRecurrence",
+    "ValueNames",
     "algorithms",
+    "as_tensors",
+    "batches",
     "batchnorm",
     "calibrate",
     "calibrate_for",
+    "call_unrounded",
+    "call_with",
     "check_method",
     "is_quantized",
+    "judged_values",
+    "rounded_as",
+    "some_samples",
     "wrap",
 ]

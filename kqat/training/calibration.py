@@ -72,7 +72,7 @@ def calibrate_for(
         )
     observer, kept = observed(graph, data)
     if method == DEFAULT_METHOD:
-        method = chosen_method(graph, observer, _tensors(kept.batch(), graph))
+        method = chosen_method(graph, observer, as_tensors(kept.batch(), graph))
     found = observer.ranges(calibration_method(method))
     for quantizer, ranges in found.items():
         quantizer.start(ranges)
@@ -101,7 +101,7 @@ def observed(graph: Graph, data: Any) -> tuple[Observer, KeptSamples]:
     """
     observer, kept = Observer(graph), KeptSamples()
     for batch, real in _whole_batches(batches(data, graph)):
-        observer.run(_tensors(batch, graph, real), real)
+        observer.run(as_tensors(batch, graph, real), real)
         kept.offer(batch, real)
     _check_some(observer.samples, graph)
     return observer, kept
@@ -150,7 +150,7 @@ def run_batches(
     samples = 0
     for batch in batches:
         if len(batch[0]):
-            graph.run(_tensors(batch, graph), call)
+            graph.run(as_tensors(batch, graph), call)
             samples += len(batch[0])
     _check_some(samples, graph)
 
@@ -161,6 +161,20 @@ def _check_some(samples: int, graph: Graph) -> None:
             f"Expected at least one sample of calibration data for the inputs "
             f"{list(graph.input_keys)}. Received: none. Give some hundred typical inputs."
         )
+
+
+def some_samples(data: Any, graph: Graph, most: int) -> list[np.ndarray]:
+    """At most `most` samples of `data`, evenly spread, as one array per input; as for `calibrate`.
+
+    Raises:
+        CalibrationError: if data are misshapen, or there are none.
+    """
+    found = [batch for batch in batches(data, graph) if len(batch[0])]
+    _check_some(len(found), graph)
+    arrays = [np.concatenate(parts) for parts in zip(*found, strict=True)]
+    count = len(arrays[0])
+    chosen = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+    return [x[chosen] for x in arrays]
 
 
 def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
@@ -265,7 +279,7 @@ def _whole(array: np.ndarray, name: str) -> np.ndarray:
     return array
 
 
-def _tensors(batch: list[np.ndarray], graph: Graph, real: int | None = None) -> list[Any]:
+def as_tensors(batch: list[np.ndarray], graph: Graph, real: int | None = None) -> list[Any]:
     """The batch as the model takes it; its first `real` samples are the user's, or all.
 
     Raises:

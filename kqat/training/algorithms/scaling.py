@@ -125,6 +125,7 @@ def rescaled(
     data: Any,
     factors: Callable[[Pair, Statistics], np.ndarray],
     eligible: Callable[[Pair], bool] = lambda pair: True,
+    then: Callable[[Pair], None] = lambda pair: None,
 ) -> keras.Model:
     """A copy of a QAT model with its pairs scaled and all ranges calibrated again.
 
@@ -133,6 +134,7 @@ def rescaled(
         data: as for `kqat.calibrate`.
         factors: (pair, statistics of the value between) -> one factor per channel.
         eligible: which pairs to scale.
+        then: called with each of them after all were scaled, before calibration.
 
     Raises:
         ModelError: if `qat` is not a QAT model, or has no eligible pair.
@@ -159,6 +161,8 @@ def rescaled(
     for pair in chosen:
         factor = factors(pair, statistics[pair.value])
         pair.scale(np.clip(factor, 1.0 / LARGEST_FACTOR, LARGEST_FACTOR).astype(np.float32))
+    for pair in chosen:
+        then(pair)
     for layer in all_layers(copy):
         if isinstance(layer, ActivationQuantizer):
             layer.reset()
