@@ -8,6 +8,7 @@
 `kqat` trains; the package `tflite_export` ships.
 """
 
+from kqat.analysis import Diagnosis, Sensitivity, diagnose, sensitivity
 from kqat.annotate import quantize_annotate_layer, quantize_apply
 from kqat.api import PolicyWarning, RangeWarning, TrainerWarning, adapt, plan, quantize_model
 from kqat.base import (
@@ -45,6 +46,7 @@ from kqat.grids import (
 from kqat.old_files import load_model
 from kqat.parts import PrecisionBoundary
 from kqat.planning import Plan
+from kqat.policy_search import SearchedPolicy, search
 from kqat.registry import LayerRule, Output, register_layer, supported_layers
 from kqat.training import (
     ActivationQuantizer,
@@ -65,6 +67,7 @@ __all__ = [
     "Binary",
     "CalibrationError",
     "CalibrationWarning",
+    "Diagnosis",
     "Entropy",
     "ExportError",
     "Fixed",
@@ -96,6 +99,8 @@ __all__ = [
     "QuantizeWrapper",
     "RangeWarning",
     "RuntimeUnavailableError",
+    "SearchedPolicy",
+    "Sensitivity",
     "SpecError",
     "Target",
     "TargetError",
@@ -106,6 +111,7 @@ __all__ = [
     "adapt",
     "algorithms",
     "calibrate",
+    "diagnose",
     "freeze",
     "integer_model",
     "load_model",
@@ -114,6 +120,8 @@ __all__ = [
     "quantize_apply",
     "quantize_model",
     "register_layer",
+    "search",
+    "sensitivity",
     "strip",
     "supported_layers",
 ]

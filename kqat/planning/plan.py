@@ -196,7 +196,9 @@ class Plan:
         ]
         if any(spec.bits <= 4 for layer in self.layers for spec in layer.weights.values()):
             notes.append(
-                "int4: packed two a byte where the target has the kernel, else stored as int8"
+                "int4: packed two a byte where the target has the kernel, else stored as int8; for "
+                "target 'litert' convolutions are stored as int8 too, as packed ones take several "
+                "times as long (convert(weights='packed') packs them)"
             )
         notes += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
         if self.target is not None and not self.misfits:

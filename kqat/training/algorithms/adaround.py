@@ -25,8 +25,8 @@ def adaround(qat: keras.Model, data: Any, *, iterations: int = 1000) -> keras.Mo
     """A copy of a QAT model whose weights are rounded up or down so that outputs stay the same.
 
     A weight becomes `(floor(w / s) + h(v)) * s` with `h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)`.
-    Adam minimizes the squared error of the layer's output over `v`, and
-    a multiple of `sum(1 - |2 h - 1|**b)`, which drives each `h` to 0 or 1 while `b` falls from 20 to 2.
+    Adam minimizes the squared error of the layer's output over `v`, and a multiple of
+    `sum(1 - |2 h - 1|**b)`, which drives each `h` to 0 or 1 while `b` falls from 20 to 2.
     The output is that before the activation function; its error is against the layer without
     rounding, on inputs that the rounded layers before it give (section 3.5 of the paper), in units
     of the error of nearest rounding. An output channel that comes out worse than with nearest

@@ -71,8 +71,9 @@ def patches(layer: Any, x: np.ndarray) -> np.ndarray:
     padded = np.pad(x, [(0, 0), *padding, (0, 0)])
     axes = tuple(range(1, x.ndim - 1))
     windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axes)
-    windows = windows[(slice(None), *(slice(None, None, s) for s in stride))]
-    windows = windows[(..., *(slice(None, None, d) for d in dilation))]
+    kept: tuple[Any, ...] = (slice(None), *(slice(None, None, s) for s in stride))
+    taps: tuple[Any, ...] = (..., *(slice(None, None, d) for d in dilation))
+    windows = windows[kept][taps]
     positions = windows.shape[: x.ndim - 1]
     chosen = np.arange(0, np.prod(positions), -(-int(np.prod(positions)) // ROWS))
     found = windows[np.unravel_index(chosen, positions)]  # (rows, channels, *size)
