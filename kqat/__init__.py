@@ -51,6 +51,7 @@ from kqat.registry import LayerRule, Output, register_layer, supported_layers
 from kqat.training import (
     ActivationQuantizer,
     CalibrationWarning,
+    Distiller,
     FreezeBatchNorm,
     FreezeObservers,
     QuantizeWrapper,
@@ -68,6 +69,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationWarning",
     "Diagnosis",
+    "Distiller",
     "Entropy",
     "ExportError",
     "Fixed",

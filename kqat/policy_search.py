@@ -182,7 +182,7 @@ def search(
 def _within(
     problem: "_Problem", limit: float, taken: Callable[[Mapping[str, str]], float]
 ) -> tuple[dict[str, str] | None, float]:
-    """The choices of least cost that take `limit` at most, and what they take; `None` if none do."""
+    """The choices of least cost within `limit`, and what they take; `None` if there are none."""
     spare = limit - problem.rest
     for _ in range(CORRECTIONS):
         chosen = problem.solved(spare)

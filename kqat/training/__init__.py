@@ -16,6 +16,7 @@ from kqat.training.calibration import (
     some_samples,
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
+from kqat.training.distiller import Distiller
 from kqat.training.method_choice import judged_values
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.range_checks import ValueNames
@@ -26,6 +27,7 @@ __all__ = [
     "DEFAULT_METHOD",
     "ActivationQuantizer",
     "CalibrationWarning",
+    "Distiller",
     "FreezeBatchNorm",
     "FreezeObservers",
     "QuantizeWrapper",
