@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -13,7 +14,15 @@ from kqat.graph import Graph, hands_on_mask, non_finite_variable, trace
 from kqat.grids import CalibrationMethod
 from kqat.planning import Plan, make_plan, misfits, with_replacements
 from kqat.tfmot import translate_policy
-from kqat.training import DEFAULT_METHOD, calibrate_for, check_method, is_quantized, wrap
+from kqat.training import (
+    DEFAULT_METHOD,
+    calibrate_for,
+    check_method,
+    check_preserved,
+    is_quantized,
+    preserved_kinds,
+    wrap,
+)
 
 
 class PolicyWarning(UserWarning):
@@ -86,6 +95,7 @@ def quantize_model(
     *,
     calibration_data: Any = None,
     calibration: str | CalibrationMethod | None = None,
+    preserve: str | Sequence[str] | None = None,
 ) -> keras.Model:
     """A QAT copy of `model`: compile it, `fit` it, `tflite_export.convert` it.
 
@@ -101,12 +111,17 @@ def quantize_model(
             start from the first training batches.
         calibration: how ranges are found from these data, as `method` of `kqat.calibrate`. The
             reasons for the default are in `benchmarks/calibration.md`.
+        preserve: what training keeps of pruned or clustered weights (`kqat.prune`,
+            `kqat.cluster`): `"sparsity"`: weights that are zero stay zero; `"clusters"`: a weight
+            of k distinct values, 255 at most, has at most k distinct integers in the file; or both.
+            Clustered weights are rounded with one step for the whole tensor, and learn as a mean.
 
     Raises:
         ModelError: if `model` is not such a model, is quantized already, or has weights that are
             NaN or infinite.
         UnsupportedLayerError: if a layer has no integer form; says which one and what to do.
-        PolicyError: if the policy asks for something that no integer kernel can do.
+        PolicyError: if the policy asks for something that no integer kernel can do, or a grid
+            cannot hold the zeros or clusters that `preserve` asks for.
         CalibrationError: if the data are empty, misshapen or not finite, or if `calibration` is
             given without data.
 
@@ -119,6 +134,7 @@ def quantize_model(
             f"Expected calibration_data for calibration={calibration!r}. Received: none. Give some "
             "hundred typical inputs, or leave calibration out."
         )
+    kinds = preserved_kinds(preserve)
     graph = _checked_graph(model)
     _check_weights(model)
     decided = _plan(graph, policy, model.name)
@@ -150,7 +166,8 @@ def quantize_model(
             f"Expected a layer to quantize. Received: '{model.name}', which computes nothing, or "
             "whose layers the policy all leaves float. Change the policy."
         )
-    qat = wrap(decided)
+    qat = wrap(decided, kinds)
+    check_preserved(qat, kinds)
     if calibration_data is not None:
         calibrate_for(qat, calibration_data, calibration or DEFAULT_METHOD, stacklevel=3)
     elif any(group.is_observed for group in decided.groups):

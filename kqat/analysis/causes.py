@@ -23,6 +23,7 @@ LOST_BITS = 3.0
 OUTLIER_SHARE = 0.25
 # A grid is starved where the middle 99 % of the values lie on fewer integers than this.
 FEW_INTEGERS = 16
+MIDDLE = (0.005, 0.995)
 FEW_BITS = 4
 
 
@@ -46,7 +47,8 @@ class Finding:
         layer: the name of the value or layer.
         text: what was found, in numbers.
         advice: what to do.
-        own_db: SQNR of the value against its own rounding; of its middle channel, if less.
+        own_db: SQNR of the value against its own rounding; of its middle channel, or of the middle
+            99 % of its values, if that is less.
     """
 
     cause: Cause
@@ -97,7 +99,7 @@ def causes_of_values(node: Node, x: Any, names: ValueNames) -> Iterator[Finding]
         advice = "try kqat.algorithms.smooth_quant or equalize before training, or 'int16x8'"
         yield Finding(Cause.OUTLIER_CHANNEL, name, outlier, advice, own_db)
         return
-    ends = np.quantile(exact[exact != 0.0], [0.005, 0.995])
+    ends = np.quantile(exact[exact != 0.0], MIDDLE)
     used = int(np.ceil((max(ends[1], 0.0) - min(ends[0], 0.0)) / step))
     if used < FEW_INTEGERS:
         text = f"99 % of its values lie on {max(used, 1)} of {2**spec.bits} integers"
@@ -106,17 +108,23 @@ def causes_of_values(node: Node, x: Any, names: ValueNames) -> Iterator[Finding]
 
 
 def _own_noise(exact: np.ndarray, rounded: np.ndarray) -> float:
-    """Of all values, or where that is more, of the middle one of the channels.
+    """Of all values; of the middle one of the channels; or of the middle 99 %: where it is most.
 
-    One large channel hides from the first what the others lose.
+    One large channel, or a few large values, hide from the first what the others lose.
     """
-    whole = noise(exact, rounded)
-    if exact.ndim < 2:
-        return whole
-    of_channels = np.square(np.float64(exact)), np.square(np.float64(exact) - rounded)
-    signal, error = (x.reshape(-1, exact.shape[-1]).mean(axis=0) for x in of_channels)
-    alive = signal > 0.0
-    return max(whole, float(np.median(error[alive] / signal[alive])))
+    error = np.square(np.float64(exact) - rounded)
+    power = np.square(np.float64(exact))
+    shown = exact[exact != 0.0]
+    low, high = np.quantile(shown, MIDDLE) if shown.size else (0.0, 0.0)
+    middle = (exact >= low) & (exact <= high)
+    found = [noise(exact, rounded)]
+    if power[middle].any():
+        found.append(float(error[middle].mean() / power[middle].mean()))
+    if exact.ndim > 1:
+        signal, lost = (x.reshape(-1, exact.shape[-1]).mean(axis=0) for x in (power, error))
+        if (signal > 0.0).any():
+            found.append(float(np.median(lost[signal > 0.0] / signal[signal > 0.0])))
+    return max(found)
 
 
 def _shared(

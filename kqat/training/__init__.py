@@ -4,7 +4,7 @@ algorithms.
 
 from kqat.training import algorithms, batchnorm
 from kqat.training.activation_quantizer import ActivationQuantizer
-from kqat.training.build import is_quantized, wrap
+from kqat.training.build import check_preserved, is_quantized, wrap
 from kqat.training.calibration import (
     DEFAULT_METHOD,
     CalibrationWarning,
@@ -16,8 +16,11 @@ from kqat.training.calibration import (
     some_samples,
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
+from kqat.training.clustering import cluster
 from kqat.training.distiller import Distiller
 from kqat.training.method_choice import judged_values
+from kqat.training.preservation import preserved_kinds
+from kqat.training.pruning import Pruning, prune
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.range_checks import ValueNames
 from kqat.training.unrounded import call_unrounded, call_with, rounded_as
@@ -30,6 +33,7 @@ __all__ = [
     "Distiller",
     "FreezeBatchNorm",
     "FreezeObservers",
+    "Pruning",
     "QuantizeWrapper",
     "QuantizedRecurrence",
     "ValueNames",
@@ -42,8 +46,12 @@ __all__ = [
     "call_unrounded",
     "call_with",
     "check_method",
+    "check_preserved",
+    "cluster",
     "is_quantized",
     "judged_values",
+    "preserved_kinds",
+    "prune",
     "rounded_as",
     "some_samples",
     "wrap",

@@ -4,6 +4,7 @@
 group. Both are ordinary Keras layers, saved and loaded without a custom-object scope.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from kqat.training.batchnorm import (
     normalization_numbers,
     normalize,
 )
+from kqat.training.preservation import Preserved, cluster_means
 
 
 class _Quantizers:
@@ -74,6 +76,9 @@ class QuantizeWrapper(keras.layers.Layer):
         branches: further BatchNormalizations, of a layer that is called more than once with one of
             their own each: `call(x, branch=1)` takes the first of them. Per channel, all branches
             have the same integers.
+        preserve: name of a weight -> what is kept of it in training: its zeros, its number of
+            distinct values. Such values have one step for the whole weight, so that each is one
+            integer in the file.
         facts: what the registry knew of the layer when it was planned; they are saved, so that no
             later process has to know a row that a user registered. Those of the stock table if
             they are left out, as in the files of older releases.
@@ -89,6 +94,7 @@ class QuantizeWrapper(keras.layers.Layer):
         freeze_statistics: bool = False,
         between: Sequence[keras.layers.Layer] = (),
         branches: Sequence[keras.layers.Layer] = (),
+        preserve: Mapping[str, Preserved] | None = None,
         facts: LayerFacts | None = None,
         **kwargs: Any,
     ):
@@ -99,6 +105,9 @@ class QuantizeWrapper(keras.layers.Layer):
         self.normalization = normalization
         self.weight_step = weight_step
         self.steps: dict[str, keras.Variable] = {}
+        self.preserve = dict(preserve or {})
+        self.masks: dict[str, keras.Variable] = {}
+        self.assignments: dict[str, keras.Variable] = {}
         self.freeze_statistics = freeze_statistics
         self.between, self.branches = list(between), list(branches)
         self.facts = facts or stock_facts(layer) or LayerFacts(output=Output.OWN)
@@ -115,6 +124,23 @@ class QuantizeWrapper(keras.layers.Layer):
                 part.build(self.layer.compute_output_shape(input_shape))
         if isinstance(self.weight_step, LearnedStep):
             self.steps = {name: self._new_step(name) for name in self.weight_specs}
+        for name, kept in self.preserve.items():
+            shape = self._variable(name).shape
+            if kept.sparsity:
+                self.masks[name] = self._kept_state(f"{name}_mask", shape, "int8")
+            if kept.clusters:
+                self.assignments[name] = self._kept_state(f"{name}_clusters", shape, "int32")
+
+    def _kept_state(self, name: str, shape: Any, dtype: str) -> keras.Variable:
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer="zeros",
+            dtype=dtype,
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",
+        )
 
     @property
     def normalizations(self) -> list[keras.layers.Layer]:
@@ -123,7 +149,7 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def _new_step(self, name: str) -> keras.Variable:
         variable = self._variable(name)
-        shared = arithmetic.shared_axes(variable, self.weight_specs[name])
+        shared = arithmetic.shared_axes(variable, self._step_spec(name))
         shape = tuple(1 if a in shared else n for a, n in enumerate(variable.shape))
         return self.add_weight(name=f"{name}_step", shape=shape, initializer="ones", autocast=False)
 
@@ -133,12 +159,25 @@ class QuantizeWrapper(keras.layers.Layer):
         finalize(self.layer)
         for norm, values in zip(self.normalizations, normalizations, strict=True):
             norm.set_weights(values)
+        for name in self.preserve:
+            value = np.asarray(self._variable(name))
+            if name in self.masks:
+                self.masks[name].assign((value != 0.0).astype(np.int8))
+            if name in self.assignments:
+                index = np.unique(value, return_inverse=True)[1].reshape(value.shape)
+                self.assignments[name].assign(index.astype(np.int32))
         self.start_steps()
+
+    def _step_spec(self, name: str) -> QuantSpec:
+        """The grid of weight `name` as its step is found: clusters have one step for all."""
+        spec = self.weight_specs[name]
+        kept = self.preserve.get(name)
+        return dataclasses.replace(spec, axis=None) if kept and kept.clusters else spec
 
     def start_steps(self) -> None:
         """Puts learned steps where they start for the weights as they are."""
         for name, step in self.steps.items():
-            step.assign(self.weight_step.step(self._folded(name), self.weight_specs[name]))
+            step.assign(self.weight_step.step(self._folded(name), self._step_spec(name)))
 
     def set_weights(self, weights: Any) -> None:
         """As every layer's; a Normalization inside computes with them at once."""
@@ -308,17 +347,23 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def on_grid(self, name: str, branch: int = 0) -> Any:
         """The rounded weight, integers times `scale(name)`; folded where `folds_before(name)`."""
-        folded, spec = self._folded(name, branch), self.weight_specs[name]
+        folded, spec = self._folded(name, branch), self._step_spec(name)
         return self.weight_step.fake_quantize(folded, self._step(name, folded), spec)
 
     def scale(self, name: str, branch: int = 0) -> Any:
         """The scale of weight `name`: its shape, with the axes that share a scale of size 1."""
-        return ops.stop_gradient(self._step(name, self._folded(name, branch)))
+        step = ops.stop_gradient(self._step(name, self._folded(name, branch)))
+        return ops.broadcast_to(step, self._scale_shape(name))
+
+    def _scale_shape(self, name: str) -> tuple[int, ...]:
+        variable = self._variable(name)
+        shared = arithmetic.shared_axes(variable, self.weight_specs[name])
+        return tuple(1 if a in shared else n for a, n in enumerate(variable.shape))
 
     def _step(self, name: str, folded: Any) -> Any:
         if isinstance(self.weight_step, LearnedStep):
             return self.weight_step.scale(self.steps[name].value)
-        return ops.stop_gradient(self.weight_step.step(folded, self.weight_specs[name]))
+        return ops.stop_gradient(self.weight_step.step(folded, self._step_spec(name)))
 
     def folds_before(self, name: str) -> bool:
         """Whether the BatchNormalization is folded in before rounding: one scale per tensor."""
@@ -331,6 +376,11 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def _folded(self, name: str, branch: int = 0) -> Any:
         value = ops.cast(self._variable(name).value, "float32")
+        if name in self.assignments:
+            clusters = self.preserve[name].clusters
+            value = cluster_means(value, self.assignments[name].value, clusters)
+        if name in self.masks:
+            value = value * ops.cast(self.masks[name].value, "float32")
         fold = self._fold_before(name, branch)
         return value if fold is None else value * fold
 
@@ -382,6 +432,7 @@ class QuantizeWrapper(keras.layers.Layer):
             "freeze_statistics": self.freeze_statistics,
             "between": [serialize(part) for part in self.between],
             "branches": [serialize(part) for part in self.branches],
+            "preserve": {name: dataclasses.asdict(kept) for name, kept in self.preserve.items()},
             "facts": self.facts.to_dict(),
         }
 
@@ -394,9 +445,11 @@ class QuantizeWrapper(keras.layers.Layer):
         weights = {name: QuantSpec(**spec) for name, spec in config.pop("weights").items()}
         method = step_method_from_dict(config.pop("weight_step"))
         norm = None if norm is None else restore(norm)
+        kept = {name: Preserved(**one) for name, one in config.pop("preserve", {}).items()}
         facts = config.pop("facts", None)
         facts = None if facts is None else LayerFacts.from_dict(facts)
         more: Any = {
             key: [restore(p) for p in config.pop(key, ())] for key in ("between", "branches")
         }
+        more["preserve"] = kept
         return cls(layer, weights, norm, weight_step=method, facts=facts, **more, **config)

@@ -157,6 +157,12 @@ def with_chosen_integers(
                 f"neighbouring integers. Received: binary weights in '{layer.layer.name}'. Give "
                 "that layer another preset, such as 'ternary'."
             )
+        if layer.preserve:
+            raise SpecError(
+                f"Expected weights that may take any integer for {method}. Received: "
+                f"'{layer.layer.name}', whose zeros or clusters are preserved. Quantize the model "
+                "without preserve, or train it as it is."
+            )
     copy = copied(qat, learned=True)
     graph = trace(copy)
 

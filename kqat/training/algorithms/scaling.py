@@ -205,7 +205,7 @@ def _follow(ref: Ref, readers: dict[Ref, list[Node]], outputs: set[Ref]) -> tupl
 
 def _divides(layer: Any) -> bool:
     """Whether the output channels of `layer` can be scaled by its own variables."""
-    if not isinstance(layer, QuantizeWrapper):
+    if not isinstance(layer, QuantizeWrapper) or _is_clustered(layer):
         return False
     norm = layer.normalization
     if norm is not None:
@@ -215,8 +215,15 @@ def _divides(layer: Any) -> bool:
     return type(layer.layer) in INPUT_AXES
 
 
+def _is_clustered(wrapper: QuantizeWrapper) -> bool:
+    """Whether channels may not be scaled, as their values are few."""
+    return any(kept.clusters for kept in wrapper.preserve.values())
+
+
 def _multiplies(layer: Any) -> bool:
     if not isinstance(layer, QuantizeWrapper) or type(layer.layer) not in INPUT_AXES:
+        return False
+    if _is_clustered(layer):
         return False
     return getattr(layer.layer, "groups", 1) == 1
 

@@ -186,20 +186,19 @@ def test_a_bias_that_int32_does_not_hold_is_named() -> None:
 def test_few_bits_and_a_starved_grid_are_named() -> None:
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
-        [keras.Input((64,)), layers.Dense(16, name="few"), layers.Dense(3, name="head")]
+        [keras.Input((64,), name="x"), layers.Dense(16, name="few"), layers.Dense(3, name="head")]
     )
-    x = data(64)
-    x[::8, 0] *= 200.0  # rare, and in one sample of eight
-    x[1::8, 1] *= 200.0
-    for channel in range(2, 64):
-        x[channel % 96, channel] = 300.0
-    policy = {"few": "w2a8"}
-    qat = kqat.quantize_model(model, policy, calibration_data=x, calibration="minmax")
-    found = kqat.diagnose(model, qat, x)
+    x = np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)
+    # One large value in each channel, so that no channel stands out.
+    for channel in range(64):
+        x[2 * channel, channel] = 300.0 * (-1) ** channel
+    qat = kqat.quantize_model(model, {"few": "w2a8"}, calibration_data=x, calibration="minmax")
+    found = kqat.diagnose(model, qat, x, remedies=False)
     causes = {(f.cause, f.layer) for f in found.findings}
-    assert (Cause.FEW_BITS, "few") in causes
-    more = next(r for r in found.remedies if r.name == "'int8' for the weights of 'few'")
-    assert more.helps
+    assert {(Cause.FEW_BITS, "few"), (Cause.STARVED_GRID, "x")} <= causes
+    assert not any(cause is Cause.OUTLIER_CHANNEL for cause, _ in causes)
+    more = kqat.diagnose(model, qat, x).remedies
+    assert next(r for r in more if r.name == "'int8' for the weights of 'few'").helps
 
 
 def test_models_that_do_not_match_are_refused() -> None:
