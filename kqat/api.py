@@ -10,7 +10,13 @@ import keras
 from kqat.base import CalibrationError, ModelError, TargetError
 from kqat.config import QuantizePolicy
 from kqat.devices import target_named
-from kqat.graph import Graph, hands_on_mask, non_finite_variable, trace
+from kqat.graph import (
+    Graph,
+    hands_on_mask,
+    non_finite_variable,
+    trace,
+    with_input_shapes,
+)
 from kqat.grids import CalibrationMethod
 from kqat.planning import Plan, make_plan, misfits, with_replacements
 from kqat.tfmot import translate_policy
@@ -20,6 +26,7 @@ from kqat.training import (
     check_method,
     check_preserved,
     is_quantized,
+    of_fixed_shape,
     preserved_kinds,
     wrap,
 )
@@ -40,7 +47,13 @@ class TrainerWarning(UserWarning):
 _TRAINER_METHODS = ("train_step", "test_step", "compute_loss")
 
 
-def plan(model: keras.Model, policy: Any = "int8", *, target: str | None = None) -> Plan:
+def plan(
+    model: keras.Model,
+    policy: Any = "int8",
+    *,
+    target: str | None = None,
+    input_shapes: Any = None,
+) -> Plan:
     """Every decision that `quantize_model` would make about `model`, before a weight is touched.
 
     Args:
@@ -48,12 +61,15 @@ def plan(model: keras.Model, policy: Any = "int8", *, target: str | None = None)
         policy: as for `quantize_model`.
         target: a name from `kqat.TARGETS`. The plan then lists every layer that does not fit the
             device, with the reason and the smallest change that helps.
+        input_shapes: as for `quantize_model`.
 
     Raises:
         ModelError, UnsupportedLayerError, PolicyError: as `quantize_model`.
         TargetError: if there is no such target.
     """
     device = None if target is None else target_named(target)
+    if input_shapes is not None:
+        model = with_input_shapes(model, input_shapes)
     graph = _checked_graph(model)
     decided = _plan(graph, policy, model.name)
     if device is None:
@@ -96,13 +112,14 @@ def quantize_model(
     calibration_data: Any = None,
     calibration: str | CalibrationMethod | None = None,
     preserve: str | Sequence[str] | None = None,
+    input_shapes: Any = None,
 ) -> keras.Model:
     """A QAT copy of `model`: compile it, `fit` it, `tflite_export.convert` it.
 
     `model` is not changed. Inputs and outputs keep their order, names and structure.
 
     Args:
-        model: a built Keras 3 model of fixed input shape.
+        model: a built Keras 3 model.
         policy: a preset (`"int8"`), a `QuantizeConfig` for all layers, a `QuantizePolicy`, or a
             mapping from name patterns or layer classes to configs, presets or `None` (stay
             float): `{"stem*": None, keras.layers.Dense: my_config}`. All other layers are int8. A
@@ -115,6 +132,10 @@ def quantize_model(
             `kqat.cluster`): `"sparsity"`: weights that are zero stay zero; `"clusters"`: a weight
             of k distinct values, 255 at most, has at most k distinct integers in the file; or both.
             Clustered weights are rounded with one step for the whole tensor, and learn as a mean.
+        input_shapes: the sizes of the file where the model leaves them open, as
+            `keras.Input((None, None, 3))` does: one shape without the batch, or a list or a
+            mapping (by input name) of such shapes. By default, open sizes are those of the
+            calibration data.
 
     Raises:
         ModelError: if `model` is not such a model, is quantized already, or has weights that are
@@ -135,6 +156,8 @@ def quantize_model(
             "hundred typical inputs, or leave calibration out."
         )
     kinds = preserved_kinds(preserve)
+    kind = type(model)
+    model = of_fixed_shape(model, input_shapes, calibration_data)
     graph = _checked_graph(model)
     _check_weights(model)
     decided = _plan(graph, policy, model.name)
@@ -144,10 +167,10 @@ def quantize_model(
             PolicyWarning,
             stacklevel=2,
         )
-    own = [m for m in _TRAINER_METHODS if getattr(type(model), m) is not getattr(keras.Model, m)]
+    own = [m for m in _TRAINER_METHODS if getattr(kind, m) is not getattr(keras.Model, m)]
     if own:
         warnings.warn(
-            f"'{model.name}' of type {type(model).__name__} has {' and '.join(own)} of its own; "
+            f"'{model.name}' of type {kind.__name__} has {' and '.join(own)} of its own; "
             "the QAT model is a plain keras.Model and does not call it. Write your training loop "
             "around the QAT model.",
             TrainerWarning,

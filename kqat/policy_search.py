@@ -18,7 +18,7 @@ from kqat.config import QuantizePolicy, resolve_config
 from kqat.devices import Target, stored_bits, target_named
 from kqat.graph import Graph, trace
 from kqat.planning import LayerPlan, Plan, make_plan
-from kqat.training import calibrate_for, some_samples, wrap
+from kqat.training import calibrate_for, of_fixed_shape, some_samples, wrap
 
 # Points of the Pareto table, evenly spread between the cheapest and the first choice.
 POINTS = 8
@@ -129,6 +129,8 @@ def search(
     if isinstance(budget, bool) or not budget > 0:
         raise PolicyError(f"Expected a budget above 0. Received: {budget!r}.")
     device = None if target is None else target_named(target)
+    inputs = data[0] if isinstance(data, tuple) and data else data
+    model = of_fixed_shape(model, None, inputs)
     kept = tuple((keep or {}).items())
     base = QuantizePolicy(default=resolve_config(choices[0]), rules=kept)
     found, plan, graph = measured_layers(model, data, choices, base, sensitivity, loss)

@@ -27,6 +27,7 @@ from kqat.training import (
     calibrate,
     call_with,
     is_quantized,
+    of_fixed_shape,
     rounded_as,
     some_samples,
 )
@@ -188,7 +189,7 @@ def diagnose(
             f"Expected a QAT model to diagnose. Received: '{qat.name}', which is float. Use "
             "kqat.quantize_model."
         )
-    reference = trace(float_model)
+    reference = trace(of_fixed_shape(float_model, None, data))
     _check_alike(graph, reference, qat.name, float_model.name)
     _check_calibrated(graph, qat.name)
     arrays = some_samples(data, graph, 2 * SAMPLES)

@@ -20,6 +20,7 @@ from kqat.training import (
     calibrate_for,
     call_unrounded,
     call_with,
+    of_fixed_shape,
     rounded_as,
     some_samples,
     wrap,
@@ -136,9 +137,10 @@ def measured_layers(
             f"Expected at least two presets as choices. Received: {list(choices)}. Use "
             "('int8', 'w4a8')."
         )
+    inputs, targets = _split(data, asked)
+    model = of_fixed_shape(model, None, inputs)
     float_graph = trace(model)
     plan = make_plan(float_graph, QuantizePolicy.of(policy), model.name)
-    inputs, targets = _split(data, asked)
     qat = wrap(plan)
     graph = trace(qat)
     arrays = some_samples(inputs, graph, SAMPLES)

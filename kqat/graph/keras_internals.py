@@ -71,6 +71,15 @@ def open_model(model: Any) -> Opened:
     return open_call(model, (_inputs_of_shape(shape),), {})
 
 
+def input_struct(model: Any) -> Any:
+    """A model's inputs, as symbolic tensors in the structure that it takes; `()` if unknown."""
+    function = inner_function(model)
+    if function is not None:
+        return function.input
+    shape = (model.get_build_config() or {}).get("input_shape")
+    return () if shape is None else _inputs_of_shape(shape)
+
+
 def opened_function(function: Any) -> Opened:
     """A Functional model, which is open already."""
     return Opened(function, function.input, function.output, function.inputs)

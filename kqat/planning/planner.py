@@ -21,7 +21,13 @@ from kqat.planning.expansion import expand
 from kqat.planning.followers import follow_neighbours
 from kqat.planning.fusions import Fusions, find_fusions
 from kqat.planning.groups import Quantizers, check_given_ranges, place_quantizers
-from kqat.planning.layer_configs import assign_configs, fused_nodes, stays_whole, weight_grids
+from kqat.planning.layer_configs import (
+    assign_configs,
+    fused_nodes,
+    stays_whole,
+    weight_grids,
+    weight_step,
+)
 from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
 from kqat.planning.shared_scales import share_scales
@@ -134,7 +140,7 @@ def _layer_plan(
         kind=type(node.layer).__name__,
         role=role,
         weights=weights,
-        weight_step=config.weight_step if config else MaxAbs(),
+        weight_step=weight_step(rule, config) if rule and config else MaxAbs(),
         normalization=normalization.name if normalization else None,
         group=roundings[-1].group if roundings else None,
         ops=ops,

@@ -13,6 +13,7 @@ from kqat.training.calibration import (
     calibrate,
     calibrate_for,
     check_method,
+    of_fixed_shape,
     some_samples,
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
@@ -50,6 +51,7 @@ __all__ = [
     "cluster",
     "is_quantized",
     "judged_values",
+    "of_fixed_shape",
     "preserved_kinds",
     "prune",
     "rounded_as",

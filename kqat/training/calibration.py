@@ -1,14 +1,14 @@
 """Finds ranges from typical data, so that training starts at post-training quality."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from kqat.base import CalibrationError, ModelError
-from kqat.graph import Graph, trace
+from kqat.graph import Graph, has_open_sizes, input_shapes, trace, with_input_shapes
 from kqat.grids import CalibrationMethod, calibration_method
 from kqat.training.build import is_quantized
 from kqat.training.method_choice import KeptSamples, chosen_method
@@ -183,13 +183,13 @@ def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
     Raises:
         CalibrationError: if data are misshapen, naming the input.
     """
-    arrays = _as_arrays(data, graph)
+    arrays = _as_arrays(data, graph.input_keys)
     if arrays is None:
         for batch in data:
             inputs = batch[0] if isinstance(batch, tuple) and batch else batch
             # tf.data turns the lists of its elements into tuples.
             inputs = list(inputs) if isinstance(inputs, tuple) else inputs
-            found = _as_arrays(inputs, graph)
+            found = _as_arrays(inputs, graph.input_keys)
             if found is None:
                 raise CalibrationError(
                     f"Expected batches of arrays for the inputs {list(graph.input_keys)}. "
@@ -202,9 +202,41 @@ def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
         yield [x[start : start + BATCH_SIZE] for x in whole]
 
 
-def _as_arrays(data: Any, graph: Graph) -> list[Any] | None:
+def of_fixed_shape(model: Any, shapes: Any, data: Any) -> Any:
+    """`model`, or the same of the given sizes; else of the data's sizes where it leaves them open.
+
+    Raises:
+        ModelError: if the given shapes do not fit the model.
+        CalibrationError: if the data are not those of the model's inputs.
+    """
+    if shapes is None and data is not None and isinstance(model, keras.Model) and model.built:
+        declared = input_shapes(model)
+        if has_open_sizes(declared):
+            shapes = shapes_of(data, list(declared))
+    return model if shapes is None else with_input_shapes(model, shapes)
+
+
+def shapes_of(data: Any, keys: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
+    """The shape of each input's samples in `data`, which is as for `calibrate`.
+
+    `None` where only reading can tell, and what is read is gone: in a generator.
+    """
+    arrays = _as_arrays(data, keys)
+    if arrays is None:
+        batches = iter(data)
+        if batches is data:
+            return None
+        first = next(batches, None)
+        inputs = first[0] if isinstance(first, tuple) and first else first
+        arrays = _as_arrays(list(inputs) if isinstance(inputs, tuple) else inputs, keys)
+    if arrays is None:
+        return None
+    return {key: tuple(np.shape(x)[1:]) for key, x in zip(keys, arrays, strict=True)}
+
+
+def _as_arrays(data: Any, keys: Sequence[str]) -> list[Any] | None:
     """One array-like per model input, or `None` where `data` is an iterable of batches."""
-    names = list(graph.input_keys)
+    names = list(keys)
     if isinstance(data, Mapping):
         if set(names) != set(data):
             raise CalibrationError(

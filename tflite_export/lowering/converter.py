@@ -5,6 +5,7 @@ constants. A graph with variables would have to be written, loaded and frozen fi
 more time than the conversion itself.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def _concrete(frozen: FrozenModel, batch_size: int, computed: frozenset[int]) ->
 
     def serve(*tensors: Any) -> list[Any]:
         weights = [(variable, tf.constant(value)) for variable, value in values]
-        with keras.StatelessScope(state_mapping=weights):
+        with keras.StatelessScope(state_mapping=weights), _scope(frozen):
             outputs = keras.tree.flatten(frozen.graph.run(tensors, call))
         # A value that is an output twice, or an input too, needs an operator of its own.
         return [tf.identity(t) for t in outputs]
@@ -72,6 +73,15 @@ def _concrete(frozen: FrozenModel, batch_size: int, computed: frozenset[int]) ->
         for i, t in enumerate(model.inputs)
     ]
     return tf.function(serve, input_signature=signature, autograph=False).get_concrete_function()
+
+
+def _scope(frozen: FrozenModel) -> contextlib.AbstractContextManager[Any]:
+    """An outer name scope where a layer's name cannot be one: TensorFlow lets none begin with _."""
+    import tensorflow as tf
+
+    names = (node.layer.name for node in frozen.graph.nodes)
+    inner = any(not name[0].isalnum() for name in names)
+    return tf.name_scope("model") if inner else contextlib.nullcontext()
 
 
 def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[..., Any]:

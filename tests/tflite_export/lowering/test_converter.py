@@ -45,3 +45,13 @@ def test_ends_keep_the_order_of_the_model_beyond_ten() -> None:
         shapes = [flatbuffer.tensor_shape(graph.tensors[int(t)]) for t in tensors]
         assert shapes == [(3, size + extra) for size in range(1, 13)]
         assert [int(entry.tensorIndex) for entry in entries] == [int(t) for t in tensors]
+
+
+def test_names_that_keras_takes_and_tensorflow_refuses_at_the_root() -> None:
+    inputs = keras.Input((4,), name="_x")
+    hidden = L.Dense(3, name="_hidden", activation="relu")(inputs)
+    model = keras.Model(inputs, L.Dense(2, name="-last")(hidden), name="_net")
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    blob = tflite_export.convert(qat)
+    assert all(part.is_right for part in tflite_export.verify(qat, blob, x).runtimes)
