@@ -30,7 +30,17 @@ class Budget(TextEnum):
     """What a search keeps within a budget."""
 
     FLASH = "flash"
+    ARENA = "arena"
     MAC_BITS = "mac_bits"
+    CYCLES = "cycles"
+
+
+UNITS = {
+    Budget.FLASH: "bytes of flash",
+    Budget.ARENA: "bytes of arena",
+    Budget.MAC_BITS: "MAC x bits",
+    Budget.CYCLES: "cycles",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +48,7 @@ class ParetoPoint:
     """One policy: the least cost that its budget allows.
 
     Attributes:
-        used: flash bytes, or multiply-accumulates times bits, as the sum of the layers' shares.
+        used: of what the budget is of, as the sum of the layers' shares.
         cost: sum of the layers' costs; of outputs' noise the same in dB is `-10 log10(cost)`.
         choices: layer -> preset.
     """
@@ -55,7 +65,7 @@ class SearchedPolicy(QuantizePolicy):
     Attributes:
         measure: what the budget is of.
         budget: the budget, in its unit.
-        used: what the policy takes: the bytes of its file, or multiply-accumulates times bits.
+        used: what the policy takes of it, as its file shows.
         choices: layer -> preset.
         pareto: what other budgets would give.
         sensitivity: what it was decided by.
@@ -70,7 +80,7 @@ class SearchedPolicy(QuantizePolicy):
 
     def text(self) -> str:
         """The policy and the Pareto table, for reading."""
-        unit = "bytes" if self.measure is Budget.FLASH else "MAC x bits"
+        unit = UNITS[self.measure]
         lines = [
             f"policy within {self.budget:,.0f} {unit}: takes {self.used:,.0f}",
             *(f"  {layer:<40} {choice}" for layer, choice in self.choices.items()),
@@ -101,16 +111,20 @@ def search(
     What each layer costs at each choice is measured (`kqat.sensitivity`), and an integer linear
     program decides, with costs that add up: minimize the sum of the costs, one choice per layer,
     within the budget. For flash, the file of each choice for all layers is made and weighed, which
-    gives the bytes of a weight, and then that of the found policy; where it is above the budget,
-    the program is solved again for less.
+    gives the bytes of a weight; for arena and cycles one file for each layer and choice. Then the
+    file of the found policy is weighed; where it is above the budget, the program is solved again
+    for less.
 
     Args:
         model: a built float model, as for `kqat.quantize_model`; it is not changed.
         data: as for `kqat.sensitivity`.
-        budget: in bytes of the file, or in multiply-accumulates times bits of weights times bits of
-            activations; below 1 as a share of what the first choice for all layers takes.
+        budget: in the unit of `measure`; below 1 as a share of what the first choice for all layers
+            takes.
         target: a name from `kqat.TARGETS`, whose kernels decide how few bits are stored.
-        measure: what the budget is of, `"flash"` or `"mac_bits"`.
+        measure: what the budget is of: `"flash"`: bytes of the file; `"mac_bits"`:
+            multiply-accumulates times bits of weights times bits of activations; `"arena"`: bytes
+            of TFLite Micro's arena; `"cycles"`: as Vela estimates them, for an Ethos-U target. The
+            last two make a file for each layer and choice.
         choices: names of presets that differ in their weights. Recurrent layers keep the first.
         keep: rules, as in a policy, for layers that the search leaves as these say.
         sensitivity, loss: `measure` and `loss` of `kqat.sensitivity`.
@@ -140,10 +154,15 @@ def search(
             f"Expected layers for the search to decide about. Received: keep={dict(kept)!r}, which "
             "decides about all of them."
         )
-    if compress is not None and measure != Budget.FLASH:
+    if compress is not None and measure not in (Budget.FLASH, Budget.ARENA):
         raise PolicyError(
             f"Expected no compress for a budget of {measure}, which it does not change. Received: "
             f"compress={compress!r}."
+        )
+    if measure == Budget.CYCLES and not (target or "").startswith("ethos_u"):
+        raise PolicyError(
+            "Expected an Ethos-U target for a budget of cycles, which Vela estimates. Received: "
+            f"target={target!r}. Use 'ethos_u55', or measure='mac_bits'."
         )
     problem = _Problem.of(found, plan, free, Budget(measure), device)
 
@@ -151,13 +170,16 @@ def search(
         return QuantizePolicy(base.default, (*kept, *_rules(chosen, choices[0])))
 
     def taken(chosen: Mapping[str, str]) -> float:
-        if measure == Budget.FLASH:
-            return _weigh(model, data, policy_of(chosen), target, compress)
-        return problem.rest + problem.total(chosen)
+        if measure == Budget.MAC_BITS:
+            return problem.rest + problem.total(chosen)
+        qat = _quantized(model, inputs, policy_of(chosen))
+        return _weigh(qat, Budget(measure), target, compress)
 
     alike = {choice: taken(dict.fromkeys(free, choice)) for choice in problem.choices}
     if measure == Budget.FLASH:
         problem = problem.as_weighed(alike)
+    elif measure != Budget.MAC_BITS:
+        problem = problem.one_by_one(taken, alike)
     first = alike[choices[0]]
     limit = budget * first if budget < 1 else float(budget)
     chosen, used = _within(problem, limit, taken)
@@ -264,6 +286,17 @@ class _Problem:
             self, sizes=self.sizes * (wanted / self.sizes.sum(axis=0)), rest=rest
         )
 
+    def one_by_one(
+        self, taken: Callable[[Mapping[str, str]], float], alike: Mapping[str, float]
+    ) -> "_Problem":
+        """The problem with sizes that are what each layer adds where all others have choice 0."""
+        first = dict.fromkeys(self.layers, self.choices[0])
+        sizes = np.zeros_like(self.sizes)
+        for row, layer in enumerate(self.layers):
+            for column, choice in enumerate(self.choices[1:], 1):
+                sizes[row, column] = taken({**first, layer: choice}) - alike[self.choices[0]]
+        return dataclasses.replace(self, sizes=sizes, rest=alike[self.choices[0]])
+
     def total(self, chosen: Mapping[str, str]) -> float:
         """What the free layers take."""
         return sum(
@@ -293,7 +326,7 @@ class _Problem:
         rows, columns = self.costs.shape
         one_each = np.kron(np.eye(rows), np.ones(columns))
         # In units of the largest, so that the solver's tolerances are relative.
-        unit, price = float(self.sizes.max()) or 1.0, float(np.abs(self.costs).max()) or 1.0
+        unit, price = float(np.abs(self.sizes).max()) or 1.0, float(np.abs(self.costs).max()) or 1.0
         constraints = [
             optimize.LinearConstraint(one_each, 1.0, 1.0),
             optimize.LinearConstraint(self.sizes.reshape(1, -1) / unit, -np.inf, spare / unit),
@@ -340,18 +373,24 @@ def _pareto(problem: _Problem) -> list[ParetoPoint]:
     return [p for i, p in enumerate(ordered) if all(p.cost < q.cost for q in ordered[:i])]
 
 
-def _weigh(
-    model: keras.Model,
-    data: Any,
-    policy: QuantizePolicy,
-    target: str | None,
-    compress: str | None,
-) -> float:
-    """The bytes of a policy's file."""
-    import tflite_export
-
+def _quantized(model: keras.Model, inputs: Any, policy: QuantizePolicy) -> keras.Model:
+    """The QAT model of a policy, calibrated on two samples: sizes do not depend on ranges."""
     qat = wrap(make_plan(trace(model), policy, model.name))
-    inputs = data[0] if isinstance(data, tuple) else data
     arrays = some_samples(inputs, trace(qat), 2)
     calibrate_for(qat, keras.tree.pack_sequence_as(qat.input, arrays), "minmax", stacklevel=4)
-    return float(len(tflite_export.convert(qat, target=target, compress=compress)))
+    return qat
+
+
+def _weigh(qat: keras.Model, measure: Budget, target: str | None, compress: str | None) -> float:
+    """What a QAT model's file takes: its bytes, its arena, or Vela's cycles."""
+    import tflite_export
+    from tflite_export.devices import estimate
+    from tflite_export.runtimes import tflite_micro_arena_bytes
+
+    blob = tflite_export.convert(qat, target=target, compress=compress)
+    if measure is Budget.ARENA:
+        return float(tflite_micro_arena_bytes(blob))
+    if measure is Budget.CYCLES:
+        assert target is not None
+        return float(estimate(blob, target).cycles)
+    return float(len(blob))

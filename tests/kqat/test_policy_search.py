@@ -101,7 +101,11 @@ def test_layers_that_are_kept_stay_and_macs_are_counted(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"measure": "cycles"}, r"Expected measure to be one of \['flash', 'mac_bits'\]"),
+        (
+            {"measure": "joules"},
+            r"Expected measure to be one of \['flash', 'arena'",
+        ),
+        ({"measure": "cycles", "target": "litert"}, "Expected an Ethos-U target for a budget of"),
         ({"measure": "mac_bits", "compress": "lookup"}, "Expected no compress"),
         ({"budget": 0}, "Expected a budget above 0"),
         ({"keep": {"*": "int8"}}, "Expected layers for the search to decide about"),
@@ -113,6 +117,38 @@ def test_what_cannot_be_searched_is_refused(
     model, x = network
     with pytest.raises(kqat.PolicyError, match=words):
         kqat.search(model, x, **{"budget": 0.9, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("measure", "target", "share"), [("arena", "tflite_micro", 0.9), ("cycles", "ethos_u55", 0.995)]
+)
+def test_arena_and_cycles_are_those_of_the_file(measure: str, target: str, share: float) -> None:
+    if measure == "cycles":
+        pytest.importorskip("ethosu")
+    keras.utils.set_random_seed(0)
+    chain = [
+        layers.Conv2D(32, 3, padding="same", activation="relu", name="a"),
+        layers.Conv2D(32, 3, activation="relu", name="b"),
+        layers.GlobalAveragePooling2D(),
+        layers.Dense(256, activation="relu", name="wide"),
+        layers.Dense(256, name="head"),
+    ]
+    model = keras.Sequential([keras.Input((8, 8, 16), name="x"), *chain])
+    x = np.random.default_rng(0).normal(size=(32, 8, 8, 16)).astype(np.float32)
+    order = ("w2a8", "int8") if measure == "arena" else ("int8", "w2a8")
+    found = kqat.search(model, x, budget=share, measure=measure, target=target, choices=order)
+    blob = tflite_export.convert(
+        kqat.quantize_model(model, found, calibration_data=x), target=target
+    )
+    if measure == "arena":
+        used = tflite_export.runtimes.tflite_micro_arena_bytes(blob)
+    else:
+        used = tflite_export.devices.estimate(blob, target).cycles
+    assert used == found.used <= found.budget
+    # Weights that are unpacked into the arena cost there, and are noisier; on the NPU fewer bits
+    # are read faster, and no more layers change than the budget asks for.
+    assert set(found.choices.values()) == ({"int8"} if measure == "arena" else set(order))
 
 
 @pytest.mark.slow
