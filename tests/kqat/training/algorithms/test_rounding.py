@@ -178,6 +178,48 @@ def test_chosen_integers_are_saved_and_are_those_of_the_file(
         np.testing.assert_array_equal(integers, shipped.reshape(-1))
 
 
+@pytest.mark.parametrize("axis", [None, "channel"])
+def test_whatever_integers_are_chosen_are_those_of_the_layer(
+    axis: Any, setting: Setting, tmp_path: Path
+) -> None:
+    spec = kqat.QuantSpec(bits=3, symmetric=True, narrow_range=True, axis=axis)
+    # Its step follows the largest weight, which the choice may leave out.
+    config = kqat.QuantizeConfig(weights=spec, weight_step=kqat.MaxAbs())
+    qat = kqat.quantize_model(setting.model, config, calibration_data=setting.data)
+    rng, chosen, problems = np.random.default_rng(0), [], []
+
+    def choose(given: LinearProblem) -> np.ndarray:
+        problems.append(given)
+        chosen.append(rng.integers(-2, 3, given.weights.shape).astype(np.float64))
+        return chosen[-1]
+
+    found = linear_layers.with_chosen_integers(qat, setting.data, choose, "this test")
+    found.save(tmp_path / "found.keras")
+    loaded = keras.models.load_model(tmp_path / "found.keras")
+    for name, integers in zip(("conv", "depthwise", "head"), chosen, strict=True):
+        wrapper: Any = loaded.get_layer(f"quant_{name}")
+        shipped = np.asarray(wrapper.on_grid("kernel")) / np.asarray(wrapper.scale("kernel"))
+        np.testing.assert_allclose(shipped, to_kernel(wrapper.layer, integers), atol=1e-4)
+    # The head's inputs are far off by now: its problem is of those, and wants the exact outputs.
+    graph = linear_layers.trace(loaded)
+    pooled: dict[str, np.ndarray] = {}
+
+    def call(node: Any, *args: Any, **kwargs: Any) -> Any:
+        if node.name == "quant_head":
+            pooled["rounded"] = np.asarray(args[0], np.float64)
+        return node.layer(*args, **kwargs)
+
+    graph.run(linear_layers.samples(setting.data, graph), call)
+    value: Any = setting.data
+    for layer in setting.model.layers[:-1]:
+        value = layer(value)
+    exact = np.asarray(value, np.float64)
+    by_hand = pooled["rounded"].T @ exact / len(exact)
+    np.testing.assert_allclose(problems[2].cross[0], by_hand, rtol=1e-3, atol=1e-5)
+    by_hand = pooled["rounded"].T @ pooled["rounded"] / len(exact)
+    np.testing.assert_allclose(problems[2].gram[0], by_hand, rtol=1e-3, atol=1e-5)
+
+
 def test_one_scale_per_tensor_rounds_weights_as_folded(setting: Setting) -> None:
     qat = kqat.quantize_model(setting.model, PER_TENSOR, calibration_data=setting.data)
     found = algorithms.gptq(qat, setting.data)
