@@ -353,7 +353,9 @@ class QuantizeWrapper(keras.layers.Layer):
     def scale(self, name: str, branch: int = 0) -> Any:
         """The scale of weight `name`: its shape, with the axes that share a scale of size 1."""
         step = ops.stop_gradient(self._step(name, self._folded(name, branch)))
-        return ops.broadcast_to(step, self._scale_shape(name))
+        # Clusters have one step; the file has one scale for each channel.
+        shape = self._scale_shape(name)
+        return step if tuple(step.shape) == shape else ops.broadcast_to(step, shape)
 
     def _scale_shape(self, name: str) -> tuple[int, ...]:
         variable = self._variable(name)
