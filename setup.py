@@ -34,6 +34,7 @@ setup(
     package_data={
         "kqat": ["py.typed"],
         "tflite_export": ["py.typed"],
+        "kqat.analysis": ["templates/*.j2"],
         "tflite_export.firmware": ["templates/*.j2"],
         "tflite_export.verification": ["templates/*.j2"],
         "recipes": ["*.j2", "RESULTS.md", "results/*.json"],
@@ -44,6 +45,7 @@ setup(
         "tensorflow>=2.21,<2.22",
         "keras>=3.15,<3.16",
         "numpy>=2.4,<3",
+        "scipy>=1.17",
         "jinja2>=3.1",
         "click>=8.2",
         "rich>=15.0",

@@ -8,6 +8,7 @@
 `kqat` trains; the package `tflite_export` ships.
 """
 
+from kqat.analysis import Diagnosis, Sensitivity, diagnose, sensitivity
 from kqat.annotate import quantize_annotate_layer, quantize_apply
 from kqat.api import PolicyWarning, RangeWarning, TrainerWarning, adapt, plan, quantize_model
 from kqat.base import (
@@ -53,15 +54,18 @@ from kqat.grids import (
 from kqat.old_files import FileWarning, load_model
 from kqat.parts import PrecisionBoundary
 from kqat.planning import Plan
+from kqat.policy_search import SearchedPolicy, search
 from kqat.registry import LayerRule, Output, register_layer, supported_layers
 from kqat.training import (
     ActivationQuantizer,
     CalibrationWarning,
     DampenOscillations,
+    Distiller,
     FallingBits,
     FreezeBatchNorm,
     FreezeObservers,
     FreezeOscillations,
+    Pruning,
     QuantizeAfter,
     QuantizeWrapper,
     ReestimateBatchNorm,
@@ -69,8 +73,10 @@ from kqat.training import (
     WarmUpCosine,
     algorithms,
     calibrate,
+    cluster,
     finetune,
     finetune_callbacks,
+    prune,
     reestimate_batchnorm,
 )
 
@@ -86,6 +92,8 @@ __all__ = [
     "CalibrationWarning",
     "Clipped",
     "DampenOscillations",
+    "Diagnosis",
+    "Distiller",
     "ElementWiseScaling",
     "Entropy",
     "ExportError",
@@ -119,6 +127,7 @@ __all__ = [
     "PolicyError",
     "PolicyWarning",
     "PrecisionBoundary",
+    "Pruning",
     "QuantSpec",
     "QuantizeAfter",
     "QuantizeConfig",
@@ -127,6 +136,8 @@ __all__ = [
     "RangeWarning",
     "ReestimateBatchNorm",
     "RuntimeUnavailableError",
+    "SearchedPolicy",
+    "Sensitivity",
     "SpecError",
     "StochasticRounding",
     "Target",
@@ -140,17 +151,22 @@ __all__ = [
     "adapt",
     "algorithms",
     "calibrate",
+    "cluster",
+    "diagnose",
     "finetune",
     "finetune_callbacks",
     "freeze",
     "integer_model",
     "load_model",
     "plan",
+    "prune",
     "quantize_annotate_layer",
     "quantize_apply",
     "quantize_model",
     "reestimate_batchnorm",
     "register_layer",
+    "search",
+    "sensitivity",
     "strip",
     "supported_layers",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -12,14 +13,11 @@ from kqat.devices import target_named
 from kqat.graph import (
     Graph,
     check_apart,
-    fits,
     hands_on_mask,
-    has_open_sizes,
     non_finite_variable,
     trace,
     with_input_shapes,
 )
-from kqat.graph import input_shapes as declared_shapes
 from kqat.grids import CalibrationMethod
 from kqat.planning import Plan, make_plan, misfits, with_replacements
 from kqat.tfmot import translate_policy
@@ -27,8 +25,10 @@ from kqat.training import (
     DEFAULT_METHOD,
     calibrate_for,
     check_method,
+    check_preserved,
     is_quantized,
-    shapes_of,
+    of_fixed_shape,
+    preserved_kinds,
     with_unlike_members_apart,
     wrap,
 )
@@ -137,6 +137,7 @@ def quantize_model(
     *,
     calibration_data: Any = None,
     calibration: str | CalibrationMethod | None = None,
+    preserve: str | Sequence[str] | None = None,
     input_shapes: Any = None,
 ) -> keras.Model:
     """A QAT copy of `model`: compile it, `fit` it, `tflite_export.convert` it.
@@ -153,6 +154,10 @@ def quantize_model(
             start from the first training batches.
         calibration: how ranges are found from these data, as `method` of `kqat.calibrate`. The
             reasons for the default are in `benchmarks/calibration.md`.
+        preserve: what training keeps of pruned or clustered weights (`kqat.prune`,
+            `kqat.cluster`): `"sparsity"`: weights that are zero stay zero; `"clusters"`: a weight
+            of k distinct values, 255 at most, has at most k distinct integers in the file; or both.
+            Clustered weights are rounded with one step for the whole tensor, and learn as a mean.
         input_shapes: the sizes of the file where the model leaves them open, as
             `keras.Input((None, None, 3))` does: one shape without the batch, or a list or a
             mapping (by input name) of such shapes. By default, open sizes are those of the
@@ -162,7 +167,8 @@ def quantize_model(
         ModelError: if `model` is not such a model, is quantized already, or has weights that are
             NaN or infinite.
         UnsupportedLayerError: if a layer has no integer form; says which one and what to do.
-        PolicyError: if the policy asks for something that no integer kernel can do.
+        PolicyError: if the policy asks for something that no integer kernel can do, or a grid
+            cannot hold the zeros or clusters that `preserve` asks for.
         CalibrationError: if the data are empty, misshapen or not finite, or if `calibration` is
             given without data.
 
@@ -175,8 +181,9 @@ def quantize_model(
             f"Expected calibration_data for calibration={calibration!r}. Received: none. Give some "
             "hundred typical inputs, or leave calibration out."
         )
+    kinds = preserved_kinds(preserve)
     kind = type(model)
-    model = _of_fixed_shape(model, input_shapes, calibration_data)
+    model = of_fixed_shape(model, input_shapes, calibration_data)
     graph = _checked_graph(model)
     _check_weights(model)
     decided = _plan(graph, policy, model.name)
@@ -208,7 +215,8 @@ def quantize_model(
             f"Expected a layer to quantize. Received: '{model.name}', which computes nothing, or "
             "whose layers the policy all leaves float. Change the policy."
         )
-    qat = wrap(decided)
+    qat = wrap(decided, kinds)
+    check_preserved(qat, kinds)
     if calibration_data is not None:
         calibrate_for(qat, calibration_data, calibration or DEFAULT_METHOD, stacklevel=3)
     elif any(group.is_observed for group in decided.groups):
@@ -219,27 +227,6 @@ def quantize_model(
             stacklevel=2,
         )
     return qat
-
-
-def _of_fixed_shape(model: Any, shapes: Any, data: Any) -> Any:
-    """`model`, or the same of the given sizes; else of the data's sizes where it leaves them open.
-
-    Raises:
-        ModelError: if the given shapes do not fit the model.
-        CalibrationError: if the data are not those of the model's inputs.
-    """
-    if shapes is None and data is not None and isinstance(model, keras.Model) and model.built:
-        declared = declared_shapes(model)
-        if has_open_sizes(declared):
-            shapes = shapes_of(data, list(declared))
-            for key, shape in (shapes or {}).items():
-                if not fits(shape, declared[key]):
-                    raise CalibrationError(
-                        f"Expected calibration data of shape {('samples', *declared[key])} for "
-                        f"input '{key}' of model '{model.name}', where None is any size. Received: "
-                        f"{('samples', *shape)}."
-                    )
-    return model if shapes is None else with_input_shapes(model, shapes)
 
 
 def _plan(graph: Graph, policy: Any, name: str) -> Plan:

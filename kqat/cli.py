@@ -137,6 +137,11 @@ def quantize(model: Path, data: Path, output: Path, policy: str, rules: tuple[st
     show_default=True,
     help="Type of the weights of layers left float; float16 needs the target litert.",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["packed", "unpacked"]),
+    help="How weights of few bits are stored; by default packed where that costs no time.",
+)
 def convert(
     qat: Path,
     output: Path,
@@ -146,6 +151,7 @@ def convert(
     batch_size: int,
     compress: str | None,
     float_weights: str,
+    weights: str | None,
 ) -> None:
     """Convert QAT, the .keras file of a QAT model, to a full-integer .tflite."""
     blob = tflite_export.convert(
@@ -156,6 +162,7 @@ def convert(
         batch_size=batch_size,
         compress=compress,
         float_weights=float_weights,
+        weights=weights,
     )
     tflite_export.save(blob, output)
     click.echo(f"{output}: {len(blob):,} bytes")
@@ -206,6 +213,30 @@ def verify(
     missed = any(part.unmatched or (qat is not None and not part.sites) for part in ran)
     if wrong or missed:
         sys.exit(1)
+
+
+@main.command()
+@click.argument("model", type=_FILE)
+@click.argument("qat", type=_FILE)
+@click.option("--data", type=_FILE, required=True, help="Typical inputs, .npy or .npz.")
+@click.option("--html", type=_NEW, help="Write the diagnosis to this file as one HTML page.")
+@click.option("--json", "json_path", type=_NEW, help="Write the diagnosis to this file as JSON.")
+@click.option("--remedies/--no-remedies", default=True, help="Whether to try what could help.")
+def diagnose(
+    model: Path,
+    qat: Path,
+    data: Path,
+    html: Path | None,
+    json_path: Path | None,
+    remedies: bool,
+) -> None:
+    """Show where QAT, made of the float MODEL, loses, why, and what helps."""
+    found = kqat.diagnose(_load(model), _load(qat), _data(data), remedies=remedies)
+    if html is not None:
+        found.save_html(html)
+    if json_path is not None:
+        found.save(json_path)
+    click.echo(str(found))
 
 
 @main.command()

@@ -18,7 +18,7 @@ FOLDERS = ("kqat", "tflite_export", "recipes", "benchmarks", "docs", "tests")
 SUBPACKAGES = {
     "kqat": (
         "base", "grids", "kernels", "devices", "graph", "config", "parts", "rewrites", "registry",
-        "planning", "tfmot", "training", "freezing",
+        "planning", "tfmot", "training", "freezing", "analysis",
     ),
     "tflite_export": (
         "kernels", "flatbuffer", "runtimes", "integer_model", "lowering", "integer_pass",
@@ -27,17 +27,20 @@ SUBPACKAGES = {
 }  # fmt: skip
 # The modules of a package that stand above its sub-packages, lowest first.
 TOP = {
-    "kqat": ("api", "annotate", "old_operations", "old_files", "device_model", "__init__", "cli"),
+    "kqat": (
+        "api", "annotate", "old_operations", "old_files", "device_model", "policy_search",
+        "__init__", "cli",
+    ),
     "tflite_export": ("exporter", "__init__"),
-}
+}  # fmt: skip
 # What of kqat the exporter may see: the seam.
 SEAM = ("base", "devices", "freezing", "grids", "kernels")
 # Who may import a package of ours, by folder or file.
 IMPORTERS = {
     "kqat": FOLDERS,
     "tflite_export": (
-        "kqat/cli.py", "kqat/device_model.py", "tflite_export", "recipes", "benchmarks", "docs",
-        "tests",
+        "kqat/cli.py", "kqat/device_model.py", "kqat/policy_search.py", "tflite_export", "recipes",
+        "benchmarks", "docs", "tests",
     ),
     "recipes": ("recipes", "benchmarks", "tests"),
     "benchmarks": ("benchmarks", "tests"),

@@ -45,6 +45,7 @@ def convert(
     batch_size: int = 1,
     compress: str | None = None,
     float_weights: str = "float32",
+    weights: str | None = None,
 ) -> bytes:
     """The full-integer `.tflite` of a QAT model, as bytes.
 
@@ -71,6 +72,11 @@ def convert(
             smaller. Such a file does not run on LiteRT.
         float_weights: `"float16"` rounds the weights of layers that the plan leaves float, by
             2**-11 of their size at most, and halves their bytes; for `target="litert"`.
+        weights: how weights of four bits or fewer are stored: `"packed"`, two or four a byte,
+            wherever the target has the kernel; `"unpacked"`, one a byte. `None` packs them where
+            that costs no time: for `"litert"` those of FULLY_CONNECTED only, as its packed
+            convolutions are several times as slow as int8 ones (`benchmarks/packing.py`); for
+            other targets wherever there is a kernel.
 
     Raises:
         ModelError, FreezeError: if `qat` is no QAT model, or has seen no data.
@@ -83,6 +89,7 @@ def convert(
         raise ExportError(f"Expected a batch size of at least 1. Received: {batch_size!r}.")
     _check_compress(compress, target)
     _check_float_weights(float_weights, target)
+    whole_bytes = _whole_bytes(weights, target)
     frozen = qat if isinstance(qat, FrozenModel) else freeze(qat)
     inputs = dict(zip(frozen.input_names, frozen.model.inputs, strict=True))
     outputs = dict(zip(frozen.output_names, frozen.model.outputs, strict=True))
@@ -104,6 +111,7 @@ def convert(
         batch_size=batch_size,
         methods=COMPRESS[compress],
         halves=float_weights == "float16",
+        whole_bytes=whole_bytes,
     )
     check_limits(blob, target)
     if not COMPRESS[compress]:  # LiteRT does not know the operator that decodes.
@@ -121,6 +129,7 @@ def assemble(
     batch_size: int = 1,
     methods: Collection[str] = (),
     halves: bool = False,
+    whole_bytes: frozenset[tuple[str, int]] = frozenset(),
 ) -> bytes:
     """The file of a frozen model, by decisions that were made already.
 
@@ -132,12 +141,13 @@ def assemble(
         batch_size: samples per invocation.
         methods: the encodings of weights, of `codec.METHODS`; with any, for TFLite Micro alone.
         halves: whether float weights are stored in float16.
+        whole_bytes: as of `integer_pass.quantize`.
 
     Raises:
         ExportError, LoweringError: as `convert`.
     """
     marked = lower(frozen, batch_size, tables_computed)
-    model = quantize(marked, frozen, runtimes)
+    model = quantize(marked, frozen, runtimes, whole_bytes)
     _check_multipliers(model)
     _Interface(model, frozen).apply(list(input_types), list(output_types))
     share_constants(model)
@@ -209,6 +219,25 @@ def _check_compress(compress: str | None, target: str | None) -> None:
             f"the operator TFLM_DECODE. Received: target={target!r}. Name one, or leave compress "
             "out."
         )
+
+
+def _whole_bytes(weights: str | None, target: str | None) -> frozenset[tuple[str, int]]:
+    """The operators, by width of activations, whose weights of few bits are stored as int8."""
+    if weights not in (None, "packed", "unpacked"):
+        raise ExportError(
+            f"Expected weights to be 'packed', 'unpacked' or None. Received: {weights!r}."
+        )
+    device = TARGETS.get(target or "")
+    if weights == "packed" and device is not None and not device.packs_weights:
+        packing = sorted(name for name, one in TARGETS.items() if one.packs_weights)
+        raise TargetError(
+            f"Expected a target of {packing} with weights='packed': others have no kernel for "
+            f"packed weights. Received: target={target!r}. Leave weights out."
+        )
+    if weights == "unpacked":
+        return frozenset((op, bits) for op in OP_TABLE for bits in (8, 16))
+    slow = frozenset() if device is None or weights == "packed" else device.slow_packed
+    return frozenset((op, 8) for op in slow)
 
 
 def _check_float_weights(float_weights: str, target: str | None) -> None:

@@ -5,10 +5,15 @@ A policy is a default config and a list of rules. The first rule that matches a 
 
 import dataclasses
 import fnmatch
+import json
+import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from kqat.base import PolicyError, SpecError, TextEnum
+import keras
+
+from kqat.base import PolicyError, SpecError, TextEnum, write_file
 from kqat.grids import (
     INT8_ACTIVATION,
     INT8_WEIGHTS,
@@ -243,6 +248,9 @@ PRESETS: dict[str, QuantizeConfig] = {
     "binary": QuantizeConfig(weights=_weights(1), weight_step=Binary()),
 }
 
+# In a saved policy the name of a layer class begins with this.
+_LAYER_CLASS = "keras.layers."
+
 RuleKey = str | type
 ConfigLike = Any  # None, a preset's name, a QuantizeConfig, or a config that `kqat.tfmot` converts
 
@@ -278,6 +286,59 @@ class QuantizePolicy:
         if isinstance(policy, Mapping):
             return cls(rules=tuple(policy.items()))
         return cls(default=policy)
+
+    def to_json(self) -> str:
+        """The policy as JSON text.
+
+        Raises:
+            PolicyError: if a rule names a layer class that is not Keras's own, or holds a tfmot
+                config: neither can be told by name.
+        """
+        rules = [
+            {"key": _key_to_text(key), "config": _config_to_dict(key, value)}
+            for key, value in self.rules
+        ]
+        table = {"default": _config_to_dict("default", self.default), "rules": rules}
+        return json.dumps({"kqat_policy": 1, **table}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "QuantizePolicy":
+        """The inverse of `to_json`.
+
+        Raises:
+            PolicyError: if `text` is no such policy.
+        """
+        try:
+            table = json.loads(text)
+            known = table["kqat_policy"] == 1
+        except (ValueError, KeyError, TypeError) as error:
+            raise PolicyError(
+                f"Expected the JSON of a kqat.QuantizePolicy. Received: {text[:60]!r}."
+            ) from error
+        if not known:
+            raise PolicyError(
+                f"Expected a policy of format 1. Received: {table['kqat_policy']!r}. Use the "
+                "release of kqat that wrote it."
+            )
+        rules = tuple((_key_from_text(r["key"]), _config_from(r["config"])) for r in table["rules"])
+        return QuantizePolicy(default=_config_from(table["default"]), rules=rules)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the JSON to `path`, whole or not at all; `load` reads it.
+
+        Raises:
+            PolicyError: as `to_json`.
+        """
+        write_file(path, self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "QuantizePolicy":
+        """The policy that `save` wrote.
+
+        Raises:
+            PolicyError: if the file holds none.
+        """
+        return cls.from_json(Path(path).read_text())
 
     def match(self, name: str, layer: Any) -> int | None:
         """Index of the first rule that matches the layer, or `None` if none does."""
@@ -315,6 +376,42 @@ def is_foreign_config(value: Any) -> bool:
     """Whether `value` has the methods of tfmot's `QuantizeConfig`, which `kqat.tfmot` reads."""
     methods = ("get_weights_and_quantizers", "get_output_quantizers")
     return all(callable(getattr(value, method, None)) for method in methods)
+
+
+def _key_to_text(key: RuleKey) -> str:
+    if isinstance(key, str):
+        return key
+    if getattr(keras.layers, key.__name__, None) is not key:
+        raise PolicyError(
+            f"Expected name patterns or Keras's own layer classes in a policy to be saved. "
+            f"Received: {key!r}. Name its layers by a pattern."
+        )
+    return f"{_LAYER_CLASS}{key.__name__}"
+
+
+def _key_from_text(text: str) -> RuleKey:
+    if not text.startswith(_LAYER_CLASS):
+        return text
+    name = text.removeprefix(_LAYER_CLASS)
+    cls = getattr(keras.layers, name, None)
+    if not isinstance(cls, type):
+        raise PolicyError(f"Expected a class of keras.layers. Received: {name!r}.")
+    return cls
+
+
+def _config_to_dict(key: object, value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, QuantizeConfig):
+        raise PolicyError(
+            f"Expected configs of kqat in a policy to be saved. Received: {type(value).__name__} "
+            f"for {key!r}. Give it a kqat.QuantizeConfig."
+        )
+    return value.to_dict()
+
+
+def _config_from(value: dict[str, Any] | None) -> QuantizeConfig | None:
+    return None if value is None else QuantizeConfig.from_dict(value)
 
 
 def _key(key: Any) -> RuleKey:

@@ -31,6 +31,7 @@ from kqat.devices.targets import (
     Target,
     TargetWarning,
     misfit,
+    stored_bits,
     target_named,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "ops_at",
     "runtimes_with",
     "shape_limit",
+    "stored_bits",
     "target_named",
     "too_many_axes",
     "version_limit",

@@ -15,6 +15,7 @@ from kqat.devices.kernels import (
     PACKED,
     PACKED_BITS,
     PACKS_AS,
+    RUNTIMES,
     TABLE_OPS,
     WIDE_TABLE_OPS,
     runtimes_with,
@@ -72,6 +73,9 @@ class Target:
         accelerated_int16: those that it also runs with activations of 16 bits.
         packs_weights: whether weights of fewer than eight bits may be packed.
         notes_only: whether an operator that is not accelerated is a note only, and no warning.
+        slow_packed: the operators whose kernel for packed weights was measured to be slower than
+            that for int8 weights (`benchmarks/packing.py`), on activations of 8 bits. Their weights
+            ship as int8 where nobody asks for packed ones.
     """
 
     name: str
@@ -82,6 +86,7 @@ class Target:
     accelerated_int16: frozenset[str] = frozenset()
     packs_weights: bool = True
     notes_only: bool = False
+    slow_packed: frozenset[str] = frozenset()
 
     def accelerates(self, op: str, bits: int = 8) -> bool:
         """Whether the accelerator runs the operator for activations of `bits` bits."""
@@ -137,6 +142,8 @@ TARGETS: dict[str, Target] = {
             name="litert",
             description="phones and single-board computers, LiteRT with XNNPACK",
             runtime="litert",
+            # XNNPACK runs only FULLY_CONNECTED packed; the others fall back to reference kernels.
+            slow_packed=frozenset({"CONV_2D", "DEPTHWISE_CONV_2D"}),
         ),
         Target(
             name="tflite_micro",
@@ -178,6 +185,40 @@ TARGETS: dict[str, Target] = {
         ),
     )
 }
+
+
+def stored_bits(
+    ops: Collection[str],
+    bits: int,
+    per_tensor: bool,
+    activation_bits: int = 8,
+    target: Target | None = None,
+) -> int:
+    """The bits that each weight takes in the file where nobody says how it is packed.
+
+    Args:
+        ops: the operators that the layer may become.
+        bits: width of the weights' grid.
+        per_tensor: whether they have a single scale.
+        activation_bits: width of the activations.
+        target: the device; without one, every target's runtime must have the kernel.
+    """
+    if target is not None and not target.packs_weights:
+        return 8
+    runtimes = RUNTIMES if target is None else frozenset({target.runtime})
+    slow = frozenset() if target is None or activation_bits == 16 else target.slow_packed
+    for width, table in sorted(PACKED.items()):
+        for op in ops if bits <= width else ():
+            if op not in PACKED[PACKED_BITS] or op in slow:
+                continue
+            if activation_bits == 16:
+                takes = width == PACKED_BITS and op in INT16 and runtimes <= INT16[op].packed
+            else:
+                kinds = (kind for kind in (op, PACKS_AS.get(op, op)) if kind in table)
+                takes = any(runtimes <= table[kind][per_tensor] for kind in kinds)
+            if takes:
+                return width
+    return 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,7 @@ def _frozen(wrapper: QuantizeWrapper, name: str, branch: int) -> FrozenWeight:
             _check_fits(folded * spec.qmax, wrapper.layer.name)
             scale = folded.astype(np.float32)
     integers = np.where(scale < np.finfo(np.float32).tiny, 0.0, integers)
+    _check_clusters(wrapper, name, integers)
     shared = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
     empty = ~np.any(integers, axis=shared, keepdims=True)
     return FrozenWeight(
@@ -77,6 +78,19 @@ def _frozen(wrapper: QuantizeWrapper, name: str, branch: int) -> FrozenWeight:
         bits=spec.bits,
         per_channel=spec.axis is not None,
     )
+
+
+def _check_clusters(wrapper: QuantizeWrapper, name: str, integers: np.ndarray) -> None:
+    """A gamma that changed its sign in training turns its channel's integers over."""
+    kept = wrapper.preserve.get(name)
+    found = np.unique(integers).size
+    if kept and kept.clusters and found > kept.clusters:
+        raise FreezeError(
+            f"Expected at most {kept.clusters} distinct integers in '{name}' of "
+            f"'{wrapper.layer.name}', whose clusters are preserved. Received: {found}, as a gamma "
+            "of its BatchNormalization changed its sign or became zero. Train with "
+            "kqat.FreezeBatchNorm, or gamma_constraint=keras.constraints.NonNeg()."
+        )
 
 
 def _check_fits(numbers: np.ndarray, layer_name: str) -> None:

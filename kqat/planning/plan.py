@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kqat.base import TextEnum, write_file
-from kqat.devices import Misfit
+from kqat.devices import TARGETS, Misfit
 from kqat.grids import (
     Clamp,
     Fixed,
@@ -206,9 +206,16 @@ class Plan:
             f"shared {numbers[group.name]}: one scale for {', '.join(group.sources)}"
             for group in shared
         ]
-        if any(spec.bits <= 4 for layer in self.layers for spec in layer.weights.values()):
+        few = [x for x in self.layers if any(spec.bits <= 4 for spec in x.weights.values())]
+        if few:
             notes.append(
                 "int4: packed two a byte where the target has the kernel, else stored as int8"
+            )
+        slow = {op for target in TARGETS.values() for op in target.slow_packed}
+        if self.target is None and any(slow.intersection(layer.ops) for layer in few):
+            notes.append(
+                "LiteRT takes 3.5 to 5 times as long for packed convolutions: target 'litert' "
+                "stores them as int8, and convert(weights='packed' or 'unpacked') decides otherwise"
             )
         notes += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
         if self.target is not None and not self.misfits:

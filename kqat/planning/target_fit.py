@@ -146,6 +146,16 @@ def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
         if spec.bits > PACKED_BITS or not packable:
             continue
         if target.packs(packable[0], spec.axis is None, part.bits):
+            if packable[0] in target.slow_packed and part.bits == 8:
+                yield Misfit(
+                    layer=part.origin,
+                    operators=(packable[0],),
+                    blocking=False,
+                    reason=f"stores its {spec.bits}-bit weights as int8",
+                    replacement=None,
+                    remedy="the target's kernel for packed ones is several times as slow; "
+                    "convert(weights='packed') takes half the bytes for that time",
+                )
             continue
         yield Misfit(
             layer=part.origin,

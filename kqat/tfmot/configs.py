@@ -181,9 +181,8 @@ def _kind(quantizer: Any, what: str) -> str:
         if _PRESERVING in cls.__module__:
             raise PolicyError(
                 f"Expected a quantizer that only rounds for {what}. Received: {cls.__name__}, "
-                "which also keeps the zeros or clusters of its weights in training. kqat has no "
-                "such quantizer. Use LastValueQuantizer, and keep zeros or clusters by a "
-                "kernel_constraint of the layer or by a callback after each batch."
+                "which also keeps the zeros or clusters of its weights in training. Use "
+                "LastValueQuantizer, and kqat.quantize_model(…, preserve='sparsity') or 'clusters'."
             )
         if cls.__module__.split(".")[0] == PACKAGE:
             if cls.__name__ in RANGES or cls.__name__ == NONE:

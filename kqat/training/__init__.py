@@ -4,18 +4,27 @@ algorithms.
 
 from kqat.training import algorithms, batchnorm
 from kqat.training.activation_quantizer import ActivationQuantizer
-from kqat.training.build import is_quantized, wrap
+from kqat.training.build import check_preserved, is_quantized, wrap
 from kqat.training.calibration import (
     DEFAULT_METHOD,
     CalibrationWarning,
+    as_tensors,
+    batches,
     calibrate,
     calibrate_for,
     check_method,
-    shapes_of,
+    of_fixed_shape,
+    some_samples,
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
+from kqat.training.clustering import cluster
+from kqat.training.distiller import Distiller
 from kqat.training.finetuning import WarmUpCosine, finetune, finetune_callbacks
+from kqat.training.method_choice import judged_values
+from kqat.training.preservation import preserved_kinds
+from kqat.training.pruning import Pruning, prune
 from kqat.training.quantized_recurrence import QuantizedRecurrence
+from kqat.training.range_checks import ValueNames
 from kqat.training.range_drift import warn_of_drift
 from kqat.training.schedules.batchnorm_estimation import ReestimateBatchNorm, reestimate_batchnorm
 from kqat.training.schedules.delay import QuantizeAfter
@@ -23,6 +32,7 @@ from kqat.training.schedules.falling_bits import FallingBits
 from kqat.training.schedules.oscillations import DampenOscillations, FreezeOscillations
 from kqat.training.schedules.stochastic_rounding import StochasticRounding
 from kqat.training.unlike_joins import with_unlike_members_apart
+from kqat.training.unrounded import call_unrounded, call_with, rounded_as
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 __all__ = [
@@ -30,26 +40,40 @@ __all__ = [
     "ActivationQuantizer",
     "CalibrationWarning",
     "DampenOscillations",
+    "Distiller",
     "FallingBits",
     "FreezeBatchNorm",
     "FreezeObservers",
     "FreezeOscillations",
+    "Pruning",
     "QuantizeAfter",
     "QuantizeWrapper",
     "QuantizedRecurrence",
     "ReestimateBatchNorm",
     "StochasticRounding",
+    "ValueNames",
     "WarmUpCosine",
     "algorithms",
+    "as_tensors",
+    "batches",
     "batchnorm",
     "calibrate",
     "calibrate_for",
+    "call_unrounded",
+    "call_with",
     "check_method",
+    "check_preserved",
+    "cluster",
     "finetune",
     "finetune_callbacks",
     "is_quantized",
+    "judged_values",
+    "of_fixed_shape",
+    "preserved_kinds",
+    "prune",
     "reestimate_batchnorm",
-    "shapes_of",
+    "rounded_as",
+    "some_samples",
     "warn_of_drift",
     "with_unlike_members_apart",
     "wrap",

@@ -1,16 +1,18 @@
 """Plan to QAT model: an ordinary Keras model whose layers quantize."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 
+from kqat.base import PolicyError
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
 from kqat.parts import PrecisionBoundary, Recurrence
 from kqat.planning import Group, LayerPlan, Plan, Role, Rounding
 from kqat.registry import LayerFacts, registered_rule
 from kqat.training.activation_quantizer import ActivationQuantizer
+from kqat.training.preservation import Preserve, preserved_in, turned_over
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.weight_wrapper import QuantizeWrapper
 
@@ -32,12 +34,38 @@ def is_quantized(model: keras.Model) -> bool:
     return any(isinstance(layer, kinds) for layer in all_layers(model))
 
 
-def wrap(plan: Plan) -> keras.Model:
+def check_preserved(qat: keras.Model, kinds: Sequence[Preserve]) -> None:
+    """Raises PolicyError where a QAT model keeps nothing of what it was asked to keep."""
+    kept = [
+        one
+        for layer in all_layers(qat)
+        if isinstance(layer, QuantizeWrapper)
+        for one in layer.preserve.values()
+    ]
+    for kind in kinds:
+        if not any(one.sparsity if kind is Preserve.SPARSITY else one.clusters for one in kept):
+            sparse = kind is Preserve.SPARSITY
+            what = "a tenth of zeros or more" if sparse else "few distinct values"
+            function = "prune" if sparse else "cluster"
+            raise PolicyError(
+                f"Expected weights of {what} for preserve='{kind}'. Received: '{qat.name}', which "
+                f"has none. Start from kqat.{function}(model), or leave preserve out."
+            )
+
+
+def wrap(plan: Plan, preserve: Sequence[Preserve] = ()) -> keras.Model:
     """The QAT model of a plan: the same inputs and outputs, by the same names.
 
     Weights are copies; ranges are empty until calibration or training fills them.
+
+    Args:
+        plan: what was decided.
+        preserve: what the layers keep of their weights in training.
+
+    Raises:
+        PolicyError: if a grid cannot hold what is kept.
     """
-    assembly = _Assembly(plan)
+    assembly = _Assembly(plan, preserve)
     return rebuild(plan.graph, assembly.call, plan.model_name, plan.output_names)
 
 
@@ -58,8 +86,9 @@ class _Assembly:
     other kind gets the other form, which is made once, when first asked for.
     """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, preserve: Sequence[Preserve] = ()):
         self.plan = plan
+        self.preserve = preserve
         self.decisions: dict[str, LayerPlan] = {layer.name: layer for layer in plan.layers}
         self.producers = plan.graph.producers()
         self.integer = {
@@ -185,7 +214,7 @@ class _Assembly:
         layer = node.layer
         if node.name in self.plan.steps:
             config = {**layer.get_config(), "name": unique_name(f"quant_{node.name}", self.names)}
-            config |= {"step": wrap(self.plan.steps[node.name]), "label": node.name}
+            config |= {"step": wrap(self.plan.steps[node.name], self.preserve), "label": node.name}
             return QuantizedRecurrence(**config)
         rule = self.plan.rules.get(node.name)
         affine = decision.role is Role.INTEGER and rule is not None and rule.affine
@@ -197,6 +226,7 @@ class _Assembly:
                 name = unique_name(f"{name}_unrounded", self.names)
             return duplicate(layer, name)
         norms = self._normalizations(layer)
+        kept = preserved_in(layer, decision.weights, self.preserve, len(norms))
         wrapper = QuantizeWrapper(
             clone(layer),
             decision.weights,
@@ -205,10 +235,13 @@ class _Assembly:
             gradient=decision.weight_gradient,
             between=[clone(part) for part in self._between(node, decision)],
             branches=[clone(norm) for norm in norms[1:]],
+            preserve=kept,
             facts=None if rule is None else LayerFacts.of(rule),
             name=unique_name(f"quant_{node.name}", self.names),
         )
         weights = [part.get_weights() for part in (layer, *norms)]
+        if len(norms) == 1:
+            weights = [*turned_over(layer, norms[0], kept)]
         return Part(wrapper, weights, wrapper.take_over)
 
     def _normalizations(self, layer: Any) -> list[Any]:

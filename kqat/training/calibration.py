@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from kqat.base import CalibrationError, ModelError
-from kqat.graph import Graph, trace
+from kqat.graph import Graph, fits, has_open_sizes, input_shapes, trace, with_input_shapes
 from kqat.grids import CalibrationMethod, calibration_method
 from kqat.training.build import all_layers, is_quantized
 from kqat.training.method_choice import KeptSamples, chosen_method
@@ -75,7 +75,7 @@ def calibrate_for(
     with QuantizeWrapper.weights_stay(wrappers):
         observer, kept = observed(graph, data)
         if method == DEFAULT_METHOD:
-            method = chosen_method(graph, observer, _tensors(kept.batch(), graph))
+            method = chosen_method(graph, observer, as_tensors(kept.batch(), graph))
     found = observer.ranges(calibration_method(method))
     for quantizer, ranges in found.items():
         quantizer.start(ranges)
@@ -104,7 +104,7 @@ def observed(graph: Graph, data: Any) -> tuple[Observer, KeptSamples]:
     """
     observer, kept = Observer(graph), KeptSamples()
     for batch, real in _whole_batches(batches(data, graph)):
-        observer.run(_tensors(batch, graph, real, observer.samples), real)
+        observer.run(as_tensors(batch, graph, real, observer.samples), real)
         kept.offer(batch, real)
     _check_some(observer.samples, graph)
     return observer, kept
@@ -153,7 +153,7 @@ def run_batches(
     samples = 0
     for batch in batches:
         if len(batch[0]):
-            graph.run(_tensors(batch, graph, before=samples), call)
+            graph.run(as_tensors(batch, graph, before=samples), call)
             samples += len(batch[0])
     _check_some(samples, graph)
 
@@ -165,6 +165,20 @@ def _check_some(samples: int, graph: Graph) -> None:
             f"{list(graph.input_keys)}. Received: none. Give some hundred typical inputs; a "
             "generator that was read before gives nothing."
         )
+
+
+def some_samples(data: Any, graph: Graph, most: int) -> list[np.ndarray]:
+    """At most `most` samples of `data`, evenly spread, as one array per input; as for `calibrate`.
+
+    Raises:
+        CalibrationError: if data are misshapen, or there are none.
+    """
+    found = [batch for batch in batches(data, graph) if len(batch[0])]
+    _check_some(len(found), graph)
+    arrays = [np.concatenate(parts) for parts in zip(*found, strict=True)]
+    count = len(arrays[0])
+    chosen = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+    return [x[chosen] for x in arrays]
 
 
 def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
@@ -191,6 +205,27 @@ def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
     whole = _checked(arrays, graph)
     for start in range(0, len(whole[0]), BATCH_SIZE):
         yield [x[start : start + BATCH_SIZE] for x in whole]
+
+
+def of_fixed_shape(model: Any, shapes: Any, data: Any) -> Any:
+    """`model`, or the same of the given sizes; else of the data's sizes where it leaves them open.
+
+    Raises:
+        ModelError: if the given shapes do not fit the model.
+        CalibrationError: if the data are not those of the model's inputs.
+    """
+    if shapes is None and data is not None and isinstance(model, keras.Model) and model.built:
+        declared = input_shapes(model)
+        if has_open_sizes(declared):
+            shapes = shapes_of(data, list(declared))
+            for key, shape in (shapes or {}).items():
+                if not fits(shape, declared[key]):
+                    raise CalibrationError(
+                        f"Expected calibration data of shape {('samples', *declared[key])} for "
+                        f"input '{key}' of model '{model.name}', where None is any size. Received: "
+                        f"{('samples', *shape)}."
+                    )
+    return model if shapes is None else with_input_shapes(model, shapes)
 
 
 def shapes_of(data: Any, keys: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
@@ -305,7 +340,7 @@ def _whole(array: np.ndarray, name: str) -> np.ndarray:
     return array
 
 
-def _tensors(
+def as_tensors(
     batch: list[np.ndarray], graph: Graph, real: int | None = None, before: int = 0
 ) -> list[Any]:
     """The batch as the model takes it; its first `real` samples are the user's, or all.

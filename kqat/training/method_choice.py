@@ -64,7 +64,7 @@ def chosen_method(graph: Graph, observer: Observer, tensors: Sequence[Any]) -> C
         observer: has seen the calibration data.
         tensors: one batch of them, one tensor per input.
     """
-    ends = set(_judged(graph))
+    ends = set(judged_values(graph))
     outputs = {ref for ref in graph.outputs if not ref.holds_indexes}
     want = _values(graph, tensors, ends | outputs, None)
     best, least = CANDIDATES[0], np.inf
@@ -95,7 +95,7 @@ def _noise(want: np.ndarray, got: np.ndarray) -> float:
     return noise / signal if signal > 0.0 else 0.0
 
 
-def _judged(graph: Graph) -> Iterator[Ref]:
+def judged_values(graph: Graph) -> Iterator[Ref]:
     """The last values before the outputs that a range of the network's own rounds."""
     producers = graph.producers()
     waiting, met = list(graph.outputs), set()

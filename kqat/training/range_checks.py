@@ -42,7 +42,7 @@ class Concern:
 
 def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
     """All that looks wrong, the worst of each kind first."""
-    names = _Names(graph)
+    names = ValueNames(graph)
     every: list[Concern] = []
     if observer.samples < FEW_SAMPLES:
         text = f"{observer.samples} samples are few: ranges may miss what others hold"
@@ -152,7 +152,7 @@ def _unlike_members(
     graph: Graph,
     quantizer: ActivationQuantizer,
     ranges: Mapping[int, SiteRange],
-    names: "_Names",
+    names: "ValueNames",
 ) -> Iterator[Concern]:
     """Members of a group with one scale that are far narrower than it."""
     if len(ranges) < 2:
@@ -176,7 +176,7 @@ def _unlike_members(
     yield Concern("unlike", meeting, lost, text)
 
 
-def _drowned(graph: Graph, found: Found, names: "_Names") -> Iterator[Concern]:
+def _drowned(graph: Graph, found: Found, names: "ValueNames") -> Iterator[Concern]:
     """Sums of which one addend is less than two steps of the result."""
     readers = graph.consumers()
     for node in graph.nodes:
@@ -216,7 +216,7 @@ def _width(ranges: Mapping[int, SiteRange], site: int | None) -> float:
     return max((r.high for r in some), default=0.0) - min((r.low for r in some), default=0.0)
 
 
-class _Names:
+class ValueNames:
     """What the user calls the values of a QAT model's graph."""
 
     def __init__(self, graph: Graph) -> None:

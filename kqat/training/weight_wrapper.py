@@ -5,6 +5,7 @@ group. Both are ordinary Keras layers, saved and loaded without a custom-object 
 """
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ from kqat.training.batchnorm import (
     normalize,
 )
 from kqat.training.controls import Controls
+from kqat.training.preservation import Preserved, cluster_means
 
 
 class _Quantizers:
@@ -83,6 +85,9 @@ class QuantizeWrapper(keras.layers.Layer):
         branches: further BatchNormalizations, of a layer that is called more than once with one of
             their own each: `call(x, branch=1)` takes the first of them. Per channel, all branches
             have the same integers.
+        preserve: name of a weight -> what is kept of it in training: its zeros, its number of
+            distinct values. Such values have one step for the whole weight, so that each is one
+            integer in the file.
         facts: what the registry knew of the layer when it was planned; they are saved, so that no
             later process has to know a row that a user registered. Those of the stock table if
             they are left out, as in the files of older releases.
@@ -99,6 +104,7 @@ class QuantizeWrapper(keras.layers.Layer):
         freeze_statistics: bool = False,
         between: Sequence[keras.layers.Layer] = (),
         branches: Sequence[keras.layers.Layer] = (),
+        preserve: Mapping[str, Preserved] | None = None,
         facts: LayerFacts | None = None,
         gradient: GradientEstimator | None = None,
         **kwargs: Any,
@@ -110,6 +116,9 @@ class QuantizeWrapper(keras.layers.Layer):
         self.normalization = normalization
         self.weight_step = weight_step
         self.steps: dict[str, keras.Variable] = {}
+        self.preserve = dict(preserve or {})
+        self.masks: dict[str, keras.Variable] = {}
+        self.assignments: dict[str, keras.Variable] = {}
         self.freeze_statistics = freeze_statistics
         self.between, self.branches = list(between), list(branches)
         self.facts = facts or stock_facts(layer) or LayerFacts(output=Output.OWN)
@@ -131,6 +140,23 @@ class QuantizeWrapper(keras.layers.Layer):
                 part.build(self.layer.compute_output_shape(input_shape))
         if isinstance(self.weight_step, LearnedMethod):
             self.steps = {name: self._new_step(name) for name in self.weight_specs}
+        for name, kept in self.preserve.items():
+            shape = self._variable(name).shape
+            if kept.sparsity:
+                self.masks[name] = self._kept_state(f"{name}_mask", shape, "int8")
+            if kept.clusters:
+                self.assignments[name] = self._kept_state(f"{name}_clusters", shape, "int32")
+
+    def _kept_state(self, name: str, shape: Any, dtype: str) -> keras.Variable:
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer="zeros",
+            dtype=dtype,
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",
+        )
 
     @property
     def normalizations(self) -> list[keras.layers.Layer]:
@@ -138,7 +164,7 @@ class QuantizeWrapper(keras.layers.Layer):
         return [] if self.normalization is None else [self.normalization, *self.branches]
 
     def _new_step(self, name: str) -> keras.Variable:
-        variable, spec = self._variable(name), self.weight_specs[name]
+        variable, spec = self._variable(name), self._step_spec(name)
         shared = arithmetic.shared_axes(variable, spec)
         shape = tuple(1 if a in shared else n for a, n in enumerate(variable.shape))
         assert isinstance(self.weight_step, LearnedMethod)
@@ -151,14 +177,27 @@ class QuantizeWrapper(keras.layers.Layer):
         finalize(self.layer)
         for norm, values in zip(self.normalizations, normalizations, strict=True):
             norm.set_weights(values)
+        for name in self.preserve:
+            value = np.asarray(self._variable(name))
+            if name in self.masks:
+                self.masks[name].assign((value != 0.0).astype(np.int8))
+            if name in self.assignments:
+                index = np.unique(value, return_inverse=True)[1].reshape(value.shape)
+                self.assignments[name].assign(index.astype(np.int32))
         self.start_steps()
+
+    def _step_spec(self, name: str) -> QuantSpec:
+        """The grid of weight `name` as its step is found: clusters have one step for all."""
+        spec = self.weight_specs[name]
+        kept = self.preserve.get(name)
+        return dataclasses.replace(spec, axis=None) if kept and kept.clusters else spec
 
     def start_steps(self) -> None:
         """Puts learned steps where they start for the weights as they are."""
         method = self.weight_step
         if isinstance(method, LearnedMethod):
             for name, step in self.steps.items():
-                step.assign(method.initial(self._folded(name), self.weight_specs[name]))
+                step.assign(method.initial(self._folded(name), self._step_spec(name)))
 
     def set_weights(self, weights: Any) -> None:
         """As every layer's; a Normalization inside computes with them at once."""
@@ -456,10 +495,20 @@ class QuantizeWrapper(keras.layers.Layer):
         return kept[name, branch]
 
     def _numbers_now(self, name: str, branch: int, training: bool) -> tuple[Any, Any]:
-        folded, spec = self._folded(name, branch), self.weight_specs[name]
+        folded, spec = self._folded(name, branch), self._step_spec(name)
         step = self._step(name, folded)
-        on_grid = self._trained if training else self._rounded_by
-        return on_grid(folded, step, spec), ops.stop_gradient(self._grid_scale(step, spec))
+        on_grid = (self._trained if training else self._rounded_by)(folded, step, spec)
+        scale = ops.stop_gradient(self._grid_scale(step, spec))
+        kept = self.preserve.get(name)
+        if kept and kept.clusters:
+            # Clusters have one step; the file has one scale for each channel.
+            scale = ops.broadcast_to(scale, self._scale_shape(name))
+        return on_grid, scale
+
+    def _scale_shape(self, name: str) -> tuple[int, ...]:
+        variable = self._variable(name)
+        shared = arithmetic.shared_axes(variable, self.weight_specs[name])
+        return tuple(1 if a in shared else n for a, n in enumerate(variable.shape))
 
     def _trained(self, folded: Any, step: Any, spec: QuantSpec) -> Any:
         """What stands for the rounded weight in training."""
@@ -485,8 +534,8 @@ class QuantizeWrapper(keras.layers.Layer):
     def oscillation_penalty(self, branch: int = 0) -> Any:
         """What `kqat.DampenOscillations` adds to the loss for these weights, a scalar."""
         weight, total = self.controls.dampening, 0.0
-        for name, spec in self.weight_specs.items():
-            folded = self._folded(name, branch)
+        for name in self.weight_specs:
+            folded, spec = self._folded(name, branch), self._step_spec(name)
             step = ops.stop_gradient(self._step(name, folded))
             rounded = ops.stop_gradient(self._rounded_by(folded, step, spec))
             most = self._grid_scale(step, spec) * float(spec.qmax)
@@ -495,7 +544,7 @@ class QuantizeWrapper(keras.layers.Layer):
         return total if weight is None else weight.value * total
 
     def _step(self, name: str, folded: Any) -> Any:
-        spec, method = self.weight_specs[name], self.weight_step
+        spec, method = self._step_spec(name), self.weight_step
         if isinstance(method, LearnedMethod):
             return method.scale(self.steps[name].value, spec)
         return ops.stop_gradient(method.step(folded, spec))
@@ -522,6 +571,11 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def _folded(self, name: str, branch: int = 0) -> Any:
         value = ops.cast(self._variable(name).value, "float32")
+        if name in self.assignments:
+            clusters = self.preserve[name].clusters
+            value = cluster_means(value, self.assignments[name].value, clusters)
+        if name in self.masks:
+            value = value * ops.cast(self.masks[name].value, "float32")
         fold = self._fold_before(name, branch)
         return value if fold is None else value * fold
 
@@ -573,6 +627,7 @@ class QuantizeWrapper(keras.layers.Layer):
             "freeze_statistics": self.freeze_statistics,
             "between": [serialize(part) for part in self.between],
             "branches": [serialize(part) for part in self.branches],
+            "preserve": {name: dataclasses.asdict(kept) for name, kept in self.preserve.items()},
             "facts": self.facts.to_dict(),
             "gradient": gradient_to_dict(self.gradient),
         }
@@ -587,10 +642,12 @@ class QuantizeWrapper(keras.layers.Layer):
         method = step_method_from_dict(config.pop("weight_step"))
         norm = None if norm is None else restore(norm)
         gradient = gradient_from_dict(config.pop("gradient", None))
+        kept = {name: Preserved(**one) for name, one in config.pop("preserve", {}).items()}
         facts = config.pop("facts", None)
         facts = None if facts is None else LayerFacts.from_dict(facts)
         more: Any = {
             key: [restore(p) for p in config.pop(key, ())] for key in ("between", "branches")
         }
         more |= {"weight_step": method, "facts": facts, "gradient": gradient}
+        more["preserve"] = kept
         return cls(layer, weights, norm, **more, **config)

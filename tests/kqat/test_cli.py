@@ -87,6 +87,16 @@ def test_a_file_is_verified(folder: Path, blob: Path) -> None:
     assert (folder / "r.html").read_text().startswith("<!doctype html>")
 
 
+def test_a_gap_is_diagnosed(folder: Path, blob: Path) -> None:
+    said = run(
+        "diagnose", folder / "float.keras", folder / "qat.keras", "--data", folder / "x.npy",
+        "--no-remedies", "--html", folder / "d.html", "--json", folder / "d.json",
+    )  # fmt: skip
+    assert "SQNR of the outputs" in said.stdout
+    assert json.loads((folder / "d.json").read_text())["remedies"] == []
+    assert (folder / "d.html").read_text().startswith("<!doctype html>")
+
+
 def test_weights_are_encoded_for_tflite_micro(folder: Path, blob: Path) -> None:
     file, target = folder / "encoded.tflite", ("--target", "tflite_micro")
     encode = ("convert", folder / "qat.keras", "-o", file, "--compress", "smallest")

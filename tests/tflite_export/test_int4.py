@@ -13,6 +13,7 @@ from keras import layers
 
 import kqat
 import tflite_export
+from kqat.devices import stored_bits
 from kqat.devices.kernels import RUNTIMES
 from tflite_export import flatbuffer
 from tflite_export.kernels.op_table import OP_TABLE
@@ -98,7 +99,42 @@ def test_packed_where_all_kernels_take_it(operator: str, config: Any) -> None:
     rule = OP_TABLE[operator]
     everywhere = rule.packs(4, config != "w4a8", RUNTIMES)
     assert _weights(blob) == [INT4 if everywhere else INT8]
-    assert _weights(tflite_export.convert(qat, target="litert")) == [INT4]
+    packed = tflite_export.convert(qat, target="litert", weights="packed")
+    assert _weights(packed) == [INT4]
+    # Only FULLY_CONNECTED is as fast packed.
+    fast = INT4 if operator == "FULLY_CONNECTED" else INT8
+    assert _weights(tflite_export.convert(qat, target="litert")) == [fast]
+    assert _weights(tflite_export.convert(qat, weights="unpacked")) == [INT8]
     report = tflite_export.verify(qat, blob, x, runtimes=tflite_export.RUNTIMES)
     # One step: kernels round twice where float arithmetic rounds once.
     assert [(part.problem, part.max_steps <= 1) for part in report.runtimes] == [(None, True)] * 4
+
+
+def test_how_weights_are_stored_is_asked_for_by_name() -> None:
+    x = np.random.default_rng(0).normal(size=(16, 40)).astype(np.float32)
+    model = keras.Sequential([keras.Input((40,)), layers.Dense(60)])
+    frozen = kqat.freeze(kqat.quantize_model(model, "w4a8", calibration_data=x))
+    with pytest.raises(kqat.ExportError, match=r"'unpacked' or None\. Received: 'int4'"):
+        tflite_export.convert(frozen, weights="int4")
+    with pytest.raises(kqat.TargetError, match=r"\['cmsis_nn', 'litert', 'tflite_micro'\] with"):
+        tflite_export.convert(frozen, target="ethos_u55", weights="packed")
+    # Nothing is computed by a convolution for the sake of packing, either.
+    counts = tflite_export.inspect(tflite_export.convert(frozen, weights="unpacked")).counts()
+    assert counts == {"FULLY_CONNECTED": 1}
+
+
+def test_the_bits_that_are_stored_are_foretold() -> None:
+    table = [
+        (["CONV_2D"], 4, False, 8, "litert", 8),
+        (["CONV_2D"], 3, False, 8, "cmsis_nn", 4),
+        (["CONV_2D"], 2, False, 8, None, 4),
+        (["CONV_2D"], 4, False, 16, "litert", 4),
+        (["FULLY_CONNECTED"], 2, False, 8, "litert", 2),
+        (["FULLY_CONNECTED"], 2, False, 8, "tflite_micro", 4),
+        (["FULLY_CONNECTED"], 4, False, 8, "ethos_u55", 8),
+        (["FULLY_CONNECTED"], 5, False, 8, "litert", 8),
+        (["TRANSPOSE_CONV"], 4, False, 8, "litert", 8),
+    ]
+    for ops, bits, single, width, target, want in table:
+        device = None if target is None else kqat.TARGETS[target]
+        assert stored_bits(ops, bits, single, width, device) == want, (ops, bits, width, target)

@@ -10,8 +10,7 @@ from keras import layers
 import kqat
 import tflite_export
 from kqat.config.layer_config import PRESETS
-from tflite_export import flatbuffer
-from tflite_export.kernels.weight_layout import PACKED_TYPES, unpack
+from tests.tflite_export.file_weights import file_integers
 
 LOW = [name for name, config in PRESETS.items() if next(config.weight_items())[1].bits < 8]
 RNG = np.random.default_rng(0)
@@ -40,23 +39,6 @@ def trained(model: keras.Model, policy: Any) -> tuple[keras.Model, np.ndarray]:
     qat.compile(keras.optimizers.SGD(0.02), "mse")
     qat.fit(x, RNG.normal(size=(32, 4)), verbose=0)
     return qat, x
-
-
-def file_integers(blob: bytes) -> list[np.ndarray]:
-    """The weights of each operator that has some, flat."""
-    model = flatbuffer.read(blob)
-    graph = model.subgraphs[0]
-    kinds = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
-    found = []
-    for operator in graph.operators:
-        if flatbuffer.op_name(model, operator) not in kinds:
-            continue
-        tensor = graph.tensors[int(operator.inputs[1])]
-        data = np.asarray(model.buffers[tensor.buffer].data, np.uint8)
-        bits = {kind: bits for bits, kind in PACKED_TYPES.items()}.get(tensor.type)
-        shape = flatbuffer.tensor_shape(tensor)
-        found.append((unpack(data, bits, shape) if bits else data.astype(np.int8)).reshape(-1))
-    return found
 
 
 CASES = [

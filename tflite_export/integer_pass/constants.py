@@ -47,6 +47,8 @@ def pack_weights(draft: Draft) -> None:
         if weights.bits > PACKED_BITS:
             continue
         name, rule = draft.op_name(operator), draft.rule(operator)
+        if (name, draft.bits(operator)) in draft.whole_bytes:
+            continue
         single = weights.scale.size == 1
         bits = _packed_bits(draft, operator, weights)
         if bits is not None:

@@ -56,6 +56,7 @@ class Draft:
         model: the flatbuffer's tree.
         frozen: the model that it was lowered from.
         runtimes: those that must run the file.
+        whole_bytes: the operators, by width of their activations, whose weights are not packed.
         labels: which tensors are sites and which are floats, and where placeholders stand.
         integer_operators: those that compute on integers and are no placeholders.
         weights: the weights that `quantize_constants` wrote, each with its reader.
@@ -65,6 +66,7 @@ class Draft:
     model: ModelT
     frozen: FrozenModel
     runtimes: frozenset[str]
+    whole_bytes: frozenset[tuple[str, int]] = frozenset()
     labels: Labels = dataclasses.field(default_factory=Labels)
     integer_operators: list[OperatorT] = dataclasses.field(default_factory=list)
     weights: list[tuple[OperatorT, Weights]] = dataclasses.field(default_factory=list)

@@ -123,7 +123,12 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = RUNTIMES) -> ModelT:
+def quantize(
+    marked: ModelT,
+    frozen: FrozenModel,
+    runtimes: frozenset[str] = RUNTIMES,
+    whole_bytes: frozenset[tuple[str, int]] = frozenset(),
+) -> ModelT:
     """The integer model of a marked float one, which is consumed.
 
     Tensors bear the names of their sites.
@@ -133,12 +138,14 @@ def quantize(marked: ModelT, frozen: FrozenModel, runtimes: frozenset[str] = RUN
         frozen: what it was lowered from.
         runtimes: those that must run it. Weights of four bits or fewer are packed two a byte
             where all of them have the kernel, and stored as int8 where one does not.
+        whole_bytes: pairs of an operator and a width of activations whose weights are stored as
+            int8 in any case.
 
     Raises:
         LoweringError: if an operator is not in `OP_TABLE`, a tensor that an integer operator
             reads or writes was not marked, or weights are not those of the frozen model.
     """
-    draft = Draft(marked, frozen, runtimes)
+    draft = Draft(marked, frozen, runtimes, whole_bytes)
     for step in PASSES:
         step.run(draft)
     return draft.model

@@ -46,12 +46,12 @@ def _factors(pair: Pair, statistics: Statistics) -> np.ndarray:
         return power / np.sqrt(power.max() * power.min())
 
     def error(exponent: float) -> float:
-        return sum(_error(c, scale(exponent), statistics.products) for c in pair.consumers)
+        return sum(rounding_error(c, scale(exponent), statistics.products) for c in pair.consumers)
 
     return scale(min(EXPONENTS, key=error))
 
 
-def _error(consumer: QuantizeWrapper, scale: np.ndarray, products: np.ndarray) -> float:
+def rounding_error(consumer: QuantizeWrapper, scale: np.ndarray, products: np.ndarray) -> float:
     """Squared error of the outputs, from the mean products of the input's channels.
 
     For a convolution, products of channels at different positions are left out.

@@ -125,6 +125,7 @@ def rescaled(
     data: Any,
     factors: Callable[[Pair, Statistics], np.ndarray],
     eligible: Callable[[Pair], bool] = lambda pair: True,
+    then: Callable[[Pair], None] = lambda pair: None,
 ) -> keras.Model:
     """A copy of a QAT model with its pairs scaled and all ranges calibrated again.
 
@@ -133,6 +134,7 @@ def rescaled(
         data: as for `kqat.calibrate`.
         factors: (pair, statistics of the value between) -> one factor per channel.
         eligible: which pairs to scale.
+        then: called with each of them after all were scaled, before calibration.
 
     Raises:
         ModelError: if `qat` is not a QAT model, or has no eligible pair.
@@ -159,6 +161,8 @@ def rescaled(
     for pair in chosen:
         factor = factors(pair, statistics[pair.value])
         pair.scale(np.clip(factor, 1.0 / LARGEST_FACTOR, LARGEST_FACTOR).astype(np.float32))
+    for pair in chosen:
+        then(pair)
     for layer in all_layers(copy):
         if isinstance(layer, ActivationQuantizer):
             layer.reset()
@@ -201,7 +205,7 @@ def _follow(ref: Ref, readers: dict[Ref, list[Node]], outputs: set[Ref]) -> tupl
 
 def _divides(layer: Any) -> bool:
     """Whether the output channels of `layer` can be scaled by its own variables."""
-    if not isinstance(layer, QuantizeWrapper):
+    if not isinstance(layer, QuantizeWrapper) or _is_clustered(layer):
         return False
     norm = layer.normalization
     if norm is not None:
@@ -211,8 +215,15 @@ def _divides(layer: Any) -> bool:
     return type(layer.layer) in INPUT_AXES
 
 
+def _is_clustered(wrapper: QuantizeWrapper) -> bool:
+    """Whether channels may not be scaled, as their values are few."""
+    return any(kept.clusters for kept in wrapper.preserve.values())
+
+
 def _multiplies(layer: Any) -> bool:
     if not isinstance(layer, QuantizeWrapper) or type(layer.layer) not in INPUT_AXES:
+        return False
+    if _is_clustered(layer):
         return False
     return getattr(layer.layer, "groups", 1) == 1
 

@@ -73,6 +73,22 @@ def test_smooth_quant_makes_outliers_round_better(block: tuple[keras.Model, np.n
     assert noise(algorithms.smooth_quant(qat, data), model, data) < noise(qat, model, data) / 2
 
 
+@pytest.mark.slow
+def test_the_exponent_of_smooth_quant_is_searched(block: tuple[keras.Model, np.ndarray]) -> None:
+    model, data = block
+    tried = {}
+    for policy in ("int8", "w4a8"):
+        qat = kqat.quantize_model(model, {"wide": policy}, calibration_data=data)
+        for alpha in ("search", 0.0, 1.0):
+            smoothed = algorithms.smooth_quant(qat, data, alpha=alpha)  # type: ignore[arg-type]
+            tried[policy, alpha] = noise(smoothed, model, data)
+    # With 8 bits the weights can take all of it, with 4 bits less.
+    assert tried["int8", "search"] < 0.95 * tried["int8", 0.0]
+    assert tried["w4a8", "search"] < 0.8 * tried["w4a8", 1.0]
+    with pytest.raises(kqat.SpecError, match="or 'search'"):
+        algorithms.smooth_quant(qat, data, alpha="best")  # type: ignore[arg-type]
+
+
 def test_awq_makes_four_bits_round_better(block: tuple[keras.Model, np.ndarray]) -> None:
     model, data = block
     qat = kqat.quantize_model(model, "w4a8", calibration_data=data)
