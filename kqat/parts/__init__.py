@@ -23,6 +23,7 @@ from kqat.parts.recurrence import Recurrence, Stack, Unstack
 from kqat.parts.single_op_layers import (
     ChannelAffine,
     ConstantKind,
+    ConstantRows,
     DepthToSpace,
     Hide,
     IndexKind,
@@ -47,6 +48,7 @@ __all__ = [
     "GATES",
     "ChannelAffine",
     "ConstantKind",
+    "ConstantRows",
     "DepthToSpace",
     "Elementwise",
     "FrozenLSTM",

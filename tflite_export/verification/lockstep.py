@@ -81,7 +81,7 @@ class _Visit:
         index: of the site.
         tensor: the tensor of the file that it was compared with; `None` without one.
         identity: its grid and what Keras computes there; equal for sites that compute the same.
-        held: the same of what the tensor holds, a step off here and there; `None` without one.
+        held: its grid and what the runtime computed in its tensor.
     """
 
     index: int
@@ -101,12 +101,6 @@ class _Carried:
 
     tensor: int | None = None
     passed: frozenset[int] = _NO_SITES
-
-
-def _identity(site: Site, integers: np.ndarray) -> Hashable:
-    """Equal for equal integers on equal grids."""
-    grid = (site.scale, site.zero_point, site.bits, integers.shape)
-    return (*grid, sha256(np.ascontiguousarray(integers).tobytes()).digest())
 
 
 class _Walk:
@@ -160,12 +154,15 @@ class _Walk:
         tensor = self.places.get(index)
         if tensor is not None and self.computed[tensor].size != expected.size:
             tensor = None  # the shape in the file is not that of the value
-        identity = _identity(site, expected)
+        grid = (site.scale, site.zero_point, site.bits, expected.shape)
+        identity = (*grid, sha256(expected.tobytes()).digest())
         if tensor is not None:
+            integers = self.computed[tensor].reshape(expected.shape).astype(expected.dtype)
+            held = (*grid, sha256(integers.tobytes()).digest())
+            self.visits.append(_Visit(index, tensor, identity, held))
             self.stood_for |= before.passed
             self.carried[node.outputs[0]] = _Carried(tensor)
             actual = self._compare(site, tensor, real, expected)
-            self.visits.append(_Visit(index, tensor, identity, _identity(site, actual)))
             return keras.ops.convert_to_tensor(site.reals(actual))
         if self._are_integers_of(before.tensor, expected):
             # As where no RESHAPE is needed: the site has the tensor of the one before it.
@@ -239,13 +236,14 @@ class _Walk:
     def twins(self) -> dict[int, int]:
         """Unmatched site -> the tensor of another site at which Keras computes the same.
 
-        Or the tensor that holds just that: a layer that computes nothing with its weights of now,
-        as a scale of one, is no operator, and reads what the runtime made before it.
+        Keras was given a runtime's integers, so it also computes the same where a layer that the
+        converter removed, such as a multiplication by one, hands these on.
         """
         tensors: dict[Hashable, int] = {}
         for visit in self.visits:
             if visit.tensor is not None:
-                tensors |= {visit.held: visit.tensor, visit.identity: visit.tensor}
+                tensors[visit.identity] = visit.tensor
+                tensors.setdefault(visit.held, visit.tensor)
         return {v.index: tensors[v.identity] for v in self._unmatched() if v.identity in tensors}
 
     def comparison(self) -> Comparison:
