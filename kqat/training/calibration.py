@@ -1,5 +1,6 @@
 """Finds ranges from typical data, so that training starts at post-training quality."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -71,8 +72,7 @@ def calibrate_for(
             f"Expected a QAT model to calibrate. Received: '{model.name}', which is float. Use "
             "kqat.quantize_model."
         )
-    wrappers = [layer for layer in all_layers(model) if isinstance(layer, QuantizeWrapper)]
-    with QuantizeWrapper.weights_stay(wrappers):
+    with _unchanging_weights(model):
         observer, kept = observed(graph, data)
         if method == DEFAULT_METHOD:
             method = chosen_method(graph, observer, as_tensors(kept.batch(), graph))
@@ -82,6 +82,19 @@ def calibrate_for(
     doubtful = concerns(graph, observer, found)
     if doubtful:
         warnings.warn(as_text(model.name, doubtful), CalibrationWarning, stacklevel=stacklevel)
+
+
+@contextlib.contextmanager
+def _unchanging_weights(model: keras.Model) -> Iterator[None]:
+    """Inside, weights do not change, and each is rounded once."""
+    wrappers = [layer for layer in all_layers(model) if isinstance(layer, QuantizeWrapper)]
+    for wrapper in wrappers:
+        wrapper.keep_rounded(True)
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.keep_rounded(False)
 
 
 def check_method(method: Any) -> None:

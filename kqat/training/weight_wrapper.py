@@ -4,10 +4,9 @@
 group. Both are ordinary Keras layers, saved and loaded without a custom-object scope.
 """
 
-import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -51,7 +50,7 @@ class _Quantizers:
     def __init__(self) -> None:
         self.by_name: dict[str | None, ActivationQuantizer] = {}
         self.names: dict[int, set[str]] = {}  # of the inputs of each branch
-        # Rounded weights and their scales by name and branch, while `weights_stay` says so.
+        # Rounded weights and their scales by name and branch, while `keep_rounded` says so.
         self.kept: dict[tuple[str, int], tuple[Any, Any]] | None = None
 
     def find(self, x: Any, name: str, branch: int) -> None:
@@ -209,17 +208,9 @@ class QuantizeWrapper(keras.layers.Layer):
         """Whether the layer has numbers that ship as integers; else only its facts are carried."""
         return bool(self.weight_specs) or self.facts.affine
 
-    @staticmethod
-    @contextlib.contextmanager
-    def weights_stay(wrappers: Sequence["QuantizeWrapper"]) -> Iterator[None]:
-        """Rounds each weight once in all eager calls inside, where no weight may change."""
-        for wrapper in wrappers:
-            wrapper._quantizers.kept = {}
-        try:
-            yield
-        finally:
-            for wrapper in wrappers:
-                wrapper._quantizers.kept = None
+    def keep_rounded(self, keeps: bool) -> None:
+        """Whether eager calls round each weight once, as none will change; else each call does."""
+        self._quantizers.kept = {} if keeps else None
 
     def call(
         self,
