@@ -62,6 +62,8 @@ RECIPES: dict[str, Recipe | None] = {
     "constant 1e-3": Recipe(1e-3, cosine=False),
     "cosine 1e-4": Recipe(1e-4),
     "cosine 3e-4": Recipe(3e-4),
+    "cosine 3e-4, frozen from epoch 2": Recipe(3e-4, freeze_at=2),
+    "cosine 3e-4, re-estimated": Recipe(3e-4, reestimates=True),
     "cosine 1e-3": Recipe(1e-3),
     "cosine 3e-3": Recipe(3e-3),
     "cosine 1e-3, no warm-up": Recipe(1e-3, warm_up=0.0),

@@ -80,8 +80,7 @@ class FreezeOscillations(QatCallback):
 
     Raises:
         ModelError: if a threshold or the momentum is not inside (0, 1), or the model in `fit` is
-        not
-            a QAT model.
+            not a QAT model.
 
     Reference: Nagel et al. 2022, section 4.2, algorithm 1 (https://arxiv.org/abs/2203.11086).
     """
