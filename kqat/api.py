@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from kqat.base import CalibrationError, ModelError, TargetError
+from kqat.base import CalibrationError, ModelError, TargetError, UnsupportedLayerError
 from kqat.config import QuantizePolicy
 from kqat.devices import target_named
 from kqat.graph import (
@@ -209,12 +209,35 @@ def _plan(graph: Graph, policy: Any, name: str) -> Plan:
 
 def _checked_graph(model: Any) -> Graph:
     graph = trace(model)
+    for node in graph.nodes:
+        _check_whole_weights(node.layer)
     if is_quantized(model):
         raise ModelError(
             f"Expected a float model. Received: '{model.name}', which is quantized already. Train "
             "it on with fit, or start from the float model."
         )
     return graph
+
+
+def _check_whole_weights(layer: Any) -> None:
+    """Checks that a layer's weights are floats, of one kernel.
+
+    Raises:
+        UnsupportedLayerError: if Keras quantized the layer, or gave it adapters.
+    """
+    mode = getattr(layer, "quantization_mode", None)
+    if mode is not None:
+        raise UnsupportedLayerError(
+            f"Expected float weights in layer '{layer.name}'. Received: weights that Keras "
+            f"quantized, by quantize({mode!r}). Give kqat the model as it was before; it finds the "
+            "integers itself."
+        )
+    if getattr(layer, "lora_enabled", False):
+        raise UnsupportedLayerError(
+            f"Expected one kernel in layer '{layer.name}'. Received: LoRA adapters beside it. "
+            "model.save_weights(path) adds them to the kernels: load that file into the model as "
+            "it was before enable_lora, and give kqat that."
+        )
 
 
 def _check_weights(model: keras.Model) -> None:

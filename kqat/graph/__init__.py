@@ -3,7 +3,7 @@
 """
 
 from kqat.graph.copies import Part, activation_name, clone, config_of, duplicate, finalize
-from kqat.graph.input_shapes import has_open_sizes, input_shapes, with_input_shapes
+from kqat.graph.input_shapes import fits, has_open_sizes, input_shapes, with_input_shapes
 from kqat.graph.keras_internals import attach_masks, frozen_function, hands_on_mask, layer_behind
 from kqat.graph.tracer import (
     Graph,
@@ -31,6 +31,7 @@ __all__ = [
     "duplicate",
     "fill",
     "finalize",
+    "fits",
     "frozen_function",
     "hands_on_mask",
     "has_open_sizes",

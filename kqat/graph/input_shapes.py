@@ -28,6 +28,14 @@ def has_open_sizes(shapes: Mapping[str, Shape]) -> bool:
     return any(size is None for shape in shapes.values() for size in shape)
 
 
+def fits(shape: Sequence[Any], declared: Shape) -> bool:
+    """Whether `shape` has whole numbers, and those that are declared."""
+    return len(shape) == len(declared) and all(
+        isinstance(size, int) and size > 0 and known in (None, size)
+        for size, known in zip(shape, declared, strict=True)
+    )
+
+
 def with_input_shapes(model: keras.Model, given: Any) -> keras.Model:
     """`model` called on inputs of the given shapes; it shares all weights with `model`.
 
@@ -43,15 +51,10 @@ def with_input_shapes(model: keras.Model, given: Any) -> keras.Model:
     declared = input_shapes(model)
     shapes = _by_key(given, declared, model.name)
     for key, shape in shapes.items():
-        known = declared[key]
-        fits = len(shape) == len(known) and all(
-            isinstance(size, int) and size > 0 and have in (None, size)
-            for size, have in zip(shape, known, strict=True)
-        )
-        if not fits:
+        if not fits(shape, declared[key]):
             raise ModelError(
-                f"Expected a shape without the batch that fits {known}, of whole numbers, for "
-                f"input '{key}' of model '{model.name}'. Received: {shape}."
+                f"Expected a shape without the batch that fits {declared[key]}, of whole numbers, "
+                f"for input '{key}' of model '{model.name}'. Received: {shape}."
             )
     if shapes == declared:
         return model

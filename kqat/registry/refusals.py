@@ -73,7 +73,7 @@ OPERATION_REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "convert_to_numpy convert_to_tensor custom_gradient dtype is_tensor isreal jvp ndim "
+            "convert_to_numpy custom_gradient dtype is_tensor isreal jvp ndim "
             "saturate_cast shape size view"
         ).split(),
         _PYTHON,

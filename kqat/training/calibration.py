@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from kqat.base import CalibrationError, ModelError
-from kqat.graph import Graph, has_open_sizes, input_shapes, trace, with_input_shapes
+from kqat.graph import Graph, fits, has_open_sizes, input_shapes, trace, with_input_shapes
 from kqat.grids import CalibrationMethod, calibration_method
 from kqat.training.build import is_quantized
 from kqat.training.method_choice import KeptSamples, chosen_method
@@ -213,6 +213,13 @@ def of_fixed_shape(model: Any, shapes: Any, data: Any) -> Any:
         declared = input_shapes(model)
         if has_open_sizes(declared):
             shapes = shapes_of(data, list(declared))
+            for key, shape in (shapes or {}).items():
+                if not fits(shape, declared[key]):
+                    raise CalibrationError(
+                        f"Expected calibration data of shape {('samples', *declared[key])} for "
+                        f"input '{key}' of model '{model.name}', where None is any size. Received: "
+                        f"{('samples', *shape)}."
+                    )
     return model if shapes is None else with_input_shapes(model, shapes)
 
 

@@ -102,7 +102,7 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
                 lstms.index(id(layer)),
                 name=frozen.unused_name(f"{layer.name}_stand_in"),
             )
-        elif isinstance(layer, _TRANSLATED):
+        elif isinstance(layer, _TRANSLATED) or _is_dilated(layer):
             if id(layer) not in plain:  # Calls of one layer stay those of one layer.
                 plain[id(layer)] = _Plain(layer, name=frozen.unused_name(f"{layer.name}_plain"))
             layer = plain[id(layer)]
@@ -142,6 +142,54 @@ _TRANSLATED = (
 )
 
 
+_CONVOLUTIONS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+)
+
+
+def _is_dilated(layer: Any) -> bool:
+    """Whether a stock convolution has holes in its kernel."""
+    return type(layer) in _CONVOLUTIONS and max(layer.dilation_rate) > 1
+
+
+def _dilated(layer: Any, x: Any) -> Any:
+    """A dilated convolution as one TensorFlow operator.
+
+    Keras makes three: the batch takes in every n-th row, and is parted again. The converter knows
+    them again only where nothing else reads the same rows, as two gates of a WaveNet do.
+    """
+    import tensorflow as tf
+
+    rates, strides, padding = layer.dilation_rate, layer.strides, layer.padding.upper()
+    kernel = layer.kernel.value
+    one_d = len(rates) == 1
+    if padding == "CAUSAL":
+        reach = rates[0] * (layer.kernel_size[0] - 1)
+        x, padding = tf.pad(x, [[0, 0], [reach, 0], [0, 0]]), "VALID"
+    if one_d:
+        # The kernels of one axis want equal strides and, for depth, equal rates along both.
+        x, kernel = tf.expand_dims(x, 1), tf.expand_dims(kernel, 0)
+        rates, strides = (1, *rates), (1, *strides)
+    if isinstance(layer, keras.layers.Conv1D | keras.layers.Conv2D):
+        y = tf.nn.conv2d(x, kernel, strides, padding, dilations=rates)
+    else:
+        y = tf.raw_ops.DepthwiseConv2dNative(
+            input=x,
+            filter=kernel,
+            strides=(1, *strides, 1),
+            padding=padding,
+            dilations=(1, *rates, 1),
+        )
+    if one_d:
+        y = tf.squeeze(y, 1)
+    if layer.use_bias:
+        y = tf.nn.bias_add(y, layer.bias.value)
+    return y if layer.activation is None else layer.activation(y)
+
+
 class _Plain(keras.layers.Layer):
     """A layer in the TensorFlow words that the converter knows as one operator.
 
@@ -158,6 +206,8 @@ class _Plain(keras.layers.Layer):
         import tensorflow as tf
 
         layer: Any = self.layer
+        if _is_dilated(layer):
+            return _dilated(layer, x)
         if isinstance(layer, keras.layers.Add):
             return functools.reduce(tf.add, x)
         if isinstance(layer, keras.layers.Embedding):
