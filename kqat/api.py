@@ -6,10 +6,20 @@ from typing import Any
 
 import keras
 
-from kqat.base import CalibrationError, ModelError, TargetError
+from kqat.base import CalibrationError, ModelError, TargetError, UnsupportedLayerError
 from kqat.config import QuantizePolicy
 from kqat.devices import target_named
-from kqat.graph import Graph, check_apart, hands_on_mask, non_finite_variable, trace
+from kqat.graph import (
+    Graph,
+    check_apart,
+    fits,
+    hands_on_mask,
+    has_open_sizes,
+    non_finite_variable,
+    trace,
+    with_input_shapes,
+)
+from kqat.graph import input_shapes as declared_shapes
 from kqat.grids import CalibrationMethod
 from kqat.planning import Plan, make_plan, misfits, with_replacements
 from kqat.tfmot import translate_policy
@@ -18,6 +28,7 @@ from kqat.training import (
     calibrate_for,
     check_method,
     is_quantized,
+    shapes_of,
     with_unlike_members_apart,
     wrap,
 )
@@ -38,7 +49,13 @@ class TrainerWarning(UserWarning):
 _TRAINER_METHODS = ("train_step", "test_step", "compute_loss")
 
 
-def plan(model: keras.Model, policy: Any = "int8", *, target: str | None = None) -> Plan:
+def plan(
+    model: keras.Model,
+    policy: Any = "int8",
+    *,
+    target: str | None = None,
+    input_shapes: Any = None,
+) -> Plan:
     """Every decision that `quantize_model` would make about `model`, before a weight is touched.
 
     Args:
@@ -46,12 +63,15 @@ def plan(model: keras.Model, policy: Any = "int8", *, target: str | None = None)
         policy: as for `quantize_model`.
         target: a name from `kqat.TARGETS`. The plan then lists every layer that does not fit the
             device, with the reason and the smallest change that helps.
+        input_shapes: as for `quantize_model`.
 
     Raises:
         ModelError, UnsupportedLayerError, PolicyError: as `quantize_model`.
         TargetError: if there is no such target.
     """
     device = None if target is None else target_named(target)
+    if input_shapes is not None:
+        model = with_input_shapes(model, input_shapes)
     graph = _checked_graph(model)
     decided = _plan(graph, policy, model.name)
     if device is None:
@@ -117,13 +137,14 @@ def quantize_model(
     *,
     calibration_data: Any = None,
     calibration: str | CalibrationMethod | None = None,
+    input_shapes: Any = None,
 ) -> keras.Model:
     """A QAT copy of `model`: compile it, `fit` it, `tflite_export.convert` it.
 
     `model` is not changed. Inputs and outputs keep their order, names and structure.
 
     Args:
-        model: a built Keras 3 model of fixed input shape.
+        model: a built Keras 3 model.
         policy: a preset (`"int8"`), a `QuantizeConfig` for all layers, a `QuantizePolicy`, or a
             mapping from name patterns or layer classes to configs, presets or `None` (stay
             float): `{"stem*": None, keras.layers.Dense: my_config}`. All other layers are int8. A
@@ -132,6 +153,10 @@ def quantize_model(
             start from the first training batches.
         calibration: how ranges are found from these data, as `method` of `kqat.calibrate`. The
             reasons for the default are in `benchmarks/calibration.md`.
+        input_shapes: the sizes of the file where the model leaves them open, as
+            `keras.Input((None, None, 3))` does: one shape without the batch, or a list or a
+            mapping (by input name) of such shapes. By default, open sizes are those of the
+            calibration data.
 
     Raises:
         ModelError: if `model` is not such a model, is quantized already, or has weights that are
@@ -150,6 +175,8 @@ def quantize_model(
             f"Expected calibration_data for calibration={calibration!r}. Received: none. Give some "
             "hundred typical inputs, or leave calibration out."
         )
+    kind = type(model)
+    model = _of_fixed_shape(model, input_shapes, calibration_data)
     graph = _checked_graph(model)
     _check_weights(model)
     decided = _plan(graph, policy, model.name)
@@ -159,10 +186,10 @@ def quantize_model(
             PolicyWarning,
             stacklevel=2,
         )
-    own = [m for m in _TRAINER_METHODS if getattr(type(model), m) is not getattr(keras.Model, m)]
+    own = [m for m in _TRAINER_METHODS if getattr(kind, m) is not getattr(keras.Model, m)]
     if own:
         warnings.warn(
-            f"'{model.name}' of type {type(model).__name__} has {' and '.join(own)} of its own; "
+            f"'{model.name}' of type {kind.__name__} has {' and '.join(own)} of its own; "
             "the QAT model is a plain keras.Model and does not call it. Write your training loop "
             "around the QAT model.",
             TrainerWarning,
@@ -194,12 +221,35 @@ def quantize_model(
     return qat
 
 
+def _of_fixed_shape(model: Any, shapes: Any, data: Any) -> Any:
+    """`model`, or the same of the given sizes; else of the data's sizes where it leaves them open.
+
+    Raises:
+        ModelError: if the given shapes do not fit the model.
+        CalibrationError: if the data are not those of the model's inputs.
+    """
+    if shapes is None and data is not None and isinstance(model, keras.Model) and model.built:
+        declared = declared_shapes(model)
+        if has_open_sizes(declared):
+            shapes = shapes_of(data, list(declared))
+            for key, shape in (shapes or {}).items():
+                if not fits(shape, declared[key]):
+                    raise CalibrationError(
+                        f"Expected calibration data of shape {('samples', *declared[key])} for "
+                        f"input '{key}' of model '{model.name}', where None is any size. Received: "
+                        f"{('samples', *shape)}."
+                    )
+    return model if shapes is None else with_input_shapes(model, shapes)
+
+
 def _plan(graph: Graph, policy: Any, name: str) -> Plan:
     return make_plan(graph, translate_policy(QuantizePolicy.of(policy), graph), name)
 
 
 def _checked_graph(model: Any) -> Graph:
     graph = trace(model)
+    for node in graph.nodes:
+        _check_whole_weights(node.layer)
     if is_quantized(model):
         raise ModelError(
             f"Expected a float model. Received: '{model.name}', which is quantized already. Train "
@@ -207,6 +257,27 @@ def _checked_graph(model: Any) -> Graph:
         )
     check_apart(graph, model.trainable_variables, f"model '{model.name}'")
     return graph
+
+
+def _check_whole_weights(layer: Any) -> None:
+    """Checks that a layer's weights are floats, of one kernel.
+
+    Raises:
+        UnsupportedLayerError: if Keras quantized the layer, or gave it adapters.
+    """
+    mode = getattr(layer, "quantization_mode", None)
+    if mode is not None:
+        raise UnsupportedLayerError(
+            f"Expected float weights in layer '{layer.name}'. Received: weights that Keras "
+            f"quantized, by quantize({mode!r}). Give kqat the model as it was before; it finds the "
+            "integers itself."
+        )
+    if getattr(layer, "lora_enabled", False):
+        raise UnsupportedLayerError(
+            f"Expected one kernel in layer '{layer.name}'. Received: LoRA adapters beside it. "
+            "model.save_weights(path) adds them to the kernels: load that file into the model as "
+            "it was before enable_lora, and give kqat that."
+        )
 
 
 def _check_weights(model: keras.Model) -> None:

@@ -98,16 +98,24 @@ def predict(
     return [_to_floats(y, graph.tensors[i]) for y, i in zip(outputs, graph.outputs, strict=True)]
 
 
-def keras_outputs(model: keras.Model, x: np.ndarray) -> np.ndarray:
-    """The outputs of a model of one input and one output for `x`, batch by batch."""
+def first(x: Any, count: int) -> Any:
+    """The first `count` samples of an array, or of a list or dict of arrays."""
+    return keras.tree.map_structure(lambda array: array[:count], x)
+
+
+def keras_outputs(model: keras.Model, x: Any) -> np.ndarray:
+    """The outputs of a model of one output for `x`, batch by batch."""
     # Not by `predict`, which traces again for every model and for every last batch.
-    batches = (x[start : start + BATCH_SIZE] for start in range(0, len(x), BATCH_SIZE))
-    outputs = [model(packed(model, [batch]), training=False) for batch in batches]
+    arrays = keras.tree.flatten(x)
+    outputs = []
+    for start in range(0, len(arrays[0]), BATCH_SIZE):
+        batch = [array[start : start + BATCH_SIZE] for array in arrays]
+        outputs.append(model(packed(model, batch), training=False))
     return np.concatenate([np.asarray(y) for y in outputs])
 
 
 def measure_keras(name: str, model: keras.Model, test: Samples) -> Row:
-    """The row of a model of one input and one output that is not converted."""
+    """The row of a model of one output that is not converted."""
     return Row(name=name, accuracy=accuracy(keras_outputs(model, test[0]), test[1]))
 
 
@@ -121,7 +129,7 @@ def measure_float(name: str, model: keras.Model, test: Samples) -> Row:
 def measure_file(name: str, blob: bytes, test: Samples) -> Row:
     """The row of a file without its Keras model."""
     x, y = test
-    (outputs,) = predict(blob, [x])
+    (outputs,) = predict(blob, keras.tree.flatten(x))
     return Row(
         name=name,
         accuracy=accuracy(outputs, y),
@@ -276,8 +284,8 @@ def _command(options: argparse.Namespace, module: str) -> str:
     return " ".join(words)
 
 
-def _agreement(model: keras.Model, blob: bytes, x: np.ndarray) -> float:
-    return accuracy(predict(blob, [x])[0], keras_outputs(model, x).argmax(-1))
+def _agreement(model: keras.Model, blob: bytes, x: Any) -> float:
+    return accuracy(predict(blob, keras.tree.flatten(x))[0], keras_outputs(model, x).argmax(-1))
 
 
 def _arena_bytes(blob: bytes) -> int | None:

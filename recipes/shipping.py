@@ -36,7 +36,9 @@ def ptq(
 ) -> Shipped:
     """Post-training quantization: calibration on the first training samples, no training."""
     print("PTQ: finding ranges")
-    qat = kqat.quantize_model(model, policy, calibration_data=train[0][:CALIBRATION_SAMPLES])
+    qat = kqat.quantize_model(
+        model, policy, calibration_data=running.first(train[0], CALIBRATION_SAMPLES)
+    )
     return measured("PTQ", qat, test, **options)
 
 

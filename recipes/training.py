@@ -147,7 +147,7 @@ def fit(
 ) -> None:
     """Trains `model` as `train` does, but from the start and without augmentation."""
     x, y = samples
-    _compile(model, epochs * -(-len(x) // batch_size), learning_rate)
+    _compile(model, epochs * -(-len(y) // batch_size), learning_rate)
     print(f"Training '{model.name}'", flush=True)
     model.fit(
         x,

@@ -46,7 +46,9 @@ class QuantizeConfig:
     Args:
         weights: the grid of the layer's weights. One `QuantSpec` serves every variable that the
             registry names for the layer class. A mapping such as `{"kernel": QuantSpec(...)}`
-            names the variables (attributes of the layer), which a custom layer needs.
+            names the variables (attributes of the layer), which a custom layer needs. One spec
+            of less than 8 bits leaves 8 to operands of elementwise kernels (a constant that is
+            added or multiplied, PReLU's slopes), which cannot read fewer; the plan shows it.
         weight_step: how the step of each of these grids is found.
         activation: the grid of the layer's output: 8 bits, or 16 bits and symmetric. It also
             decides the width of the layer's kernel.

@@ -3,6 +3,7 @@
 """
 
 from kqat.graph.copies import Part, activation_name, clone, config_of, duplicate, finalize
+from kqat.graph.input_shapes import fits, has_open_sizes, input_shapes, with_input_shapes
 from kqat.graph.keras_internals import (
     FUNCTIONAL_MODULE,
     attach_masks,
@@ -39,9 +40,12 @@ __all__ = [
     "duplicate",
     "fill",
     "finalize",
+    "fits",
     "frozen_function",
     "hands_on_mask",
+    "has_open_sizes",
     "holds_indexes",
+    "input_shapes",
     "is_tensor",
     "layer_behind",
     "non_finite_variable",
@@ -50,4 +54,5 @@ __all__ = [
     "trace",
     "trace_call",
     "unique_name",
+    "with_input_shapes",
 ]

@@ -76,6 +76,15 @@ def open_model(model: Any) -> Opened:
     return open_call(model, (_inputs_of_shape(shape),), {})
 
 
+def input_struct(model: Any) -> Any:
+    """A model's inputs, as symbolic tensors in the structure that it takes; `()` if unknown."""
+    function = inner_function(model)
+    if function is not None:
+        return function.input
+    shape = (model.get_build_config() or {}).get("input_shape")
+    return () if shape is None else _inputs_of_shape(shape)
+
+
 def opened_function(function: Any) -> Opened:
     """A Functional model, which is open already."""
     return Opened(function, function.input, function.output, function.inputs)
@@ -141,6 +150,7 @@ def open_call(
         owners = [p for p in parts_of(layer) if any(id(v) in hidden for v in _own_variables(p))]
         function, output, weights, _ = _called(layer, args, kwargs, tensors, [*inside, *owners])
     owners_by_path = {id(part): path for part, path in _paths(layer, inlined)}
+    _check_untouched(layer, tensors)
     return Opened(
         function,
         args[0] if len(args) == 1 else list(args),
@@ -151,6 +161,26 @@ def open_call(
         owners_by_path,
         True,
     )
+
+
+def _check_untouched(layer: Any, tensors: Iterable[Any]) -> None:
+    """Checks that the call took no input for what an operation makes.
+
+    `keras.ops.cond` and its kin return the very tensor that their first branch returns, as if
+    there were no other branch.
+
+    Raises:
+        ModelError: if it did; names the operation.
+    """
+    for tensor in tensors:
+        maker = tensor._keras_history.operation
+        if not isinstance(maker, keras.layers.InputLayer):
+            raise ModelError(
+                f"Expected operations on tensors in layer '{layer.name}' of type "
+                f"{type(layer).__name__}. Received: keras.ops.{type(maker).__name__.lower()}, "
+                "which takes one of several Python functions by a value. An integer file runs all "
+                "of its operators; use keras.ops.where, which takes both results."
+            )
 
 
 def _of_batch(tensor: Any, batch: int) -> tuple[Any, ...]:
@@ -605,7 +635,9 @@ def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
     for tensor in opened.tensors:
         operations = readers[id(tensor)]
         indexes = operations and all(isinstance(o, keras.layers.Embedding) for o in operations)
-        typed.append((tensor, "int32" if indexes else str(tensor.dtype)))
+        # TFLite has no float64 inputs; numbers of that type are converted as Keras does.
+        floats = "float32" if tensor.dtype == "float64" else str(tensor.dtype)
+        typed.append((tensor, "int32" if indexes else floats))
     return typed
 
 

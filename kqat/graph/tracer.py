@@ -253,8 +253,9 @@ def _check_input(tensor: Any, model_name: str) -> None:
     if any(size is None for size in tensor.shape[1:]):
         raise ModelError(
             f"Expected fixed input shapes in model '{model_name}': an integer file carries them. "
-            f"Received: input '{tensor.name}' of shape {tuple(tensor.shape)}. Rebuild the model "
-            "with a fixed shape."
+            f"Received: input '{tensor.name}' of shape {tuple(tensor.shape)}. Give "
+            "kqat.quantize_model or kqat.plan the sizes of the file, such as "
+            f"input_shapes={_example(tensor)}."
         )
     for kind in ("sparse", "ragged"):
         if getattr(tensor, kind, False):
@@ -270,6 +271,11 @@ def _check_input(tensor: Any, model_name: str) -> None:
             f"'{tensor.name}' of dtype {tensor.dtype}. Declare indexes int32, pixels uint8 and "
             "other quantities float32."
         )
+
+
+def _example(tensor: Any) -> tuple[int, ...]:
+    """A shape without the batch, such as a user could give for an input of open sizes."""
+    return tuple(64 if size is None else size for size in tensor.shape[1:])
 
 
 def _check_sizes(nodes: Sequence[Node], model_name: str) -> None:

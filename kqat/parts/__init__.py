@@ -24,6 +24,7 @@ from kqat.parts.recurrence import Recurrence, Stack, Unstack
 from kqat.parts.single_op_layers import (
     ChannelAffine,
     ConstantKind,
+    ConstantRows,
     DepthToSpace,
     Hide,
     IndexKind,
@@ -49,6 +50,7 @@ __all__ = [
     "ByteInput",
     "ChannelAffine",
     "ConstantKind",
+    "ConstantRows",
     "DepthToSpace",
     "Elementwise",
     "FrozenLSTM",

@@ -5,7 +5,7 @@ have 16 bits, into straight pieces that are at most one output step off
 (`tflite_export.integer_pass`). So it is enough to know that each output depends on one input alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -65,18 +65,36 @@ def is_elementwise(function: Callable[[Any], Any], shape: tuple[int | None, ...]
     rng = np.random.default_rng(0)
     x = rng.normal(scale=3, size=[size or 2 for size in shape]).astype(np.float32)
     order = rng.permutation(x.size)
-    changed = np.where(rng.random(x.shape) < 0.5, x, rng.normal(size=x.shape)).astype(np.float32)
-    y, again, moved, other = (
-        _value(function, v) for v in (x, x, x.reshape(-1)[order].reshape(x.shape), changed)
-    )
-    if y is None or y.shape != x.shape or again is None or moved is None or other is None:
+    y, again, moved = (_value(function, v) for v in (x, x, x.reshape(-1)[order].reshape(x.shape)))
+    if y is None or y.shape != x.shape or again is None or moved is None:
         return False
-    kept = changed == x
-    return (
-        _equal(y, again)
-        and _equal(y.reshape(-1)[order], moved.reshape(-1))
-        and _equal(y[kept], other[kept])
+    if not (_equal(y, again) and _equal(y.reshape(-1)[order], moved.reshape(-1))):
+        return False
+    half = rng.random(x.shape) < 0.5
+    extremes = (1e3, -1e3, 0.0)
+    if not _keeps(function, x, half, (x, rng.normal(size=x.shape), *extremes)):
+        return False
+    # A branch on a sum, or on the smallest or largest value, shows only where one number stands
+    # against all others.
+    numbers = np.arange(x.size).reshape(x.shape)
+    return all(
+        _keeps(function, scale * x, numbers == position, extremes)
+        for position in (np.argmin(x), np.argmax(x))
+        for scale in (1e-3, 1e3)
     )
+
+
+def _keeps(
+    function: Callable[[Any], Any], x: np.ndarray, kept: np.ndarray, others: Sequence[Any]
+) -> bool:
+    """Whether outputs where `kept` is true are the same whatever the other inputs are."""
+    first: np.ndarray | None = None
+    for other in others:
+        value = _value(function, np.where(kept, x, other).astype(np.float32))
+        if value is None or (first is not None and not _equal(first, value[kept])):
+            return False
+        first = value[kept]
+    return True
 
 
 def _value(function: Callable[[Any], Any], x: np.ndarray) -> np.ndarray | None:

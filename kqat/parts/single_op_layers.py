@@ -170,6 +170,14 @@ class Take(layers.Layer):
 
 
 @keras.saving.register_keras_serializable("kqat")
+class ConstantRows(layers.Embedding):
+    """An `Embedding` whose table is a constant of the rewriting, not a weight of the user's.
+
+    So no policy for weights decides its bits: its rows ship on the grid of its output.
+    """
+
+
+@keras.saving.register_keras_serializable("kqat")
 class DepthToSpace(layers.Layer):
     """Blocks of `block_size` by `block_size` pixels out of channels, as `keras.ops` has it."""
 

@@ -418,11 +418,17 @@ def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
     return [op for op in function.operations if not isinstance(op, keras.layers.InputLayer)]
 
 
+def _reads_masks(layer: Any, origin: str) -> bool:
+    """Whether masks mean to a layer what it makes of them: a custom one takes them as tensors."""
+    rule = rule_for(layer, origin)
+    return rule.masks or rule.opens
+
+
 def _simplify(
     node: Node, origin: str, keep: bool, fused: Collection[str], copies: Copies
 ) -> Callable[..., Any]:
     simpler = None if keep else _simpler(node, origin, fused, copies)
-    if refs_in(node.kwargs.get("mask")) and (keep or not rule_for(node.layer, origin).masks):
+    if refs_in(node.kwargs.get("mask")) and (keep or not _reads_masks(node.layer, origin)):
         raise ModelError(
             f"Expected masks for attention layers only. Received: a mask for layer '{origin}' of "
             f"type {type(node.layer).__name__}, whose integer form knows none. Pad to a fixed "

@@ -9,7 +9,7 @@ from typing import Any
 from kqat.base import PolicyError
 from kqat.config import QuantizeConfig, QuantizePolicy, RecurrenceForm
 from kqat.graph import Graph
-from kqat.grids import MaxAbs, QuantSpec
+from kqat.grids import MaxAbs, QuantSpec, StepMethod
 from kqat.registry import LayerRule, Output, channel_axes, is_custom, row_of_class, rule_for
 
 
@@ -102,7 +102,10 @@ def weight_grids(
         return {}
     asked = dict(config.weight_items())
     if "*" in asked:
-        asked = dict.fromkeys(rule.weights, asked["*"])
+        spec = asked["*"]
+        if _widened(rule, config):
+            spec = dataclasses.replace(spec, bits=8)
+        asked = dict.fromkeys(rule.weights, spec)
     if set(asked) != set(rule.weights):
         raise PolicyError(
             f"Expected grids for the weights {sorted(rule.weights)} of layer '{layer_name}' of "
@@ -122,6 +125,17 @@ def weight_grids(
         if spec.bits < 8 or config.weight_step != MaxAbs() or not rule.table_of_rows:
             resolved[name] = spec
     return resolved
+
+
+def weight_step(rule: LayerRule, config: QuantizeConfig) -> StepMethod:
+    """How the steps of a layer's weight grids are found."""
+    return MaxAbs() if _widened(rule, config) else config.weight_step
+
+
+def _widened(rule: LayerRule, config: QuantizeConfig) -> bool:
+    """Whether weights get 8 bits though the config gives fewer to all: see `LayerRule.operand`."""
+    spec = dict(config.weight_items()).get("*")
+    return rule.operand and spec is not None and spec.bits < 8
 
 
 def _check_axes(

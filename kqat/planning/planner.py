@@ -17,13 +17,20 @@ from kqat.devices import ops_at
 from kqat.graph import Graph, Node, trace
 from kqat.grids import MaxAbs, QuantSpec
 from kqat.parts import Recurrence, Requantize
+from kqat.planning.additive_masks import hide_added_masks
 from kqat.planning.biases import join_biases
 from kqat.planning.byte_inputs import read_bytes
 from kqat.planning.expansion import expand
 from kqat.planning.followers import follow_neighbours
 from kqat.planning.fusions import Fusions, find_fusions
 from kqat.planning.groups import Quantizers, check_given_ranges, place_quantizers
-from kqat.planning.layer_configs import assign_configs, fused_nodes, stays_whole, weight_grids
+from kqat.planning.layer_configs import (
+    assign_configs,
+    fused_nodes,
+    stays_whole,
+    weight_grids,
+    weight_step,
+)
 from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
 from kqat.planning.rank_limits import fit_ranks
@@ -45,6 +52,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     whole = {n.name for n in graph.nodes if stays_whole(n.layer, configs[n.name])}
     fused = fused_nodes(graph, configs)
     simple, origins = expand(graph, lambda node: node.name in whole, model_name, fused)
+    simple, origins = hide_added_masks(simple, origins, whole, model_name)
     simple = join_biases(simple, origins, configs, model_name)
     simple, origins = fit_ranks(simple, origins, configs, model_name)
     simple, new = match_widths(simple, origins, configs, input_configs)
@@ -140,7 +148,7 @@ def _layer_plan(
         kind=type(node.layer).__name__,
         role=role,
         weights=weights,
-        weight_step=config.weight_step if config else MaxAbs(),
+        weight_step=weight_step(rule, config) if rule and config else MaxAbs(),
         normalization=normalization.name if normalization else None,
         group=roundings[-1].group if roundings else None,
         ops=ops,

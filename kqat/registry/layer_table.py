@@ -19,6 +19,7 @@ from kqat.parts import (
     ByteInput,
     ChannelAffine,
     ConstantKind,
+    ConstantRows,
     DepthToSpace,
     Elementwise,
     Hide,
@@ -69,6 +70,10 @@ def _conv(op: str, axes: tuple[int, ...], *extra: str) -> LayerRule:
 
 def _own(*ops: str, **options: Any) -> LayerRule:
     return LayerRule(output=Output.OWN, ops=ops, **options)
+
+
+def _operand(op: str, variable: str = "value", **options: Any) -> LayerRule:
+    return _own(op, weights={variable: None}, operand=True, **options)
 
 
 def _same(*ops: str, **options: Any) -> LayerRule:
@@ -198,7 +203,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.ReLU: _own("RELU", "LEAKY_RELU", "PRELU", decompose=basic.relu),
     layers.LeakyReLU: _own("LEAKY_RELU", "PRELU"),
     layers.ELU: _own("ELU", wide_table=True, decompose=basic.elu),
-    layers.PReLU: _own("PRELU", weights={"alpha": None}),
+    layers.PReLU: _operand("PRELU", "alpha"),
     layers.Softmax: dataclasses.replace(
         ACTIVATIONS["softmax"],
         decompose=attention_masks.softmax,
@@ -271,6 +276,7 @@ LAYERS: dict[type, LayerRule] = {
         attention.multi_head_attention, *_ATTENDING, "FULLY_CONNECTED", **_MASKS
     ),
     layers.Embedding: _own("CAST", "GATHER", weights={"embeddings": None}, table_of_rows=True),
+    ConstantRows: _own("CAST", "GATHER"),
     layers.ReversibleEmbedding: _composite(
         one_hot.reversible_embedding, "CAST", "GATHER", "FULLY_CONNECTED", "MUL", "TANH"
     ),
@@ -329,9 +335,9 @@ LAYERS: dict[type, LayerRule] = {
 # Rows of layers that become one of several operators: (class, `kind` or `interpolation`) -> row.
 KINDS: dict[tuple[type, str], LayerRule] = {
     **fused_lstms.KINDS,
-    (WithConstant, ConstantKind.ADD): _own("ADD", weights={"value": None}, takes_clamp=True),
-    (WithConstant, ConstantKind.HIDE): _own("ADD", weights={"value": None}, hides=True),
-    (WithConstant, ConstantKind.MULTIPLY): _own("MUL", weights={"value": None}, takes_clamp=True),
+    (WithConstant, ConstantKind.ADD): _operand("ADD", takes_clamp=True),
+    (WithConstant, ConstantKind.HIDE): _operand("ADD", hides=True),
+    (WithConstant, ConstantKind.MULTIPLY): _operand("MUL", takes_clamp=True),
     (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
     (layers.Resizing, "bilinear"): _resize("RESIZE_BILINEAR"),
     (Reduce, ReduceKind.MEAN): _own("MEAN"),

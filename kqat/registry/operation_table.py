@@ -220,5 +220,8 @@ OPERATIONS: dict[str, Row] = {
     "Inner": _inner,
     "Cast": _cast,
     "StopGradient": lambda operation, name: layers.Identity(name=name),
+    "ConvertToTensor": lambda operation, name: (
+        layers.Identity(name=name) if operation.dtype is None else _cast(operation, name)
+    ),
     "Copy": lambda operation, name: layers.Identity(name=name),
 }

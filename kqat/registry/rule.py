@@ -48,6 +48,9 @@ class LayerRule:
         table_of_rows: whether the layer outputs rows of its one weight (an embedding). The weight
             then ships on the output's grid, because GATHER cannot requantize; 8-bit weights need
             no quantizer of their own.
+        operand: whether the weight is the operand of an elementwise kernel. No such kernel reads
+            less than 8 bits and there are few of these numbers, so a policy for all weights
+            (`"*"`) gives them no fewer.
         hides: whether the layer adds a mask's bias to attention scores, see
             `kqat.rewrites.layers.attention_masks`.
         masks: whether the layer's decomposition uses the masks of its call.
@@ -75,6 +78,7 @@ class LayerRule:
     wide_table: bool = False
     largest_input_scale: float = math.inf
     table_of_rows: bool = False
+    operand: bool = False
     hides: bool = False
     masks: bool = False
     affine: bool = False

@@ -11,6 +11,7 @@ from kqat.training.calibration import (
     calibrate,
     calibrate_for,
     check_method,
+    shapes_of,
 )
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
 from kqat.training.quantized_recurrence import QuantizedRecurrence
@@ -31,6 +32,7 @@ __all__ = [
     "calibrate_for",
     "check_method",
     "is_quantized",
+    "shapes_of",
     "with_unlike_members_apart",
     "wrap",
 ]

@@ -1,7 +1,7 @@
 """Finds ranges from typical data, so that training starts at post-training quality."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -169,13 +169,13 @@ def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
     Raises:
         CalibrationError: if data are misshapen, naming the input.
     """
-    arrays = _as_arrays(data, graph)
+    arrays = _as_arrays(data, graph.input_keys)
     if arrays is None:
         for batch in data:
             inputs = batch[0] if isinstance(batch, tuple) and batch else batch
             # tf.data turns the lists of its elements into tuples.
             inputs = list(inputs) if isinstance(inputs, tuple) else inputs
-            found = _as_arrays(inputs, graph)
+            found = _as_arrays(inputs, graph.input_keys)
             if found is None:
                 raise CalibrationError(
                     f"Expected batches of arrays for the inputs {list(graph.input_keys)}. "
@@ -188,9 +188,27 @@ def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
         yield [x[start : start + BATCH_SIZE] for x in whole]
 
 
-def _as_arrays(data: Any, graph: Graph) -> list[Any] | None:
+def shapes_of(data: Any, keys: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
+    """The shape of each input's samples in `data`, which is as for `calibrate`.
+
+    `None` where only reading can tell, and what is read is gone: in a generator.
+    """
+    arrays = _as_arrays(data, keys)
+    if arrays is None:
+        batches = iter(data)
+        if batches is data:
+            return None
+        first = next(batches, None)
+        inputs = first[0] if isinstance(first, tuple) and first else first
+        arrays = _as_arrays(list(inputs) if isinstance(inputs, tuple) else inputs, keys)
+    if arrays is None:
+        return None
+    return {key: tuple(np.shape(x)[1:]) for key, x in zip(keys, arrays, strict=True)}
+
+
+def _as_arrays(data: Any, keys: Sequence[str]) -> list[Any] | None:
     """One array-like per model input, or `None` where `data` is an iterable of batches."""
-    names = list(graph.input_keys)
+    names = list(keys)
     if isinstance(data, Mapping):
         if set(names) != set(data):
             raise CalibrationError(

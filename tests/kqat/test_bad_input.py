@@ -118,10 +118,6 @@ NO_MODEL: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: keras.Sequential([keras.Input((4,)), quantized()], name="outer"),
         "Received: 'outer', which is quantized already",
     ),
-    "dynamic size": (
-        lambda: model_of(conv(), (None, None, 3)),
-        r"fixed input shapes in model 'model'.*input 'image' of shape \(None, None, None, 3\)",
-    ),
     "sparse input": (
         lambda: model_of(layers.Dense(2), (8,), sparse=True),
         r"dense inputs in model 'model'.*'image', which is sparse.*tf.sparse.to_dense",
@@ -355,3 +351,72 @@ def test_bad_calibration_data_for_two_inputs_are_refused(data: Any, message: str
 def test_a_float_model_is_not_calibrated() -> None:
     with pytest.raises(ModelError, match=r"QAT model to calibrate. Received: 'model'"):
         kqat.training.calibration.calibrate(one_input(), ROWS)
+
+
+def test_a_model_of_open_sizes_wants_sizes_or_data_that_have_them() -> None:
+    model = model_of(conv(), (None, None, 3))
+    with pytest.raises(ModelError, match=r"input 'image' of shape \(None, None, None, 3\)"):
+        kqat.plan(model)
+    with pytest.raises(CalibrationError, match=r"'samples', None, None, 3.*'samples', 4"):
+        kqat.quantize_model(model, calibration_data=ROWS)
+
+
+def test_weights_that_keras_quantized_are_refused_by_name() -> None:
+    model = one_input()
+    model.get_layer("dense").quantize("int8")
+    with pytest.raises(UnsupportedLayerError, match=r"'dense'.*quantize\('int8'\)"):
+        kqat.plan(model)
+
+
+def test_adapters_are_refused_and_the_way_out_works(tmp_path: Any) -> None:
+    adapted = one_input()
+    dense = adapted.get_layer("dense")
+    dense.enable_lora(2)
+    for variable in dense.trainable_variables:
+        variable.assign(RNG.normal(size=variable.shape))
+    with pytest.raises(UnsupportedLayerError, match=r"'dense'.*LoRA.*save_weights"):
+        kqat.plan(adapted)
+    adapted.save_weights(tmp_path / "merged.weights.h5")
+    plain = one_input()
+    plain.load_weights(tmp_path / "merged.weights.h5")
+    np.testing.assert_allclose(plain(ROWS), adapted(ROWS), rtol=1e-4, atol=1e-5)
+    assert kqat.plan(plain).layers
+
+
+def test_float64_is_taken_as_float32() -> None:
+    x = keras.Input((4,), dtype="float64")
+    hidden = layers.Dense(8, dtype="float64", activation="relu")(x)
+    model = keras.Model(x, layers.Dense(3, dtype="float64")(hidden))
+    rows = ROWS.astype(np.float64)
+    qat = kqat.quantize_model(model, calibration_data=rows)
+    expected = np.asarray(model(rows))
+    assert np.max(np.abs(np.asarray(qat(rows)) - expected)) < 0.05 * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("wrap", [layers.Lambda, lambda call, **kwargs: Calls(call, **kwargs)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: keras.ops.cond(keras.ops.sum(x) > 0, lambda: x, lambda: -x),
+        lambda x: keras.ops.cond(keras.ops.sum(x) > 0, lambda: 2.0 * x, lambda: -x),
+        lambda x: keras.ops.switch(
+            keras.ops.cast(keras.ops.max(x) > 0, "int32"), [lambda a: a, lambda a: -a], x
+        ),
+    ],
+)
+def test_a_branch_on_a_value_is_refused(call: Any, wrap: Any) -> None:
+    """One of them came out as its first branch alone."""
+    model = model_of(lambda x: wrap(call, name="branch")(layers.Dense(4)(x)), (4,))
+    with pytest.raises((UnsupportedLayerError, ModelError), match="branch"):
+        kqat.plan(model)
+
+
+class Calls(keras.layers.Layer):
+    """A layer of the user's that calls a function."""
+
+    def __init__(self, function: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x: Any) -> Any:
+        return self.function(x)

@@ -5,6 +5,7 @@ constants. A graph with variables would have to be written, loaded and frozen fi
 more time than the conversion itself.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -70,7 +71,7 @@ def _concrete(frozen: FrozenModel, batch_size: int, computed: frozenset[int]) ->
 
     def serve(*tensors: Any) -> list[Any]:
         weights = [(variable, tf.constant(value)) for variable, value in values]
-        with keras.StatelessScope(state_mapping=weights):
+        with keras.StatelessScope(state_mapping=weights), _scope(frozen):
             outputs = keras.tree.flatten(frozen.graph.run(tensors, call))
         # A value that is an output twice, or an input too, needs an operator of its own.
         return [tf.identity(t) for t in outputs]
@@ -84,6 +85,15 @@ def _concrete(frozen: FrozenModel, batch_size: int, computed: frozenset[int]) ->
         for i, (t, name) in enumerate(zip(model.inputs, frozen.input_names, strict=True))
     ]
     return tf.function(serve, input_signature=signature, autograph=False).get_concrete_function()
+
+
+def _scope(frozen: FrozenModel) -> contextlib.AbstractContextManager[Any]:
+    """An outer name scope where a layer's name cannot be one: TensorFlow lets none begin with _."""
+    import tensorflow as tf
+
+    names = (node.layer.name for node in frozen.graph.nodes)
+    inner = any(not name[0].isalnum() for name in names)
+    return tf.name_scope("model") if inner else contextlib.nullcontext()
 
 
 def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[..., Any]:
@@ -108,7 +118,7 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
                 lstms.index(id(layer)),
                 name=frozen.unused_name(f"{layer.name}_stand_in"),
             )
-        elif isinstance(layer, _TRANSLATED):
+        elif isinstance(layer, _TRANSLATED) or _is_dilated(layer):
             if id(layer) not in plain:  # Calls of one layer stay those of one layer.
                 plain[id(layer)] = _Plain(layer, name=frozen.unused_name(f"{layer.name}_plain"))
             layer = plain[id(layer)]
@@ -148,6 +158,54 @@ _TRANSLATED = (
 )
 
 
+_CONVOLUTIONS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+)
+
+
+def _is_dilated(layer: Any) -> bool:
+    """Whether a stock convolution has holes in its kernel."""
+    return type(layer) in _CONVOLUTIONS and max(layer.dilation_rate) > 1
+
+
+def _dilated(layer: Any, x: Any) -> Any:
+    """A dilated convolution as one TensorFlow operator.
+
+    Keras makes three: the batch takes in every n-th row, and is parted again. The converter knows
+    them again only where nothing else reads the same rows, as two gates of a WaveNet do.
+    """
+    import tensorflow as tf
+
+    rates, strides, padding = layer.dilation_rate, layer.strides, layer.padding.upper()
+    kernel = layer.kernel.value
+    one_d = len(rates) == 1
+    if padding == "CAUSAL":
+        reach = rates[0] * (layer.kernel_size[0] - 1)
+        x, padding = tf.pad(x, [[0, 0], [reach, 0], [0, 0]]), "VALID"
+    if one_d:
+        # The kernels of one axis want equal strides and, for depth, equal rates along both.
+        x, kernel = tf.expand_dims(x, 1), tf.expand_dims(kernel, 0)
+        rates, strides = (1, *rates), (1, *strides)
+    if isinstance(layer, keras.layers.Conv1D | keras.layers.Conv2D):
+        y = tf.nn.conv2d(x, kernel, strides, padding, dilations=rates)
+    else:
+        y = tf.raw_ops.DepthwiseConv2dNative(
+            input=x,
+            filter=kernel,
+            strides=(1, *strides, 1),
+            padding=padding,
+            dilations=(1, *rates, 1),
+        )
+    if one_d:
+        y = tf.squeeze(y, 1)
+    if layer.use_bias:
+        y = tf.nn.bias_add(y, layer.bias.value)
+    return y if layer.activation is None else layer.activation(y)
+
+
 class _Plain(keras.layers.Layer):
     """A layer in the TensorFlow words that the converter knows as one operator.
 
@@ -164,6 +222,8 @@ class _Plain(keras.layers.Layer):
         import tensorflow as tf
 
         layer: Any = self.layer
+        if _is_dilated(layer):
+            return _dilated(layer, x)
         if isinstance(layer, keras.layers.Add):
             return functools.reduce(tf.add, x)
         if isinstance(layer, keras.layers.Embedding):

@@ -81,11 +81,13 @@ class _Visit:
         index: of the site.
         tensor: the tensor of the file that it was compared with; `None` without one.
         identity: its grid and what Keras computes there; equal for sites that compute the same.
+        held: its grid and what the runtime computed in its tensor.
     """
 
     index: int
     tensor: int | None
     identity: Hashable
+    held: Hashable = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,9 @@ class _Walk:
         grid = (site.scale, site.zero_point, site.bits, expected.shape)
         identity = (*grid, sha256(expected.tobytes()).digest())
         if tensor is not None:
-            self.visits.append(_Visit(index, tensor, identity))
+            integers = self.computed[tensor].reshape(expected.shape).astype(expected.dtype)
+            held = (*grid, sha256(integers.tobytes()).digest())
+            self.visits.append(_Visit(index, tensor, identity, held))
             self.stood_for |= before.passed
             self.carried[node.outputs[0]] = _Carried(tensor)
             actual = self._compare(site, tensor, real, expected)
@@ -203,8 +207,16 @@ class _Walk:
         return [v for v in self.visits if v.tensor is None and v.index not in compared]
 
     def twins(self) -> dict[int, int]:
-        """Unmatched site -> the tensor of another site at which Keras computes the same."""
-        tensors = {v.identity: v.tensor for v in self.visits if v.tensor is not None}
+        """Unmatched site -> the tensor of another site at which Keras computes the same.
+
+        Keras was given a runtime's integers, so it also computes the same where a layer that the
+        converter removed, such as a multiplication by one, hands these on.
+        """
+        tensors: dict[Hashable, int] = {}
+        for visit in self.visits:
+            if visit.tensor is not None:
+                tensors[visit.identity] = visit.tensor
+                tensors.setdefault(visit.held, visit.tensor)
         return {v.index: tensors[v.identity] for v in self._unmatched() if v.identity in tensors}
 
     def comparison(self) -> Comparison:

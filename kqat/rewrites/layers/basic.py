@@ -265,26 +265,35 @@ def pool_3d(layer: Any, name: str) -> Decomposed:
 
 def adaptive_pool(layer: Any, name: str) -> Decomposed:
     """Adaptive pooling as pooling with one window size; its output size must divide the input's."""
-    size = layer.input.shape[1:-1]
-    wanted = tuple(np.broadcast_to(layer.output_size, len(size)).tolist())
-    if any(given % asked for given, asked in zip(size, wanted, strict=True)):
-        raise UnsupportedLayerError(
-            f"Expected a size that divides {size} in layer '{name}'. Received: output_size="
-            f"{wanted}. TFLite pools with windows of one size. Resize the input before the layer."
-        )
-    window = tuple(given // asked for given, asked in zip(size, wanted, strict=True))
-    kind = type(layer).__name__.removeprefix("Adaptive")
-    return getattr(layers, kind)(window, name=name)
+
+    def call(x: Any) -> Any:
+        size = tuple(x.shape[1:-1])
+        wanted = tuple(np.broadcast_to(layer.output_size, len(size)).tolist())
+        if any(given % asked for given, asked in zip(size, wanted, strict=True)):
+            raise UnsupportedLayerError(
+                f"Expected a size that divides {size} in layer '{name}'. Received: output_size="
+                f"{wanted}. TFLite pools with windows of one size. Resize the input before the "
+                "layer."
+            )
+        window = tuple(given // asked for given, asked in zip(size, wanted, strict=True))
+        kind = type(layer).__name__.removeprefix("Adaptive")
+        return getattr(layers, kind)(window, name=name)(x)
+
+    return call
 
 
 def center_crop(layer: Any, name: str) -> Decomposed:
     """`CenterCrop` as a slice of the middle of the image."""
-    size = layer.input.shape[1:3]
-    spare = [given - asked for given, asked in zip(size, (layer.height, layer.width), strict=True)]
-    if min(spare) < 0:
-        raise UnsupportedLayerError(
-            f"Expected images of at least {(layer.height, layer.width)} in layer '{name}'. "
-            f"Received: {size}. Resize them before this layer."
-        )
-    edges = [(extra // 2, extra - extra // 2) for extra in spare]
-    return layers.Cropping2D(tuple(edges), name=name)
+
+    def call(x: Any) -> Any:
+        size, wanted = tuple(x.shape[1:3]), (layer.height, layer.width)
+        spare = [given - asked for given, asked in zip(size, wanted, strict=True)]
+        if min(spare) < 0:
+            raise UnsupportedLayerError(
+                f"Expected images of at least {wanted} in layer '{name}'. Received: {size}. "
+                "Resize them before this layer."
+            )
+        edges = [(extra // 2, extra - extra // 2) for extra in spare]
+        return layers.Cropping2D(tuple(edges), name=name)(x)
+
+    return call

@@ -8,14 +8,14 @@ from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part
-from kqat.parts import Reduce, ReduceKind, total
+from kqat.parts import ConstantRows, Reduce, ReduceKind, total
 from kqat.rewrites.layers.basic import Decomposed
 
 
 def rows(table: np.ndarray, indices: Any, name: str, trained: bool) -> Any:
     """The rows of a matrix at `indices`, an integer tensor."""
-    layer = layers.Embedding(*table.shape, name=name, trainable=trained)
-    return Part(layer, [table])(indices)
+    kind = layers.Embedding if trained else ConstantRows
+    return Part(kind(*table.shape, name=name, trainable=trained), [table])(indices)
 
 
 def truth(x: Any, values: tuple[float, float], shape: Sequence[int], name: str) -> Any:

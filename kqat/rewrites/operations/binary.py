@@ -204,6 +204,9 @@ def _where(operation: Any, name: str) -> Callable[..., Any]:
         hides = is_tensor(a) and b is not None and not is_tensor(b) and is_number(b)
         if hides and float(np.asarray(b)) <= FAR_BELOW:
             return _scores(condition, a, name)
+        if is_tensor(condition) and not (is_tensor(a) or is_tensor(b)) and _are_numbers(a, b):
+            no, yes = (float(np.asarray(v).reshape(())) for v in (b, a))
+            return truth(condition, (no, yes), condition.shape[1:], name)
         if not is_tensor(condition) or not (is_tensor(a) or is_tensor(b)):
             raise UnsupportedLayerError(
                 f"Expected a condition and a value that are tensors in operation '{name}' of type "
@@ -219,6 +222,10 @@ def _where(operation: Any, name: str) -> Callable[..., Any]:
         return Select(name=name)([condition, *values])
 
     return call
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(v is not None and not isinstance(v, keras.Variable) and is_number(v) for v in values)
 
 
 # A score below this is that of a hidden key, whatever the others are.

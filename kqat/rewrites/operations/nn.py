@@ -12,6 +12,7 @@ from kqat.graph import Part, is_tensor
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.layers.attention_masks import Keep, attended, causal
 from kqat.rewrites.operations.binary import Row
+from kqat.rewrites.operations.patches import extract_patches
 from kqat.rewrites.operations.reductions import axis_of
 
 
@@ -226,6 +227,7 @@ NETWORKS: dict[str, Row] = {
     "LogSoftmax": _softmax("log_softmax"),
     "Glu": _glu,
     "Resize": _resize,
+    "ExtractPatches": extract_patches,
     "FFT2": _fft2,
     "RGBToGrayscale": _grayscale,
     "CropImages": _framed(layers.Cropping2D, "cropping", -1),

@@ -12,6 +12,7 @@ from keras import layers
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, holds_indexes
 from kqat.parts import ConstantKind, IndexKind, IndexOperation, Learned, Slice, WithConstant
+from kqat.rewrites.layers.one_hot import rows
 
 # Operations whose rows make a layer of a weight.
 TAKE_WEIGHTS = frozenset(
@@ -99,8 +100,7 @@ def computed(weight: Any, like: Any, rank: int, name: str) -> Any:
     first = _first_element(like, len(array.shape), name)
     if holds_indexes(like):
         none = IndexOperation(IndexKind.MULTIPLY, {"x2": 0}, name=f"{name}_zero")(first)
-        table = layers.Embedding(1, array.size, name=f"{name}_row", trainable=trained)
-        row = Part(table, [array.reshape(1, -1)])(none)
+        row = rows(array.reshape(1, -1), none, f"{name}_row", trained)
         return layers.Reshape(array.shape, name=name)(row)
     zero = layers.Subtract(name=f"{name}_zero")([first, first])
     layer = WithConstant(ConstantKind.ADD, [1, *array.shape], name=name, trainable=trained)

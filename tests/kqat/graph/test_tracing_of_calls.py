@@ -261,3 +261,54 @@ def test_copies_share_objects_that_no_config_can_hold() -> None:
     nested = layers.LSTM(2, recurrent_regularizer=gentle)
     nested.build((None, 4, 3))
     assert clone(nested).cell.recurrent_regularizer is gentle
+
+
+class _EndsMask(layers.Layer):
+    """A layer that takes a mask and hands none on."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
+        """None, as the steps are gone."""
+
+
+class _MaskedMean(_EndsMask):
+    """The mean of the steps that a mask shows, which Keras hands on or the user gives."""
+
+    def call(self, x: Any, mask: Any = None) -> Any:
+        shown = ops.expand_dims(ops.cast(mask, x.dtype), -1)
+        return ops.sum(x * shown, axis=1) / (ops.sum(shown, axis=1) + 1.0)
+
+
+class _MaskedAttention(_EndsMask):
+    """One head whose scores a mask pushes down, as users write it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.query, self.key, self.value = (layers.Dense(8) for _ in range(3))
+
+    def build(self, shape: Any) -> None:
+        """Builds the parts, since Keras tries `call` without a mask."""
+        for part in (self.query, self.key, self.value):
+            part.build(shape)
+
+    def call(self, x: Any, mask: Any = None) -> Any:
+        scores = ops.matmul(self.query(x), ops.transpose(self.key(x), (0, 2, 1))) / 3.0
+        scores += (1.0 - ops.cast(mask[:, None, :], scores.dtype)) * -1e9
+        return ops.mean(ops.matmul(ops.softmax(scores), self.value(x)), axis=1)
+
+
+@pytest.mark.parametrize("by_keras", [True, False])
+@pytest.mark.parametrize("kind", [_MaskedMean, _MaskedAttention])
+def test_a_custom_layer_reads_its_mask_as_a_tensor(kind: Any, by_keras: bool) -> None:
+    words = keras.Input((6,), dtype="int32")
+    rows = layers.Embedding(9, 4, mask_zero=by_keras)(words)
+    given = {} if by_keras else {"mask": ops.not_equal(words, 0)}
+    model = keras.Model(words, layers.Dense(3)(kind()(rows, **given)))
+    data = np.random.default_rng(0).integers(1, 9, (128, 6), dtype=np.int32)
+    data[:64, 4:] = 0
+    qat = kqat.quantize_model(model, calibration_data=data)
+    expected, found = np.asarray(model(data)), np.asarray(qat(data))
+    assert np.max(np.abs(expected - found)) < 0.05 * np.max(np.abs(expected))

@@ -30,6 +30,11 @@ COUNTER = np.arange(5, dtype=np.float32)
         (lambda x: x > 0, False),
         (lambda x: x + keras.random.normal(ops.shape(x)), False),
         (lambda x: [x, x], False),
+        # They branch on all numbers, mostly one way.
+        (lambda x: ops.cond(ops.sum(x) > -100, lambda: x, lambda: -x), False),
+        (lambda x: ops.where(ops.max(x) > 0.5, x, -x), False),
+        (lambda x: ops.where(ops.min(x) < 500.0, x, -x), False),
+        (lambda x: ops.where(ops.mean(ops.absolute(x)) > 1e-3, x, 0.0), False),
     ],
 )
 def test_a_function_of_each_number_alone_is_told_by_trial(

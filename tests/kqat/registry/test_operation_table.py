@@ -72,6 +72,8 @@ CASES: dict[str, Callable[[Any, Any], Any]] = {
     "Concatenate": lambda x, y: ops.concatenate([x, y], axis=1),
     "GetItem": lambda x, y: x[:, 1:4:2, ::3, 0:2],
     "Resize": lambda x, y: ops.image.resize(x, (8, 12), interpolation="nearest"),
+    "ExtractPatches": lambda x, y: ops.image.extract_patches(x, 2),
+    "ConvertToTensor": lambda x, y: ops.convert_to_tensor(x) * 2.0,
     "MaxPool": lambda x, y: ops.max_pool(x, 2),
     "AveragePool": lambda x, y: ops.average_pool(x, 2),
     "Elu": lambda x, y: ops.elu(x) + ops.elu(x, 0.5),

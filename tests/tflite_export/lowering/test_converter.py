@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 from keras import layers as L
 
 import kqat
@@ -45,3 +46,49 @@ def test_ends_keep_the_order_of_the_model_beyond_ten() -> None:
         shapes = [flatbuffer.tensor_shape(graph.tensors[int(t)]) for t in tensors]
         assert shapes == [(3, size + extra) for size in range(1, 13)]
         assert [int(entry.tensorIndex) for entry in entries] == [int(t) for t in tensors]
+
+
+def test_names_that_keras_takes_and_tensorflow_refuses_at_the_root() -> None:
+    inputs = keras.Input((4,), name="_x")
+    hidden = L.Dense(3, name="_hidden", activation="relu")(inputs)
+    model = keras.Model(inputs, L.Dense(2, name="-last")(hidden), name="_net")
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    blob = tflite_export.convert(qat)
+    assert all(part.is_right for part in tflite_export.verify(qat, blob, x).runtimes)
+
+
+def _gates(x: Any) -> Any:
+    """Two dilated convolutions that read the same values, as WaveNet's gates do."""
+    options: dict[str, Any] = {"dilation_rate": 2, "padding": "causal"}
+    return L.Multiply()([L.Conv1D(4, 2, activation=a, **options)(x) for a in ("tanh", "sigmoid")])
+
+
+def _pyramid(x: Any) -> Any:
+    """Dilated convolutions of all kinds side by side, as in atrous spatial pyramid pooling."""
+    rates = [2, 2, (2, 3)]
+    full = [L.Conv2D(4, 3, dilation_rate=rate, padding="same")(x) for rate in rates]
+    depthwise = [L.DepthwiseConv2D(3, dilation_rate=r, padding="same")(x) for r in rates]
+    return L.Concatenate()([*full, *depthwise])
+
+
+def _separable(x: Any) -> Any:
+    return L.Add()([L.SeparableConv1D(3, 3, dilation_rate=2, padding="same")(x) for _ in range(2)])
+
+
+@pytest.mark.parametrize(
+    ("shape", "call"), [((9, 3), _gates), ((7, 8, 3), _pyramid), ((9, 3), _separable)]
+)
+def test_dilated_convolutions_of_one_value_are_one_operator_each(
+    shape: tuple[int, ...], call: Any
+) -> None:
+    inputs = keras.Input(shape)
+    model = keras.Model(inputs, call(inputs))
+    x = np.random.default_rng(0).normal(size=(64, *shape)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    blob = tflite_export.convert(qat)
+    names = operators(flatbuffer.read(blob))
+    layers = [layer for layer in model.layers if "conv" in layer.name]
+    each = 2 if call is _separable else 1
+    assert sum(name.endswith("CONV_2D") for name in names) == each * len(layers)
+    assert all(part.is_right for part in tflite_export.verify(qat, blob, x).runtimes)

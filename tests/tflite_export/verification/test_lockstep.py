@@ -372,3 +372,16 @@ def test_approximating_kernels_are_allowed_their_steps() -> None:
     assert RuntimeReport(runtime=REFERENCE, sites=(site,)).is_right
     plain = dataclasses.replace(site, allowed_steps=1)
     assert not RuntimeReport(runtime=REFERENCE, sites=(plain,)).is_right
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_product_that_the_converter_removes_is_compared_where_its_factor_is(seed: int) -> None:
+    """A fresh LayerNormalization multiplies by one and adds zero: no operator is left of that."""
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((4, 4, 12))
+    hidden = keras.layers.LayerNormalization(name="norm")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(24)(hidden))
+    x = np.random.default_rng(seed).normal(size=(64, 4, 4, 12)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), x)
+    assert [part.unmatched for part in report.runtimes] == [()] * len(report.runtimes)

@@ -1,0 +1,124 @@
+"""Masks that users add to attention scores hide them, and leave the grid to the others."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import kqat
+import tflite_export
+
+_random = np.random.default_rng(0)
+_ROWS = (2 * _random.normal(size=(128, 6, 8))).astype(np.float32)
+_SHOWN = np.ones((128, 6), np.float32)
+_SHOWN[:64, 4:] = 0
+_EARLIER = np.tril(np.ones((6, 6), np.float32))
+How = Callable[[Any, Any], Any]
+
+
+class _Attention(layers.Layer):
+    """One head; `how` makes masked scores of scores and a mask."""
+
+    def __init__(self, how: How) -> None:
+        super().__init__(name="attention")
+        self.how = how
+        self.query, self.key, self.value = (layers.Dense(8) for _ in range(3))
+
+    def build(self, shape: Any) -> None:
+        for part in (self.query, self.key, self.value):
+            part.build(shape)
+
+    def call(self, x: Any, shown: Any = None) -> Any:
+        scores = ops.matmul(self.query(x), ops.transpose(self.key(x), (0, 2, 1))) / 2.0
+        return ops.matmul(ops.softmax(self.how(scores, shown)), self.value(x))
+
+
+def _causal(how: How) -> tuple[keras.Model, Any]:
+    x = keras.Input((6, 8))
+    return keras.Model(x, _Attention(how)(x)), _ROWS
+
+
+def _padding(how: How) -> tuple[keras.Model, Any]:
+    words = keras.Input((6,), dtype="int32")
+    normal = keras.initializers.RandomNormal(stddev=2.0)
+    rows = layers.Embedding(20, 8, embeddings_initializer=normal)(words)
+    data = _random.integers(1, 20, (128, 6)) * (_SHOWN > 0)
+    return keras.Model(words, _Attention(how)(rows, ops.not_equal(words, 0))), data
+
+
+def _given(how: How) -> tuple[keras.Model, Any]:
+    x, shown = keras.Input((6, 8), name="x"), keras.Input((6,), name="shown")
+    model = keras.Model({"x": x, "shown": shown}, _Attention(how)(x, shown))
+    return model, {"x": _ROWS, "shown": _SHOWN}
+
+
+def _floats(shown: Any) -> Any:
+    return ops.cast(shown, "float32")[:, None, :]
+
+
+CASES: dict[str, tuple[Any, How]] = {
+    "sum": (_causal, lambda s, m: s + (1 - _EARLIER) * -1e9),
+    "difference": (_causal, lambda s, m: s - (1 - _EARLIER) * 1e9),
+    "lowest float": (_causal, lambda s, m: s + np.where(_EARLIER > 0, 0, -3.4e38).astype("f")),
+    "hundred": (_causal, lambda s, m: s + (1 - _EARLIER) * -100.0),
+    "beside a bias": (_causal, lambda s, m: s + np.where(_EARLIER > 0, _ROWS[0, :, :6], -1e9)),
+    "product first": (_causal, lambda s, m: s * _EARLIER - 1e9 * (1 - _EARLIER)),
+    "padding": (_padding, lambda s, m: s + (1.0 - _floats(m)) * -1e9),
+    "padding taken off": (_padding, lambda s, m: s - 1e9 * (1.0 - _floats(m))),
+    "inverted": (_padding, lambda s, m: s + _floats(ops.logical_not(m)) * -1e4),
+    "less one": (_padding, lambda s, m: s + ops.expand_dims((_floats(m)[:, 0] - 1.0) * 1e9, 1)),
+    "where of numbers": (_padding, lambda s, m: s + ops.where(m[:, None], 0.0, -1e9)),
+    "padding and causal": (
+        _padding,
+        lambda s, m: (
+            s + (1.0 - ops.cast(ops.logical_and(m[:, None], _EARLIER > 0), "float32")) * -1e9
+        ),
+    ),
+    "given as floats": (_given, lambda s, m: s + (1.0 - m)[:, None, :] * -1e9),
+    "given, product": (_given, lambda s, m: s * m[:, None, :] - 1e9 * (1.0 - m[:, None, :])),
+}
+
+
+def _noise_db(model: keras.Model, qat: keras.Model, data: Any) -> float:
+    expected, found = np.asarray(model(data)), np.asarray(qat(data))
+    noise = np.mean(np.square(expected - found))
+    return float(10 * np.log10(np.mean(np.square(expected)) / noise))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_keep_their_grid(case: str) -> None:
+    """All of these had 1 to 3 dB."""
+    keras.utils.set_random_seed(0)
+    make, how = CASES[case]
+    model, data = make(how)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    assert _noise_db(model, qat, data) > 25
+
+
+@pytest.mark.parametrize("case", ["beside a bias", "padding and causal", "given as floats"])
+def test_the_file_hides_them_too(case: str) -> None:
+    keras.utils.set_random_seed(0)
+    make, how = CASES[case]
+    model, data = make(how)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), data, samples=16)
+    assert all(part.is_right and not part.unmatched for part in report.runtimes)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: x + (1 - _EARLIER[:, :1]) * -1e4,  # no softmax reads it
+        lambda x: [x + (1 - _EARLIER[:, :1]) * -1e4, ops.softmax(x)],
+        lambda x: ops.softmax(x + (1 - _EARLIER[:, :1]) * -5.0),  # a bias as others
+    ],
+)
+def test_other_sums_stay_sums(call: Any) -> None:
+    x = keras.Input((6, 8))
+    kinds = {layer.kind for layer in kqat.plan(keras.Model(x, call(x))).layers}
+    assert "WithConstant" in kinds
+    operands = [g for g in kqat.plan(keras.Model(x, call(x))).groups if g.hides]
+    assert operands == []
