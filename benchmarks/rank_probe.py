@@ -3,10 +3,10 @@
     python -m benchmarks.rank_probe [--only PRELU] [--write]
 
 TensorFlow's own converter makes an int8 file of one operator for each number of axes from 1 to 6,
-and each runtime runs it. A number that the converter does not
-make the operator of is skipped. `--write` puts what was found where the repository keeps it
-(benchmarks/rank_probe.json), from which `kqat.devices.MOST_AXES` is. An operator of which the
-converter made no file at all (`made` is empty) is not probed.
+and each runtime runs it. Where it makes none (it keeps GATHER, comparisons and others float, or
+turns them into other operators), kqat makes the file, for 2 axes and more: the batch is one. A
+number of axes for which there is no file is skipped. `--write` puts what was found where the
+repository keeps it (benchmarks/rank_probe.json), from which `kqat.devices.MOST_AXES` is.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kqat.base import RuntimeUnavailableError, write_file
-from tflite_export import flatbuffer, inspect
+from tflite_export import flatbuffer
 from tflite_export.runtimes import random_inputs, run
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -88,6 +88,51 @@ def _calls() -> dict[str, Call]:
     }
 
 
+def _own_calls() -> dict[str, Call]:
+    """Operator -> what kqat makes it of, of one symbolic tensor with any number of axes."""
+    from keras import layers, ops
+
+    def of_rows(function: Call) -> Call:
+        return lambda x: layers.Embedding(5, 1)(function(x, axis=-1))
+
+    def where(compare: Call) -> Call:
+        return lambda x: ops.where(compare(x), x, -x)
+
+    return {
+        "GATHER": lambda x: ops.take(x, [1, 0, 2], axis=-1),
+        "SELECT_V2": where(lambda x: x > 0.1),
+        "REDUCE_MIN": lambda x: ops.min(x, axis=-1),
+        "REDUCE_PROD": lambda x: ops.prod(x, axis=-1),
+        "ARG_MAX": of_rows(ops.argmax),
+        "ARG_MIN": of_rows(ops.argmin),
+        "GREATER": where(lambda x: x > 0.1),
+        "EQUAL": where(lambda x: ops.equal(x, 0.25)),
+        "LOGICAL_NOT": where(lambda x: ops.logical_not(x > 0.1)),
+        "CAST": lambda x: layers.Activation("softplus")(x),
+        "BATCH_MATMUL": lambda x: ops.matmul(x, ops.swapaxes(x, -1, -2)),
+        "FULLY_CONNECTED": lambda x: layers.Dense(4)(x),
+        "L2_NORMALIZATION": lambda x: layers.UnitNormalization()(x),
+    }
+
+
+def own_operator(call: Call, rank: int) -> bytes | None:
+    """kqat's file of `call` for a value of `rank` axes; `None` where it makes none."""
+    import keras
+
+    import kqat
+    from tflite_export import convert
+
+    if rank < 2:
+        return None
+    shape = [*[3, 2, 2, 2][: rank - 2], 4]
+    data = np.random.default_rng(0).uniform(-1, 1, (32, *shape)).astype(np.float32)
+    x = keras.Input(shape)
+    try:
+        return convert(kqat.quantize_model(keras.Model(x, call(x)), calibration_data=data))
+    except Exception:
+        return None
+
+
 def one_operator(call: Call, rank: int) -> bytes | None:
     """An int8 file of `call` for a value of `rank` axes; `None` if the converter refuses."""
     import tensorflow as tf
@@ -107,16 +152,31 @@ def one_operator(call: Call, rank: int) -> bytes | None:
         return None
 
 
+def _reads(blob: bytes, operator: str, rank: int) -> bool:
+    """Whether a file has the operator, for a value of so many axes."""
+    model = flatbuffer.read(blob)
+    graph = model.subgraphs[0]
+    ranks = [
+        max(len(flatbuffer.tensor_shape(graph.tensors[int(t)])) for t in one.inputs if int(t) >= 0)
+        for one in graph.operators
+        if flatbuffer.op_name(model, one) == operator
+    ]
+    return rank in ranks
+
+
 def probe(only: str | None = None) -> dict[str, dict[str, list[int]]]:
     """Operator -> runtime -> the numbers of axes at which it ran."""
     found: dict[str, dict[str, list[int]]] = {}
+    own = _own_calls()
     for operator, call in _calls().items():
         if only not in (None, operator):
             continue
         rows: dict[str, list[int]] = {"made": [], **{runtime: [] for runtime in RUNTIMES}}
         for rank in RANKS:
             blob = one_operator(call, rank)
-            if blob is None or operator not in inspect(blob).counts():
+            if blob is None or not _reads(blob, operator, rank):
+                blob = own_operator(own[operator], rank) if operator in own else None
+            if blob is None or not _reads(blob, operator, rank):
                 continue
             rows["made"].append(rank)
             inputs = random_inputs(flatbuffer.read(blob), 1)

@@ -129,6 +129,7 @@ MOST_AXES: dict[str, tuple[int, int]] = {
     "PAD": (5, 5),
     "PADV2": (5, 5),
     "L2_NORMALIZATION": (6, 4),
+    "SELECT_V2": (4, 4),  # LiteRT does not load the version for five
     "BATCH_MATMUL": (5, 5),  # the converter makes none of more
 }
 

@@ -17,7 +17,7 @@ from keras import layers
 from kqat.config import QuantizeConfig
 from kqat.devices import RUNTIMES, most_axes
 from kqat.graph import Graph, Node, Part, clone, rebuild, trace, unique_name
-from kqat.parts import Matmul, Slice
+from kqat.parts import Matmul, Select, Slice
 
 Configs = Mapping[str, QuantizeConfig | None]
 Shape = tuple[int, ...]
@@ -185,10 +185,26 @@ def _matmul(node: Node, named: Callable[[str], str]) -> Callable[..., Any] | Non
     return call
 
 
+def _select(node: Node, named: Callable[[str], str]) -> Callable[..., Any] | None:
+    """A choice between values of one shape, as one axis."""
+    if len({tuple(ref.shape[1:]) for ref in node.inputs}) > 1:
+        return None
+
+    def call(inputs: Any) -> Any:
+        shape = tuple(inputs[0].shape[1:])
+        flat = [
+            _reshaped(x, (math.prod(shape),), named(f"reshaped_{i}")) for i, x in enumerate(inputs)
+        ]
+        return _reshaped(Select(name=named("part"))(flat), shape, named("whole"))
+
+    return call
+
+
 _FITTED: dict[type, tuple[str, Callable[[Node, Callable[[str], str]], Any]]] = {
     Slice: ("STRIDED_SLICE", _slice),
     layers.Permute: ("TRANSPOSE", _permute),
     layers.PReLU: ("PRELU", _prelu),
     layers.UnitNormalization: ("L2_NORMALIZATION", _unit),
     Matmul: ("BATCH_MATMUL", _matmul),
+    Select: ("SELECT_V2", _select),
 }

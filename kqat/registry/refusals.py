@@ -162,7 +162,7 @@ OPERATION_REASONS: dict[str, str] = {
         "model, or use resize",
     ),
     **dict.fromkeys(
-        "extract_patches extract_patches_3d gaussian_blur sobel_edges".split(),
+        "extract_patches_3d gaussian_blur sobel_edges".split(),
         "is a convolution with a fixed kernel; use a DepthwiseConv2D with that kernel",
     ),
     **dict.fromkeys(

@@ -25,6 +25,7 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[Any], Any]]] = {
     "prelu_of_some": (FIVE, lambda x: slopes(x, [3, 4])),
     "unit": (SIX, lambda x: L.UnitNormalization()(x)),
     "matmul": (SIX, lambda x: ops.matmul(x, ops.swapaxes(x, -1, -2))),
+    "where": (FIVE, lambda x: ops.where(x > 0.1, x, -x)),
     "pad": (FIVE, lambda x: ops.pad(x, [(0, 0), (1, 0), (0, 0), (0, 2), (1, 1)])),
     "pad_of_six": (SIX, lambda x: ops.pad(x, [*[(0, 0)] * 5, (1, 1)])),
 }
