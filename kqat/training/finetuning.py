@@ -115,9 +115,10 @@ def finetune(
     Adam, a rate that rises over the first tenth of the steps to `learning_rate` and falls to zero
     along a cosine; statistics of BatchNormalization and ranges stay as they are in the second half
     of the epochs, so that it trains with the numbers that ship. `benchmarks/finetune.md` has what
-    was measured so far, one seed on small data: of 1e-4 and 3e-4 the latter was better for
-    a trained ResNet-8, and a constant 1e-3 ruined it. Freezing made no difference there, and lost accuracy on
-    a small network that was not trained out; `finetune_callbacks(freeze_at=None)` leaves it out.
+    was measured so far, one seed on small data: of 1e-4 and 3e-4 the latter was better for a
+    trained ResNet-8, and a constant 1e-3 ruined it. Freezing made no difference there, and lost
+    accuracy on a small network that was not trained out;
+    `finetune_callbacks(freeze_at=None)` leaves it out.
 
     Args:
         qat: a QAT model, calibrated and not trained yet. It is compiled anew, with Adam.
