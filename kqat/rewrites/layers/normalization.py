@@ -94,18 +94,20 @@ def group_normalization(layer: Any, name: str) -> Decomposed:
 
     Reference: Wu & He 2018, section 3 (https://arxiv.org/abs/1803.08494).
     """
-    shape = layer.input.shape
-    if layer.axis % len(shape) != len(shape) - 1:
+    rank = len(layer.input.shape)
+    if layer.axis % rank != rank - 1:
         raise UnsupportedLayerError(
             f"Expected channels on the last axis in layer '{name}'. Received: axis={layer.axis}. "
             "Permute the input."
         )
     affine = channel_affine(layer, name, layer.scale, layer.center)
-    channels = shape[-1]
-    groups = channels if layer.groups == -1 else layer.groups
-    positions = int(np.prod(shape[1:-1], dtype=int))
 
     def call(x: Any) -> Any:
+        # Not of `layer.input`: the layer may have been called on values of several sizes.
+        shape = x.shape
+        channels = shape[-1]
+        groups = channels if layer.groups == -1 else layer.groups
+        positions = int(np.prod(shape[1:-1], dtype=int))
         grouped = (positions, groups, channels // groups)
         y = layers.Reshape(grouped, name=f"{name}_groups")(x)
         mean = Reduce(ReduceKind.MEAN, [1, 3], name=f"{name}_mean")(y)
