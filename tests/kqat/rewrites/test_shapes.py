@@ -56,13 +56,6 @@ def test_layers_compute_what_the_function_computes(call: Callable[[Any], Any]) -
     np.testing.assert_allclose(_parts(model)(IMAGES)[0], model(IMAGES)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_transpositions_move_no_more_axes_than_every_runtime_takes() -> None:
-    model = _parts(_model(CALLS["seven axes"], CALLS["windows"]))
-    permutations = [layer for layer in model.layers if isinstance(layer, layers.Permute)]
-    assert permutations
-    assert all(len(layer.dims) <= 4 for layer in permutations)
-
-
 def test_zeros_of_indexes_are_indexes() -> None:
     x = keras.Input((5,), dtype="int32", name="tokens")
     table = layers.Embedding(10, 4, name="table")
