@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from kqat.base import UnsupportedLayerError
 from kqat.graph import (
     Graph,
     Node,
@@ -25,7 +26,19 @@ from kqat.graph import (
     unique_name,
 )
 from kqat.grids import HIDDEN
-from kqat.parts import ConstantKind, ConstantRows, Hide, Slice, Take, WithConstant
+from kqat.parts import (
+    ConstantKind,
+    ConstantRows,
+    Hide,
+    IndexOperation,
+    Padding,
+    PaddingKind,
+    Reduce,
+    ReduceKind,
+    Slice,
+    Take,
+    WithConstant,
+)
 
 # What is added to a hidden score at least; Swin adds this, others a billion. Softmax gives such a
 # key less than float32 can tell from zero, beside scores that spread by less than 80.
@@ -34,6 +47,10 @@ FAR_BELOW = -100.0
 _MOVING = (
     layers.Reshape, layers.Permute, layers.Flatten, layers.Identity, layers.RepeatVector,
     layers.Dropout, Slice, Take,
+)  # fmt: skip
+_LARGEST = (
+    layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D, layers.GlobalMaxPooling1D,
+    layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D,
 )  # fmt: skip
 
 
@@ -103,6 +120,33 @@ def hide_added_masks(
     return trace(rebuild(graph, call, name)), found
 
 
+def check_hidden_values(graph: Graph, origins: Mapping[str, str]) -> None:
+    """Checks that only what ignores hidden values reads them: softmax, or a maximum.
+
+    `where(mask, x, -1e9)` and padding with such a number put the lowest integer of the grid there.
+
+    Raises:
+        UnsupportedLayerError: if something else computes with them; names the user's layer.
+    """
+    search = _Search(graph)
+    for node in graph.nodes:
+        if _hides(node.layer) and not search.is_ignored(node.outputs[0]):
+            raise UnsupportedLayerError(
+                f"Expected a softmax or a maximum to read what '{origins[node.layer.name]}' "
+                f"computes. Received: numbers of {FAR_BELOW:.0e} or less beside others, which "
+                "something else reads; a grid that holds both has one integer for all others. "
+                "Use a number that is as large as the others."
+            )
+
+
+def _hides(layer: Any) -> bool:
+    if isinstance(layer, WithConstant):
+        return layer.kind is ConstantKind.HIDE
+    if isinstance(layer, Padding):
+        return layer.kind is PaddingKind.LOWEST
+    return isinstance(layer, Hide)
+
+
 class _Search:
     """Finds the sums that mask scores."""
 
@@ -143,6 +187,20 @@ class _Search:
                 or (isinstance(node.layer, _MOVING) and self._ends_in_softmax(node.outputs[0]))
                 for node in readers
             )
+        )
+
+    def is_ignored(self, ref: Ref) -> bool:
+        """Whether what reads a value takes no notice of its lowest numbers."""
+        return ref not in self.outputs and all(
+            _is_softmax(node.layer)
+            or isinstance(node.layer, _LARGEST)
+            or (isinstance(node.layer, Reduce) and node.layer.kind is ReduceKind.MAX)
+            or (isinstance(node.layer, IndexOperation) and node.layer.kind == "argmax")
+            or (
+                (isinstance(node.layer, _MOVING) or _hides(node.layer))
+                and self.is_ignored(node.outputs[0])
+            )
+            for node in self.consumers[ref]
         )
 
     def _mask(self, ref: Ref, sign: float) -> _Mask | None:

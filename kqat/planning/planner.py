@@ -17,7 +17,7 @@ from kqat.devices import ops_at
 from kqat.graph import Graph, Node, trace
 from kqat.grids import MaxAbs, QuantSpec
 from kqat.parts import Recurrence, Requantize
-from kqat.planning.additive_masks import hide_added_masks
+from kqat.planning.additive_masks import check_hidden_values, hide_added_masks
 from kqat.planning.biases import join_biases
 from kqat.planning.byte_inputs import read_bytes
 from kqat.planning.expansion import expand
@@ -53,6 +53,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     fused = fused_nodes(graph, configs)
     simple, origins = expand(graph, lambda node: node.name in whole, model_name, fused)
     simple, origins = hide_added_masks(simple, origins, whole, model_name)
+    check_hidden_values(simple, origins)
     simple = join_biases(simple, origins, configs, model_name)
     simple, origins = fit_ranks(simple, origins, configs, model_name)
     simple, new = match_widths(simple, origins, configs, input_configs)

@@ -122,3 +122,38 @@ def test_other_sums_stay_sums(call: Any) -> None:
     assert "WithConstant" in kinds
     operands = [g for g in kqat.plan(keras.Model(x, call(x))).groups if g.hides]
     assert operands == []
+
+
+_FIRST = np.arange(6) < 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: layers.Dense(2)(ops.where(_FIRST[:, None], x, -1e6)),
+        lambda x: ops.where(_FIRST[:, None], x, -1e6),
+        lambda x: ops.pad(x, ((0, 0), (1, 1), (0, 0)), constant_values=-1e6) * 2.0,
+    ],
+)
+def test_far_numbers_that_something_computes_with_are_refused(call: Any) -> None:
+    """They were taken for a mask, and came out as the lowest number of the others."""
+    x = keras.Input((6, 8))
+    with pytest.raises(kqat.UnsupportedLayerError, match="softmax or a maximum|integer form"):
+        kqat.plan(keras.Model(x, call(x)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.max(ops.where(_FIRST[:, None], x, -1e9), axis=1),
+        lambda x: ops.softmax(ops.transpose(ops.where(_FIRST[:, None], x, -1e9), (0, 2, 1))),
+        lambda x: layers.MaxPooling1D(2)(
+            ops.pad(x, ((0, 0), (1, 1), (0, 0)), constant_values=-np.inf)
+        ),
+    ],
+)
+def test_far_numbers_that_a_maximum_passes_over_ship(call: Any) -> None:
+    x = keras.Input((6, 8))
+    model = keras.Model(x, call(x))
+    qat = kqat.quantize_model(model, calibration_data=_ROWS)
+    assert _noise_db(model, qat, _ROWS) > 25
