@@ -104,6 +104,17 @@ NETWORKS = _many(
 )
 
 
+IMAGES = _many(
+    IMAGE,
+    lambda x: ops.image.extract_patches(x, 3, 2),
+    lambda x: ops.image.crop_images(x, 1, 1, 1, 1),
+    lambda x: ops.image.pad_images(x, 1, 1, 1, 1),
+    lambda x: ops.take_along_axis(x, np.int32([[[[3, 0]]]]), axis=3),
+    lambda x: ops.convert_to_tensor(x) * 7.0,
+    lambda x: x * ops.full_like(x, 3.0) + ops.ones_like(x) + ops.zeros_like(x),
+)
+
+
 def _products() -> keras.Model:
     x, y = keras.Input((3, 4), name="x"), keras.Input((4, 5), name="y")
     heads = ops.reshape(x, (-1, 3, 2, 2))
@@ -176,6 +187,7 @@ CASES: tuple[Case, ...] = (
         STRIDED_SLICE=2,
         TRANSPOSE=2,
     ),
+    _case("images", IMAGES, ADD=1, CONCATENATION=1, GATHER=1, MUL=2, PAD=1, STRIDED_SLICE=10),
     _case(
         "products",
         _products,

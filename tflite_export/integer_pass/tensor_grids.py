@@ -49,7 +49,11 @@ def part_merged_values(draft: Draft) -> None:
         same = rule is not None and rule.scales == "same" and id(operator) not in placeholders
         if rule is not None and same and not draft.reads_float(operator):
             source, own = draft.activations(operator, rule), sites.get(int(operator.outputs[0]))
-            if len(source) == 1 and own is not None and _is_merged(draft, sites[source[0]], own):
+            if (
+                len(source) == 1
+                and own is not None
+                and _is_merged(draft, draft.op_name(operator), sites[source[0]], own)
+            ):
                 tensor = graph.tensors[source[0]]
                 name = f"{own.name}/input"
                 other = add_tensor(draft.model, tensor.shape, tensor.type, name=name)
@@ -62,8 +66,11 @@ def part_merged_values(draft: Draft) -> None:
     graph.operators = kept
 
 
-def _is_merged(draft: Draft, given: Site, own: Site) -> bool:
-    """Whether the model has no value of the grid `given` that it hands on to the site `own`."""
+def _is_merged(draft: Draft, name: str, given: Site, own: Site) -> bool:
+    """Whether the model has no value of the grid `given` that it hands on to the site `own`.
+
+    `name` is that of the operator that writes `own` in the file.
+    """
     if same_grid(given, own) or given.bits != own.bits:
         return False
     frozen = draft.frozen
@@ -77,7 +84,8 @@ def _is_merged(draft: Draft, given: Site, own: Site) -> bool:
         if is_marker(before.layer, "site"):
             return same_grid(frozen.sites[before.layer.index], own)
         if not frozen.facts(before).keeps_integers:
-            return True  # The value that has this grid is computed here.
+            # The value that has this grid is computed here, unless by the operator itself.
+            return name not in frozen.facts(before).ops
         node = before
     return False
 

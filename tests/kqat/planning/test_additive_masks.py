@@ -138,7 +138,7 @@ _FIRST = np.arange(6) < 3
 def test_far_numbers_that_something_computes_with_are_refused(call: Any) -> None:
     """They were taken for a mask, and came out as the lowest number of the others."""
     x = keras.Input((6, 8))
-    with pytest.raises(kqat.UnsupportedLayerError, match="softmax or a maximum|integer form"):
+    with pytest.raises(kqat.UnsupportedLayerError, match=r"softmax or a maximum|integer form"):
         kqat.plan(keras.Model(x, call(x)))
 
 

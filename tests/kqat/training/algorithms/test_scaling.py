@@ -215,5 +215,5 @@ def test_nothing_to_scale_is_an_error(algorithm: Any) -> None:
 
 
 def test_alpha_outside_is_an_error(block: tuple[keras.Model, np.ndarray]) -> None:
-    with pytest.raises(kqat.SpecError, match=r"alpha inside \[0, 1\]. Received: alpha=1.5"):
+    with pytest.raises(kqat.SpecError, match=r"alpha inside \[0, 1\].* Received: alpha=1.5"):
         algorithms.smooth_quant(block[0], block[1], alpha=1.5)
