@@ -475,12 +475,14 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
     computed: dict[int, Any] = {}
     wanted: dict[int, Any] = {}
     values: dict[int, np.ndarray] = {}
+    constants: list[Any] = []  # the tensors of `values`
     for call in _calls(function):
         tensors = _tensors((call.arguments.args, call.arguments.kwargs))
         if type(call.operation).__name__ in _FILLED:
             # It reads the shape alone.
             filled = _FILLED[type(call.operation).__name__]
             values.update((id(t), np.full(t.shape, filled, t.dtype)) for t in call.outputs)
+            constants += call.outputs
             computed.update((id(t), []) for t in call.outputs)
         elif any(id(t) in live for t in tensors):
             live.update(id(t) for t in call.outputs)
@@ -494,9 +496,10 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
         del wanted[key]
         found[key] = keras.Variable(values[key], trainable=False, name="constant")
     if wanted:
-        inputs = [t for t in function.inputs if id(t) in variables]
+        inputs = [*(t for t in function.inputs if id(t) in variables), *constants]
+        known = {**variables, **values}
         results = keras.Function(inputs, list(wanted.values()))(
-            [keras.ops.cast(variables[id(t)], t.dtype) for t in inputs]
+            [keras.ops.cast(known[id(t)], t.dtype) for t in inputs]
         )
         for (key, _), value in zip(wanted.items(), results, strict=True):
             sources = list({id(v): v for v in computed[key]}.values())

@@ -310,3 +310,21 @@ def test_a_custom_layer_reads_its_mask_as_a_tensor(kind: Any, by_keras: bool) ->
     qat = kqat.quantize_model(model, calibration_data=data)
     expected, found = np.asarray(model(data)), np.asarray(qat(data))
     assert np.max(np.abs(expected - found)) < 0.05 * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.zeros_like(x) + 3.0,
+        lambda x: x * (ops.ones_like(x) * 2.0 + 1.0),
+        lambda x: x + ops.concatenate([ops.zeros_like(x[:, :4]), ops.ones_like(x[:, 4:]) * 2.0], 1),
+    ],
+)
+def test_constants_of_a_shape_are_computed_with(call: Callable[[Any], Any]) -> None:
+    """The first of them ended in an error of Keras."""
+    x = keras.Input((8,))
+    model = keras.Model(x, [layers.Dense(8)(x), layers.Lambda(call)(x)])
+    data = ROWS[:, 0]
+    qat = kqat.quantize_model(model, calibration_data=np.repeat(data, 32, 0))
+    for expected, found in zip(model(data), qat(data), strict=True):
+        np.testing.assert_allclose(found, expected, atol=0.05 * float(np.max(np.abs(expected))))
