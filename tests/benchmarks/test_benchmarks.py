@@ -121,8 +121,10 @@ def test_narrow_weights_make_small_files(tmp_path: Path) -> None:
     assert not any(row.problems for row in found)
     # One step: kernels round twice where float arithmetic rounds once.
     assert max(row.max_steps for row in found) <= 1
-    for way in ("all targets", "litert", "micro"):
+    for way in ("all targets", "micro"):
         assert sizes["w4a8", way] <= 0.62 * sizes["int8", way]
+    # On LiteRT packed convolutions are several times as slow: they ship as int8 there.
+    assert 0.62 * sizes["int8", "litert"] < sizes["w4a8", "litert"] <= sizes["int8", "litert"]
     assert sizes["ternary", "lookup"] < 0.62 * sizes["w4a8", "lookup"]
     for policy in ("int8", "w4a8", "ternary"):
         assert sizes[policy, "smallest"] <= sizes[policy, "lookup"] <= sizes[policy, "micro"]

@@ -309,6 +309,12 @@ MOVE = (
         "zero_padding2d",
         IMAGE,
         lambda x: L.Conv2D(4, 3, 2)(L.ZeroPadding2D(((0, 1), (0, 1)))(x)),
+        CONV_2D=1,  # SAME means this padding
+    ),
+    _one(
+        "zero_padding2d_on_one_side",
+        IMAGE,
+        lambda x: L.Conv2D(4, 3)(L.ZeroPadding2D(((2, 0), (2, 0)))(x)),
         CONV_2D=1,
         PAD=1,
     ),
