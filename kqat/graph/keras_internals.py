@@ -224,7 +224,7 @@ def _with_batch_first(
             )
     output = keras.tree.map_structure(lambda t: made.get(id(t), t), output)
     held = {id(t): t for t in _tensors(output) if id(t) in weights}
-    with _names_apart(layer):
+    with _names_apart(layer, output):
         function = keras.Function([*tensors, *held.values()], keras.tree.flatten(output))
     return function, output, {key: weights[key] for key in held}
 
@@ -306,7 +306,7 @@ def _called(
     output = keras.tree.map_structure(lambda t: _symbolic_output(t, layer, weights), output)
     variables = {id(tensor): variable for tensor, variable in weights.values()}
     inputs = [*tensors, *(tensor for tensor, _ in weights.values())]
-    with _names_apart(layer):
+    with _names_apart(layer, output):
         function = keras.Function(inputs, keras.tree.flatten(output))
     values = _weight_values(function, {id(t) for t in tensors}, variables)
     shown = {id(v) for operation in function.operations for v in _variables(operation)}
@@ -444,9 +444,14 @@ def _shapes_told(layer: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _names_apart(layer: Any) -> Iterator[None]:
-    """Gives layers inside names of their own meanwhile, as Keras demands of a function."""
-    names = [(part, part.name) for part in parts_of(layer)]
+def _names_apart(layer: Any, outputs: Any) -> Iterator[None]:
+    """Gives all that computes `outputs` names of its own meanwhile, as Keras demands of a function.
+
+    These are the layers inside `layer`, and those that its call makes: one that is called for each
+    block may make a layer of the same name each time.
+    """
+    parts = {id(part): part for part in (*parts_of(layer), *_operations_behind(outputs))}
+    names = [(part, part.name) for part in parts.values()]
     try:
         for index, (part, name) in enumerate(names):
             object.__setattr__(part, "name", f"kqat_{index}_{name}")
@@ -454,6 +459,19 @@ def _names_apart(layer: Any) -> Iterator[None]:
     finally:
         for part, name in names:
             object.__setattr__(part, "name", name)
+
+
+def _operations_behind(outputs: Any) -> Iterator[Any]:
+    """The operations that compute symbolic tensors, inputs excepted."""
+    waiting, seen = _tensors(outputs), set()
+    while waiting:
+        history = getattr(waiting.pop(), "_keras_history", None)
+        if history is None or (id(history.operation), history.node_index) in seen:
+            continue
+        seen.add((id(history.operation), history.node_index))
+        if not isinstance(history.operation, keras.layers.InputLayer):
+            yield history.operation
+            waiting += history.operation._inbound_nodes[history.node_index].input_tensors
 
 
 def _is_stock(layer: Any) -> bool:

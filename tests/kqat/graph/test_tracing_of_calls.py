@@ -328,3 +328,35 @@ def test_constants_of_a_shape_are_computed_with(call: Callable[[Any], Any]) -> N
     qat = kqat.quantize_model(model, calibration_data=np.repeat(data, 32, 0))
     for expected, found in zip(model(data), qat(data), strict=True):
         np.testing.assert_allclose(found, expected, atol=0.05 * float(np.max(np.abs(expected))))
+
+
+class _NamesInCalls(layers.Layer):
+    """A block whose call makes a layer of a fixed name, as keras-tcn's residual blocks do."""
+
+    def build(self, shape: Any) -> None:
+        self.dense = layers.Dense(shape[-1])
+        self.dense.build(shape)
+
+    def call(self, x: Any) -> Any:
+        return layers.Activation("relu", name="end")(layers.add([x, self.dense(x)], name="sum"))
+
+
+class _Blocks(layers.Layer):
+    def build(self, shape: Any) -> None:
+        self.blocks = [_NamesInCalls(name=f"block_{i}") for i in range(3)]
+        for block in self.blocks:
+            block.build(shape)
+
+    def call(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_calls_may_make_layers_of_one_name() -> None:
+    x = keras.Input((8,))
+    model = keras.Model(x, layers.Dense(3)(_Blocks()(x)))
+    data = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    expected = np.asarray(model(data))
+    np.testing.assert_allclose(qat(data), expected, atol=0.05 * float(np.max(np.abs(expected))))
