@@ -39,10 +39,11 @@ from kqat.parts import (
     Take,
     WithConstant,
 )
+from kqat.rewrites import FAR_BELOW
 
 # What is added to a hidden score at least; Swin adds this, others a billion. Softmax gives such a
 # key less than float32 can tell from zero, beside scores that spread by less than 80.
-FAR_BELOW = -100.0
+LEAST_ADDED = -100.0
 # Layers that hand numbers on as they are.
 _MOVING = (
     layers.Reshape, layers.Permute, layers.Flatten, layers.Identity, layers.RepeatVector,
@@ -133,7 +134,7 @@ def check_hidden_values(graph: Graph, origins: Mapping[str, str]) -> None:
         if _hides(node.layer) and not search.is_ignored(node.outputs[0]):
             raise UnsupportedLayerError(
                 f"Expected a softmax or a maximum to read what '{origins[node.layer.name]}' "
-                f"computes. Received: numbers of {FAR_BELOW:.0e} or less beside others, which "
+                f"computes. Received: numbers of {FAR_BELOW:.0f} or less beside others, which "
                 "something else reads; a grid that holds both has one integer for all others. "
                 "Use a number that is as large as the others."
             )
@@ -161,7 +162,7 @@ class _Search:
             isinstance(layer, WithConstant)
             and layer.kind is ConstantKind.ADD
             and not layer.trainable
-            and float(np.min(layer.value)) <= FAR_BELOW
+            and float(np.min(layer.value)) <= LEAST_ADDED
             and self._ends_in_softmax(node.outputs[0])
         )
 
@@ -221,7 +222,7 @@ class _Search:
         else:
             base, numbers, table = ref, np.array([offset, scale + offset]), None
         lowest = float(numbers.min())
-        if lowest > FAR_BELOW or not np.all((numbers <= FAR_BELOW) | (np.abs(numbers) < 1e-3)):
+        if lowest > LEAST_ADDED or not np.all((numbers <= LEAST_ADDED) | (np.abs(numbers) < 1e-3)):
             return None
         return _Mask(ref, base, table, scale, offset, tuple(moves))
 
@@ -235,7 +236,7 @@ def _is_softmax(layer: Any) -> bool:
 def _constant_hidden(layer: Any, x: Any, new: Callable[[str], str]) -> Any:
     """The sum with a constant as the sum with its other numbers, and the hiding of the rest."""
     value = np.asarray(layer.value, np.float32)
-    hidden = value <= FAR_BELOW
+    hidden = value <= LEAST_ADDED
     others = np.where(hidden, np.float32(0), value)
     if others.any():
         added = WithConstant(ConstantKind.ADD, layer.shape, name=new("bias"), trainable=False)
@@ -247,7 +248,7 @@ def _constant_hidden(layer: Any, x: Any, new: Callable[[str], str]) -> Any:
 def _hidden(layer: Any, mask: _Mask, values: Mapping[Ref, Any], new: Callable[[str], str]) -> Any:
     base = values[mask.base]
     if mask.table is not None:
-        table = np.where(mask.table <= FAR_BELOW, HIDDEN, 0.0).astype(np.float32)
+        table = np.where(mask.table <= LEAST_ADDED, HIDDEN, 0.0).astype(np.float32)
         bias = Part(ConstantRows(*table.shape, name=new("rows"), trainable=False), [table])(base)
     else:
         shrunk = HIDDEN / min(mask.offset, mask.scale + mask.offset)

@@ -201,9 +201,10 @@ def _where(operation: Any, name: str) -> Callable[..., Any]:
     """A selection; where the other value is far below all others, a mask of attention scores."""
 
     def call(condition: Any, a: Any = None, b: Any = None) -> Any:
-        hides = is_tensor(a) and b is not None and not is_tensor(b) and is_number(b)
-        if hides and float(np.asarray(b)) <= FAR_BELOW:
-            return _scores(condition, a, name)
+        for scores, number, shown in ((a, b, True), (b, a, False)):
+            if is_tensor(scores) and not is_tensor(number) and _are_numbers(number):
+                if float(np.asarray(number).reshape(())) <= FAR_BELOW:
+                    return _scores(condition, scores, shown, name)
         if is_tensor(condition) and not (is_tensor(a) or is_tensor(b)) and _are_numbers(a, b):
             no, yes = (float(np.asarray(v).reshape(())) for v in (b, a))
             return truth(condition, (no, yes), condition.shape[1:], name)
@@ -232,12 +233,12 @@ def _are_numbers(*values: Any) -> bool:
 FAR_BELOW = -1e4
 
 
-def _scores(condition: Any, scores: Any, name: str) -> Any:
-    """`scores` where `condition` holds, and below all others elsewhere."""
+def _scores(condition: Any, scores: Any, shown: bool, name: str) -> Any:
+    """`scores` where `condition` is `shown`, and below all others elsewhere."""
     rank = len(scores.shape)
     if not is_tensor(condition):
-        shown = np.asarray(condition).astype(bool)
-        bias = np.where(shown, 0.0, HIDDEN).astype(np.float32)
+        bias = np.where(np.asarray(condition).astype(bool) == shown, 0.0, HIDDEN)
+        bias = bias.astype(np.float32)
         bias = bias.reshape((1,) * (rank - bias.ndim) + bias.shape)
         layer = WithConstant(ConstantKind.HIDE, list(bias.shape), name=name, trainable=False)
         return Part(layer, [bias])(scores)
@@ -247,7 +248,8 @@ def _scores(condition: Any, scores: Any, name: str) -> Any:
             f"Expected a condition of the rank of the scores in operation '{name}'. Received: "
             f"shapes {tuple(condition.shape)} and {tuple(scores.shape)}. Reshape it."
         )
-    bias = truth(condition, (HIDDEN, 0.0), shape, f"{name}_bias")
+    values = (HIDDEN, 0.0) if shown else (0.0, HIDDEN)
+    bias = truth(condition, values, shape, f"{name}_bias")
     return Hide(name=name)([bias, scores])
 
 
