@@ -65,11 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """What the recipe prints, from what results.json holds."""
-    title = (
-        f"{results['options']['network']}, {results['test_samples']:,} test samples, "
-        f"{results['float_operators']} float operators"
-    )
-    return [running.row_table(title, results["rows"])]
+    return running.network_tables(results)
 
 
 def bert(classes: int = 6) -> keras.Model:

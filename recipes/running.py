@@ -205,6 +205,15 @@ def row_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table(title, header, cells, LEGEND.format(runtimes=", ".join(runtimes)))
 
 
+def network_tables(results: Mapping[str, Any]) -> list[Table]:
+    """The table of a recipe with `--network`, from what its results.json holds."""
+    title = (
+        f"{results['options']['network']}, {results['test_samples']:,} test samples, "
+        f"{results['float_operators']} float operators"
+    )
+    return [row_table(title, results["rows"])]
+
+
 def show(tables: Iterable[Table]) -> None:
     """Prints tables, each with its title and legend."""
     shown = list(tables)

@@ -17,9 +17,8 @@ def input_shapes(model: keras.Model) -> dict[str, Shape]:
     Empty for a model of which Keras recorded no input.
     """
     struct = input_struct(model)
-    flat = keras.tree.flatten(struct)
-    keys = list(struct) if isinstance(struct, Mapping) else [maker_name(t) for t in flat]
-    values = list(struct.values()) if isinstance(struct, Mapping) else flat
+    values = _values(struct)
+    keys = list(struct) if isinstance(struct, Mapping) else [maker_name(t) for t in values]
     return {key: tuple(t.shape[1:]) for key, t in zip(keys, values, strict=True)}
 
 

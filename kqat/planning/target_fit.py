@@ -145,17 +145,14 @@ def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
         packable = [op for op in part.ops if op in (*PACKED[PACKED_BITS], *NEVER_PACKED)]
         if spec.bits > PACKED_BITS or not packable:
             continue
-        if target.packs(packable[0], spec.axis is None, part.bits):
-            if packable[0] in target.slow_packed and part.bits == 8:
-                yield Misfit(
-                    layer=part.origin,
-                    operators=(packable[0],),
-                    blocking=False,
-                    reason=f"stores its {spec.bits}-bit weights as int8",
-                    replacement=None,
-                    remedy="the target's kernel for packed ones is several times as slow; "
-                    "convert(weights='packed') takes half the bytes for that time",
-                )
+        if not target.packs(packable[0], spec.axis is None, part.bits):
+            remedy = "this target has no kernel for packed weights"
+        elif packable[0] in target.slow_packed and part.bits == 8:
+            remedy = (
+                "the target's kernel for packed ones is several times as slow; "
+                "convert(weights='packed') takes half the bytes for that time"
+            )
+        else:
             continue
         yield Misfit(
             layer=part.origin,
@@ -163,7 +160,7 @@ def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:
             blocking=False,
             reason=f"stores its {spec.bits}-bit weights as int8",
             replacement=None,
-            remedy="this target has no kernel for packed weights",
+            remedy=remedy,
         )
 
 
