@@ -39,8 +39,8 @@ def presets() -> str:
     return "".join(
         (
             f"# Presets and methods by name\n\n{WRITTEN}\n\n## Presets\n\n",
-            "A preset is a `kqat.QuantizeConfig` with a name; it may stand wherever a config may: as "
-            "the policy of a model, in its rules, on the command line.\n\n",
+            "A preset is a `kqat.QuantizeConfig` with a name; it may stand wherever a config may: "
+            "as the policy of a model, in its rules, on the command line.\n\n",
             _table(("Preset", "Weights", "Step of the weights", "Activations"), rows),
             "\n## Steps of weights\n\n`kqat.QuantizeConfig(weight_step=…)` takes a name for its "
             "defaults, or an object.\n\n",
