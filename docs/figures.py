@@ -51,14 +51,12 @@ def fake_quantization() -> Figure:
 
 def ranges() -> Figure:
     """The error of rounding and of clipping for each range, and the ranges that methods choose."""
-    values = np.random.default_rng(0).laplace(0.0, 1.0, 40_000).astype(np.float32)
+    values = np.abs(np.random.default_rng(0).laplace(0.0, 1.0, 40_000)).astype(np.float32)
     spec = QuantSpec(bits=4)
     seen = Histogram()
     seen.add(values, float(values.min()), float(values.max()))
-    bounds = np.linspace(0.3, float(np.abs(values).max()), 120, dtype=np.float32)
-    errors = np.array(
-        [_errors(values, float(-bound), float(bound), spec) for bound in bounds], np.float64
-    )
+    bounds = np.linspace(0.3, float(values.max()), 120, dtype=np.float32)
+    errors = np.array([_errors(values, 0.0, float(bound), spec) for bound in bounds], np.float64)
     figure = Figure(figsize=(7.0, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.plot(bounds, errors[:, 0], color=GREY, linestyle="--", label="clipping")
@@ -68,17 +66,15 @@ def ranges() -> Figure:
     for name, method in methods.items():
         low, high = method.calibrated(seen, spec)
         error = sum(_errors(values, low, high, spec))
-        bound = max(-low, high)
-        axes.plot([bound], [error], "o", color=ORANGE)
-        end = name == "MinMax"
+        axes.plot([high], [error], "o", color=ORANGE)
         axes.annotate(
             name,
-            (bound, error),
+            (high, error),
             textcoords="offset points",
-            xytext=(0, 8),
-            ha="right" if end else "center",
+            xytext=(0, -18) if name == "MSE" else (-6, 10),
+            ha="center" if name == "MSE" else "right",
         )
-    axes.set(xlabel="largest magnitude that is not clipped", ylabel="mean squared error")
+    axes.set(xlabel="upper end of the range", ylabel="mean squared error")
     axes.set_ylim(0, float(errors.sum(axis=1)[-1]) * 1.6)
     axes.legend(frameon=False, loc="upper center")
     return figure

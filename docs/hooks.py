@@ -24,5 +24,6 @@ def _drawn(match: re.Match[str]) -> str:
     if match["block"]:
         return str(convert(match["block"], display="block"))
     if match["inline"]:
-        return str(convert(match["inline"]))
+        # At the beginning of a line Markdown would take <math> for a block of its own.
+        return f"<span>{convert(match['inline'])}</span>"
     return match[0]
