@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 from pathlib import Path
 
 import keras
@@ -67,6 +68,16 @@ def test_no_other_policy_within_the_budget_loses_less(
     lost = [point.cost for point in found.pareto]
     assert len(used) > 2 and used == sorted(used) and lost == sorted(lost, reverse=True)
     assert "MAC" not in found.text() and "bytes" in found.text()
+
+
+def test_no_warning_speaks_of_the_samples_that_sizes_are_measured_with(
+    network: tuple[keras.Model, np.ndarray],
+) -> None:
+    model, x = network
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kqat.search(model, x, budget=0.9, target="litert")
+    assert [w for w in caught if issubclass(w.category, kqat.CalibrationWarning)] == []
 
 
 def test_a_budget_that_nothing_meets_names_the_nearest_that_works(
