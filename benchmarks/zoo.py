@@ -31,6 +31,7 @@ import kqat
 import tflite_export
 from benchmarks.zoo_models import MODELS, VOCABULARY
 from kqat.base import write_file
+from kqat.freezing import freeze
 from recipes import converter, running
 from recipes.running import Table
 
@@ -136,16 +137,17 @@ def _one(options: argparse.Namespace) -> dict[str, Any]:
     path = _row_file(options.one, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(options.seed)
-    outcome = dataclasses.asdict(run(build(), options.seed, options.no_converter))
+    model = build()
+    inputs = typical_inputs(model, options.seed)
+    settle(model, inputs)
+    theirs = {} if options.no_converter else _converters_once(model, inputs, path)
+    outcome = dataclasses.asdict(run(model, inputs, theirs))
     write_file(path, json.dumps(outcome).encode())
     return outcome
 
 
-def run(model: keras.Model, seed: int, without_converter: bool = False) -> Outcome:
-    """Takes one float model the whole road."""
-    inputs = typical_inputs(model, seed)
-    settle(model, inputs)
-    theirs = {} if without_converter else _converters(model, inputs)
+def run(model: keras.Model, inputs: Any, theirs: dict[str, Any]) -> Outcome:
+    """Takes one float model the whole road; `theirs` are the converter's figures."""
     try:
         return dataclasses.replace(_ours(model, inputs), **theirs)
     except Exception as error:
@@ -160,9 +162,10 @@ def _ours(model: keras.Model, inputs: Any) -> Outcome:
     arrays = keras.tree.flatten(inputs)
     quantize, qat = _timed(lambda: kqat.quantize_model(model, calibration_data=inputs))
     expected = model(inputs, training=False)
-    convert, blob = _timed(lambda: tflite_export.convert(qat))
+    freezing, frozen = _timed(lambda: freeze(qat))  # Once, for `convert` and `verify`.
+    convert, blob = _timed(lambda: tflite_export.convert(frozen))
     sqnr = _sqnr(expected, running.predict(blob, arrays, runtime=RUNTIME))
-    report = tflite_export.verify(qat, blob, inputs, samples=VERIFIED)
+    report = tflite_export.verify(frozen, blob, inputs, samples=VERIFIED)
     steps: dict[str, int | str] = {
         part.runtime: part.problem or part.max_steps for part in report.runtimes
     }
@@ -178,18 +181,29 @@ def _ours(model: keras.Model, inputs: Any) -> Outcome:
         unmatched=max(len(part.unmatched) for part in report.runtimes),
         sqnr_db=sqnr,
         quantize_seconds=quantize,
-        convert_seconds=convert,
+        convert_seconds=freezing + convert,
     )
 
 
 def _train(qat: keras.Model, inputs: Any) -> None:
     """One step; raises if no weight moves."""
-    targets = keras.tree.map_structure(np.zeros_like, qat.predict_on_batch(inputs))
+    targets = keras.tree.map_structure(np.zeros_like, qat(inputs, training=False))
     before = [w.numpy() for w in qat.trainable_weights]
-    qat.compile(keras.optimizers.SGD(1e-5), "mse")
+    # Eagerly, as tracing a deep network costs more than a step of it.
+    qat.compile(keras.optimizers.SGD(1e-5), "mse", run_eagerly=True)
     qat.train_on_batch(inputs, targets)
     if not any(np.any(w.numpy() != b) for w, b in zip(qat.trainable_weights, before, strict=True)):
         raise RuntimeError("no weight of the QAT model moved in a step of training")
+
+
+def _converters_once(model: keras.Model, inputs: Any, row: Path) -> dict[str, Any]:
+    """As `_converters`, kept beside the row: nothing that is mended in kqat changes it."""
+    path = row.with_suffix(".converter")
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    found = _converters(model, inputs)
+    write_file(path, json.dumps(found).encode())
+    return found
 
 
 def _converters(model: keras.Model, inputs: Any) -> dict[str, Any]:
