@@ -154,7 +154,8 @@ class SearchedPolicy(QuantizePolicy):
         figure = Figure(figsize=(7.0, 4.5), layout="constrained")
         if Path(path).suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
             raise KqatError(
-                f"Expected a file name that ends in .png, .svg or .pdf. Received: {os.fspath(path)!r}."
+                f"Expected a file name that ends in .png, .svg or .pdf. Received: "
+                f"{os.fspath(path)!r}."
             )
         axes = figure.add_subplot()
         rows = self.rows()

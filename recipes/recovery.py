@@ -156,9 +156,7 @@ def _results(options: argparse.Namespace, task: _Task) -> dict[str, Any]:
 def _config(width: str, step: str, activation_range: str = "moving_average") -> Any:
     bits = WIDTHS[width]
     weights = kqat.QuantSpec(bits=bits, symmetric=True, narrow_range=bits > 1, axis="channel")
-    return kqat.QuantizeConfig(
-        weights=weights, weight_step=step, activation_range=activation_range
-    )
+    return kqat.QuantizeConfig(weights=weights, weight_step=step, activation_range=activation_range)
 
 
 def _plain_step(width: str, usual: str) -> str:
@@ -349,10 +347,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     rows = [
         ("float", running.percent(cells["float"]["accuracy"]), *[""] * (len(widths) - 1)),
         (FLOAT, _spread(further), *[""] * (len(widths) - 1)),
-        *(
-            (METHODS[m][0], *(_shown(cells, f"{width}_{m}") for width in widths))
-            for m in methods
-        ),
+        *((METHODS[m][0], *(_shown(cells, f"{width}_{m}") for width in widths)) for m in methods),
     ]
     found = [Table(f"{network}, {budget}", header, rows, LEGEND)]
     reference = max([cells["float"]["accuracy"], *([float(np.mean(further))] if further else [])])

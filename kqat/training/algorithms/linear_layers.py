@@ -163,7 +163,7 @@ def with_chosen_integers(
             raise SpecError(
                 f"Expected weights that may take any integer of their grid, or three values on a "
                 f"grid of two bits, for {method}. Received: '{layer.layer.name}' with three values "
-                f"of {bits} bits. Give LearnedTernary a grid of bits=2, or train the model as it is."
+                f"of {bits} bits. Give LearnedTernary a grid of bits=2, or train it as it is."
             )
         if layer.preserve:
             raise SpecError(
