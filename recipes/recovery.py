@@ -18,6 +18,7 @@ all that are there after each.
 """
 
 import argparse
+import functools
 import dataclasses
 import gc
 import json
@@ -105,17 +106,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     _cell(options, "float", lambda: {"accuracy": _float_accuracy(task.model, task)})
     results = _results(options, task)
     for seed in options.seeds:
-        _cell(options, f"further_{seed}", lambda seed=seed: _further(task, seed, options))
+        _cell(options, f"further_{seed}", functools.partial(_further, task, seed, options))
         for width in options.widths:
             for method in options.methods:
                 name = f"{width}_{method}_{seed}"
-                _cell(
-                    options,
-                    name,
-                    lambda width=width, method=method, seed=seed: _measured(
-                        task, width, method, seed, options
-                    ),
-                )
+                measure = functools.partial(_measured, task, width, method, seed, options)
+                _cell(options, name, measure)
                 results = _results(options, task)
     running.show(tables(results))
     print(f"\nWritten to {options.out}")
