@@ -18,8 +18,8 @@ all that are there after each.
 """
 
 import argparse
-import functools
 import dataclasses
+import functools
 import gc
 import json
 from collections.abc import Callable, Sequence
