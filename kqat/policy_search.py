@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -61,7 +61,8 @@ class ParetoPoint:
     choices: Mapping[str, str]
 
 
-class ParetoRow(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ParetoRow:
     """One row of `SearchedPolicy.rows`.
 
     Attributes:
