@@ -135,7 +135,13 @@ def _searched(
     policy.plot(options.out / f"{measure}.svg")
     rows = []
     for row in policy.rows():
-        one = {**row._asdict(), "presets": dict(row.presets)}
+        one: dict[str, Any] = {
+            "name": row.name,
+            "used": row.used,
+            "cost": row.cost,
+            "presets": dict(row.presets),
+            "within": row.within,
+        }
         if row.name != "mixed":
             asked = policy if row.name == "found" else row.name
             qat = kqat.quantize_model(model, asked, calibration_data=images)
