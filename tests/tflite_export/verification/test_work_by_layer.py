@@ -25,7 +25,7 @@ def depthwise() -> keras.Model:
     x = keras.Input((8, 8, 3), name="x")
     y = L.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(x)  # 6 x 6 x 6 of 9
     y = L.Conv2D(4, 1, name="pointwise")(y)  # 6 x 6 x 4 of 6
-    y = L.Conv2DTranspose(2, 3, strides=2, name="up")(y)  # each of 6 x 6 x 4 into 9 x 2
+    y = L.Conv2DTranspose(2, 3, strides=2, name="wider")(y)  # each of 6 x 6 x 4 into 9 x 2
     y = L.Conv2D(4, 3, groups=2, name="grouped")(y)  # 11 x 11 x 4 of 9 x 1
     return keras.Model(x, L.Dense(2, name="last")(L.GlobalAveragePooling2D()(y)))
 
@@ -53,7 +53,7 @@ CASES: Mapping[str, tuple[Any, Any, Mapping[str, int]]] = {
     "depthwise": (
         depthwise,
         "int8",
-        {"depthwise": 1944, "pointwise": 864, "up": 2592, "grouped": 4356, "last": 8},
+        {"depthwise": 1944, "pointwise": 864, "wider": 2592, "grouped": 4356, "last": 8},
     ),
     "transformer": (
         transformer,
