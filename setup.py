@@ -15,9 +15,22 @@ EXTRAS = {
     # Released as development versions only: naming one in the bound is what lets pip take them.
     "tflm": ["tflite-micro>=0.dev20240101"],
     "ethos-u": ["ethos-u-vela>=4.2"],
+    "plots": ["matplotlib>=3.8"],
     # For the scripts in recipes/, which are run from a checkout.
     "recipes": ["scikit-learn>=1.5", "pillow>=10.0", "matplotlib>=3.8"],
     "test": ["pytest>=8.2", "pytest-cov>=5.0", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+    "docs": [
+        "mkdocs>=1.6,<2",
+        "mkdocs-material>=9.8",
+        "mkdocstrings[python]>=1.0",
+        "mkdocs-jupyter>=0.26",
+        "latex2mathml>=3.81",
+        "matplotlib>=3.11",
+        "codespell>=2.4",
+        "nbclient>=0.11",
+        "nbformat>=5.11",
+        "ipykernel>=7.4",
+    ],
     # Exact, so that a new release of a linter never fails an old commit.
     "lint": ["ruff==0.17.6", "mypy==2.4.1"],
 }

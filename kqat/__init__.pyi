@@ -1,4 +1,11 @@
-from kqat.analysis import Diagnosis, Sensitivity, diagnose, sensitivity
+from kqat.analysis import (
+    Diagnosis,
+    Sensitivity,
+    TensorBoardQuantization,
+    diagnose,
+    plot_quantization,
+    sensitivity,
+)
 from kqat.annotate import quantize_annotate_layer, quantize_apply
 from kqat.api import PolicyWarning, RangeWarning, TrainerWarning, adapt, plan, quantize_model
 from kqat.base import (
@@ -133,6 +140,7 @@ __all__ = [
     "Target",
     "TargetError",
     "TargetWarning",
+    "TensorBoardQuantization",
     "Ternary",
     "TrainedThreshold",
     "TrainerWarning",
@@ -149,6 +157,7 @@ __all__ = [
     "integer_model",
     "load_model",
     "plan",
+    "plot_quantization",
     "prune",
     "quantize_annotate_layer",
     "quantize_apply",
