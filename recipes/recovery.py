@@ -109,9 +109,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         _cell(options, f"further_{seed}", functools.partial(_further, task, seed, options))
         for width in options.widths:
             for method in options.methods:
-                name = f"{width}_{method}_{seed}"
-                measure = functools.partial(_measured, task, width, method, seed, options)
-                _cell(options, name, measure)
+                make = functools.partial(_measured, task, width, method, seed, options)
+                _cell(options, f"{width}_{method}_{seed}", make)
                 results = _results(options, task)
     running.show(tables(results))
     print(f"\nWritten to {options.out}")
@@ -134,16 +133,20 @@ def _cell(options: argparse.Namespace, name: str, make: Callable[[], dict[str, A
 
 
 def _results(options: argparse.Namespace, task: _Task) -> dict[str, Any]:
+    """Writes results.json of all cells that there are, with the options that make them all."""
     files = sorted((options.out / "cells").glob("*.json"))
-    return running.save_results(
-        options,
-        "recovery",
-        {
-            "test_images": len(task.test[1]),
-            "steps": len(_batches(task, 0, options)) * PARTS * options.epochs,
-            "cells": {path.stem: json.loads(path.read_text()) for path in files},
-        },
-    )
+    cells = {path.stem: json.loads(path.read_text()) for path in files}
+    every = argparse.Namespace(**vars(options))
+    every.widths = [w for w in WIDTHS if any(name.startswith(f"{w}_") for name in cells)]
+    made = {name.rpartition("_")[0] for name in cells}
+    every.methods = [m for m in METHODS if any(f"{w}_{m}" in made for w in WIDTHS)]
+    every.seeds = sorted({int(n.rpartition("_")[2]) for n in cells if n != "float"})
+    found = {
+        "test_images": len(task.test[1]),
+        "steps": len(_batches(task, 0, options)) * PARTS * options.epochs,
+        "cells": cells,
+    }
+    return running.save_results(every, "recovery", found)
 
 
 # How the QAT models are made.
@@ -331,8 +334,8 @@ def _measured(
 def tables(results: dict[str, Any]) -> list[Table]:
     """Accuracies, the least gaps against their bounds, and the widths that methods refuse."""
     options, cells = results["options"], results["cells"]
-    widths = [w for w in WIDTHS if any(name.startswith(f"{w}_") for name in cells)]
-    methods = [m for m in METHODS if any(f"_{m}_" in name for name in cells)]
+    widths = options["widths"]
+    methods = options["methods"]
     network = options["network"]
     budget = (
         f"{options['epochs']} x {options['train_images']:,} images, {results['steps']} steps of "
@@ -361,7 +364,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
         for width in widths
         for m in methods
         for name in sorted(cells)
-        if name.startswith(f"{width}_{m}_") and "refused" in cells[name]
+        if name.rpartition("_")[0] == f"{width}_{m}" and "refused" in cells[name]
     ]
     if refused:
         unique = list(dict.fromkeys(refused))

@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the recipe with command-line arguments; returns what results.json holds."""
     options = _options(argv)
     running.start(options)
-    (x, _), (x_test, y_test) = lab.samples(options)
+    count = SMOKE_IMAGES if options.smoke else CALIBRATION_SAMPLES
+    wanted = argparse.Namespace(smoke=options.smoke, train_images=count)
+    (x, _), (x_test, y_test) = lab.samples(wanted)
     images = x[:CALIBRATION_SAMPLES].astype(np.float32)
     test = x_test[: options.test_images].astype(np.float32), y_test[: options.test_images]
     model = resnet8()
@@ -152,7 +154,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--measures", nargs="+", choices=CHOICES, default=list(CHOICES))
     parser.add_argument("--test-images", type=int, default=10_000)
     options = parser.parse_args(argv)
-    options.train_images = SMOKE_IMAGES if options.smoke else CALIBRATION_SAMPLES
     if options.smoke:
         options.test_images = SMOKE_IMAGES
     return options

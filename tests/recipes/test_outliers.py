@@ -18,7 +18,7 @@ def test_planted_channels_are_larger_and_change_nothing() -> None:
     x = np.random.default_rng(0).integers(0, 50, (16, 8), dtype=np.int32)
     assert running.sqnr_db(running.keras_outputs(model, x), running.keras_outputs(twin, x)) > 80
     inside = [
-        np.asarray(keras.Model(m.inputs, m.get_layer("block2_norm1").output)(x))
+        np.asarray(keras.Model(m.input, m.get_layer("block2_norm1").output)(x))
         for m in (model, twin)
     ]
     ratio = np.abs(inside[1]).max(axis=(0, 1)) / np.abs(inside[0]).max(axis=(0, 1))

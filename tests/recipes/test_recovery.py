@@ -12,7 +12,13 @@ from recipes import recovery, training
 
 def _results(**cells: Any) -> dict[str, Any]:
     return {
-        "options": {"network": "resnet20", "epochs": 1, "train_images": 64},
+        "options": {
+            "network": "resnet20",
+            "epochs": 1,
+            "train_images": 64,
+            "widths": ["w4a8", "w3a8", "binary"],
+            "methods": ["average", "lsq", "lsq_plus"],
+        },
         "test_images": 100,
         "steps": 2,
         "cells": {"float": {"accuracy": 0.9}, "further_0": {"accuracy": 0.91}, **cells},
