@@ -20,6 +20,7 @@ from kqat.parts import Recurrence, Requantize
 from kqat.planning.additive_masks import check_hidden_values, hide_added_masks
 from kqat.planning.biases import join_biases
 from kqat.planning.byte_inputs import read_bytes
+from kqat.planning.chained_functions import join_functions
 from kqat.planning.expansion import expand
 from kqat.planning.followers import follow_neighbours
 from kqat.planning.fusions import Fusions, find_fusions
@@ -55,6 +56,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     simple, origins = hide_added_masks(simple, origins, whole, model_name)
     check_hidden_values(simple, origins)
     simple = join_biases(simple, origins, configs, model_name)
+    simple = join_functions(simple, origins, configs, model_name)
     simple, origins = fit_ranks(simple, origins, configs, model_name)
     simple, new = match_widths(simple, origins, configs, input_configs)
     origins, configs = {**origins, **{name: name for name in new}}, {**configs, **new}
