@@ -7,6 +7,7 @@ which is imported when it is called.
 import dataclasses
 import glob
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from kqat.config import QuantizePolicy, resolve_config
 from kqat.devices import Target, stored_bits, target_named
 from kqat.graph import Graph, trace
 from kqat.planning import LayerPlan, Plan, make_plan
-from kqat.training import calibrate_for, of_fixed_shape, some_samples, wrap
+from kqat.training import CalibrationWarning, calibrate_for, of_fixed_shape, some_samples, wrap
 
 # Points of the Pareto table, evenly spread between the cheapest and the first choice.
 POINTS = 8
@@ -474,7 +475,10 @@ def _quantized(model: keras.Model, inputs: Any, policy: QuantizePolicy) -> keras
     """The QAT model of a policy, calibrated on two samples: sizes do not depend on ranges."""
     qat = wrap(make_plan(trace(model), policy, model.name))
     arrays = some_samples(inputs, trace(qat), 2)
-    calibrate_for(qat, keras.tree.pack_sequence_as(qat.input, arrays), "minmax", stacklevel=4)
+    with warnings.catch_warnings():
+        # That two samples are few is no news here.
+        warnings.simplefilter("ignore", CalibrationWarning)
+        calibrate_for(qat, keras.tree.pack_sequence_as(qat.input, arrays), "minmax", stacklevel=4)
     return qat
 
 
