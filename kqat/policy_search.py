@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -61,7 +61,8 @@ class ParetoPoint:
     choices: Mapping[str, str]
 
 
-class ParetoRow(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ParetoRow:
     """One row of `SearchedPolicy.rows`.
 
     Attributes:
@@ -476,7 +477,7 @@ def _quantized(model: keras.Model, inputs: Any, policy: QuantizePolicy) -> keras
     qat = wrap(make_plan(trace(model), policy, model.name))
     arrays = some_samples(inputs, trace(qat), 2)
     with warnings.catch_warnings():
-        # That two samples are few is no news here.
+        # That two samples are few is known; of the user's own data it would say nothing.
         warnings.simplefilter("ignore", CalibrationWarning)
         calibrate_for(qat, keras.tree.pack_sequence_as(qat.input, arrays), "minmax", stacklevel=4)
     return qat

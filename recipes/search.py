@@ -11,6 +11,7 @@ Writes to --out: for each budget the policy as JSON and its Pareto plot, and res
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,13 +136,7 @@ def _searched(
     policy.plot(options.out / f"{measure}.svg")
     rows = []
     for row in policy.rows():
-        one: dict[str, Any] = {
-            "name": row.name,
-            "used": row.used,
-            "cost": row.cost,
-            "presets": dict(row.presets),
-            "within": row.within,
-        }
+        one = {**dataclasses.asdict(row), "presets": dict(row.presets)}
         if row.name != "mixed":
             asked = policy if row.name == "found" else row.name
             qat = kqat.quantize_model(model, asked, calibration_data=images)

@@ -793,6 +793,58 @@ def maker_of(tensor: Any) -> tuple[Any, list[Any]]:
     return history.operation, list(nodes[history.node_index].input_tensors) if made else []
 
 
+def operations_between(inputs: Any, outputs: Any) -> list[Any]:
+    """The layers and operations that compute `outputs` from `inputs`, in the order they run."""
+    operations = (call.operation for call in _calls_between(inputs, outputs))
+    return list({id(operation): operation for operation in operations}.values())
+
+
+def values_between(
+    inputs: Sequence[Any], outputs: Sequence[Any], values: Sequence[Any]
+) -> list[Any]:
+    """The values of symbolic tensors where `inputs`, from which they are computed, have `values`.
+
+    `keras.Function` does it as well, but before Keras 3.15 only for inputs of a model.
+    """
+    known = dict(zip(map(id, inputs), values, strict=True))
+    for call in _calls_between(inputs, outputs):
+        args, kwargs = keras.tree.map_structure(
+            lambda x: known.get(id(x), x), (call.arguments.args, call.arguments.kwargs)
+        )
+        results = keras.tree.flatten(call.operation(*args, **kwargs))
+        known.update((id(t), y) for t, y in zip(call.outputs, results, strict=True))
+    return [known[id(t)] for t in outputs]
+
+
+def _calls_between(inputs: Any, outputs: Any) -> list[Any]:
+    """The calls that compute `outputs` from `inputs`, in the order of a `keras.Function`."""
+    given = {id(t) for t in _tensors(inputs)}
+    first_seen: dict[int, int] = {}
+    after_inputs: list[Any] = []
+    waiting = [(call, False) for call in reversed(_makers(_tensors(outputs), given))]
+    while waiting:
+        call, inputs_done = waiting.pop()
+        if inputs_done:
+            after_inputs.append(call)
+        elif id(call) not in first_seen:
+            first_seen[id(call)] = len(first_seen)
+            waiting.append((call, True))
+            waiting += [(c, False) for c in reversed(_makers(call.input_tensors, given))]
+    depths: dict[int, int] = {}
+    for call in reversed(after_inputs):
+        depth = depths.setdefault(id(call), 0)
+        for maker in _makers(call.input_tensors, given):
+            depths[id(maker)] = max(depths.get(id(maker), 0), depth + 1)
+    return sorted(after_inputs, key=lambda c: (-depths[id(c)], first_seen[id(c)]))
+
+
+def _makers(tensors: Iterable[Any], given: Collection[int]) -> list[Any]:
+    """The calls that make symbolic tensors, without inputs of a model and what is given."""
+    made = [t._keras_history for t in tensors if id(t) not in given]
+    calls = (h.operation._inbound_nodes[h.node_index] for h in made)
+    return [call for call in calls if not isinstance(call.operation, keras.layers.InputLayer)]
+
+
 def inner_function(layer: Any) -> Any:
     """The Functional inside a Sequential, or a Functional itself; `None` for anything else."""
     function = getattr(layer, "_functional", None) or layer

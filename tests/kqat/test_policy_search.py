@@ -90,6 +90,16 @@ def check_table(found: kqat.SearchedPolicy, largest: int, folder: Path) -> None:
         found.plot(folder / "pareto.txt")
 
 
+def test_no_warning_speaks_of_the_samples_that_sizes_are_measured_with(
+    network: tuple[keras.Model, np.ndarray],
+) -> None:
+    model, x = network
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kqat.search(model, x, budget=0.9, target="litert")
+    assert [w for w in caught if issubclass(w.category, kqat.CalibrationWarning)] == []
+
+
 def test_a_budget_that_nothing_meets_names_the_nearest_that_works(
     network: tuple[keras.Model, np.ndarray],
 ) -> None:
