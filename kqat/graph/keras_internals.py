@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import operator
 import re
 import sys
 import textwrap
@@ -292,6 +293,7 @@ def _called(
             _as_inputs(inside, weights),
             _calls_inlined(layer, inside),
             _shapes_told(layer),
+            _keys_of_tensors(),
             tensorflow_traced(),
         ):
             # Keras hands it down to every layer inside that does not say otherwise.
@@ -412,6 +414,36 @@ def _calls_inlined(layer: Any, inside: list[Any]) -> Iterator[None]:
         home.Node = record
         for part in opened.values():
             object.__delattr__(part, "symbolic_call")
+
+
+@contextlib.contextmanager
+def _keys_of_tensors() -> Iterator[None]:
+    """Lets symbolic tensors be indexed as the tensors are that a call is written for.
+
+    Keras's own take no `x[1:]`, `x[None]` or `x[...]`, no integers of NumPy and no boolean array.
+    """
+    home: Any = keras.KerasTensor
+    index = home.__getitem__
+
+    def indexed(tensor: Any, key: Any) -> Any:
+        if isinstance(key, np.ndarray) and key.dtype == bool and key.ndim == 1:
+            return keras.ops.take(tensor, np.flatnonzero(key), axis=0)
+        parts = tuple(key) if isinstance(key, list | tuple) else (key,)
+        return index(tensor, tuple(_plain_key(part) for part in parts))
+
+    try:
+        home.__getitem__ = indexed
+        yield
+    finally:
+        home.__getitem__ = index
+
+
+def _plain_key(part: Any) -> Any:
+    if isinstance(part, slice):
+        return slice(*(_plain_key(bound) for bound in (part.start, part.stop, part.step)))
+    if isinstance(part, bool) or not hasattr(part, "__index__") or np.ndim(part):
+        return part
+    return operator.index(part)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,8 @@ _LARGEST = (
     layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D,
 )  # fmt: skip
 
+_VANISHING = ("softmax", "sigmoid", "hard_sigmoid", "exponential")
+
 
 @dataclasses.dataclass(frozen=True)
 class _Mask:
@@ -122,9 +124,7 @@ def hide_added_masks(
             elif masks:
                 outputs = _spread(outputs, node.outputs[0].shape, new)
                 pending[node.outputs[0]] = masks
-        elif (
-            carried and not _is_softmax(node.layer) and not search.ends_in_softmax(node.outputs[0])
-        ):
+        elif carried and not _vanishes(node.layer) and not search.ends_in_softmax(node.outputs[0]):
             outputs = node.layer(*args, **kwargs)
             shape = tuple(node.inputs[0].shape)
             pending[node.outputs[0]] = [
@@ -257,7 +257,7 @@ class _Search:
         layer = node.layer
         if node.name in self.kept:
             return 0.0
-        if _is_softmax(layer):
+        if _vanishes(layer):
             return 1.0
         factor = 0.0
         if isinstance(layer, _MOVING):
@@ -277,7 +277,7 @@ class _Search:
             bool(readers)
             and ref not in self.outputs
             and all(
-                _is_softmax(node.layer)
+                _vanishes(node.layer)
                 or (isinstance(node.layer, _MOVING) and self.ends_in_softmax(node.outputs[0]))
                 for node in readers
             )
@@ -286,7 +286,7 @@ class _Search:
     def is_ignored(self, ref: Ref) -> bool:
         """Whether what reads a value takes no notice of its lowest numbers."""
         return ref not in self.outputs and all(
-            _is_softmax(node.layer)
+            _vanishes(node.layer)
             or isinstance(node.layer, _LARGEST)
             or (isinstance(node.layer, Reduce) and node.layer.kind is ReduceKind.MAX)
             or (isinstance(node.layer, IndexOperation) and node.layer.kind == "argmax")
@@ -387,9 +387,13 @@ def _are_biases(numbers: np.ndarray, gain: float) -> bool:
     return bool(hidden.any() and np.all(hidden | (np.abs(numbers) < 1e-3)))
 
 
-def _is_softmax(layer: Any) -> bool:
+def _vanishes(layer: Any) -> bool:
+    """Whether a layer is softmax, or another function that makes zero of what is far below zero.
+
+    The room of `shown_bounds` is enough for those: `exp(-room)` is less than half a step.
+    """
     if isinstance(layer, layers.Activation):
-        return activation_name(layer.activation) == "softmax"
+        return activation_name(layer.activation) in _VANISHING
     return isinstance(layer, layers.Softmax)
 
 

@@ -135,6 +135,15 @@ def test_scores_keep_their_grid(case: str) -> None:
     assert _noise_db(model, qat, data) > 25
 
 
+@pytest.mark.parametrize("function", [ops.sigmoid, ops.hard_sigmoid, ops.exp])
+def test_other_functions_that_vanish_far_below(function: Any) -> None:
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 6))
+    model = keras.Model(x, ops.matmul(function(x / 2.0 + (1 - _EARLIER) * -1e9), x))
+    data = _random.normal(size=(128, 6, 6)).astype(np.float32)
+    assert _noise_db(model, kqat.quantize_model(model, calibration_data=data), data) > 25
+
+
 @pytest.mark.parametrize(
     "case",
     [
