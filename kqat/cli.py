@@ -82,8 +82,16 @@ def main(debug: bool) -> None:
 @_LAYERS
 @_TARGET
 @click.option("--json", "json_path", type=_NEW, help="Also write the plan to this file.")
+@click.option(
+    "--draw", "picture", type=_NEW, help="Also draw it: a .svg, .html, .mmd (Mermaid) or .dot file."
+)
 def plan(
-    model: Path, policy: str, rules: tuple[str, ...], target: str | None, json_path: Path | None
+    model: Path,
+    policy: str,
+    rules: tuple[str, ...],
+    target: str | None,
+    json_path: Path | None,
+    picture: Path | None,
 ) -> None:
     """Show how every layer of MODEL, a .keras file, would be quantized.
 
@@ -92,6 +100,8 @@ def plan(
     found = kqat.plan(_load(model), _policy(policy, rules), target=target)
     if json_path is not None:
         found.save(json_path)
+    if picture is not None:
+        found.draw(picture)
     click.echo(found.text(WIDTH))
     if any(misfit.blocking for misfit in found.misfits):
         sys.exit(1)
@@ -273,7 +283,16 @@ def inspect(file: Path, target: str | None) -> None:
 @click.option(
     "--samples", default=2, show_default=True, help="Number of random inputs without --data."
 )
-def to_c(file: Path, directory: Path, name: str | None, data: Path | None, samples: int) -> None:
+@click.option(
+    "--layout",
+    type=click.Choice(("plain", "cmake", "zephyr", "arduino")),
+    default="plain",
+    show_default=True,
+    help="What build the files are laid out for.",
+)
+def to_c(
+    file: Path, directory: Path, name: str | None, data: Path | None, samples: int, layout: str
+) -> None:
     """Write FILE, a .tflite, as C++ for TensorFlow Lite Micro into DIRECTORY."""
     given: Any = None if data is None else _data(data)
     if isinstance(given, Mapping):
@@ -284,6 +303,7 @@ def to_c(file: Path, directory: Path, name: str | None, data: Path | None, sampl
         name=name or file.stem,
         inputs=[given] if isinstance(given, np.ndarray) else given,
         samples=samples,
+        layout=layout,
     )
     for path in source.files:
         click.echo(path)

@@ -1,5 +1,6 @@
 """The report's work for each layer: what the layer does, by hand, and in sum the file's."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from keras import layers as L
 import kqat
 import tflite_export
 from tflite_export import Report
+from tflite_export.verification.node_data import node_data
 
 
 def conv1d() -> keras.Model:
@@ -25,7 +27,7 @@ def depthwise() -> keras.Model:
     x = keras.Input((8, 8, 3), name="x")
     y = L.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(x)  # 6 x 6 x 6 of 9
     y = L.Conv2D(4, 1, name="pointwise")(y)  # 6 x 6 x 4 of 6
-    y = L.Conv2DTranspose(2, 3, strides=2, name="up")(y)  # each of 6 x 6 x 4 into 9 x 2
+    y = L.Conv2DTranspose(2, 3, strides=2, name="wider")(y)  # each of 6 x 6 x 4 into 9 x 2
     y = L.Conv2D(4, 3, groups=2, name="grouped")(y)  # 11 x 11 x 4 of 9 x 1
     return keras.Model(x, L.Dense(2, name="last")(L.GlobalAveragePooling2D()(y)))
 
@@ -53,7 +55,7 @@ CASES: Mapping[str, tuple[Any, Any, Mapping[str, int]]] = {
     "depthwise": (
         depthwise,
         "int8",
-        {"depthwise": 1944, "pointwise": 864, "up": 2592, "grouped": 4356, "last": 8},
+        {"depthwise": 1944, "pointwise": 864, "wider": 2592, "grouped": 4356, "last": 8},
     ),
     "transformer": (
         transformer,
@@ -92,6 +94,10 @@ def test_the_work_is_that_of_each_layer(name: str) -> None:
     for layer, macs in expected.items():
         found = [row for row in report.layers if layer in row.name and row.grid_share is not None]
         assert sum(row.macs for row in found) == macs, (layer, found)
+    # Model Explorer finds nodes by the names of their outputs.
+    results = json.loads(node_data(report)["macs"])["results"]
+    outputs = {tensor.name for operator in inspection.operators for tensor in operator.outputs}
+    assert set(results) <= outputs
     # None of the work of layers that stay float is that of a layer with a grid.
     if name.startswith("float"):
         integer = sum(row.macs for row in report.layers if row.grid_share is not None)
