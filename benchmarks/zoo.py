@@ -1,21 +1,26 @@
 """Architectures of other people's collections: quantized, trained for a step, converted, verified.
 
-    python -m benchmarks.zoo --out out/zoo [--only BERT ViT] [--seconds 300]
+    python -m benchmarks.zoo [--out out/zoo] [--only BERT ViT] [--seconds 400]
 
 Needs the extra `zoo` (KerasHub, kimm, keras-tcn, …). Weights are random, so only operators, bytes
-and signal-to-noise ratios mean something. Each architecture runs in a process of its own with a
-time limit; results.json is written after each. Beside ours stands what TensorFlow's converter makes
-of the same float model with the same calibration data (post-training, full integer).
+and signal-to-noise ratios mean something. Each architecture runs in a process of its own, with a
+limit of processor time, and its row is a file of `--out`: a run that was stopped goes on where it
+ended, and `--only` runs rows anew. With no `--only`, once all rows are there, the table is written
+to `benchmarks/zoo.md` and `benchmarks/zoo.json`. Beside ours stands what TensorFlow's converter
+makes of the same float model with the same calibration data (post-training, full integer).
 """
 
 import argparse
 import dataclasses
 import json
+import re
+import resource
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +30,12 @@ import numpy as np
 import kqat
 import tflite_export
 from benchmarks.zoo_models import MODELS, VOCABULARY
+from kqat.base import write_file
+from kqat.freezing import freeze
 from recipes import converter, running
 from recipes.running import Table
 
+KEPT = Path(__file__).with_name("zoo.json")
 SAMPLES, VERIFIED = 16, 2
 RUNTIME = "litert"
 
@@ -59,17 +67,25 @@ class Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs the architectures, prints a table and writes results.json; returns what it holds."""
+    """Runs the architectures that have no row yet, and those of `--only`; prints the table.
+
+    Returns:
+        What results.json of `--out` holds: of all architectures that have a row, or of `--only`.
+    """
     options = _parser().parse_args(arguments)
     if options.one is not None:
         return _one(options)
     running.start(options)
     found: dict[str, Any] = {}
-    results: dict[str, Any] = {}
     for collection, name in _chosen(options):
-        found[name] = {"collection": collection, **_apart(name, options)}
-        results = running.save_results(options, "zoo", {"models": found}, package="benchmarks")
-        print(*_cells(name, found[name]), flush=True)
+        row = _kept(name, options) if options.only is None else None
+        found[name] = {"collection": collection, **(row or _apart(name, options))}
+        if row is None:
+            print(*_cells(name, found[name]), flush=True)
+    results = running.save_results(options, "zoo", {"models": found}, package="benchmarks")
+    if options.only is None:
+        write_file(KEPT, json.dumps(results, indent=1).encode())
+        write_file(KEPT.with_suffix(".md"), page(results).encode())
     running.show(tables(results))
     return results
 
@@ -81,40 +97,57 @@ def _chosen(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
                 yield collection, name
 
 
+def _row_file(name: str, options: argparse.Namespace) -> Path:
+    return Path(options.out, "rows", re.sub(r"\W+", "_", name) + ".json")
+
+
+def _kept(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The row of an earlier run; `None` if there is none."""
+    path = _row_file(name, options)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def _apart(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One architecture in a process of its own, which may be stopped or crash."""
-    path = options.out / "one.json"
+    path = _row_file(name, options)
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.zoo", "--one", name, "--out", str(options.out)]
     if options.no_converter:
         command.append("--no-converter")
-    try:
-        child = subprocess.run(
-            command, timeout=options.seconds, capture_output=True, text=True, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return dataclasses.asdict(Outcome(outcome=f"stopped after {options.seconds} s"))
-    if not path.exists():
+
+    def limit() -> None:
+        # Time of the processor, so that a busy machine stops no architecture.
+        resource.setrlimit(resource.RLIMIT_CPU, (options.seconds, options.seconds + 10))
+
+    child = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    if -child.returncode in (signal.SIGXCPU, signal.SIGKILL):
+        outcome = Outcome(outcome=f"stopped after {options.seconds} s of the processor")
+    else:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        return dataclasses.asdict(Outcome(outcome=f"crashed: {last[:200]}"))
-    outcome: dict[str, Any] = json.loads(path.read_text())
-    return outcome
+        outcome = Outcome(outcome=f"crashed: {last[:200]}")
+    row = dataclasses.asdict(outcome)
+    write_file(path, json.dumps(row).encode())
+    return row
 
 
 def _one(options: argparse.Namespace) -> dict[str, Any]:
     build = next(rows[options.one] for rows in MODELS.values() if options.one in rows)
-    options.out.mkdir(parents=True, exist_ok=True)
+    path = _row_file(options.one, options)
+    path.parent.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(options.seed)
-    outcome = dataclasses.asdict(run(build(), options.seed, options.no_converter))
-    (options.out / "one.json").write_text(json.dumps(outcome))
+    model = build()
+    inputs = typical_inputs(model, options.seed)
+    settle(model, inputs)
+    theirs = {} if options.no_converter else _converters_once(model, inputs, path)
+    outcome = dataclasses.asdict(run(model, inputs, theirs))
+    write_file(path, json.dumps(outcome).encode())
     return outcome
 
 
-def run(model: keras.Model, seed: int, without_converter: bool = False) -> Outcome:
-    """Takes one float model the whole road."""
-    inputs = typical_inputs(model, seed)
-    settle(model, inputs)
-    theirs = {} if without_converter else _converters(model, inputs)
+def run(model: keras.Model, inputs: Any, theirs: dict[str, Any]) -> Outcome:
+    """Takes one float model the whole road; `theirs` are the converter's figures."""
     try:
         return dataclasses.replace(_ours(model, inputs), **theirs)
     except Exception as error:
@@ -129,9 +162,10 @@ def _ours(model: keras.Model, inputs: Any) -> Outcome:
     arrays = keras.tree.flatten(inputs)
     quantize, qat = _timed(lambda: kqat.quantize_model(model, calibration_data=inputs))
     expected = model(inputs, training=False)
-    convert, blob = _timed(lambda: tflite_export.convert(qat))
+    freezing, frozen = _timed(lambda: freeze(qat))  # Once, for `convert` and `verify`.
+    convert, blob = _timed(lambda: tflite_export.convert(frozen))
     sqnr = _sqnr(expected, running.predict(blob, arrays, runtime=RUNTIME))
-    report = tflite_export.verify(qat, blob, inputs, samples=VERIFIED)
+    report = tflite_export.verify(frozen, blob, inputs, samples=VERIFIED)
     steps: dict[str, int | str] = {
         part.runtime: part.problem or part.max_steps for part in report.runtimes
     }
@@ -147,18 +181,29 @@ def _ours(model: keras.Model, inputs: Any) -> Outcome:
         unmatched=max(len(part.unmatched) for part in report.runtimes),
         sqnr_db=sqnr,
         quantize_seconds=quantize,
-        convert_seconds=convert,
+        convert_seconds=freezing + convert,
     )
 
 
 def _train(qat: keras.Model, inputs: Any) -> None:
     """One step; raises if no weight moves."""
-    targets = keras.tree.map_structure(np.zeros_like, qat.predict_on_batch(inputs))
+    targets = keras.tree.map_structure(np.zeros_like, qat(inputs, training=False))
     before = [w.numpy() for w in qat.trainable_weights]
-    qat.compile(keras.optimizers.SGD(1e-5), "mse")
+    # Eagerly, as tracing a deep network costs more than a step of it.
+    qat.compile(keras.optimizers.SGD(1e-5), "mse", run_eagerly=True)
     qat.train_on_batch(inputs, targets)
     if not any(np.any(w.numpy() != b) for w, b in zip(qat.trainable_weights, before, strict=True)):
         raise RuntimeError("no weight of the QAT model moved in a step of training")
+
+
+def _converters_once(model: keras.Model, inputs: Any, row: Path) -> dict[str, Any]:
+    """As `_converters`, kept beside the row: nothing that is mended in kqat changes it."""
+    path = row.with_suffix(".converter")
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    found = _converters(model, inputs)
+    write_file(path, json.dumps(found).encode())
+    return found
 
 
 def _converters(model: keras.Model, inputs: Any) -> dict[str, Any]:
@@ -250,6 +295,43 @@ def tables(results: dict[str, Any]) -> list[Table]:
     return [Table(title, header, rows, LEGEND)]
 
 
+def page(results: dict[str, Any]) -> str:
+    """The table as Markdown, and which rows miss a bound against the converter's file."""
+    ((title, header, rows, legend),) = tables(results)
+    models = results["models"]
+    lines = [f"# {title}", "", "`python -m benchmarks.zoo` writes this file.", ""]
+    lines += ["```text", legend, "```", ""]
+    lines += [_markdown(("architecture", "collection", *header[1:])), _markdown(("---",) * 7)]
+    lines += [_markdown((row[0], models[row[0]]["collection"], *row[1:])) for row in rows]
+    lines += ["", "## Rows beyond a bound", ""]
+    for text, beyond in BOUNDS.items():
+        names = [name for name, found in models.items() if beyond(found)]
+        lines.append(f"- {text}: {len(names)}. {', '.join(names)}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _over(found: dict[str, Any], key: str, factor: float) -> bool:
+    ours, theirs = found[key], found[f"converter_{key.removeprefix('size_')}"]
+    return ours is not None and theirs is not None and ours > factor * theirs
+
+
+def _loses(found: dict[str, Any]) -> bool:
+    ours, theirs = found["sqnr_db"], found["converter_sqnr_db"]
+    return ours is not None and theirs is not None and ours < theirs - 0.5
+
+
+BOUNDS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "not whole-integer, or more than 1 step": lambda found: found["outcome"] != "integer",
+    "more than 1.1 x the converter's operators": lambda found: _over(found, "operators", 1.1),
+    "more bytes than the converter's file": lambda found: _over(found, "size_bytes", 1.0),
+    "SQNR more than 0.5 dB below the converter's": _loses,
+}
+
+
 def _cells(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     def pair(key: str, form: str) -> str:
         both = (found[key], found[f"converter_{key.removeprefix('size_')}"])
@@ -275,7 +357,9 @@ def _timed(call: Any) -> tuple[float, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = running.parser(__doc__, out="out/zoo", reads_data=False)
     parser.add_argument("--only", nargs="+", help="names of architectures or collections")
-    parser.add_argument("--seconds", type=int, default=300, help="limit for one architecture")
+    parser.add_argument(
+        "--seconds", type=int, default=400, help="of the processor, for one architecture"
+    )
     parser.add_argument("--no-converter", action="store_true", help="leave the comparison out")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser

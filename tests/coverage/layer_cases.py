@@ -374,7 +374,7 @@ def _product(x: Any) -> Any:
 
 # What the registry decomposes into layers with one operator each, and those layers.
 _REST = {"ADD": 1, "CAST": 1, "DEPTHWISE_CONV_2D": 1, "GATHER": 1, "MUL": 2, "RESHAPE": 2}
-_LAYER_NORM = {**_REST, "FULLY_CONNECTED": 2, "SUB": 1}
+_LAYER_NORM = {**_REST, "FULLY_CONNECTED": 3, "SUB": 2}
 _ATTENTION = {"BATCH_MATMUL": 2, "RESHAPE": 4, "SOFTMAX": 1, "TRANSPOSE": 4}
 COMPOSITE = (
     _one("layer_norm", (5, 8), lambda x: L.LayerNormalization()(x), **_LAYER_NORM),

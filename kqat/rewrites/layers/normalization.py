@@ -19,7 +19,11 @@ from kqat.rewrites.layers.basic import Decomposed
 def layer_normalization(layer: Any, name: str) -> Decomposed:
     """`(x - mean) / sqrt(variance + epsilon) * gamma + beta` over the last axis.
 
-    Reference: Ba et al. 2016, section 3 (https://arxiv.org/abs/1607.06450).
+    The mean is subtracted behind the division, as `x / s - mean(x / s)`: before it, the difference
+    is rounded on the grid of the largest rows, and in rows of small values beside them (a class
+    token beside patches) that rounding is multiplied by a large `1 / s`. It is the mean of what
+    was rounded, and no product of mean and `1 / s`, which may be all but zero and finer than any
+    kernel multiplies. Reference: Ba et al. 2016, section 3 (https://arxiv.org/abs/1607.06450).
     """
     _check_last_axis(layer, name)
     if config_of(layer).get("rms_scaling"):
@@ -29,18 +33,16 @@ def layer_normalization(layer: Any, name: str) -> Decomposed:
     affine = channel_affine(layer, name, layer.scale, layer.center)
 
     def call(x: Any) -> Any:
-        mean = Reduce(ReduceKind.MEAN, [len(x.shape) - 1], name=f"{name}_mean")(x)
+        axes, unit = [len(x.shape) - 1], f"{name}_unit" if affine else name
+        mean = Reduce(ReduceKind.MEAN, axes, name=f"{name}_mean")(x)
         centered = layers.Subtract(name=f"{name}_centered")([x, mean])
-        return _unit(centered, layer.epsilon, affine, name)
+        scale = _inverse_root(centered, layer.epsilon, unit, axes)
+        scaled = layers.Multiply(name=f"{unit}_scaled")([x, scale])
+        shift = Reduce(ReduceKind.MEAN, axes, name=f"{unit}_shift")(scaled)
+        y = layers.Subtract(name=unit)([scaled, shift])
+        return affine(y) if affine else y
 
     return call
-
-
-def _unit(x: Any, epsilon: float, affine: Part | None, name: str) -> Any:
-    axes = [len(x.shape) - 1]
-    if affine is None:
-        return scaled_to_unit(x, epsilon, name, axes)
-    return affine(scaled_to_unit(x, epsilon, f"{name}_unit", axes))
 
 
 def rms_normalization(layer: Any, name: str) -> Decomposed:
@@ -50,15 +52,25 @@ def rms_normalization(layer: Any, name: str) -> Decomposed:
     """
     _check_last_axis(layer, name)
     affine = channel_affine(layer, name, True, False)
-    return lambda x: _unit(x, layer.epsilon, affine, name)
+
+    def call(x: Any) -> Any:
+        axes, unit = [len(x.shape) - 1], f"{name}_unit" if affine else name
+        y = scaled_to_unit(x, layer.epsilon, unit, axes)
+        return affine(y) if affine else y
+
+    return call
 
 
 def scaled_to_unit(x: Any, epsilon: float, name: str, axes: list[int]) -> Any:
     """`x / sqrt(mean(x**2) + epsilon)`, with the mean over `axes`."""
+    return layers.Multiply(name=name)([x, _inverse_root(x, epsilon, name, axes)])
+
+
+def _inverse_root(x: Any, epsilon: float, name: str, axes: list[int]) -> Any:
+    """`1 / sqrt(mean(x**2) + epsilon)`."""
     square = layers.Multiply(name=f"{name}_square")([x, x])
     variance = Reduce(ReduceKind.MEAN, axes, name=f"{name}_variance")(square)
-    scale = ReciprocalSquareRoot(epsilon, name=f"{name}_rsqrt")(variance)
-    return layers.Multiply(name=name)([x, scale])
+    return ReciprocalSquareRoot(epsilon, name=f"{name}_rsqrt")(variance)
 
 
 def channel_affine(layer: Any, name: str, scale: bool, center: bool) -> Part | None:

@@ -26,7 +26,7 @@ class DampenOscillations(QatCallback):
     Raises:
         ModelError: if `strength` is not above zero, or the model in `fit` is not a QAT model.
 
-    Reference: Nagel et al. 2022, section 4.1, equation 5 (https://arxiv.org/abs/2203.11086).
+    Reference: Nagel et al. 2022, section 4.2 (https://arxiv.org/abs/2203.11086).
     """
 
     def __init__(self, strength: float = 1e-3):
@@ -82,7 +82,7 @@ class FreezeOscillations(QatCallback):
         ModelError: if a threshold or the momentum is not inside (0, 1), or the model in `fit` is
             not a QAT model.
 
-    Reference: Nagel et al. 2022, section 4.2, algorithm 1 (https://arxiv.org/abs/2203.11086).
+    Reference: Nagel et al. 2022, section 4.3 and algorithm 1 (https://arxiv.org/abs/2203.11086).
     """
 
     def __init__(self, threshold: tuple[float, float] = (0.04, 0.01), *, momentum: float = 0.01):
