@@ -166,14 +166,24 @@ def run() -> None:
 @_LAYERS
 @_TARGET
 @_JSON
+@click.option(
+    "--draw", "picture", type=_NEW, help="Also draw it: a .svg, .html, .mmd (Mermaid) or .dot file."
+)
 def plan(
-    model: Path, policy: str, rules: tuple[str, ...], target: str | None, json_path: Path | None
+    model: Path,
+    policy: str,
+    rules: tuple[str, ...],
+    target: str | None,
+    json_path: Path | None,
+    picture: Path | None,
 ) -> None:
     """Show how every layer of MODEL, a .keras file, would be quantized.
 
     With --target, the exit code is 1 if the device cannot run a layer at all.
     """
     found = kqat.plan(_load(model), _policy(policy, rules), target=target)
+    if picture is not None:
+        found.draw(picture)
     if not terminal.write_json(json_path, found.to_json()):
         click.echo(found.text(WIDTH))
     if any(misfit.blocking for misfit in found.misfits):
@@ -502,6 +512,13 @@ def inspect(file: Path, target: str | None, json_path: Path | None) -> None:
 @click.option(
     "--samples", default=2, show_default=True, help="Number of random inputs without --data."
 )
+@click.option(
+    "--layout",
+    type=click.Choice(("plain", "cmake", "zephyr", "arduino")),
+    default="plain",
+    show_default=True,
+    help="What build the files are laid out for.",
+)
 @_JSON
 def to_c(
     file: Path,
@@ -510,6 +527,7 @@ def to_c(
     name: str | None,
     data: Path | None,
     samples: int,
+    layout: str,
     json_path: Path | None,
 ) -> None:
     """Write FILE, a .tflite, as C++ for TensorFlow Lite Micro into the directory -o."""
@@ -529,6 +547,7 @@ def to_c(
         name=name or file.stem,
         inputs=[given] if isinstance(given, np.ndarray) else given,
         samples=samples,
+        layout=layout,
     )
     result = {
         "files": [str(path) for path in source.files],

@@ -16,6 +16,7 @@ from benchmarks import (
     file_sizes,
     method_overhead,
     peers,
+    tensorboard_cost,
     training_step,
     zoo,
 )
@@ -102,6 +103,15 @@ def test_benchmark_measures_both_clocks(
     table = capsys.readouterr().out.splitlines()
     assert table[0].startswith("network  case")
     assert any(line.startswith("resnet8  kqat") for line in table)
+
+
+@pytest.mark.slow
+def test_the_cost_of_tensorboard_is_a_ratio(tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    tensorboard_cost.main(["--smoke", "--out", str(out)])
+    ratios = json.loads(out.read_text())["networks"]["resnet8"]["processor"]["ratios"]
+    assert set(ratios) == {f"{case} / {tensorboard_cost.PLAIN}" for case in tensorboard_cost.CASES}
+    assert all(ratio["median"] > 0.0 for ratio in ratios.values())
 
 
 @pytest.mark.slow

@@ -59,7 +59,9 @@ def test_a_plan_is_shown_and_kept(folder: Path) -> None:
     said = run(
         "plan", folder / "float.keras", "--policy", "w4a8", "--layer", "class=float",
         "--layer", "nothing*=int8", "--target", "edge_tpu", "--json", folder / "plan.json",
+        "--draw", folder / "plan.svg",
     )  # fmt: skip
+    assert (folder / "plan.svg").read_text().startswith("<svg")
     assert "conv" in said.stdout and "int4/ch" in said.stdout
     assert "rule matched nothing: nothing*" in said.stdout
     assert (
@@ -205,7 +207,9 @@ def test_a_file_is_inspected(blob: Path) -> None:
 def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
     said = run("to-c", blob, "-o", folder / "c", "--samples", 1)
     assert "net_main.cc" in said.stdout and "arena" in said.stdout
-    assert len(list((folder / "c").iterdir())) == 6
+    assert len(list((folder / "c").iterdir())) == 7
+    run("to-c", blob, folder / "project", "--samples", 1, "--layout", "cmake")
+    assert (folder / "project" / "CMakeLists.txt").exists()
 
 
 @pytest.mark.parametrize(
