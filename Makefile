@@ -2,6 +2,7 @@
 #   make demo        train, quantize and verify a network for handwritten digits (under 2 minutes)
 #   make test        the fast tests           make test-slow   the others
 #   make lint        style and types          make check       all that CI runs
+#   make docs        the documentation's site, into site/; warnings are errors
 #   make clean       remove what these made
 
 PYTHON ?= python3.11
@@ -16,7 +17,7 @@ COVERAGE := --cov=kqat --cov=tflite_export
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test test-slow lint check clean
+.PHONY: demo test test-slow lint docs check clean
 
 demo: $(READY)
 	$(PY) -m recipes.digits --out out/digits
@@ -32,13 +33,17 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy kqat tflite_export recipes
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	$(PY) -m codespell_lib
+
 # Line coverage is that of both runs together, so only the second one can judge it.
-check: lint
+check: lint docs
 	$(MAKE) test PYTEST_FLAGS="$(PYTEST_FLAGS) $(COVERAGE) --cov-report="
 	$(MAKE) test-slow PYTEST_FLAGS="$(PYTEST_FLAGS) $(COVERAGE) --cov-append --cov-fail-under=90"
 
 clean:
-	rm -rf $(VENV) out build dist .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) out build dist site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 		*.egg-info
 
 $(READY): setup.py pyproject.toml

@@ -8,8 +8,21 @@ EXTRAS = {
     # Released as development versions only: naming one in the bound is what lets pip take them.
     "tflm": ["tflite-micro>=0.dev20261023"],
     "ethos-u": ["ethos-u-vela>=5.2"],
+    "plots": ["matplotlib>=3.8"],
     "recipes": ["scikit-learn>=1.9", "pillow>=13.0", "matplotlib>=3.11"],
     "test": ["pytest>=9.2", "pytest-cov>=7.1", "pytest-xdist>=3.8", "hypothesis>=6.170"],
+    "docs": [
+        "mkdocs>=1.6,<2",
+        "mkdocs-material>=9.8",
+        "mkdocstrings[python]>=1.0",
+        "mkdocs-jupyter>=0.26",
+        "latex2mathml>=3.81",
+        "matplotlib>=3.11",
+        "codespell>=2.4",
+        "nbclient>=0.11",
+        "nbformat>=5.11",
+        "ipykernel>=7.4",
+    ],
     # Exact, so that a new release of a linter never fails an old commit.
     "lint": ["ruff==0.17.6", "mypy==2.4.1"],
 }
@@ -37,6 +50,7 @@ setup(
         "kqat.analysis": ["templates/*.j2"],
         "tflite_export.firmware": ["templates/*.j2"],
         "tflite_export.verification": ["templates/*.j2"],
+        "plots": ["matplotlib>=3.8"],
         "recipes": ["*.j2", "RESULTS.md", "results/*.json"],
     },
     install_requires=[

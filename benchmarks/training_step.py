@@ -67,9 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(network: Network, rounds: int, warmup_steps: int) -> Measured:
     """The seconds of a training step, for every case in every round."""
     keras.utils.set_random_seed(0)
-    batches = _batches(network)
+    batches = batches_of(network)
     cases = {
-        name: _case(module, model, batches) for name, (module, model) in _models(network).items()
+        name: step_of_fit(module, model, batches)
+        for name, (module, model) in _models(network).items()
     }
     return take_turns(cases, rounds, warmup=-(-warmup_steps // STEPS))
 
@@ -78,7 +79,7 @@ def _models(network: Network) -> dict[str, tuple[ModuleType, Any]]:
     """Each case's model, compiled, and its Keras."""
     model, legacy = network.build(keras), network.build(tf_keras)
     legacy.set_weights(model.get_weights())
-    calibration_data = next(iter(_batches(network)))[0].numpy()
+    calibration_data = next(iter(batches_of(network)))[0].numpy()
     models = {
         "float (Keras 3)": (keras, model),
         "kqat": (keras, kqat.quantize_model(model, calibration_data=calibration_data)),
@@ -90,24 +91,34 @@ def _models(network: Network) -> dict[str, tuple[ModuleType, Any]]:
     return models
 
 
-def _batches(network: Network) -> tf.data.Dataset:
+def batches_of(network: Network, steps: int = STEPS) -> tf.data.Dataset:
+    """Random images and labels for so many steps."""
     generator = np.random.default_rng(0)
-    samples = STEPS * network.batch_size
+    samples = steps * network.batch_size
     x = generator.uniform(-1.0, 1.0, (samples, *network.input_shape)).astype(np.float32)
     y = generator.integers(0, CLASSES, samples)
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(network.batch_size).cache()
 
 
-def _case(module: ModuleType, model: Any, batches: tf.data.Dataset) -> Callable[[], Seconds]:
+def step_of_fit(
+    module: ModuleType, model: Any, batches: tf.data.Dataset, callbacks: Sequence[Any] = ()
+) -> Callable[[], Seconds]:
+    """A function that runs one `fit` and returns its median step, with what `callbacks` do in it.
+
+    What `fit` does around its steps is left out.
+    """
+
     def run() -> Seconds:
-        """The median step of one `fit`, without what `fit` does around its steps."""
         started: list[Seconds] = []
         steps: list[Seconds] = []
-        clock = module.callbacks.LambdaCallback(
-            on_train_batch_begin=lambda batch, logs: started.append(Seconds.now()),
-            on_train_batch_end=lambda batch, logs: steps.append(Seconds.now().since(started[-1])),
+        begin = module.callbacks.LambdaCallback(
+            on_train_batch_begin=lambda batch, logs: started.append(Seconds.now())
         )
-        model.fit(batches, epochs=1, shuffle=False, verbose=0, callbacks=[clock])
+        end = module.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: steps.append(Seconds.now().since(started[-1]))
+        )
+        every = [begin, *callbacks, end]
+        model.fit(batches, epochs=1, shuffle=False, verbose=0, callbacks=every)
         return Seconds(*(float(s) for s in np.median(steps, axis=0)))
 
     return run

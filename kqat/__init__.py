@@ -8,7 +8,14 @@
 `kqat` trains; the package `tflite_export` ships.
 """
 
-from kqat.analysis import Diagnosis, Sensitivity, diagnose, sensitivity
+from kqat.analysis import (
+    Diagnosis,
+    Sensitivity,
+    TensorBoardQuantization,
+    diagnose,
+    plot_quantization,
+    sensitivity,
+)
 from kqat.annotate import quantize_annotate_layer, quantize_apply
 from kqat.api import PolicyWarning, RangeWarning, TrainerWarning, adapt, plan, quantize_model
 from kqat.base import (
@@ -143,6 +150,7 @@ __all__ = [
     "Target",
     "TargetError",
     "TargetWarning",
+    "TensorBoardQuantization",
     "Ternary",
     "TrainedThreshold",
     "TrainerWarning",
@@ -159,6 +167,7 @@ __all__ = [
     "integer_model",
     "load_model",
     "plan",
+    "plot_quantization",
     "prune",
     "quantize_annotate_layer",
     "quantize_apply",

@@ -86,8 +86,7 @@ def quantize_apply(model: keras.Model, *, calibration_data: Any = None) -> keras
         calibration_data: as for `kqat.quantize_model`.
 
     Raises:
-        ModelError: if no layer is annotated.
-        Others as `kqat.quantize_model`.
+        ModelError: if no layer is annotated; other errors are those of `kqat.quantize_model`.
     """
     graph = trace(model)
     copies: dict[int, Any] = {}

@@ -6,19 +6,22 @@ which is imported when it is called.
 
 import dataclasses
 import glob
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 from kqat.analysis import Sensitivity, measured_layers
-from kqat.base import PolicyError, TextEnum
+from kqat.base import KqatError, PolicyError, TextEnum
 from kqat.config import QuantizePolicy, resolve_config
 from kqat.devices import Target, stored_bits, target_named
 from kqat.graph import Graph, trace
 from kqat.planning import LayerPlan, Plan, make_plan
-from kqat.training import calibrate_for, of_fixed_shape, some_samples, wrap
+from kqat.training import CalibrationWarning, calibrate_for, of_fixed_shape, some_samples, wrap
 
 # Points of the Pareto table, evenly spread between the cheapest and the first choice.
 POINTS = 8
@@ -59,6 +62,27 @@ class ParetoPoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParetoRow:
+    """One row of `SearchedPolicy.rows`.
+
+    Attributes:
+        name: `"found"` for the policy itself, the preset where all layers have the same, else
+            `"mixed"`.
+        used: of what the budget is of, in its unit: of the found and the alike policies as their
+            files show, of the others as the sum of the layers' shares.
+        cost: sum of the layers' costs.
+        presets: preset -> how many layers have it.
+        within: whether it is within the budget.
+    """
+
+    name: str
+    used: float
+    cost: float
+    presets: Mapping[str, int]
+    within: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class SearchedPolicy(QuantizePolicy):
     """A policy that `kqat.search` found; `save` keeps what `quantize_model` needs of it.
 
@@ -68,6 +92,7 @@ class SearchedPolicy(QuantizePolicy):
         used: what the policy takes of it, as its file shows.
         choices: layer -> preset.
         pareto: what other budgets would give.
+        alike: what each choice for all layers gives.
         sensitivity: what it was decided by.
     """
 
@@ -76,6 +101,7 @@ class SearchedPolicy(QuantizePolicy):
     used: float = 0.0
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     pareto: tuple[ParetoPoint, ...] = dataclasses.field(default=(), hash=False)
+    alike: tuple[ParetoPoint, ...] = dataclasses.field(default=(), hash=False)
     sensitivity: Sensitivity | None = dataclasses.field(default=None, hash=False)
 
     def text(self) -> str:
@@ -86,11 +112,79 @@ class SearchedPolicy(QuantizePolicy):
             *(f"  {layer:<40} {choice}" for layer, choice in self.choices.items()),
             f"{unit:>14} {'cost':>10}  layers by preset",
         ]
-        for point in self.pareto:
-            counts = {c: list(point.choices.values()).count(c) for c in point.choices.values()}
-            words = ", ".join(f"{n} {choice}" for choice, n in counts.items())
-            lines.append(f"{point.used:>14,.0f} {point.cost:>10.3g}  {words}")
+        for row in self.rows():
+            words = ", ".join(f"{n} {choice}" for choice, n in row.presets.items())
+            found = "  <- found" if row.name == "found" else ""
+            lines.append(f"{row.used:>14,.0f} {row.cost:>10.3g}  {words}{found}")
         return "\n".join(lines)
+
+    def rows(self) -> list[ParetoRow]:
+        """The Pareto table, from the least to the most used: this policy, those that other budgets
+        give, and those with one choice for all layers."""
+        assert self.sensitivity is not None
+        cost = sum(self.sensitivity.cost(*pair) for pair in self.choices.items())
+        found = [("found", ParetoPoint(self.used, cost, self.choices))]
+        for point in (*self.alike, *self.pareto):
+            kinds = set(point.choices.values())
+            name = next(iter(kinds)) if len(kinds) == 1 else "mixed"
+            if all(dict(point.choices) != dict(other.choices) for _, other in found):
+                found.append((name, point))
+        rows = [
+            ParetoRow(
+                name, point.used, point.cost, _counted(point.choices), point.used <= self.budget
+            )
+            for name, point in found
+        ]
+        return sorted(rows, key=lambda row: (row.used, row.cost))
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the Pareto table to `path`, in the format of its suffix: `.png`, `.svg`, `.pdf`.
+
+        Each point is a policy, with what it takes below and what it costs on the left; the line at
+        the budget parts what fits from what does not.
+
+        Raises:
+            KqatError: if matplotlib is not installed, or cannot write such a file.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise KqatError(
+                "Expected matplotlib for the plot. Received: it is not installed. Use "
+                "`pip install matplotlib`, or rows(), which has the numbers."
+            ) from error
+        figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+        if Path(path).suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+            raise KqatError(
+                f"Expected a file name that ends in .png, .svg or .pdf. Received: "
+                f"{os.fspath(path)!r}."
+            )
+        axes = figure.add_subplot()
+        rows = self.rows()
+        front = [row for i, row in enumerate(rows) if all(row.cost < r.cost for r in rows[:i])]
+        axes.step([r.used for r in front], [r.cost for r in front], where="post", color="#86add6")
+        for row in rows:
+            mine = row.name == "found"
+            axes.plot(
+                row.used, row.cost, "D" if mine else "o", color="#c2571a" if mine else "#1d3b5c"
+            )
+            words = ", ".join(f"{n} {choice}" for choice, n in row.presets.items())
+            axes.annotate(
+                words, (row.used, row.cost), xytext=(5, 5), textcoords="offset points", fontsize=7
+            )
+        axes.axvline(self.budget, linestyle="--", color="#777777", linewidth=1)
+        if all(row.cost > 0.0 for row in rows):
+            axes.set_yscale("log")
+        axes.margins(x=0.15)
+        axes.set_xlabel(f"{UNITS[self.measure]} (dashed: the budget, {self.budget:,.0f})")
+        axes.set_ylabel("cost, the sum over the layers")
+        figure.savefig(path)
+
+
+def _counted(choices: Mapping[str, str]) -> dict[str, int]:
+    """Preset -> how many layers have it."""
+    values = list(choices.values())
+    return {choice: values.count(choice) for choice in dict.fromkeys(values)}
 
 
 def search(
@@ -199,6 +293,11 @@ def search(
         used=used,
         choices=chosen,
         pareto=tuple(_pareto(problem)),
+        alike=tuple(
+            ParetoPoint(used, problem.cost(same), same)
+            for choice, used in alike.items()
+            for same in (dict.fromkeys(free, choice),)
+        ),
         sensitivity=found,
     )
 
@@ -377,7 +476,10 @@ def _quantized(model: keras.Model, inputs: Any, policy: QuantizePolicy) -> keras
     """The QAT model of a policy, calibrated on two samples: sizes do not depend on ranges."""
     qat = wrap(make_plan(trace(model), policy, model.name))
     arrays = some_samples(inputs, trace(qat), 2)
-    calibrate_for(qat, keras.tree.pack_sequence_as(qat.input, arrays), "minmax", stacklevel=4)
+    with warnings.catch_warnings():
+        # That two samples are few is known; of the user's own data it would say nothing.
+        warnings.simplefilter("ignore", CalibrationWarning)
+        calibrate_for(qat, keras.tree.pack_sequence_as(qat.input, arrays), "minmax", stacklevel=4)
     return qat
 
 

@@ -6,7 +6,7 @@ a random generator has to be saved. A checkpoint holds weights, optimizer and ep
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +32,37 @@ class Batches:
         samples: images (n, height, width, channels) in 0..255 and labels (n,).
         batch_size: samples that do not fill a whole batch are left out in that epoch.
         seed: seed of order and augmentation.
+        scale: what is done with the pixels last; `scaled` by default.
+        parts: how many epochs of `fit` read all samples once, a part of them each, so that
+            callbacks can act within one pass.
     """
 
-    def __init__(self, samples: Samples, *, batch_size: int = BATCH_SIZE, seed: int = 0):
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        batch_size: int = BATCH_SIZE,
+        seed: int = 0,
+        scale: Callable[[np.ndarray], np.ndarray] | None = None,
+        parts: int = 1,
+    ):
         self.images, self.labels = samples
-        self.batch_size = min(batch_size, len(self.labels))
+        self.batch_size = min(batch_size, len(self.labels) // parts)
         self.seed = seed
+        self.scale = scale or scaled
+        self.parts = parts
 
     def __len__(self) -> int:
-        return len(self.labels) // self.batch_size
+        return len(self.labels) // self.parts // self.batch_size
 
     def batch(self, epoch: int, index: int) -> Samples:
-        """Batch `index` of an epoch: images scaled by `scaled`, and labels."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
-        chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
+        """Batch `index` of an epoch: scaled images, and labels."""
+        turn, part = divmod(epoch, self.parts)
+        order = np.random.default_rng((self.seed, turn)).permutation(len(self.labels))
+        first = part * (len(order) // self.parts) + index * self.batch_size
+        chosen = order[first : first + self.batch_size]
         random = np.random.default_rng((self.seed, epoch, index))
-        return scaled(_augmented(self.images[chosen], random)), self.labels[chosen]
+        return self.scale(_augmented(self.images[chosen], random)), self.labels[chosen]
 
 
 class Checkpoints(keras.callbacks.Callback):
@@ -122,7 +137,7 @@ def train(
     checkpoints = Checkpoints(folder)
     done = checkpoints.restore(model)
     if done < epochs:
-        source = _Epochs(batches)
+        source = Epochs(batches)
         told = keras.callbacks.LambdaCallback(on_epoch_begin=source.begin)
         model.fit(
             source,
@@ -195,8 +210,8 @@ def drop_checkpoints(folder: Path) -> None:
         path.unlink()
 
 
-class _Epochs(keras.utils.PyDataset):
-    """`Batches` as a dataset for `fit`."""
+class Epochs(keras.utils.PyDataset):
+    """`Batches` as a dataset for `fit`, which needs `begin` as a callback of its epochs."""
 
     def __init__(self, batches: Batches):
         super().__init__()

@@ -9,7 +9,8 @@ import pytest
 
 import kqat
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -34,6 +35,26 @@ def test_named_layers_are_supported() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    root = Path(__file__).resolve().parents[1]
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (root / target).exists(), target
+        assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_results_is_that_of_the_kept_results() -> None:
+    results = (ROOT / "recipes/RESULTS.md").read_text()
+    sections = {part.split("\n")[0]: part for part in results.split("\n    python -m ")[1:]}
+    rows = re.findall(r"^\| .*`(recipes\.[^`]+)` \|$", README, re.MULTILINE)
+    assert len(rows) == 5
+    for line in README.splitlines():
+        command = re.search(r"`(recipes\.[^`]+)` \|$", line)
+        if not command:
+            continue
+        module, *options = command[1].split()
+        found = [
+            text
+            for head, text in sections.items()
+            if head.split()[0] == module and " ".join(options) in head
+        ]
+        assert len(found) == 1, command[1]
+        # Every accuracy of the row stands in the accuracies of that command.
+        accuracies = set(re.findall(r"(\d+\.\d\d) %", found[0]))
+        assert set(re.findall(r"\d+\.\d\d", line)) <= accuracies, line

@@ -2,6 +2,7 @@
 
 from kqat.analysis.causes import Cause, Finding
 from kqat.analysis.diagnosis import Diagnosis, LayerLoss, Remedy, diagnose
+from kqat.analysis.plots import plot_quantization
 from kqat.analysis.sensitivity import (
     LayerCost,
     Measure,
@@ -9,6 +10,7 @@ from kqat.analysis.sensitivity import (
     measured_layers,
     sensitivity,
 )
+from kqat.analysis.tensorboard import TensorBoardQuantization
 
 __all__ = [
     "Cause",
@@ -19,7 +21,9 @@ __all__ = [
     "Measure",
     "Remedy",
     "Sensitivity",
+    "TensorBoardQuantization",
     "diagnose",
     "measured_layers",
+    "plot_quantization",
     "sensitivity",
 ]

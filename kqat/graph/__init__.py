@@ -11,6 +11,8 @@ from kqat.graph.keras_internals import (
     hands_on_mask,
     layer_behind,
     maker_of,
+    operations_between,
+    values_between,
 )
 from kqat.graph.sharing import check_apart
 from kqat.graph.tracer import (
@@ -51,10 +53,12 @@ __all__ = [
     "layer_behind",
     "maker_of",
     "non_finite_variable",
+    "operations_between",
     "rebuild",
     "refs_in",
     "trace",
     "trace_call",
     "unique_name",
+    "values_between",
     "with_input_shapes",
 ]

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import operator
 import re
 import sys
 import textwrap
@@ -292,6 +293,7 @@ def _called(
             _as_inputs(inside, weights),
             _calls_inlined(layer, inside),
             _shapes_told(layer),
+            _keys_of_tensors(),
             tensorflow_traced(),
         ):
             # Keras hands it down to every layer inside that does not say otherwise.
@@ -412,6 +414,36 @@ def _calls_inlined(layer: Any, inside: list[Any]) -> Iterator[None]:
         home.Node = record
         for part in opened.values():
             object.__delattr__(part, "symbolic_call")
+
+
+@contextlib.contextmanager
+def _keys_of_tensors() -> Iterator[None]:
+    """Lets symbolic tensors be indexed as the tensors are that a call is written for.
+
+    Keras's own take no `x[1:]`, `x[None]` or `x[...]`, no integers of NumPy and no boolean array.
+    """
+    home: Any = keras.KerasTensor
+    index = home.__getitem__
+
+    def indexed(tensor: Any, key: Any) -> Any:
+        if isinstance(key, np.ndarray) and key.dtype == bool and key.ndim == 1:
+            return keras.ops.take(tensor, np.flatnonzero(key), axis=0)
+        parts = tuple(key) if isinstance(key, list | tuple) else (key,)
+        return index(tensor, tuple(_plain_key(part) for part in parts))
+
+    try:
+        home.__getitem__ = indexed
+        yield
+    finally:
+        home.__getitem__ = index
+
+
+def _plain_key(part: Any) -> Any:
+    if isinstance(part, slice):
+        return slice(*(_plain_key(bound) for bound in (part.start, part.stop, part.step)))
+    if isinstance(part, bool) or not hasattr(part, "__index__") or np.ndim(part):
+        return part
+    return operator.index(part)
 
 
 @contextlib.contextmanager
@@ -791,6 +823,58 @@ def maker_of(tensor: Any) -> tuple[Any, list[Any]]:
     nodes = history.operation._inbound_nodes
     made = history.node_index < len(nodes)
     return history.operation, list(nodes[history.node_index].input_tensors) if made else []
+
+
+def operations_between(inputs: Any, outputs: Any) -> list[Any]:
+    """The layers and operations that compute `outputs` from `inputs`, in the order they run."""
+    operations = (call.operation for call in _calls_between(inputs, outputs))
+    return list({id(operation): operation for operation in operations}.values())
+
+
+def values_between(
+    inputs: Sequence[Any], outputs: Sequence[Any], values: Sequence[Any]
+) -> list[Any]:
+    """The values of symbolic tensors where `inputs`, from which they are computed, have `values`.
+
+    `keras.Function` does it as well, but before Keras 3.15 only for inputs of a model.
+    """
+    known = dict(zip(map(id, inputs), values, strict=True))
+    for call in _calls_between(inputs, outputs):
+        args, kwargs = keras.tree.map_structure(
+            lambda x: known.get(id(x), x), (call.arguments.args, call.arguments.kwargs)
+        )
+        results = keras.tree.flatten(call.operation(*args, **kwargs))
+        known.update((id(t), y) for t, y in zip(call.outputs, results, strict=True))
+    return [known[id(t)] for t in outputs]
+
+
+def _calls_between(inputs: Any, outputs: Any) -> list[Any]:
+    """The calls that compute `outputs` from `inputs`, in the order of a `keras.Function`."""
+    given = {id(t) for t in _tensors(inputs)}
+    first_seen: dict[int, int] = {}
+    after_inputs: list[Any] = []
+    waiting = [(call, False) for call in reversed(_makers(_tensors(outputs), given))]
+    while waiting:
+        call, inputs_done = waiting.pop()
+        if inputs_done:
+            after_inputs.append(call)
+        elif id(call) not in first_seen:
+            first_seen[id(call)] = len(first_seen)
+            waiting.append((call, True))
+            waiting += [(c, False) for c in reversed(_makers(call.input_tensors, given))]
+    depths: dict[int, int] = {}
+    for call in reversed(after_inputs):
+        depth = depths.setdefault(id(call), 0)
+        for maker in _makers(call.input_tensors, given):
+            depths[id(maker)] = max(depths.get(id(maker), 0), depth + 1)
+    return sorted(after_inputs, key=lambda c: (-depths[id(c)], first_seen[id(c)]))
+
+
+def _makers(tensors: Iterable[Any], given: Collection[int]) -> list[Any]:
+    """The calls that make symbolic tensors, without inputs of a model and what is given."""
+    made = [t._keras_history for t in tensors if id(t) not in given]
+    calls = (h.operation._inbound_nodes[h.node_index] for h in made)
+    return [call for call in calls if not isinstance(call.operation, keras.layers.InputLayer)]
 
 
 def inner_function(layer: Any) -> Any:

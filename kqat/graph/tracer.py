@@ -12,7 +12,7 @@ import inspect
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -437,9 +437,24 @@ def _call_options(
 
 
 def _keys(structure: Any, names: tuple[str, ...]) -> tuple[str, ...]:
-    paths = [path for path, _ in keras.tree.flatten_with_path(structure)]
+    leaves = range(len(keras.tree.flatten(structure)))
+    found = dict(_paths(keras.tree.pack_sequence_as(structure, list(leaves))))
+    paths = [found[leaf] for leaf in leaves]
     named = all(isinstance(part, str) for path in paths for part in path)
     return tuple("_".join(path) for path in paths) if named and all(paths) else names
+
+
+def _paths(structure: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Each leaf with its path, as `keras.tree.flatten_with_path` has it from Keras 3.7 on."""
+    if isinstance(structure, Mapping):
+        inside: Iterable[tuple[Any, Any]] = structure.items()
+    elif isinstance(structure, list | tuple):
+        inside = enumerate(structure)
+    else:
+        yield structure, path
+        return
+    for key, part in inside:
+        yield from _paths(part, (*path, key))
 
 
 def unique_name(name: str, taken: set[str], ending: str = "_{}") -> str:

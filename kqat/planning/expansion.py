@@ -23,11 +23,13 @@ from kqat.graph import (
     fill,
     holds_indexes,
     is_tensor,
+    operations_between,
     rebuild,
     refs_in,
     trace,
     trace_call,
     unique_name,
+    values_between,
 )
 from kqat.parts import Elementwise, Learned, Select, TensorFlowFunction, is_elementwise
 from kqat.registry import as_layers, is_custom, rule_for
@@ -155,8 +157,7 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
             expected = operation(*args, **inference | kwargs)
         found = keras.tree.flatten(outputs)
         computed_now = [y for y in found if is_tensor(y)]
-        given_values = list(values.values())
-        results = keras.Function(tensors, computed_now)(given_values) if computed_now else []
+        results = values_between(tensors, computed_now, list(values.values()))
         by_tensor = dict(zip(map(id, computed_now), results, strict=True))
         found = [by_tensor.get(id(y), y) for y in found]
         pairs: Any = zip(keras.tree.flatten(expected), found, strict=True)
@@ -393,7 +394,7 @@ def _expand_once(
         else:
             outputs = made(node, user, args, kwargs)
         _check_outputs(node, graph, outputs)
-        for operation in _operations_between((given, likes), outputs):
+        for operation in operations_between((given, likes), outputs):
             new = id(operation) not in known and operation is not node.layer
             if new and operation.name != node.name:
                 operation.name = unique_name(operation.name, taken)
@@ -481,16 +482,6 @@ def _read(node: Node, args: Any, kwargs: Any, learned: dict[int, Any]) -> tuple[
         return keras.Variable(array, trainable=layer.trainable, name=layer.name)
 
     return keras.tree.map_structure(weight, (args, kwargs))
-
-
-def _operations_between(inputs: Any, outputs: Any) -> list[Any]:
-    tensors = [t for t in keras.tree.flatten(inputs) if isinstance(t, keras.KerasTensor)]
-    unique = list({id(t): t for t in tensors}.values())
-    made = [t for t in keras.tree.flatten(outputs) if isinstance(t, keras.KerasTensor)]
-    if not made:
-        return []
-    function = keras.Function(unique, made)
-    return [op for op in function.operations if not isinstance(op, keras.layers.InputLayer)]
 
 
 def _reads_masks(layer: Any, origin: str) -> bool:

@@ -176,6 +176,20 @@ class Plan:
         """Writes the JSON to `path`, whole or not at all."""
         write_file(path, self.to_json().encode())
 
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Writes a picture of the network to `path`, whole or not at all.
+
+        Each box is what one kernel computes, coloured by its grid, with the grid of its weights and
+        the scale of its output; layers that stay float are dashed. Nothing but kqat is needed for
+        `.svg` and the self-contained `.html`; `.mmd` is a Mermaid flowchart, `.dot` is Graphviz's.
+
+        Raises:
+            KqatError: if the file name ends with none of these.
+        """
+        from kqat.planning.drawing import draw
+
+        write_file(path, draw(self, path))
+
     def __str__(self) -> str:
         return self.text()
 
@@ -196,8 +210,8 @@ class Plan:
                 _Cell("", layer.name),
                 _Cell("", layer.kind),
                 _becomes(layer, above),
-                _Cell(_all_weights(layer)),
-                _Cell(_output_scale(layer, groups, numbers)),
+                _Cell(weights_text(layer)),
+                _Cell(output_scale(layer, groups, numbers)),
             )
             for layer, above in zip(self.layers, ["", *names], strict=False)
         ]
@@ -282,7 +296,7 @@ def _becomes(layer: LayerPlan, above: str) -> _Cell:
     return _Cell(f"{verb} above") if layer.into == above else _Cell(f"{verb} ", layer.into)
 
 
-def _output_scale(layer: LayerPlan, groups: Mapping[str, Group], numbers: Mapping[str, int]) -> str:
+def output_scale(layer: LayerPlan, groups: Mapping[str, Group], numbers: Mapping[str, int]) -> str:
     """Where the scale of a layer's output comes from; empty where it has none of its own."""
     if layer.group is None:
         words = {Output.SAME: "as input", Output.INDEX: "none", Output.INSIDE: "inside"}
@@ -306,7 +320,7 @@ def _filled(words: str, width: int) -> str:
     )
 
 
-def _all_weights(layer: LayerPlan) -> str:
+def weights_text(layer: LayerPlan) -> str:
     """The integers of a layer's weights: `int8/ch`, `6 × int8`."""
     texts = collections.Counter(_weights(s, layer.weight_step) for s in layer.weights.values())
     return ", ".join(text if n == 1 else f"{n} × {text}" for text, n in texts.items())

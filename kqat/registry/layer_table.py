@@ -123,6 +123,8 @@ AUGMENTING = [
         "RandomPosterization RandomRotation RandomSaturation RandomSharpness RandomShear "
         "RandomTranslation RandomZoom Solarization"
     ).split()
+    # Older versions of Keras lack some.
+    if hasattr(layers, name)
 ]
 TRAINING_ONLY = (
     layers.Identity, layers.Dropout, layers.SpatialDropout1D, layers.SpatialDropout2D,
@@ -180,6 +182,13 @@ ACTIVATIONS: dict[str, LayerRule] = {
     "tanh": _fixed("TANH", largest_input_scale=_MICRO_LARGEST_SCALE),
     "log_softmax": _fixed("LOG_SOFTMAX"),
 }
+
+
+def _newer(name: str, row: LayerRule) -> dict[type, LayerRule]:
+    """The row of a layer that the oldest supported Keras lacks; nothing where it does."""
+    cls = getattr(layers, name, None)
+    return {} if cls is None else {cls: row}
+
 
 # The row of a user's function, and the row of a user's layer class that has none.
 FUNCTION = _own(table=True, opens=True)
@@ -244,11 +253,10 @@ LAYERS: dict[type, LayerRule] = {
     layers.Permute: _same("TRANSPOSE"),
     layers.RepeatVector: _same("RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.repeat_vector),
     **{
-        getattr(layers, f"Adaptive{kind}Pooling{n}D"): _same(
-            op, "RESHAPE", "TRANSPOSE", decompose=basic.adaptive_pool, **_POOL
-        )
+        cls: _same(op, "RESHAPE", "TRANSPOSE", decompose=basic.adaptive_pool, **_POOL)
         for kind, op in (("Average", "AVERAGE_POOL_2D"), ("Max", "MAX_POOL_2D"))
         for n in (1, 2, 3)
+        if (cls := getattr(layers, f"Adaptive{kind}Pooling{n}D", None))
     },
     layers.CenterCrop: _same("STRIDED_SLICE", decompose=basic.center_crop, **_POOL),
     layers.CategoryEncoding: _composite(
@@ -273,7 +281,7 @@ LAYERS: dict[type, LayerRule] = {
         "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.upsample_3d, **_POOL
     ),
     layers.LayerNormalization: _composite(normalization.layer_normalization, *_NORMALIZING),
-    layers.RMSNormalization: _composite(normalization.rms_normalization, *_NORMALIZING),
+    **_newer("RMSNormalization", _composite(normalization.rms_normalization, *_NORMALIZING)),
     layers.EinsumDense: _composite(
         matrix_products.einsum_dense, "FULLY_CONNECTED", "RESHAPE", "TRANSPOSE", "ADD"
     ),
@@ -282,8 +290,11 @@ LAYERS: dict[type, LayerRule] = {
     ),
     layers.Embedding: _own("CAST", "GATHER", weights={"embeddings": None}, table_of_rows=True),
     ConstantRows: _own("CAST", "GATHER"),
-    layers.ReversibleEmbedding: _composite(
-        one_hot.reversible_embedding, "CAST", "GATHER", "FULLY_CONNECTED", "MUL", "TANH"
+    **_newer(
+        "ReversibleEmbedding",
+        _composite(
+            one_hot.reversible_embedding, "CAST", "GATHER", "FULLY_CONNECTED", "MUL", "TANH"
+        ),
     ),
     layers.GroupNormalization: _composite(normalization.group_normalization, *_NORMALIZING),
     layers.UnitNormalization: _fixed("L2_NORMALIZATION", refuse=rule.last_axis),

@@ -119,15 +119,7 @@ def _matmul(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _einsum(operation: Any, name: str) -> Callable[..., Any]:
-    def call(*operands: Any) -> Any:
-        if len(operands) != 2:
-            raise UnsupportedLayerError(
-                f"Expected an equation of two operands in operation '{name}'. Received: "
-                f"{operation.subscripts!r}. Multiply two at a time."
-            )
-        return matrix_products.einsum(operation.subscripts, *operands, name)
-
-    return call
+    return lambda *operands: matrix_products.contraction(operation.subscripts, operands, name)
 
 
 _LETTERS = "abcdefghijklmnopqrstuvw"

@@ -16,7 +16,7 @@ from kqat.training.calibration import (
     of_fixed_shape,
     some_samples,
 )
-from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers
+from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers, QatCallback
 from kqat.training.clustering import cluster
 from kqat.training.distiller import Distiller
 from kqat.training.finetuning import WarmUpCosine, finetune, finetune_callbacks
@@ -29,7 +29,12 @@ from kqat.training.range_drift import warn_of_drift
 from kqat.training.schedules.batchnorm_estimation import ReestimateBatchNorm, reestimate_batchnorm
 from kqat.training.schedules.delay import QuantizeAfter
 from kqat.training.schedules.falling_bits import FallingBits
-from kqat.training.schedules.oscillations import DampenOscillations, FreezeOscillations
+from kqat.training.schedules.oscillations import (
+    DampenOscillations,
+    FreezeOscillations,
+    Oscillations,
+    integers_of,
+)
 from kqat.training.schedules.stochastic_rounding import StochasticRounding
 from kqat.training.unlike_joins import with_unlike_members_apart
 from kqat.training.unrounded import call_unrounded, call_with, rounded_as
@@ -45,7 +50,9 @@ __all__ = [
     "FreezeBatchNorm",
     "FreezeObservers",
     "FreezeOscillations",
+    "Oscillations",
     "Pruning",
+    "QatCallback",
     "QuantizeAfter",
     "QuantizeWrapper",
     "QuantizedRecurrence",
@@ -66,6 +73,7 @@ __all__ = [
     "cluster",
     "finetune",
     "finetune_callbacks",
+    "integers_of",
     "is_quantized",
     "judged_values",
     "of_fixed_shape",

@@ -350,6 +350,20 @@ class ActivationQuantizer(keras.layers.Layer):
         known = _largest(self.count.value) > 0.0
         return ops.stop_gradient(ops.where(known, (high - low) / levels, 0.0))
 
+    def bounds(self) -> tuple[Any, Any]:
+        """Low and high of the grid now, two float32 scalars; see `known`."""
+        if isinstance(self.range_method, Fixed):
+            low, high = (ops.convert_to_tensor(x, "float32") for x in self.fixed_range())
+        else:
+            low, high, _ = self._grid(self.site_low.value, self.site_high.value)
+        return ops.stop_gradient(low), ops.stop_gradient(high)
+
+    def known(self) -> Any:
+        """1 where the range is known, 0 where no batch was seen yet, a float32 scalar."""
+        if isinstance(self.range_method, Fixed):
+            return ops.ones((), "float32")
+        return ops.cast(_largest(self.count.value) > 0.0, "float32")
+
     def least_width(
         self, site: int, scale_of: Callable[["ActivationQuantizer"], Any] | None = None
     ) -> Any:

@@ -64,16 +64,21 @@ def _fused(norm: Any, x: Any, moved: Any) -> Any:
 
 def normalization_factor(norm: Any) -> Any:
     """`gamma / sqrt(moving_variance + epsilon)` per channel, float32."""
-    factor = 1.0 / ops.sqrt(norm.moving_variance.value + norm.epsilon)
-    return factor * norm.gamma.value if norm.scale else factor
+    factor = 1.0 / ops.sqrt(_float32(norm.moving_variance) + norm.epsilon)
+    return factor * _float32(norm.gamma) if norm.scale else factor
+
+
+def _float32(variable: Any) -> Any:
+    """A variable's value: where all of a model is in 16 bits, so are its variables."""
+    return ops.cast(variable.value, "float32")
 
 
 def normalization_numbers(norm: Any, bias: Any = None) -> tuple[Any, Any]:
     """Factor and offset per channel, float32, of `norm(y + bias)` with moving statistics."""
     factor = normalization_factor(norm)
-    start = -norm.moving_mean.value if bias is None else bias.value - norm.moving_mean.value
-    offset = ops.cast(start, "float32") * factor
-    return factor, offset + norm.beta.value if norm.center else offset
+    mean = _float32(norm.moving_mean)
+    offset = (-mean if bias is None else _float32(bias) - mean) * factor
+    return factor, offset + _float32(norm.beta) if norm.center else offset
 
 
 def affine_numbers(layer: Any) -> tuple[Any, Any]:
@@ -91,8 +96,8 @@ def affine_numbers(layer: Any) -> tuple[Any, Any]:
         scale, offset = (ops.reshape(part, (-1,)) for part in parts)
         return scale, offset
     if isinstance(layer, ChannelAffine):
-        factor = one if layer.gamma is None else ops.cast(layer.gamma.value, "float32")
-        return factor, zero if layer.beta is None else ops.cast(layer.beta.value, "float32")
+        factor = one if layer.gamma is None else _float32(layer.gamma)
+        return factor, zero if layer.beta is None else _float32(layer.beta)
     mean, variance = (
         ops.reshape(ops.cast(ops.convert_to_tensor(v), "float32"), (-1,))
         for v in (layer.mean, layer.variance)

@@ -42,9 +42,10 @@ def calibrate(
     Args:
         model: a QAT model.
         data: an array of shape `(samples, …)`; a list or dict of such arrays for many inputs; or
-            an iterable of batches (a `tf.data.Dataset`, a generator) that ends. A batch is a
-            tensor, a list or dict of tensors, or a tuple `(inputs, targets…)` as in `fit`. Some
-            hundred samples of all kinds that the device will meet.
+            an iterable of batches (a `tf.data.Dataset`, a generator) that ends, or a function that
+            returns one, such as a converter's `representative_dataset`. A batch is a tensor,
+            a list or dict of tensors, or a tuple `(inputs, targets…)` as in `fit`. Some hundred
+            samples of all kinds that the device will meet.
         method: `"minmax"`, `"percentile"`, `"mse"`, `"entropy"`, or such an object; `"auto"` tries
             the first three on 64 of the samples, and takes a narrower one only where the outputs
             gain half a decibel (see `kqat.training.method_choice`).
@@ -200,6 +201,7 @@ def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
     Raises:
         CalibrationError: if data are misshapen, naming the input.
     """
+    data = _made(data)
     arrays = _as_arrays(data, graph.input_keys)
     if arrays is None:
         _check_ends(data)
@@ -246,9 +248,10 @@ def shapes_of(data: Any, keys: Sequence[str]) -> dict[str, tuple[int, ...]] | No
 
     `None` where only reading can tell, and what is read is gone: in a generator.
     """
-    arrays = _as_arrays(data, keys)
+    made = _made(data)
+    arrays = _as_arrays(made, keys)
     if arrays is None:
-        batches = iter(data)
+        batches = iter(made)
         if batches is data:
             return None
         first = next(batches, None)
@@ -257,6 +260,11 @@ def shapes_of(data: Any, keys: Sequence[str]) -> dict[str, tuple[int, ...]] | No
     if arrays is None:
         return None
     return {key: tuple(np.shape(x)[1:]) for key, x in zip(keys, arrays, strict=True)}
+
+
+def _made(data: Any) -> Any:
+    """What a function of no arguments makes, such as a converter's `representative_dataset`."""
+    return data() if callable(data) and not isinstance(data, Iterable) else data
 
 
 def _check_ends(data: Any) -> None:
@@ -301,8 +309,9 @@ def _as_arrays(data: Any, keys: Sequence[str]) -> list[Any] | None:
         return [data]
     if not isinstance(data, Iterable):
         raise CalibrationError(
-            f"Expected an array, a list or dict of arrays, or an iterable of batches as "
-            f"calibration data for the inputs {names}. Received: {type(data).__name__}."
+            f"Expected an array, a list or dict of arrays, an iterable of batches, or a function "
+            f"that returns one, as calibration data for the inputs {names}. Received: "
+            f"{type(data).__name__}."
         )
     return None
 

@@ -1,7 +1,7 @@
 """Callbacks for `fit` that freeze ranges and BatchNormalization statistics from some epoch on.
 
 Early in training both should follow the weights. At the end they should not change, so that the
-last epochs train with exactly the numbers that ship (Krishnamoorthi 2018, section 3.2.3,
+last epochs train with exactly the numbers that ship (Krishnamoorthi 2018, sections 3.2.2 and 4,
 https://arxiv.org/abs/1806.08342).
 """
 

@@ -560,6 +560,10 @@ class QuantizeWrapper(keras.layers.Layer):
             ops.stop_gradient(self.fold_factor(name, branch)) if self.folds_before(name) else None
         )
 
+    def folded(self, name: str, branch: int = 0) -> Any:
+        """The weight `name` before it is rounded, float32; folded where `folds_before(name)`."""
+        return self._folded(name, branch)
+
     def _folded(self, name: str, branch: int = 0) -> Any:
         value = ops.cast(self._variable(name).value, "float32")
         if name in self.assignments:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import tf_keras
 
-from benchmarks import applications, convert, device_model, file_sizes, peers, training_step, zoo
+from benchmarks import (
+    applications,
+    convert,
+    device_model,
+    file_sizes,
+    method_overhead,
+    peers,
+    training_step,
+    zoo,
+)
 from benchmarks.networks import NETWORKS
 from recipes import data
 from recipes.models import resnet8
@@ -63,6 +72,17 @@ def test_both_keras_build_the_same_network(name: str) -> None:
     np.testing.assert_allclose(
         new.predict(x, verbose=0), old.predict(x, verbose=0), rtol=1e-3, atol=1e-6
     )
+
+
+@pytest.mark.slow
+def test_each_method_is_divided_by_the_float_model(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    cases = ["int8 (default)", "LSQ, freezing oscillations", method_overhead.DISTILLED]
+    method_overhead.main(["--smoke", "--cases", *cases, "--out", str(out)])
+    ratios = json.loads(out.read_text())["resnet8"]["processor"]["ratios"]
+    assert list(ratios) == [f"{case} / float" for case in cases]
+    page = out.with_suffix(".md").read_text()
+    assert all(f"| {case} | " in page for case in cases)
 
 
 @pytest.mark.slow

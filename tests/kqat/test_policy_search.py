@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 from pathlib import Path
 
 import keras
@@ -67,6 +68,36 @@ def test_no_other_policy_within_the_budget_loses_less(
     lost = [point.cost for point in found.pareto]
     assert len(used) > 2 and used == sorted(used) and lost == sorted(lost, reverse=True)
     assert "MAC" not in found.text() and "bytes" in found.text()
+    check_table(found, files["int8"], tmp_path)
+
+
+def check_table(found: kqat.SearchedPolicy, largest: int, folder: Path) -> None:
+    rows = found.rows()
+    assert [row.used for row in rows] == sorted(row.used for row in rows)
+    by_name = {row.name: row for row in rows}
+    mine = by_name["found"]
+    assert (mine.used, mine.within) == (found.used, True)
+    assert by_name["int8"].used == largest and not by_name["int8"].within
+    assert by_name["int8"].presets == {"int8": 4} and sum(mine.presets.values()) == 4
+    assert "<- found" in found.text()
+    # The policy loses less than each choice for all layers that takes no more.
+    rivals = [by_name[c] for c in CHOICES if c in by_name and by_name[c].used <= mine.used]
+    assert rivals and all(mine.cost < rival.cost for rival in rivals)
+    found.plot(folder / "pareto.svg")
+    drawn = (folder / "pareto.svg").read_text()
+    assert "<svg" in drawn
+    with pytest.raises(kqat.KqatError, match=r"ends in \.png, \.svg or \.pdf"):
+        found.plot(folder / "pareto.txt")
+
+
+def test_no_warning_speaks_of_the_samples_that_sizes_are_measured_with(
+    network: tuple[keras.Model, np.ndarray],
+) -> None:
+    model, x = network
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kqat.search(model, x, budget=0.9, target="litert")
+    assert [w for w in caught if issubclass(w.category, kqat.CalibrationWarning)] == []
 
 
 def test_a_budget_that_nothing_meets_names_the_nearest_that_works(

@@ -13,8 +13,13 @@ RECIPES = sorted(
     if "running.parser(" in path.read_text()
 )
 OPTIONS = ("--out", "--seed", "--smoke", "--data", "--epochs")
-# What a recipe has no use for: digits come with scikit-learn, two recipes train nothing.
-WITHOUT = {"digits": ("--data",), "fidelity": ("--epochs",), "npu": ("--epochs",)}
+# What a recipe has no use for: digits come with scikit-learn, three recipes train nothing.
+WITHOUT = {
+    "digits": ("--data",),
+    "fidelity": ("--epochs",),
+    "npu": ("--epochs",),
+    "search": ("--epochs",),
+}
 
 
 def test_the_recipes_are_found() -> None:

@@ -246,8 +246,9 @@ def _convert(concrete: Any, name: str) -> bytes:
     import tensorflow as tf
 
     try:
+        given = concrete.inputs[: len(concrete.structured_input_signature[0])]
         converter = tf.compat.v1.lite.TFLiteConverter(
-            concrete.graph.as_graph_def(), concrete.inputs, concrete.outputs
+            _without_captures(concrete), given, concrete.outputs
         )
         # It tells how TensorFlow optimized, and costs reading and writing the file once more.
         converter.exclude_conversion_metadata = True
@@ -257,6 +258,32 @@ def _convert(concrete: Any, name: str) -> bytes:
             f"Expected '{name}' to convert. Received from the TensorFlow converter: "
             f"{str(error).strip()[:2000]}"
         ) from error
+
+
+def _without_captures(concrete: Any) -> Any:
+    """The function's graph, in which tensors that a layer closes over are constants.
+
+    TensorFlow makes constants of small ones by itself, and inputs of the function of all others.
+    """
+    import tensorflow as tf
+
+    definition = concrete.graph.as_graph_def()
+    nodes = {node.name: node for node in definition.node}
+    for outer, inner in concrete.graph.captures:
+        node = nodes[inner.op.name]
+        if node.op != "Placeholder":
+            continue
+        if outer.dtype == tf.resource:
+            raise ValueError(
+                f"a layer reads the variable behind '{inner.name}', which the model does not own. "
+                "Make it an attribute of the layer, with add_weight."
+            )
+        value = tf.make_tensor_proto(outer.numpy())
+        node.Clear()
+        node.name, node.op = inner.op.name, "Const"
+        node.attr["dtype"].type = value.dtype
+        node.attr["value"].tensor.CopyFrom(value)
+    return definition
 
 
 def _sign(model: ModelT) -> None:

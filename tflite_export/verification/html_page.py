@@ -9,9 +9,9 @@ from typing import Any
 
 import jinja2
 
-# The size of a plot in SVG units; the page scales it to its own width.
-WIDTH, HEIGHT = 960, 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 12, 22
+# The size of a plot in SVG units. The page stretches it to its own width, and writes the words
+# around it, which so have one size on every screen.
+WIDTH, HEIGHT = 960, 160
 # Bars below this many dB stand out: such a value carries less than five bits of signal.
 LOW_SQNR_DB = 30.0
 
@@ -44,10 +44,15 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A plot of columns; `ticks` are pairs of height and label on the scale."""
+    """A plot of columns, one for each value of the network.
+
+    `unit` labels the vertical axis; `ticks` are pairs of the distance from the top, in percent of
+    the height, and a label.
+    """
 
     title: str
     about: str
+    unit: str
     bars: tuple[Bar, ...]
     ticks: tuple[tuple[float, str], ...]
     width: int = WIDTH
@@ -158,46 +163,47 @@ def _comparisons(report: Any) -> list[Comparison]:
 
 
 def _plots(layers: Sequence[Any]) -> tuple[Plot, ...]:
-    names = [layer.name for layer in layers]
-    sqnr = [layer.sqnr_db for layer in layers]
     work = _plot(
-        "Multiply-accumulates",
+        "Work",
         "Where the time goes.",
+        "multiply-accumulates",
         [float(layer.macs) for layer in layers],
         [f"{layer.name}: {layer.macs:,}" for layer in layers],
-        [False] * len(names),
+        [False] * len(layers),
     )
     flash = _plot(
-        "Bytes of constants",
+        "Constants",
         "Where the flash goes.",
+        "bytes",
         [float(layer.constant_bytes) for layer in layers],
         [f"{layer.name}: {layer.constant_bytes:,} bytes" for layer in layers],
-        [False] * len(names),
+        [False] * len(layers),
     )
-    if all(layer.grid_share is None for layer in layers):
+    # Layers that stay float have no grid.
+    measured = [layer for layer in layers if layer.grid_share is not None]
+    if not measured:
         return work, flash
+    sqnr = [(layer.name, layer.sqnr_db) for layer in measured]
     noise = _plot(
-        "Signal over quantization noise, dB",
+        "Signal over quantization noise",
         f"Of each value against its own rounding; below {LOW_SQNR_DB:g} dB it stands out. "
         "Exact values have no column.",
-        [0.0 if value is None else max(value, 0.0) for value in sqnr],
-        [
-            f"{n}: " + ("exact" if v is None else f"{v:.1f} dB")
-            for n, v in zip(names, sqnr, strict=True)
-        ],
-        [v is not None and v < LOW_SQNR_DB for v in sqnr],
+        "SQNR, dB",
+        [0.0 if value is None else max(value, 0.0) for _, value in sqnr],
+        [f"{name}: " + ("exact" if v is None else f"{v:.1f} dB") for name, v in sqnr],
+        [v is not None and v < LOW_SQNR_DB for _, v in sqnr],
     )
     grid = _plot(
-        "Share of the grid that is used, %",
+        "Use of the grid",
         "How many of the grid's integers occur at all; a column stands out if more than 1 % of its "
         "values are clipped.",
-        [100 * (layer.grid_share or 0.0) for layer in layers],
+        "% of integers",
+        [100 * layer.grid_share for layer in measured],
         [
             f"{x.name}: {100 * x.grid_share:.0f} % used, {100 * x.clipped_share:.2f} % clipped"
-            for x in layers
-            if x.grid_share is not None
+            for x in measured
         ],
-        [(layer.clipped_share or 0.0) > 0.01 for layer in layers],
+        [layer.clipped_share > 0.01 for layer in measured],
         top=100.0,
     )
     return noise, grid, work, flash
@@ -206,24 +212,32 @@ def _plots(layers: Sequence[Any]) -> tuple[Plot, ...]:
 def _plot(
     title: str,
     about: str,
+    unit: str,
     values: Sequence[float],
     titles: Sequence[str],
     stands_out: Sequence[bool],
     top: float | None = None,
 ) -> Plot:
     highest = top or _round_up(max(values, default=0.0))
-    room = HEIGHT - _TOP - _BOTTOM
-    slot = (WIDTH - _LEFT - _RIGHT) / max(len(values), 1)
-    width = min(slot * 0.72, 48.0)
+    slot = WIDTH / max(len(values), 1)
+    width = min(slot * 0.72, 64.0)
     bars = []
     for index, (value, words, loud) in enumerate(zip(values, titles, stands_out, strict=True)):
-        height = room * min(value / highest, 1.0)
-        x = _LEFT + slot * index + (slot - width) / 2
-        y = HEIGHT - _BOTTOM - height
-        bars.append(Bar(round(x, 1), round(y, 1), round(width, 1), round(height, 1), words, loud))
+        height = HEIGHT * min(value / highest, 1.0)
+        x = slot * index + (slot - width) / 2
+        bars.append(
+            Bar(
+                round(x, 1),
+                round(HEIGHT - height, 1),
+                round(width, 1),
+                round(height, 1),
+                words,
+                loud,
+            )
+        )
     steps = [highest * share for share in (0.0, 0.5, 1.0)]
-    ticks = tuple((round(HEIGHT - _BOTTOM - room * s / highest, 1), counted(s)) for s in steps)
-    return Plot(title, about, tuple(bars), ticks)
+    ticks = tuple((round(100 * (1.0 - s / highest), 1), counted(s)) for s in steps)
+    return Plot(title, about, unit, tuple(bars), ticks)
 
 
 def _round_up(value: float) -> float:

@@ -97,32 +97,76 @@ def layer_reports(
         runtimes: the lockstep results of each runtime.
     """
     steps = {part.runtime: {site.name: site.max_steps for site in part.sites} for part in runtimes}
-    rows = []
+    rows: list[tuple[float, LayerReport]] = []
     counted: set[int] = set()  # two sites may share one tensor, whose work counts once
+    place = -1.0
     for use in uses:
-        operators = [inspection.operators[p] for p in work.get(use.tensor, ())]
-        operator = _main(operators)
-        costs = [] if use.tensor in counted else operators
+        positions = work.get(use.tensor, ())
+        own, others = _own_work([(p, inspection.operators[p]) for p in positions])
+        operator = _main(own)
+        costs = [] if use.tensor in counted else own
+        if use.tensor not in counted:
+            rows += [(float(p), _static(other)) for p, other in others]
         counted.add(use.tensor)
+        place = max([place, *map(float, positions)])
         name = use.site.name
-        rows.append(
-            LayerReport(
-                name=name,
-                operator="input" if operator is None else operator.name,
-                shape=use.site.shape,
-                bits=use.site.bits,
-                weight_bits=_weight_bits(operator),
-                scale=float(use.site.scale),
-                zero_point=use.site.zero_point,
-                clipped_share=use.clipped_share,
-                grid_share=use.grid_share,
-                sqnr_db=use.sqnr_db,
-                max_steps={r: found[name] for r, found in steps.items() if name in found},
-                macs=sum(each.macs for each in costs),
-                constant_bytes=sum(each.constant_bytes for each in costs),
-            )
+        row = LayerReport(
+            name=name,
+            operator="input" if operator is None else operator.name,
+            shape=use.site.shape,
+            bits=use.site.bits,
+            weight_bits=_weight_bits(operator),
+            scale=float(use.site.scale),
+            zero_point=use.site.zero_point,
+            clipped_share=use.clipped_share,
+            grid_share=use.grid_share,
+            sqnr_db=use.sqnr_db,
+            max_steps={r: found[name] for r, found in steps.items() if name in found},
+            macs=sum(each.macs for each in costs),
+            constant_bytes=sum(each.constant_bytes for each in costs),
         )
-    return tuple(rows)
+        rows.append((place, row))
+    named = {position for positions in work.values() for position in positions}
+    rows += [
+        (float(p), _static(operator))
+        for p, operator in enumerate(inspection.operators)
+        if p not in named and (operator.macs or operator.constant_bytes) and operator.outputs
+    ]
+    return tuple(row for _, row in sorted(rows, key=lambda pair: pair[0]))
+
+
+def _own_work(
+    operators: Sequence[tuple[int, OperatorInfo]],
+) -> tuple[list[OperatorInfo], list[tuple[int, OperatorInfo]]]:
+    """The operators of a row, and those before them that do the work of other layers.
+
+    A layer that stays float, or a value that was not found, has no row of its own: what multiplies
+    there must not count for the layer behind it. Of the operators of a row that multiply, the last
+    one is the row's where what follows only moves its result, converts it or adds a bias. Any that
+    multiplies before is a layer of its own, as is what it reads.
+    """
+    multiplying = [index for index, (_, each) in enumerate(operators) if each.macs]
+    first = 0
+    if multiplying:
+        last = multiplying[-1]
+        ends_in_it = all(_goes_with(each) for _, each in operators[last + 1 :])
+        before = multiplying[:-1] if ends_in_it else multiplying
+        first = before[-1] + 1 if before else 0
+    others = [(p, each) for p, each in operators[:first] if each.macs or each.constant_bytes]
+    return [each for _, each in operators[first:]], others
+
+
+# What may follow a convolution or a matrix product as a part of the same layer.
+_MOVES = frozenset(
+    "BATCH_TO_SPACE_ND CAST DEQUANTIZE EXPAND_DIMS PAD PADV2 QUANTIZE RELU RELU6 RELU_N1_TO_1 "
+    "RESHAPE SLICE SPACE_TO_BATCH_ND SQUEEZE STRIDED_SLICE TRANSPOSE".split()
+)
+
+
+def _goes_with(operator: OperatorInfo) -> bool:
+    """Whether it may follow a product inside of one layer; an addition, with a constant only."""
+    affine = operator.name in ("ADD", "SUB", "MUL") and operator.constant_bytes > 0
+    return operator.name in _MOVES or affine
 
 
 def _main(operators: Sequence[OperatorInfo]) -> OperatorInfo | None:
@@ -135,29 +179,27 @@ def _main(operators: Sequence[OperatorInfo]) -> OperatorInfo | None:
 
 def static_reports(inspection: Inspection) -> tuple[LayerReport, ...]:
     """One row for each operator of a file that was not run in lockstep."""
-    rows = []
-    for operator in inspection.operators:
-        if not operator.outputs:
-            continue
-        output = operator.outputs[0]
-        rows.append(
-            LayerReport(
-                name=output.name,
-                operator=operator.name,
-                shape=output.shape[1:],
-                bits=_bits(output.dtype),
-                weight_bits=_weight_bits(operator),
-                scale=output.scale,
-                zero_point=output.zero_point,
-                clipped_share=None,
-                grid_share=None,
-                sqnr_db=None,
-                max_steps={},
-                macs=operator.macs,
-                constant_bytes=operator.constant_bytes,
-            )
-        )
-    return tuple(rows)
+    return tuple(_static(operator) for operator in inspection.operators if operator.outputs)
+
+
+def _static(operator: OperatorInfo) -> LayerReport:
+    """What is known of an operator without running it; it has outputs."""
+    output = operator.outputs[0]
+    return LayerReport(
+        name=output.name,
+        operator=operator.name,
+        shape=output.shape[1:],
+        bits=_bits(output.dtype),
+        weight_bits=_weight_bits(operator),
+        scale=output.scale,
+        zero_point=output.zero_point,
+        clipped_share=None,
+        grid_share=None,
+        sqnr_db=None,
+        max_steps={},
+        macs=operator.macs,
+        constant_bytes=operator.constant_bytes,
+    )
 
 
 def _weight_bits(operator: OperatorInfo | None) -> int | None:

@@ -32,7 +32,8 @@ def halve_weights(model: ModelT) -> None:
         operator.inputs = [widened.get(int(t), int(t)) for t in operator.inputs]
     if not widened:
         raise ExportError(
-            "Expected a layer that stays float, with weights, for float_weights='float16'. "
+            f"Expected a layer that stays float, with {_FEWEST} weights or more, for "
+            "float_weights='float16'. "
             "Received: a model without. Leave float_weights out, or give a layer None in the "
             "policy."
         )

@@ -17,7 +17,7 @@ class Entropy:
     Both bounds are the same share of their extremes. Zeros are not counted, because they are exact.
     In training the range changes as described in `Anchor`.
     Reference: Migacz 2017, "8-bit inference with TensorRT", slides 19-22; Wu et al. 2020,
-    section 3.3 (https://arxiv.org/abs/2004.09602).
+    "Calibration" in section 3 (https://arxiv.org/abs/2004.09602).
     """
 
     def calibrated(self, seen: Histogram, spec: QuantSpec) -> tuple[float, float]:

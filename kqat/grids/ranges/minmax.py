@@ -14,7 +14,7 @@ class MinMax:
     """Range `[min, max]` of all batches: nothing seen is clipped, and one outlier widens it.
 
     In training the range can grow, but not shrink.
-    Reference: Krishnamoorthi 2018, section 3.1 (https://arxiv.org/abs/1806.08342).
+    Reference: Krishnamoorthi 2018, section 2.5 (https://arxiv.org/abs/1806.08342).
     """
 
     def calibrated(self, seen: Histogram, spec: QuantSpec) -> tuple[float, float]:

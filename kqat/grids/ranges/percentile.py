@@ -13,7 +13,7 @@ class Percentile:
 
     If no value lies on one side of zero, that side clips nothing. In training the range changes as
     described in `Anchor`.
-    Reference: Wu et al. 2020, section 3.3 (https://arxiv.org/abs/2004.09602).
+    Reference: Wu et al. 2020, "Calibration" in section 3 (https://arxiv.org/abs/2004.09602).
 
     Raises:
         SpecError: if `percent` is not inside (50, 100].

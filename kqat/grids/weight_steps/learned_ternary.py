@@ -34,7 +34,7 @@ class LearnedTernary(LearnedMethod):
     Raises:
         SpecError: if `threshold` is not inside [0, 1).
 
-    Reference: Zhu et al. 2017, section 3.1, equations 6 to 9 (https://arxiv.org/abs/1612.01064).
+    Reference: Zhu et al. 2017, sections 3.1 and 3.2 (https://arxiv.org/abs/1612.01064).
     The paper writes the gradient of `Wn` without its minus sign.
     """
 

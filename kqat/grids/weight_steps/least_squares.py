@@ -20,8 +20,8 @@ class LeastSquares:
     the weights `candidates` times in every training step; `LearnedStep` rounds them once. On a grid
     whose scale is a power of two, it takes the best of the five powers from max-abs downwards.
 
-    Reference: the L2 search of Banner et al. 2019, section 3 (https://arxiv.org/abs/1810.05723),
-    by enumeration.
+    Reference: Sung et al. 2015, the L2 error minimization of their section 2
+    (https://arxiv.org/abs/1511.06488), by enumeration.
 
     Raises:
         SpecError: if `candidates` is not an integer above zero.

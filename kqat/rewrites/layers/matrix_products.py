@@ -45,7 +45,7 @@ def einsum(
         "".join(c for c in letters if c not in shared + gone) for letters in (first, second)
     )
     if not gone:
-        raise _no_product(subscripts, name)
+        return _by_element((a, first), (b, second), output, name)
     sizes = {**dict(zip(first, a.shape, strict=True)), **dict(zip(second, b.shape, strict=True))}
     matrix = [_matrix(a, first, (shared, left, gone), sizes, f"{name}_left")]
     matrix.append(_matrix(b, second, (shared, gone, right), sizes, f"{name}_right"))
@@ -56,6 +56,63 @@ def einsum(
     if tuple(product.shape[1:]) != shape:
         product = layers.Reshape(shape, name=f"{name}_shape")(product)
     return _permuted(product, letters, output, name) if moved else product
+
+
+def contraction(subscripts: str, operands: Sequence[Any], name: str) -> Any:
+    """`einsum` of any number of operands, two at a time from the left.
+
+    Raises:
+        UnsupportedLayerError: as for `einsum`.
+    """
+    inputs, arrow, output = subscripts.replace(" ", "").partition("->")
+    terms, factors = inputs.split(","), list(operands)
+    if not arrow:
+        # What NumPy takes to be meant: all letters that occur once, in alphabetical order.
+        output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
+    if len(terms) > 2 and "." in subscripts:
+        raise UnsupportedLayerError(
+            f"Expected a letter for each axis in an equation of {len(terms)} operands in operation "
+            f"'{name}'. Received: {subscripts!r}. Write letters in place of '...'."
+        )
+    if len(terms) == 1:
+        return _rearranged(factors[0], terms[0], output, name)
+    while len(terms) > 2:
+        later = "".join(terms[2:]) + output
+        # A tensor's first letter is that of the batch, which comes first in what is made too.
+        ahead = terms[:2] if isinstance(factors[0], keras.KerasTensor) else terms[1::-1]
+        made = "".join(c for c in dict.fromkeys("".join(ahead)) if c in later)
+        equation = f"{terms[0]},{terms[1]}->{made}"
+        if any(isinstance(factor, keras.KerasTensor) for factor in factors[:2]):
+            label = f"{name}_first" if len(factors) == len(operands) else f"{name}_{len(factors)}"
+            joined = einsum(equation, factors[0], factors[1], label)
+        else:
+            joined = np.einsum(equation, *(np.asarray(factor) for factor in factors[:2]))
+        terms, factors = [made, *terms[2:]], [joined, *factors[2:]]
+    return einsum(f"{terms[0]},{terms[1]}->{output}", factors[0], factors[1], name)
+
+
+def _rearranged(x: Any, letters: str, output: str, name: str) -> Any:
+    """`einsum` of one tensor: sums over axes, and another order of the others."""
+    whole = "." in letters or len(set(letters)) < len(letters)
+    if whole or output[:1] != letters[0] or set(output) - set(letters):
+        raise _no_product(f"{letters}->{output}", name)
+    moved = "".join(c for c in letters if c in output) != output
+    x, letters = _summed(x, letters, output, f"{name}_unordered" if moved else name)
+    return _permuted(x, letters, output, name)
+
+
+def _by_element(left: tuple[Any, str], right: tuple[Any, str], output: str, name: str) -> Any:
+    """The product of two tensors of which no axis is summed; each may lack axes of the other."""
+    factors = []
+    for side, (x, letters) in (("left", left), ("right", right)):
+        own = "".join(c for c in output if c in letters)
+        x = _permuted(x, letters, own, f"{name}_{side}_moved")
+        sizes = iter(x.shape)
+        shape = [next(sizes) if c in letters else 1 for c in output][1:]
+        if len(own) < len(output):
+            x = layers.Reshape(shape, name=f"{name}_{side}_shape")(x)
+        factors.append(x)
+    return layers.Multiply(name=name)(factors)
 
 
 def _is_dense(first: str, second: str, output: str, rank: int) -> bool:

@@ -28,7 +28,7 @@ def adaround(qat: keras.Model, data: Any, *, iterations: int = 1000) -> keras.Mo
     Adam minimizes the squared error of the layer's output over `v`, and a multiple of
     `sum(1 - |2 h - 1|**b)`, which drives each `h` to 0 or 1 while `b` falls from 20 to 2.
     The output is that before the activation function; its error is against the layer without
-    rounding, on inputs that the rounded layers before it give (section 3.5 of the paper), in units
+    rounding, on inputs that the rounded layers before it give (equation 25 of the paper), in units
     of the error of nearest rounding. An output channel that comes out worse than with nearest
     rounding is rounded to nearest, so no layer gets worse on `data`.
 
@@ -45,7 +45,7 @@ def adaround(qat: keras.Model, data: Any, *, iterations: int = 1000) -> keras.Mo
         ModelError: if `qat` has no such layer.
         CalibrationError: if the data do not fit the model.
 
-    Reference: Nagel et al. 2020, sections 3.2 to 3.5 (https://arxiv.org/abs/2004.10568).
+    Reference: Nagel et al. 2020, section 3, equations 21 to 25 (https://arxiv.org/abs/2004.10568).
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise SpecError(

@@ -14,7 +14,7 @@ from keras import layers, ops
 
 from kqat.base import ModelError, SpecError
 from kqat.graph import Graph, Ref, fill, trace
-from kqat.grids import Binary, LearnedStep
+from kqat.grids import Binary, LearnedStep, LearnedTernary, TrainedThreshold
 from kqat.training import calibration
 from kqat.training.build import is_quantized
 from kqat.training.unrounded import call_unrounded
@@ -147,7 +147,8 @@ def with_chosen_integers(
 
     Raises:
         ModelError: if `qat` is not a QAT model, or has no layer for it.
-        SpecError: if a layer's weights have one bit only.
+        SpecError: if a layer's weights have one bit only, or three values on a wider grid than
+            that of two bits.
         CalibrationError: if the data do not fit the model.
     """
     for layer in linear_layers(qat, method):
@@ -156,6 +157,13 @@ def with_chosen_integers(
                 f"Expected weights of at least two bits for {method}, which chooses between two "
                 f"neighbouring integers. Received: binary weights in '{layer.layer.name}'. Give "
                 "that layer another preset, such as 'ternary'."
+            )
+        bits = layer.weight_specs["kernel"].bits
+        if isinstance(layer.weight_step, LearnedTernary) and bits > 2:
+            raise SpecError(
+                f"Expected weights that may take any integer of their grid, or three values on a "
+                f"grid of two bits, for {method}. Received: '{layer.layer.name}' with three values "
+                f"of {bits} bits. Give LearnedTernary a grid of bits=2, or train it as it is."
             )
         if layer.preserve:
             raise SpecError(
@@ -223,6 +231,9 @@ def copied(qat: keras.Model, *, learned: bool = False, biased: bool = False) -> 
         if is_linear(layer):
             if learned:
                 config["weight_step"] = {"name": "lsq", **vars(LearnedStep())}
+                if isinstance(layer.weight_step, TrainedThreshold):
+                    # Its scales are powers of two, and stay such ones in training.
+                    config["weights"]["kernel"]["power_of_two"] = True
             if biased and not _has_bias(layer):
                 config["layer"]["config"]["use_bias"] = True
         return type(layer).from_config(config)

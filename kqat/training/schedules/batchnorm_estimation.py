@@ -29,7 +29,7 @@ def reestimate_batchnorm(qat: keras.Model, data: Any) -> None:
         ModelError: if `qat` is no QAT model, or has no BatchNormalization.
         CalibrationError: if data are empty, misshapen or not finite.
 
-    Reference: Nagel et al. 2022, section 3.3, "BN re-estimation"
+    Reference: Nagel et al. 2022, section 2.3.1, on statistics that oscillations spoil
     (https://arxiv.org/abs/2203.11086).
     """
     graph = trace(qat)

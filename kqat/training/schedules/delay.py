@@ -21,8 +21,8 @@ class QuantizeAfter(QatCallback):
     Raises:
         ModelError: if `steps` is no number of steps, or the model in `fit` is not a QAT model.
 
-    Reference: Jacob et al. 2018, section 3.1 (https://arxiv.org/abs/1712.05877), for activations;
-    Krishnamoorthi 2018, section 3.2 (https://arxiv.org/abs/1806.08342).
+    Reference: Jacob et al. 2018, section 3.1 (https://arxiv.org/abs/1712.05877), where activations
+    wait; here weights do too.
     """
 
     def __init__(self, steps: int):

@@ -27,9 +27,10 @@ class FallingBits(QatCallback):
 
     Raises:
         ModelError: if the widths do not fall, there are no epochs, or the model in `fit` is not a
-            QAT model or has weights whose step method does not take the widths.
+            QAT model, has weights whose step method does not take the widths, or has none whose
+            grid is narrower than the first stage.
 
-    Reference: Zhuang et al. 2018, section 3.2, progressive quantization
+    Reference: Zhuang et al. 2018, "Progressive quantization" in the section on methods
     (https://arxiv.org/abs/1711.00205).
     """
 
@@ -53,6 +54,15 @@ class FallingBits(QatCallback):
         for wrapper, specs in self._planned.items():
             for name, spec in specs.items():
                 self._check(wrapper, name, spec)
+        planned = [spec.bits for specs in self._planned.values() for spec in specs.values()]
+        if min(planned, default=8) >= self.bits[0]:
+            found = " and ".join(str(bits) for bits in sorted(set(planned)))
+            raise ModelError(
+                f"Expected weights on grids narrower than {self.bits[0]} bits, the first stage of "
+                f"FallingBits. Received: {found or 'no'} bits in '{self.model.name}', so that "
+                "nothing would fall. Use a policy of fewer bits, such as 'w4a8', or leave the "
+                "callback out."
+            )
 
     def _check(self, wrapper: QuantizeWrapper, name: str, spec: QuantSpec) -> None:
         method = wrapper.weight_step

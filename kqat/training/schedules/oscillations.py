@@ -26,7 +26,7 @@ class DampenOscillations(QatCallback):
     Raises:
         ModelError: if `strength` is not above zero, or the model in `fit` is not a QAT model.
 
-    Reference: Nagel et al. 2022, section 4.1, equation 5 (https://arxiv.org/abs/2203.11086).
+    Reference: Nagel et al. 2022, section 4.2 (https://arxiv.org/abs/2203.11086).
     """
 
     def __init__(self, strength: float = 1e-3):
@@ -82,7 +82,7 @@ class FreezeOscillations(QatCallback):
         ModelError: if a threshold or the momentum is not inside (0, 1), or the model in `fit` is
             not a QAT model.
 
-    Reference: Nagel et al. 2022, section 4.2, algorithm 1 (https://arxiv.org/abs/2203.11086).
+    Reference: Nagel et al. 2022, section 4.3 and algorithm 1 (https://arxiv.org/abs/2203.11086).
     """
 
     def __init__(self, threshold: tuple[float, float] = (0.04, 0.01), *, momentum: float = 0.01):
@@ -95,7 +95,7 @@ class FreezeOscillations(QatCallback):
         self.threshold = tuple(threshold)
         self.momentum = momentum
         self._progress = _Progress()
-        self._tracked: list[tuple[QuantizeWrapper, str, Oscillations]] = []
+        self._tracked: list[tuple[QuantizeWrapper, str, FrozenOscillations]] = []
         self._step: Any = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -103,7 +103,7 @@ class FreezeOscillations(QatCallback):
         super().on_train_begin(logs)
         self._progress.start(self.params)
         self._tracked = [
-            (wrapper, name, Oscillations(_integers(wrapper, name)))
+            (wrapper, name, FrozenOscillations(integers_of(wrapper, name)))
             for wrapper in self.wrappers()
             for name in wrapper.weight_specs
         ]
@@ -125,7 +125,7 @@ class FreezeOscillations(QatCallback):
 
     def _follow(self, threshold: Any) -> None:
         for wrapper, name, followed in self._tracked:
-            followed.update(_integers(wrapper, name), self.momentum, threshold)
+            followed.freeze(integers_of(wrapper, name), self.momentum, threshold)
             variable = getattr(wrapper.layer, name)
             held = followed.held.value * wrapper.scale(name)
             if wrapper.folds_before(name):
@@ -147,7 +147,7 @@ class FreezeOscillations(QatCallback):
 
 
 class Oscillations:
-    """How often the weights of one tensor oscillate, and which of them are frozen.
+    """How often the weights of one tensor oscillate: change to and fro between integers.
 
     All are float32 variables of the tensor's shape.
 
@@ -155,42 +155,62 @@ class Oscillations:
         integers: those of the last step.
         direction: the sign of each weight's last change.
         frequency: the moving average of oscillating.
-        mean: the moving average of the integers.
-        frozen: 1 where a weight stays, else 0.
-        held: the integers of frozen weights.
+
+    Reference: Nagel et al. 2022, section 2.1, equations 3 and 4 (https://arxiv.org/abs/2203.11086).
     """
 
     def __init__(self, integers: Any) -> None:
-        shape = tuple(integers.shape)
-        self.size = math.prod(shape)
+        self.size = math.prod(integers.shape)
+        self.integers = _variable(integers)
+        self.direction, self.frequency = (_zeros(integers.shape) for _ in range(2))
 
-        def variable(value: Any) -> keras.Variable:
-            return keras.Variable(value, trainable=False, dtype="float32")
-
-        self.integers, self.mean = variable(integers), variable(integers)
-        self.direction, self.frequency, self.frozen, self.held = (
-            variable(np.zeros(shape, np.float32)) for _ in range(4)
-        )
-
-    def update(self, integers: Any, momentum: float, threshold: Any) -> None:
+    def update(self, integers: Any, momentum: float) -> None:
         """Takes in the integers after one more step (float32)."""
         change = ops.sign(integers - self.integers.value)
         changed = change != 0.0
         turned = ops.logical_and(changed, change * self.direction.value < 0.0)
         frequency = self.frequency.value
         frequency = frequency + momentum * (ops.cast(turned, "float32") - frequency)
-        mean = self.mean.value + momentum * (integers - self.mean.value)
-        stays = self.frozen.value > 0.0
-        new = ops.logical_and(frequency > threshold, ops.logical_not(stays))
-        self.held.assign(ops.where(new, ops.round(mean), self.held.value))
-        self.frozen.assign(ops.cast(ops.logical_or(new, stays), "float32"))
         self.direction.assign(ops.where(changed, change, self.direction.value))
         self.frequency.assign(frequency)
-        self.mean.assign(mean)
         self.integers.assign(integers)
 
 
-def _integers(wrapper: QuantizeWrapper, name: str) -> Any:
+class FrozenOscillations(Oscillations):
+    """The same, with the weights that stay at an integer since they oscillated too often.
+
+    Attributes:
+        mean: the moving average of the integers.
+        frozen: 1 where a weight stays, else 0.
+        held: the integers of frozen weights.
+    """
+
+    def __init__(self, integers: Any) -> None:
+        super().__init__(integers)
+        self.mean = _variable(integers)
+        self.frozen, self.held = (_zeros(integers.shape) for _ in range(2))
+
+    def freeze(self, integers: Any, momentum: float, threshold: Any) -> None:
+        """Takes in the integers after one more step, and freezes what is above the threshold."""
+        self.update(integers, momentum)
+        mean = self.mean.value + momentum * (integers - self.mean.value)
+        stays = self.frozen.value > 0.0
+        new = ops.logical_and(self.frequency.value > threshold, ops.logical_not(stays))
+        self.held.assign(ops.where(new, ops.round(mean), self.held.value))
+        self.frozen.assign(ops.cast(ops.logical_or(new, stays), "float32"))
+        self.mean.assign(mean)
+
+
+def _variable(value: Any) -> keras.Variable:
+    return keras.Variable(value, trainable=False, dtype="float32")
+
+
+def _zeros(shape: Any) -> keras.Variable:
+    return _variable(np.zeros(tuple(shape), np.float32))
+
+
+def integers_of(wrapper: QuantizeWrapper, name: str) -> Any:
+    """The integers of a weight as they are now, in the variable's shape, float32."""
     return ops.round(wrapper.on_grid(name) / wrapper.scale(name))
 
 

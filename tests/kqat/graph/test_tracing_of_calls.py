@@ -120,6 +120,12 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "zeros of its shape": lambda own, x: ops.concatenate([x, ops.zeros_like(x)], axis=1),
     "ones of the batch": lambda own, x: x + ops.ones((ops.shape(x)[0], 1, 8)),
     "only weights": lambda own, x: ops.broadcast_to(own.position, ops.shape(x)),
+    "a slice by one key": lambda own, x: x + own.position[2:3],
+    "an axis before": lambda own, x: x + own.position[None],
+    "all of it": lambda own, x: x[...] + own.position[...],
+    "reversed": lambda own, x: x + own.position[::-1],
+    "an integer of NumPy": lambda own, x: x[:, np.int64(1) :] + own.position[np.int64(1)],
+    "rows by truth values": lambda own, x: x[:, :3] + own.position[np.arange(6) % 2 == 0],
     "a selection": lambda own, x: ops.where(x > 0.0, x, own.bias),
 }
 

@@ -16,6 +16,7 @@ _ROWS = (2 * _random.normal(size=(128, 6, 8))).astype(np.float32)
 _SHOWN = np.ones((128, 6), np.float32)
 _SHOWN[:64, 4:] = 0
 _EARLIER = np.tril(np.ones((6, 6), np.float32))
+_BIAS = _random.normal(size=(6, 6)).astype(np.float32)
 How = Callable[[Any, Any], Any]
 
 
@@ -79,6 +80,40 @@ CASES: dict[str, tuple[Any, How]] = {
             s + (1.0 - ops.cast(ops.logical_and(m[:, None], _EARLIER > 0), "float32")) * -1e9
         ),
     ),
+    "then a bias": (_padding, lambda s, m: (s + (1.0 - _floats(m)) * -1e9) + _BIAS),
+    "of both": (_padding, lambda s, m: s + ((1.0 - _floats(m)) * -1e9 + (1 - _EARLIER) * -1e9)),
+    "of the lower": (
+        _padding,
+        lambda s, m: s + ops.minimum((1.0 - _floats(m)) * -1e9, (1.0 - _floats(m[:, ::-1])) * -1e4),
+    ),
+    "one after the other": (
+        _padding,
+        lambda s, m: (s + (1.0 - _floats(m)) * -1e9) + (1 - _EARLIER) * -1e9,
+    ),
+    "before the temperature": (_padding, lambda s, m: (s + (1.0 - _floats(m)) * -1e9) / 2.0),
+    "a row of constants": (
+        _padding,
+        lambda s, m: ops.reshape(
+            ops.reshape(s, (-1, 36)) + (1 - _EARLIER.ravel()) * -1e9, (-1, 6, 6)
+        ),
+    ),
+    "where, then a bias": (_padding, lambda s, m: ops.where(m[:, None], s, -1e9) + _BIAS),
+    "where of constants, then a bias": (
+        _causal,
+        lambda s, m: ops.where(_EARLIER == 0, -1e9, s) + _BIAS,
+    ),
+    "then reshaped, and a bias": (
+        _padding,
+        lambda s, m: ops.reshape(
+            ops.reshape(s + (1.0 - _floats(m)) * -1e9, (-1, 36)) + ops.reshape(_BIAS, (36,)),
+            (-1, 6, 6),
+        ),
+    ),
+    "less distances": (_padding, lambda s, m: (1.0 - _floats(m)) * -1e9 - ops.abs(s)),
+    "three at once": (
+        _padding,
+        lambda s, m: layers.Add()([s, (1.0 - _floats(m)) * -1e9, s]),
+    ),
     "given as floats": (_given, lambda s, m: s + (1.0 - m)[:, None, :] * -1e9),
     "given, product": (_given, lambda s, m: s * m[:, None, :] - 1e9 * (1.0 - m[:, None, :])),
 }
@@ -100,7 +135,25 @@ def test_scores_keep_their_grid(case: str) -> None:
     assert _noise_db(model, qat, data) > 25
 
 
-@pytest.mark.parametrize("case", ["beside a bias", "padding and causal", "given as floats"])
+@pytest.mark.parametrize("function", [ops.sigmoid, ops.hard_sigmoid, ops.exp])
+def test_other_functions_that_vanish_far_below(function: Any) -> None:
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 6))
+    model = keras.Model(x, ops.matmul(function(x / 2.0 + (1 - _EARLIER) * -1e9), x))
+    data = _random.normal(size=(128, 6, 6)).astype(np.float32)
+    assert _noise_db(model, kqat.quantize_model(model, calibration_data=data), data) > 25
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "beside a bias",
+        "padding and causal",
+        "given as floats",
+        "of both",
+        "then reshaped, and a bias",
+    ],
+)
 def test_the_file_hides_them_too(case: str) -> None:
     keras.utils.set_random_seed(0)
     make, how = CASES[case]

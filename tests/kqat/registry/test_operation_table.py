@@ -159,6 +159,30 @@ CASES: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+EQUATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "by element": lambda x, y: ops.einsum("bijc,bijc->bcij", x, y),
+    "by element, of other ranks": lambda x, y: ops.einsum("bijc,bjc->bijc", x, y[:, 0]),
+    "outer": lambda x, y: ops.einsum("bi,bj->bij", x[:, :, 0, 0], y[:, 0, :, 0]),
+    "by a vector": lambda x, y: ops.einsum("bijc,c->bijc", x, MATRIX[:, 0]),
+    "of one": lambda x, y: ops.einsum("bijc->bji", x),
+    "of three": lambda x, y: ops.einsum("bijc,bkjc,bkl->bil", x, y, x[:, :, :, 0]),
+    "of three, by element last": lambda x, y: ops.einsum(
+        "bnd,bdl,bn->bnl", x[:, 0], ops.swapaxes(y[:, 1], 1, 2), x[:, 0, :, 1]
+    ),
+    "of constants and one": lambda x, y: ops.einsum("cd,de,bije->bijc", MATRIX, MATRIX.T, x),
+    "implicit": lambda x, y: ops.einsum("aij,jk", x[:, 0], MATRIX),
+}
+
+
+@pytest.mark.parametrize("case", EQUATIONS)
+def test_equations_of_any_number_of_operands(case: str) -> None:
+    model, data = _model(EQUATIONS[case]), _data()
+    graph, _ = expand(trace(model), lambda node: False, "expanded")
+    layers = rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "layers")
+    for ours, theirs in zip(_flat(layers(data)), _flat(model(data)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def _model(function: Callable[[Any, Any], Any]) -> keras.Model:
     x, y = keras.Input((4, 6, 3), name="x"), keras.Input((4, 6, 3), name="y")
     return keras.Model([x, y], function(x, y))
@@ -218,7 +242,8 @@ def test_slices_are_numpys(key: Any, shape: tuple[int, ...]) -> None:
         (lambda x, y: ops.softmax(x, axis=0), "leave the batch axis alone"),
         (lambda x, y: x + ops.max(y, axis=(1, 2)), "equal rank"),
         (lambda x, y: x * np.ones((8, 4, 6, 3), np.float32), "without the batch axis"),
-        (lambda x, y: ops.einsum("bijc,bijc->bijc", x, y), "a matrix product for each sample"),
+        (lambda x, y: ops.einsum("bijj->bij", x[:, :, :3]), "a matrix product for each sample"),
+        (lambda x, y: ops.einsum("bijc,...c,c->bij", x, y, MATRIX[0]), "a letter for each axis"),
         (lambda x, y: ops.image.rgb_to_hsv(x), "a hue that jumps from 1 to 0"),
         (lambda x, y: ops.image.sobel_edges(x), "a DepthwiseConv2D with that kernel"),
         (lambda x, y: ops.cast(x, "int32"), "An index is no quantity"),

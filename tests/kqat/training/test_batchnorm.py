@@ -76,3 +76,11 @@ def test_leaves_to_keras_what_the_kernel_does_not_compute(norm: Any, training: A
     np.testing.assert_array_equal(got, twin(tf.constant(x), training=training))
     for a, b in zip(norm.get_weights(), twin.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_numbers_are_float32_where_all_variables_have_16_bits(dtype: str) -> None:
+    norm = built(dtype=dtype)
+    assert all(keras.backend.standardize_dtype(w.dtype) == dtype for w in norm.weights)
+    factor, offset = batchnorm.normalization_numbers(norm, norm.beta)
+    assert factor.dtype == offset.dtype == tf.float32

@@ -81,6 +81,7 @@ ONE_INPUT: dict[str, Callable[[], Any]] = {
     "generator of tuples": lambda: batches(A, LABELS),
     "generator of lists": lambda: ([x] for (x,) in batches(A)),
     "list of batches in a tuple": lambda: tuple((x,) for (x,) in batches(A)),
+    "function": lambda: lambda: ([x] for (x,) in batches(A)),
     "an empty batch between": lambda: iter([A[:32], A[:0], A[32:64], A[64:]]),
 }
 
@@ -92,6 +93,7 @@ TWO_INPUTS: dict[str, Callable[[], Any]] = {
     "labelled dataset of dicts": lambda: dataset(({"a": A, "b": B}, LABELS)),
     "generator": lambda: ([b, a] for b, a in batches(B, A)),
     "labelled generator": lambda: ((list(pair), None) for pair in batches(B, A)),
+    "function": lambda: lambda: ({"a": a, "b": b} for b, a in batches(B, A)),
     "generator of dicts": lambda: ({"a": a, "b": b} for b, a in batches(B, A)),
 }
 

@@ -305,7 +305,7 @@ def test_fit_save_and_load_without_custom_objects(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16", "bfloat16"])
 def test_mixed_precision_trains_the_integers_that_freezing_ships(policy: str) -> None:
     """Under Keras's autocasting, `rounded` is asked inside of a call and outside of one."""
     keras.config.set_dtype_policy(policy)

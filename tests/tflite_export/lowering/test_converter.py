@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers as L
 
 import kqat
@@ -92,3 +93,39 @@ def test_dilated_convolutions_of_one_value_are_one_operator_each(
     each = 2 if call is _separable else 1
     assert sum(name.endswith("CONV_2D") for name in names) == each * len(layers)
     assert all(part.is_right for part in tflite_export.verify(qat, blob, x).runtimes)
+
+
+@pytest.mark.parametrize("policy", [{}, {"times": None}], ids=["integer", "float"])
+@pytest.mark.parametrize("shape", [(3,), (6, 6, 3)], ids=["few", "many"])
+def test_tensors_that_a_layer_closes_over_are_constants(policy: Any, shape: Any) -> None:
+    """TensorFlow lists them among the inputs of an exported function."""
+    factors = tf.constant(np.linspace(1, 2, int(np.prod(shape))).reshape(shape), tf.float32)
+    inputs = keras.Input((6, 6, 3))
+    hidden = L.Lambda(lambda x: x * factors, name="times")(L.Dense(3)(inputs))
+    check_ships(keras.Model(inputs, L.Dense(2)(hidden)), policy)
+
+
+def test_losses_of_training_are_none_of_the_files() -> None:
+    """A regularizer holds its factor as a tensor."""
+    inputs = keras.Input((6, 6, 3))
+    hidden = L.Conv2D(4, 3, activation="relu", activity_regularizer="l1")(inputs)
+    hidden = L.ActivityRegularization(1e-3)(hidden)
+    check_ships(keras.Model(inputs, L.Dense(2, activity_regularizer="l2")(hidden)), {})
+
+
+def check_ships(model: keras.Model, policy: Any) -> None:
+    x = np.random.default_rng(0).normal(size=(32, 6, 6, 3)).astype(np.float32)
+    qat = kqat.quantize_model(model, policy, calibration_data=x)
+    blob = tflite_export.convert(qat)
+    report = tflite_export.verify(qat, blob, x, samples=8)
+    assert all(part.is_right and not part.unmatched for part in report.runtimes)
+
+
+def test_a_variable_that_is_no_layers_own_is_named() -> None:
+    factors = tf.Variable([1.0, 2.0, 3.0])
+    inputs = keras.Input((6, 6, 3))
+    hidden = L.Lambda(lambda x: x * factors, name="times")(L.Dense(3)(inputs))
+    model, x = keras.Model(inputs, L.Dense(2)(hidden)), np.ones((4, 6, 6, 3), np.float32)
+    qat = kqat.quantize_model(model, {"times": None}, calibration_data=x)
+    with pytest.raises(kqat.LoweringError, match=r"variable behind.*add_weight"):
+        tflite_export.convert(qat)

@@ -47,7 +47,9 @@ def test_float_weights_take_half_the_bytes() -> None:
 
 
 def test_a_model_without_float_layers_is_refused() -> None:
-    with pytest.raises(kqat.ExportError, match=r"a layer that stays float.*float_weights"):
+    with pytest.raises(
+        kqat.ExportError, match=r"stays float, with 128 weights or more.*float_weights"
+    ):
         tflite_export.convert(_qat({}), target="litert", float_weights="float16")
 
 

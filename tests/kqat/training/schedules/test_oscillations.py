@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import kqat
 from kqat.base.errors import ModelError
-from kqat.training.schedules.oscillations import Oscillations
+from kqat.training.schedules.oscillations import FrozenOscillations
 from tests.kqat.training.schedules.models import EachStep, Traces, fit, quantized, wrapper
 
 RNG = np.random.default_rng(0)
@@ -21,9 +21,9 @@ def test_frequencies_and_frozen_weights_are_those_of_the_algorithm() -> None:
     integers[:, :5] = 1.0  # never oscillate
     integers[:, 5:10] = np.arange(steps)[:, None] % 2  # do so in every step
     integers[:, 10] = np.arange(steps)  # change, but never turn
-    followed = Oscillations(tf.constant(integers[0]))
+    followed = FrozenOscillations(tf.constant(integers[0]))
     for now in integers[1:]:
-        followed.update(tf.constant(now), momentum, threshold)
+        followed.freeze(tf.constant(now), momentum, threshold)
     for weight in range(20):
         before, sign, f, ema, held = integers[0, weight], 0.0, 0.0, integers[0, weight], None
         for now in integers[1:, weight]:
