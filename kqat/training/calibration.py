@@ -8,11 +8,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.base import CalibrationError, ModelError
+from kqat.base import CalibrationError, ModelError, tracked
 from kqat.graph import Graph, fits, has_open_sizes, input_shapes, trace, with_input_shapes
-from kqat.grids import CalibrationMethod, calibration_method
+from kqat.grids import CalibrationMethod, Fixed, calibration_method
+from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers, is_quantized
-from kqat.training.method_choice import KeptSamples, chosen_method
+from kqat.training.method_choice import CANDIDATES, Choice, KeptSamples, best
 from kqat.training.observation import Observer
 from kqat.training.range_checks import as_text, concerns
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -28,12 +29,17 @@ class CalibrationWarning(UserWarning):
 def calibrate(
     model: keras.Model, data: Any, *, method: str | CalibrationMethod = DEFAULT_METHOD
 ) -> None:
-    """Finds the ranges of a QAT model from `data`; weights do not move.
+    """Finds the ranges of a QAT model from `data`, and corrects its biases; weights do not move.
 
     Each range is an estimate over all data: their order and how they come in batches do not
     change it by a bit. Weights are rounded meanwhile and activations are not, so one bad range
     cannot spoil the later ones. What was calibrated or trained before is replaced; where anything
     fails, all ranges stay as they were.
+
+    Rounding moves the mean of an output channel. Of layers that add a bias (Dense, EinsumDense,
+    convolutions) it is moved back by the bias of the file, as 64 of the samples show it; the
+    layer's own bias does not change, and `kqat.strip` gives the float model back. A model that was
+    trained keeps the correction that it was trained with.
 
     A layer whose config names a method (`QuantizeConfig(activation_range=kqat.Percentile())`) is
     calibrated by that, all others by `method`; but what enters or leaves the model, and the states
@@ -73,29 +79,63 @@ def calibrate_for(
             f"Expected a QAT model to calibrate. Received: '{model.name}', which is float. Use "
             "kqat.quantize_model."
         )
-    with _unchanging_weights(model):
+    methods = CANDIDATES if method == DEFAULT_METHOD else (calibration_method(method),)
+    corrects = _is_untrained(model)
+    with _unchanging_weights(model, corrects):
         observer, kept = observed(graph, data)
-        if method == DEFAULT_METHOD:
-            method = chosen_method(graph, observer, as_tensors(kept.batch(), graph))
-    found = observer.ranges(calibration_method(method))
-    for quantizer, ranges in found.items():
-        quantizer.start(ranges)
-    doubtful = concerns(graph, observer, found)
+        tensors = as_tensors(kept.batch(), graph)
+        choice = best(graph, observer, tensors, methods, corrects=corrects)
+    take_over(model, choice, corrects=corrects)
+    doubtful = concerns(graph, observer, choice.ranges)
     if doubtful:
         warnings.warn(as_text(model.name, doubtful), CalibrationWarning, stacklevel=stacklevel)
 
 
+def take_over(model: keras.Model, choice: Choice, *, corrects: bool) -> None:
+    """Gives a QAT model the ranges that were chosen, and the corrections if there are any."""
+    for quantizer, ranges in choice.ranges.items():
+        quantizer.start(ranges)
+    if corrects:
+        for wrapper in _wrappers(model):
+            wrapper.correct(choice.corrections.get(wrapper))
+
+
+def _is_untrained(model: keras.Model) -> bool:
+    """Whether weights are still those of the float model, whose means outputs should have.
+
+    Training goes by the means of the rounded network, which are not to be moved afterwards.
+    """
+    corrected = [wrapper for wrapper in _wrappers(model) if wrapper.is_corrected]
+    if corrected and all(wrapper.is_as_corrected for wrapper in corrected):
+        return True
+    quantizers = [la for la in all_layers(model) if isinstance(la, ActivationQuantizer)]
+    return not any(
+        quantizer.is_calibrated()
+        for quantizer in quantizers
+        if not isinstance(quantizer.range_method, Fixed)
+    )
+
+
+def _wrappers(model: keras.Model) -> list[QuantizeWrapper]:
+    return [layer for layer in all_layers(model) if isinstance(layer, QuantizeWrapper)]
+
+
 @contextlib.contextmanager
-def _unchanging_weights(model: keras.Model) -> Iterator[None]:
-    """Inside, weights do not change, and each is rounded once."""
-    wrappers = [layer for layer in all_layers(model) if isinstance(layer, QuantizeWrapper)]
+def _unchanging_weights(model: keras.Model, corrects: bool) -> Iterator[None]:
+    """Inside, weights do not change, and each is rounded once.
+
+    Where `corrects` says that means will be corrected, the former correction takes no part.
+    """
+    wrappers = _wrappers(model)
     for wrapper in wrappers:
         wrapper.keep_rounded(True)
+        wrapper.keep_correction(not corrects)
     try:
         yield
     finally:
         for wrapper in wrappers:
             wrapper.keep_rounded(False)
+            wrapper.keep_correction(True)
 
 
 def check_method(method: Any) -> None:
@@ -117,11 +157,19 @@ def observed(graph: Graph, data: Any) -> tuple[Observer, KeptSamples]:
         CalibrationError: as for `calibrate`.
     """
     observer, kept = Observer(graph), KeptSamples()
-    for batch, real in _whole_batches(batches(data, graph)):
+    for batch, real in tracked(
+        _whole_batches(batches(data, graph)), "calibrating", _batch_count(data, graph)
+    ):
         observer.run(as_tensors(batch, graph, real, observer.samples), real)
         kept.offer(batch, real)
     _check_some(observer.samples, graph)
     return observer, kept
+
+
+def _batch_count(data: Any, graph: Graph) -> int | None:
+    """How many whole batches the data make; `None` if they come batch by batch."""
+    arrays = _as_arrays(data, graph.input_keys)
+    return None if arrays is None else -(-len(arrays[0]) // BATCH_SIZE)
 
 
 def _whole_batches(

@@ -1,12 +1,14 @@
-"""Which way to find ranges suits a network: tried on its own calibration data.
+"""Which way to find ranges suits a network, and what rounding does to means: by its own data.
 
 Clipping helps one network and harms the next: benchmarks/calibration.md has some where percentiles
 gain 3 dB over minima and maxima, and some where they lose 3. So the default tries.
+Rounded weights move the mean of an output channel, and so do rounded inputs; it is moved back.
 """
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -18,6 +20,8 @@ from kqat.grids import MSE, CalibrationMethod, Fixed, MinMax, Percentile
 from kqat.training.activation_quantizer import ActivationQuantizer, SiteRange
 from kqat.training.observation import Observer, with_bias_off_its_grid
 from kqat.training.quantized_recurrence import QuantizedRecurrence
+from kqat.training.unrounded import call_unrounded
+from kqat.training.weight_wrapper import QuantizeWrapper
 
 # From the widest range on; a narrower one has to be better by the margin, as samples that
 # calibration did not see reach further than those that it saw.
@@ -51,8 +55,29 @@ class KeptSamples:
         return [np.stack(arrays) for arrays in zip(*(kept for _, kept in self._kept), strict=True)]
 
 
-def chosen_method(graph: Graph, observer: Observer, tensors: Sequence[Any]) -> CalibrationMethod:
-    """The candidate with which the outputs differ least from those without rounded activations.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was tried and found best.
+
+    Attributes:
+        ranges: of each call site, by quantizer.
+        corrections: what moves the mean of each layer's output to where it is without rounding, by
+            layer; none where weights are not those of the float model.
+    """
+
+    ranges: dict[ActivationQuantizer, dict[int, SiteRange]]
+    corrections: dict[QuantizeWrapper, np.ndarray]
+
+
+def best(
+    graph: Graph,
+    observer: Observer,
+    tensors: Sequence[Any],
+    methods: Sequence[CalibrationMethod],
+    *,
+    corrects: bool,
+) -> Choice:
+    """The method with which the outputs differ least from those without rounding.
 
     The noise is taken twice, of the outputs and of what a closing softmax (or another function of
     given range) reads: before it differences show better, and behind it are the user's numbers. A
@@ -63,22 +88,35 @@ def chosen_method(graph: Graph, observer: Observer, tensors: Sequence[Any]) -> C
         graph: that of the QAT model.
         observer: has seen the calibration data.
         tensors: one batch of them, one tensor per input.
+        methods: what to try. The first is taken unless another one is better by the margin.
+        corrects: whether the means of the outputs are corrected, layer by layer in the order in
+            which they run. If not, the outputs without rounding are those of the rounded weights.
+
+    Reference: Nagel et al. 2019, section 4.2 and appendix D (https://arxiv.org/abs/1906.04721),
+    for the correction, the variant that measures.
     """
     ends = set(judged_values(graph))
     outputs = {ref for ref in graph.outputs if not ref.holds_indexes}
-    want = _values(graph, tensors, ends | outputs, None)
-    best, least = CANDIDATES[0], np.inf
+    pass_ = _Pass(graph, tensors, ends | outputs)
+    chosen, least = None, np.inf
+    want: dict[Ref, np.ndarray] = {}
+    means = None
+    if corrects or len(methods) > 1:
+        want, means = pass_.unrounded() if corrects else (pass_.with_weights_rounded(), None)
     met: list[Any] = []
-    for method in CANDIDATES:
+    for method in methods:
         ranges = observer.ranges(method)
         if ranges in met:
             continue
         met.append(ranges)
-        got = _values(graph, tensors, ends | outputs, ranges)
+        if not want:
+            return Choice(ranges, {})
+        got, corrections = pass_.rounded(ranges, means)
         noise = math.sqrt(_noise_at(ends, want, got) * _noise_at(outputs, want, got))
-        if len(met) == 1 or noise < least * 10.0 ** (-MARGIN_DB / 10.0):
-            best, least = method, noise
-    return best
+        if chosen is None or noise < least * 10.0 ** (-MARGIN_DB / 10.0):
+            chosen, least = Choice(ranges, corrections), noise
+    assert chosen is not None, "there is a method to try"
+    return chosen
 
 
 def _noise_at(
@@ -114,35 +152,107 @@ def judged_values(graph: Graph) -> Iterator[Ref]:
             waiting += node.inputs
 
 
-def _values(
-    graph: Graph,
-    tensors: Sequence[Any],
-    ends: set[Ref],
-    ranges: Mapping[ActivationQuantizer, Mapping[int, SiteRange]] | None,
-) -> dict[Ref, np.ndarray]:
-    """The values at `ends`, with activations rounded on `ranges`, or not."""
-    found = {}
+class _Pass:
+    """Runs one batch through the graph of a QAT model, with more or less of it rounded."""
 
-    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
-        layer = node.layer
-        kwargs = with_bias_off_its_grid(layer, kwargs)
-        if isinstance(layer, QuantizedRecurrence):
-            value = layer.observe(args[0], lambda *_: None)
-        elif not isinstance(layer, ActivationQuantizer):
-            value = layer(*args, **kwargs)
-        elif ranges is None or (layer not in ranges and not isinstance(layer.range_method, Fixed)):
-            value = layer.clamped(args[0])
-        elif layer in ranges:
-            sites = ranges[layer].values()
-            lows = ops.convert_to_tensor([site.low for site in sites], "float32")
-            highs = ops.convert_to_tensor([site.high for site in sites], "float32")
-            value = layer.rounded(args[0], lows, highs)
-        else:
-            value = layer(*args, **kwargs)
-        for ref, tensor in zip(node.outputs, keras.tree.flatten(value), strict=True):
-            if ref in ends:
-                found[ref] = np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
-        return value
+    def __init__(self, graph: Graph, tensors: Sequence[Any], ends: set[Ref]) -> None:
+        self.graph, self.tensors, self.ends = graph, tensors, ends
+        calls = graph.calls()
+        self.corrected = {
+            node.layer
+            for node in graph.nodes
+            if isinstance(node.layer, QuantizeWrapper)
+            and node.layer.takes_correction
+            and calls[id(node.layer)] == 1
+        }
 
-    graph.run(tensors, call)
-    return found
+    def unrounded(self) -> tuple[dict[Ref, np.ndarray], dict[QuantizeWrapper, np.ndarray]]:
+        """The values at the ends where nothing is rounded, and the means of layers' outputs."""
+        means = {}
+
+        def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+            value = call_unrounded(node, *args, **kwargs)
+            if node.layer in self.corrected:
+                mean = mean_of(node.layer, value)
+                if mean is not None:
+                    means[node.layer] = mean
+            return value
+
+        return self._values(call), means
+
+    def with_weights_rounded(self) -> dict[Ref, np.ndarray]:
+        """The values at the ends where weights are rounded and activations are not."""
+
+        def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+            layer = node.layer
+            if isinstance(layer, QuantizedRecurrence):
+                return layer.observe(args[0], lambda *_: None)
+            if isinstance(layer, ActivationQuantizer):
+                return layer.clamped(args[0])
+            return layer(*args, **with_bias_off_its_grid(layer, kwargs))
+
+        return self._values(call)
+
+    def rounded(
+        self,
+        ranges: Mapping[ActivationQuantizer, Mapping[int, SiteRange]],
+        means: Mapping[QuantizeWrapper, np.ndarray] | None,
+    ) -> tuple[dict[Ref, np.ndarray], dict[QuantizeWrapper, np.ndarray]]:
+        """The values at the ends where all is rounded, and what moves the outputs to `means`."""
+        found = {}
+
+        def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+            layer = node.layer
+            if isinstance(layer, QuantizedRecurrence):
+                return layer.observe(args[0], lambda *_: None)
+            if isinstance(layer, ActivationQuantizer):
+                return _on_grid(layer, ranges, args[0], kwargs)
+            value = layer(*args, **with_bias_off_its_grid(layer, kwargs))
+            if means is not None and layer in means:
+                moved: np.ndarray = means[layer] - mean_of(layer, value)
+                found[layer] = correction = moved.astype(np.float32)
+                value = value + ops.cast(correction, value.dtype)
+            return value
+
+        return self._values(call), found
+
+    def _values(self, call: Callable[..., Any]) -> dict[Ref, np.ndarray]:
+        found = {}
+
+        def kept(node: Node, *args: Any, **kwargs: Any) -> Any:
+            value = call(node, *args, **kwargs)
+            for ref, tensor in zip(node.outputs, keras.tree.flatten(value), strict=True):
+                if ref in self.ends:
+                    found[ref] = np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
+            return value
+
+        self.graph.run(self.tensors, kept)
+        return found
+
+
+def _on_grid(
+    layer: ActivationQuantizer,
+    ranges: Mapping[ActivationQuantizer, Mapping[int, SiteRange]],
+    x: Any,
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """`x` as a quantizer whose call sites have these ranges rounds it."""
+    if layer not in ranges:
+        return layer(x, **kwargs) if isinstance(layer.range_method, Fixed) else layer.clamped(x)
+    sites = ranges[layer].values()
+    lows = ops.convert_to_tensor([site.low for site in sites], "float32")
+    highs = ops.convert_to_tensor([site.high for site in sites], "float32")
+    return layer.rounded(x, lows, highs)
+
+
+def mean_of(wrapper: QuantizeWrapper, value: Any) -> np.ndarray | None:
+    """The mean of a layer's output for each number of its bias, float64.
+
+    `None` if the bias does not run along the last axes.
+    """
+    assert wrapper.correction is not None
+    shape = tuple(wrapper.correction.shape)
+    if tuple(value.shape[len(value.shape) - len(shape) :]) != shape:
+        return None
+    values = np.asarray(ops.convert_to_numpy(ops.cast(value, "float32")))
+    return values.reshape(-1, *shape).mean(axis=0, dtype=np.float64)

@@ -6,14 +6,15 @@ group. Both are ordinary Keras layers, saved and loaded without a custom-object 
 
 import dataclasses
 import inspect
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
+from keras import layers, ops
 
-from kqat.graph import finalize, layer_behind
+from kqat.graph import activation_name, finalize, layer_behind
 from kqat.grids import (
     GradientEstimator,
     LearnedMethod,
@@ -40,6 +41,20 @@ from kqat.training.batchnorm import (
 from kqat.training.controls import Controls
 from kqat.training.preservation import Preserved, cluster_means
 
+# Layers that add their bias last, along the last axes of the output.
+_ADDS_BIAS = (
+    layers.Dense,
+    layers.EinsumDense,
+    layers.Conv1D,
+    layers.Conv2D,
+    layers.Conv3D,
+    layers.Conv1DTranspose,
+    layers.Conv2DTranspose,
+    layers.Conv3DTranspose,
+    layers.DepthwiseConv1D,
+    layers.DepthwiseConv2D,
+)
+
 
 class _Quantizers:
     """The quantizers of a wrapper's inputs by their names, found where the model's graph is made.
@@ -52,6 +67,7 @@ class _Quantizers:
         self.names: dict[int, set[str]] = {}  # of the inputs of each branch
         # Rounded weights and their scales by name and branch, while `keep_rounded` says so.
         self.kept: dict[tuple[str, int], tuple[Any, Any]] | None = None
+        self.corrects = True
 
     def find(self, x: Any, name: str, branch: int) -> None:
         found = layer_behind(x, name)
@@ -73,6 +89,10 @@ class QuantizeWrapper(keras.layers.Layer):
     commutes with rounding. Per tensor it does not, nor where scales are powers of two, so there the
     weights are rounded *as folded*, with the moving variance, and unfolded again (Krishnamoorthi
     2018, section 3.2.2, https://arxiv.org/abs/1806.08342).
+
+    Rounding moves the mean of an output channel. Calibration measures by how much, and `correction`
+    takes it off the bias that ships; the layer's own bias stays as it is. Training leaves the
+    correction alone, as it trains the bias beside it.
 
     Args:
         layer: the wrapped layer.
@@ -118,6 +138,9 @@ class QuantizeWrapper(keras.layers.Layer):
         self.preserve = dict(preserve or {})
         self.masks: dict[str, keras.Variable] = {}
         self.assignments: dict[str, keras.Variable] = {}
+        self.correction: keras.Variable | None = None
+        self.corrected: keras.Variable | None = None
+        self._states: list[keras.Variable] = []
         self.freeze_statistics = freeze_statistics
         self.between, self.branches = list(between), list(branches)
         self.facts = facts or stock_facts(layer) or LayerFacts(output=Output.OWN)
@@ -145,9 +168,29 @@ class QuantizeWrapper(keras.layers.Layer):
                 self.masks[name] = self._kept_state(f"{name}_mask", shape, "int8")
             if kept.clusters:
                 self.assignments[name] = self._kept_state(f"{name}_clusters", shape, "int32")
+        if self._can_correct():
+            norm: Any = self.normalization
+            shape = (self.layer.bias if norm is None else norm.moving_mean).shape
+            self.correction = self._kept_state("correction", shape, "float32")
+            # The checksum of the weights whose rounding it corrects.
+            self.corrected = self._kept_state("corrected", (), "int32")
+
+    def _can_correct(self) -> bool:
+        """Whether there is one bias in the file that the mean of the output can be moved by."""
+        layer: Any = self.layer
+        if (
+            not self.weight_specs
+            or type(layer) not in _ADDS_BIAS
+            or self.branches
+            or not self._ships_bias()
+        ):
+            return False
+        if getattr(layer, "data_format", "channels_last") != "channels_last":
+            return False
+        return activation_name(layer.activation) == "linear"
 
     def _kept_state(self, name: str, shape: Any, dtype: str) -> keras.Variable:
-        return self.add_weight(
+        variable = self.add_weight(
             name=name,
             shape=shape,
             initializer="zeros",
@@ -156,6 +199,62 @@ class QuantizeWrapper(keras.layers.Layer):
             autocast=False,
             aggregation="only_first_replica",
         )
+        self._states.append(variable)
+        return variable
+
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
+        """As Keras's; files of before calibration corrected biases hold no correction."""
+        own = [*self.steps.values(), *self._states]
+        if self.correction is None or len(store) != len(own) - 2:
+            super().load_own_variables(store)
+            return
+        for index, variable in enumerate(own[:-2]):
+            variable.assign(store[str(index)])
+        self.correct(None)
+
+    @property
+    def takes_correction(self) -> bool:
+        """Whether `correct` can move the mean of this layer's output, in the file too."""
+        return self.correction is not None and len(self._quantizers.of(0)) == 1
+
+    def correct(self, correction: np.ndarray | None) -> None:
+        """Takes over what is added to the bias that ships; `None` forgets what there was."""
+        if self.correction is None or self.corrected is None:
+            return
+        none = correction is None
+        self.correction.assign(np.zeros(self.correction.shape) if none else correction)
+        self.corrected.assign(0 if none else self._checksum())
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether calibration corrected the bias."""
+        return self.corrected is not None and int(np.asarray(self.corrected)) != 0
+
+    @property
+    def is_as_corrected(self) -> bool:
+        """Whether the weights are those whose rounding was corrected."""
+        return self.is_corrected and int(np.asarray(self.corrected)) == self._checksum()
+
+    def _checksum(self) -> int:
+        """Of all weights, never zero."""
+        found = 0
+        for part in (self.layer, *self.normalizations):
+            for value in part.get_weights():
+                found = zlib.crc32(np.ascontiguousarray(value).tobytes(), found)
+        return found & 0x7FFFFFFF or 1
+
+    def keep_correction(self, keeps: bool) -> None:
+        """Whether the correction takes part in eager calls."""
+        self._quantizers.corrects = keeps
+
+    def _shift(self, trains: bool) -> Any:
+        """What the bias is moved by, now; `None` where it cannot be."""
+        if self.correction is None or not self._quantizers.corrects:
+            return None
+        shift = self.correction.value
+        if trains and self.controls.rounds is not None:
+            shift = shift * self.controls.rounds.value
+        return shift
 
     @property
     def normalizations(self) -> list[keras.layers.Layer]:
@@ -275,12 +374,17 @@ class QuantizeWrapper(keras.layers.Layer):
         weights = {name: self._numbers(name, branch, trains) for name in self.weight_specs}
         error = None
         if scale is not None and self._ships_bias():
-            error = self._bias_error(scale, branch, weights)
+            error = self._bias_error(scale, branch, weights, trains)
+        elif scale is None:
+            error = self._shift(trains)
         if weights:
             rounded = {
                 id(self._variable(name)): self._unfolded(on_grid, name, branch)
                 for name, (on_grid, _) in weights.items()
             }
+            bias = getattr(self.layer, "bias", None)
+            if error is not None and bias is not None and self.normalization is None:
+                rounded[id(bias)] = bias.value + ops.cast(error, bias.dtype)
             y = self._call_rounded(rounded, x, *args, **kwargs)
         elif self._is_normalization:
             return normalize(self.layer, x, statistics, error)
@@ -296,7 +400,9 @@ class QuantizeWrapper(keras.layers.Layer):
         """Whether the layer is a BatchNormalization that ships on its own."""
         return self._is_affine and isinstance(self.layer, keras.layers.BatchNormalization)
 
-    def _bias_error(self, input_scale: Any, branch: int, weights: Mapping[str, Any]) -> Any:
+    def _bias_error(
+        self, input_scale: Any, branch: int, weights: Mapping[str, Any], trains: bool
+    ) -> Any:
         """By how much the bias that ships is off the one that is trained, without a gradient.
 
         `weights` are the numbers of each weight, from `_numbers`.
@@ -305,7 +411,7 @@ class QuantizeWrapper(keras.layers.Layer):
             rounded, exact = self._affine_as_shipped(input_scale)[1], affine_numbers(self.layer)[1]
         else:
             (numbers,), exact = weights.values(), self._exact_bias(branch)
-            rounded = self._as_shipped(input_scale, branch, numbers)[1]
+            rounded = self._as_shipped(input_scale, branch, numbers, trains)[1]
         return ops.stop_gradient(rounded - exact)
 
     def _ships_bias(self, statistics: bool = False) -> bool:
@@ -371,7 +477,7 @@ class QuantizeWrapper(keras.layers.Layer):
             return ops.cast(y, self.layer.compute_dtype)
         (name,) = self.weight_specs
         numbers = self._numbers(name, branch, trains)
-        kernel, rounded = self._as_shipped(input_scale, branch, numbers)
+        kernel, rounded = self._as_shipped(input_scale, branch, numbers, trains)
         values, bias = {id(self._variable(name)): kernel}, getattr(self.layer, "bias", None)
         if bias is not None:
             values[id(bias)] = rounded
@@ -387,7 +493,7 @@ class QuantizeWrapper(keras.layers.Layer):
         return factor, on_bias_grid(offset, step)
 
     def _as_shipped(
-        self, input_scale: Any, branch: int, numbers: tuple[Any, Any]
+        self, input_scale: Any, branch: int, numbers: tuple[Any, Any], trains: bool = False
     ) -> tuple[Any, Any]:
         """The kernel and the bias that ship, both as reals; `numbers` are the kernel's."""
         (name,) = self.weight_specs
@@ -401,7 +507,10 @@ class QuantizeWrapper(keras.layers.Layer):
                 kernel = arithmetic.straight_through(kernel, unfolded * fold)
             else:
                 kernel, scale = kernel * fold, scale * ops.abs(fold)
-        return kernel, self._rounded_bias(self._exact_bias(branch), kernel, input_scale * scale)
+        bias, shift = self._exact_bias(branch), self._shift(trains)
+        if shift is not None:
+            bias = bias + shift
+        return kernel, self._rounded_bias(bias, kernel, input_scale * scale)
 
     def _exact_bias(self, branch: int) -> Any:
         """The bias before it is rounded, with a normalization's moving statistics folded in."""

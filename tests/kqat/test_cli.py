@@ -137,7 +137,7 @@ def test_a_file_is_inspected(blob: Path) -> None:
 
 
 def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
-    said = run("to-c", blob, folder / "c", "--samples", 1)
+    said = run("to-c", blob, "-o", folder / "c", "--samples", 1)
     assert "net_main.cc" in said.stdout and "arena" in said.stdout
     assert len(list((folder / "c").iterdir())) == 6
 
@@ -145,7 +145,11 @@ def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["plan", "text.keras"], "Expected a model that Keras"),
+        (["plan", "text.keras"], "Expected a .keras or .h5 file"),
+        (["inspect", "float.keras"], "a Keras model. `kqat plan float.keras` shows it"),
+        (["to-c", "x.npy", "folder"], "Expected the directory as -o folder"),
+        (["plam", "float.keras"], "No such command 'plam'. Did you mean plan"),
+        (["plan", "float.keras", "--policy", "none.json"], "no such file"),
         (["plan", "float.keras", "--policy", "int3"], "one of the presets"),
         (["plan", "float.keras", "--layer", "conv"], "Expected --layer PATTERN=PRESET"),
         (["convert", "float.keras", "-o", "a.tflite"], "Expected a QAT model"),
@@ -153,7 +157,7 @@ def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
         (["quantize", "float.keras", "--data", "x.npy", "-o", "q.h5"], "ends in .keras"),
         (["inspect", "x.npy"], "Expected a TFLite file"),
         (["inspect", "absent.tflite"], "does not exist"),
-        (["to-c", "x.npy", "c"], "Expected a TFLite file"),
+        (["to-c", "x.npy", "-o", "c"], "Expected a TFLite file"),
         (["verify", "float.keras", "x.npy"], "Expected --data"),
         (["verify", "x.npy", "x.npy", "x.npy"], "Expected one .tflite"),
     ],

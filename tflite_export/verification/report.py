@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from kqat.base import write_file
+from kqat.base import counted, write_file
 from tflite_export.devices import NpuEstimate
 from tflite_export.verification import html_page
 
@@ -299,7 +299,7 @@ def _layer_lines(layers: tuple[LayerReport, ...]) -> list[str]:
         scale = "" if row.scale is None else f"{row.scale:.3g}"
         lines.append(
             f"{name:<22} {bits:>5} {scale:>9} {_use_cells(row)} "
-            f"{html_page.counted(row.macs):>7} {html_page.counted(row.constant_bytes):>7}"
+            f"{counted(row.macs):>7} {counted(row.constant_bytes):>7}"
         )
     return [*lines, *_wrapped(LAYER_LEGEND, "")]
 

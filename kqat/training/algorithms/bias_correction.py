@@ -21,7 +21,8 @@ def correct_biases(qat: keras.Model, data: Any) -> keras.Model:
 
     Rounded weights shift the mean of an output channel by `E[w~ x~] - E[w x]`. That is taken off
     the bias; off the moving mean, with the other sign, where a BatchNormalization will be folded
-    in. A layer with neither gets a bias. Layers are corrected in the order in which they run, each
+    in. A layer with neither gets a bias: that is what calibration, which corrects the biases that
+    there are, leaves to this function. Layers are corrected in the order in which they run, each
     on the input that the layers before it give, by means over `data` (the paper's empirical
     variant). Dense, Conv and DepthwiseConv layers of one or two dimensions take part.
 

@@ -5,6 +5,7 @@ groups, or a depthwise one, is one such product per group.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from kqat.graph import Graph, Ref, fill, trace
 from kqat.grids import Binary, LearnedStep, LearnedTernary, TrainedThreshold
 from kqat.training import calibration
 from kqat.training.build import is_quantized
+from kqat.training.method_choice import mean_of
 from kqat.training.unrounded import call_unrounded
 from kqat.training.weight_wrapper import QuantizeWrapper
 
@@ -113,6 +115,11 @@ class LinearProblem:
     gram: np.ndarray
     cross: np.ndarray
 
+    @functools.cached_property
+    def wanted(self) -> np.ndarray:
+        """`cross @ weights`, which iterative algorithms read in every step."""
+        return self.cross @ self.weights
+
     def nearest(self) -> np.ndarray:
         """The nearest integers, half away from zero, as training has them."""
         ratio = self.weights / self.scale
@@ -125,9 +132,8 @@ class LinearProblem:
         Of `x w` with the weights of these integers, against `x' w'` without any rounding.
         """
         weights = integers * self.scale
-        wanted = self.cross @ self.weights
         quadratic = np.sum(weights * (self.gram @ weights), axis=1)
-        return quadratic - 2.0 * np.sum(weights * wanted, axis=1)
+        return quadratic - 2.0 * np.sum(weights * self.wanted, axis=1)
 
 
 def with_chosen_integers(
@@ -191,7 +197,7 @@ def with_chosen_integers(
         integers = to_kernel(wrapper.layer, choose(problem))
         kernel.assign((integers * scale / fold).astype(np.float32))
 
-    layer_by_layer(graph, samples(data, graph), visit)
+    layer_by_layer(graph, samples(data, graph), visit, corrects=True)
     return copy
 
 
@@ -270,6 +276,8 @@ def layer_by_layer(
     graph: Graph,
     tensors: Sequence[Any],
     visit: Callable[[QuantizeWrapper, Any, Any], None],
+    *,
+    corrects: bool = False,
 ) -> None:
     """Shows each linear layer its input before it computes; `visit` may change its weights.
 
@@ -279,6 +287,8 @@ def layer_by_layer(
         visit: called once for each layer that is called once, as `visit(wrapper, exact, rounded)`:
             its input where nothing is rounded, with the weights as they were before any visit, and
             its input as the device computes it, with the layers before it as they are now.
+        corrects: whether the mean of its output is then moved to that where nothing is rounded, as
+            calibration does it.
     """
     exact: dict[Ref, Any] = dict(zip(graph.inputs, tensors, strict=True))
     rounded = dict(exact)
@@ -292,6 +302,8 @@ def layer_by_layer(
         given, options = fill((node.args, node.kwargs), rounded.__getitem__)
         if is_linear(node.layer) and calls[id(node.layer)] == 1:
             visit(node.layer, args[0], given[0])
+            if corrects and node.layer.takes_correction:
+                _correct(node.layer, made, node.layer(*given, **options))
         got = node.layer(*given, **options)
         exact.update(zip(node.outputs, keras.tree.flatten(made), strict=True))
         rounded.update(zip(node.outputs, keras.tree.flatten(got), strict=True))
@@ -299,6 +311,13 @@ def layer_by_layer(
             readings[ref] -= 1
             if not readings[ref]:
                 del exact[ref], rounded[ref]
+
+
+def _correct(wrapper: QuantizeWrapper, exact: Any, got: Any) -> None:
+    wanted, found = mean_of(wrapper, exact), mean_of(wrapper, got)
+    assert wrapper.correction is not None
+    if wanted is not None and found is not None:
+        wrapper.correction.assign(np.asarray(wrapper.correction) + np.float32(wanted - found))
 
 
 def _floats(x: Any) -> np.ndarray:

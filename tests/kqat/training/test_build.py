@@ -202,7 +202,7 @@ def hold_quantizers(qat: keras.Model) -> None:
 
 
 def one_step(model: keras.Model) -> dict[str, np.ndarray]:
-    """Trains on one batch; weights without the ranges, by layer and variable."""
+    """Trains on one batch; weights without what calibration finds, by layer and variable."""
     # Two graphs are compiled apart, to sums in another order; eager code is not.
     model.compile(keras.optimizers.SGD(0.25), "mse", run_eagerly=True)
     model.train_on_batch(IMAGES, np.eye(3, dtype=np.float32)[np.arange(8) % 3])
@@ -213,7 +213,7 @@ def weights_by_name(model: keras.Model) -> dict[str, np.ndarray]:
     return {
         "/".join(v.path.split("/")[-2:]): v.numpy()
         for v in model.weights
-        if "_quantizer/" not in v.path
+        if "_quantizer/" not in v.path and not v.path.endswith(("/correction", "/corrected"))
     }
 
 
