@@ -261,7 +261,7 @@ def _layers(
     for node in replay.rounding_nodes():
         if isinstance(node.layer, QuantizeWrapper) and not node.layer.computes_with_grids:
             continue
-        alone = replay.noise(as_built([node]))
+        alone = _alone(replay, node)
         here = max(noise(replay.exact[ref], rounded[ref]) for ref in node.outputs)
         found.append((*_title(node, names), alone, here))
         if isinstance(node.layer, ActivationQuantizer):
@@ -279,6 +279,17 @@ def _layers(
         for name, what, bits, alone, here in found
     ]
     return rows, findings, costs
+
+
+def _alone(replay: Replay, node: Node) -> float:
+    """The noise of one rounding, without what corrects the means that the others moved."""
+    if not isinstance(node.layer, QuantizeWrapper):
+        return replay.noise(as_built([node]))
+    node.layer.keep_correction(False)
+    try:
+        return replay.noise(as_built([node]))
+    finally:
+        node.layer.keep_correction(True)
 
 
 def _title(node: Node, names: ValueNames) -> tuple[str, str, int]:

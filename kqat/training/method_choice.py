@@ -240,9 +240,7 @@ def _on_grid(
     if layer not in ranges:
         return layer(x, **kwargs) if isinstance(layer.range_method, Fixed) else layer.clamped(x)
     sites = ranges[layer].values()
-    lows = ops.convert_to_tensor([site.low for site in sites], "float32")
-    highs = ops.convert_to_tensor([site.high for site in sites], "float32")
-    return layer.rounded(x, lows, highs)
+    return layer.rounded(x, [site.low for site in sites], [site.high for site in sites])
 
 
 def mean_of(wrapper: QuantizeWrapper, value: Any) -> np.ndarray | None:

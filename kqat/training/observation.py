@@ -295,9 +295,7 @@ def _scale(quantizer: ActivationQuantizer, found: Mapping[int, SiteRange] | None
     if not found:
         return 0.0
     lows, highs = ([getattr(one, side) for one in found.values()] for side in ("low", "high"))
-    low, high = quantizer.union(
-        ops.convert_to_tensor(lows, "float32"), ops.convert_to_tensor(highs, "float32")
-    )
+    low, high = quantizer.union_of(lows, highs)
     return float(high - low) / (quantizer.spec.qmax - quantizer.spec.qmin)
 
 

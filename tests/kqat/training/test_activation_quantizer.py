@@ -169,6 +169,24 @@ def test_sites_share_the_union_of_their_ranges() -> None:
     np.testing.assert_array_equal(layer(first, site=1), rounded(first, -1, 4))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    "sites",
+    [((-1.0, 2.0),), ((0.25, 3.0), (-0.1, 0.7)), ((0.0, 0.0),), ((-4e38, 1e38), (0.0, 3.3e38))],
+    ids=str,
+)
+def test_the_union_of_numbers_is_that_of_tensors(
+    sites: tuple[tuple[float, float], ...], symmetric: bool
+) -> None:
+    """Bounds near the largest float32, ranges off zero, and a value that is always zero."""
+    spec = QuantSpec(bits=16, symmetric=True) if symmetric else QuantSpec(bits=8)
+    layer = ActivationQuantizer(spec, MovingAverage(), sites=len(sites))
+    lows, highs = np.clip(np.float64(sites), -3.4e38, 3.4e38).astype(np.float32).T
+    np.testing.assert_array_equal(
+        np.float32(layer.union_of(lows, highs)), np.float32(layer.union(lows, highs))
+    )
+
+
 @pytest.mark.parametrize("clamp", ["relu", "relu6"])
 @pytest.mark.parametrize("scale", [0.5, 5.0])
 def test_merged_clamp_is_clamp_then_rounding(clamp: str, scale: float) -> None:
