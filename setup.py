@@ -11,7 +11,7 @@ HOME = "https://github.com/kqat/kqat"
 EXTRAS = {
     # What reads tfmot's configs and Keras 2's SavedModels, and what benchmarks compare with.
     # tf-keras must be of TensorFlow's minor version; pip chooses it by tf-keras's own bounds.
-    "tfmot": ["tensorflow-model-optimization>=0.8", "tf-keras>=2.18"],
+    "tfmot": ["tensorflow-model-optimization>=0.8", "tf-keras>=2.16"],
     # Released as development versions only: naming one in the bound is what lets pip take them.
     "tflm": ["tflite-micro>=0.dev20240101"],
     "ethos-u": ["ethos-u-vela>=4.2"],
@@ -80,18 +80,18 @@ setup(
         "tflite_export.firmware": ["templates/*.j2"],
         "tflite_export.verification": ["templates/*.j2"],
     },
-    # The oldest versions that `python -m benchmarks.versions` has passed on, and no upper bounds:
-    # docs/versions.md says what was run.
+    # No upper bounds. docs/versions.md says which of these were run; `oldest` in
+    # benchmarks/versions.py reads the bounds of TensorFlow, Keras and NumPy from here.
     install_requires=[
-        "tensorflow>=2.21",
-        "keras>=3.15",
+        "tensorflow>=2.16",
+        "keras>=3.8",
         "numpy>=1.26",
         "scipy>=1.13",
         "jinja2>=3.1",
         "click>=8.1",
         "rich>=13.0",
         "flatbuffers>=24.3.25",
-        "ai-edge-litert>=2.0.2",
+        "ai-edge-litert>=2.3",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["kqat=kqat.cli:run"]},

@@ -168,6 +168,8 @@ def observed(graph: Graph, data: Any) -> tuple[Observer, KeptSamples]:
 
 def _batch_count(data: Any, graph: Graph) -> int | None:
     """How many whole batches the data make; `None` if they come batch by batch."""
+    if callable(data):
+        return None
     arrays = _as_arrays(data, graph.input_keys)
     return None if arrays is None else -(-len(arrays[0]) // BATCH_SIZE)
 
