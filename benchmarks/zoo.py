@@ -220,9 +220,8 @@ def _converters(model: keras.Model, inputs: Any) -> dict[str, Any]:
             "converter_sqnr_db": _sqnr(model(inputs, training=False), found),
         }
     except Exception as error:  # Whatever the converter raises.
-        return {
-            "converter_problem": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        }
+        message = re.sub(r"/\S*/", "", " ".join(str(error).split()))  # without folders
+        return {"converter_problem": f"{type(error).__name__}: {message[:200]}"}
 
 
 def _sqnr(expected: Any, found: list[np.ndarray]) -> float:
