@@ -27,10 +27,8 @@ import numpy as np
 import kqat
 import tflite_export
 from kqat.base import write_file
-from kqat.graph import trace
-from kqat.grids import CALIBRATION_METHODS, calibration_method
-from kqat.training.calibration import DEFAULT_METHOD, as_tensors, observed, take_over
-from kqat.training.method_choice import best
+from kqat.grids import CALIBRATION_METHODS
+from kqat.training import DEFAULT_METHOD
 from recipes import converter, data, running
 
 CONVERTER, OWN, OWN_FILE = "converter", DEFAULT_METHOD, f"{DEFAULT_METHOD} (file)"
@@ -125,12 +123,10 @@ def measure(task: Task, samples: np.ndarray) -> dict[str, dict[str, float | None
         qat = kqat.quantize_model(task.model, calibration_data=samples)
     found[OWN] = _judged(task, want, running.keras_outputs(qat, task.test))
     file = tflite_export.convert(qat)
-    graph = trace(qat)
-    observer, kept = observed(graph, samples)
-    tensors = as_tensors(kept.batch(), graph)
     for name in CALIBRATION_METHODS:
-        tried = (calibration_method(name),)
-        take_over(qat, best(graph, observer, tensors, tried, corrects=True), corrects=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", kqat.CalibrationWarning)
+            kqat.calibrate(qat, samples, method=name)
         found[name] = _judged(task, want, running.keras_outputs(qat, task.test))
     files = {
         OWN_FILE: file,

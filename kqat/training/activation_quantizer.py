@@ -340,7 +340,7 @@ class ActivationQuantizer(keras.layers.Layer):
     def is_calibrated(self) -> bool:
         """Whether the range is known."""
         return isinstance(self.range_method, Fixed) or bool(
-            np.max(ops.convert_to_numpy(self.count)) > 0.0
+            np.max(np.asarray(self.count.value)) > 0.0
         )
 
     def scale(self) -> Any:

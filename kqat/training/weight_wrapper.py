@@ -228,12 +228,15 @@ class QuantizeWrapper(keras.layers.Layer):
     @property
     def is_corrected(self) -> bool:
         """Whether calibration corrected the bias."""
-        return self.corrected is not None and int(np.asarray(self.corrected)) != 0
+        return self._corrected_checksum() != 0
 
     @property
     def is_as_corrected(self) -> bool:
         """Whether the weights are those whose rounding was corrected."""
-        return self.is_corrected and int(np.asarray(self.corrected)) == self._checksum()
+        return self.is_corrected and self._corrected_checksum() == self._checksum()
+
+    def _corrected_checksum(self) -> int:
+        return 0 if self.corrected is None else int(np.asarray(self.corrected.value))
 
     def _checksum(self) -> int:
         """Of all weights, never zero."""

@@ -317,7 +317,8 @@ def _correct(wrapper: QuantizeWrapper, exact: Any, got: Any) -> None:
     wanted, found = mean_of(wrapper, exact), mean_of(wrapper, got)
     assert wrapper.correction is not None
     if wanted is not None and found is not None:
-        wrapper.correction.assign(np.asarray(wrapper.correction) + np.float32(wanted - found))
+        before = np.asarray(wrapper.correction.value)
+        wrapper.correction.assign(before + (wanted - found).astype(np.float32))
 
 
 def _floats(x: Any) -> np.ndarray:
