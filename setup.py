@@ -1,16 +1,24 @@
 """Package metadata of kqat; the settings of its tools are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VERSION = "0.1.0"
+HOME = "https://github.com/kqat/kqat"
+
 EXTRAS = {
+    # What reads tfmot's configs and Keras 2's SavedModels, and what benchmarks compare with.
+    # tf-keras must be of TensorFlow's minor version; pip chooses it by tf-keras's own bounds.
+    "tfmot": ["tensorflow-model-optimization>=0.8", "tf-keras>=2.16"],
     # Released as development versions only: naming one in the bound is what lets pip take them.
-    "tflm": ["tflite-micro>=0.dev20261023"],
-    "ethos-u": ["ethos-u-vela>=5.2"],
+    "tflm": ["tflite-micro>=0.dev20240101"],
+    "ethos-u": ["ethos-u-vela>=4.2"],
     "plots": ["matplotlib>=3.8"],
-    "recipes": ["scikit-learn>=1.9", "pillow>=13.0", "matplotlib>=3.11"],
-    "test": ["pytest>=9.2", "pytest-cov>=7.1", "pytest-xdist>=3.8", "hypothesis>=6.170"],
+    # For the scripts in recipes/, which are run from a checkout.
+    "recipes": ["scikit-learn>=1.5", "pillow>=10.0", "matplotlib>=3.8"],
+    "test": ["pytest>=8.2", "pytest-cov>=5.0", "pytest-xdist>=3.6", "hypothesis>=6.100"],
     "docs": [
         "mkdocs>=1.6,<2",
         "mkdocs-material>=9.8",
@@ -34,48 +42,72 @@ EXTRAS["zoo"] = [
     "medicai>=0.0.4",
 ]  # fmt: skip
 
+
+def long_description() -> str:
+    """The README with links that hold on PyPI: of this version's files at the project's home."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    raw = "https://raw.githubusercontent.com" + HOME.removeprefix("https://github.com")
+    text = re.sub(r"(!\[[^\]]*\]\()(?!https?:|#)", rf"\g<1>{raw}/v{VERSION}/", text)
+    return re.sub(
+        r"(?<!!)(\[(?:[^\[\]]|!?\[[^\]]*\]\([^)]*\))*\]\()(?!https?:|#)",
+        rf"\g<1>{HOME}/blob/v{VERSION}/",
+        text,
+    )
+
+
 setup(
     name="kqat",
-    version="0.1.0",
+    version=VERSION,
     description="Quantization-aware training for Keras 3, shipped as a full-integer .tflite",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",
-    packages=find_packages(include=["kqat*", "tflite_export*", "recipes*"]),
+    url=HOME,
+    project_urls={
+        "Documentation": f"{HOME}/tree/v{VERSION}/docs",
+        "Changelog": f"{HOME}/blob/v{VERSION}/CHANGELOG.md",
+        "Source": HOME,
+        "Issues": f"{HOME}/issues",
+    },
+    keywords=["keras", "quantization", "qat", "tflite", "litert", "tinyml", "microcontroller"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["kqat*", "tflite_export*"]),
     package_data={
-        "kqat": ["py.typed"],
-        "tflite_export": ["py.typed"],
+        "kqat": ["py.typed", "*.pyi"],
+        "tflite_export": ["py.typed", "*.pyi"],
         "kqat.analysis": ["templates/*.j2"],
         "tflite_export.firmware": ["templates/*.j2"],
         "tflite_export.verification": ["templates/*.j2"],
-        "plots": ["matplotlib>=3.8"],
-        "recipes": ["*.j2", "RESULTS.md", "results/*.json"],
     },
+    # No upper bounds. docs/versions.md says which of these were run; `oldest` in
+    # benchmarks/versions.py reads the bounds of TensorFlow, Keras and NumPy from here.
     install_requires=[
-        # The converter's output is read op by op, and tracing knows Keras's internals: a new minor
-        # version of either is let in when the tests have passed on it.
-        "tensorflow>=2.21,<2.22",
-        "keras>=3.15,<3.16",
-        "numpy>=2.4,<3",
-        "scipy>=1.17",
+        "tensorflow>=2.16",
+        "keras>=3.8",
+        "numpy>=1.26",
+        "scipy>=1.13",
         "jinja2>=3.1",
-        "click>=8.2",
-        "rich>=15.0",
-        "flatbuffers>=25.9",
-        "ai-edge-litert>=2.3,<3",
-        "tensorflow-model-optimization>=0.8.1,<0.9",
-        # What tensorflow-model-optimization runs on; its release must be TensorFlow's.
-        "tf-keras>=2.21,<2.22",
+        "click>=8.1",
+        "rich>=13.0",
+        "flatbuffers>=24.3.25",
+        "ai-edge-litert>=2.3",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["kqat=kqat.cli:main"]},
+    entry_points={"console_scripts": ["kqat=kqat.cli:run"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Software Development :: Embedded Systems",
         "Typing :: Typed",
     ],
 )

@@ -19,12 +19,11 @@ from typing import Any
 
 import keras
 import numpy as np
-import tf_keras
 from ai_edge_litert.interpreter import Interpreter
-from tensorflow_model_optimization.quantization.keras import quantize_model as tfmot_quantize_model
 
 import kqat
 import tflite_export
+from benchmarks.keras2 import tf_keras, tfmot_quantize_model
 from benchmarks.networks import NETWORKS
 from recipes import converter, data, running, tfmot_qat
 from recipes.data import Samples

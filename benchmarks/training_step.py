@@ -16,10 +16,9 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-import tf_keras
-from tensorflow_model_optimization.quantization.keras import quantize_model as tfmot_quantize_model
 
 import kqat
+from benchmarks.keras2 import tf_keras, tfmot_quantize_model
 from benchmarks.networks import CLASSES, NETWORKS, Network
 from recipes.timing import (
     Measured,

@@ -5,9 +5,10 @@
 Needs the extra `zoo` (KerasHub, kimm, keras-tcn, …). Weights are random, so only operators, bytes
 and signal-to-noise ratios mean something. Each architecture runs in a process of its own, with a
 limit of processor time, and its row is a file of `--out`: a run that was stopped goes on where it
-ended, and `--only` runs rows anew. With no `--only`, once all rows are there, the table is written
-to `benchmarks/zoo.md` and `benchmarks/zoo.json`. Beside ours stands what TensorFlow's converter
-makes of the same float model with the same calibration data (post-training, full integer).
+ended, and `--only` runs rows anew. With no `--only` the table is written to `benchmarks/zoo.md` and
+`benchmarks/zoo.json`, once all rows are there; with `--no-run`, of those that are. Beside ours
+stands what TensorFlow's converter makes of the same float model with the same calibration data
+(post-training, full integer).
 """
 
 import argparse
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for collection, name in _chosen(options):
         row = _kept(name, options) if options.only is None else None
+        if row is None and options.no_run:
+            continue
         found[name] = {"collection": collection, **(row or _apart(name, options))}
         if row is None:
             print(*_cells(name, found[name]), flush=True)
@@ -217,9 +220,8 @@ def _converters(model: keras.Model, inputs: Any) -> dict[str, Any]:
             "converter_sqnr_db": _sqnr(model(inputs, training=False), found),
         }
     except Exception as error:  # Whatever the converter raises.
-        return {
-            "converter_problem": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        }
+        message = re.sub(r"/\S*/", "", " ".join(str(error).split()))  # without folders
+        return {"converter_problem": f"{type(error).__name__}: {message[:200]}"}
 
 
 def _sqnr(expected: Any, found: list[np.ndarray]) -> float:
@@ -360,6 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", type=int, default=400, help="of the processor, for one architecture"
     )
+    parser.add_argument("--no-run", action="store_true", help="only the rows that there are")
     parser.add_argument("--no-converter", action="store_true", help="leave the comparison out")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser

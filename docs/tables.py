@@ -92,7 +92,7 @@ def operators() -> str:
     return (
         f"# Operators\n\n{WRITTEN}\n\nEvery operator that a file may hold, and what its integer "
         "kernel demands. *Output scale*: its own, that of the inputs, or one that the kernel fixes "
-        "(scale, zero point). *Weights*: whether they have one scale per channel or one in all. "
+        "(scale, zero point). *Weights*: whether an input holds weights that were trained. "
         "Runtimes are those that have the kernel for activations of 8 and of 16 bits: L is LiteRT "
         "with XNNPACK, R its reference kernels, M TensorFlow Lite Micro. *Packed*: runtimes that "
         "take weights of so many bits, where there is one scale per channel / one scale.\n\n"

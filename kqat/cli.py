@@ -1,41 +1,76 @@
 """The command `kqat`: from a saved Keras model to a verified file, without a script.
 
-Exit codes: 0 for success; 1 if a check found a fault (a file differs from its model, a layer does
-not fit the device); 2 for an error, with one message and no traceback.
+Exit codes: 0: done; 1: a check found something wrong with the file or the model (values that differ
+from the model's, a layer that the device cannot run); 2: the command could not do what was asked,
+with one message and no traceback; 130: interrupted by Ctrl-C. A kernel that a runtime lacks, or an
+approximation that a kernel is known for, is a note and changes no exit code.
+
+Keras and TensorFlow are imported by the commands that need them, when they need them.
 """
 
-import io
+import contextlib
+import dataclasses
+import json
 import sys
-import textwrap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
-import keras
-import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import kqat
 import tflite_export
-from kqat.base import ExportError, KqatError, ModelError, save_model
+from kqat import terminal
+from kqat.base import ExportError, KqatError, counted, save_model
 from kqat.devices import LITERT, TARGETS
-from tflite_export.devices import checks
-from tflite_export.runtimes import tflite_micro_arena_bytes
-from tflite_export.verification import DEFAULT_RUNTIMES, html_page
+from kqat.terminal import WIDTH, say, tell
 
-# The width of help, tables and messages: that of a standard terminal.
-WIDTH = 80
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+# The first bytes of files that users mix up.
+_TFLITE, _ZIP, _HDF5 = b"TFL3", b"PK", b"\x89HDF"
+
+
+class _Found(click.Path):
+    """An existing file of one of two kinds; the other kind is refused with the way to it."""
+
+    def __init__(self, wants: str | None = None) -> None:
+        super().__init__(exists=True, dir_okay=False, path_type=Path)
+        self.wants = wants
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, if it is no file of the other kind."""
+        path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]
+        with path.open("rb") as file:
+            begin = file.read(8)
+        if self.wants == "keras" and begin[4:] == _TFLITE:
+            self.fail(
+                f"Expected a Keras model. Received: '{path}', a TFLite file. "
+                f"`kqat inspect {path}` shows what is in it.",
+                param,
+                ctx,
+            )
+        if self.wants == "tflite" and (begin.startswith((_ZIP, _HDF5))):
+            self.fail(
+                f"Expected a TFLite file. Received: '{path}', a Keras model. "
+                f"`kqat plan {path}` shows it; `kqat ptq` and `kqat convert` make a TFLite file.",
+                param,
+                ctx,
+            )
+        return path
+
+
+_FILE = _Found()
+_MODEL = _Found("keras")
+_BLOB = _Found("tflite")
 _NEW = click.Path(dir_okay=False, path_type=Path)
 _TARGET = click.option(
     "--target", type=click.Choice(sorted(TARGETS)), help="The device that will run the file."
 )
 _POLICY = click.option(
-    "--policy", default="int8", show_default=True, help="A preset's name, or 'float'."
+    "--policy",
+    default="int8",
+    show_default=True,
+    help="A preset's name, 'float', or a .json file that `kqat search` wrote.",
 )
 _LAYERS = click.option(
     "--layer",
@@ -44,6 +79,29 @@ _LAYERS = click.option(
     metavar="PATTERN=PRESET",
     help="Another preset, or 'float', for layers of this name. Can be given repeatedly.",
 )
+_DATA = click.option(
+    "--data", type=_FILE, required=True, help="Typical inputs, .npy or .npz, some hundred."
+)
+_CALIBRATION = click.option(
+    "--calibration",
+    type=click.Choice(["auto", "minmax", "percentile", "mse", "entropy"]),
+    help="How ranges are found; by default 'auto', the best of several on these data.",
+)
+_INPUT_TYPE = click.option(
+    "--input-type", help="int8, int16, uint8 or float32; by default the plan's type."
+)
+_OUTPUT_TYPE = click.option("--output-type", help="The same for outputs.")
+_JSON = click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    metavar="FILE",
+    help="Write the result to FILE as JSON; '-' prints it in the place of text.",
+)
+
+
+def _output(what: str) -> Any:
+    return click.option("-o", "--output", type=_NEW, required=True, help=what)
 
 
 class _Quiet(click.Group):
@@ -54,76 +112,159 @@ class _Quiet(click.Group):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("always", UserWarning)
-                warnings.showwarning = _note
+                warnings.showwarning = terminal.note
                 return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.ClickException, click.exceptions.Exit):
             raise
+        except (KeyboardInterrupt, click.Abort):
+            tell("Interrupted. No file was left half written.")
+            ctx.exit(130)
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
             known = isinstance(error, KqatError | OSError)
             ending = "" if known else " (unexpected: `kqat --debug …` shows where it comes from)"
             kind = "" if known else f"{type(error).__name__}: "
-            words = f"Error: {kind}{error}{ending}"
-            click.echo(textwrap.fill(words, WIDTH, subsequent_indent="  "), err=True)
+            tell(f"Error: {kind}{error}{ending}")
             ctx.exit(2)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is named; for a typo, an error that names the nearest ones."""
+        import difflib
+
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if near := difflib.get_close_matches(args[0], self.list_commands(ctx), cutoff=0.5):
+                words = f"No such command '{args[0]}'. Did you mean {' or '.join(near)}?"
+                raise click.UsageError(words, ctx) from error
+            raise
 
 
 @click.group(cls=_Quiet, context_settings={"max_content_width": WIDTH})
 @click.version_option(version=kqat.__version__, prog_name="kqat")
-@click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
+@click.option("--debug", is_flag=True, help="Show tracebacks, and what libraries log.")
 def main(debug: bool) -> None:
-    """Quantization-aware training for Keras 3, shipped as a full-integer .tflite."""
+    """Quantization-aware training for Keras 3, shipped as a full-integer .tflite.
+
+    Exit codes: 0: done. 1: a check found something wrong with the file or the model. 2: the command
+    could not do what was asked. 130: interrupted.
+    """
+
+
+def run() -> None:
+    """The command as the shell runs it: without what TensorFlow and LiteRT log."""
+    with contextlib.nullcontext() if "--debug" in sys.argv else terminal.quiet_libraries():
+        main(prog_name="kqat")
 
 
 @main.command()
-@click.argument("model", type=_FILE)
+@click.argument("model", type=_MODEL)
 @_POLICY
 @_LAYERS
 @_TARGET
-@click.option("--json", "json_path", type=_NEW, help="Also write the plan to this file.")
+@_JSON
+@click.option(
+    "--draw", "picture", type=_NEW, help="Also draw it: a .svg, .html, .mmd (Mermaid) or .dot file."
+)
 def plan(
-    model: Path, policy: str, rules: tuple[str, ...], target: str | None, json_path: Path | None
+    model: Path,
+    policy: str,
+    rules: tuple[str, ...],
+    target: str | None,
+    json_path: Path | None,
+    picture: Path | None,
 ) -> None:
     """Show how every layer of MODEL, a .keras file, would be quantized.
 
     With --target, the exit code is 1 if the device cannot run a layer at all.
     """
     found = kqat.plan(_load(model), _policy(policy, rules), target=target)
-    if json_path is not None:
-        found.save(json_path)
-    click.echo(found.text(WIDTH))
+    if picture is not None:
+        found.draw(picture)
+    if not terminal.write_json(json_path, found.to_json()):
+        click.echo(found.text(WIDTH))
     if any(misfit.blocking for misfit in found.misfits):
         sys.exit(1)
 
 
 @main.command()
-@click.argument("model", type=_FILE)
+@click.argument("model", type=_MODEL)
 @click.option("--target", type=click.Choice(sorted(TARGETS)), required=True)
-@click.option("-o", "--output", type=_NEW, required=True, help="The adapted .keras file.")
-def adapt(model: Path, target: str, output: Path) -> None:
+@_output("The adapted .keras file.")
+@_JSON
+def adapt(model: Path, target: str, output: Path, json_path: Path | None) -> None:
     """Replace activations of MODEL that a device does not run fast, keeping the weights."""
-    _save_keras(kqat.adapt(_load(model), target), output)
+    _check_keras_name(output)
+    _save_keras(kqat.adapt(_load(model), target), output, json_path)
 
 
 @main.command()
-@click.argument("model", type=_FILE)
-@click.option("--data", type=_FILE, required=True, help="Typical inputs, .npy or .npz.")
-@click.option("-o", "--output", type=_NEW, required=True, help="The QAT model, a .keras file.")
+@click.argument("model", type=_MODEL)
+@_DATA
+@_output("The QAT model, a .keras file.")
 @_POLICY
 @_LAYERS
-def quantize(model: Path, data: Path, output: Path, policy: str, rules: tuple[str, ...]) -> None:
+@_CALIBRATION
+@_JSON
+def quantize(
+    model: Path,
+    data: Path,
+    output: Path,
+    policy: str,
+    rules: tuple[str, ...],
+    calibration: str | None,
+    json_path: Path | None,
+) -> None:
     """Make a QAT model from MODEL and calibrate it on --data, to be trained or converted."""
-    chosen, given = _policy(policy, rules), _data(data)
-    _save_keras(kqat.quantize_model(_load(model), chosen, calibration_data=given), output)
+    _check_keras_name(output)
+    qat = _quantized(model, data, policy, rules, calibration)
+    _save_keras(qat, output, json_path)
 
 
 @main.command()
-@click.argument("qat", type=_FILE)
-@click.option("-o", "--output", type=_NEW, required=True, help="The .tflite file.")
+@click.argument("model", type=_MODEL)
+@_DATA
+@_output("The .tflite file.")
+@_POLICY
+@_LAYERS
+@_CALIBRATION
 @_TARGET
-@click.option("--input-type", help="int8, int16, uint8 or float32; by default the plan's type.")
-@click.option("--output-type", help="The same for outputs.")
+@_INPUT_TYPE
+@_OUTPUT_TYPE
+@_JSON
+def ptq(
+    model: Path,
+    data: Path,
+    output: Path,
+    policy: str,
+    rules: tuple[str, ...],
+    calibration: str | None,
+    target: str | None,
+    input_type: str | None,
+    output_type: str | None,
+    json_path: Path | None,
+) -> None:
+    """Convert MODEL, a float .keras file, to a full-integer .tflite without training.
+
+    This is post-training quantization: calibrate on --data, then convert. Where it loses too much,
+    `kqat quantize` makes the model that is trained.
+    """
+    qat = _quantized(model, data, policy, rules, calibration)
+    blob = tflite_export.convert(
+        qat, inference_input_type=input_type, inference_output_type=output_type, target=target
+    )
+    _save_tflite(blob, output, json_path)
+
+
+@main.command()
+@click.argument("qat", type=_MODEL)
+@_output("The .tflite file.")
+@_TARGET
+@_INPUT_TYPE
+@_OUTPUT_TYPE
 @click.option("--batch-size", default=1, show_default=True, help="Samples per invocation.")
 @click.option(
     "--compress",
@@ -142,6 +283,7 @@ def quantize(model: Path, data: Path, output: Path, policy: str, rules: tuple[st
     type=click.Choice(["packed", "unpacked"]),
     help="How weights of few bits are stored; by default packed where that costs no time.",
 )
+@_JSON
 def convert(
     qat: Path,
     output: Path,
@@ -152,6 +294,7 @@ def convert(
     compress: str | None,
     float_weights: str,
     weights: str | None,
+    json_path: Path | None,
 ) -> None:
     """Convert QAT, the .keras file of a QAT model, to a full-integer .tflite."""
     blob = tflite_export.convert(
@@ -164,15 +307,14 @@ def convert(
         float_weights=float_weights,
         weights=weights,
     )
-    tflite_export.save(blob, output)
-    click.echo(f"{output}: {len(blob):,} bytes")
+    _save_tflite(blob, output, json_path)
 
 
 @main.command()
 @click.argument("paths", nargs=-1, required=True, type=_FILE, metavar="[QAT] FILE")
 @click.option("--data", type=_FILE, help="Inputs, .npy or .npz; random if QAT is not given.")
 @click.option("--html", type=_NEW, help="Write the report to this file as one HTML page.")
-@click.option("--json", "json_path", type=_NEW, help="Write the report to this file as JSON.")
+@_JSON
 @click.option("--samples", default=64, show_default=True, type=click.IntRange(min=1))
 @_TARGET
 def verify(
@@ -190,7 +332,8 @@ def verify(
     Without QAT, or for a file that kqat did not write, the runtimes are compared with each other.
     The exit code is 1 if a runtime that has the kernels does not run the file, if a value differs
     by more than one step in lockstep (or by more than its kernel is known to approximate), or if
-    values of QAT are missing in the file: then it is not that model's file.
+    values of QAT are missing in the file: then it is not that model's file. It is 2 if no runtime
+    has the kernels, so that nothing was compared.
     """
     if len(paths) > 2:
         raise click.UsageError("Expected one .tflite, with or without the .keras file before it.")
@@ -198,29 +341,36 @@ def verify(
         raise click.UsageError("Expected --data: inputs on which to compare with the QAT model.")
     qat = _load(paths[0]) if len(paths) == 2 else None
     given = None if data is None else _data(data)
+    from tflite_export.verification import DEFAULT_RUNTIMES
+
     runtimes = [r for r in DEFAULT_RUNTIMES if target is None or _is_of(target, r)]
-    report = tflite_export.verify(
-        qat, paths[-1].read_bytes(), given, runtimes=runtimes, samples=samples, target=target
-    )
+    with terminal.progress():
+        report = tflite_export.verify(
+            qat, paths[-1].read_bytes(), given, runtimes=runtimes, samples=samples, target=target
+        )
     if html is not None:
         report.save_html(html)
-    if json_path is not None:
-        report.save(json_path)
-    click.echo(str(report))
+    if not terminal.write_json(json_path, report.to_json()):
+        click.echo(str(report))
     parts = report.runtimes
     ran = [part for part in parts if part.problem is None]
-    wrong = not ran or not all(part.is_right for part in parts)
+    wrong = not all(part.is_right for part in parts)
     missed = any(part.unmatched or (qat is not None and not part.sites) for part in ran)
     if wrong or missed:
         sys.exit(1)
+    if not ran:
+        raise ExportError(
+            "Expected a runtime that has all kernels of the file. Received: none of "
+            f"{', '.join(runtimes)}; nothing was compared."
+        )
 
 
 @main.command()
-@click.argument("model", type=_FILE)
-@click.argument("qat", type=_FILE)
-@click.option("--data", type=_FILE, required=True, help="Typical inputs, .npy or .npz.")
+@click.argument("model", type=_MODEL)
+@click.argument("qat", type=_MODEL)
+@_DATA
 @click.option("--html", type=_NEW, help="Write the diagnosis to this file as one HTML page.")
-@click.option("--json", "json_path", type=_NEW, help="Write the diagnosis to this file as JSON.")
+@_JSON
 @click.option("--remedies/--no-remedies", default=True, help="Whether to try what could help.")
 def diagnose(
     model: Path,
@@ -231,41 +381,130 @@ def diagnose(
     remedies: bool,
 ) -> None:
     """Show where QAT, made of the float MODEL, loses, why, and what helps."""
-    found = kqat.diagnose(_load(model), _load(qat), _data(data), remedies=remedies)
+    with terminal.progress():
+        found = kqat.diagnose(_load(model), _load(qat), _data(data), remedies=remedies)
     if html is not None:
         found.save_html(html)
-    if json_path is not None:
-        found.save(json_path)
-    click.echo(str(found))
+    if not terminal.write_json(json_path, found.to_json()):
+        click.echo(str(found))
 
 
 @main.command()
-@click.argument("file", type=_FILE)
+@click.argument("model", type=_MODEL)
+@_DATA
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0, min_open=True),
+    required=True,
+    help="In the unit of --measure; below 1 as a share of what the first choice takes.",
+)
+@click.option(
+    "--measure",
+    type=click.Choice(["flash", "arena", "mac_bits", "cycles"]),
+    default="flash",
+    show_default=True,
+    help="What the budget is of: bytes of the file or of the arena, work, or Vela's cycles.",
+)
+@click.option(
+    "--choice",
+    "choices",
+    multiple=True,
+    default=("int8", "w4a8"),
+    show_default=True,
+    help="A preset that a layer may get. Can be given repeatedly.",
+)
+@click.option(
+    "--compress",
+    type=click.Choice(["lookup", "smallest"]),
+    help="As of `kqat convert`: encoded weights take as many bits as they need.",
+)
+@_output("The policy, a .json file for --policy of the other commands.")
 @_TARGET
-def inspect(file: Path, target: str | None) -> None:
+@_JSON
+def search(
+    model: Path,
+    data: Path,
+    budget: float,
+    measure: str,
+    choices: tuple[str, ...],
+    compress: str | None,
+    output: Path,
+    target: str | None,
+    json_path: Path | None,
+) -> None:
+    """Choose a preset for each layer of MODEL, so that the file fits a budget and loses least."""
+    with terminal.progress():
+        found = kqat.search(
+            _load(model),
+            _data(data),
+            budget=budget,
+            target=target,
+            measure=measure,
+            choices=choices,
+            compress=compress,
+        )
+    found.save(output)
+    result = {
+        "file": str(output),
+        "measure": str(found.measure),
+        "budget": found.budget,
+        "used": found.used,
+        "choices": dict(found.choices),
+        "pareto": [dataclasses.asdict(point) for point in found.pareto],
+    }
+    if not terminal.write_json(json_path, json.dumps(result, indent=1)):
+        click.echo(found.text())
+        click.echo(output)
+
+
+@main.command()
+@click.argument("file", type=_BLOB)
+@_TARGET
+@_JSON
+def inspect(file: Path, target: str | None, json_path: Path | None) -> None:
     """Show the operators, types and sizes of FILE, any .tflite.
 
     Types are those of an operator's weights and of its outputs.
     """
+    from tflite_export.devices import checks
+
     blob = file.read_bytes()
     found = tflite_export.inspect(blob)
-    _show_inspection(found, file.name)
-    _say(_arena_words(blob))
+    arena = _arena_words(blob)
     estimate, notes = checks.check_file(blob, found, target)
+    lines = []
     if estimate is not None:
         on_npu = estimate.operators - len(estimate.fallbacks)
-        click.echo(
+        lines.append(
             f"{estimate.accelerator}: {on_npu} of {estimate.operators} operators on the NPU, "
             f"{estimate.cycles:,} cycles"
         )
         notes = tuple(f"on the CPU: {f.operator} '{f.tensor}'" for f in estimate.fallbacks)
-    for note in (*found.decoding_notes(), *notes):
-        _say(f"- {note}")
+    notes = (*found.decoding_notes(), *notes)
+    table = {
+        **dataclasses.asdict(found),
+        "macs": found.macs,
+        "float_operators": found.float_operators,
+        "arena": arena,
+        "target": target,
+        "notes": [*lines, *notes],
+    }
+    if terminal.write_json(json_path, json.dumps(table, indent=1, default=_plain)):
+        return
+    _show_inspection(found, file.name)
+    say(arena)
+    for line in lines:
+        click.echo(line)
+    for line in notes:
+        say(f"- {line}")
 
 
 @main.command("to-c")
-@click.argument("file", type=_FILE)
-@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("file", type=_BLOB)
+@click.argument("old_directory", required=False, metavar="")
+@click.option(
+    "-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="The directory."
+)
 @click.option("--name", help="Name of the model in C++; by default FILE's name.")
 @click.option(
     "--data", type=_FILE, help="Inputs of the golden vectors in the file's types, .npy or .npz."
@@ -273,51 +512,113 @@ def inspect(file: Path, target: str | None) -> None:
 @click.option(
     "--samples", default=2, show_default=True, help="Number of random inputs without --data."
 )
-def to_c(file: Path, directory: Path, name: str | None, data: Path | None, samples: int) -> None:
-    """Write FILE, a .tflite, as C++ for TensorFlow Lite Micro into DIRECTORY."""
+@click.option(
+    "--layout",
+    type=click.Choice(("plain", "cmake", "zephyr", "arduino")),
+    default="plain",
+    show_default=True,
+    help="What build the files are laid out for.",
+)
+@_JSON
+def to_c(
+    file: Path,
+    old_directory: str | None,
+    output: Path | None,
+    name: str | None,
+    data: Path | None,
+    samples: int,
+    layout: str,
+    json_path: Path | None,
+) -> None:
+    """Write FILE, a .tflite, as C++ for TensorFlow Lite Micro into the directory -o."""
+    if output is None or old_directory is not None:
+        raise click.UsageError(
+            f"Expected the directory as -o {old_directory or 'DIRECTORY'}, as every command names "
+            f"what it writes. Received: {old_directory or 'none'}."
+        )
+    import numpy as np
+
     given: Any = None if data is None else _data(data)
     if isinstance(given, Mapping):
         given = list(given.values())
     source = tflite_export.to_c(
         file.read_bytes(),
-        directory,
+        output,
         name=name or file.stem,
         inputs=[given] if isinstance(given, np.ndarray) else given,
         samples=samples,
+        layout=layout,
     )
+    result = {
+        "files": [str(path) for path in source.files],
+        "operators": [*source.operators],
+        "arena_bytes": source.arena_bytes,
+    }
+    if terminal.write_json(json_path, json.dumps(result, indent=1)):
+        return
     for path in source.files:
         click.echo(path)
     click.echo(f"{len(source.operators)} operators, arena {source.arena_bytes:,} bytes")
 
 
-def _note(message: Warning | str, *_: Any, **__: Any) -> None:
-    click.echo(textwrap.fill(f"Note: {message}", WIDTH, subsequent_indent="  "), err=True)
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script that completes commands, options and names in SHELL.
 
+    For bash: kqat completion bash > ~/.local/share/bash-completion/completions/kqat
+    """
+    from click.shell_completion import get_completion_class
 
-def _print(table: Table) -> None:
-    with io.StringIO() as text:
-        Console(file=text, width=WIDTH, highlight=False).print(table)
-        click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+    found = get_completion_class(shell)
+    assert found is not None, shell
+    click.echo(found(main, {}, "kqat", "_KQAT_COMPLETE").source())
 
 
 def _load(path: Path) -> Any:
-    try:
-        return keras.models.load_model(path, compile=False)
-    except Exception as error:  # Keras raises errors of any type for a file that is not a model.
-        raise ModelError(
-            f"Expected a model that Keras {keras.__version__} can load. Received: {path}: {error}"
-        ) from error
+    """The model of a file, of Keras 3 or older."""
+    return kqat.load_model(path)
 
 
-def _save_keras(model: Any, path: Path) -> None:
+def _quantized(
+    model: Path, data: Path, policy: str, rules: tuple[str, ...], calibration: str | None
+) -> Any:
+    chosen, given = _policy(policy, rules), _data(data)
+    with terminal.progress():
+        return kqat.quantize_model(
+            _load(model), chosen, calibration_data=given, calibration=calibration
+        )
+
+
+def _check_keras_name(path: Path) -> None:
     if path.suffix != ".keras":
         raise click.UsageError(f"Expected a name that ends in .keras. Received: {path}.")
+
+
+def _save_keras(model: Any, path: Path, json_path: Path | None) -> None:
     save_model(model, path)
-    click.echo(path)
+    result = {"file": str(path), "size_bytes": path.stat().st_size}
+    if not terminal.write_json(json_path, json.dumps(result)):
+        click.echo(path)
+
+
+def _save_tflite(blob: bytes, path: Path, json_path: Path | None) -> None:
+    tflite_export.save(blob, path)
+    found = tflite_export.inspect(blob)
+    result = {
+        "file": str(path),
+        "size_bytes": len(blob),
+        "operators": len(found.operators),
+        "float_operators": found.float_operators,
+    }
+    if not terminal.write_json(json_path, json.dumps(result)):
+        click.echo(f"{path}: {len(blob):,} bytes")
 
 
 def _data(path: Path) -> Any:
     """Reads an array from .npy, or a mapping from input names to arrays from .npz."""
+    import numpy as np
+
     try:
         loaded = np.load(path, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
@@ -333,45 +634,31 @@ def _is_of(target: str, runtime: str) -> bool:
 
 
 def _policy(policy: str, rules: tuple[str, ...]) -> Any:
-    default: Any = None if policy == "float" else policy
     parsed: list[tuple[str, str | None]] = []
     for rule in rules:
         pattern, sign, preset = rule.partition("=")
         if not (pattern and sign and preset):
             raise click.UsageError(f"Expected --layer PATTERN=PRESET. Received: {rule!r}.")
         parsed.append((pattern, None if preset == "float" else preset))
+    if policy.endswith(".json"):
+        if not Path(policy).is_file():
+            raise click.UsageError(f"Expected a policy's file. Received: {policy}: no such file.")
+        found = kqat.QuantizePolicy.load(policy)
+        return dataclasses.replace(found, rules=(*parsed, *found.rules))
+    default: Any = None if policy == "float" else policy
     return kqat.QuantizePolicy(default=default, rules=tuple(parsed))
 
 
-def _table(**columns: str) -> Table:
-    """A table of 80 columns: header -> how a column is laid out: left, right, cut or fold."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, kind in columns.items():
-        table.add_column(
-            name,
-            justify="right" if kind == "right" else "left",
-            no_wrap=kind != "fold",
-            overflow="fold" if kind == "fold" else "ellipsis",
-            max_width=21 if kind == "cut" else None,
-        )
-    return table
-
-
-def _say(words: str) -> None:
-    """Prints text in lines of 80 characters."""
-    click.echo(textwrap.fill(words, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
-
-
 def _show_inspection(found: Any, name: str) -> None:
-    _say(
+    say(
         f"{name}: {found.size_bytes:,} bytes, {len(found.operators)} operators, "
-        f"{found.float_operators} of them float, {html_page.counted(found.macs)} "
+        f"{found.float_operators} of them float, {counted(found.macs)} "
         "multiply-accumulates"
     )
     for kind, tensors in (("input", found.inputs), ("output", found.outputs)):
         for tensor in tensors:
-            _say(f"{kind} '{tensor.name}': {_tensor_words(tensor)}")
-    table = _table(
+            say(f"{kind} '{tensor.name}': {_tensor_words(tensor)}")
+    table = terminal.table(
         operator="cut", writes="cut", shape="right", types="right", MACs="right", bytes="right"
     )
     for operator in found.operators:
@@ -382,10 +669,15 @@ def _show_inspection(found: Any, name: str) -> None:
             written.name if written else "",
             "×".join(map(str, written.shape)) if written else "",
             " ".join(filter(None, reversed(types))),
-            html_page.counted(operator.macs),
-            html_page.counted(operator.constant_bytes),
+            counted(operator.macs),
+            counted(operator.constant_bytes),
         )
-    _print(table)
+    terminal.show(table)
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as Python's, for JSON."""
+    return value.item()
 
 
 def _tensor_words(tensor: Any) -> str:
@@ -395,6 +687,8 @@ def _tensor_words(tensor: Any) -> str:
 
 
 def _arena_words(blob: bytes) -> str:
+    from tflite_export.runtimes import tflite_micro_arena_bytes
+
     try:
         return f"arena {tflite_micro_arena_bytes(blob):,} bytes (TFLite Micro, 64-bit host)"
     except KqatError as error:
@@ -402,4 +696,4 @@ def _arena_words(blob: bytes) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run()

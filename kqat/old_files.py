@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from kqat.base import ModelError
+from kqat.base import ModelError, RuntimeUnavailableError
 from kqat.graph import FUNCTIONAL_MODULE
 from kqat.old_operations import arguments, translated
 
@@ -123,8 +123,13 @@ def _load_folder(path: Path) -> keras.Model:
             f"Expected a .keras or .h5 file, or a SavedModel. Received: the folder '{path}', which "
             "has no saved_model.pb."
         )
-    import tf_keras  # It takes seconds, and no other file needs it.
-
+    try:
+        import tf_keras  # It takes seconds, and no other file needs it.
+    except ImportError as error:
+        raise RuntimeUnavailableError(
+            f"Expected the package tf-keras, which reads SavedModels of Keras 2. Received: "
+            f"{error}, for the folder '{path}'. Install it with `pip install 'kqat[tfmot]'`."
+        ) from error
     with _told(f"the SavedModel '{path}'"):
         model = tf_keras.models.load_model(path, compile=False)
         if not hasattr(model, "get_config"):

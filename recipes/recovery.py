@@ -57,6 +57,18 @@ BOUNDS = {
     "mobilenetv2": {"w8a8": 0.0, "w4a8": 0.3, "w3a8": 1.5, "ternary": 8.0},
 }
 FLOAT = "float, trained further"
+# Accuracies on CIFAR-10's lossless test images, by network.
+PUBLISHED = {
+    "resnet20": (
+        ("PACT, 5 bits", "91.6 %"),
+        ("PACT, 4 bits", "90.8 %"),
+        ("PACT, 3 bits", "90.6 %"),
+        ("PACT, 2 bits", "88.9 %"),
+    )
+}
+PUBLISHED_LEGEND = """published  Choi et al. 2018, as the repository KwangHoonAn/PACT quotes their
+           table 2. Activations have as few bits as weights there, and images
+           are lossless, so only the differences between widths compare"""
 LEGEND = """\
 cells         accuracy of the file on LiteRT (XNNPACK), mean over the seeds, and
               from the least to the greatest where there are more than one;
@@ -369,6 +381,9 @@ def tables(results: dict[str, Any]) -> list[Table]:
     if refused:
         unique = list(dict.fromkeys(refused))
         found.append(Table(f"{network}: what is refused", ("", "width", "message"), unique))
+    if network in PUBLISHED:
+        title = f"{network}: published figures"
+        found.append(Table(title, ("", "accuracy"), PUBLISHED[network], PUBLISHED_LEGEND))
     return found
 
 

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from kqat.base import CalibrationError, ModelError
-from kqat.graph import Graph, Node, trace
+from kqat.graph import Graph, Node
 from kqat.grids import LOWEST, QuantSpec, arithmetic, nearest_name
 from kqat.training import (
     ActivationQuantizer,
@@ -152,10 +152,14 @@ def _fine_bins(levels: int) -> int:
     return max(64 // levels, 1) // 2 * 2 + 1 if levels < _BINS // 2 else 1
 
 
-def rounded_tensors(model: keras.Model, graph: Graph | None = None) -> list[RoundedTensor]:
+def rounded_tensors(model: keras.Model, graph: Graph) -> list[RoundedTensor]:
     """Every weight and every value of a QAT model that is rounded, in the order of the network.
 
     A layer that is called more than once is listed once, where its weights are the same.
+
+    Args:
+        model: the QAT model.
+        graph: of it.
 
     Raises:
         ModelError: if `model` is no QAT model.
@@ -166,7 +170,7 @@ def rounded_tensors(model: keras.Model, graph: Graph | None = None) -> list[Roun
             "kqat.quantize_model."
         )
     found: dict[Any, RoundedTensor] = {}
-    for key, tensor in _tensors(graph or trace(model), ""):
+    for key, tensor in _tensors(graph, ""):
         found.setdefault(key, tensor)
     return list(found.values())
 

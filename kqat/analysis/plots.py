@@ -56,11 +56,10 @@ def plot_quantization(
         CalibrationError: if a range is not known yet, or data do not fit.
     """
     figure_class = _figure_class()
-    graph = trace(qat) if isinstance(qat, keras.Model) else None
+    graph = trace(qat)
     tensors = chosen(rounded_tensors(qat, graph), layers, str(qat.name))
     counts = {t: counts_of_weight(t) for t in tensors if t.wrapper is not None}
     if data is not None:
-        assert graph is not None
         counts |= counts_of_values(graph, tensors, data)
     rows = _rows(tensors)
     height = _HEAD + _ROW * len(rows)

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from kqat.analysis.replay import Replay, as_array, decibels
-from kqat.base import CalibrationError, PolicyError, TextEnum
+from kqat.base import CalibrationError, PolicyError, TextEnum, tracked
 from kqat.config import QuantizeConfig, QuantizePolicy, resolve_config
 from kqat.graph import Graph, Node, fill, trace
 from kqat.grids import QuantSpec, StepMethod
@@ -155,7 +155,7 @@ def measured_layers(
     judge = _judge(replay, asked, loss, targets, layers)
     costs = [
         LayerCost(name, choice, judge(nodes, *config))
-        for name, nodes in layers.items()
+        for name, nodes in tracked(layers.items(), "measuring layers", len(layers))
         for choice, config in configs.items()
     ]
     weights = {

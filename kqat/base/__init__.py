@@ -1,4 +1,4 @@
-"""Errors, string enumerations, and files that are written whole or not at all."""
+"""Errors, string enumerations, files written whole or not at all, lazy packages, progress."""
 
 from kqat.base.atomic_files import save_model, write_file, write_files
 from kqat.base.errors import (
@@ -14,6 +14,10 @@ from kqat.base.errors import (
     TargetError,
     UnsupportedLayerError,
 )
+from kqat.base.keras_registration import register_with_keras
+from kqat.base.lazy_face import lazy_face
+from kqat.base.progress import listening, tracked
+from kqat.base.quantities import counted
 from kqat.base.text_enum import TextEnum
 
 __all__ = [
@@ -29,7 +33,12 @@ __all__ = [
     "TargetError",
     "TextEnum",
     "UnsupportedLayerError",
+    "counted",
+    "lazy_face",
+    "listening",
+    "register_with_keras",
     "save_model",
+    "tracked",
     "write_file",
     "write_files",
 ]

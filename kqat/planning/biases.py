@@ -71,7 +71,7 @@ def _found(
             if target in found or _vanishes(target, config):
                 target = producers.get(target.inputs[0])
                 continue
-            if _takes(target, config) and _trained_alike(node, target):
+            if joins_bias(target, config) and _trained_alike(node, target):
                 found[node] = (target, addend)
             break
     return found
@@ -99,7 +99,7 @@ def _vanishes(node: Node, config: QuantizeConfig) -> bool:
     return rule is not None and rule.output is Output.VANISHES
 
 
-def _takes(node: Node, config: QuantizeConfig) -> bool:
+def joins_bias(node: Node, config: QuantizeConfig) -> bool:
     """Whether a node ends with a bias, or a shift that ships as one."""
     layer: Any = node.layer
     if isinstance(layer, layers.BatchNormalization):

@@ -20,10 +20,12 @@ from kqat.parts import Recurrence, Requantize
 from kqat.planning.additive_masks import check_hidden_values, hide_added_masks
 from kqat.planning.biases import join_biases
 from kqat.planning.byte_inputs import read_bytes
+from kqat.planning.chained_functions import join_functions
 from kqat.planning.expansion import expand
 from kqat.planning.followers import follow_neighbours
 from kqat.planning.fusions import Fusions, find_fusions
 from kqat.planning.groups import Quantizers, check_given_ranges, place_quantizers
+from kqat.planning.hard_sigmoids import split_hard_sigmoids
 from kqat.planning.layer_configs import (
     assign_configs,
     fused_nodes,
@@ -54,7 +56,9 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     simple, origins = expand(graph, lambda node: node.name in whole, model_name, fused)
     simple, origins = hide_added_masks(simple, origins, whole, model_name)
     check_hidden_values(simple, origins)
+    simple, origins = split_hard_sigmoids(simple, origins, configs, model_name)
     simple = join_biases(simple, origins, configs, model_name)
+    simple = join_functions(simple, origins, configs, model_name)
     simple, origins = fit_ranks(simple, origins, configs, model_name)
     simple, new = match_widths(simple, origins, configs, input_configs)
     origins, configs = {**origins, **{name: name for name in new}}, {**configs, **new}

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.base import CalibrationError, ModelError
+from kqat.base import CalibrationError, ModelError, tracked
 from kqat.graph import Graph, fits, has_open_sizes, input_shapes, trace, with_input_shapes
 from kqat.grids import CalibrationMethod, Fixed, calibration_method
 from kqat.training.activation_quantizer import ActivationQuantizer
@@ -157,11 +157,21 @@ def observed(graph: Graph, data: Any) -> tuple[Observer, KeptSamples]:
         CalibrationError: as for `calibrate`.
     """
     observer, kept = Observer(graph), KeptSamples()
-    for batch, real in _whole_batches(batches(data, graph)):
+    for batch, real in tracked(
+        _whole_batches(batches(data, graph)), "calibrating", _batch_count(data, graph)
+    ):
         observer.run(as_tensors(batch, graph, real, observer.samples), real)
         kept.offer(batch, real)
     _check_some(observer.samples, graph)
     return observer, kept
+
+
+def _batch_count(data: Any, graph: Graph) -> int | None:
+    """How many whole batches the data make; `None` if they come batch by batch."""
+    if callable(data):
+        return None
+    arrays = _as_arrays(data, graph.input_keys)
+    return None if arrays is None else -(-len(arrays[0]) // BATCH_SIZE)
 
 
 def _whole_batches(

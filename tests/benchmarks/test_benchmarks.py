@@ -1,5 +1,6 @@
 """The benchmarks run, and compare what they say they compare. No test looks at a time."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from benchmarks import (
     file_sizes,
     method_overhead,
     peers,
+    tensorboard_cost,
     training_step,
     zoo,
 )
@@ -105,6 +107,15 @@ def test_benchmark_measures_both_clocks(
 
 
 @pytest.mark.slow
+def test_the_cost_of_tensorboard_is_a_ratio(tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    tensorboard_cost.main(["--smoke", "--out", str(out)])
+    ratios = json.loads(out.read_text())["networks"]["resnet8"]["processor"]["ratios"]
+    assert set(ratios) == {f"{case} / {tensorboard_cost.PLAIN}" for case in tensorboard_cost.CASES}
+    assert all(ratio["median"] > 0.0 for ratio in ratios.values())
+
+
+@pytest.mark.slow
 # TensorFlow's words about tfmot's model, whose ranges are trained, as they should be.
 @pytest.mark.filterwarnings("ignore:Statistics for quantized inputs were expected:UserWarning")
 def test_peers_start_from_the_same_weights(tmp_path: Path) -> None:
@@ -163,6 +174,25 @@ def test_an_architecture_of_the_zoo_goes_the_whole_road(tmp_path: Path) -> None:
     assert found["sqnr_db"] > found["converter_sqnr_db"] - 0.5
     ((title, _, rows, _),) = zoo.tables(results)
     assert title.startswith("1 of 1 ") and rows[0][:2] == ("MobileNetV2", "integer")
+
+
+def test_rows_of_the_zoo_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped goes on; `--no-run` makes the table of what there is."""
+    monkeypatch.setattr(zoo, "KEPT", tmp_path / "zoo.json")
+    (tmp_path / "rows").mkdir()
+    good = zoo.Outcome(
+        outcome="integer", operators=12, size_bytes=90, sqnr_db=29.0,
+        converter_operators=10, converter_bytes=100, converter_sqnr_db=29.4,
+    )  # fmt: skip
+    for name, row in {"ViT_1_D": good, "BERT": zoo.Outcome(outcome="refused: x|y")}.items():
+        (tmp_path / "rows" / f"{name}.json").write_text(json.dumps(dataclasses.asdict(row)))
+    results = zoo.main(["--no-run", "--out", str(tmp_path)])
+    assert list(results["models"]) == ["BERT", "ViT, 1-D"]
+    page = (tmp_path / "zoo.md").read_text()
+    assert "# 1 of 2 architectures of 2 collections ship as integers" in page
+    assert "| ViT, 1-D | k3im | integer | 12 / 10 | 90 / 100 | 29.0 / 29.4 |" in page
+    assert "more than 1 step: 1. BERT" in page and "operators: 1. ViT, 1-D" in page
+    assert "file: 0." in page and "converter's: 0." in page
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The command: the road in five steps, what it prints, and how it fails."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def test_a_plan_is_shown_and_kept(folder: Path) -> None:
     said = run(
         "plan", folder / "float.keras", "--policy", "w4a8", "--layer", "class=float",
         "--layer", "nothing*=int8", "--target", "edge_tpu", "--json", folder / "plan.json",
+        "--draw", folder / "plan.svg",
     )  # fmt: skip
+    assert (folder / "plan.svg").read_text().startswith("<svg")
     assert "conv" in said.stdout and "int4/ch" in said.stdout
     assert "rule matched nothing: nothing*" in said.stdout
     assert (
@@ -85,6 +88,71 @@ def test_a_file_is_verified(folder: Path, blob: Path) -> None:
     assert [part["runtime"] for part in table["runtimes"]] == RUNTIMES_RIGHT
     assert table["samples"] == 8 and table["model_name"] == "net"
     assert (folder / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_ptq_takes_a_float_model_to_a_file(folder: Path) -> None:
+    said = run(
+        "ptq", folder / "float.keras", "--data", folder / "x.npy", "-o", folder / "ptq.tflite",
+        "--layer", "class=w4a8", "--calibration", "minmax", "--target", "tflite_micro",
+        "--input-type", "uint8", "--json", "-",
+    )  # fmt: skip
+    table = json.loads(said.stdout)
+    assert table["float_operators"] == 0
+    assert table["size_bytes"] == (folder / "ptq.tflite").stat().st_size
+    found = json.loads(run("inspect", folder / "ptq.tflite", "--json", "-").stdout)
+    assert found["inputs"][0]["dtype"] == "uint8" and found["float_operators"] == 0
+    assert len(found["operators"]) == table["operators"] and "arena " in found["arena"]
+
+
+def test_a_searched_policy_is_one_of_the_other_commands(folder: Path) -> None:
+    said = run(
+        "search", folder / "float.keras", "--data", folder / "x.npy", "--budget", 0.9,
+        "--measure", "mac_bits", "-o", folder / "policy.json", "--json", folder / "search.json",
+    )  # fmt: skip
+    assert "policy within" in said.stdout and str(folder / "policy.json") in said.stdout
+    choices = json.loads((folder / "search.json").read_text())["choices"]
+    assert "w4a8" in choices.values() and set(choices) == {"conv", "class"}
+    policy = ("--policy", folder / "policy.json")
+    plan = json.loads(run("plan", folder / "float.keras", *policy, "--json", "-").stdout)
+    bits = {layer["name"]: layer for layer in plan["layers"]}
+    four = [name for name, choice in choices.items() if choice == "w4a8"]
+    assert all('"bits": 4' in json.dumps(bits[name]) for name in four)
+
+
+def test_a_missing_kernel_is_no_fault_of_the_file(
+    folder: Path, blob: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one runtime lacks it, the code is 0; where all do, nothing was compared: 2."""
+    whole = tflite_export.verify
+
+    def lacking(*args: Any, **kwargs: Any) -> Any:
+        report = whole(*args, **kwargs)
+        part = dataclasses.replace(report.runtimes[0], problem="no MISH", lacks=("MISH",), sites=())
+        return dataclasses.replace(report, runtimes=(part, *report.runtimes[1:]))
+
+    monkeypatch.setattr(tflite_export, "verify", lacking)
+    files = (folder / "qat.keras", blob, "--data", folder / "x.npy", "--samples", 2)
+    run("verify", *files)
+    said = run("verify", *files, "--target", "tflite_micro", code=2)
+    assert "nothing was compared" in " ".join(said.output.split())
+
+
+def test_ctrl_c_leaves_no_file_and_has_a_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keras.Model, "save", interrupted)
+    before = sorted(folder.iterdir())
+    arguments = ("quantize", folder / "float.keras", "--data", folder / "x.npy")
+    said = run(*arguments, "-o", folder / "never.keras", code=130)
+    assert "Interrupted" in said.output and sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_for_this_command(shell: str) -> None:
+    assert "_KQAT_COMPLETE" in run("completion", shell).stdout
 
 
 def test_a_gap_is_diagnosed(folder: Path, blob: Path) -> None:
@@ -137,15 +205,21 @@ def test_a_file_is_inspected(blob: Path) -> None:
 
 
 def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
-    said = run("to-c", blob, folder / "c", "--samples", 1)
+    said = run("to-c", blob, "-o", folder / "c", "--samples", 1)
     assert "net_main.cc" in said.stdout and "arena" in said.stdout
-    assert len(list((folder / "c").iterdir())) == 6
+    assert len(list((folder / "c").iterdir())) == 7
+    run("to-c", blob, folder / "project", "--samples", 1, "--layout", "cmake")
+    assert (folder / "project" / "CMakeLists.txt").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["plan", "text.keras"], "Expected a model that Keras"),
+        (["plan", "text.keras"], "Expected a .keras or .h5 file"),
+        (["inspect", "float.keras"], "a Keras model. `kqat plan float.keras` shows it"),
+        (["to-c", "x.npy", "folder"], "Expected the directory as -o folder"),
+        (["plam", "float.keras"], "No such command 'plam'. Did you mean plan"),
+        (["plan", "float.keras", "--policy", "none.json"], "no such file"),
         (["plan", "float.keras", "--policy", "int3"], "one of the presets"),
         (["plan", "float.keras", "--layer", "conv"], "Expected --layer PATTERN=PRESET"),
         (["convert", "float.keras", "-o", "a.tflite"], "Expected a QAT model"),
@@ -153,8 +227,10 @@ def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
         (["quantize", "float.keras", "--data", "x.npy", "-o", "q.h5"], "ends in .keras"),
         (["inspect", "x.npy"], "Expected a TFLite file"),
         (["inspect", "absent.tflite"], "does not exist"),
-        (["to-c", "x.npy", "c"], "Expected a TFLite file"),
+        (["to-c", "x.npy", "-o", "c"], "Expected a TFLite file"),
         (["verify", "float.keras", "x.npy"], "Expected --data"),
+        (["plan", "net.tflite"], "a TFLite file. `kqat inspect net.tflite` shows"),
+        (["convert", "net.tflite", "-o", "a.tflite"], "Expected a Keras model"),
         (["verify", "x.npy", "x.npy", "x.npy"], "Expected one .tflite"),
     ],
 )

@@ -34,7 +34,8 @@ def test_the_tables_say_mean_and_spread_and_what_is_refused() -> None:
         binary_lsq_0={"refused": "SpecError: Expected a grid of 2 to 8 bits"},
         w3a8_lsq_0={"accuracy": 0.8},
     )
-    accuracies, gaps, refused = recovery.tables(results)
+    accuracies, gaps, refused, published = recovery.tables(results)
+    assert published.rows == recovery.PUBLISHED["resnet20"]
     assert "1 x 64 images, 2 steps of 32" in accuracies.title
     assert accuracies.header == ("", "w4a8", "w3a8", "binary")
     rows = {row[0]: row[1:] for row in accuracies.rows}

@@ -2,15 +2,18 @@
 
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from kqat.base import RuntimeUnavailableError, TargetError
 from kqat.devices import TARGETS, Misfit, Target, TargetWarning, misfit, target_named
-from kqat.freezing import FrozenModel, Tabulated
 from tflite_export import flatbuffer
 from tflite_export.devices import edge_tpu_file
 from tflite_export.devices.vela import ACCELERATORS, NpuEstimate, estimate
 from tflite_export.flatbuffer import Inspection, OperatorInfo
 from tflite_export.kernels import missing_kernels
+
+if TYPE_CHECKING:  # It imports Keras, which nobody needs who reads a file.
+    from kqat.freezing import FrozenModel
 
 
 def runtimes_of(target: str | None) -> frozenset[str]:
@@ -24,7 +27,7 @@ def runtimes_of(target: str | None) -> frozenset[str]:
     return frozenset({device.runtime} if device.packs_weights else {device.runtime, device.name})
 
 
-def check_target(frozen: FrozenModel, name: str) -> None:
+def check_target(frozen: "FrozenModel", name: str) -> None:
     """Raises for layers that the target cannot run, and warns of those it runs slowly.
 
     All layers that an accelerator leaves to the CPU are named in one `kqat.TargetWarning`.
@@ -57,7 +60,7 @@ def check_limits(blob: bytes, target: str | None) -> None:
         warnings.warn(message, TargetWarning, stacklevel=3)
 
 
-def computed(frozen: FrozenModel, target: str | None) -> frozenset[int]:
+def computed(frozen: "FrozenModel", target: str | None) -> frozenset[int]:
     """The elementwise functions that ship as their own operators and not as lookup tables.
 
     These are the functions for which the target has a kernel. Without a target, every target's
@@ -113,7 +116,9 @@ def _computes(target: Target, ops: tuple[str, ...]) -> bool:
     return all(target.runs(op) for op in ops) and bool(target.unfit((), table=True))
 
 
-def _misfits(frozen: FrozenModel, target: Target) -> Iterator[Misfit]:
+def _misfits(frozen: "FrozenModel", target: Target) -> Iterator[Misfit]:
+    from kqat.freezing import Tabulated
+
     for node in frozen.graph.nodes:
         facts = frozen.facts(node)
         if facts.bits is None:

@@ -17,11 +17,35 @@ import numpy as np
 
 from kqat.base import ExportError, RuntimeUnavailableError, write_files
 from tflite_export import flatbuffer
-from tflite_export.flatbuffer import DECODE, ModelT
+from tflite_export.flatbuffer import DECODE, ModelT, TensorT
 from tflite_export.kernels import OP_TABLE
-from tflite_export.runtimes import random_inputs, run, tflite_micro_arena_bytes
+from tflite_export.runtimes import has_grid, random_inputs, run, tflite_micro_arena_bytes
 
-TEMPLATES = ("model.h", "model.cc", "ops.h", "golden.h", "golden.cc", "main.cc")
+TEMPLATES = ("model.h", "model.cc", "ops.h", "golden.h", "golden.cc", "main.cc", "io.h")
+_PLAIN = {template: f"{{name}}_{template}" for template in TEMPLATES}
+# Layout -> template -> path below the folder, with the model's name in its place. Of a layout
+# without `main`, main.cc is a function that the application calls.
+LAYOUTS: dict[str, dict[str, str]] = {
+    "plain": _PLAIN,
+    "cmake": {**_PLAIN, "cmake.CMakeLists.txt": "CMakeLists.txt"},
+    "zephyr": {
+        **{t: f"{'src' if t.endswith('.cc') else 'include'}/{p}" for t, p in _PLAIN.items()},
+        "main.cc": "src/{name}_check.cc",
+        "check.h": "include/{name}_check.h",
+        "zephyr.CMakeLists.txt": "CMakeLists.txt",
+        "zephyr.Kconfig": "Kconfig",
+        "zephyr.module.yml": "zephyr/module.yml",
+    },
+    "arduino": {
+        # Arduino compiles no .cc.
+        **{t: f"src/{p.replace('.cc', '.cpp')}" for t, p in _PLAIN.items()},
+        "main.cc": "src/{name}_check.cpp",
+        "check.h": "src/{name}_check.h",
+        "arduino.umbrella.h": "src/{name}.h",
+        "arduino.library.properties": "library.properties",
+        "arduino.sketch.ino": "examples/{name}_check/{name}_check.ino",
+    },
+}
 # The recording allocator's total leaves out the scratch memory of preparing kernels, some hundred
 # bytes on the files that were measured. Larger arenas are tried in steps of this many.
 ARENA_STEP_BYTES = 256
@@ -56,7 +80,7 @@ class CSource:
     """What `to_c` wrote.
 
     Attributes:
-        files: the paths written, in the order of `TEMPLATES`.
+        files: the paths written, those of `TEMPLATES` first, in their order.
         operators: the TFLite operators that the resolver registers, sorted.
         arena_bytes: the arena in the files: the least multiple of 256 bytes, counted from what
             TFLite Micro says that it uses, with which the model runs on this 64-bit host.
@@ -75,6 +99,8 @@ class _Port:
     identifier: str
     c_type: str
     values: np.ndarray
+    scale: str | None
+    zero_point: int
 
     @property
     def elements(self) -> int:
@@ -90,18 +116,24 @@ def to_c(
     directory: str | os.PathLike[str],
     *,
     name: str = "model",
+    layout: str = "plain",
     inputs: Sequence[np.ndarray] | None = None,
     samples: int = 2,
     seed: int = 0,
 ) -> CSource:
-    """Writes `blob` as C++17 for TFLite Micro: `NAME_model`, `_ops`, `_golden` and `NAME_main.cc`.
+    """Writes `blob` as C++17 for TFLite Micro: `NAME_model`, `_ops`, `_io`, `_golden`, `_main.cc`.
 
-    `NAME_main.cc` runs the golden inputs on the device and compares every output.
+    `NAME_main.cc` runs the golden inputs on the device and compares every output; compiled with
+    `NAME_PROFILE` (in capitals) it prints the ticks of each operator. `NAME_io.h` has the scale of
+    each input and output, and functions that turn real values into its integers and back.
 
     Args:
         blob: the file.
         directory: where to write; made if it is missing. All files are written, or none.
         name: of the model; files and identifiers begin with it, made a C identifier.
+        layout: `"plain"`: the sources alone; `"cmake"`: with a CMakeLists.txt for a library of the
+            model and a program on the host; `"zephyr"`: a Zephyr module; `"arduino"`: an Arduino
+            library with a sketch. The last two have a function `NAME_check()` for `main`.
         inputs: golden inputs, as for `tflite_export.runtimes.run`; one array (samples, …) per model
             input, in its dtype. Without, random ones.
         samples: how many random ones; so many batches for a file whose batch is larger than one.
@@ -122,6 +154,9 @@ def to_c(
     feeds = random_inputs(model, samples, seed) if inputs is None else list(inputs)
     outputs = run(blob, feeds, runtime="tflite_micro").outputs
     arena_bytes = _least_arena_bytes(blob)
+    if layout not in LAYOUTS:
+        raise ExportError(f"Expected one of {sorted(LAYOUTS)}. Received: layout={layout!r}.")
+    paths = LAYOUTS[layout]
     own = c_identifier(name, set())
     ports = _ports(model, feeds, outputs)
     text = {
@@ -135,14 +170,19 @@ def to_c(
         "inputs": ports[0],
         "outputs": ports[1],
         "samples": int(ports[0][0].values.shape[0]),
+        "has_check": "check.h" in paths,
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     templates = _environment()
     files = {
-        folder / f"{own}_{template}": templates.get_template(f"{template}.j2").render(text).encode()
-        for template in TEMPLATES
+        folder / path.format(name=own): templates.get_template(f"{template}.j2")
+        .render(text)
+        .encode()
+        for template, path in paths.items()
     }
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_files(files)
     return CSource(files=tuple(files), operators=operators, arena_bytes=arena_bytes)
 
@@ -244,9 +284,19 @@ def _ports(
             name = flatbuffer.tensor_name(graph.tensors[index])
             values = np.asarray(array).reshape(invocations, -1)
             c_type = _C_TYPES[values.dtype.name]
-            side.append(_Port(_comment(name), c_identifier(name, taken), c_type, values))
+            scale, zero = _grid_of(graph.tensors[index])
+            identifier = c_identifier(name, taken)
+            side.append(_Port(_comment(name), identifier, c_type, values, scale, zero))
         sides.append(side)
     return sides[0], sides[1]
+
+
+def _grid_of(tensor: TensorT) -> tuple[str | None, int]:
+    """The scale of a tensor of integers as a C++ literal, and its zero point; `None` without."""
+    grid = tensor.quantization
+    if not has_grid(tensor) or flatbuffer.tensor_dtype(tensor).kind == "f":
+        return None, 0
+    return _literal(np.float32(grid.scale[0])), int(grid.zeroPoint[0])
 
 
 def _comment(name: str) -> str:

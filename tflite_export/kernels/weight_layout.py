@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kqat.base import LoweringError
-from kqat.freezing import FrozenWeight
-from kqat.grids import Site, bias_steps, least_bias_step
+
+if TYPE_CHECKING:  # Both import Keras, which nobody needs who reads a file.
+    from kqat.freezing import FrozenWeight
+    from kqat.grids import Site
 
 TENSOR_TYPES = {
     np.dtype(np.int8): schema.TensorType.INT8,
@@ -37,7 +39,7 @@ class Weights:
 
     @classmethod
     def in_file(
-        cls, frozen: FrozenWeight, shape: tuple[int, ...], order: tuple[int, ...], axis: int
+        cls, frozen: "FrozenWeight", shape: tuple[int, ...], order: tuple[int, ...], axis: int
     ) -> "Weights":
         """The weights of `frozen` in the file's layout.
 
@@ -72,6 +74,8 @@ def fit_bias(
     input step at the most, far below one output step. For activations of 16 `bits` the bias is
     int64, and 2**46 in the place of 2**30.
     """
+    from kqat.grids import bias_steps, least_bias_step
+
     product = np.float64(input_scale) * weights.scale.astype(np.float64)
     needed = least_bias_step(bias, bits)
     if len(weights.scale) == 1:
@@ -113,7 +117,7 @@ def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.where(flat >= 2 ** (bits - 1), flat - 2**bits, flat).astype(np.int8).reshape(shape)
 
 
-def constant_on_grid(data: np.ndarray, site: Site | None) -> tuple[np.ndarray, np.ndarray, int]:
+def constant_on_grid(data: np.ndarray, site: "Site | None") -> tuple[np.ndarray, np.ndarray, int]:
     """Integers, scale and zero point of a constant in an activation's place.
 
     Args:

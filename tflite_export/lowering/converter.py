@@ -56,7 +56,7 @@ def lower(
         )
     model = flatbuffer.read(_convert(_concrete(frozen, batch_size, computed), frozen.model.name))
     _sign(model)
-    return _without_squeezes(model)
+    return _without_squeezes(with_whole_pairs(model))
 
 
 def _concrete(frozen: FrozenModel, batch_size: int, computed: frozenset[int]) -> Any:
@@ -304,6 +304,34 @@ def _entries(kind: str, tensors: Sequence[int]) -> list[schema.TensorMapT]:
         entry.name, entry.tensorIndex = f"{kind}_{i}".encode(), int(tensor)
         entries.append(entry)
     return entries
+
+
+def with_whole_pairs(model: ModelT) -> ModelT:
+    """`model` with a DEQUANTIZE behind each QUANTIZE that another operator reads; in place.
+
+    Converters before TensorFlow 2.20 let a FULLY_CONNECTED read a marker's QUANTIZE itself where it
+    had read a reshaped value, and left the DEQUANTIZE of the pair out.
+    """
+    graph = model.subgraphs[0]
+    quantized: set[int] = set()
+    floats: dict[int, int] = {}  # what a QUANTIZE writes -> what a DEQUANTIZE makes of it
+    kept = []
+    for operator in graph.operators:
+        name = flatbuffer.op_name(model, operator)
+        if name == "QUANTIZE":
+            quantized.add(int(operator.outputs[0]))
+        elif name != "DEQUANTIZE":
+            for tensor in quantized & set(map(int, operator.inputs)):
+                if tensor not in floats:
+                    like = graph.tensors[tensor]
+                    kind = schema.TensorType.FLOAT32
+                    floats[tensor] = flatbuffer.add_tensor(model, like.shape, kind, name=like.name)
+                    pair = [tensor], [floats[tensor]]
+                    kept.append(flatbuffer.new_operator(model, "DEQUANTIZE", *pair))
+            operator.inputs = [floats.get(int(t), int(t)) for t in operator.inputs]
+        kept.append(operator)
+    graph.operators = kept
+    return model
 
 
 def _without_squeezes(model: ModelT) -> ModelT:

@@ -9,6 +9,8 @@ from typing import Any
 
 import jinja2
 
+from kqat.base import counted
+
 # The size of a plot in SVG units. The page stretches it to its own width, and writes the words
 # around it, which so have one size on every screen.
 WIDTH, HEIGHT = 960, 160
@@ -85,14 +87,6 @@ def render(report: Any) -> str:
         most_bytes=max((layer.constant_bytes for layer in layers), default=0),
     )
     return text + "\n"
-
-
-def counted(number: float) -> str:
-    """A count in at most 6 characters: 950, 12.5 k, 12.5 M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
 
 
 def _verdicts(report: Any) -> list[tuple[bool, str]]:

@@ -5,11 +5,13 @@ import json
 import os
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from kqat.base import write_file
+from kqat.base import counted, write_file, write_files
 from tflite_export.devices import NpuEstimate
 from tflite_export.verification import html_page
+from tflite_export.verification.node_data import node_data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,6 +207,24 @@ class Report:
         """Writes the HTML page to `path`; on failure an older file stays as it was."""
         write_file(path, self.to_html().encode())
 
+    def save_node_data(self, directory: str | os.PathLike[str]) -> tuple[Path, ...]:
+        """Writes `sqnr_db.json`, `macs.json` and so on: node data for Model Explorer.
+
+        They show a number of the report on each operator of the file: `model-explorer net.tflite`,
+        then "Load node data".
+
+        Args:
+            directory: where to write; made if it is missing. All files are written, or none.
+
+        Returns:
+            The files; one for each measure that the report has.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {folder / f"{name}.json": text.encode() for name, text in node_data(self).items()}
+        write_files(files)
+        return tuple(files)
+
     def __str__(self) -> str:
         count = sum(self.operators.values())
         kinds = ", ".join(f"{number} {name}" for name, number in self.operators.items())
@@ -299,7 +319,7 @@ def _layer_lines(layers: tuple[LayerReport, ...]) -> list[str]:
         scale = "" if row.scale is None else f"{row.scale:.3g}"
         lines.append(
             f"{name:<22} {bits:>5} {scale:>9} {_use_cells(row)} "
-            f"{html_page.counted(row.macs):>7} {html_page.counted(row.constant_bytes):>7}"
+            f"{counted(row.macs):>7} {counted(row.constant_bytes):>7}"
         )
     return [*lines, *_wrapped(LAYER_LEGEND, "")]
 

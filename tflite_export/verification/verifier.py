@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.base import ExportError, RuntimeUnavailableError
+from kqat.base import ExportError, RuntimeUnavailableError, tracked
 from kqat.freezing import FrozenModel, freeze
 from tflite_export import flatbuffer
 from tflite_export.devices import check_file
@@ -70,7 +70,10 @@ def verify(
         notes.append("no lockstep: outputs are compared with those of the first runtime that ran")
     else:
         inputs = _inputs(data, frozen, samples)
-        found = [_verify_on(runtime, frozen, model, blob, inputs) for runtime in runtimes]
+        found = [
+            _verify_on(runtime, frozen, model, blob, inputs)
+            for runtime in tracked(runtimes, "running on each runtime")
+        ]
         parts, count = tuple(part for part, _ in found), len(inputs[0])
         uses = next((uses for _, uses in found if uses), ())
         work = work_of(model, [use.tensor for use in uses])

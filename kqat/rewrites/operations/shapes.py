@@ -93,7 +93,14 @@ def _concatenate(operation: Any, name: str) -> Callable[..., Any]:
 
 def _stack(operation: Any, name: str) -> Callable[..., Any]:
     def call(tensors: Any) -> Any:
-        return stacked(tensors, axis_of(operation.axis, len(tensors[0].shape) + 1, name), name)
+        shape = tensors[0].shape
+        axis = axis_of(operation.axis, len(shape) + 1, name)
+        if axis == len(shape) or len(tensors) == 1:
+            return stacked(tensors, axis, name)
+        # Joined along the axis that follows, which is then parted: one reshape for all of them.
+        joined = layers.Concatenate(axis=axis, name=f"{name}_joined")(tensors)
+        parted = (*shape[1:axis], len(tensors), *shape[axis:])
+        return layers.Reshape(parted, name=name)(joined)
 
     return call
 

@@ -99,7 +99,7 @@ def objective_gradient(
     integers = below + h
     free = (integers >= -limit) & (integers <= limit)
     weights = np.clip(integers, -limit, limit) * problem.scale
-    residual = problem.gram @ weights - problem.cross @ problem.weights
+    residual = problem.gram @ weights - problem.wanted
     gradient = 2.0 / unit * v.size * residual * problem.scale * free
     if progress > WARM_UP:
         done = (progress - WARM_UP) / (1.0 - WARM_UP)

@@ -5,6 +5,7 @@ groups, or a depthwise one, is one such product per group.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,6 +115,11 @@ class LinearProblem:
     gram: np.ndarray
     cross: np.ndarray
 
+    @functools.cached_property
+    def wanted(self) -> np.ndarray:
+        """`cross @ weights`, which iterative algorithms read in every step."""
+        return self.cross @ self.weights
+
     def nearest(self) -> np.ndarray:
         """The nearest integers, half away from zero, as training has them."""
         ratio = self.weights / self.scale
@@ -126,9 +132,8 @@ class LinearProblem:
         Of `x w` with the weights of these integers, against `x' w'` without any rounding.
         """
         weights = integers * self.scale
-        wanted = self.cross @ self.weights
         quadratic = np.sum(weights * (self.gram @ weights), axis=1)
-        return quadratic - 2.0 * np.sum(weights * wanted, axis=1)
+        return quadratic - 2.0 * np.sum(weights * self.wanted, axis=1)
 
 
 def with_chosen_integers(

@@ -11,6 +11,7 @@ from keras import layers as L
 
 import kqat
 from kqat.analysis.grid_use import GridCounts, RoundedTensor, counts_of_weight, rounded_tensors
+from kqat.graph import trace
 
 matplotlib = pytest.importorskip("matplotlib")
 POLICY = {
@@ -62,7 +63,7 @@ def test_every_grid_has_its_row(mixed: tuple[keras.Model, np.ndarray]) -> None:
 
 def test_counts_are_those_of_the_model(mixed: tuple[keras.Model, np.ndarray]) -> None:
     qat, _ = mixed
-    for tensor in rounded_tensors(qat):
+    for tensor in rounded_tensors(qat, trace(qat)):
         if tensor.wrapper is None:
             continue
         counts = counts_of_weight(tensor)

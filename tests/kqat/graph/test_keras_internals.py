@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 import kqat
+from kqat.graph import operations_between, values_between
 from kqat.graph.tracer import rebuild, trace
 from kqat.planning.expansion import expand
 from tests.coverage.cases import inputs_of
@@ -118,3 +119,20 @@ def test_a_layer_that_takes_a_mask_off_its_input_is_named(masked: bool) -> None:
         return
     with pytest.raises(kqat.ModelError, match=r"layer 'own' of type TakesMask, whose call takes"):
         kqat.plan(model)
+
+
+def test_what_lies_between_tensors_inside_a_model() -> None:
+    """As a `keras.Function` of inner tensors has it, which Keras before 3.15 refuses to make."""
+    x = keras.Input((4,))
+    before = keras.layers.Dense(3, name="before")(x)
+    left = keras.layers.ReLU(name="left")(before)
+    dense = keras.layers.Dense(3, name="right")
+    right = dense(left)
+    y = keras.ops.add(right, before)
+    names = [operation.name for operation in operations_between([before], [y])]
+    assert names[:2] == ["left", "right"] and len(names) == 3
+    assert operations_between({"a": before}, [before]) == []
+    value = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    (found,) = values_between([before], [y], [value])
+    expected = dense(np.maximum(value, 0.0)) + value
+    np.testing.assert_array_equal(found, expected)

@@ -43,6 +43,9 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "other indexes at each place": lambda x: ops.take_along_axis(
         x, np.random.default_rng(0).integers(0, 8, (1, 8, 5, 1)), axis=2
     ),
+    "stacked rows": lambda x: ops.stack([x, x[:, ::-1], x], axis=1),
+    "stacked before the last": lambda x: ops.stack(ops.split(x, 2, axis=-1), axis=-2),
+    "stacked behind the last": lambda x: ops.stack([x, x[:, ::-1]], axis=-1),
     "zeros": lambda x: ops.concatenate([x, ops.zeros_like(x)], axis=-1),
     "ones and threes": lambda x: x * ops.full_like(x, 3.0) + ops.ones_like(x),
     "seven axes": lambda x: ops.transpose(ops.reshape(x, (-1, 2, 4, 2, 4, 2, 2)), ORDER),
@@ -54,6 +57,13 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 def test_layers_compute_what_the_function_computes(call: Callable[[Any], Any]) -> None:
     model = _model(call)
     np.testing.assert_allclose(_parts(model)(IMAGES)[0], model(IMAGES)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_stack_is_reshaped_once() -> None:
+    """Rotary positions of KerasHub stack two halves and flatten them again."""
+    qat = kqat.quantize_model(_model(CALLS["stacked before the last"]), calibration_data=IMAGES)
+    found = [op.name for op in tflite_export.inspect(tflite_export.convert(qat)).operators]
+    assert found.count("CONCATENATION") == 1 and found.count("RESHAPE") == 1
 
 
 def test_zeros_of_indexes_are_indexes() -> None:

@@ -47,16 +47,29 @@ STUBS = {
         void Invoked(TfLiteTensor* inputs, TfLiteTensor* outputs);
         extern TfLiteTensor stub_inputs[4], stub_outputs[4];
         namespace tflite {
+        class MicroProfilerInterface {};
         class MicroInterpreter {
          public:
           template <class R>
-          MicroInterpreter(const Model*, const R&, std::uint8_t*, std::size_t) {}
+          MicroInterpreter(const Model*, const R&, std::uint8_t*, std::size_t,
+                           void* = nullptr, MicroProfilerInterface* = nullptr) {}
           TfLiteStatus AllocateTensors() { return kTfLiteOk; }
           TfLiteStatus Reset() { return kTfLiteOk; }
           TfLiteStatus Invoke() { Invoked(stub_inputs, stub_outputs); return kTfLiteOk; }
           TfLiteTensor* input(std::size_t i) { return &stub_inputs[i]; }
           TfLiteTensor* output(std::size_t i) { return &stub_outputs[i]; }
           std::size_t arena_used_bytes() const { return 0; }
+        };
+        }""",
+    "micro_profiler.h": """
+        #pragma once
+        #include <cstdio>
+        #include "tensorflow/lite/micro/micro_interpreter.h"
+        namespace tflite {
+        class MicroProfiler : public MicroProfilerInterface {
+         public:
+          void ClearEvents() {}
+          void LogCsv() const { std::puts("ticks"); }
         };
         }""",
     "system_setup.h": "#pragma once\nnamespace tflite { void InitializeTarget(); }",
@@ -133,7 +146,7 @@ def source(
 
 
 def test_it_is_valid_cpp17(source: tflite_export.CSource, tmp_path: Path) -> None:
-    names = ["model.h", "model.cc", "ops.h", "golden.h", "golden.cc", "main.cc"]
+    names = ["model.h", "model.cc", "ops.h", "golden.h", "golden.cc", "main.cc", "io.h"]
     assert [path.name for path in source.files] == [f"n_9_lives_{name}" for name in names]
     sources = [path for path in source.files if path.suffix == ".cc"]
     compiler("-fsyntax-only", "-I", stubs(tmp_path), *sources)

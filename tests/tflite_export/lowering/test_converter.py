@@ -13,6 +13,7 @@ import tflite_export
 from tests.tflite_export.small_models import operators
 from tflite_export import flatbuffer
 from tflite_export.lowering import lower
+from tflite_export.lowering.converter import with_whole_pairs
 
 
 class Noisy(L.Layer):
@@ -129,3 +130,36 @@ def test_a_variable_that_is_no_layers_own_is_named() -> None:
     qat = kqat.quantize_model(model, {"times": None}, calibration_data=x)
     with pytest.raises(kqat.LoweringError, match=r"variable behind.*add_weight"):
         tflite_export.convert(qat)
+
+
+@pytest.mark.parametrize("units", [1, 3])
+def test_a_pair_without_its_dequantize_is_made_whole(units: int) -> None:
+    """Converters before TensorFlow 2.20 leave it out before a FULLY_CONNECTED."""
+    inputs = keras.Input((4,))
+    hidden = L.Dense(units, activation="relu", name="first")(inputs)
+    model = keras.Model(inputs, [L.Dense(2)(hidden), L.Dense(3)(hidden)])
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    marked = lower(kqat.freeze(kqat.quantize_model(model, calibration_data=x)))
+    whole = [flatbuffer.op_name(marked, o) for o in marked.subgraphs[0].operators]
+    graph = marked.subgraphs[0]
+    sources = {
+        int(o.outputs[0]): int(o.inputs[0])
+        for o in graph.operators
+        if flatbuffer.op_name(marked, o) == "DEQUANTIZE"
+    }
+    readers = {
+        int(t) for o in graph.operators for t in o.inputs
+        if flatbuffer.op_name(marked, o) == "FULLY_CONNECTED"
+    }  # fmt: skip
+    graph.operators = [
+        o for o in graph.operators
+        if not (flatbuffer.op_name(marked, o) == "DEQUANTIZE" and int(o.outputs[0]) in readers)
+    ]  # fmt: skip
+    for operator in graph.operators:
+        operator.inputs = [sources.get(int(t), int(t)) for t in operator.inputs]
+    broken = len(graph.operators)
+    with_whole_pairs(marked)
+    assert broken < len(whole)
+    assert [flatbuffer.op_name(marked, o) for o in graph.operators] == whole
+    written = {int(t) for o in graph.operators for t in o.outputs}
+    assert len(written) == len(graph.operators)

@@ -1,6 +1,7 @@
 """The page: everything inside it, nothing from outside, whatever the names are."""
 
 import dataclasses
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -172,3 +173,27 @@ def test_scales_are_round_and_large_enough(value: float) -> None:
 )
 def test_counts_are_short(number: float, text: str) -> None:
     assert html_page.counted(number) == text
+
+
+def test_layers_without_a_grid_have_work_and_no_use(tmp_path: Path) -> None:
+    """Layers that stay float stand between those that have a grid."""
+    plain = layer("plain", grid_share=None, clipped_share=None, sqnr_db=None, max_steps={})
+    mixed = dataclasses.replace(report(), layers=(layer("a"), plain, layer("b")))
+    text = mixed.to_html()
+    tags(text)
+    assert text.count("no grid here") == 1
+    # Two plots of what is rounded, two of all.
+    assert text.count("<rect") == 2 * 2 + 2 * 3
+    for words in ("SQNR, dB", "multiply-accumulates", "layers, input to output"):
+        assert words in text
+
+
+def test_node_data_names_tensors_and_numbers(tmp_path: Path) -> None:
+    plain = layer("plain", grid_share=None, clipped_share=None, sqnr_db=None, max_steps={})
+    files = dataclasses.replace(report(), layers=(layer("a"), plain)).save_node_data(tmp_path / "n")
+    found = {path.stem: json.loads(path.read_text()) for path in files}
+    assert found["macs"]["results"] == {"a": {"value": 12_345}, "plain": {"value": 12_345}}
+    assert found["sqnr_db"]["results"] == {"a": {"value": 25.0}}
+    assert found["clipped_percent"]["results"]["a"]["value"] == pytest.approx(2.0)
+    assert [stop["stop"] for stop in found["macs"]["gradient"]] == [0, 1]
+    assert dataclasses.replace(report(), layers=()).save_node_data(tmp_path / "n") == ()

@@ -1,5 +1,6 @@
 """The report's work for each layer: what the layer does, by hand, and in sum the file's."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from keras import layers as L
 import kqat
 import tflite_export
 from tflite_export import Report
+from tflite_export.verification.node_data import node_data
 
 
 def conv1d() -> keras.Model:
@@ -92,6 +94,10 @@ def test_the_work_is_that_of_each_layer(name: str) -> None:
     for layer, macs in expected.items():
         found = [row for row in report.layers if layer in row.name and row.grid_share is not None]
         assert sum(row.macs for row in found) == macs, (layer, found)
+    # Model Explorer finds nodes by the names of their outputs.
+    results = json.loads(node_data(report)["macs"])["results"]
+    outputs = {tensor.name for operator in inspection.operators for tensor in operator.outputs}
+    assert set(results) <= outputs
     # None of the work of layers that stay float is that of a layer with a grid.
     if name.startswith("float"):
         integer = sum(row.macs for row in report.layers if row.grid_share is not None)
