@@ -167,11 +167,13 @@ def observed(graph: Graph, data: Any) -> tuple[Observer, KeptSamples]:
 
 
 def _batch_count(data: Any, graph: Graph) -> int | None:
-    """How many whole batches the data make; `None` if they come batch by batch."""
+    """How many whole batches the data make; `None` where only reading them can tell."""
     if callable(data):
         return None
     arrays = _as_arrays(data, graph.input_keys)
-    return None if arrays is None else -(-len(arrays[0]) // BATCH_SIZE)
+    first = None if arrays is None else arrays[0]
+    samples = len(first) if isinstance(first, list) else next(iter(getattr(first, "shape", ())), 0)
+    return -(-samples // BATCH_SIZE) or None
 
 
 def _whole_batches(

@@ -208,7 +208,7 @@ def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
     said = run("to-c", blob, "-o", folder / "c", "--samples", 1)
     assert "net_main.cc" in said.stdout and "arena" in said.stdout
     assert len(list((folder / "c").iterdir())) == 7
-    run("to-c", blob, folder / "project", "--samples", 1, "--layout", "cmake")
+    run("to-c", blob, "-o", folder / "project", "--samples", 1, "--layout", "cmake")
     assert (folder / "project" / "CMakeLists.txt").exists()
 
 

@@ -119,7 +119,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 
 def converted(qat: keras.Model) -> bytes:
-    """The converter's own int8 file of a QAT model: its float layers, its ranges."""
+    """The converter's own int8 file of a QAT model: its float layers, means and ranges."""
     graph = trace(qat)
     quantizers = [la for la in qat.layers if isinstance(la, kqat.ActivationQuantizer)]
     ranges = {layer.name: layer.range() for layer in quantizers}
@@ -132,7 +132,8 @@ def converted(qat: keras.Model) -> bytes:
         if not isinstance(layer, kqat.QuantizeWrapper):
             return layer(*args, **kwargs)
         y = layer.layer(args[0])
-        return y if layer.normalization is None else layer.normalization(y, training=False)
+        y = y if layer.normalization is None else layer.normalization(y, training=False)
+        return y if layer.correction is None else y + layer.correction.value
 
     archive = keras.export.ExportArchive()
     archive.track(qat)

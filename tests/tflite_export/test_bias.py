@@ -195,6 +195,8 @@ def test_with_batch_statistics_the_error_of_the_bias_that_ships_is_added(name: s
     start = 0.0 if bias is None else np.float64(bias)
     offset = (start - np.float64(norm.moving_mean)) * factor
     offset += np.float64(norm.beta) if norm.center else 0.0
+    # The means that calibration moved are moved with both.
+    offset += 0.0 if wrapper.correction is None else np.float64(wrapper.correction)
     expected = np.float64(wrapper.bias_on_grid()) - offset
     assert np.max(np.abs(expected)) > 1e-4
     np.testing.assert_allclose(error, expected, atol=1e-5)

@@ -223,7 +223,8 @@ def test_the_file_computes_as_integers_by_hand(backwards: bool) -> None:
     sites = {site.name: site for site in frozen.sites}
     weights = {w.name.rsplit("/", 1)[0]: w.integers.astype(int) for w in frozen.weights}
     scales = {w.name.rsplit("/", 1)[0]: w.scale.reshape(-1) for w in frozen.weights}
-    bias = np.asarray(layer.cell.bias, np.float64)
+    (wrapper,) = (part for part in qat.layers if isinstance(part, kqat.QuantizeWrapper))
+    bias = np.asarray(layer.cell.bias, np.float64) + np.asarray(wrapper.correction)
 
     def product(q: np.ndarray, source: str, dense: str, result: str, bias: Any) -> np.ndarray:
         site = sites[source]
