@@ -75,9 +75,12 @@ class Histogram:
         """
         self._grow(low, high)
         zeros = values.size - np.count_nonzero(values)
-        scaled = values.reshape(-1) * np.float32(2.0**-self.exponent)
+        flat = values.reshape(-1)
+        scaled = flat * np.float32(2.0**-self.exponent)
         if self.low < 0.0:
             scaled = np.floor(scaled, out=scaled)
+            # The product with a small number may be zero; the value is none.
+            np.minimum(scaled, -1.0, out=scaled, where=flat < 0.0)
         index = scaled.astype(np.int32)
         index -= self.first
         self.counts += np.bincount(index, minlength=len(self.counts))
