@@ -95,9 +95,8 @@ def first_sentence(path: Path) -> str:
 
 def subpackages(package: str) -> tuple[str, ...]:
     """The sub-packages of a package, lowest first: each after those that it imports."""
-    imports = {
-        folder: {b for a, b in arrows(package) if a == folder} for folder in folders(package)
-    }
+    joined = arrows(package)
+    imports = {folder: {b for a, b in joined if a == folder} for folder in folders(package)}
     order: list[str] = []
     while len(order) < len(imports):
         ready = [f for f in imports if f not in order and imports[f] <= set(order)]

@@ -64,14 +64,19 @@ def test_quick_commands_load_no_framework(folder: Path, arguments: list[str], co
     [
         "import kqat; import keras",
         "import keras; import kqat",
-        "import kqat, tflite_export; import keras",
-        "import tflite_export; import keras",
+        pytest.param("import kqat, tflite_export; import keras", marks=pytest.mark.slow),
+        pytest.param("import tflite_export; import keras", marks=pytest.mark.slow),
         # Modules of kqat that import Keras themselves, from the lowest on.
-        "import kqat.grids; import keras",
-        "import kqat.graph; import keras",
-        "import kqat; kqat.MinMax; import keras",
-        "import tflite_export; tflite_export.convert; import keras",
-        "import importlib.util; import kqat; importlib.util.find_spec('keras'); import keras",
+        pytest.param("import kqat.grids; import keras", marks=pytest.mark.slow),
+        pytest.param("import kqat.graph; import keras", marks=pytest.mark.slow),
+        pytest.param("import kqat; kqat.MinMax; import keras", marks=pytest.mark.slow),
+        pytest.param(
+            "import tflite_export; tflite_export.convert; import keras", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "import importlib.util; import kqat; importlib.util.find_spec('keras'); import keras",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_saved_models_load_whoever_is_imported_first(folder: Path, program: str) -> None:

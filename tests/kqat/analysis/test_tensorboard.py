@@ -81,6 +81,7 @@ def test_tensorboard_reads_it(written: tuple[Path, keras.Model, Any]) -> None:
     assert set(reader.Tags()["tensors"]) == set(events(written[0]))
 
 
+@pytest.mark.slow
 def test_clipped_shares_are_those_of_the_plot(tmp_path: Path) -> None:
     qat = model()
     callback = kqat.TensorBoardQuantization(tmp_path, data=X, oscillations=False)
@@ -101,6 +102,7 @@ def test_clipped_shares_are_those_of_the_plot(tmp_path: Path) -> None:
     assert not any(tag.startswith("oscillating") for tag in found)
 
 
+@pytest.mark.slow
 def test_training_is_neither_traced_anew_nor_changed(tmp_path: Path) -> None:
     def weights(callbacks: list[Any]) -> tuple[list[np.ndarray], int]:
         qat = model()
@@ -125,6 +127,7 @@ def test_training_is_neither_traced_anew_nor_changed(tmp_path: Path) -> None:
     assert set(events(tmp_path)["ranges/head/low"]) == {3, 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [False, True])
 def test_grids_that_fall_during_training_are_followed(tmp_path: Path, first: bool) -> None:
     qat = model()
