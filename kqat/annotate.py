@@ -20,6 +20,9 @@ from kqat.graph import Node, duplicate, rebuild, trace, unique_name
 class QuantizeAnnotate(keras.layers.Wrapper):
     """A layer marked for quantization, with its config; it computes what the layer computes."""
 
+    # By this `kqat.api` knows it, which stands below.
+    is_annotation = True
+
     def __init__(self, layer: keras.layers.Layer, config: Any = "int8", **kwargs: Any):
         kwargs.setdefault("name", f"annotate_{layer.name}")
         super().__init__(layer, **kwargs)
@@ -56,12 +59,15 @@ class QuantizeAnnotate(keras.layers.Wrapper):
         return cls(layer, wish, **config)
 
 
-def quantize_annotate_layer(layer: keras.layers.Layer, config: Any = "int8") -> Any:
+def quantize_annotate_layer(
+    layer: keras.layers.Layer, config: Any = "int8", *, quantize_config: Any = None
+) -> Any:
     """`layer`, marked for `quantize_apply`; use it in place of the layer.
 
     Args:
         layer: a Keras layer, not yet called.
         config: a preset's name, a `QuantizeConfig`, or a tfmot `QuantizeConfig`.
+        quantize_config: tfmot's name of `config`; in its place where it is given.
 
     Raises:
         PolicyError: if `layer` is not a layer, or `config` is not a config.
@@ -70,6 +76,12 @@ def quantize_annotate_layer(layer: keras.layers.Layer, config: Any = "int8") -> 
         raise PolicyError(
             f"Expected a Keras layer to annotate. Received: {type(layer).__name__}. Annotate the "
             "layers of a model one by one, or use kqat.quantize_model."
+        )
+    config = config if quantize_config is None else quantize_config
+    if isinstance(config, type):
+        raise PolicyError(
+            f"Expected a config for layer '{layer.name}'. Received: the class {config.__name__}. "
+            f"Give an instance of it: {config.__name__}()."
         )
     if config is None:
         raise PolicyError(

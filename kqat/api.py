@@ -237,6 +237,13 @@ def _checked_graph(model: Any) -> Graph:
     graph = trace(model)
     for node in graph.nodes:
         _check_whole_weights(node.layer)
+        if getattr(node.layer, "is_annotation", False):
+            raise ModelError(
+                f"Expected a model without annotated layers. Received: '{model.name}', in which "
+                f"'{node.layer.layer.name}' is annotated. Use kqat.quantize_apply, which quantizes "
+                "annotated layers as they ask and leaves the others float; or quantize the model "
+                "from before it was annotated."
+            )
     if is_quantized(model):
         raise ModelError(
             f"Expected a float model. Received: '{model.name}', which is quantized already. Train "

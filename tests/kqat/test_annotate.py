@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import kqat
 from kqat import ActivationQuantizer, QuantizeConfig, QuantizeWrapper, QuantSpec
 from kqat.annotate import QuantizeAnnotate, quantize_annotate_layer, quantize_apply
 from kqat.base.errors import ModelError, PolicyError
@@ -134,3 +135,17 @@ NO_WISH = {
 def test_what_is_no_wish_is_refused(make: Any, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         quantize_annotate_layer(*make())
+
+
+@pytest.mark.parametrize("call", [kqat.quantize_model, kqat.plan])
+def test_annotations_are_not_passed_over(call: Any) -> None:
+    """They were, in silence: the layer shipped at the model's own width."""
+    x = keras.Input((4,))
+    y = kqat.quantize_annotate_layer(layers.Dense(3, name="marked"), quantize_config="w4a8")(x)
+    with pytest.raises(kqat.ModelError, match=r"'marked' is annotated.*quantize_apply"):
+        call(keras.Model(x, layers.Dense(2)(y)))
+
+
+def test_a_class_of_configs_is_no_config() -> None:
+    with pytest.raises(kqat.PolicyError, match=r"the class QuantizeConfig.*QuantizeConfig\(\)"):
+        kqat.quantize_annotate_layer(layers.Dense(3), kqat.QuantizeConfig)
