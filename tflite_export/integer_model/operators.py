@@ -223,9 +223,9 @@ def _rounding(step: Step, runtime: str, weights: Tensor, given: Tensor) -> sums.
     if dense and kind == "reference":
         return rounding.DOUBLE
     if given.dtype == "int16":
-        # Without a bias, LiteRT's optimized kernel adds up in int32.
-        if dense and kind == "optimized" and step.inputs[2:3] in ((), (None,)):
-            return rounding.TWICE_UP
+        if dense and kind == "optimized":
+            # Without a bias, LiteRT's optimized kernel adds up in int32; else it is the reference.
+            return rounding.TWICE_UP if step.inputs[2:3] in ((), (None,)) else rounding.DOUBLE
         return rounding.WIDE
     if kind == "optimized" and (dense or step.name == "CONV_2D"):
         return rounding.TWICE_UP
