@@ -340,7 +340,9 @@ def _remedies(
         if quantizers:
             labels = ", ".join(f"'{_meeting(quantizer, names)}'" for quantizer in quantizers)
             wide = {n: _over_all_seen(n.layer, spec) for n in roundings if n.layer in quantizers}
-            after = replay.noise(replay.all_rounded() | wide)
+            # Calibration corrected means for the grid as it was; on another one that may do harm.
+            rounded = replay.all_rounded() | wide
+            after = min(replay.noise(rounded), _noise_uncorrected(replay, rounded))
             yield outcome(f"{title} for {labels}", after, "its grid was changed, and nothing else")
     few = {finding.layer for finding in findings if finding.cause is Cause.FEW_BITS}
     more = {
@@ -351,6 +353,19 @@ def _remedies(
     if more:
         name = "'int8' for the weights of " + ", ".join(f"'{layer}'" for layer in sorted(few))
         yield outcome(name, replay.noise(replay.all_rounded() | more))
+
+
+def _noise_uncorrected(replay: Replay, rounded: Any) -> float:
+    """The noise of the outputs without what calibration adds to biases."""
+    nodes = replay.graph.nodes
+    wrappers = [node.layer for node in nodes if isinstance(node.layer, QuantizeWrapper)]
+    try:
+        for wrapper in wrappers:
+            wrapper.keep_correction(False)
+        return replay.noise(rounded)
+    finally:
+        for wrapper in wrappers:
+            wrapper.keep_correction(True)
 
 
 def _methods() -> dict[str, Callable[[keras.Model, Any], keras.Model]]:
