@@ -141,9 +141,13 @@ def most_axes(op: str, runtime: str) -> float:
 
 # (Operator, bits) -> the steps by which its kernel may be off, if more than one. These kernels
 # interpolate in tables of 513 entries, and SOFTMAX also rounds differences of its inputs to
-# 10/65535. TANH is off by 3 steps of 1/32768 over all of its inputs on some grids (the test of
-# `kqat.kernels` walks them), SOFTMAX by 10 (measured, `benchmarks/op_probe.py`).
-APPROXIMATE: dict[tuple[str, int], int] = {("TANH", 16): 3, ("SOFTMAX", 16): 10}
+# 10/65535. TANH and LOGISTIC are off by 3 and 2 steps of 1/32768 on some grids (the test of
+# `kqat.kernels` walks all inputs), SOFTMAX by 10 (measured, `benchmarks/op_probe.py`).
+APPROXIMATE: dict[tuple[str, int], int] = {
+    ("TANH", 16): 3,
+    ("LOGISTIC", 16): 2,
+    ("SOFTMAX", 16): 10,
+}
 
 
 # These operators compute on booleans and indexes, so they run whatever the activations' width.
