@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.analysis import Sensitivity, measured_layers
+from kqat.analysis import Sensitivity, figure_class, measured_layers
 from kqat.base import KqatError, PolicyError, TextEnum
 from kqat.config import QuantizePolicy, resolve_config
 from kqat.devices import Target, stored_bits, target_named
@@ -146,14 +146,7 @@ class SearchedPolicy(QuantizePolicy):
         Raises:
             KqatError: if matplotlib is not installed, or cannot write such a file.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise KqatError(
-                "Expected matplotlib for the plot. Received: it is not installed. Use "
-                "`pip install matplotlib`, or rows(), which has the numbers."
-            ) from error
-        figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+        figure = figure_class("SearchedPolicy.plot")(figsize=(7.0, 4.5), layout="constrained")
         if Path(path).suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
             raise KqatError(
                 f"Expected a file name that ends in .png, .svg or .pdf. Received: "

@@ -2,7 +2,7 @@
 
 from kqat.analysis.causes import Cause, Finding
 from kqat.analysis.diagnosis import Diagnosis, LayerLoss, Remedy, diagnose
-from kqat.analysis.plots import plot_quantization
+from kqat.analysis.plots import figure_class, plot_quantization
 from kqat.analysis.sensitivity import (
     LayerCost,
     Measure,
@@ -23,6 +23,7 @@ __all__ = [
     "Sensitivity",
     "TensorBoardQuantization",
     "diagnose",
+    "figure_class",
     "measured_layers",
     "plot_quantization",
     "sensitivity",

@@ -30,6 +30,7 @@ from kqat.training import (
     of_fixed_shape,
     rounded_as,
     some_samples,
+    uncorrected,
 )
 
 # No more samples than this are measured, and as many are given to the remedies.
@@ -283,13 +284,8 @@ def _layers(
 
 def _alone(replay: Replay, node: Node) -> float:
     """The noise of one rounding, without what corrects the means that the others moved."""
-    if not isinstance(node.layer, QuantizeWrapper):
+    with uncorrected([node.layer] if isinstance(node.layer, QuantizeWrapper) else []):
         return replay.noise(as_built([node]))
-    node.layer.keep_correction(False)
-    try:
-        return replay.noise(as_built([node]))
-    finally:
-        node.layer.keep_correction(True)
 
 
 def _title(node: Node, names: ValueNames) -> tuple[str, str, int]:
@@ -321,7 +317,8 @@ def _remedies(
             continue
         yield outcome(name, _noise_against(replay, found, tensors))
     names = ValueNames(replay.graph)
-    roundings = [n for n in replay.rounding_nodes() if isinstance(n.layer, ActivationQuantizer)]
+    nodes = replay.rounding_nodes()
+    roundings = [n for n in nodes if isinstance(n.layer, ActivationQuantizer)]
 
     def named(*causes: Cause) -> list[ActivationQuantizer]:
         """The quantizers of the values with such a finding."""
@@ -342,7 +339,9 @@ def _remedies(
             wide = {n: _over_all_seen(n.layer, spec) for n in roundings if n.layer in quantizers}
             # Calibration corrected means for the grid as it was; on another one that may do harm.
             rounded = replay.all_rounded() | wide
-            after = min(replay.noise(rounded), _noise_uncorrected(replay, rounded))
+            after = replay.noise(rounded)
+            with uncorrected(n.layer for n in nodes if isinstance(n.layer, QuantizeWrapper)):
+                after = min(after, replay.noise(rounded))
             yield outcome(f"{title} for {labels}", after, "its grid was changed, and nothing else")
     few = {finding.layer for finding in findings if finding.cause is Cause.FEW_BITS}
     more = {
@@ -353,19 +352,6 @@ def _remedies(
     if more:
         name = "'int8' for the weights of " + ", ".join(f"'{layer}'" for layer in sorted(few))
         yield outcome(name, replay.noise(replay.all_rounded() | more))
-
-
-def _noise_uncorrected(replay: Replay, rounded: Any) -> float:
-    """The noise of the outputs without what calibration adds to biases."""
-    nodes = replay.graph.nodes
-    wrappers = [node.layer for node in nodes if isinstance(node.layer, QuantizeWrapper)]
-    try:
-        for wrapper in wrappers:
-            wrapper.keep_correction(False)
-        return replay.noise(rounded)
-    finally:
-        for wrapper in wrappers:
-            wrapper.keep_correction(True)
 
 
 def _methods() -> dict[str, Callable[[keras.Model, Any], keras.Model]]:

@@ -55,7 +55,7 @@ def plot_quantization(
         ModelError: if `qat` is no QAT model, or has no such layer.
         CalibrationError: if a range is not known yet, or data do not fit.
     """
-    figure_class = _figure_class()
+    make_figure = figure_class("kqat.plot_quantization")
     graph = trace(qat)
     tensors = chosen(rounded_tensors(qat, graph), layers, str(qat.name))
     counts = {t: counts_of_weight(t) for t in tensors if t.wrapper is not None}
@@ -63,7 +63,7 @@ def plot_quantization(
         counts |= counts_of_values(graph, tensors, data)
     rows = _rows(tensors)
     height = _HEAD + _ROW * len(rows)
-    figure = figure_class(figsize=(_WIDTH, height))
+    figure = make_figure(figsize=(_WIDTH, height))
     figure.text(
         _LEFT / _WIDTH, 1.0 - 0.25 / height, f"{qat.name}: weights and values over their grids",
         fontsize=12, fontweight="bold", va="center",
@@ -88,13 +88,18 @@ def plot_quantization(
     return figure
 
 
-def _figure_class() -> Any:
+def figure_class(user: str) -> Any:
+    """Matplotlib's `Figure`, which is imported when it is needed.
+
+    Raises:
+        KqatError: if matplotlib is not installed; names `user`, which needs it.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise KqatError(
-            "Expected matplotlib for kqat.plot_quantization. Received: it is not installed "
-            f"({error}). Use pip install 'kqat[plots]'."
+            f"Expected matplotlib for {user}. Received: it is not installed ({error}). Use "
+            "pip install 'kqat[plots]'."
         ) from error
     return Figure
 

@@ -3,7 +3,8 @@
 
 def counted(number: float) -> str:
     """A count in at most 6 characters: 950, 12.5 k, 12.5 M."""
+    rounded = float(f"{number:.3g}")  # 999,950 is 1 M, not 1e+03 k
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
+        if rounded >= size:
+            return f"{rounded / size:.3g} {unit}"
+    return f"{rounded:.3g}"

@@ -482,7 +482,7 @@ def _names_apart(layer: Any, outputs: Any) -> Iterator[None]:
     These are the layers inside `layer`, and those that its call makes: one that is called for each
     block may make a layer of the same name each time.
     """
-    parts = {id(part): part for part in (*parts_of(layer), *_operations_behind(outputs))}
+    parts = {id(part): part for part in (*parts_of(layer), *operations_between((), outputs))}
     names = [(part, part.name) for part in parts.values()]
     try:
         for index, (part, name) in enumerate(names):
@@ -491,19 +491,6 @@ def _names_apart(layer: Any, outputs: Any) -> Iterator[None]:
     finally:
         for part, name in names:
             object.__setattr__(part, "name", name)
-
-
-def _operations_behind(outputs: Any) -> Iterator[Any]:
-    """The operations that compute symbolic tensors, inputs excepted."""
-    waiting, seen = _tensors(outputs), set()
-    while waiting:
-        history = getattr(waiting.pop(), "_keras_history", None)
-        if history is None or (id(history.operation), history.node_index) in seen:
-            continue
-        seen.add((id(history.operation), history.node_index))
-        if not isinstance(history.operation, keras.layers.InputLayer):
-            yield history.operation
-            waiting += history.operation._inbound_nodes[history.node_index].input_tensors
 
 
 def _is_stock(layer: Any) -> bool:

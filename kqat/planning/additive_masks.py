@@ -124,7 +124,7 @@ def hide_added_masks(
             elif masks:
                 outputs = _spread(outputs, node.outputs[0].shape, new)
                 pending[node.outputs[0]] = masks
-        elif carried and not _vanishes(node.layer) and not search.ends_in_softmax(node.outputs[0]):
+        elif carried and not ends and not (_vanishes(node.layer) or _finds_largest(node.layer)):
             outputs = node.layer(*args, **kwargs)
             shape = tuple(node.inputs[0].shape)
             pending[node.outputs[0]] = [
@@ -251,7 +251,9 @@ class _Search:
         readers = self.consumers[ref]
         if not readers or ref in self.outputs:
             return 0.0
-        return min(self._gain_through(node, ref) for node in readers)
+        # A maximum beside the rest, as in `exp(x - max(x))`, passes over what is hidden.
+        gains = [self._gain_through(n, ref) for n in readers if not _finds_largest(n.layer)]
+        return min(gains, default=0.0)
 
     def _gain_through(self, node: Node, ref: Ref) -> float:
         layer = node.layer
@@ -287,9 +289,7 @@ class _Search:
         """Whether what reads a value takes no notice of its lowest numbers."""
         return ref not in self.outputs and all(
             _vanishes(node.layer)
-            or isinstance(node.layer, _LARGEST)
-            or (isinstance(node.layer, Reduce) and node.layer.kind is ReduceKind.MAX)
-            or (isinstance(node.layer, IndexOperation) and node.layer.kind == "argmax")
+            or _finds_largest(node.layer)
             or (
                 (isinstance(node.layer, _MOVING) or _hides(node.layer))
                 and self.is_ignored(node.outputs[0])
@@ -343,9 +343,7 @@ class _Search:
             return None
         masks = [mask for part in parts for mask in part or ()]
         if value is not None:
-            masks.append(
-                _Mask(np.where(value * gain <= LEAST_ADDED, HIDDEN, 0.0).astype(np.float32))
-            )
+            masks.append(_Mask(np.where(_is_hiding(value), HIDDEN, 0.0).astype(np.float32)))
         return masks
 
 
@@ -383,8 +381,13 @@ def _signs(node: Node) -> list[float] | None:
 
 def _are_biases(numbers: np.ndarray, gain: float) -> bool:
     """Whether numbers are all zero or far below zero, and not all zero."""
-    hidden = numbers * gain <= LEAST_ADDED
-    return bool(hidden.any() and np.all(hidden | (np.abs(numbers) < 1e-3)))
+    hidden = _is_hiding(numbers)
+    return bool(hidden.any() and np.all(numbers[hidden] * gain <= LEAST_ADDED))
+
+
+def _is_hiding(numbers: np.ndarray) -> np.ndarray:
+    """Which numbers of a mask hide; the others are zero but for a rounding."""
+    return np.abs(numbers) >= 1e-3
 
 
 def _vanishes(layer: Any) -> bool:
@@ -395,6 +398,14 @@ def _vanishes(layer: Any) -> bool:
     if isinstance(layer, layers.Activation):
         return activation_name(layer.activation) in _VANISHING
     return isinstance(layer, layers.Softmax)
+
+
+def _finds_largest(layer: Any) -> bool:
+    return (
+        isinstance(layer, _LARGEST)
+        or (isinstance(layer, Reduce) and layer.kind is ReduceKind.MAX)
+        or (isinstance(layer, IndexOperation) and layer.kind == "argmax")
+    )
 
 
 def _added(x: Any, value: np.ndarray, name: str) -> Any:
@@ -448,7 +459,7 @@ class _Hiding:
             return _moved_constant(mask)
         bias = self.values[mask.base]
         if mask.table is not None:
-            table = np.where(mask.table <= LEAST_ADDED, HIDDEN, 0.0).astype(np.float32)
+            table = np.where(_is_hiding(mask.table), HIDDEN, 0.0).astype(np.float32)
             rows = ConstantRows(*table.shape, name=self.new("rows"), trainable=False)
             bias = Part(rows, [table])(bias)
         elif mask.scale:

@@ -38,7 +38,7 @@ from kqat.training.schedules.oscillations import (
 from kqat.training.schedules.stochastic_rounding import StochasticRounding
 from kqat.training.unlike_joins import with_unlike_members_apart
 from kqat.training.unrounded import call_unrounded, call_with, rounded_as
-from kqat.training.weight_wrapper import QuantizeWrapper
+from kqat.training.weight_wrapper import QuantizeWrapper, uncorrected
 
 __all__ = [
     "DEFAULT_METHOD",
@@ -82,6 +82,7 @@ __all__ = [
     "reestimate_batchnorm",
     "rounded_as",
     "some_samples",
+    "uncorrected",
     "warn_of_drift",
     "with_unlike_members_apart",
     "wrap",

@@ -16,7 +16,7 @@ from kqat.training.build import all_layers, is_quantized
 from kqat.training.method_choice import CANDIDATES, Choice, KeptSamples, best
 from kqat.training.observation import Observer
 from kqat.training.range_checks import as_text, concerns
-from kqat.training.weight_wrapper import QuantizeWrapper
+from kqat.training.weight_wrapper import QuantizeWrapper, uncorrected
 
 BATCH_SIZE = 32
 DEFAULT_METHOD = "auto"
@@ -129,13 +129,12 @@ def _unchanging_weights(model: keras.Model, corrects: bool) -> Iterator[None]:
     wrappers = _wrappers(model)
     for wrapper in wrappers:
         wrapper.keep_rounded(True)
-        wrapper.keep_correction(not corrects)
     try:
-        yield
+        with uncorrected(wrappers if corrects else ()):
+            yield
     finally:
         for wrapper in wrappers:
             wrapper.keep_rounded(False)
-            wrapper.keep_correction(True)
 
 
 def check_method(method: Any) -> None:

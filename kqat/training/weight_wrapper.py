@@ -4,10 +4,11 @@
 group. Both are ordinary Keras layers, saved and loaded without a custom-object scope.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -77,6 +78,19 @@ class _Quantizers:
 
     def of(self, branch: int) -> list[ActivationQuantizer]:
         return [self.by_name[name] for name in self.names.get(branch, ())]
+
+
+@contextlib.contextmanager
+def uncorrected(wrappers: Iterable["QuantizeWrapper"]) -> Iterator[None]:
+    """Inside, the biases of these layers are their own, without what calibration adds to them."""
+    kept = list(wrappers)
+    for wrapper in kept:
+        wrapper.keep_correction(False)
+    try:
+        yield
+    finally:
+        for wrapper in kept:
+            wrapper.keep_correction(True)
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -247,7 +261,7 @@ class QuantizeWrapper(keras.layers.Layer):
         return found & 0x7FFFFFFF or 1
 
     def keep_correction(self, keeps: bool) -> None:
-        """Whether the correction takes part in eager calls."""
+        """Whether the correction takes part in eager calls; see `uncorrected`."""
         self._quantizers.corrects = keeps
 
     def _shift(self, trains: bool) -> Any:

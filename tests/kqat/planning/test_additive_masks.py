@@ -97,6 +97,10 @@ CASES: dict[str, tuple[Any, How]] = {
             ops.reshape(s, (-1, 36)) + (1 - _EARLIER.ravel()) * -1e9, (-1, 6, 6)
         ),
     ),
+    "less its largest, as a softmax by hand": (
+        _padding,
+        lambda s, m: (lambda z: z - ops.max(z, -1, keepdims=True))(s + (1.0 - _floats(m)) * -1e9),
+    ),
     "where, then a bias": (_padding, lambda s, m: ops.where(m[:, None], s, -1e9) + _BIAS),
     "where of constants, then a bias": (
         _causal,
@@ -133,6 +137,15 @@ def test_scores_keep_their_grid(case: str) -> None:
     model, data = make(how)
     qat = kqat.quantize_model(model, calibration_data=data)
     assert _noise_db(model, qat, data) > 25
+
+
+def test_a_mask_that_grows_on_its_way_hides_all_the_same() -> None:
+    """-50, which is a bias where it stands, is -200 before the softmax; it was left out."""
+    keras.utils.set_random_seed(0)
+    model, data = _padding(lambda s, m: (s + ops.where(m[:, None], 0.0, -50.0)) * 4.0)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    # Scores that are four times as far apart round to steps of four times the size.
+    assert _noise_db(model, qat, data) > 20
 
 
 @pytest.mark.parametrize("function", [ops.sigmoid, ops.hard_sigmoid, ops.exp])

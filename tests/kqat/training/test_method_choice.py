@@ -12,7 +12,7 @@ from keras import layers
 import kqat
 import tflite_export
 from kqat.training.algorithms import correct_biases, gptq
-from kqat.training.weight_wrapper import QuantizeWrapper
+from kqat.training.weight_wrapper import QuantizeWrapper, uncorrected
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:
@@ -82,11 +82,9 @@ def test_outputs_have_the_means_of_the_float_model(build: Builder, policy: str) 
     assert len(found) == len(
         [la for la in model.layers if la.name.count("dense") or "conv" in la.name]
     )
-    for wrapper in qat.layers:
-        if isinstance(wrapper, QuantizeWrapper):
-            wrapper.keep_correction(False)
     # So it was no accident.
-    assert mean_error(model, qat, x) > 0.5 or policy == "int8"
+    with uncorrected(layer for layer in qat.layers if isinstance(layer, QuantizeWrapper)):
+        assert mean_error(model, qat, x) > 0.5 or policy == "int8"
 
 
 @pytest.mark.parametrize("build", BUILDERS)

@@ -169,7 +169,14 @@ def test_scales_are_round_and_large_enough(value: float) -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (950, "950"), (12_500, "12.5 k"), (2_360_000, "2.36 M"), (3e9, "3 G")],
+    [
+        (0, "0"),
+        (950, "950"),
+        (12_500, "12.5 k"),
+        (999_950, "1 M"),
+        (2_360_000, "2.36 M"),
+        (3e9, "3 G"),
+    ],
 )
 def test_counts_are_short(number: float, text: str) -> None:
     assert html_page.counted(number) == text
