@@ -16,8 +16,8 @@ from kqat.base import counted
 WIDTH, HEIGHT = 960, 160
 # Bars below this many dB stand out: such a value carries less than five bits of signal.
 LOW_SQNR_DB = 30.0
-# Clipping of more values than this share stands out where it costs: where the value has few dB, too.
-# A softmax's 1.0 is clipped to 255/256, which is less than a step and costs nothing.
+# Clipping of more values than this share stands out where it costs: where there are few dB, too. A
+# softmax's 1.0 is clipped to 255/256, which is less than a step and costs nothing.
 MUCH_CLIPPED = 0.01
 
 
