@@ -245,7 +245,9 @@ def plan(
     With --target, the exit code is 1 if the device cannot run a layer at all.
     """
     chosen, shapes = _policy(policy, rules), [_sizes(text) for text in input_shapes]
-    found = kqat.plan(_load(model), chosen, target=target, input_shapes=shapes or None)
+    loaded = _load(model)
+    with terminal.doing("planning"):
+        found = kqat.plan(loaded, chosen, target=target, input_shapes=shapes or None)
     if picture is not None:
         found.draw(picture)
     if not terminal.write_json(json_path, found.to_json()):
@@ -320,9 +322,10 @@ def ptq(
     """
     _check_apart(output, model, data)
     qat = _quantized(model, data, policy, rules, calibration)
-    blob = tflite_export.convert(
-        qat, inference_input_type=input_type, inference_output_type=output_type, target=target
-    )
+    with terminal.doing("converting"):
+        blob = tflite_export.convert(
+            qat, inference_input_type=input_type, inference_output_type=output_type, target=target
+        )
     _save_tflite(blob, output, json_path)
 
 
@@ -367,16 +370,18 @@ def convert(
 ) -> None:
     """Convert QAT, the .keras file of a QAT model, to a full-integer .tflite."""
     _check_apart(output, qat)
-    blob = tflite_export.convert(
-        _load(qat),
-        inference_input_type=input_type,
-        inference_output_type=output_type,
-        target=target,
-        batch_size=batch_size,
-        compress=compress,
-        float_weights=float_weights,
-        weights=weights,
-    )
+    loaded = _load(qat)
+    with terminal.doing("converting"):
+        blob = tflite_export.convert(
+            loaded,
+            inference_input_type=input_type,
+            inference_output_type=output_type,
+            target=target,
+            batch_size=batch_size,
+            compress=compress,
+            float_weights=float_weights,
+            weights=weights,
+        )
     _save_tflite(blob, output, json_path)
 
 
@@ -435,7 +440,7 @@ def verify(
     if html is not None:
         report.save_html(html)
     if not terminal.write_json(json_path, report.to_json()):
-        click.echo(str(report))
+        terminal.show_text(str(report))
     parts = report.runtimes
     ran = [part for part in parts if part.problem is None]
     wrong = not all(part.is_right for part in parts)
@@ -472,7 +477,7 @@ def diagnose(
     if html is not None:
         found.save_html(html)
     if not terminal.write_json(json_path, found.to_json()):
-        click.echo(str(found))
+        terminal.show_text(str(found))
 
 
 @main.command(short_help="Choose a preset for each layer, within a budget.")
@@ -539,7 +544,7 @@ def search(
         "pareto": [dataclasses.asdict(point) for point in found.pareto],
     }
     if not terminal.write_json(json_path, json.dumps(result, indent=1)):
-        click.echo(found.text())
+        terminal.show_text(found.text())
         click.echo(output)
 
 
@@ -630,14 +635,15 @@ def to_c(
 
     blob = file.read_bytes()
     given: Any = None if data is None else _data_of_file(blob, data)
-    source = tflite_export.to_c(
-        blob,
-        output,
-        name=name or file.stem,
-        inputs=[given] if isinstance(given, np.ndarray) else given,
-        samples=samples,
-        layout=layout,
-    )
+    with terminal.doing("running on TFLite Micro"):
+        source = tflite_export.to_c(
+            blob,
+            output,
+            name=name or file.stem,
+            inputs=[given] if isinstance(given, np.ndarray) else given,
+            samples=samples,
+            layout=layout,
+        )
     result = {
         "files": [str(path) for path in source.files],
         "operators": [*source.operators],
@@ -668,7 +674,8 @@ def completion(shell: str) -> None:
 
 def _load(path: Path) -> Any:
     """The model of a file, of Keras 3 or older."""
-    return kqat.load_model(path)
+    with terminal.doing(f"loading {path.name}"):
+        return kqat.load_model(path)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -767,8 +774,9 @@ def _policy(policy: str, rules: tuple[str, ...]) -> Any:
 
 def _check_preset(name: str, option: str, more: str = "") -> None:
     """Checks the name of a preset; 'float' is one on the command line, but for a search."""
-    from kqat.config import PRESETS
-    from kqat.grids import nearest_name
+    with terminal.doing("loading Keras"):
+        from kqat.config import PRESETS
+        from kqat.grids import nearest_name
 
     known = [*PRESETS, *(["float"] if option != "--choice" else [])]
     if name not in known:

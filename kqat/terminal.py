@@ -114,6 +114,12 @@ def say(words: str) -> None:
     click.echo(filled(words))
 
 
+def show_text(text: str) -> None:
+    """Prints text of several lines; those of more than 80 characters are broken between words."""
+    for line in text.splitlines():
+        click.echo(line if len(line) <= WIDTH else filled(line))
+
+
 def write_json(path: Path | None, text: str) -> bool:
     """Writes JSON where `--json` says; whether that is stdout, which then shows nothing else."""
     if path is None:
@@ -144,6 +150,20 @@ def show(made: Table) -> None:
     with io.StringIO() as text:
         Console(file=text, width=WIDTH, highlight=False).print(made)
         click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+
+
+@contextlib.contextmanager
+def doing(words: str) -> Iterator[None]:
+    """Says on stderr what goes on, for as long as it does, if that is a terminal.
+
+    For what has no steps to count. Not inside of `progress`, nor around it.
+    """
+    console = Console(file=sys.stderr, width=WIDTH)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(textwrap.shorten(words, WIDTH - 4, placeholder=" …")):
+        yield
 
 
 @contextlib.contextmanager

@@ -55,8 +55,18 @@ def test_messages_speak_the_words_of_the_shell(said: str, shown: str) -> None:
     assert terminal.in_shell_words(said) == shown
 
 
+def test_long_lines_are_broken_and_tables_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    table, long = "a" + " " * 60 + "b", "- " + "word " * 30
+    terminal.show_text(f"{table}\n{long}")
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == table and len(rest) == 2
+    assert max(map(len, rest)) <= 80 and rest[1].startswith("  word")
+
+
 def test_progress_is_silent_where_there_is_no_terminal(capsys: object) -> None:
     with terminal.progress():
         assert list(tracked(range(3), "counting")) == [0, 1, 2]
+    with terminal.doing("waiting"):
+        pass
     captured = capsys.readouterr()  # type: ignore[attr-defined]
     assert (captured.out, captured.err) == ("", "")
