@@ -104,6 +104,8 @@ class GridCounts:
         rounded: how many are in each after it.
         total, clipped: how many there are, and how many of them lie outside the grid: more than
             half a step beyond its ends.
+        far: how many of these lie more than one step beyond, so that clipping costs more than
+            rounding can. A softmax's 1.0 is clipped to 255/256, which does not.
     """
 
     tensor: RoundedTensor
@@ -112,6 +114,7 @@ class GridCounts:
     rounded: np.ndarray
     total: int = 0
     clipped: int = 0
+    far: int = 0
 
     @classmethod
     def of(cls, tensor: RoundedTensor) -> "GridCounts":
@@ -131,6 +134,11 @@ class GridCounts:
         """The share of numbers that lie outside the grid, 0..1."""
         return self.clipped / max(self.total, 1)
 
+    @property
+    def far_share(self) -> float:
+        """The share of numbers that lie more than one step outside the grid, 0..1."""
+        return self.far / max(self.total, 1)
+
     def add(self, position: np.ndarray, rounded: np.ndarray) -> None:
         """Takes in numbers, in integers of the grid, before and after rounding; of any shape."""
         spec = self.tensor.spec
@@ -139,6 +147,8 @@ class GridCounts:
         outside = (position < spec.qmin - 0.5) | (position > spec.qmax + 0.5)
         self.total += position.size
         self.clipped += int(np.count_nonzero(outside))
+        beyond = (position < spec.qmin - 1.0) | (position > spec.qmax + 1.0)
+        self.far += int(np.count_nonzero(beyond))
 
     def _counted(self, numbers: np.ndarray) -> np.ndarray:
         first, width = self.edges[0], self.edges[1] - self.edges[0]

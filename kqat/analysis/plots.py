@@ -36,8 +36,9 @@ def plot_quantization(
     On the left the weights of a layer, on the right the values that it hands on. The horizontal
     axis is in integers of the grid, whatever the scale of each channel. Filled columns are the
     integers after rounding, the line is the same before rounding, the shaded band is the grid. Each
-    title has the share of numbers that lie outside the grid, which rounding clips. Shares are on a
-    logarithmic axis. The model is not changed.
+    title has the share of numbers that lie outside the grid, which rounding clips; it is orange if
+    more than 1 % lie more than one step outside. Shares are on a logarithmic axis. The model is not
+    changed.
 
     Args:
         qat: a calibrated QAT model, trained or not.
@@ -68,6 +69,7 @@ def plot_quantization(
         _LEFT / _WIDTH, 1.0 - 0.25 / height, f"{qat.name}: weights and values over their grids",
         fontsize=12, fontweight="bold", va="center",
     )  # fmt: skip
+    _draw_legend(figure, height)
     for index, row in enumerate(rows):
         bottom = height - _HEAD - _ROW * (index + 1) + 0.65
         for side, tensor in enumerate(row):
@@ -128,12 +130,12 @@ def _about_scale(tensor: RoundedTensor) -> str:
     scale = np.ravel(tensor.scale)
     if scale.size == 1 or np.min(scale) == np.max(scale):
         return f"step {scale[0]:.3g}"
-    return f"{scale.size} steps, {np.min(scale):.2g} to {np.max(scale):.2g}"
+    return f"{scale.size} channels, steps {np.min(scale):.2g} to {np.max(scale):.2g}"
 
 
 def _axis_label(tensor: RoundedTensor) -> str:
     zero = f", zero at {tensor.zero_point}" if tensor.zero_point else ""
-    return f"integer ({_about_scale(tensor)}{zero})"
+    return f"integer of the grid ({_about_scale(tensor)}{zero})"
 
 
 def _draw_counts(axes: Any, counts: GridCounts) -> None:
@@ -141,20 +143,37 @@ def _draw_counts(axes: Any, counts: GridCounts) -> None:
     total = max(counts.total, 1)
     axes.axvspan(spec.qmin - 0.5, spec.qmax + 0.5, color=_GRID, lw=0, zorder=0)
     integers, heights, width = _columns(counts)
-    axes.bar(integers, heights / total, width=width, color=_ROUNDED, zorder=2, label="rounded")
-    axes.stairs(counts.exact / total, edges, color=_EXACT, lw=0.9, zorder=3, label="before")
+    axes.bar(integers, heights / total, width=width, color=_ROUNDED, zorder=2)
+    axes.stairs(counts.exact / total, edges, color=_EXACT, lw=0.9, zorder=3)
     axes.set_yscale("log")
     axes.set_ylim(0.5 / max(total, 2), 1.5)
     axes.set_xlim(edges[0], edges[-1])
-    share = counts.clipped_share
-    loud = share > _LOUD_SHARE
+    loud = counts.far_share > _LOUD_SHARE
     axes.set_title(
-        f"{_title(tensor)}: {_percent(share)} clipped",
+        f"{_title(tensor)}: {_percent(counts.clipped_share)} clipped",
         fontsize=8.5, loc="left", color=_CLIPPED if loud else "black",
     )  # fmt: skip
     _label(axes, tensor)
-    axes.set_ylabel("share", fontsize=7.5)
-    axes.legend(fontsize=6, frameon=False, loc="upper right", handlelength=1.2)
+    axes.set_ylabel(
+        "share of values" if tensor.wrapper is None else "share of weights", fontsize=7.5
+    )
+
+
+def _draw_legend(figure: "Figure", height: float) -> None:
+    """One legend for all histograms, in the head of the figure, where it hides none of them."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    drawn = [
+        Line2D([], [], color=_EXACT, lw=0.9, label="before rounding"),
+        Patch(color=_ROUNDED, label="after rounding"),
+        Patch(color=_GRID, label="the grid"),
+        Patch(color=_CLIPPED, label="over 1 % clipped by more than a step"),
+    ]
+    figure.legend(
+        handles=drawn, ncols=len(drawn), fontsize=7, frameon=False, loc="center left",
+        handlelength=1.2, borderpad=0.0, bbox_to_anchor=(_LEFT / _WIDTH, 1.0 - 0.52 / height),
+    )  # fmt: skip
 
 
 def _columns(counts: GridCounts) -> tuple[np.ndarray, np.ndarray, float]:

@@ -99,6 +99,10 @@ def test_bins_lie_around_the_integers_and_clipping_is_beyond_them(spec: kqat.Qua
     # Whole grid inside, with room on either side; what lies far beyond is in the last bin.
     assert counts.edges[0] <= spec.qmin - 1 and counts.edges[-1] >= spec.qmax + 1
     assert counts.exact[-1] == 1
+    # One step beyond the end costs what rounding may cost, as a softmax's 1.0 does.
+    assert counts.far == 1
+    counts.add(np.array([spec.qmax + 1.0, spec.qmin - 1.01]), ends)
+    assert (counts.clipped, counts.far, counts.total) == (4, 2, 8)
     if spec.bits <= 8:
         near = np.abs(counts.edges[None] - np.arange(spec.qmin, spec.qmax + 1)[:, None]).min(axis=1)
         assert near.min() > 1e-6  # no integer lies on the edge of two bins
@@ -106,7 +110,15 @@ def test_bins_lie_around_the_integers_and_clipping_is_beyond_them(spec: kqat.Qua
 
 def test_names_choose_layers_and_values(mixed: tuple[keras.Model, np.ndarray]) -> None:
     qat, _ = mixed
-    assert len(titles(kqat.plot_quantization(qat, "four"))) == 2
+    figure = kqat.plot_quantization(qat, "four")
+    assert len(titles(figure)) == 2
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][:2] == [
+        "before rounding",
+        "after rounding",
+    ]
+    labels = {axes.get_ylabel() for axes in figure.axes}
+    assert "share of weights" in labels
     assert all(t.startswith("lstm") for t in titles(kqat.plot_quantization(qat, ["lstm*"])))
     (axes,) = [a for a in kqat.plot_quantization(qat, "x").axes if a.get_title(loc="left")]
     assert "pass data" in axes.texts[0].get_text()
