@@ -322,6 +322,16 @@ class ActivationQuantizer(keras.layers.Layer):
             self._last_range.key, self._last_range.value = key, (float(low), float(high))
         return self._last_range.value
 
+    def seen(self, site: int) -> tuple[float, float] | None:
+        """The least and the greatest value that calibration saw at a call site.
+
+        `None` where the range is given, or nothing was seen.
+        """
+        if isinstance(self.range_method, Fixed) or float(np.asarray(self.count)[site]) == 0.0:
+            return None
+        negated, most = np.asarray(self.extremes)[:, site]
+        return -float(negated), float(most)
+
     def widths(self) -> tuple[float, float] | None:
         """How wide the range of all call sites is, and how wide calibration found it.
 
