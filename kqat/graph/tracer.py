@@ -149,7 +149,9 @@ def trace(model: Any) -> Graph:
         _check_input(tensor, model.name)
     by_tensor = {id(t): ref for t, ref in zip(opened.tensors, inputs, strict=True)}
     nodes: list[Node] = []
-    output_struct = _inline(opened, dict(by_tensor), _Walk("", nodes, set()))
+    kinds = [isinstance(o, keras.layers.InputLayer) for o in opened.function.operations]
+    shell = model.name if kinds.count(False) == 1 else ""
+    output_struct = _inline(opened, dict(by_tensor), _Walk("", nodes, set(), shell))
     _check_sizes(nodes, model.name)
     if set(inputs) & set(refs_in(output_struct)):
         raise ModelError(
@@ -290,11 +292,17 @@ def _check_sizes(nodes: Sequence[Node], model_name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Where an inlined model stands: name prefix, nodes so far, names used."""
+    """Where an inlined model stands: name prefix, nodes so far, names used.
+
+    `shell` is the outermost model's name. Where that model does nothing but call a model of the
+    same name, as `with_input_shapes` makes one, the names of layers do not begin with it: policies
+    name layers as their model does.
+    """
 
     prefix: str
     nodes: list[Node]
     names: set[str]
+    shell: str = ""
 
     def name_of(self, layer: Any, opened: Opened) -> str:
         """A name for a call, which is the same each time that a model is traced."""
@@ -342,7 +350,9 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
                 )
             inner_refs = {id(t): r for t, r in zip(inner.tensors, given, strict=True)}
             path = opened.owners.get(id(layer), "")
-            deeper = _Walk(f"{walk.prefix}{path}{layer.name}_", walk.nodes, walk.names)
+            wraps = layer.name == walk.shell
+            prefix = "" if wraps else f"{walk.prefix}{path}{layer.name}_"
+            deeper = _Walk(prefix, walk.nodes, walk.names)
             outputs = list(refs_in(_inline(inner, inner_refs, deeper)))
         refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
     return _map_tensors(opened.output, refs)

@@ -92,6 +92,11 @@ class _LastRange:
     value = (0.0, 0.0)
 
 
+def _array(variable: keras.Variable) -> Any:
+    """A variable's value; `ops.convert_to_numpy` copies it in a way that NumPy warns of."""
+    return np.asarray(variable)
+
+
 def _largest(sites: Any) -> Any:
     """The largest of one number per call site; of one site without a reduction."""
     return ops.reshape(sites, ()) if sites.shape[0] == 1 else ops.max(sites)
@@ -306,7 +311,7 @@ class ActivationQuantizer(keras.layers.Layer):
         if isinstance(self.range_method, Fixed):
             low, high = self.fixed_range()
             return float(low), float(high)
-        site_low, site_high, count = (ops.convert_to_numpy(v) for v in self._ranges()[:3])
+        site_low, site_high, count = (_array(v) for v in self._ranges()[:3])
         if np.max(count) == 0.0:
             raise FreezeError(
                 f"Expected ranges from data. Received: quantizer '{self.name}', which has seen "
@@ -339,11 +344,11 @@ class ActivationQuantizer(keras.layers.Layer):
         """
         if isinstance(self.range_method, Fixed):
             return None
-        anchor = ops.convert_to_numpy(self.anchor)
+        anchor = _array(self.anchor)
         known = anchor[Anchor.WIDEST, 0] != np.float32(Anchor.UNSET[Anchor.WIDEST])
         if not known.any():
             return None
-        low, high = (ops.convert_to_numpy(v)[known] for v in (self.site_low, self.site_high))
+        low, high = (_array(v)[known] for v in (self.site_low, self.site_high))
         calibrated = anchor[0][:, known].max(axis=-1)
         return float(np.max(high) - np.min(low)), float(calibrated.sum())
 

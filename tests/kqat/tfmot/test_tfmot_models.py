@@ -168,7 +168,7 @@ def test_first_match_decides() -> None:
     four = Config({"kernel": weight(num_bits=4)}, output=(average(),))
     eight = Config({"kernel": weight()}, output=(average(),))
     own = kqat.QuantizeConfig(weights=kqat.QuantSpec(bits=5, symmetric=True))
-    rules = (("x", "int8"), ("head", four), (layers.Dense, own), ("h*", eight), ("none*", four))
+    rules = (("x", "int8"), ("head", four), (layers.Dense, own), ("h*", eight), (layers.GRU, four))
     graph = trace(cnn())
     policy = translate_policy(kqat.QuantizePolicy(rules=rules), graph)
     by_name = {node.name: policy.match(node.name, node.layer) for node in graph.nodes}
@@ -177,7 +177,7 @@ def test_first_match_decides() -> None:
     assert by_name["conv"] is None
     assert policy.default == kqat.QuantizeConfig()
     plan = kqat.plan(cnn(), kqat.QuantizePolicy(rules=rules))
-    assert plan.unused_rules == ("h*", "none*")
+    assert plan.unused_rules == ("h*", str(layers.GRU))
 
 
 def test_a_policy_without_tfmot_stays_itself() -> None:
