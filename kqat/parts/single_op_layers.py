@@ -314,6 +314,15 @@ class Select(layers.Layer):
 
 
 @keras.saving.register_keras_serializable("kqat")
+class Hold(Select):
+    """A state after a step, of `[counts, new, before]`: where the step does not count, as before.
+
+    The new state is rounded before the choice, so that both lie on one grid and a held state keeps
+    its integers.
+    """
+
+
+@keras.saving.register_keras_serializable("kqat")
 class Hide(layers.Add):
     """`bias + scores` of `[bias, scores]`; the bias of a hidden key is `arithmetic.HIDDEN`.
 

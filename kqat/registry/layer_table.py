@@ -34,6 +34,7 @@ from kqat.parts import (
     Reduce,
     ReduceKind,
     Requantize,
+    Hold,
     Select,
     Slice,
     SpaceToDepth,
@@ -135,9 +136,11 @@ TRAINING_ONLY = (
 AFFINE = (layers.BatchNormalization, layers.Rescaling, ChannelAffine, layers.Normalization)
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
-    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D",
+    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D", "SELECT_V2",
 )  # fmt: skip
-_RECURRENT = _composite(recurrent.rnn, *_RECURRENT_OPS, decompose_fused=fused_lstms.fused_rnn)
+_RECURRENT = _composite(
+    recurrent.rnn, *_RECURRENT_OPS, decompose_fused=fused_lstms.fused_rnn, **_MASKS
+)
 _LSTM = dataclasses.replace(_RECURRENT, ops=(*_RECURRENT_OPS, *fused_lstms.OPS))
 _VANISHES = LayerRule(output=Output.VANISHES)
 _MEAN: dict[str, Any] = {"resolution": rule.resolution_of_mean}
@@ -329,6 +332,7 @@ LAYERS: dict[type, LayerRule] = {
         *_LSTM.ops,
         "CONCATENATION",
         decompose_fused=fused_lstms.fused_bidirectional,
+        **_MASKS,
     ),
     Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
     ByteInput: LayerRule(output=Output.FIXED),  # its range is that of the layer
@@ -340,6 +344,7 @@ LAYERS: dict[type, LayerRule] = {
     DepthToSpace: _same("DEPTH_TO_SPACE"),
     SpaceToDepth: _same("SPACE_TO_DEPTH"),
     Select: _same("SELECT_V2"),
+    Hold: _same("SELECT_V2", rounds=True),
     Matmul: _own("BATCH_MATMUL"),
     ReciprocalSquareRoot: _own(table=True),
     ChannelAffine: _affine(),
