@@ -81,7 +81,7 @@ def _options(cell: Any) -> dict[str, Any]:
 def _check(found: dict[str, Any], name: str) -> None:
     for option, value in found.items():
         wanted = _OPTIONS.get(option)
-        if value is not wanted and value != wanted:
+        if value is not wanted and (wanted is None or value != wanted):
             received = value if isinstance(value, bool | float | str) else "tensors"
             raise UnsupportedLayerError(
                 f"Expected {option}={wanted!r} for recurrence='fused' in layer '{name}'. Received: "

@@ -23,6 +23,7 @@ from kqat.parts import (
     DepthToSpace,
     Elementwise,
     Hide,
+    Hold,
     IndexKind,
     IndexOperation,
     Learned,
@@ -34,7 +35,6 @@ from kqat.parts import (
     Reduce,
     ReduceKind,
     Requantize,
-    Hold,
     Select,
     Slice,
     SpaceToDepth,
@@ -55,6 +55,7 @@ from kqat.rewrites import (
     normalization,
     one_hot,
     recurrent,
+    step_masks,
     time_and_depth,
 )
 
@@ -324,6 +325,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.Conv1DTranspose: _composite(
         time_and_depth.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU", **_POOL
     ),
+    layers.Masking: _composite(step_masks.masking),
     layers.TimeDistributed: _composite(time_and_depth.time_distributed, *_STEPS),
     **dict.fromkeys((layers.SimpleRNN, layers.GRU), _RECURRENT),
     **dict.fromkeys((layers.LSTM, layers.RNN), _LSTM),
