@@ -238,7 +238,9 @@ LAYERS: dict[type, LayerRule] = {
     layers.AveragePooling3D: _same(
         "AVERAGE_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d, **_POOL
     ),
-    layers.GlobalAveragePooling1D: _own("MEAN", **_MEAN, **_POOL),
+    layers.GlobalAveragePooling1D: _own(
+        "MEAN", **_MEAN, **_POOL, **_MASKS, decompose_masked=step_masks.mean_of_shown
+    ),
     layers.GlobalAveragePooling2D: _own("MEAN", **_MEAN, **_POOL),
     layers.GlobalAveragePooling3D: _own("MEAN", **_MEAN, **_POOL),
     layers.GlobalMaxPooling1D: _same("REDUCE_MAX", **_POOL),
@@ -383,6 +385,7 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (IndexOperation, IndexKind.GREATER_EQUAL): _index("GREATER_EQUAL"),
     (IndexOperation, IndexKind.LESS): _index("LESS"),
     (IndexOperation, IndexKind.LESS_EQUAL): _index("LESS_EQUAL"),
+    (IndexOperation, IndexKind.CONCATENATE): _index("CONCATENATION"),
     (IndexOperation, IndexKind.LOGICAL_AND): _index("LOGICAL_AND"),
     (IndexOperation, IndexKind.LOGICAL_OR): _index("LOGICAL_OR"),
     (IndexOperation, IndexKind.LOGICAL_NOT): _index("LOGICAL_NOT"),

@@ -17,9 +17,10 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part, holds_indexes, is_tensor
-from kqat.parts import Hold, IndexKind, IndexOperation, Recurrence, Slice
+from kqat.graph import Part
+from kqat.parts import Hold, Recurrence, Slice
 from kqat.rewrites.layers.basic import Decomposed, activation_layer
+from kqat.rewrites.layers.step_masks import truth_of_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,8 @@ def rnn(layer: Any, name: str, *, flip: bool = False, cells: "Cells | None" = No
 
     def call(x: Any, initial_state: Any = None, mask: Any = None) -> Any:
         given = keras.tree.flatten(initial_state) if initial_state is not None else []
-        mask = _truth(mask, name)
+        masks = [m for m in keras.tree.flatten(mask) if m is not None]
+        mask = truth_of_steps(masks[0] if masks else None, name)
         held = None if mask is None else _Held(layer.zero_output_for_mask, bool(given))
         states: list[Any] = []
         for part, cell in zip(parts(held), inner, strict=True):
@@ -186,28 +188,6 @@ class _Held:
     def own_output(self) -> bool:
         """Whether the output may be another than the state."""
         return self.zero or self.starts
-
-
-def _truth(mask: Any, name: str) -> Any:
-    """A mask of shape `(batch, steps)` as truth values.
-
-    Raises:
-        UnsupportedLayerError: if it has another shape, or is none of the model's tensors.
-    """
-    masks = [m for m in keras.tree.flatten(mask) if m is not None]
-    if not masks:
-        return None
-    mask = masks[0]
-    if not is_tensor(mask) or len(mask.shape) != 2 or not holds_indexes(mask):
-        raise UnsupportedLayerError(
-            f"Expected a boolean mask of shape (batch, steps) in layer '{name}'. Received: "
-            f"{type(mask).__name__} of shape {tuple(np.shape(mask))} and type "
-            f"{getattr(mask, 'dtype', 'unknown')}. Turn numbers into truth values by a comparison, "
-            "and make a mask that is the same for all samples an input of the model."
-        )
-    if mask.dtype == "bool":
-        return mask
-    return IndexOperation(IndexKind.NOT_EQUAL, {"x2": 0}, name=f"{name}_mask_true")(mask)
 
 
 def _take_apart(
