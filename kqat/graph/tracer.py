@@ -266,13 +266,27 @@ def _check_input(tensor: Any, model_name: str) -> None:
                 f"which is {kind}; a file has no such tensors. Build it with keras.Input(shape), "
                 "and give dense data: tf.sparse.to_dense(x), or x.to_tensor(shape=...)."
             )
-    if not str(tensor.dtype).startswith(("float", "bfloat", "int32", "uint8")):
-        raise ModelError(
-            "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "
-            f"that hold indexes (token ids), in model '{model_name}'. Received: input "
-            f"'{tensor.name}' of dtype {tensor.dtype}. Declare indexes int32, pixels uint8 and "
-            "other quantities float32."
-        )
+    if not str(tensor.dtype).startswith(("float", "bfloat", "int32", "uint8", "bool")):
+        raise _wrong_type(tensor.name, tensor.dtype, model_name)
+
+
+def check_no_booleans(graph: Graph, model_name: str) -> None:
+    """Refuses the graph of a user's model with boolean inputs, which only a step inside may have.
+
+    Raises:
+        ModelError: if there are any.
+    """
+    for ref, name in zip(graph.inputs, graph.input_names, strict=True):
+        if ref.dtype == "bool":
+            raise _wrong_type(name, ref.dtype, model_name)
+
+
+def _wrong_type(name: str, dtype: str, model_name: str) -> ModelError:
+    return ModelError(
+        "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "
+        f"that hold indexes (token ids), in model '{model_name}'. Received: input '{name}' of "
+        f"dtype {dtype}. Declare indexes int32, pixels uint8 and other quantities float32."
+    )
 
 
 def _example(tensor: Any) -> tuple[int, ...]:
