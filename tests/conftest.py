@@ -31,6 +31,16 @@ def _same_start() -> None:
     keras.utils.set_random_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _children_use_keras_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removes what tfmot leaves to child processes when a test module imports it, and a test too.
+
+    With it, `tf.keras` is tf_keras in every process that a test starts.
+    """
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")  # Undone after the test, whoever sets it.
+    monkeypatch.delenv("TF_USE_LEGACY_KERAS")
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of shared data and models; skips the test where it is not on this machine."""

@@ -1,6 +1,5 @@
 """Models whose layers have tfmot `QuantizeConfig`s: planned, trained, shipped, beside tf_keras."""
 
-import os
 import subprocess
 import sys
 import warnings
@@ -294,9 +293,7 @@ def test_tfmot_rounds_weights_to_the_same_integers(bits: int) -> None:
 def test_tfmot_is_not_imported_with_kqat() -> None:
     code = "import sys, kqat; print({'tf_keras', 'tensorflow_model_optimization'} & {*sys.modules})"
     run = [sys.executable, "-c", code]
-    # tfmot, imported by a test before this one, makes every child's tf.keras a tf_keras.
-    env = {name: value for name, value in os.environ.items() if name != "TF_USE_LEGACY_KERAS"}
-    assert subprocess.check_output(run, cwd=ROOT, env=env, text=True).strip() == "set()"
+    assert subprocess.check_output(run, cwd=ROOT, text=True).strip() == "set()"
 
 
 def test_widths_go_on_through_layers_without_a_quantizer() -> None:
