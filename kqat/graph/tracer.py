@@ -405,9 +405,12 @@ def _of_any_batch(call: Any, batch: int, args: Any, kwargs: Any) -> tuple[Any, A
     args, kwargs = keras.tree.map_structure(any_batch, (args, kwargs))
     attribute = _SHAPES.get(type(operation).__name__)
     if attribute is not None:
-        shape = _shape(call.outputs[0], batch)
+        shape = tuple(-1 if s is None else s for s in _shape(call.outputs[0], batch))
         operation = copy.copy(operation)
-        setattr(operation, attribute, tuple(-1 if size is None else size for size in shape))
+        setattr(operation, attribute, shape)
+        if type(operation).__name__ == "Slice" and (len(args) == 3 or attribute in kwargs):
+            # An argument of its call before Keras 3.12.
+            args, kwargs = args[:2], {**kwargs, attribute: shape}
     return operation, args, kwargs
 
 
