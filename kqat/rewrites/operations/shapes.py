@@ -276,7 +276,7 @@ def _pad(operation: Any, name: str) -> Callable[..., Any]:
             return _repeated(x, widths, mode, name)
         number = float(np.asarray(value).reshape(()))
         if number == 0:
-            return _zeros(x, widths, name)
+            return zeros_around(x, widths, name)
         most = min(MOST_AXES["PADV2"])
         if number <= FAR_BELOW and len(widths) <= most:
             return Padding(PaddingKind.LOWEST, widths[1:], name=name)(x)
@@ -291,7 +291,8 @@ def _pad(operation: Any, name: str) -> Callable[..., Any]:
 TRIED_AXES = 6  # the most with which `benchmarks/rank_probe.py` tried MIRROR_PAD
 
 
-def _zeros(x: Any, widths: list[tuple[int, int]], name: str) -> Any:
+def zeros_around(x: Any, widths: list[tuple[int, int]], name: str) -> Any:
+    """Zeros before and behind, one pair of numbers for each axis; the batch's are 0."""
     spatial = widths[1:-1]
     if len(widths) > 4 and (widths[-1] != (0, 0) or len(widths) > 5):
         return _zeros_axis_by_axis(x, widths[1:], name)
