@@ -457,7 +457,12 @@ def verify(
 @main.command(short_help="Show where a QAT model loses, why, and what helps.")
 @click.argument("model", type=_MODEL)
 @click.argument("qat", type=_MODEL)
-@_DATA
+@click.option(
+    "--data",
+    type=_FILE,
+    required=True,
+    help="Inputs as the device sees them, .npy or .npz, that calibration did not see.",
+)
 @click.option("--html", type=_NEW, help="Write the diagnosis to this file as one HTML page.")
 @_JSON
 @click.option("--remedies/--no-remedies", default=True, help="Whether to try what could help.")
@@ -469,7 +474,13 @@ def diagnose(
     json_path: Path | None,
     remedies: bool,
 ) -> None:
-    """Show where QAT, made of the float MODEL, loses, why, and what helps."""
+    """Show where QAT, made of the float MODEL, loses, why, and what helps.
+
+    Give --data as the device sees it, held out: ranges fit the calibration data, so on these a
+    fault of calibration cannot show. What is tried is printed as Python code, in which `model` and
+    `qat` are the loaded files and `data` is such an array; rules of a policy are also those of
+    `kqat quantize --layer NAME=PRESET`.
+    """
     whole, quantized = _load(model), _load(qat)
     given = _data_for(whole, data)
     with terminal.progress():

@@ -1,6 +1,7 @@
 """What every test starts from: a quiet TensorFlow, the same seed, float32, and the shared data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Both are read once, when TensorFlow is imported.
@@ -12,6 +13,7 @@ import keras
 import pytest
 
 from recipes import data
+from tests.newer_keras import skip_if_missing
 
 # The first call of a function pays for TensorFlow's tracing, which hypothesis would call too slow;
 # the same examples each time keep a failure in CI a failure here.
@@ -45,3 +47,23 @@ def shared() -> Path:
     if not data.available():
         pytest.skip(f"no data/ and models/ in {data.root()}; KQAT_DATA names another folder")
     return data.root()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    """Skips a test whose fixtures use what only a newer Keras has."""
+    try:
+        return (yield)
+    except Exception as error:
+        skip_if_missing(error)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Skips a test that uses what only a newer Keras has."""
+    try:
+        return (yield)
+    except Exception as error:
+        skip_if_missing(error)
+        raise

@@ -266,13 +266,27 @@ def _check_input(tensor: Any, model_name: str) -> None:
                 f"which is {kind}; a file has no such tensors. Build it with keras.Input(shape), "
                 "and give dense data: tf.sparse.to_dense(x), or x.to_tensor(shape=...)."
             )
-    if not str(tensor.dtype).startswith(("float", "bfloat", "int32", "uint8")):
-        raise ModelError(
-            "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "
-            f"that hold indexes (token ids), in model '{model_name}'. Received: input "
-            f"'{tensor.name}' of dtype {tensor.dtype}. Declare indexes int32, pixels uint8 and "
-            "other quantities float32."
-        )
+    if not str(tensor.dtype).startswith(("float", "bfloat", "int32", "uint8", "bool")):
+        raise _wrong_type(tensor.name, tensor.dtype, model_name)
+
+
+def check_no_booleans(graph: Graph, model_name: str) -> None:
+    """Refuses the graph of a user's model with boolean inputs, which only a step inside may have.
+
+    Raises:
+        ModelError: if there are any.
+    """
+    for ref, name in zip(graph.inputs, graph.input_names, strict=True):
+        if ref.dtype == "bool":
+            raise _wrong_type(name, ref.dtype, model_name)
+
+
+def _wrong_type(name: str, dtype: str, model_name: str) -> ModelError:
+    return ModelError(
+        "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "
+        f"that hold indexes (token ids), in model '{model_name}'. Received: input '{name}' of "
+        f"dtype {dtype}. Declare indexes int32, pixels uint8 and other quantities float32."
+    )
 
 
 def _example(tensor: Any) -> tuple[int, ...]:
@@ -391,9 +405,12 @@ def _of_any_batch(call: Any, batch: int, args: Any, kwargs: Any) -> tuple[Any, A
     args, kwargs = keras.tree.map_structure(any_batch, (args, kwargs))
     attribute = _SHAPES.get(type(operation).__name__)
     if attribute is not None:
-        shape = _shape(call.outputs[0], batch)
+        shape = tuple(-1 if s is None else s for s in _shape(call.outputs[0], batch))
         operation = copy.copy(operation)
-        setattr(operation, attribute, tuple(-1 if size is None else size for size in shape))
+        setattr(operation, attribute, shape)
+        if type(operation).__name__ == "Slice" and (len(args) == 3 or attribute in kwargs):
+            # An argument of its call before Keras 3.12.
+            args, kwargs = args[:2], {**kwargs, attribute: shape}
     return operation, args, kwargs
 
 

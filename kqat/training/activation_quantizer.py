@@ -327,6 +327,16 @@ class ActivationQuantizer(keras.layers.Layer):
             self._last_range.key, self._last_range.value = key, (float(low), float(high))
         return self._last_range.value
 
+    def seen(self, site: int) -> tuple[float, float] | None:
+        """The least and the greatest value that calibration saw at a call site.
+
+        `None` where the range is given, or nothing was seen.
+        """
+        if isinstance(self.range_method, Fixed) or float(np.asarray(self.count)[site]) == 0.0:
+            return None
+        negated, most = np.asarray(self.extremes)[:, site]
+        return -float(negated), float(most)
+
     def widths(self) -> tuple[float, float] | None:
         """How wide the range of all call sites is, and how wide calibration found it.
 
@@ -341,6 +351,23 @@ class ActivationQuantizer(keras.layers.Layer):
         low, high = (_array(v)[known] for v in (self.site_low, self.site_high))
         calibrated = anchor[0][:, known].max(axis=-1)
         return float(np.max(high) - np.min(low)), float(calibrated.sum())
+
+    def hidden_by_noise(self) -> float:
+        """By which share of its range the values may go beyond it in inference, unseen in training.
+
+        Behind Dropout a batch of training is divided by the factor by which noise widened values in
+        calibration. Where the weights have changed the values since, the mean that they gained was
+        not widened by noise, but is divided too. At most all that the range gained is such a mean.
+        """
+        if isinstance(self.range_method, Fixed | LearnedRangeMethod):
+            return 0.0
+        anchor = ops.convert_to_numpy(self.anchor)
+        now = np.stack([-ops.convert_to_numpy(self.site_low), ops.convert_to_numpy(self.site_high)])
+        known = anchor[Anchor.WIDEST, 0] != np.float32(Anchor.UNSET[Anchor.WIDEST])
+        gained = np.maximum(now - anchor[0], 0.0) * (1.0 / anchor[Anchor.FACTOR] - 1.0)
+        width = now.sum(axis=0)
+        usable = known & (width > 0.0)
+        return float((gained.sum(axis=0)[usable] / width[usable]).max(initial=0.0))
 
     def is_calibrated(self) -> bool:
         """Whether the range is known."""
