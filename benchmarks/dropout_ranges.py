@@ -80,7 +80,7 @@ def measure(
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", kqat.CalibrationWarning)
             kqat.freeze(qat)
-        warned = any("behind Dropout" in str(warning.message) for warning in told)
+        warned = any("Dropout or noise" in str(warning.message) for warning in told)
         kqat.calibrate(qat, x)
         return before, after, _sqnr(qat, x), warned
 

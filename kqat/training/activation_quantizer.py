@@ -352,22 +352,22 @@ class ActivationQuantizer(keras.layers.Layer):
         calibrated = anchor[0][:, known].max(axis=-1)
         return float(np.max(high) - np.min(low)), float(calibrated.sum())
 
-    def hidden_by_noise(self) -> float:
-        """By which share of its range the values may go beyond it in inference, unseen in training.
+    def stretched(self) -> float:
+        """How many times as wide as in inference the values were that moved the range, or 1.
 
-        Behind Dropout a batch of training is divided by the factor by which noise widened values in
-        calibration. Where the weights have changed the values since, the mean that they gained was
-        not widened by noise, but is divided too. At most all that the range gained is such a mean.
+        Behind Dropout the extremes of a training batch are divided by the factor by which noise
+        widened them in calibration. Weights that change afterwards change values that noise hides.
+        1 where no batch of training came after calibration.
         """
         if isinstance(self.range_method, Fixed | LearnedRangeMethod):
-            return 0.0
+            return 1.0
         anchor = ops.convert_to_numpy(self.anchor)
         now = np.stack([-ops.convert_to_numpy(self.site_low), ops.convert_to_numpy(self.site_high)])
         known = anchor[Anchor.WIDEST, 0] != np.float32(Anchor.UNSET[Anchor.WIDEST])
-        gained = np.maximum(now - anchor[0], 0.0) * (1.0 / anchor[Anchor.FACTOR] - 1.0)
-        width = now.sum(axis=0)
-        usable = known & (width > 0.0)
-        return float((gained.sum(axis=0)[usable] / width[usable]).max(initial=0.0))
+        changed = Anchor.seen(anchor) - ops.convert_to_numpy(self.extremes), anchor[0] - now
+        trained = np.abs(changed).max(axis=(0, 1)) > 1e-4 * now.sum(axis=0)
+        factors = anchor[Anchor.FACTOR].min(axis=0)[known & trained]
+        return float(1.0 / factors.min(initial=1.0))
 
     def is_calibrated(self) -> bool:
         """Whether the range is known."""

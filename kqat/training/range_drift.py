@@ -1,4 +1,4 @@
-"""Tells of ranges that training moved far from those of calibration, or moved behind noise."""
+"""Tells of ranges that training moved far from those of calibration, or trained behind noise."""
 
 import math
 import warnings
@@ -12,20 +12,20 @@ from kqat.training.calibration import CalibrationWarning
 
 # Three of eight bits: what is left resolves 32 values.
 LARGEST_FACTOR = 8.0
-# Where values may go beyond a range by this share of it: clipping them costs more than a bit.
-LARGEST_SHARE = 0.1
+# Noise that widens values by less than this hides less than a sixth of a bit.
+LEAST_NOISE = 1.1
 NAMED = 3
 
 
 def warn_of_drift(qat: keras.Model, *, stacklevel: int) -> None:
-    """Warns of ranges that training moved far, and of those that it moved behind Dropout.
+    """Warns of ranges that training moved far, and of those that were trained behind Dropout.
 
     Far is more than 8 times as wide, or as narrow, as after calibration. Ranges follow weights, so
     a model that was calibrated untrained may well do so; but so do the ranges of a training that
     diverged, or that met data unlike those of calibration.
 
-    Batches with Dropout active do not show what inference computes. Ranges that moved behind it
-    are estimates, and what goes beyond them is clipped.
+    Batches with Dropout active do not show what inference computes. Ranges that were trained behind
+    it are estimates, and what goes beyond them is clipped.
 
     Args:
         qat: a QAT model.
@@ -46,10 +46,10 @@ def warn_of_drift(qat: keras.Model, *, stacklevel: int) -> None:
         )
     if hidden := list(_hidden(quantizers)):
         warnings.warn(
-            f"Training moved ranges of '{qat.name}' behind Dropout or noise: {_worst(hidden)}. "
-            "Batches with noise do not show what inference computes, and what goes beyond a range "
-            "is clipped. Call kqat.calibrate(qat, data) after fit: it finds the ranges of the "
-            "weights as they are now, without noise.",
+            f"Dropout or noise hid from training what inference computes in '{qat.name}': values "
+            f"were {_worst(hidden)} as those of inference when the model was calibrated. Where "
+            "the weights have moved them since, they may be clipped. Call kqat.calibrate(qat, "
+            "data) after fit: it finds the ranges of the weights as they are now, without noise.",
             CalibrationWarning,
             stacklevel=stacklevel + 1,
         )
@@ -62,11 +62,11 @@ def _worst(found: list[tuple[float, str]]) -> str:
 
 
 def _hidden(quantizers: Iterable[ActivationQuantizer]) -> Iterable[tuple[float, str]]:
-    """By which share values may go beyond each range because noise hides them."""
+    """How many times noise widened the values that moved each range, and its description."""
     for quantizer in quantizers:
-        share = quantizer.hidden_by_noise()
-        if share > LARGEST_SHARE:
-            yield share, f"values of '{quantizer.label}' may go {share:.0%} beyond its range"
+        factor = quantizer.stretched()
+        if factor >= LEAST_NOISE:
+            yield factor, f"'{quantizer.label}' {factor:.1f} times as wide"
 
 
 def _drifts(quantizers: Iterable[ActivationQuantizer]) -> Iterable[tuple[float, str]]:

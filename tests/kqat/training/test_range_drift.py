@@ -58,27 +58,25 @@ def test_training_without_calibration_is_no_drift() -> None:
         kqat.freeze(qat)
 
 
-NOISE = [layers.Dropout(0.5), layers.SpatialDropout1D(0.5), layers.GaussianNoise(1.0)]
+NOISE = [layers.Dropout(0.5), layers.SpatialDropout1D(0.8), layers.GaussianNoise(1.0)]
 
 
 @pytest.mark.parametrize("noise", NOISE, ids=lambda layer: layer.name)
-def test_ranges_that_moved_behind_noise_are_named(noise: layers.Layer) -> None:
-    """A bias that grows is a mean without noise, which is divided as if it had some."""
+def test_ranges_that_were_trained_behind_noise_are_named(noise: layers.Layer) -> None:
+    """Whatever the weights became, noise hides it; without training there is nothing to tell."""
     keras.utils.set_random_seed(0)
     x = np.random.default_rng(0).normal(size=(64, 4, 6)).astype(np.float32)
-    head = layers.Dense(3, name="head")
-    parts = [keras.Input((4, 6)), layers.Dense(8, "relu"), noise, head]
+    parts = [keras.Input((4, 6)), layers.Dense(8, "relu"), noise, layers.Dense(3, name="head")]
     qat = kqat.quantize_model(keras.Sequential(parts, name="net"), calibration_data=x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", kqat.CalibrationWarning)
-        kqat.freeze(qat)
-    (bias,) = [v for v in qat.trainable_variables if v.path.endswith("head/bias")]
-    bias.assign([3.0, -3.0, 0.0])
-    for _ in range(50):
-        qat(x[:8], training=True)
-    with pytest.warns(kqat.CalibrationWarning, match=r"of 'net' behind Dropout .*'head' .*fit"):
+
+    def frozen_quietly() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", kqat.CalibrationWarning)
+            kqat.freeze(qat)
+
+    frozen_quietly()
+    qat(x[:8], training=True)
+    with pytest.warns(kqat.CalibrationWarning, match=r"in 'net': .*'head' [\d.]+ times .*fit"):
         kqat.freeze(qat)
     kqat.calibrate(qat, x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", kqat.CalibrationWarning)
-        kqat.freeze(qat)
+    frozen_quietly()
