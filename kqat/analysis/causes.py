@@ -203,8 +203,8 @@ def _unlike_rows(wrapper: QuantizeWrapper, weight: str, value: np.ndarray) -> st
     return (
         f"the {weight} of {small.size} of {sizes.size} input channels stays below "
         f"{sizes[small].max():.3g}, that of others reaches {largest:.3g}, with one step for both: "
-        f"{np.log2(largest / np.median(sizes[small])):.1f} bits are lost, of which large inputs "
-        "make much"
+        f"{np.log2(largest / np.median(sizes[small])):.1f} bits are lost, and large inputs "
+        "multiply that error"
     )
 
 

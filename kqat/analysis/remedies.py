@@ -114,7 +114,8 @@ def advice_against(finding: Finding, remedies: Sequence[Remedy]) -> str:
     if not aimed:
         return ""
     most = max(remedy.gain_db for remedy in aimed) - ALIKE_DB
-    return min((remedy.code for remedy in aimed if remedy.gain_db >= most), key=len)
+    alike = [remedy for remedy in aimed if remedy.gain_db >= most]
+    return min(alike, key=lambda remedy: (remedy.code.count("\n"), -remedy.gain_db)).code
 
 
 def key_of(finding: Finding) -> str:
