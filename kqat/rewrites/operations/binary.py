@@ -96,10 +96,23 @@ def index_operation(operation: Any, name: str) -> Callable[..., Any]:
         if len(tensors) == len(args):
             return IndexOperation(kind, name=name)(tensors if len(args) > 1 else tensors[0])
         constant = np.asarray(next(a for a in args if not is_tensor(a)))
+        of_quantity = not holds_indexes(tensors[0]) and constant.size == 1
+        if of_quantity and kind in _EQUALITY and float(constant.reshape(())) == 0.0:
+            numbers = Elementwise.of(_is_not_zero, name=f"{name}_numbers")(tensors[0])
+            return IndexOperation(_EQUALITY[kind], {"x2": 0.5}, name=name)(numbers)
         option = {"x2" if is_tensor(args[0]) else "x1": constant.tolist()}
         return IndexOperation(kind, option, name=name)(tensors[0])
 
     return call
+
+
+# A kernel's comparison of small numbers with zero is coarser than their grid; a table is exact, and
+# what it says is compared as this.
+_EQUALITY = {IndexKind.EQUAL: IndexKind.LESS, IndexKind.NOT_EQUAL: IndexKind.GREATER}
+
+
+def _is_not_zero(x: Any) -> Any:
+    return ops.cast(ops.not_equal(x, 0), x.dtype)
 
 
 _KINDS = {
@@ -202,9 +215,8 @@ def _where(operation: Any, name: str) -> Callable[..., Any]:
 
     def call(condition: Any, a: Any = None, b: Any = None) -> Any:
         for scores, number, shown in ((a, b, True), (b, a, False)):
-            if is_tensor(scores) and not is_tensor(number) and _are_numbers(number):
-                if float(np.asarray(number).reshape(())) <= FAR_BELOW:
-                    return _scores(condition, scores, shown, name)
+            if is_tensor(scores) and _is_far_below(number, scores.shape):
+                return _scores(condition, scores, shown, name)
         if is_tensor(condition) and not (is_tensor(a) or is_tensor(b)) and _are_numbers(a, b):
             no, yes = (float(np.asarray(v).reshape(())) for v in (b, a))
             return truth(condition, (no, yes), condition.shape[1:], name)
@@ -223,6 +235,17 @@ def _where(operation: Any, name: str) -> Callable[..., Any]:
         return Select(name=name)([condition, *values])
 
     return call
+
+
+def _is_far_below(value: Any, shape: tuple[int | None, ...]) -> bool:
+    """Whether a value is one constant, or several, all far below scores of `shape`."""
+    if value is None or is_tensor(value) or getattr(value, "trainable", False):
+        return False
+    array = np.asarray(value)
+    fits = array.ndim <= len(shape) and all(
+        size in (1, whole) for size, whole in zip(array.shape[::-1], shape[::-1], strict=False)
+    )
+    return fits and bool(np.all(array <= FAR_BELOW))
 
 
 def _are_numbers(*values: Any) -> bool:
