@@ -529,7 +529,7 @@ def _has_same_weights(base: Graph, graph: Graph) -> bool:
             continue
         for part in (node.layer.layer, *node.layer.normalizations):
             own = floats.get(str(part.name))
-            if type(own) is not type(part):
+            if own is None or type(own) is not type(part):
                 continue  # a part of a composite layer of that name
             pairs = zip(own.get_weights(), part.get_weights(), strict=False)
             if not all(np.array_equal(a, b) for a, b in pairs):

@@ -14,6 +14,8 @@ from keras import layers
 
 import kqat
 from kqat.analysis import Cause, Diagnosis
+from kqat.analysis.grid_use import rounded_tensors
+from kqat.graph import trace
 
 
 def data(*shape: int) -> np.ndarray:
@@ -239,7 +241,11 @@ def test_the_output_has_a_row_and_the_numbers_are_explained() -> None:
         ]
     )
     x = data(6)
-    found = kqat.diagnose(model, kqat.quantize_model(model, calibration_data=x), x, remedies=False)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    found = kqat.diagnose(model, qat, x, remedies=False)
+    # The same names and words as in the plots.
+    plotted = {(t.title, t.role) for t in rounded_tensors(qat, trace(qat)) if t.quantizer}
+    assert {(r.name, r.what) for r in found.layers if r.what != "weights"} == plotted
     (row,) = [row for row in found.layers if row.what == "output"]
     assert row.share == 0.0 and 30.0 < row.isolated_db < 70.0
     assert found.measured_at == ("class",)
