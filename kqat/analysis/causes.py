@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import keras
 import numpy as np
 
 from kqat.analysis.replay import as_array, decibels, noise
 from kqat.base import TextEnum
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import LOWEST, least_bias_step
-from kqat.training import ActivationQuantizer, QuantizeWrapper, ValueNames
+from kqat.training import INPUT_AXES, ActivationQuantizer, QuantizeWrapper, ValueNames
 
 # A value whose own rounding leaves less than this has lost something, in dB.
 GOOD_DB = 30.0
@@ -25,6 +26,7 @@ OUTLIER_SHARE = 0.25
 FEW_INTEGERS = 16
 MIDDLE = (0.005, 0.995)
 FEW_BITS = 4
+_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
 class Cause(TextEnum):
@@ -36,6 +38,7 @@ class Cause(TextEnum):
     STARVED_GRID = "starved grid"
     BIAS_OVERFLOW = "bias overflow"
     FEW_BITS = "few bits"
+    UNLIKE_ROWS = "unlike rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ def causes_of_values(node: Node, x: Any, names: ValueNames) -> Iterator[Finding]
     if beyond.max() > CUT_STEPS * step and (
         lost > CLIPPING_OVER_ROUNDING * exact.size * step**2 / 12.0
     ):
-        share = 100.0 * float(np.mean(beyond > 0.0))
+        share = 100.0 * float(np.mean(beyond > 0.5 * step))
         text = (
             f"{share:.2g} % of its values lie outside [{low:.4g}, {high:.4g}], as far as "
             f"[{exact.min():.4g}, {exact.max():.4g}]"
@@ -158,12 +161,13 @@ def _outlier(exact: np.ndarray) -> str | None:
     )
 
 
-def causes_of_weights(node: Node, input_scale: float) -> Iterator[Finding]:
+def causes_of_weights(node: Node, input_scale: float, alone_db: float) -> Iterator[Finding]:
     """What makes the rounding of a layer's weights and bias lose much.
 
     Args:
         node: a call of a `QuantizeWrapper`.
         input_scale: of the grid of its input; 0 where that is not known.
+        alone_db: SQNR of the model's outputs where only this layer's weights are rounded.
     """
     wrapper: QuantizeWrapper = node.layer
     branch = node.kwargs.get("branch", 0)
@@ -174,6 +178,9 @@ def causes_of_weights(node: Node, input_scale: float) -> Iterator[Finding]:
         scale = np.asarray(wrapper.scale(weight, branch), np.float64)
         yield from _bias_overflow(wrapper, weight, scale, branch, input_scale, own_db)
         if own_db > GOOD_DB:
+            rows = _unlike_rows(wrapper, weight, value) if alone_db < GOOD_DB else None
+            if rows is not None:
+                yield Finding(Cause.UNLIKE_ROWS, name, rows, own_db, of_weights=True)
             continue
         if spec.bits <= FEW_BITS:
             text = f"its {weight} has {spec.bits} bits"
@@ -181,6 +188,24 @@ def causes_of_weights(node: Node, input_scale: float) -> Iterator[Finding]:
         elif spec.axis is None and (outlier := _outlier(value)) is not None:
             text = f"{weight}: {outlier}"
             yield Finding(Cause.OUTLIER_CHANNEL, name, text, own_db, of_weights=True)
+
+
+def _unlike_rows(wrapper: QuantizeWrapper, weight: str, value: np.ndarray) -> str | None:
+    """What to say of input channels whose weights are far smaller than those beside them."""
+    axis = INPUT_AXES.get(type(wrapper.layer))
+    if weight != "kernel" or axis is None or isinstance(wrapper.layer, _DEPTHWISE):
+        return None
+    sizes = np.abs(np.moveaxis(value, axis, 0)).reshape(value.shape[axis], -1).max(axis=1)
+    largest = float(sizes.max())
+    small = np.flatnonzero((sizes > 0.0) & (sizes * 2.0**LOST_BITS < largest))
+    if not small.size:
+        return None
+    return (
+        f"the {weight} of {small.size} of {sizes.size} input channels stays below "
+        f"{sizes[small].max():.3g}, that of others reaches {largest:.3g}, with one step for both: "
+        f"{np.log2(largest / np.median(sizes[small])):.1f} bits are lost, and large inputs "
+        "multiply that error"
+    )
 
 
 def _bias_overflow(

@@ -38,6 +38,8 @@ from kqat.training import (
 
 # No more samples than this are measured, and as many are given to the remedies.
 SAMPLES = 128
+# So many of the samples are compared with what calibration saw.
+_SEEN = 1024
 # What is rounded, in reports, if it is no value.
 WEIGHTS, WHOLE = "weights", "recurrence"
 # The columns of a terminal.
@@ -63,7 +65,8 @@ class LayerLoss:
         share: of the sum of all isolated noises, 0..1; 0 for the grid of an output that is made
             behind the place where noises are taken (see `Diagnosis`): its `isolated_db` is taken
             at the output itself.
-        clipped: share of the values that lie outside the grid on the data given, 0..1.
+        clipped: share of the values, before any rounding, that lie outside the grid on the data
+            given, 0..1.
     """
 
     name: str
@@ -325,10 +328,11 @@ def _some(arrays: Sequence[np.ndarray], most: int) -> list[np.ndarray]:
 
 
 def _notes(qat: keras.Model, every: list[np.ndarray]) -> Iterator[str]:
-    beyond, known = beyond_calibration(qat, keras.tree.pack_sequence_as(qat.input, every))
+    some = _some(every, _SEEN)
+    beyond, known = beyond_calibration(qat, keras.tree.pack_sequence_as(qat.input, some))
     if known and not beyond:
         yield (
-            f"no value of these {len(every[0])} samples reaches beyond what calibration saw, in "
+            f"no value of these {len(some[0])} samples reaches beyond what calibration saw, in "
             f"any of {known} tensors. If they are the calibration data, or a part of them, ranges "
             "and corrected biases fit them, and a fault of calibration cannot show here: give "
             "samples as the device sees them that calibration did not see."
@@ -397,14 +401,15 @@ def _layers(
         if isinstance(layer, ActivationQuantizer):
             tensor = of_site.get((id(layer), node.kwargs.get("site", 0)))
             if tensor is not None and node.kwargs.get("observe", True):
-                clipped = _clipped(tensor, rounded[node.inputs[0]])
+                clipped = _clipped(tensor, replay.exact[node.inputs[0]])
         rows.append(
             (LayerLoss(name, what, bits, decibels(alone), decibels(here), share, clipped), share)
         )
         if isinstance(layer, ActivationQuantizer):
             causes = causes_of_values(node, replay.exact[node.inputs[0]], names)
         elif isinstance(layer, QuantizeWrapper):
-            causes = causes_of_weights(node, scales.get(node.inputs[0], 0.0))
+            scale = scales.get(node.inputs[0], 0.0)
+            causes = causes_of_weights(node, scale, decibels(alone))
         else:
             continue
         findings += [(alone, finding) for finding in causes]

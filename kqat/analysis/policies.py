@@ -251,7 +251,12 @@ def config_text(config: Any) -> str:
 
 def _value_text(field: str, value: Any) -> str:
     if isinstance(value, QuantSpec):
-        return f"kqat.{value!r}"
+        given = [
+            f"{one.name}={getattr(value, one.name)!r}"
+            for one in dataclasses.fields(QuantSpec)
+            if one.name == "bits" or getattr(value, one.name) != one.default
+        ]
+        return f"kqat.QuantSpec({', '.join(given)})"
     if isinstance(value, Mapping):
         items = (f"{key!r}: {_value_text(field, one)}" for key, one in value.items())
         return "{" + ", ".join(items) + "}"

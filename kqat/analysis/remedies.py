@@ -24,7 +24,7 @@ from kqat.base import KqatError
 from kqat.config import PRESETS, QuantizeConfig, QuantizePolicy
 from kqat.freezing import strip
 from kqat.graph import Graph, Node, Ref, trace
-from kqat.grids import INT16_ACTIVATION, MinMax, QuantSpec
+from kqat.grids import INT8_WEIGHTS, INT16_ACTIVATION, MaxAbs, MinMax, MovingAverage, QuantSpec
 from kqat.planning import make_plan
 from kqat.training import (
     DEFAULT_METHOD,
@@ -52,11 +52,11 @@ ALIKE_DB = 1.0
 AGAIN = "kqat.calibrate(qat, data)"
 # What each of kqat's algorithms is for.
 _AGAINST = {
-    "equalize": (Cause.OUTLIER_CHANNEL,),
-    "smooth_quant": (Cause.OUTLIER_CHANNEL,),
-    "awq": (Cause.OUTLIER_CHANNEL, Cause.FEW_BITS),
-    "adaround": (Cause.FEW_BITS,),
-    "gptq": (Cause.FEW_BITS,),
+    "equalize": (Cause.OUTLIER_CHANNEL, Cause.UNLIKE_ROWS),
+    "smooth_quant": (Cause.OUTLIER_CHANNEL, Cause.UNLIKE_ROWS),
+    "awq": (Cause.OUTLIER_CHANNEL, Cause.FEW_BITS, Cause.UNLIKE_ROWS),
+    "adaround": (Cause.FEW_BITS, Cause.UNLIKE_ROWS),
+    "gptq": (Cause.FEW_BITS, Cause.UNLIKE_ROWS),
     "correct_biases": (),
 }
 # These calibrate again, so that a part of what they gain may come of the data.
@@ -114,7 +114,8 @@ def advice_against(finding: Finding, remedies: Sequence[Remedy]) -> str:
     if not aimed:
         return ""
     most = max(remedy.gain_db for remedy in aimed) - ALIKE_DB
-    return min((remedy.code for remedy in aimed if remedy.gain_db >= most), key=len)
+    alike = [remedy for remedy in aimed if remedy.gain_db >= most]
+    return min(alike, key=lambda remedy: (remedy.code.count("\n"), -remedy.gain_db)).code
 
 
 def key_of(finding: Finding) -> str:
@@ -223,7 +224,8 @@ def _trials(
             True,
             ranges,
         )
-    if any(finding.cause is not Cause.BIAS_OVERFLOW for finding in findings):
+    without = (Cause.BIAS_OVERFLOW, Cause.UNLIKE_ROWS)
+    if any(finding.cause not in without for finding in findings):
         yield from _Policies(model, qat, graph).trials(findings)
 
 
@@ -282,6 +284,13 @@ class _Policies:
         self.policy = policy_of(self.float_graph, qat)
         self.users = users_names(self.float_graph, self.policy or QuantizePolicy())
         self.names = ValueNames(graph)
+        self.weighted = set(
+            self._users(
+                layer.layer.name
+                for layer in all_layers(qat)
+                if isinstance(layer, QuantizeWrapper) and layer.weight_specs
+            )
+        )
         self.kept = sorted(
             {
                 str(kind)
@@ -397,6 +406,9 @@ class _Policies:
             config = self._config(user)
             if config is None or config.activation.bits == 16:
                 continue
+            if user not in self.weighted and config.activation_range == MovingAverage():
+                found[user] = PRESETS["int16x8"]
+                continue
             try:
                 found[user] = dataclasses.replace(config, activation=INT16_ACTIVATION)
             except KqatError:
@@ -404,11 +416,13 @@ class _Policies:
         return found
 
     def _at_8(self, finding: Finding) -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for user in self._users([finding.layer]):
             config = self._config(user)
-            wide = config is not None and config.activation.bits == 16
-            found[user] = PRESETS["int16x8" if wide else "int8"]
+            if config is not None:
+                found[user] = dataclasses.replace(
+                    config, weights=INT8_WEIGHTS, weight_step=MaxAbs()
+                )
         return found
 
     def _per_channel(self, finding: Finding) -> dict[str, Any]:
@@ -515,8 +529,8 @@ def _has_same_weights(base: Graph, graph: Graph) -> bool:
             continue
         for part in (node.layer.layer, *node.layer.normalizations):
             own = floats.get(str(part.name))
-            if own is None:
-                continue
+            if own is None or type(own) is not type(part):
+                continue  # a part of a composite layer of that name
             pairs = zip(own.get_weights(), part.get_weights(), strict=False)
             if not all(np.array_equal(a, b) for a, b in pairs):
                 return False

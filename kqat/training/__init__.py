@@ -4,7 +4,7 @@ algorithms.
 
 from kqat.training import algorithms, batchnorm
 from kqat.training.activation_quantizer import ActivationQuantizer
-from kqat.training.algorithms.scaling import blocks_of, blocks_text
+from kqat.training.algorithms.scaling import INPUT_AXES, blocks_of, blocks_text
 from kqat.training.build import all_layers, check_preserved, is_quantized, wrap
 from kqat.training.calibration import (
     DEFAULT_METHOD,
@@ -44,6 +44,7 @@ from kqat.training.weight_wrapper import QuantizeWrapper, uncorrected
 
 __all__ = [
     "DEFAULT_METHOD",
+    "INPUT_AXES",
     "ActivationQuantizer",
     "CalibrationWarning",
     "DampenOscillations",

@@ -163,7 +163,7 @@ def test_a_gap_is_diagnosed(folder: Path, blob: Path) -> None:
         "diagnose", folder / "float.keras", folder / "qat.keras", "--data", folder / "x.npy",
         "--no-remedies", "--html", folder / "d.html", "--json", folder / "d.json",
     )  # fmt: skip
-    assert "SQNR of the outputs" in said.stdout
+    assert "as SQNR in dB" in said.stdout
     assert json.loads((folder / "d.json").read_text())["remedies"] == []
     assert (folder / "d.html").read_text().startswith("<!doctype html>")
 

@@ -14,6 +14,8 @@ from keras import layers
 
 import kqat
 from kqat.analysis import Cause, Diagnosis
+from kqat.analysis.grid_use import rounded_tensors
+from kqat.graph import trace
 
 
 def data(*shape: int) -> np.ndarray:
@@ -135,7 +137,7 @@ def mixed() -> tuple[keras.Model, keras.Model, np.ndarray]:
     policy = kqat.QuantizePolicy("int8", (("e2", "w4a8"), ("class", "w3a8")))
     qat = kqat.quantize_model(model, policy, calibration_data=x)
     qat.get_layer("quant_class").layer.bias.assign([0.0, 0.1, 0.0, 0.0])  # as training would
-    return kqat.strip(qat), qat, x
+    return model, qat, x
 
 
 MAKERS: list[Callable[[], tuple[keras.Model, keras.Model, np.ndarray]]] = [
@@ -155,12 +157,12 @@ def test_every_advice_is_what_was_measured(make: Any) -> None:
     assert len(ran) > 5 and any(remedy["helps"] for remedy in ran)
     before = found.total_db
     if not found.measured_at:
-        assert before == pytest.approx(sqnr(model, qat, x[::2]), abs=0.1)
+        assert before == pytest.approx(sqnr(kqat.strip(qat), qat, x[::2]), abs=0.1)
     for remedy in ran:
         code = remedy["code"]
         mended = applied(code, model, qat, x[1::2])
         if not found.measured_at:
-            after = sqnr(model, mended, x[::2])
+            after = sqnr(kqat.strip(qat), mended, x[::2])
         elif remedy["name"] in ("adaround", "gptq", "correct_biases"):
             continue  # these move weights, so that the unrounded ones are others
         else:
@@ -169,6 +171,11 @@ def test_every_advice_is_what_was_measured(make: Any) -> None:
         assert after == pytest.approx(remedy["sqnr_db"], abs=0.1), code
         # Where it helps, the text holds it as it is, in lines of its own.
         assert (f"\n{code}\n" in f"{printed}\n") is remedy["helps"], code
+    trained = found.trained_db < 100.0
+    assert trained is (make is mixed)
+    for remedy in ran:
+        if "quantize_model" in remedy["code"]:
+            assert ("kqat.strip(qat)" in remedy["code"]) is trained
     for finding in found.findings:
         helping = [remedy["code"] for remedy in ran if remedy["helps"]]
         assert not finding.advice or finding.advice in helping
@@ -234,7 +241,11 @@ def test_the_output_has_a_row_and_the_numbers_are_explained() -> None:
         ]
     )
     x = data(6)
-    found = kqat.diagnose(model, kqat.quantize_model(model, calibration_data=x), x, remedies=False)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    found = kqat.diagnose(model, qat, x, remedies=False)
+    # The same names and words as in the plots.
+    plotted = {(t.title, t.role) for t in rounded_tensors(qat, trace(qat)) if t.quantizer}
+    assert {(r.name, r.what) for r in found.layers if r.what != "weights"} == plotted
     (row,) = [row for row in found.layers if row.what == "output"]
     assert row.share == 0.0 and 30.0 < row.isolated_db < 70.0
     assert found.measured_at == ("class",)
@@ -326,6 +337,21 @@ def test_a_bias_that_int32_does_not_hold_is_named() -> None:
     overflow = [f for f in found.findings if f.cause is Cause.BIAS_OVERFLOW]
     assert [f.layer for f in overflow] == ["dead"]
     assert "1 of 8 channels" in overflow[0].text
+
+
+def test_rows_of_a_kernel_that_share_a_step_with_larger_ones_are_named() -> None:
+    keras.utils.set_random_seed(0)
+    x = keras.Input((16,), name="x")
+    y = layers.Rescaling([1.0] * 8 + [500.0] * 8, name="unlike")(x)
+    model = keras.Model(x, layers.Dense(4, name="head")(y))
+    head = model.get_layer("head")
+    head.kernel.assign(head.kernel.numpy() / np.r_[np.ones(8), np.full(8, 500.0)][:, None])
+    x = data(16)
+    qat = kqat.quantize_model(model, {"unlike": "int16x8"}, calibration_data=x)
+    found = kqat.diagnose(model, qat, x, remedies=False).findings
+    rows = [f for f in found if f.cause is Cause.UNLIKE_ROWS]
+    assert [f.layer for f in rows] == ["head"] and rows[0].of_weights
+    assert "of 8 of 16 input channels" in rows[0].text
 
 
 def test_few_bits_and_a_starved_grid_are_named() -> None:
