@@ -202,11 +202,11 @@ def quantize_model(
             TrainerWarning,
             stacklevel=2,
         )
-    if hands_on_mask(model):
+    if hands_on_mask(model) and not any(decided.graph.output_masks):
         warnings.warn(
             f"'{model.name}' leaves masked steps out of its losses and metrics, by a mask of Keras "
-            "on its output. The QAT model does not: give fit and evaluate a sample_weight that is "
-            "0 at these steps.",
+            "on its output that layers make. The QAT model does not: give fit and evaluate a "
+            "sample_weight that is 0 at these steps.",
             TrainerWarning,
             stacklevel=2,
         )
