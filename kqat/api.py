@@ -13,7 +13,6 @@ from kqat.devices import target_named
 from kqat.graph import (
     Graph,
     check_apart,
-    hands_on_mask,
     non_finite_variable,
     trace,
     with_input_shapes,
@@ -202,7 +201,7 @@ def quantize_model(
             TrainerWarning,
             stacklevel=2,
         )
-    if hands_on_mask(model) and not any(decided.graph.output_masks):
+    if graph.loses_masks:
         warnings.warn(
             f"'{model.name}' leaves masked steps out of its losses and metrics, by a mask of Keras "
             "on its output that layers make. The QAT model does not: give fit and evaluate a "

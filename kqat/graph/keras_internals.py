@@ -767,12 +767,6 @@ def passes_mask_by(layer: Any) -> bool:
     return False
 
 
-def hands_on_mask(model: Any) -> bool:
-    """Whether Keras may leave steps of an output out of losses and metrics, by a mask."""
-    outputs = getattr(inner_function(model), "outputs", ())
-    return any(getattr(t, "_keras_mask", None) is not None for t in outputs)
-
-
 def _tensors(structure: Any) -> list[Any]:
     return [t for t in keras.tree.flatten(structure) if isinstance(t, keras.KerasTensor)]
 

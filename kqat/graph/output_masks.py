@@ -46,15 +46,18 @@ class MaskedOutput(keras.layers.Layer):
         return {**super().get_config(), "function": function}
 
 
-def without_output_masks(opened: Opened) -> tuple[Opened, tuple[keras.Model | None, ...]]:
+def without_output_masks(
+    opened: Opened,
+) -> tuple[Opened, tuple[keras.Model | None, ...], bool]:
     """An opened model without `MaskedOutput`s, and what makes the mask of each output.
 
     That is a model of all the inputs. It is `None` for an output without a mask, and where a mask
-    does not come from the inputs by operations alone.
+    does not come from the inputs by operations alone; the last value says whether one does not.
     """
     outputs = keras.tree.flatten(opened.output)
     bare: dict[int, Any] = {}
     masks: list[keras.Model | None] = []
+    lost = False
     for tensor, mask in zip(outputs, masks_of(opened.function, outputs), strict=True):
         layer, inputs = maker_of(tensor)
         if isinstance(layer, MaskedOutput):
@@ -62,8 +65,9 @@ def without_output_masks(opened: Opened) -> tuple[Opened, tuple[keras.Model | No
             masks.append(layer.function)
         else:
             masks.append(None if mask is None else mask_function(opened.tensors, mask))
+            lost = lost or (mask is not None and masks[-1] is None)
     if not bare:
-        return opened, tuple(masks)
+        return opened, tuple(masks), lost
     output = keras.tree.map_structure(lambda t: bare.get(id(t), t), opened.output)
     function = keras.Function(list(opened.function.inputs), keras.tree.flatten(output))
-    return dataclasses.replace(opened, function=function, output=output), tuple(masks)
+    return dataclasses.replace(opened, function=function, output=output), tuple(masks), lost

@@ -85,6 +85,8 @@ class Graph:
     output_names: tuple[str, ...]
     # What makes the mask by which losses leave steps of an output out, of the model's inputs.
     output_masks: tuple[keras.Model | None, ...] = ()
+    # Whether an output bears a mask that is not among them, as layers make it.
+    loses_masks: bool = False
 
     @property
     def inputs(self) -> tuple[Ref, ...]:
@@ -147,7 +149,7 @@ def trace(model: Any) -> Graph:
             cannot be traced.
     """
     whole = open_model(model)
-    opened, output_masks = without_output_masks(whole)
+    opened, output_masks, loses_masks = without_output_masks(whole)
     inputs = [Ref(_shape(t, opened.batch), dtype) for t, dtype in typed_inputs(opened)]
     for tensor in opened.tensors:
         _check_input(tensor, model.name)
@@ -175,6 +177,7 @@ def trace(model: Any) -> Graph:
         input_names=tuple(input_names),
         output_names=tuple(unique_name(name, taken) for name in output_names),
         output_masks=output_masks,
+        loses_masks=loses_masks,
     )
 
 
