@@ -7,10 +7,13 @@ from kqat.graph.input_shapes import fits, has_open_sizes, input_shapes, with_inp
 from kqat.graph.keras_internals import (
     FUNCTIONAL_MODULE,
     attach_masks,
+    depth_to_space,
     frozen_function,
     layer_behind,
     maker_of,
     operations_between,
+    option,
+    space_to_depth,
     values_between,
 )
 from kqat.graph.sharing import check_apart
@@ -41,6 +44,7 @@ __all__ = [
     "check_no_booleans",
     "clone",
     "config_of",
+    "depth_to_space",
     "duplicate",
     "fill",
     "finalize",
@@ -54,8 +58,10 @@ __all__ = [
     "maker_of",
     "non_finite_variable",
     "operations_between",
+    "option",
     "rebuild",
     "refs_in",
+    "space_to_depth",
     "trace",
     "trace_call",
     "unique_name",

@@ -8,6 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import TextEnum, UnsupportedLayerError
+from kqat.graph import depth_to_space, space_to_depth
 from kqat.grids import HIDDEN, LOWEST
 
 
@@ -226,7 +227,7 @@ class DepthToSpace(layers.Layer):
 
     def call(self, x: Any) -> Any:
         """The image."""
-        return ops.depth_to_space(x, self.block_size, data_format="channels_last")
+        return depth_to_space(x, self.block_size)
 
     def get_config(self) -> dict[str, Any]:
         """The config of every layer, with `block_size`."""
@@ -243,7 +244,7 @@ class SpaceToDepth(layers.Layer):
 
     def call(self, x: Any) -> Any:
         """The image."""
-        return ops.space_to_depth(x, self.block_size, data_format="channels_last")
+        return space_to_depth(x, self.block_size)
 
     def get_config(self) -> dict[str, Any]:
         """The config of every layer, with `block_size`."""

@@ -2,6 +2,8 @@
 
 A grid that holds a billion has one integer for all other scores. So a sum that only a softmax
 reads becomes what `kqat.rewrites.layers.attention_masks` makes of Keras's own masks: a `Hide`.
+Between the sum and the softmax there may be further sums, temperatures, layers that move, pad or
+join numbers, and functions that leave low numbers low, such as a clip at -1e4.
 """
 
 import dataclasses
@@ -16,11 +18,11 @@ from kqat.base import UnsupportedLayerError
 from kqat.graph import (
     Graph,
     Node,
-    Part,
     Ref,
     activation_name,
     duplicate,
     is_tensor,
+    operations_between,
     rebuild,
     trace,
     unique_name,
@@ -30,52 +32,54 @@ from kqat.parts import (
     ChannelAffine,
     ConstantKind,
     ConstantRows,
+    Elementwise,
     Hide,
     IndexOperation,
+    Learned,
     Padding,
     PaddingKind,
     Reduce,
     ReduceKind,
+    Select,
     Slice,
     Take,
     WithConstant,
 )
-from kqat.rewrites import FAR_BELOW
+from kqat.planning.mask_biases import (
+    Beside,
+    Hiding,
+    Mask,
+    Move,
+    Through,
+    added,
+    is_hiding,
+    one_sample,
+    spread,
+)
+from kqat.rewrites import FAR_BELOW, zeros_around
 
 # What is added to a hidden score at least; Swin adds this, others a billion. Softmax gives such a
 # key less than float32 can tell from zero, beside scores that spread by less than 80.
 LEAST_ADDED = -100.0
+# Layers that put zeros around numbers.
+_PADDING = (layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D)
 # Layers that hand numbers on as they are.
 _MOVING = (
     layers.Reshape, layers.Permute, layers.Flatten, layers.Identity, layers.RepeatVector,
-    layers.Dropout, Slice, Take,
+    layers.Dropout, layers.Cropping1D, layers.Cropping2D, layers.Cropping3D, Slice, Take, *_PADDING,
 )  # fmt: skip
+# Functions of one number, some of which leave low numbers low.
+_FUNCTIONS = (Elementwise, layers.Activation, layers.LeakyReLU, layers.ReLU)
+# Numbers to try such a function at.
+_LOW = -np.geomspace(1e-2, 1e38, 161, dtype=np.float32)
+# Scores; a function that changes none of these does nothing but bound what is hidden.
+_SCORES = np.linspace(-1e3, 1e3, 2001, dtype=np.float32)
 _LARGEST = (
     layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D, layers.GlobalMaxPooling1D,
     layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D,
 )  # fmt: skip
 
 _VANISHING = ("softmax", "sigmoid", "hard_sigmoid", "exponential")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mask:
-    """What pushes hidden scores down, wherever a sum adds it.
-
-    Attributes:
-        base: what the bias is computed from: truth values, numbers that are 0 or 1, the bias of a
-            `Hide`, or an array that is `HIDDEN` or 0.
-        table: the bias of each truth value; `None` where `base` holds something else.
-        scale: of a bias that is `scale * number + offset`; 0 where `base` is a bias already.
-        offset: as `scale`.
-        moves: the layers that the bias passes, in order, each with the shape that it takes.
-    """
-
-    base: Any
-    table: np.ndarray | None = None
-    scale: float = 0.0
-    offset: float = 0.0
-    moves: tuple[tuple[Any, tuple[int | None, ...]], ...] = ()
 
 
 def hide_added_masks(
@@ -97,10 +101,12 @@ def hide_added_masks(
     """
     search = _Search(graph, {n.name for n in graph.nodes if origins[n.layer.name] in kept})
     sums = {node.name: found for node in graph.nodes if (found := search.masked(node))}
-    if not any(found.changes for found in sums.values()):
+    if not any(found.changes for found in sums.values()) and not any(
+        search.passing(node, {}) for node in graph.nodes
+    ):
         return graph, dict(origins)
     values: dict[Ref, Any] = {}
-    pending: dict[Ref, list[_Mask]] = {}
+    pending: dict[Ref, list[Mask]] = {}
     taken = {*graph.input_names, *(node.layer.name for node in graph.nodes)}
     found_origins = dict(origins)
 
@@ -114,7 +120,7 @@ def hide_added_masks(
             return fresh
 
         carried = [mask for ref in node.inputs for mask in pending.get(ref, [])]
-        hiding, ends = _Hiding(values, new), search.ends_in_softmax(node.outputs[0])
+        hiding, ends = Hiding(values, new), search.ends_in_softmax(node.outputs[0])
         if node.name in sums:
             summed = sums[node.name]
             masks = [*carried, *summed.masks]
@@ -122,18 +128,27 @@ def hide_added_masks(
             if ends:
                 outputs = hiding.hide(outputs, masks, node.layer.name)
             elif masks:
-                outputs = _spread(outputs, node.outputs[0].shape, new)
+                outputs = spread(outputs, node.outputs[0].shape, new)
                 pending[node.outputs[0]] = masks
-        elif carried and not ends and not (_vanishes(node.layer) or _finds_largest(node.layer)):
+        elif masks := search.passing(node, pending):
+            outputs = search.bare(node, args, kwargs, new)
+            if ends:
+                outputs = hiding.hide(outputs, masks, new("masked"))
+            else:
+                pending[node.outputs[0]] = masks
+        elif carried and not isinstance(node.layer, Learned):
+            hidden = {
+                id(values[ref]): hiding.hide(values[ref], pending[ref], new("masked"))
+                for ref in dict.fromkeys(node.inputs)
+                if ref in pending
+            }
+            args, kwargs = keras.tree.map_structure(lambda x: hidden.get(id(x), x), (args, kwargs))
             outputs = node.layer(*args, **kwargs)
-            shape = tuple(node.inputs[0].shape)
-            pending[node.outputs[0]] = [
-                dataclasses.replace(m, moves=(*m.moves, (node.layer, shape))) for m in carried
-            ]
-        elif carried:
-            outputs = node.layer(hiding.hide(args[0], carried, new("masked")), **kwargs)
         else:
             outputs = node.layer(*args, **kwargs)
+        if carried or node.name in sums or _pads_lowest(node.layer):
+            for made in operations_between(list(values.values()), keras.tree.flatten(outputs)):
+                found_origins.setdefault(made.name, origins[node.layer.name])
         values.update(zip(node.outputs, keras.tree.flatten(outputs), strict=True))
         return outputs
 
@@ -178,7 +193,7 @@ class _Sum:
         changes: whether the layer adds a mask as numbers; a `Hide` is right where it stands.
     """
 
-    masks: tuple[_Mask, ...]
+    masks: tuple[Mask, ...]
     operands: tuple[tuple[Ref, float], ...]
     constant: np.ndarray | None = None
     changes: bool = False
@@ -195,7 +210,7 @@ class _Sum:
             (tensor,), ((_, sign),) = tensors, self.operands
             if sign < 0:
                 tensor = layers.Rescaling(sign, name=new("negated"))(tensor)
-            return tensor if self.constant is None else _added(tensor, self.constant, new("bias"))
+            return tensor if self.constant is None else added(tensor, self.constant, new("bias"))
         return layers.Add(name=new("bare"))(tensors)
 
 
@@ -219,7 +234,7 @@ class _Search:
         if isinstance(layer, Hide):
             bias, shown = node.inputs
             moved = not self.ends_in_softmax(node.outputs[0])
-            return _Sum((_Mask(bias),), ((shown, 1.0),), changes=moved)
+            return _Sum((Mask(bias),), ((shown, 1.0),), changes=moved)
         if _factor(layer) is not None:
             return self._constant_sum(node, gain)
         signs = _signs(node)
@@ -234,21 +249,61 @@ class _Search:
         operands = tuple((node.inputs[i], signs[i]) for i in scores)
         return _Sum(masks, operands, changes=bool(masks))
 
+    def passing(self, node: Node, pending: Mapping[Ref, list[Mask]]) -> list[Mask]:
+        """The masks behind a layer other than a sum; none where they end before it.
+
+        Args:
+            node: any, whether masks reach it or not.
+            pending: the masks of values that are not hidden yet.
+        """
+        layer, ref = node.layer, node.outputs[0]
+        if len(node.outputs) != 1 or self.gains[ref] == 0 or node.name in self.kept:
+            return []
+        masks = [pending.get(ref, []) for ref in node.inputs]
+        shapes = [ref.shape for ref in node.inputs]
+        if _pads_lowest(layer):
+            if not masks[0] and self.ends_in_softmax(ref):
+                return []  # It is right where it stands.
+            widths = ((0, 0), *((a, b) for a, b in layer.widths))
+            shown = np.zeros(one_sample(shapes[0]), np.float32)
+            around = np.pad(shown, widths, constant_values=HIDDEN)
+            return [*(mask.moved(Beside(widths, shapes[0])) for mask in masks[0]), Mask(around)]
+        if isinstance(layer, layers.Concatenate):
+            pairs = zip(masks, _beside(layer, shapes), strict=True)
+            return [mask.moved(move) for found, move in pairs for mask in found]
+        if isinstance(layer, _MOVING):
+            return [mask.moved(Through(layer, shapes[0])) for mask in masks[0]]
+        if isinstance(layer, (*_FUNCTIONS, layers.Minimum)) and not _vanishes(layer):
+            return [mask for found in masks for mask in found]
+        return []
+
+    def bare(self, node: Node, args: Any, kwargs: Any, new: Callable[[str], str]) -> Any:
+        """What a layer that masks pass computes of scores that are not hidden."""
+        if _pads_lowest(node.layer):
+            return zeros_around(args[0], [(0, 0), *node.layer.widths], new("around"))
+        read = self.consumers[node.outputs[0]]
+        only_bounds = isinstance(node.layer, _FUNCTIONS) and np.array_equal(
+            _computed(node.layer, _SCORES), _SCORES
+        )
+        if only_bounds and not any(_finds_largest(reader.layer) for reader in read):
+            return args[0]
+        return node.layer(*args, **kwargs)
+
     def _constant_sum(self, node: Node, gain: float) -> _Sum | None:
         layer, operands = node.layer, ((node.inputs[0], 1.0),)
         if isinstance(layer, WithConstant) and layer.kind is ConstantKind.HIDE:
-            mask = _Mask(np.asarray(layer.value, np.float32))
+            mask = Mask(np.asarray(layer.value, np.float32))
             return _Sum((mask,), operands, changes=not self.ends_in_softmax(node.outputs[0]))
         value = _addend(node)
         if value is None or not (hidden := value * gain <= LEAST_ADDED).any():
             return _Sum((), operands)
         others = np.where(hidden, np.float32(0), value)
-        mask = _Mask(np.where(hidden, np.float32(HIDDEN), np.float32(0)))
+        mask = Mask(np.where(hidden, np.float32(HIDDEN), np.float32(0)))
         return _Sum((mask,), operands, others if others.any() else None, changes=True)
 
     def _gain(self, ref: Ref) -> float:
         """By how much a value grows on its way to softmax, at least; 0 where others read it."""
-        readers = self.consumers[ref]
+        readers = self._readers(ref)
         if not readers or ref in self.outputs:
             return 0.0
         # A maximum beside the rest, as in `exp(x - max(x))`, passes over what is hidden.
@@ -262,8 +317,16 @@ class _Search:
         if _vanishes(layer):
             return 1.0
         factor = 0.0
-        if isinstance(layer, _MOVING):
+        if isinstance(layer, (*_MOVING, layers.Concatenate)) or _pads_lowest(layer):
             factor = 1.0
+        elif type(layer) is layers.Minimum:
+            # What is not hidden may be of any shape; a mask of lower rank would move.
+            factor = float(len({len(r.shape) for r in node.inputs}) == 1)
+        elif isinstance(layer, Select):
+            chosen = ref in node.inputs[1:] and ref != node.inputs[0]
+            factor = float(chosen and self.ends_in_softmax(node.outputs[0]))
+        elif isinstance(layer, _FUNCTIONS):
+            return _growth(layer, self.gains[node.outputs[0]])
         elif (grows := _factor(layer)) is not None:
             factor = max(grows, 0.0)
         elif isinstance(layer, Hide):
@@ -273,14 +336,18 @@ class _Search:
         return factor * self.gains[node.outputs[0]] if factor else 0.0
 
     def ends_in_softmax(self, ref: Ref) -> bool:
-        """Whether softmax, and nothing else, reads a value, moved at most."""
-        readers = self.consumers[ref]
+        """Whether softmax, and nothing else, reads a value, moved or beside others at most."""
+        readers = self._readers(ref)
         return (
             bool(readers)
             and ref not in self.outputs
             and all(
                 _vanishes(node.layer)
-                or (isinstance(node.layer, _MOVING) and self.ends_in_softmax(node.outputs[0]))
+                or (
+                    (_hands_on(node, ref) or _pads_lowest(node.layer))
+                    and node.name not in self.kept
+                    and self.ends_in_softmax(node.outputs[0])
+                )
                 for node in readers
             )
         )
@@ -290,33 +357,41 @@ class _Search:
         return ref not in self.outputs and all(
             _vanishes(node.layer)
             or _finds_largest(node.layer)
-            or (
-                (isinstance(node.layer, _MOVING) or _hides(node.layer))
-                and self.is_ignored(node.outputs[0])
-            )
-            for node in self.consumers[ref]
+            or ((_hands_on(node, ref) or _hides(node.layer)) and self.is_ignored(node.outputs[0]))
+            for node in self._readers(ref)
         )
 
-    def _masks(self, ref: Ref, sign: float, gain: float) -> list[_Mask] | None:
-        """`ref` times `sign` as biases, if all that it adds is zero or far below zero.
+    def _readers(self, ref: Ref) -> list[Node]:
+        """What computes with a value; a constant reads of it the number of samples alone."""
+        return [node for node in self.consumers[ref] if not isinstance(node.layer, Learned)]
+
+    def _masks(self, ref: Ref, scale: float, gain: float, offset: float = 0.0) -> list[Mask] | None:
+        """`scale * ref + offset` as biases, if all that it adds is zero or far below zero.
 
         Args:
             ref: an operand of a sum.
-            sign: of the operand.
+            scale: of the operand, as its sign.
             gain: what the sum is multiplied by before softmax, at least.
+            offset: beside it.
         """
-        scale, offset, moves = sign, 0.0, list[tuple[Any, tuple[int | None, ...]]]()
+        moves = list[Move]()
         while (node := self.producers.get(ref)) is not None:
-            if isinstance(node.layer, _MOVING):
-                moves.insert(0, (node.layer, node.inputs[0].shape))
+            if isinstance(node.layer, _MOVING) and not (
+                # Zeros around numbers of which `offset` makes biases are none.
+                offset and isinstance(node.layer, _PADDING)
+            ):
+                moves.insert(0, Through(node.layer, node.inputs[0].shape))
             elif isinstance(node.layer, layers.Rescaling) and np.ndim(node.layer.scale) == 0:
                 offset += scale * float(node.layer.offset)
                 scale *= float(node.layer.scale)
             else:
                 break
             ref = node.inputs[0]
+        if node is not None and isinstance(node.layer, layers.Concatenate):
+            parts = self._side_by_side(node, scale, gain, offset)
+            return [mask.moved(*moves) for mask in parts] or None
         if node is not None and offset == 0 and (both := self._joined(node, scale, gain)):
-            return [dataclasses.replace(m, moves=(*m.moves, *moves)) for m in both]
+            return [mask.moved(*moves) for mask in both]
         if node is not None and isinstance(node.layer, ConstantRows):
             table = scale * np.asarray(node.layer.embeddings, np.float64) + offset
             base, numbers = node.inputs[0], table
@@ -324,9 +399,29 @@ class _Search:
             base, numbers, table = ref, np.array([offset, scale + offset]), None
         if not _are_biases(numbers, gain):
             return None
-        return [_Mask(base, table, scale, offset, tuple(moves))]
+        return [Mask(base, table, scale, offset, tuple(moves))]
 
-    def _joined(self, node: Node, scale: float, gain: float) -> list[_Mask] | None:
+    def _side_by_side(self, node: Node, scale: float, gain: float, offset: float) -> list[Mask]:
+        """The masks of a concatenation's parts; none if a part is something else."""
+        found: list[Mask] = []
+        moves = _beside(node.layer, [ref.shape for ref in node.inputs])
+        for ref, move in zip(node.inputs, moves, strict=True):
+            producer = self.producers.get(ref)
+            masks: list[Mask] | None
+            if producer is not None and isinstance(producer.layer, Learned):
+                value = scale * np.asarray(producer.layer.value, np.float32)[None] + offset
+                bias = np.where(is_hiding(value), HIDDEN, 0.0).astype(np.float32)
+                if not is_hiding(value).any():
+                    continue
+                masks = [Mask(bias)] if _are_biases(value, gain) else None
+            else:
+                masks = self._masks(ref, scale, gain, offset)
+            if masks is None:
+                return []
+            found += [mask.moved(move) for mask in masks]
+        return found
+
+    def _joined(self, node: Node, scale: float, gain: float) -> list[Mask] | None:
         """The masks that a sum, or the lowest of several, joins to one."""
         layer, value = node.layer, _addend(node)
         signs = [1.0] * len(node.inputs) if type(layer) is layers.Minimum else _signs(node)
@@ -343,7 +438,7 @@ class _Search:
             return None
         masks = [mask for part in parts for mask in part or ()]
         if value is not None:
-            masks.append(_Mask(np.where(_is_hiding(value), HIDDEN, 0.0).astype(np.float32)))
+            masks.append(Mask(np.where(is_hiding(value), HIDDEN, 0.0).astype(np.float32)))
         return masks
 
 
@@ -372,6 +467,49 @@ def _addend(node: Node) -> np.ndarray | None:
     return None
 
 
+def _beside(layer: Any, shapes: list[tuple[int | None, ...]]) -> list[Beside]:
+    """What befalls the bias of each part of a concatenation."""
+    axis = layer.axis % len(shapes[0])
+    sizes = [shape[axis] or 0 for shape in shapes]
+    return [
+        Beside(
+            tuple(
+                (sum(sizes[:i]), sum(sizes[i + 1 :])) if a == axis else (0, 0)
+                for a in range(len(shape))
+            ),
+            shape,
+        )
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def _hands_on(node: Node, ref: Ref) -> bool:
+    """Whether a layer's output holds the numbers of `ref` as they are, among others at most."""
+    if isinstance(node.layer, Select):
+        return ref in node.inputs[1:] and ref != node.inputs[0]
+    return isinstance(node.layer, (*_MOVING, layers.Concatenate))
+
+
+def _computed(function: Any, numbers: np.ndarray) -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(function(numbers[:, None])))[:, 0]
+
+
+def _growth(function: Any, gain: float) -> float:
+    """By how much numbers grow in a function and behind it, at least, if they lie far below zero.
+
+    0 where the function lifts such numbers up.
+
+    Args:
+        function: a layer.
+        gain: behind it.
+    """
+    if not gain:
+        return 0.0
+    low = _computed(function, _LOW) * gain <= LEAST_ADDED
+    below = np.logical_and.accumulate(low[::-1])[::-1]  # It, and all that is lower.
+    return float(LEAST_ADDED / _LOW[np.argmax(below)]) if below.any() else 0.0
+
+
 def _signs(node: Node) -> list[float] | None:
     """The signs of the operands of a sum or difference; `None` for all else."""
     if type(node.layer) is layers.Add:
@@ -381,13 +519,12 @@ def _signs(node: Node) -> list[float] | None:
 
 def _are_biases(numbers: np.ndarray, gain: float) -> bool:
     """Whether numbers are all zero or far below zero, and not all zero."""
-    hidden = _is_hiding(numbers)
+    hidden = is_hiding(numbers)
     return bool(hidden.any() and np.all(numbers[hidden] * gain <= LEAST_ADDED))
 
 
-def _is_hiding(numbers: np.ndarray) -> np.ndarray:
-    """Which numbers of a mask hide; the others are zero but for a rounding."""
-    return np.abs(numbers) >= 1e-3
+def _pads_lowest(layer: Any) -> bool:
+    return isinstance(layer, Padding) and layer.kind is PaddingKind.LOWEST
 
 
 def _vanishes(layer: Any) -> bool:
@@ -406,74 +543,3 @@ def _finds_largest(layer: Any) -> bool:
         or (isinstance(layer, Reduce) and layer.kind is ReduceKind.MAX)
         or (isinstance(layer, IndexOperation) and layer.kind == "argmax")
     )
-
-
-def _added(x: Any, value: np.ndarray, name: str) -> Any:
-    layer = WithConstant(ConstantKind.ADD, list(value.shape), name=name, trainable=False)
-    return Part(layer, [value])(x)
-
-
-def _spread(x: Any, shape: tuple[int | None, ...], new: Callable[[str], str]) -> Any:
-    """`x` broadcast to a shape, which starts with the batch."""
-    if tuple(x.shape[1:]) == tuple(shape[1:]):
-        return x
-    return _added(x, np.zeros(_one(shape), np.float32), new("spread"))
-
-
-def _one(shape: tuple[int | None, ...]) -> tuple[int, ...]:
-    """The shape of one sample, in a batch of one."""
-    return (1, *(size or 1 for size in shape[1:]))
-
-
-class _Hiding:
-    """Makes the layers that hide scores.
-
-    Args:
-        values: the tensors of the new graph.
-        new: gives a layer's name.
-    """
-
-    def __init__(self, values: Mapping[Ref, Any], new: Callable[[str], str]) -> None:
-        self.values, self.new = values, new
-
-    def hide(self, scores: Any, masks: list[_Mask], name: str) -> Any:
-        """The scores, hidden where a mask says so; the last layer bears `name`."""
-        biases = [self._bias(mask) for mask in masks]
-        constants = [bias for bias in biases if not is_tensor(bias)]
-        if constants:
-            joined = np.minimum.reduce(np.broadcast_arrays(*constants))
-            biases = [joined, *(bias for bias in biases if is_tensor(bias))]
-        for index, bias in enumerate(biases):
-            last = index == len(biases) - 1
-            label = name if last else self.new("hidden")
-            if is_tensor(bias):
-                scores = Hide(name=label)([bias, scores])
-            else:
-                shape = list(bias.shape)
-                layer = WithConstant(ConstantKind.HIDE, shape, name=label, trainable=False)
-                scores = Part(layer, [bias])(scores)
-        return scores
-
-    def _bias(self, mask: _Mask) -> Any:
-        if isinstance(mask.base, np.ndarray):
-            return _moved_constant(mask)
-        bias = self.values[mask.base]
-        if mask.table is not None:
-            table = np.where(_is_hiding(mask.table), HIDDEN, 0.0).astype(np.float32)
-            rows = ConstantRows(*table.shape, name=self.new("rows"), trainable=False)
-            bias = Part(rows, [table])(bias)
-        elif mask.scale:
-            shrunk = HIDDEN / min(mask.offset, mask.scale + mask.offset)
-            bias = layers.Rescaling(
-                shrunk * mask.scale, shrunk * mask.offset, name=self.new("bias")
-            )(bias)
-        for move, shape in mask.moves:
-            bias = duplicate(move, self.new("bias"))(_spread(bias, shape, self.new))
-        return bias
-
-
-def _moved_constant(mask: _Mask) -> np.ndarray:
-    value = mask.base
-    for move, shape in mask.moves:
-        value = ops.convert_to_numpy(move(np.broadcast_to(value, _one(shape))))
-    return value

@@ -51,7 +51,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
         ModelError: if it has boolean inputs.
     """
     check_no_booleans(graph, model_name)
-    configs, input_configs, unused = assign_configs(graph, policy)
+    configs, input_configs, unused = assign_configs(graph, policy, model_name)
     configs = follow_neighbours(graph, configs)
     graph, configs = read_bytes(graph, configs, input_configs)
     whole = {n.name for n in graph.nodes if stays_whole(n.layer, configs[n.name])}

@@ -20,7 +20,7 @@ from kqat.rewrites.layers.recurrent import Builder, bidirectional, rnn
 from kqat.rewrites.operations.binary import BINARY, FAR_BELOW, Row, function, is_number, scaled
 from kqat.rewrites.operations.nn import NETWORKS
 from kqat.rewrites.operations.reductions import REDUCING
-from kqat.rewrites.operations.shapes import REARRANGING
+from kqat.rewrites.operations.shapes import REARRANGING, zeros_around
 from kqat.rewrites.operations.weights import WANT_BATCH, as_values, computed, is_weight
 
 __all__ = [
@@ -51,4 +51,5 @@ __all__ = [
     "step_masks",
     "time_and_depth",
     "truth",
+    "zeros_around",
 ]

@@ -215,9 +215,8 @@ def _where(operation: Any, name: str) -> Callable[..., Any]:
 
     def call(condition: Any, a: Any = None, b: Any = None) -> Any:
         for scores, number, shown in ((a, b, True), (b, a, False)):
-            if is_tensor(scores) and not is_tensor(number) and _are_numbers(number):
-                if float(np.asarray(number).reshape(())) <= FAR_BELOW:
-                    return _scores(condition, scores, shown, name)
+            if is_tensor(scores) and _is_far_below(number, scores.shape):
+                return _scores(condition, scores, shown, name)
         if is_tensor(condition) and not (is_tensor(a) or is_tensor(b)) and _are_numbers(a, b):
             no, yes = (float(np.asarray(v).reshape(())) for v in (b, a))
             return truth(condition, (no, yes), condition.shape[1:], name)
@@ -236,6 +235,17 @@ def _where(operation: Any, name: str) -> Callable[..., Any]:
         return Select(name=name)([condition, *values])
 
     return call
+
+
+def _is_far_below(value: Any, shape: tuple[int | None, ...]) -> bool:
+    """Whether a value is one constant, or several, all far below scores of `shape`."""
+    if value is None or is_tensor(value) or getattr(value, "trainable", False):
+        return False
+    array = np.asarray(value)
+    fits = array.ndim <= len(shape) and all(
+        size in (1, whole) for size, whole in zip(array.shape[::-1], shape[::-1], strict=False)
+    )
+    return fits and bool(np.all(array <= FAR_BELOW))
 
 
 def _are_numbers(*values: Any) -> bool:

@@ -11,7 +11,7 @@ from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.devices import MOST_AXES
-from kqat.graph import holds_indexes, is_tensor
+from kqat.graph import holds_indexes, is_tensor, option
 from kqat.parts import (
     DepthToSpace,
     IndexKind,
@@ -276,7 +276,7 @@ def _pad(operation: Any, name: str) -> Callable[..., Any]:
             return _repeated(x, widths, mode, name)
         number = float(np.asarray(value).reshape(()))
         if number == 0:
-            return _zeros(x, widths, name)
+            return zeros_around(x, widths, name)
         most = min(MOST_AXES["PADV2"])
         if number <= FAR_BELOW and len(widths) <= most:
             return Padding(PaddingKind.LOWEST, widths[1:], name=name)(x)
@@ -291,7 +291,8 @@ def _pad(operation: Any, name: str) -> Callable[..., Any]:
 TRIED_AXES = 6  # the most with which `benchmarks/rank_probe.py` tried MIRROR_PAD
 
 
-def _zeros(x: Any, widths: list[tuple[int, int]], name: str) -> Any:
+def zeros_around(x: Any, widths: list[tuple[int, int]], name: str) -> Any:
+    """Zeros before and behind, one pair of numbers for each axis; the batch's are 0."""
     spatial = widths[1:-1]
     if len(widths) > 4 and (widths[-1] != (0, 0) or len(widths) > 5):
         return _zeros_axis_by_axis(x, widths[1:], name)
@@ -395,7 +396,7 @@ def _filled(number: float | None) -> Row:
     """A constant of a tensor's shape, which is the same for all samples."""
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
-        def call(x: Any, fill_value: Any = number) -> Any:
+        def call(x: Any, fill_value: Any = number, dtype: Any = None) -> Any:
             value = fill_value
             if not is_number(value):
                 raise UnsupportedLayerError(
@@ -403,7 +404,7 @@ def _filled(number: float | None) -> Row:
                     f"{fill_value!r}. Multiply ones by the tensor instead."
                 )
             value = float(np.asarray(value).reshape(()))
-            dtype = getattr(operation, "dtype", None) or x.dtype
+            dtype = option(operation, "dtype", dtype) or x.dtype
             if keras.backend.is_float_dtype(dtype):
                 shape = (1, *x.shape[1:])
                 return keras.Variable(np.full(shape, value), trainable=False, name="filled")

@@ -17,7 +17,7 @@ _SHOWN = np.ones((128, 6), np.float32)
 _SHOWN[:64, 4:] = 0
 _EARLIER = np.tril(np.ones((6, 6), np.float32))
 _BIAS = _random.normal(size=(6, 6)).astype(np.float32)
-How = Callable[[Any, Any], Any]
+How = Callable[..., Any]
 
 
 class _Attention(layers.Layer):
@@ -122,6 +122,34 @@ CASES: dict[str, tuple[Any, How]] = {
     "given, product": (_given, lambda s, m: s * m[:, None, :] - 1e9 * (1.0 - m[:, None, :])),
 }
 
+# What may stand between the sum that masks and the softmax: the mask passes it.
+BETWEEN: dict[str, How] = {
+    "joined, in both parts": lambda s: ops.concatenate([s[:, :3], s[:, 3:] * 0.5], 1),
+    "joined, then a bias": lambda s: ops.concatenate([s[..., :2], s[..., 2:]], -1) + _BIAS,
+    "beside a sink": lambda s: (
+        4.0 * ops.softmax(ops.concatenate([s, ops.zeros_like(s[..., :1])], -1))[..., :6]
+    ),
+    "stacked, then a bias": lambda s: 4.0 * ops.softmax(ops.stack([s, s], 1) + _BIAS)[:, 0],
+    "maximum": lambda s: ops.maximum(s, -1e4),
+    "clip, then a bias": lambda s: ops.clip(s, -1e4, 1e4) + _BIAS,
+    "minimum": lambda s: ops.minimum(s, 5.0),
+    "leaky": lambda s: ops.leaky_relu(s, 0.2),
+    "padded, then a temperature": lambda s: (
+        ops.pad(s, ((0, 0), (1, 0), (0, 0))) * np.linspace(1, 2, 7, dtype="f")[:, None]
+    )[:, 1:],
+    "cropped": lambda s: layers.Cropping1D((1, 0))(layers.ZeroPadding1D((1, 0))(s)) + _BIAS,
+    "repeated": lambda s: ops.repeat(ops.tile(s, (1, 2, 1)), 2, 1)[:, :6] + _BIAS,
+    "the lower of two": lambda s: ops.minimum(s, 0.5 * s),
+}
+_ALWAYS = ("joined, then a bias", "beside a sink", "clip, then a bias")
+
+
+def _in_between(how: How) -> How:
+    def masked(scores: Any, shown: Any) -> Any:
+        return how(scores + (1.0 - _floats(shown)) * -1e9)
+
+    return masked
+
 
 def _noise_db(model: keras.Model, qat: keras.Model, data: Any) -> float:
     expected, found = np.asarray(model(data)), np.asarray(qat(data))
@@ -135,6 +163,52 @@ def test_scores_keep_their_grid(case: str) -> None:
     keras.utils.set_random_seed(0)
     make, how = CASES[case]
     model, data = make(how)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    assert _noise_db(model, qat, data) > 25
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in _ALWAYS else pytest.mark.slow) for c in BETWEEN]
+)
+def test_masks_pass_what_stands_before_the_softmax(case: str) -> None:
+    """The walk stopped there, and the sum shipped with the mask's number in its grid."""
+    keras.utils.set_random_seed(0)
+    model, data = _padding(_in_between(BETWEEN[case]))
+    qat = kqat.quantize_model(model, calibration_data=data)
+    assert _noise_db(model, qat, data) > 25
+    if case in _ALWAYS:
+        report = tflite_export.verify(qat, tflite_export.convert(qat), data, samples=8)
+        assert all(part.is_right and not part.unmatched for part in report.runtimes)
+
+
+@pytest.mark.parametrize("bounds", [(-50.0, 50.0), (-5.0, 5.0)])
+def test_a_clip_that_lifts_the_mask_is_none_of_its_business(bounds: Any) -> None:
+    """Scores clipped at -5 are not hidden: they keep what the model gives them."""
+    keras.utils.set_random_seed(0)
+    model, _ = _padding(lambda s, m: ops.clip(s + (1.0 - _floats(m)) * -1e9, *bounds))
+    assert not [group for group in kqat.plan(model).groups if group.hides]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        # The mask itself is joined: a prefix that is always seen, and a part that is hidden.
+        lambda s, m: s + (1.0 - ops.concatenate([ops.ones_like(m[:, :2], "float32"),
+                                                 _floats(m)[:, 0, 2:]], -1)[:, None]) * -1e9,
+        lambda s, m: s + ops.concatenate([ops.zeros_like(_floats(m)[..., :2]),
+                                          (1.0 - _floats(m)[..., 2:]) * -1e9], -1),
+        lambda s, m: s + ops.pad((1.0 - _floats(m)[..., 2:]) * -1e9, ((0, 0), (0, 0), (2, 0))),
+        lambda s, m: s + (1.0 - ops.pad(_floats(m)[..., :4], ((0, 0), (0, 0), (0, 2)))) * -1e9,
+        lambda s, m: ops.where(m[:, None], s, ops.full_like(s, -1e9)),
+        lambda s, m: ops.where(s > 0, s - (1.0 - _floats(m)) * 1e9, s - (1.0 - _floats(m)) * 1e4),
+        lambda s, m: ops.pad(s, ((0, 0), (0, 0), (0, 1)), constant_values=-1e9)[..., :6],
+        lambda s, m: (ops.pad(s, ((0, 0), (1, 0), (0, 0)), constant_values=-1e9) * 2.0)[:, 1:],
+    ],
+)  # fmt: skip
+@pytest.mark.slow
+def test_masks_made_in_parts(how: How) -> None:
+    keras.utils.set_random_seed(0)
+    model, data = _padding(how)
     qat = kqat.quantize_model(model, calibration_data=data)
     assert _noise_db(model, qat, data) > 25
 
