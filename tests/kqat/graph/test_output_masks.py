@@ -47,6 +47,14 @@ def _loss(model: keras.Model, words: np.ndarray, tags: np.ndarray) -> float:
     return float(model.evaluate(words, tags, verbose=0))
 
 
+def test_a_graph_keeps_masks_beside_its_values() -> None:
+    graph, (words, _) = trace(_tagger()), _data()
+    (mask,) = graph.output_masks
+    assert mask is not None and not graph.loses_masks
+    np.testing.assert_array_equal(mask(words), words != 0)
+
+
+@pytest.mark.slow
 def test_a_loss_leaves_masked_steps_out(tmp_path: Path) -> None:
     words, tags = _data()
     model = _tagger()
@@ -65,6 +73,7 @@ def test_a_loss_leaves_masked_steps_out(tmp_path: Path) -> None:
     assert kqat.strip(loaded).output_names == ["tags"]
 
 
+@pytest.mark.slow
 def test_masks_of_numbers_and_of_one_of_two_outputs() -> None:
     a, b = keras.Input((STEPS, 4), name="a"), keras.Input((2,), name="b")
     tags = layers.Dense(TAGS, name="tags")(layers.Masking()(a))

@@ -126,7 +126,12 @@ WHOLES: dict[str, Make] = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLES)
+DEAR = ("backwards", "states", "last of zeros", "cells", "sequences of cells", "stack")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in DEAR else []) for n in WHOLES]
+)
 def test_wholes_compute_what_the_layers_compute(name: str) -> None:
     make, words = WHOLES[name], _words()
     if isinstance(make, layers.Layer):  # Parameters are made once; each test has layers of its own.
