@@ -265,6 +265,16 @@ def test_the_file_finds_steps_of_zeros() -> None:
     assert len(np.unique(found[0])) == 1 and len(np.unique(found[1])) > 1
 
 
+@pytest.mark.slow
+def test_masking_beside_values_of_16_bits() -> None:
+    model, x = _of_numbers(layers.GRU(UNITS)), _numbers()
+    with pytest.raises(UnsupportedLayerError, match="layer 'not_equal' of type IndexOperation"):
+        kqat.plan(model, "int16x8")
+    policy = {"not_equal": "int8", "any": "int8", "*": "int16x8"}
+    qat = kqat.quantize_model(model, policy, calibration_data=x)
+    _check_lockstep(qat, tflite_export.convert(qat), x, ["litert_reference", "tflite_micro"])
+
+
 def _check_lockstep(qat: Any, blob: bytes, x: np.ndarray, runtimes: list[str]) -> None:
     report = tflite_export.verify(qat, blob, x, runtimes=tuple(runtimes))
     for result in report.runtimes:
