@@ -13,7 +13,6 @@ from kqat.devices import target_named
 from kqat.graph import (
     Graph,
     check_apart,
-    hands_on_mask,
     non_finite_variable,
     trace,
     with_input_shapes,
@@ -223,11 +222,11 @@ def quantized_and_plan(
             TrainerWarning,
             stacklevel=3,
         )
-    if hands_on_mask(model):
+    if graph.loses_masks:
         warnings.warn(
             f"'{model.name}' leaves masked steps out of its losses and metrics, by a mask of Keras "
-            "on its output. The QAT model does not: give fit and evaluate a sample_weight that is "
-            "0 at these steps.",
+            "on its output that layers make. The QAT model does not: give fit and evaluate a "
+            "sample_weight that is 0 at these steps.",
             TrainerWarning,
             stacklevel=3,
         )

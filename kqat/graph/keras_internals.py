@@ -621,7 +621,7 @@ def calls_in_order(function: Any, known: Collection[int]) -> Iterator[tuple[Any,
         ModelError: if a mask comes out of a model inside the model.
     """
     calls = _calls(function)
-    masks = _masks_read(calls)
+    masks, _ = _masks_read(calls)
     given = [t for found in masks.values() for t in _tensors(found)]
     if given:
         # What computes a mask leads to no output.
@@ -656,8 +656,39 @@ def _reaching(function: Any, masks: list[Any]) -> Any:
         ) from error
 
 
-def _masks_read(calls: list[Any]) -> dict[int, dict[str, Any]]:
+def masks_of(function: Any, tensors: Sequence[Any]) -> list[Any]:
+    """The masks that tensors inside a function bear when it runs, symbolic; `None` for none."""
+    _, live = _masks_read(_calls(function))
+    return [live.get(id(tensor)) for tensor in tensors]
+
+
+def mask_function(inputs: Sequence[Any], mask: Any) -> Any:
+    """A functional model that makes a symbolic mask of a model's inputs.
+
+    It is `None` where something else than operations on these inputs makes the mask.
+    """
+    try:
+        calls = _calls(keras.Function(list(inputs), mask))
+    except ValueError:
+        return None
+    if any(isinstance(call.operation, keras.layers.Layer) for call in calls):
+        return None
+    fresh = [
+        keras.Input(t.shape[1:], dtype=t.dtype, name=f"input_{i}") for i, t in enumerate(inputs)
+    ]
+    known = {id(t): new for t, new in zip(inputs, fresh, strict=True)}
+    for call in calls:
+        given = call.arguments.args, call.arguments.kwargs
+        args, kwargs = keras.tree.map_structure(lambda t: known.get(id(t), t), given)
+        made = _tensors(call.operation(*args, **kwargs))
+        known.update((id(t), new) for t, new in zip(call.outputs, made, strict=True))
+    return keras.Model(fresh, known[id(mask)], name="mask")
+
+
+def _masks_read(calls: list[Any]) -> tuple[dict[int, dict[str, Any]], dict[int, Any]]:
     """Call -> the masks that tensors bring along: of one tensor `mask`, of several `x_mask`.
+
+    The second dict has the mask that each tensor bears, by its identity.
 
     Keras does this when a model runs, call by call: MultiHeadAttention takes the masks off the
     tensors that it reads, so that those who come later see none. What symbolic tensors bear is
@@ -697,7 +728,7 @@ def _masks_read(calls: list[Any]) -> dict[int, dict[str, Any]]:
         live.update((id(t), m) for t, m in zip(call.outputs, after, strict=False))
         if isinstance(layer, keras.layers.MultiHeadAttention):
             live.update((id(t), None) for t in _tensors(list(tensors.values())))
-    return masks
+    return masks, live
 
 
 def _check_reads_no_mask(layer: Any) -> None:
@@ -744,12 +775,6 @@ def passes_mask_by(layer: Any) -> bool:
     if isinstance(layer, keras.layers.TimeDistributed):
         return "mask" not in inspect.signature(layer.layer.call).parameters
     return False
-
-
-def hands_on_mask(model: Any) -> bool:
-    """Whether Keras may leave steps of an output out of losses and metrics, by a mask."""
-    outputs = getattr(inner_function(model), "outputs", ())
-    return any(getattr(t, "_keras_mask", None) is not None for t in outputs)
 
 
 def _tensors(structure: Any) -> list[Any]:

@@ -31,6 +31,7 @@ from kqat.graph.keras_internals import (
     typed_inputs,
     without_batch,
 )
+from kqat.graph.output_masks import MaskedOutput, without_output_masks
 
 DEEPEST_MODEL = 100_000  # calls that may lie one behind the other in a model
 
@@ -82,6 +83,10 @@ class Graph:
     output_struct: Any
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    # What makes the mask by which losses leave steps of an output out, of the model's inputs.
+    output_masks: tuple[keras.Model | None, ...] = ()
+    # Whether an output bears a mask that is not among them, as layers make it.
+    loses_masks: bool = False
 
     @property
     def inputs(self) -> tuple[Ref, ...]:
@@ -143,7 +148,8 @@ def trace(model: Any) -> Graph:
         ModelError: if `model` is not a built Keras model of fixed shape, or one whose `call`
             cannot be traced.
     """
-    opened = open_model(model)
+    whole = open_model(model)
+    opened, output_masks, loses_masks = without_output_masks(whole)
     inputs = [Ref(_shape(t, opened.batch), dtype) for t, dtype in typed_inputs(opened)]
     for tensor in opened.tensors:
         _check_input(tensor, model.name)
@@ -160,7 +166,7 @@ def trace(model: Any) -> Graph:
         )
     # The layer's name is saved with a model; the tensor's is not.
     input_names = [maker_name(t) for t in opened.tensors]
-    output_names = [maker_name(t) for t in keras.tree.flatten(opened.output)]
+    output_names = [maker_name(t) for t in keras.tree.flatten(whole.output)]
     if opened.fresh:
         makers = {ref: node.name for node in nodes for ref in node.outputs}
         names = tuple(makers[ref] for ref in refs_in(output_struct))
@@ -172,6 +178,8 @@ def trace(model: Any) -> Graph:
         output_struct=output_struct,
         input_names=tuple(input_names),
         output_names=tuple(unique_name(name, taken) for name in output_names),
+        output_masks=output_masks,
+        loses_masks=loses_masks,
     )
 
 
@@ -201,7 +209,11 @@ def trace_call(
 
 
 def rebuild(
-    graph: Graph, call: Callable[..., Any], name: str, output_names: Sequence[str] = ()
+    graph: Graph,
+    call: Callable[..., Any],
+    name: str,
+    output_names: Sequence[str] = (),
+    output_masks: Sequence[keras.Model | None] = (),
 ) -> keras.Model:
     """A new functional model: fresh inputs of the same names, `call` for every node.
 
@@ -212,6 +224,7 @@ def rebuild(
         output_names: names of the new model's outputs; no layer that `call` makes may bear one,
             save the layer that makes that output. Where empty, outputs bear the names of the
             layers that make them.
+        output_masks: as those of a graph, for outputs that are to bear masks; needs their names.
     """
     fresh = {
         ref: keras.Input(ref.shape[1:], dtype=ref.dtype, name=input_name)
@@ -224,7 +237,11 @@ def rebuild(
             tensor
             if maker_name(tensor) == output_name
             else keras.layers.Identity(name=output_name, dtype=tensor.dtype)(tensor)
-            for tensor, output_name in zip(flat, output_names, strict=True)
+            if mask is None
+            else MaskedOutput(mask, name=output_name, dtype=tensor.dtype)([tensor, *fresh.values()])
+            for tensor, output_name, mask in zip(
+                flat, output_names, output_masks or [None] * len(flat), strict=True
+            )
         ]
         outputs = keras.tree.pack_sequence_as(outputs, named)
     with _deep_recursion():

@@ -10,6 +10,7 @@ the graph's edges and the rows of the registry, each by a module of its own:
     groups          which quantizer rounds which value
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 from kqat.config import QuantizeConfig, QuantizePolicy
@@ -62,10 +63,11 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     simple = join_biases(simple, origins, configs, model_name)
     simple = join_functions(simple, origins, configs, model_name)
     simple, origins = fit_ranks(simple, origins, configs, model_name)
+    masks = graph.output_masks
     simple, new = match_widths(simple, origins, configs, input_configs)
     origins, configs = {**origins, **{name: name for name in new}}, {**configs, **new}
     return _decide(
-        simple,
+        dataclasses.replace(simple, output_masks=masks),
         origins,
         configs,
         model_name,

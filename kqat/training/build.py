@@ -66,7 +66,8 @@ def wrap(plan: Plan, preserve: Sequence[Preserve] = ()) -> keras.Model:
         PolicyError: if a grid cannot hold what is kept.
     """
     assembly = _Assembly(plan, preserve)
-    return rebuild(plan.graph, assembly.call, plan.model_name, plan.output_names)
+    names, masks = plan.output_names, plan.graph.output_masks
+    return rebuild(plan.graph, assembly.call, plan.model_name, names, masks)
 
 
 def _rounds_bias(layer: Any) -> bool:

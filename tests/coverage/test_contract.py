@@ -44,8 +44,6 @@ from tflite_export.runtimes.execution import run
 from tflite_export.verification.site_tensors import SiteTensors
 from tflite_export.verification.verifier import DEFAULT_RUNTIMES
 
-# `tests/kqat/test_masks.py` looks at it.
-pytestmark = pytest.mark.filterwarnings("ignore:.*leaves masked steps:kqat.TrainerWarning")
 CASES = (
     *layer_cases.CASES,
     *composite_cases.CASES,

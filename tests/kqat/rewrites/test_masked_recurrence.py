@@ -126,7 +126,12 @@ WHOLES: dict[str, Make] = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLES)
+DEAR = ("backwards", "states", "last of zeros", "cells", "sequences of cells", "stack")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in DEAR else []) for n in WHOLES]
+)
 def test_wholes_compute_what_the_layers_compute(name: str) -> None:
     make, words = WHOLES[name], _words()
     if isinstance(make, layers.Layer):  # Parameters are made once; each test has layers of its own.
@@ -247,8 +252,7 @@ def test_the_file_finds_steps_of_zeros() -> None:
     """Also on a grid so fine that comparing kernels round its lowest numbers to zero."""
     model = _of_numbers(layers.Bidirectional(layers.SimpleRNN(UNITS, return_sequences=True)))
     x = _numbers() * np.float32(0.01)
-    with pytest.warns(kqat.TrainerWarning, match="masked steps"):
-        qat = kqat.quantize_model(model, calibration_data=x)
+    qat = kqat.quantize_model(model, calibration_data=x)
     blob = tflite_export.convert(qat)
     _check_lockstep(qat, blob, x, ["litert_reference", "litert", "tflite_micro"])
     # A step counts by one number of one step off zero.
@@ -259,6 +263,16 @@ def test_the_file_finds_steps_of_zeros() -> None:
     assert np.all(floats[0] == 0) and np.any(floats[1] != 0)
     (found,) = run(blob, [site.integers(least).astype(np.int8)], runtime="litert_reference").outputs
     assert len(np.unique(found[0])) == 1 and len(np.unique(found[1])) > 1
+
+
+@pytest.mark.slow
+def test_masking_beside_values_of_16_bits() -> None:
+    model, x = _of_numbers(layers.GRU(UNITS)), _numbers()
+    with pytest.raises(UnsupportedLayerError, match="layer 'not_equal' of type IndexOperation"):
+        kqat.plan(model, "int16x8")
+    policy = {"not_equal": "int8", "any": "int8", "*": "int16x8"}
+    qat = kqat.quantize_model(model, policy, calibration_data=x)
+    _check_lockstep(qat, tflite_export.convert(qat), x, ["litert_reference", "tflite_micro"])
 
 
 def _check_lockstep(qat: Any, blob: bytes, x: np.ndarray, runtimes: list[str]) -> None:
