@@ -4,6 +4,8 @@ Keras 2 keeps `x + 3.0` or `tf.nn.relu(x)` as a layer of class TFOpLambda that n
 and `x[:, 1:]` as a SlicingOpLambda.
 """
 
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -171,10 +173,13 @@ def translated(layer: Mapping[str, Any]) -> dict[str, Any]:
         nodes.append({"args": [operands, *more], "kwargs": {}})
         made = (module, kind, options)
     module, kind, options = made
+    operation = getattr(sys.modules[_MODULES[module]], kind)
+    # Operations with options take a name since Keras 3.11; before, the entry below alone has it.
+    named = "name" in inspect.signature(operation.__init__).parameters
     return {
         "module": _MODULES[module],
         "class_name": kind,
-        "config": {"name": name, **options},
+        "config": {"name": name, **options} if named else options,
         "registered_name": kind,
         "name": layer.get("name", name),
         "inbound_nodes": nodes,

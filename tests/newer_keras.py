@@ -7,6 +7,7 @@ from pathlib import Path
 
 import keras
 import pytest
+import tensorflow as tf
 
 # Names in keras.layers and keras.ops, and options of layers, with the Keras that brought them.
 NEWER = {
@@ -73,3 +74,9 @@ def needs_keras(version: str, what: str) -> None:
     """Skips the test under an older Keras than `version`, which does not compute `what`."""
     if _number(keras.__version__) < _number(version):
         pytest.skip(f"{what} needs Keras {version}; this is {keras.__version__}")
+
+
+def needs_tensorflow(version: str, what: str) -> None:
+    """Skips the test under an older TensorFlow, whose converter differs in `what`."""
+    if _number(tf.__version__) < _number(version):
+        pytest.skip(f"{what} needs TensorFlow {version}; this is {tf.__version__}")

@@ -165,7 +165,6 @@ def open_call(
             layer, function, output, tensors, weights, batch
         )
     owners_by_path = {id(part): path for part, path in _paths(layer, inlined)}
-    _check_untouched(layer, tensors)
     return Opened(
         function,
         args[0] if len(args) == 1 else list(args),
@@ -305,6 +304,8 @@ def _called(
             f"{_first_line(error)} Use keras.ops throughout, and keras.ops.where "
             "in place of Python's control flow on values."
         ) from error
+    # Before a function is made, which older Keras refuses to make of what goes in a circle.
+    _check_untouched(layer, tensors)
     output = keras.tree.map_structure(lambda t: _symbolic_output(t, layer, weights), output)
     variables = {id(tensor): variable for tensor, variable in weights.values()}
     inputs = [*tensors, *(tensor for tensor, _ in weights.values())]

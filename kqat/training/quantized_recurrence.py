@@ -313,7 +313,9 @@ class _Pass:
 
     def step(self, values: list[Any], seen: list[list[Any]]) -> list[Any]:
         """One step; appends the value at each site to `seen`."""
-        return list(self.parts.graph.run(values, functools.partial(self.call, seen)))
+        # Keras 3.10 loads a step of one output as one that returns it alone, not in a list.
+        states = self.parts.graph.run(values, functools.partial(self.call, seen))
+        return list(keras.tree.flatten(states))
 
     def call(self, seen: list[list[Any]], node: Node, *args: Any, **kwargs: Any) -> Any:
         """The value of one node of the step; see `kqat.graph.tracer.Graph.run`."""

@@ -14,6 +14,13 @@ from docs import coverage
 from kqat.registry.layer_table import AUGMENTING, LAYERS
 from kqat.registry.operation_table import OPERATIONS
 from kqat.registry.refusals import LAYER_REASONS, OPERATION_REASONS
+from tests.newer_keras import needs_keras
+
+
+@pytest.fixture
+def _newest_keras() -> None:
+    needs_keras("3.15", "what the tables are complete for")
+
 
 # Functions that are another function's second name, or whose operation bears another.
 SAME = {
@@ -36,6 +43,7 @@ def _operation(function: str) -> str:
     return SAME.get(function, camel)
 
 
+@pytest.mark.usefixtures("_newest_keras")
 def test_every_layer_has_a_row_or_a_reason() -> None:
     classes = {value.__name__ for value in _public(keras.layers).values() if inspect.isclass(value)}
     rows = {cls.__name__ for cls in LAYERS} | BESIDE
@@ -44,6 +52,7 @@ def test_every_layer_has_a_row_or_a_reason() -> None:
     assert set(LAYER_REASONS) - classes == set()
 
 
+@pytest.mark.usefixtures("_newest_keras")
 def test_every_function_has_a_row_or_a_reason() -> None:
     both = {**_public(keras.ops.image), **_public(keras.ops)}
     functions = {name for name, value in both.items() if inspect.isfunction(value)}
@@ -53,6 +62,7 @@ def test_every_function_has_a_row_or_a_reason() -> None:
     assert set(OPERATION_REASONS) - functions == set()
 
 
+@pytest.mark.usefixtures("_newest_keras")
 def test_every_row_is_a_function_of_keras() -> None:
     known = {_operation(name) for name in (*dir(keras.ops), *dir(keras.ops.image))}
     # What the function `relu` is in a layer ReLU with options.
@@ -64,6 +74,7 @@ def test_a_reason_ends_a_sentence_about_it(table: dict[str, str]) -> None:
     assert all(text and not text.endswith(".") and text[0].islower() for text in table.values())
 
 
+@pytest.mark.usefixtures("_newest_keras")
 def test_the_document_is_what_the_tables_say() -> None:
     """Where it is not: `python -m docs.coverage`."""
     assert coverage.PATH.read_text() == coverage.text()
