@@ -165,8 +165,8 @@ def _with_value(letters: tuple[str, str, str], x: Any, constant: Any, name: str)
     value = emitted(value, x, len(shape) + 1, f"{name}_constant")
     factors = [_matrix(x, first, ours, sizes, f"{name}_left"), value]
     product = Matmul(name=f"{name}_product")(factors[::-1] if ahead else factors)
-    letters = shared + (right + left if ahead else left + right)
-    return _taken_apart(product, letters, sizes, output, name)
+    made = shared + (right + left if ahead else left + right)
+    return _taken_apart(product, made, sizes, output, name)
 
 
 def with_weight(x: Any, weight: Any, name: str, *, weight_first: bool) -> Any:
