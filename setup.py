@@ -84,7 +84,7 @@ setup(
     # benchmarks/versions.py reads the bounds of TensorFlow, Keras and NumPy from here.
     install_requires=[
         "tensorflow>=2.16",
-        "keras>=3.8",
+        "keras>=3.10",
         "numpy>=1.26",
         "scipy>=1.13",
         "jinja2>=3.1",

@@ -26,11 +26,11 @@ RATES = (0.0, 0.5, 0.8, 0.99)
 BATCH_SIZES = (1, 8, 32)
 
 
-Row = tuple[float, int, float, float, float]
+Row = tuple[float, int, float, float, float, bool]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    """Measures and prints; returns rate, batch size, and the three SQNRs."""
+    """Measures and prints; returns rate, batch size, the three SQNRs, and whether kqat warns."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=256, help="in an epoch")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of Adam")
@@ -40,15 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         for size in BATCH_SIZES:
             measured = measure(rate, size, options.samples, options.learning_rate)
             found.append((rate, size, *measured))
-    rows = [(f"{r:g}", str(n), *(f"{db:.1f}" for db in dbs)) for r, n, *dbs in found]
-    print_table(("dropout", "batch size", "calibrated", "trained", "calibrated again"), rows)
+    rows = [
+        (f"{r:g}", str(n), *(f"{db:.1f}" for db in dbs), "yes" if warned else "no")
+        for r, n, *dbs, warned in found
+    ]
+    header = "dropout", "batch size", "calibrated", "trained", "calibrated again", "warned"
+    print_table(header, rows)
     return found
 
 
 def measure(
     rate: float, batch_size: int, samples: int, learning_rate: float
-) -> tuple[float, float, float]:
-    """SQNR after calibration, after an epoch, and after calibration of what was trained."""
+) -> tuple[float, float, float, bool]:
+    """SQNR after calibration, after an epoch and after calibration of that; whether kqat warned."""
     keras.utils.set_random_seed(0)
     draw = np.random.default_rng(0)
     x = draw.uniform(-1, 1, (samples, 10, 10, 3)).astype(np.float32)
@@ -73,8 +77,12 @@ def measure(
         qat.compile(keras.optimizers.Adam(learning_rate), loss)
         qat.fit(x, y, batch_size=batch_size, verbose=0)
         after = _sqnr(qat, x)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", kqat.CalibrationWarning)
+            kqat.freeze(qat)
+        warned = any("Dropout or noise" in str(warning.message) for warning in told)
         kqat.calibrate(qat, x)
-        return before, after, _sqnr(qat, x)
+        return before, after, _sqnr(qat, x), warned
 
 
 def _sqnr(qat: keras.Model, x: np.ndarray) -> float:

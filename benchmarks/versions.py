@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # What is installed beside the wheel, for each choice.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "newest": (),
-    "between": ("tensorflow==2.19.*", "keras==3.10.*"),
+    "between": ("tensorflow==2.19.*", "keras==3.12.*"),
     "nightly": ("tf-nightly", "keras-nightly"),
 }
 

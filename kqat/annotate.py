@@ -6,14 +6,18 @@ the marked layers and leaves the others float.
 
 import glob
 import inspect
+import warnings
 from typing import Any
 
 import keras
 
-from kqat.api import quantize_model
+from kqat.api import PolicyWarning, quantized_and_plan
 from kqat.base import ModelError, PolicyError
 from kqat.config import QuantizeConfig, QuantizePolicy, resolve_config
 from kqat.graph import Node, duplicate, rebuild, trace, unique_name
+
+# A message lists so many names of layers at most.
+_NAMES = 12
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -99,6 +103,9 @@ def quantize_apply(model: keras.Model, *, calibration_data: Any = None) -> keras
 
     Raises:
         ModelError: if no layer is annotated; other errors are those of `kqat.quantize_model`.
+
+    Warns:
+        kqat.PolicyWarning: of the layers that stay float, if any do.
     """
     graph = trace(model)
     copies: dict[int, Any] = {}
@@ -125,4 +132,15 @@ def quantize_apply(model: keras.Model, *, calibration_data: Any = None) -> keras
             "kqat.quantize_annotate_layer, or kqat.quantize_model for the whole model."
         )
     policy = QuantizePolicy(default=None, rules=tuple(rules))
-    return quantize_model(plain, policy, calibration_data=calibration_data)
+    qat, plan = quantized_and_plan(plain, policy, calibration_data)
+    left = plan.float_layers()
+    if left:
+        more = f" and {len(left) - _NAMES} more" if len(left) > _NAMES else ""
+        warnings.warn(
+            f"Layers of '{model.name}' stay float, as they are not annotated: "
+            f"{', '.join(left[:_NAMES])}{more}. The file will have float operators for them; "
+            "kqat.quantize_model quantizes the whole model.",
+            PolicyWarning,
+            stacklevel=2,
+        )
+    return qat

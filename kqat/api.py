@@ -35,7 +35,9 @@ from kqat.training import (
 
 
 class PolicyWarning(UserWarning):
-    """A rule of a policy matched no layer."""
+    """A policy does less than it says: a rule decides nothing, or `quantize_apply` leaves layers
+    float.
+    """
 
 
 class RangeWarning(UserWarning):
@@ -167,12 +169,30 @@ def quantize_model(
         ModelError: if `model` is not such a model, is quantized already, or has weights that are
             NaN or infinite.
         UnsupportedLayerError: if a layer has no integer form; says which one and what to do.
-        PolicyError: if the policy asks for something that no integer kernel can do, or a grid
-            cannot hold the zeros or clusters that `preserve` asks for.
+        PolicyError: if the policy asks for something that no integer kernel can do, if a name
+            pattern in it matches no layer and no input, or a grid cannot hold the zeros or clusters
+            that `preserve` asks for.
         CalibrationError: if the data are empty, misshapen or not finite, or if `calibration` is
             given without data.
 
     Reference: Jacob et al. 2018, section 3 (https://arxiv.org/abs/1712.05877).
+    """
+    return quantized_and_plan(model, policy, calibration_data, calibration, preserve, input_shapes)[
+        0
+    ]
+
+
+def quantized_and_plan(
+    model: keras.Model,
+    policy: Any,
+    calibration_data: Any,
+    calibration: str | CalibrationMethod | None = None,
+    preserve: str | Sequence[str] | None = None,
+    input_shapes: Any = None,
+) -> tuple[keras.Model, Plan]:
+    """The QAT model and its plan, for public functions; warnings name the line that calls these.
+
+    Arguments and errors are those of `quantize_model`.
     """
     if calibration is not None:
         check_method(calibration)
@@ -189,9 +209,10 @@ def quantize_model(
     decided = _plan(graph, policy, model.name)
     for rule in decided.unused_rules:
         warnings.warn(
-            f"The policy's rule {rule!r} matched no layer of '{model.name}'.",
+            f"The policy's rule {rule!r} decides nothing about '{model.name}': earlier rules "
+            "decide about all that it matches, or it is for a class of which there is no layer.",
             PolicyWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     own = [m for m in _TRAINER_METHODS if getattr(kind, m) is not getattr(keras.Model, m)]
     if own:
@@ -200,7 +221,7 @@ def quantize_model(
             "the QAT model is a plain keras.Model and does not call it. Write your training loop "
             "around the QAT model.",
             TrainerWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     if hands_on_mask(model):
         warnings.warn(
@@ -208,7 +229,7 @@ def quantize_model(
             "on its output. The QAT model does not: give fit and evaluate a sample_weight that is "
             "0 at these steps.",
             TrainerWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     if not decided.groups:
         raise ModelError(
@@ -218,15 +239,15 @@ def quantize_model(
     qat = wrap(decided, kinds)
     check_preserved(qat, kinds)
     if calibration_data is not None:
-        calibrate_for(qat, calibration_data, calibration or DEFAULT_METHOD, stacklevel=3)
+        calibrate_for(qat, calibration_data, calibration or DEFAULT_METHOD, stacklevel=4)
     elif any(group.is_observed for group in decided.groups):
         warnings.warn(
             f"No calibration data: the ranges of '{model.name}' start from its first training "
             "batches, and inference stays unrounded until then.",
             RangeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return qat
+    return qat, decided
 
 
 def _plan(graph: Graph, policy: Any, name: str) -> Plan:

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +21,66 @@ import click
 import kqat
 import tflite_export
 from kqat import terminal
-from kqat.base import ExportError, KqatError, counted, save_model
+from kqat.base import ExportError, KqatError, PolicyError, counted, save_model
 from kqat.devices import LITERT, TARGETS
-from kqat.terminal import WIDTH, say, tell
-
-# The first bytes of files that users mix up.
-_TFLITE, _ZIP, _HDF5 = b"TFL3", b"PK", b"\x89HDF"
+from kqat.input_files import HDF5, KERAS, TFLITE, for_inputs, kind_of, read_data
+from kqat.terminal import WIDTH, in_shell_words, say, tell
 
 
 class _Found(click.Path):
     """An existing file of one of two kinds; the other kind is refused with the way to it."""
 
     def __init__(self, wants: str | None = None) -> None:
-        super().__init__(exists=True, dir_okay=False, path_type=Path)
+        super().__init__(exists=True, path_type=Path)
         self.wants = wants
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path, if it is no file of the other kind."""
         path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]
-        with path.open("rb") as file:
-            begin = file.read(8)
-        if self.wants == "keras" and begin[4:] == _TFLITE:
+        if path.is_dir() and not (self.wants == KERAS and (path / "saved_model.pb").is_file()):
+            saved = ", or the folder of a SavedModel" if self.wants == KERAS else ""
+            self.fail(f"Expected a file{saved}. Received: '{path}', a folder.", param, ctx)
+        kind = kind_of(path)
+        if self.wants == KERAS and kind == TFLITE:
             self.fail(
                 f"Expected a Keras model. Received: '{path}', a TFLite file. "
                 f"`kqat inspect {path}` shows what is in it.",
                 param,
                 ctx,
             )
-        if self.wants == "tflite" and (begin.startswith((_ZIP, _HDF5))):
+        if self.wants == TFLITE and kind in (KERAS, HDF5):
             self.fail(
                 f"Expected a TFLite file. Received: '{path}', a Keras model. "
                 f"`kqat plan {path}` shows it; `kqat ptq` and `kqat convert` make a TFLite file.",
+                param,
+                ctx,
+            )
+        if self.wants is not None and kind not in (self.wants, HDF5, "a folder"):
+            made = (
+                "`kqat ptq` and `kqat convert` make one."
+                if self.wants == TFLITE
+                else ("Save the model with model.save('model.keras').")
+            )
+            if kind != "a damaged archive":  # `load_model` says in which way.
+                self.fail(f"Expected {self.wants}. Received: '{path}', {kind}. {made}", param, ctx)
+        return path
+
+
+class _New(click.Path):
+    """A file to be written, in a folder that exists: a long run shall not end in that error."""
+
+    def __init__(self, allow_dash: bool = False) -> None:
+        super().__init__(dir_okay=False, allow_dash=allow_dash, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, if a file can be written there and is none of the files that are read."""
+        path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]
+        if self.allow_dash and str(path) == "-":
+            return path
+        if not path.parent.is_dir():
+            self.fail(
+                f"Expected a name in a folder that exists. Received: '{path}', in '{path.parent}', "
+                "which is none. Make it first.",
                 param,
                 ctx,
             )
@@ -60,41 +88,57 @@ class _Found(click.Path):
 
 
 _FILE = _Found()
-_MODEL = _Found("keras")
-_BLOB = _Found("tflite")
-_NEW = click.Path(dir_okay=False, path_type=Path)
-_TARGET = click.option(
-    "--target", type=click.Choice(sorted(TARGETS)), help="The device that will run the file."
-)
+_MODEL = _Found(KERAS)
+_BLOB = _Found(TFLITE)
+_NEW = _New()
+
+
+def _target(required: bool = False) -> Any:
+    return click.option(
+        "--target",
+        type=click.Choice(sorted(TARGETS)),
+        required=required,
+        metavar="DEVICE",
+        help=f"The device that will run the file: {', '.join(sorted(TARGETS))}.",
+    )
+
+
+_TARGET = _target()
 _POLICY = click.option(
     "--policy",
     default="int8",
     show_default=True,
-    help="A preset's name, 'float', or a .json file that `kqat search` wrote.",
+    help="A preset: int8, int16x8, w4a8, w3a8, w2a8, ternary or binary; or 'float', or a .json "
+    "file that `kqat search` wrote.",
 )
 _LAYERS = click.option(
     "--layer",
     "rules",
     multiple=True,
     metavar="PATTERN=PRESET",
-    help="Another preset, or 'float', for layers of this name. Can be given repeatedly.",
+    help="Another preset, or 'float', for layers of this name; `*` stands for any letters. "
+    "Can be given repeatedly; the first that matches a layer decides.",
 )
 _DATA = click.option(
-    "--data", type=_FILE, required=True, help="Typical inputs, .npy or .npz, some hundred."
+    "--data",
+    type=_FILE,
+    required=True,
+    help="Some hundred typical inputs: a .npy file, or a .npz file with an array for each input.",
 )
 _CALIBRATION = click.option(
     "--calibration",
     type=click.Choice(["auto", "minmax", "percentile", "mse", "entropy"]),
     help="How ranges are found; by default 'auto', the best of several on these data.",
 )
+_IO_TYPES = click.Choice(["int8", "int16", "uint8", "float32"])
 _INPUT_TYPE = click.option(
-    "--input-type", help="int8, int16, uint8 or float32; by default the plan's type."
+    "--input-type", type=_IO_TYPES, help="Type of the inputs; by default the plan's."
 )
-_OUTPUT_TYPE = click.option("--output-type", help="The same for outputs.")
+_OUTPUT_TYPE = click.option("--output-type", type=_IO_TYPES, help="The same for outputs.")
 _JSON = click.option(
     "--json",
     "json_path",
-    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    type=_New(allow_dash=True),
     metavar="FILE",
     help="Write the result to FILE as JSON; '-' prints it in the place of text.",
 )
@@ -102,6 +146,10 @@ _JSON = click.option(
 
 def _output(what: str) -> Any:
     return click.option("-o", "--output", type=_NEW, required=True, help=what)
+
+
+def _compress(words: str) -> Any:
+    return click.option("--compress", type=click.Choice(["lookup", "smallest"]), help=words)
 
 
 class _Quiet(click.Group):
@@ -114,8 +162,13 @@ class _Quiet(click.Group):
                 warnings.simplefilter("always", UserWarning)
                 warnings.showwarning = terminal.note
                 return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit):
+        except click.exceptions.Exit:
             raise
+        except click.ClickException as error:
+            # Click prints a message in one line, however long, behind "Error: ".
+            words = terminal.filled(error.format_message(), indent=len("Error: "))
+            own = error.ctx if isinstance(error, click.UsageError) else None
+            raise click.UsageError(words, own) from error
         except (KeyboardInterrupt, click.Abort):
             tell("Interrupted. No file was left half written.")
             ctx.exit(130)
@@ -123,9 +176,10 @@ class _Quiet(click.Group):
             if ctx.params.get("debug"):
                 raise
             known = isinstance(error, KqatError | OSError)
+            words = in_shell_words(str(error)) if known else str(error)
             ending = "" if known else " (unexpected: `kqat --debug …` shows where it comes from)"
             kind = "" if known else f"{type(error).__name__}: "
-            tell(f"Error: {kind}{error}{ending}")
+            tell(f"Error: {kind}{words}{ending}")
             ctx.exit(2)
 
     def resolve_command(
@@ -160,12 +214,20 @@ def run() -> None:
         main(prog_name="kqat")
 
 
-@main.command()
+@main.command(short_help="Show how each layer of a model would be quantized.")
 @click.argument("model", type=_MODEL)
 @_POLICY
 @_LAYERS
 @_TARGET
 @_JSON
+@click.option(
+    "--input-shape",
+    "input_shapes",
+    multiple=True,
+    metavar="SIZES",
+    help="Sizes of an input that the model leaves open, as 96,96,3, without the batch; one for "
+    "each input, in order.",
+)
 @click.option(
     "--draw", "picture", type=_NEW, help="Also draw it: a .svg, .html, .mmd (Mermaid) or .dot file."
 )
@@ -175,13 +237,15 @@ def plan(
     rules: tuple[str, ...],
     target: str | None,
     json_path: Path | None,
+    input_shapes: tuple[str, ...],
     picture: Path | None,
 ) -> None:
     """Show how every layer of MODEL, a .keras file, would be quantized.
 
     With --target, the exit code is 1 if the device cannot run a layer at all.
     """
-    found = kqat.plan(_load(model), _policy(policy, rules), target=target)
+    chosen, shapes = _policy(policy, rules), [_sizes(text) for text in input_shapes]
+    found = kqat.plan(_load(model), chosen, target=target, input_shapes=shapes or None)
     if picture is not None:
         found.draw(picture)
     if not terminal.write_json(json_path, found.to_json()):
@@ -190,18 +254,19 @@ def plan(
         sys.exit(1)
 
 
-@main.command()
+@main.command(short_help="Replace activations that a device does not run fast.")
 @click.argument("model", type=_MODEL)
-@click.option("--target", type=click.Choice(sorted(TARGETS)), required=True)
+@_target(required=True)
 @_output("The adapted .keras file.")
 @_JSON
 def adapt(model: Path, target: str, output: Path, json_path: Path | None) -> None:
     """Replace activations of MODEL that a device does not run fast, keeping the weights."""
     _check_keras_name(output)
+    _check_apart(output, model)
     _save_keras(kqat.adapt(_load(model), target), output, json_path)
 
 
-@main.command()
+@main.command(short_help="Make and calibrate a QAT model, to train or convert.")
 @click.argument("model", type=_MODEL)
 @_DATA
 @_output("The QAT model, a .keras file.")
@@ -220,11 +285,12 @@ def quantize(
 ) -> None:
     """Make a QAT model from MODEL and calibrate it on --data, to be trained or converted."""
     _check_keras_name(output)
+    _check_apart(output, model, data)
     qat = _quantized(model, data, policy, rules, calibration)
     _save_keras(qat, output, json_path)
 
 
-@main.command()
+@main.command(short_help="Convert a float model to an integer .tflite, untrained.")
 @click.argument("model", type=_MODEL)
 @_DATA
 @_output("The .tflite file.")
@@ -252,6 +318,7 @@ def ptq(
     This is post-training quantization: calibrate on --data, then convert. Where it loses too much,
     `kqat quantize` makes the model that is trained.
     """
+    _check_apart(output, model, data)
     qat = _quantized(model, data, policy, rules, calibration)
     blob = tflite_export.convert(
         qat, inference_input_type=input_type, inference_output_type=output_type, target=target
@@ -259,18 +326,20 @@ def ptq(
     _save_tflite(blob, output, json_path)
 
 
-@main.command()
+@main.command(short_help="Convert a QAT model to a full-integer .tflite.")
 @click.argument("qat", type=_MODEL)
 @_output("The .tflite file.")
 @_TARGET
 @_INPUT_TYPE
 @_OUTPUT_TYPE
-@click.option("--batch-size", default=1, show_default=True, help="Samples per invocation.")
 @click.option(
-    "--compress",
-    type=click.Choice(["lookup", "smallest"]),
-    help="Encode weights for TFLite Micro's DECODE; needs a TFLite Micro target.",
+    "--batch-size",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Samples per invocation.",
 )
+@_compress("Encode weights for TFLite Micro's DECODE; needs a TFLite Micro target.")
 @click.option(
     "--float-weights",
     type=click.Choice(["float32", "float16"]),
@@ -297,6 +366,7 @@ def convert(
     json_path: Path | None,
 ) -> None:
     """Convert QAT, the .keras file of a QAT model, to a full-integer .tflite."""
+    _check_apart(output, qat)
     blob = tflite_export.convert(
         _load(qat),
         inference_input_type=input_type,
@@ -310,12 +380,22 @@ def convert(
     _save_tflite(blob, output, json_path)
 
 
-@main.command()
+@main.command(short_help="Run a .tflite on every runtime; compare it with its model.")
 @click.argument("paths", nargs=-1, required=True, type=_FILE, metavar="[QAT] FILE")
-@click.option("--data", type=_FILE, help="Inputs, .npy or .npz; random if QAT is not given.")
+@click.option(
+    "--data",
+    type=_FILE,
+    help="Inputs as the float model takes them, .npy or .npz; random if QAT is not given.",
+)
 @click.option("--html", type=_NEW, help="Write the report to this file as one HTML page.")
 @_JSON
-@click.option("--samples", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--samples",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Compare on so many inputs, the first ones of --data.",
+)
 @_TARGET
 def verify(
     paths: tuple[Path, ...],
@@ -339,14 +419,18 @@ def verify(
         raise click.UsageError("Expected one .tflite, with or without the .keras file before it.")
     if len(paths) == 2 and data is None:
         raise click.UsageError("Expected --data: inputs on which to compare with the QAT model.")
+    blob = paths[-1].read_bytes()
     qat = _load(paths[0]) if len(paths) == 2 else None
-    given = None if data is None else _data(data)
+    if data is None:
+        given = None
+    else:
+        given = _data_of_file(blob, data) if qat is None else _data_for(qat, data)
     from tflite_export.verification import DEFAULT_RUNTIMES
 
     runtimes = [r for r in DEFAULT_RUNTIMES if target is None or _is_of(target, r)]
     with terminal.progress():
         report = tflite_export.verify(
-            qat, paths[-1].read_bytes(), given, runtimes=runtimes, samples=samples, target=target
+            qat, blob, given, runtimes=runtimes, samples=samples, target=target
         )
     if html is not None:
         report.save_html(html)
@@ -365,10 +449,15 @@ def verify(
         )
 
 
-@main.command()
+@main.command(short_help="Show where a QAT model loses, why, and what helps.")
 @click.argument("model", type=_MODEL)
 @click.argument("qat", type=_MODEL)
-@_DATA
+@click.option(
+    "--data",
+    type=_FILE,
+    required=True,
+    help="Inputs as the device sees them, .npy or .npz, that calibration did not see.",
+)
 @click.option("--html", type=_NEW, help="Write the diagnosis to this file as one HTML page.")
 @_JSON
 @click.option("--remedies/--no-remedies", default=True, help="Whether to try what could help.")
@@ -380,16 +469,24 @@ def diagnose(
     json_path: Path | None,
     remedies: bool,
 ) -> None:
-    """Show where QAT, made of the float MODEL, loses, why, and what helps."""
+    """Show where QAT, made of the float MODEL, loses, why, and what helps.
+
+    Give --data as the device sees it, held out: ranges fit the calibration data, so on these a
+    fault of calibration cannot show. What is tried is printed as Python code, in which `model` and
+    `qat` are the loaded files and `data` is such an array; rules of a policy are also those of
+    `kqat quantize --layer NAME=PRESET`.
+    """
+    whole, quantized = _load(model), _load(qat)
+    given = _data_for(whole, data)
     with terminal.progress():
-        found = kqat.diagnose(_load(model), _load(qat), _data(data), remedies=remedies)
+        found = kqat.diagnose(whole, quantized, given, remedies=remedies)
     if html is not None:
         found.save_html(html)
     if not terminal.write_json(json_path, found.to_json()):
         click.echo(str(found))
 
 
-@main.command()
+@main.command(short_help="Choose a preset for each layer, within a budget.")
 @click.argument("model", type=_MODEL)
 @_DATA
 @click.option(
@@ -413,11 +510,7 @@ def diagnose(
     show_default=True,
     help="A preset that a layer may get. Can be given repeatedly.",
 )
-@click.option(
-    "--compress",
-    type=click.Choice(["lookup", "smallest"]),
-    help="As of `kqat convert`: encoded weights take as many bits as they need.",
-)
+@_compress("As of `kqat convert`: encoded weights take as many bits as they need.")
 @_output("The policy, a .json file for --policy of the other commands.")
 @_TARGET
 @_JSON
@@ -433,10 +526,14 @@ def search(
     json_path: Path | None,
 ) -> None:
     """Choose a preset for each layer of MODEL, so that the file fits a budget and loses least."""
+    for choice in choices:
+        _check_preset(choice, "--choice")
+    loaded = _load(model)
+    given = _data_for(loaded, data)
     with terminal.progress():
         found = kqat.search(
-            _load(model),
-            _data(data),
+            loaded,
+            given,
             budget=budget,
             target=target,
             measure=measure,
@@ -457,7 +554,7 @@ def search(
         click.echo(output)
 
 
-@main.command()
+@main.command(short_help="Show operators, types and sizes of any .tflite.")
 @click.argument("file", type=_BLOB)
 @_TARGET
 @_JSON
@@ -499,7 +596,7 @@ def inspect(file: Path, target: str | None, json_path: Path | None) -> None:
         say(f"- {line}")
 
 
-@main.command("to-c")
+@main.command("to-c", short_help="Write a .tflite as C++ for TensorFlow Lite Micro.")
 @click.argument("file", type=_BLOB)
 @click.argument("old_directory", required=False, metavar="")
 @click.option(
@@ -510,7 +607,11 @@ def inspect(file: Path, target: str | None, json_path: Path | None) -> None:
     "--data", type=_FILE, help="Inputs of the golden vectors in the file's types, .npy or .npz."
 )
 @click.option(
-    "--samples", default=2, show_default=True, help="Number of random inputs without --data."
+    "--samples",
+    default=2,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Number of random inputs without --data.",
 )
 @click.option(
     "--layout",
@@ -538,11 +639,10 @@ def to_c(
         )
     import numpy as np
 
-    given: Any = None if data is None else _data(data)
-    if isinstance(given, Mapping):
-        given = list(given.values())
+    blob = file.read_bytes()
+    given: Any = None if data is None else _data_of_file(blob, data)
     source = tflite_export.to_c(
-        file.read_bytes(),
+        blob,
         output,
         name=name or file.stem,
         inputs=[given] if isinstance(given, np.ndarray) else given,
@@ -561,12 +661,14 @@ def to_c(
     click.echo(f"{len(source.operators)} operators, arena {source.arena_bytes:,} bytes")
 
 
-@main.command()
+@main.command(short_help="Print a script for completion in bash, zsh or fish.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print a script that completes commands, options and names in SHELL.
 
-    For bash: kqat completion bash > ~/.local/share/bash-completion/completions/kqat
+    \b
+    For bash:
+    kqat completion bash > ~/.local/share/bash-completion/completions/kqat
     """
     from click.shell_completion import get_completion_class
 
@@ -580,14 +682,31 @@ def _load(path: Path) -> Any:
     return kqat.load_model(path)
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    """The shape that `--input-shape` names."""
+    sizes = text.replace("x", ",").strip("(), ").split(",")
+    if not all(size.strip().isdigit() for size in sizes):
+        raise click.UsageError(f"Expected --input-shape as 96,96,3. Received: {text!r}.")
+    return tuple(int(size) for size in sizes)
+
+
 def _quantized(
     model: Path, data: Path, policy: str, rules: tuple[str, ...], calibration: str | None
 ) -> Any:
-    chosen, given = _policy(policy, rules), _data(data)
+    chosen, loaded = _policy(policy, rules), _load(model)
+    given = _data_for(loaded, data)
     with terminal.progress():
-        return kqat.quantize_model(
-            _load(model), chosen, calibration_data=given, calibration=calibration
-        )
+        return kqat.quantize_model(loaded, chosen, calibration_data=given, calibration=calibration)
+
+
+def _check_apart(output: Path, *inputs: Path) -> None:
+    """Checks that a command does not write over what it reads."""
+    for path in inputs:
+        if output.exists() and output.samefile(path):
+            raise click.UsageError(
+                f"Expected another name for what is written. Received: -o {output}, the file that "
+                "is read."
+            )
 
 
 def _check_keras_name(path: Path) -> None:
@@ -613,19 +732,25 @@ def _save_tflite(blob: bytes, path: Path, json_path: Path | None) -> None:
     }
     if not terminal.write_json(json_path, json.dumps(result)):
         click.echo(f"{path}: {len(blob):,} bytes")
+        if found.float_operators:
+            say(
+                f"{found.float_operators} of {len(found.operators)} operators read or write "
+                f"floats: `kqat inspect {path}` lists them."
+            )
 
 
-def _data(path: Path) -> Any:
-    """Reads an array from .npy, or a mapping from input names to arrays from .npz."""
-    import numpy as np
+def _data_for(model: Any, path: Path) -> Any:
+    """The inputs of a Keras model, from a file."""
+    from kqat.graph import input_shapes
 
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (ValueError, OSError, EOFError) as error:
-        raise ExportError(
-            f"Expected a .npy or .npz file of numbers. Received: {path}: {error}"
-        ) from error
+    return for_inputs(read_data(path), path, input_shapes(model))
+
+
+def _data_of_file(blob: bytes, path: Path) -> Any:
+    """The inputs of a .tflite, in its order, from a file."""
+    found = tflite_export.inspect(blob).inputs
+    given = for_inputs(read_data(path), path, {t.name: t.shape[1:] for t in found})
+    return [given[tensor.name] for tensor in found] if isinstance(given, dict) else given
 
 
 def _is_of(target: str, runtime: str) -> bool:
@@ -639,14 +764,29 @@ def _policy(policy: str, rules: tuple[str, ...]) -> Any:
         pattern, sign, preset = rule.partition("=")
         if not (pattern and sign and preset):
             raise click.UsageError(f"Expected --layer PATTERN=PRESET. Received: {rule!r}.")
+        _check_preset(preset, f"--layer {pattern}")
         parsed.append((pattern, None if preset == "float" else preset))
     if policy.endswith(".json"):
         if not Path(policy).is_file():
             raise click.UsageError(f"Expected a policy's file. Received: {policy}: no such file.")
         found = kqat.QuantizePolicy.load(policy)
         return dataclasses.replace(found, rules=(*parsed, *found.rules))
+    _check_preset(policy, "--policy", " or a .json file")
     default: Any = None if policy == "float" else policy
     return kqat.QuantizePolicy(default=default, rules=tuple(parsed))
+
+
+def _check_preset(name: str, option: str, more: str = "") -> None:
+    """Checks the name of a preset; 'float' is one on the command line, but for a search."""
+    from kqat.config import PRESETS
+    from kqat.grids import nearest_name
+
+    known = [*PRESETS, *(["float"] if option != "--choice" else [])]
+    if name not in known:
+        raise PolicyError(
+            f"Expected {option} to be one of {', '.join(known)}{more}. Received: '{name}'."
+            + nearest_name(name, known)
+        )
 
 
 def _show_inspection(found: Any, name: str) -> None:

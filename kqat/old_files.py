@@ -81,12 +81,43 @@ def load_model(
         with path.open("rb") as file:
             kind = _FIRST_BYTES.get(file.read(4))
         if kind is None:
+            empty = "is empty" if not path.stat().st_size else "is neither"
             raise ModelError(
-                f"Expected a .keras or .h5 file. Received: '{path}', which is neither. Save the "
+                f"Expected a .keras or .h5 file. Received: '{path}', which {empty}. Save the "
                 "model with model.save('model.keras')."
             )
+        _check_undamaged(path, kind)
         with _told(f"'{path}'"):
             return _load_h5(path) if kind == "h5" else _load_keras(path)
+
+
+def _check_undamaged(path: Path, kind: str) -> None:
+    """Checks that the whole file is there and unchanged, as far as its format can tell.
+
+    Raises:
+        ModelError: if it is damaged, or an archive of something else than a model.
+    """
+    try:
+        if kind == "h5":
+            import h5py
+
+            h5py.File(path, "r").close()
+            return
+        with zipfile.ZipFile(path) as archive:
+            if "config.json" not in archive.namelist():
+                raise ModelError(
+                    f"Expected a .keras or .h5 file. Received: '{path}', an archive without a "
+                    "model in it. Save the model with model.save('model.keras')."
+                )
+            broken = archive.testzip()
+            reason = "" if broken is None else f"'{broken}' in it is not what was written"
+    except (OSError, zipfile.BadZipFile) as error:
+        reason = str(error)
+    if reason:
+        raise ModelError(
+            f"Expected a whole file. Received: '{path}' of {path.stat().st_size:,} bytes, which is "
+            f"damaged: {reason}. Copy it again, or save the model again."
+        )
 
 
 def _is_tf_keras(source: Any) -> bool:
@@ -109,9 +140,10 @@ def _told(what: str) -> Iterator[None]:
             begin, _, end = text.partition("Exception encountered:")
             text = f"{begin.split('using config=')[0]} {end}"
         words = " ".join(text.split("config={")[0].split())[:300]
+        stop = "" if words.endswith((".", "!", "?")) else "."
         raise ModelError(
-            f"Expected a model that Keras 3 can read. Received: {what}: {words} Give classes and "
-            "functions of its own as custom_objects, or load it in the Keras that wrote it, "
+            f"Expected a model that Keras 3 can read. Received: {what}: {words}{stop} Give classes "
+            "and functions of its own as custom_objects, or load it in the Keras that wrote it, "
             "save_weights('w.h5'), and load those into the same model built in Keras 3."
         ) from error
 

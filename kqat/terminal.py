@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import io
 import os
+import re
 import sys
 import tempfile
 import textwrap
@@ -52,19 +53,65 @@ def quiet_libraries() -> Iterator[None]:
             sys.stderr = python
 
 
+# What messages of the library say in Python -> the same on the command line. Options that differ
+# from their argument by more than dashes have a row of their own.
+_OPTIONS = "target|compress|float_weights|weights|batch_size|measure|layout|samples|budget"
+_IN_SHELL = (
+    (r"policy=\{'([^']+)': None\}", r"--layer \1=float"),
+    (r"kqat\.quantize_model(\([^)]*\))? or kqat\.plan\b", "`kqat plan`"),
+    (r"kqat\.quantize_model\(…, preserve='sparsity'\) or 'clusters'", r"\g<0> in Python"),
+    (r"kqat\.quantize_model\b(\((?!…)[^)]*\))?", "`kqat quantize`"),
+    (r"kqat\.(plan|adapt|diagnose|search)\b(\([^)]*\))?", r"`kqat \1`"),
+    (r"tflite_export\.(convert|verify|inspect)\b(\([^)]*\))?", r"`kqat \1`"),
+    (r"tflite_export\.to_c\b(\([^)]*\))?", "`kqat to-c`"),
+    (r"\binput_shapes=\(([\d, ]+?),?\)", r"--input-shape \1"),
+    (r"\bcalibration_data\b", "--data"),
+    (r"\binference_(input|output)_type\b", r"--\1-type"),
+    (r"\bcalibration='?(\w+)'?", r"--calibration \1"),
+    (rf"\b({_OPTIONS})=None", r"no --\1"),
+    (rf"\b({_OPTIONS})='?([\w.]+)'?", r"--\1 \2"),
+    (rf"\b([Ll]eave) ({_OPTIONS}) out\b", r"\1 --\2 out"),
+    (r"\bas custom_objects\b", "as custom_objects of kqat.load_model, in Python"),
+)
+
+
+def in_shell_words(text: str) -> str:
+    """A message of the library with commands and options in the place of functions and arguments.
+
+    What has no command, such as `kqat.register_layer`, stays as it is.
+    """
+    for pattern, words in _IN_SHELL:
+        text = re.sub(pattern, words, text)
+    text = re.sub(r"--[a-z_]+", lambda found: found[0].replace("_", "-"), text)
+    return re.sub(r"(--input-shape )([\d, ]+)", lambda m: m[1] + m[2].replace(", ", ","), text)
+
+
 def tell(text: str) -> None:
     """Prints a message on stderr, in lines of 80 characters."""
-    click.echo(textwrap.fill(text, WIDTH, subsequent_indent="  "), err=True)
+    click.echo(filled(text), err=True)
+
+
+def filled(text: str, indent: int = 0) -> str:
+    """`text` in lines of 80 characters; `indent` characters stand before it in the first line."""
+    made = textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=" " * indent,
+        subsequent_indent="  ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return made[indent:]
 
 
 def note(message: Warning | str, *_: Any, **__: Any) -> None:
     """Prints a note on stderr; stands for `warnings.showwarning`."""
-    tell(f"Note: {message}")
+    tell(f"Note: {in_shell_words(str(message))}")
 
 
 def say(words: str) -> None:
     """Prints text in lines of 80 characters."""
-    click.echo(textwrap.fill(words, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+    click.echo(filled(words))
 
 
 def write_json(path: Path | None, text: str) -> bool:

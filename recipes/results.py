@@ -25,6 +25,10 @@ HEAD = """\
 
 Written by `python -m recipes.results` from the JSON in `recipes/results`, which the recipes wrote:
 each command prints the tables below it. What a column means is said where it first stands.
+
+Sections without a date were measured in November 2026, before calibration corrected the means that
+rounding moves. Today's calibrated files (PTQ) are nearer to the float model, and differ by some
+bytes: compare the six pretrained models below, which were measured after it.
 """
 
 
@@ -82,6 +86,7 @@ def _section(results: dict[str, Any], explained: set[str]) -> str:
             *(f"```\n{legend}\n```\n" for legend in legends),
             f"kqat {results['kqat']}, {packages}, Python {machine['python']}; "
             f"{machine['cores']} cores, {machine['processor']}.\n",
+            *([f"Measured on {results['date']}.\n"] if "date" in results else []),
         ]
     )
 

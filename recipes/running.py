@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -270,6 +271,7 @@ def save_results(
         "command": _command(options, f"{package}.{recipe}"),
         "options": settings(options),
         "kqat": kqat.__version__,
+        "date": datetime.date.today().isoformat(),
         "machine": machine(),
         **results,
     }

@@ -1,6 +1,7 @@
 """What every test starts from: a quiet TensorFlow, the same seed, float32, and the shared data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Both are read once, when TensorFlow is imported.
@@ -12,6 +13,7 @@ import keras
 import pytest
 
 from recipes import data
+from tests.newer_keras import skip_if_missing
 
 # The first call of a function pays for TensorFlow's tracing, which hypothesis would call too slow;
 # the same examples each time keep a failure in CI a failure here.
@@ -29,9 +31,39 @@ def _same_start() -> None:
     keras.utils.set_random_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _children_use_keras_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removes what tfmot leaves to child processes when a test module imports it, and a test too.
+
+    With it, `tf.keras` is tf_keras in every process that a test starts.
+    """
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")  # Undone after the test, whoever sets it.
+    monkeypatch.delenv("TF_USE_LEGACY_KERAS")
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of shared data and models; skips the test where it is not on this machine."""
     if not data.available():
         pytest.skip(f"no data/ and models/ in {data.root()}; KQAT_DATA names another folder")
     return data.root()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    """Skips a test whose fixtures use what only a newer Keras has."""
+    try:
+        return (yield)
+    except Exception as error:
+        skip_if_missing(error)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Skips a test that uses what only a newer Keras has."""
+    try:
+        return (yield)
+    except Exception as error:
+        skip_if_missing(error)
+        raise

@@ -1,8 +1,9 @@
 """What a QAT model loses where, why, and how few bits each layer needs."""
 
 from kqat.analysis.causes import Cause, Finding
-from kqat.analysis.diagnosis import Diagnosis, LayerLoss, Remedy, diagnose
+from kqat.analysis.diagnosis import Diagnosis, LayerLoss, diagnose
 from kqat.analysis.plots import figure_class, plot_quantization
+from kqat.analysis.remedies import Remedy
 from kqat.analysis.sensitivity import (
     LayerCost,
     Measure,

@@ -46,16 +46,19 @@ class Finding:
         cause: which one.
         layer: the name of the value or layer.
         text: what was found, in numbers.
-        advice: what to do.
         own_db: SQNR of the value against its own rounding; of its middle channel, or of the middle
             99 % of its values, if that is less.
+        of_weights: whether it is about the layer's weights, not about its values.
+        advice: the code of the remedy that was tried against it and gained most; empty where none
+            helped, or none was tried.
     """
 
     cause: Cause
     layer: str
     text: str
-    advice: str
     own_db: float
+    of_weights: bool = False
+    advice: str = ""
 
 
 def causes_of_values(node: Node, x: Any, names: ValueNames) -> Iterator[Finding]:
@@ -87,24 +90,20 @@ def causes_of_values(node: Node, x: Any, names: ValueNames) -> Iterator[Finding]
             f"{share:.2g} % of its values lie outside [{low:.4g}, {high:.4g}], as far as "
             f"[{exact.min():.4g}, {exact.max():.4g}]"
         )
-        advice = "calibrate on data that reach that far, or give it a wider range"
-        yield Finding(Cause.CLIPPING, name, text, advice, own_db)
+        yield Finding(Cause.CLIPPING, name, text, own_db)
     shared = _shared(quantizer, exact, high - low, names)
     if shared is not None:
-        advice = "make separate outputs, scale the members alike, or give that layer 'int16x8'"
-        yield Finding(Cause.SHARED_SCALE, name, shared, advice, own_db)
+        yield Finding(Cause.SHARED_SCALE, name, shared, own_db)
         return
     outlier = _outlier(exact)
     if outlier is not None:
-        advice = "try kqat.algorithms.smooth_quant or equalize before training, or 'int16x8'"
-        yield Finding(Cause.OUTLIER_CHANNEL, name, outlier, advice, own_db)
+        yield Finding(Cause.OUTLIER_CHANNEL, name, outlier, own_db)
         return
     ends = np.quantile(exact[exact != 0.0], MIDDLE)
     used = int(np.ceil((max(ends[1], 0.0) - min(ends[0], 0.0)) / step))
     if used < FEW_INTEGERS:
         text = f"99 % of its values lie on {max(used, 1)} of {2**spec.bits} integers"
-        advice = "calibrate it with kqat.Percentile() or kqat.MSE(), or give it 'int16x8'"
-        yield Finding(Cause.STARVED_GRID, name, text, advice, own_db)
+        yield Finding(Cause.STARVED_GRID, name, text, own_db)
 
 
 def _own_noise(exact: np.ndarray, rounded: np.ndarray) -> float:
@@ -178,11 +177,10 @@ def causes_of_weights(node: Node, input_scale: float) -> Iterator[Finding]:
             continue
         if spec.bits <= FEW_BITS:
             text = f"its {weight} has {spec.bits} bits"
-            advice = "train, give it more bits, or start from kqat.algorithms.adaround or gptq"
-            yield Finding(Cause.FEW_BITS, name, text, advice, own_db)
+            yield Finding(Cause.FEW_BITS, name, text, own_db, of_weights=True)
         elif spec.axis is None and (outlier := _outlier(value)) is not None:
-            advice = "give each channel a scale (axis='channel'), or try kqat.algorithms.equalize"
-            yield Finding(Cause.OUTLIER_CHANNEL, name, f"{weight}: {outlier}", advice, own_db)
+            text = f"{weight}: {outlier}"
+            yield Finding(Cause.OUTLIER_CHANNEL, name, text, own_db, of_weights=True)
 
 
 def _bias_overflow(
@@ -207,10 +205,9 @@ def _bias_overflow(
         text = (
             f"the bias of {coarser.size} of {bias.size} channels is up to {worst:.3g} of its steps "
             "(input scale times weight scale), which int32 does not hold: their weights are "
-            "rounded coarser"
+            "rounded coarser, as those of a dead channel are, which can be pruned"
         )
-        advice = "the weights are tiny beside the bias: a dead channel, which can be pruned"
-        yield Finding(Cause.BIAS_OVERFLOW, wrapper.layer.name, text, advice, own_db)
+        yield Finding(Cause.BIAS_OVERFLOW, wrapper.layer.name, text, own_db)
 
 
 def input_scales(graph: Graph) -> Mapping[Ref, float]:

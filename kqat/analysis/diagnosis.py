@@ -1,44 +1,51 @@
 """`diagnose`: which layers of a QAT model lose how much, why, and what helps, as measured."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
-from kqat.analysis.causes import Cause, Finding, causes_of_values, causes_of_weights, input_scales
+from kqat.analysis.causes import Finding, causes_of_values, causes_of_weights, input_scales
+from kqat.analysis.grid_use import (
+    OUTPUT,
+    VALUES,
+    RoundedTensor,
+    positions,
+    role_of,
+    rounded_tensors,
+)
+from kqat.analysis.remedies import Remedy, advice_against, key_of, tried
 from kqat.analysis.replay import Replay, as_array, as_built, decibels, noise
-from kqat.base import CalibrationError, KqatError, ModelError, write_file
-from kqat.graph import Graph, Node, trace
-from kqat.grids import INT8_WEIGHTS, INT16_ACTIVATION, MaxAbs, QuantSpec, arithmetic
+from kqat.base import CalibrationError, ModelError, write_file
+from kqat.graph import Graph, Node, Ref, trace
 from kqat.training import (
     ActivationQuantizer,
     QuantizedRecurrence,
     QuantizeWrapper,
     ValueNames,
-    algorithms,
     as_tensors,
-    calibrate,
-    call_with,
+    batches,
+    beyond_calibration,
     is_quantized,
     of_fixed_shape,
-    rounded_as,
-    some_samples,
     uncorrected,
 )
 
 # No more samples than this are measured, and as many are given to the remedies.
 SAMPLES = 128
-# A remedy helps where it gains at least this, in dB.
-HELPS_DB = 0.5
-# What is rounded, in reports.
-WEIGHTS, VALUES, WHOLE = "weights", "values", "recurrence"
+# What is rounded, in reports, if it is no value.
+WEIGHTS, WHOLE = "weights", "recurrence"
+# The columns of a terminal.
+_WIDTH = 80
+# The worst roundings that the text lists.
+_LISTED = 10
+# Two numbers that lie closer are alike, in dB.
+_ALIKE_DB = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +53,17 @@ class LayerLoss:
     """What one rounding costs.
 
     Attributes:
-        name: of the layer, or of the value.
-        what: `"weights"` (and bias), `"values"`, or `"recurrence"` for all inside of one.
+        name: of the layer that has the weights, or of the value: as in the report of
+            `tflite_export.verify` and in `kqat.plot_quantization`.
+        what: `"weights"` (and bias), `"input"`, `"output"` or `"values"` inside the model, or
+            `"recurrence"` for all inside of one.
         bits: of the grid; of several weights the fewest.
         isolated_db: SQNR of the model's outputs where nothing else is rounded.
         cumulative_db: SQNR here, where everything up to here is rounded.
-        share: of the sum of all isolated noises, 0..1.
+        share: of the sum of all isolated noises, 0..1; 0 for the grid of an output that is made
+            behind the place where noises are taken (see `Diagnosis`): its `isolated_db` is taken
+            at the output itself.
+        clipped: share of the values that lie outside the grid on the data given, 0..1.
     """
 
     name: str
@@ -60,61 +72,89 @@ class LayerLoss:
     isolated_db: float
     cumulative_db: float
     share: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Remedy:
-    """One thing that was tried.
-
-    Attributes:
-        name: what was tried.
-        sqnr_db: of the outputs with it; `None` where it does not apply.
-        gain_db: over the QAT model as it is.
-        note: why it does not apply, or how it was tried.
-    """
-
-    name: str
-    sqnr_db: float | None
-    gain_db: float
-    note: str
-
-    @property
-    def helps(self) -> bool:
-        """Whether it gains `HELPS_DB` at least."""
-        return self.sqnr_db is not None and self.gain_db >= HELPS_DB
+    clipped: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
     """Where a QAT model loses, why, and what helps. `print` shows it.
 
-    SQNR is that of the model's outputs, or of what a closing softmax reads, in dB: the mean over
-    all outputs.
+    SQNR is that of the model's outputs, or, except for `float_db`, of what a closing softmax (or
+    another function of a given range) reads, in dB: the mean over all outputs.
 
     Attributes:
         model_name: of the QAT model.
         samples: how many were measured.
-        total_db: SQNR of the QAT model against itself without rounding.
         float_db: SQNR of the QAT model's outputs against those of the float model.
+        total_db: SQNR of the QAT model against itself without rounding.
+        sum_db: SQNR if the noises of `layers`, each alone, just added up.
+        trained_db: SQNR of the QAT model without rounding against the float model: what training,
+            or an algorithm, changed.
+        measured_at: what `total_db`, `sum_db` and `layers` are measured at, by name, where that
+            is not the outputs themselves.
         agreement: share of samples for which both have the same largest output, for outputs that
             look like classes; `None` otherwise.
         layers: every rounding, in the order of the network.
         findings: the causes, those that cost the outputs most first.
         remedies: what was tried, the best first.
+        notes: what to know before the numbers are believed.
     """
 
     model_name: str
     samples: int
-    total_db: float
     float_db: float
+    total_db: float
+    sum_db: float
+    trained_db: float
+    measured_at: tuple[str, ...]
     agreement: float | None
     layers: tuple[LayerLoss, ...]
     findings: tuple[Finding, ...]
     remedies: tuple[Remedy, ...]
+    notes: tuple[str, ...]
 
-    def worst(self, count: int = 10) -> list[LayerLoss]:
+    def worst(self, count: int = _LISTED) -> list[LayerLoss]:
         """The roundings that cost the outputs most."""
-        return sorted(self.layers, key=lambda layer: layer.isolated_db)[:count]
+        inside = [row for row in self.layers if not _is_behind(row)]
+        return sorted(inside, key=lambda layer: layer.isolated_db)[:count]
+
+    def headline(self) -> list[tuple[str, str]]:
+        """The SQNRs of the whole: each in dB, and what it is."""
+        agree = "" if self.agreement is None else f"; same class for {100 * self.agreement:.1f} %"
+        there = f", at {_quoted(self.measured_at)}" if self.measured_at else ""
+        return [
+            (f"{self.float_db:.1f} dB", f"the outputs, against the float model{agree}"),
+            (f"{self.total_db:.1f} dB", f"against the same weights unrounded{there}"),
+            (f"{self.sum_db:.1f} dB", "if the roundings below, each measured alone, just add up"),
+        ]
+
+    def explanation(self) -> str:
+        """Why the numbers of the headline are not the same."""
+        words = []
+        if self.measured_at:
+            words.append(
+                f"The first is of the outputs; the others are taken at {_quoted(self.measured_at)},"
+                " before the function that closes the model, where differences show better: the "
+                "output's own grid is in the first alone."
+            )
+        if self.trained_db < self.float_db + 10.0:
+            words.append(
+                f"The first also holds what training changed, {self.trained_db:.1f} dB alone."
+            )
+        gap = self.total_db - self.sum_db
+        if abs(gap) < _ALIKE_DB:
+            words.append("The last two agree: the errors of the roundings just add up.")
+        elif gap > 0.0:
+            words.append(
+                "The second is above the sum: together errors cancel in part, also because "
+                "calibration corrects the biases for all of them at once."
+            )
+        else:
+            words.append(
+                "The second is below the sum: errors of one layer make those of later ones worse, "
+                "as where they push values out of a range."
+            )
+        return " ".join(words)
 
     def to_json(self) -> str:
         """All of it as JSON text."""
@@ -131,36 +171,60 @@ class Diagnosis:
         write_file(path, render(self).encode())
 
     def __str__(self) -> str:
-        agree = "" if self.agreement is None else f"; same class for {100 * self.agreement:.1f} %"
-        lines = [
-            f"diagnosis of {self.model_name} on {self.samples} samples",
-            f"SQNR of the outputs: {self.total_db:.1f} dB against the same weights unrounded, "
-            f"{self.float_db:.1f} dB against the float model{agree}",
-            "",
-            "costs most   isolated: nothing else is rounded; cumulative: all up to here is",
-            f"{'layer':<30} {'what':<11} {'bits':>4}  isolated cumulative  share",
-        ]
-        lines += [
-            f"{_cut(row.name, 30):<30} {row.what:<11} {row.bits:>4} {row.isolated_db:>6.1f} dB "
-            f"{row.cumulative_db:>7.1f} dB {100 * row.share:>4.0f} %"
-            for row in self.worst()
-        ]
-        lines += ["", "why" if self.findings else "why: no single cause stands out"]
-        lines += [
-            f"- {f.cause}: '{f.layer}': {f.text}. {_sentence(f.advice)}" for f in self.findings
-        ]
-        if self.remedies:
-            lines += ["", "tried        measured on samples that the method did not see"]
-        for remedy in self.remedies:
-            if remedy.sqnr_db is None:
-                lines.append(f"- {remedy.name}: does not apply. {remedy.note}")
-            else:
-                verdict = "helps" if remedy.helps else "does not help"
-                lines.append(
-                    f"- {remedy.name}: {remedy.sqnr_db:.1f} dB ({remedy.gain_db:+.1f}), {verdict}"
-                    + (f"; {remedy.note}" if remedy.note else "")
-                )
+        lines = [f"diagnosis of {self.model_name} on {self.samples} samples, as SQNR in dB"]
+        lines += [f"{number:>10}  {words}" for number, words in self.headline()]
+        lines += _filled(self.explanation(), "")
+        for note in self.notes:
+            lines += _filled(f"note: {note}", "")
+        lines += ["", *self._table(), "", *self._why(), *self._tried()]
         return "\n".join(lines)
+
+    def _table(self) -> Iterator[str]:
+        yield "isolated: nothing else is rounded; cumulative: here, all up to here is rounded;"
+        yield "clipped: values outside of the range, on these data"
+        yield (
+            f"{'layer':<27} {'what':<10} {'bits':>4} {'isolated':>9} {'cumulative':>11} "
+            f"{'share':>6} {'clipped':>7}"
+        )
+        for row in [*self.worst(), *filter(_is_behind, self.layers)]:
+            share = "-" if _is_behind(row) else f"{100 * row.share:.0f} %"
+            clip = "-" if row.what in (WEIGHTS, WHOLE) else _percent(row.clipped)
+            yield (
+                f"{_cut(row.name, 27):<27} {row.what:<10} {row.bits:>4} {row.isolated_db:>6.1f} dB "
+                f"{row.cumulative_db:>8.1f} dB {share:>6} {clip:>7}"
+            )
+
+    def _why(self) -> Iterator[str]:
+        yield "why" if self.findings else "why: no single cause stands out"
+        for finding in self.findings:
+            of = "weights of " if finding.of_weights else ""
+            yield from _filled(f"- {finding.cause}: {of}'{finding.layer}': {finding.text}.", "  ")
+            if self.remedies:
+                yield from _filled(f"  {self.verdict_on(finding)}", "  ")
+
+    def verdict_on(self, finding: Finding) -> str:
+        """Whether something that was tried against a cause helps, and how much."""
+        for remedy in self.remedies:
+            if finding.advice and remedy.code == finding.advice:
+                return f"Helps: {remedy.name} ({remedy.own_db:+.1f} dB), see below."
+        aimed = [r for r in self.remedies if key_of(finding) in r.against]
+        if not aimed:
+            return "There is nothing to try for it."
+        return "Nothing that was tried for it helps, see below."
+
+    def _tried(self) -> Iterator[str]:
+        if not self.remedies:
+            return
+        yield ""
+        yield from _filled(
+            "tried, without training, on samples apart from those measured; in the code, model, "
+            "qat and data are what diagnose was given",
+            "",
+        )
+        for remedy in self.remedies:
+            yield from _filled(f"- {remedy.name} {remedy.verdict()}", "  ")
+            if remedy.helps:
+                yield from remedy.code.splitlines()
 
 
 def diagnose(
@@ -174,11 +238,13 @@ def diagnose(
     Args:
         float_model: what `qat` was made of.
         qat: a calibrated QAT model, trained or not.
-        data: typical inputs, as for `kqat.calibrate`. Every other sample is measured, at most 128;
-            the rest is for the methods that are tried.
-        remedies: whether methods are tried: each of kqat's algorithms, calibration methods, 16 bits
-            or a wider range for the values, and 8 bits for the weights, that are named as causes.
-            They are tried on the model as it is, without training.
+        data: inputs as the device sees them, as for `kqat.calibrate`, but held out: not those that
+            `qat` was calibrated on. Ranges fit the calibration data, so on these a fault of
+            calibration cannot show; a note says so where the data look like them. Every other
+            sample is measured, at most 128; the rest is for the methods that are tried.
+        remedies: whether remedies are tried: each of kqat's algorithms and calibration methods, and
+            policies with other presets or ranges for what the causes name. Each is run as the code
+            that the report prints, on the model as it is, without training.
 
     Raises:
         ModelError: if `qat` is no QAT model, or outputs differ in shape.
@@ -190,10 +256,12 @@ def diagnose(
             f"Expected a QAT model to diagnose. Received: '{qat.name}', which is float. Use "
             "kqat.quantize_model."
         )
-    reference = trace(of_fixed_shape(float_model, None, data))
+    float_model = of_fixed_shape(float_model, None, data)
+    reference = trace(float_model)
     _check_alike(graph, reference, qat.name, float_model.name)
     _check_calibrated(graph, qat.name)
-    arrays = some_samples(data, graph, 2 * SAMPLES)
+    every = _all_samples(data, graph)
+    arrays = _some(every, 2 * SAMPLES)
     if len(arrays[0]) < 2:
         raise CalibrationError(
             "Expected at least two samples to diagnose on. Received: one. Give some hundred "
@@ -203,26 +271,81 @@ def diagnose(
     replay = Replay(graph, measured)
     rounded = replay.values(replay.all_rounded())
     total = replay.noise_of(rounded)
-    rows, findings, costs = _layers(replay, rounded)
+    rows, findings, added = _layers(replay, rounded, rounded_tensors(qat, graph))
     outputs = replay.outputs(rounded)
     answers = reference.run(measured, lambda node, *args, **kwargs: node.layer(*args, **kwargs))
     wanted = [as_array(y) for y in keras.tree.flatten(answers)]
     gaps = [noise(y, found) for y, found in zip(wanted, outputs, strict=True)]
-    tried: list[Remedy] = []
+    notes = tuple(_notes(qat, every))
+    found: list[Remedy] = []
     if remedies:
         others = [x[1::2] for x in arrays]
         tuning = keras.tree.pack_sequence_as(qat.input, others)
-        tried = list(_remedies(qat, tuning, replay, findings, total))
+        found = tried(
+            float_model, qat, tuning, replay, findings, total=total, fitted=bool(notes)
+        )  # fmt: skip
+        findings = [
+            dataclasses.replace(finding, advice=advice_against(finding, found))
+            for finding in findings
+        ]
+    unrounded = [as_array(replay.exact[ref]) for ref in graph.outputs]
+    moved = [noise(y, found) for y, found in zip(wanted, unrounded, strict=True)]
     return Diagnosis(
         model_name=qat.name,
         samples=len(arrays[0][::2]),
-        total_db=decibels(total),
         float_db=decibels(sum(gaps) / len(gaps)),
+        total_db=decibels(total),
+        sum_db=decibels(added),
+        trained_db=decibels(sum(moved) / len(moved)),
+        measured_at=_measured_at(graph, replay.ends),
         agreement=_agreement(wanted, outputs),
         layers=tuple(rows),
-        findings=tuple(sorted(findings, key=lambda finding: -costs[id(finding)])),
-        remedies=tuple(sorted(tried, key=lambda r: (r.sqnr_db is None, -r.gain_db))),
+        findings=tuple(findings),
+        remedies=tuple(found),
+        notes=notes,
     )
+
+
+def _all_samples(data: Any, graph: Graph) -> list[np.ndarray]:
+    """All samples as one array per input; a generator can be read only once."""
+    found = [batch for batch in batches(data, graph) if len(batch[0])]
+    if not found:
+        raise CalibrationError(
+            f"Expected at least two samples to diagnose on, for the inputs "
+            f"{list(graph.input_keys)}. Received: none."
+        )
+    return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+
+def _some(arrays: Sequence[np.ndarray], most: int) -> list[np.ndarray]:
+    """At most so many samples, evenly spread."""
+    count = len(arrays[0])
+    chosen = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+    return [x[chosen] for x in arrays]
+
+
+def _notes(qat: keras.Model, every: list[np.ndarray]) -> Iterator[str]:
+    beyond, known = beyond_calibration(qat, keras.tree.pack_sequence_as(qat.input, every))
+    if known and not beyond:
+        yield (
+            f"no value of these {len(every[0])} samples reaches beyond what calibration saw, in "
+            f"any of {known} tensors. If they are the calibration data, or a part of them, ranges "
+            "and corrected biases fit them, and a fault of calibration cannot show here: give "
+            "samples as the device sees them that calibration did not see."
+        )
+
+
+def _measured_at(graph: Graph, ends: Sequence[Ref]) -> tuple[str, ...]:
+    """What reports call the ends; none where they are the outputs, but for a name."""
+    names, producers = ValueNames(graph), graph.producers()
+    shown = set(ends)
+    for ref in graph.outputs:
+        while ref not in shown:
+            maker = producers.get(ref)
+            if maker is None or not isinstance(maker.layer, keras.layers.Identity):
+                return tuple(_name_of(end, names) for end in ends)
+            ref = maker.inputs[0]
+    return ()
 
 
 def _check_alike(graph: Graph, reference: Graph, name: str, float_name: str) -> None:
@@ -252,34 +375,53 @@ def _agreement(wanted: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> flo
 
 
 def _layers(
-    replay: Replay, rounded: dict[Any, Any]
-) -> tuple[list[LayerLoss], list[Finding], dict[int, float]]:
-    """Every rounding, the causes, and what each of these costs the outputs, by its identity."""
-    names, scales = ValueNames(replay.graph), input_scales(replay.graph)
-    found: list[tuple[str, str, int, float, float]] = []
-    findings: list[Finding] = []
-    costs: dict[int, float] = {}
+    replay: Replay, rounded: dict[Ref, Any], tensors: Sequence[RoundedTensor]
+) -> tuple[list[LayerLoss], list[Finding], float]:
+    """Every rounding, the causes, what costs most first, and the sum of the noises."""
+    graph = replay.graph
+    names, scales = ValueNames(graph), input_scales(graph)
+    of_site = {(id(t.quantizer), t.site): t for t in tensors if t.quantizer is not None}
+    before = _behind_nothing(graph, replay.ends)
+    rows: list[tuple[LayerLoss, float]] = []
+    findings: list[tuple[float, Finding]] = []
     for node in replay.rounding_nodes():
-        if isinstance(node.layer, QuantizeWrapper) and not node.layer.computes_with_grids:
+        layer = node.layer
+        if isinstance(layer, QuantizeWrapper) and not layer.computes_with_grids:
             continue
-        alone = _alone(replay, node)
         here = max(noise(replay.exact[ref], rounded[ref]) for ref in node.outputs)
-        found.append((*_title(node, names), alone, here))
-        if isinstance(node.layer, ActivationQuantizer):
+        share = alone = _alone(replay, node)
+        if node not in before:
+            share, alone = 0.0, _alone_at_outputs(replay, node)
+        name, what, bits = _title(node, names, graph)
+        clipped = 0.0
+        if isinstance(layer, ActivationQuantizer):
+            tensor = of_site.get((id(layer), node.kwargs.get("site", 0)))
+            if tensor is not None and node.kwargs.get("observe", True):
+                clipped = _clipped(tensor, rounded[node.inputs[0]])
+        rows.append(
+            (LayerLoss(name, what, bits, decibels(alone), decibels(here), share, clipped), share)
+        )
+        if isinstance(layer, ActivationQuantizer):
             causes = causes_of_values(node, replay.exact[node.inputs[0]], names)
-        elif isinstance(node.layer, QuantizeWrapper):
+        elif isinstance(layer, QuantizeWrapper):
             causes = causes_of_weights(node, scales.get(node.inputs[0], 0.0))
         else:
             continue
-        for finding in causes:
-            findings.append(finding)
-            costs[id(finding)] = alone
-    whole = sum(alone for *_, alone, _ in found) or 1.0
-    rows = [
-        LayerLoss(name, what, bits, decibels(alone), decibels(here), alone / whole)
-        for name, what, bits, alone, here in found
-    ]
-    return rows, findings, costs
+        findings += [(alone, finding) for finding in causes]
+    added = sum(share for _, share in rows)
+    losses = [dataclasses.replace(row, share=share / (added or 1.0)) for row, share in rows]
+    return losses, [f for _, f in sorted(findings, key=lambda pair: -pair[0])], added
+
+
+def _behind_nothing(graph: Graph, ends: Sequence[Ref]) -> set[Node]:
+    """The nodes that the ends depend on."""
+    producers, found, waiting = graph.producers(), set[Node](), list(ends)
+    while waiting:
+        node = producers.get(waiting.pop())
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += node.inputs
+    return found
 
 
 def _alone(replay: Replay, node: Node) -> float:
@@ -288,154 +430,69 @@ def _alone(replay: Replay, node: Node) -> float:
         return replay.noise(as_built([node]))
 
 
-def _title(node: Node, names: ValueNames) -> tuple[str, str, int]:
+def _alone_at_outputs(replay: Replay, node: Node) -> float:
+    """The noise at the model's outputs of a rounding behind the ends."""
+    values = replay.values(as_built([node]))
+    refs = [ref for ref in replay.graph.outputs if not ref.holds_indexes]
+    return sum(noise(replay.exact[ref], values[ref]) for ref in refs) / max(len(refs), 1)
+
+
+def _clipped(tensor: RoundedTensor, value: Any) -> float:
+    """The share of values more than half a step beyond the grid."""
+    position, _ = positions(tensor, value)
+    spec = tensor.spec
+    outside = (position < spec.qmin - 0.5) | (position > spec.qmax + 0.5)
+    return float(np.mean(outside)) if position.size else 0.0
+
+
+def _title(node: Node, names: ValueNames, graph: Graph) -> tuple[str, str, int]:
     layer = node.layer
     if isinstance(layer, ActivationQuantizer):
-        return names.of(layer, node.kwargs.get("site", 0)), VALUES, layer.spec.bits
+        name = names.of(layer, node.kwargs.get("site", 0))
+        return name, role_of(node, graph), layer.spec.bits
     if isinstance(layer, QuantizedRecurrence):
-        return str(layer.name), WHOLE, 8
+        return str(layer.label), WHOLE, 8
     bits = min((spec.bits for spec in layer.weight_specs.values()), default=8)
     return str(layer.layer.name), WEIGHTS, bits
 
 
-def _remedies(
-    qat: keras.Model, tuning: Any, replay: Replay, findings: Sequence[Finding], total: float
-) -> Iterator[Remedy]:
-    """Everything that is tried; `tuning` are samples that `replay` does not measure."""
-    before = decibels(total)
-    tensors = [replay.exact[ref] for ref in replay.graph.inputs]
-
-    def outcome(name: str, after: float, note: str = "") -> Remedy:
-        return Remedy(name, decibels(after), decibels(after) - before, note)
-
-    for name, method in _methods().items():
-        try:
-            with _quiet():
-                found = method(qat, tuning)
-        except KqatError as error:
-            yield Remedy(name, None, 0.0, str(error))
-            continue
-        yield outcome(name, _noise_against(replay, found, tensors))
-    names = ValueNames(replay.graph)
-    nodes = replay.rounding_nodes()
-    roundings = [n for n in nodes if isinstance(n.layer, ActivationQuantizer)]
-
-    def named(*causes: Cause) -> list[ActivationQuantizer]:
-        """The quantizers of the values with such a finding."""
-        labels = {finding.layer for finding in findings if finding.cause in causes}
-        found = (n.layer for n in roundings if names.of(n.layer, n.kwargs.get("site", 0)) in labels)
-        return list(dict.fromkeys(found))
-
-    for title, spec, quantizers in (
-        ("a range over all that was seen", None, named(Cause.CLIPPING)),
-        (
-            "'int16x8'",
-            INT16_ACTIVATION,
-            named(Cause.OUTLIER_CHANNEL, Cause.SHARED_SCALE, Cause.STARVED_GRID),
-        ),
-    ):
-        if quantizers:
-            labels = ", ".join(f"'{_meeting(quantizer, names)}'" for quantizer in quantizers)
-            wide = {n: _over_all_seen(n.layer, spec) for n in roundings if n.layer in quantizers}
-            # Calibration corrected means for the grid as it was; on another one that may do harm.
-            rounded = replay.all_rounded() | wide
-            after = replay.noise(rounded)
-            with uncorrected(n.layer for n in nodes if isinstance(n.layer, QuantizeWrapper)):
-                after = min(after, replay.noise(rounded))
-            yield outcome(f"{title} for {labels}", after, "its grid was changed, and nothing else")
-    few = {finding.layer for finding in findings if finding.cause is Cause.FEW_BITS}
-    more = {
-        node: _at_8_bits(node.layer)
-        for node in replay.rounding_nodes()
-        if isinstance(node.layer, QuantizeWrapper) and node.layer.layer.name in few
-    }
-    if more:
-        name = "'int8' for the weights of " + ", ".join(f"'{layer}'" for layer in sorted(few))
-        yield outcome(name, replay.noise(replay.all_rounded() | more))
+def _name_of(ref: Ref, names: ValueNames) -> str:
+    """What reports call a value, rounded or not."""
+    for reader in names.readers[ref]:
+        if isinstance(reader.layer, ActivationQuantizer):
+            return names.of(reader.layer, reader.kwargs.get("site", 0))
+    maker = names.producers.get(ref)
+    if maker is None:
+        return "input"
+    if isinstance(maker.layer, ActivationQuantizer):
+        return names.of(maker.layer, maker.kwargs.get("site", 0))
+    return names.output_name(maker)
 
 
-def _methods() -> dict[str, Callable[[keras.Model, Any], keras.Model]]:
-    """What can be tried on any QAT model, by the name that a user knows."""
-    found = {f"kqat.algorithms.{name}": getattr(algorithms, name) for name in algorithms.__all__}
-    for method in ("minmax", "percentile", "mse"):
-        found[f"kqat.calibrate(method={method!r})"] = _calibrated(method)
-    return found
+def _is_behind(row: LayerLoss) -> bool:
+    """Whether a row is of the grid of an output behind the place where noises are taken."""
+    return row.share == 0.0 and row.what in (OUTPUT, VALUES)
 
 
-def _calibrated(method: str) -> Callable[[keras.Model, Any], keras.Model]:
-    def calibrated(qat: keras.Model, data: Any) -> keras.Model:
-        copy = keras.models.clone_model(qat)
-        copy.set_weights(qat.get_weights())
-        calibrate(copy, data, method=method)
-        return copy
-
-    return calibrated
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Calibration of a copy tells nothing new about the data."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
+def _percent(share: float) -> str:
+    return "<0.01 %" if 0.0 < share < 1e-4 else f"{100 * share:.2g} %"
 
 
-def _noise_against(replay: Replay, found: keras.Model, tensors: Sequence[Any]) -> float:
-    """The noise of another QAT model against the exact values of `replay`.
-
-    Scaled channels and moved biases leave the ends as they are.
-    """
-    other = Replay(trace(found), tensors)
-    values = other.values(other.all_rounded())
-    pairs = zip(replay.ends, other.ends, strict=True)
-    noises = [noise(replay.exact[ours], values[theirs]) for ours, theirs in pairs]
-    return sum(noises) / len(noises)
-
-
-def _meeting(quantizer: ActivationQuantizer, names: ValueNames) -> str:
-    return names.of(quantizer, 0) if quantizer.sites == 1 else names.meeting_of(quantizer)
-
-
-def _over_all_seen(quantizer: ActivationQuantizer, spec: QuantSpec | None) -> Callable[..., Any]:
-    """What the quantizer would compute on another grid, or its own, over all that it is given.
-
-    Members of a group keep the range of all of them.
-    """
-    spec = spec or quantizer.spec
-
-    def call(x: Any, **_: Any) -> Any:
-        x = quantizer.clamped(x)
-        low, high = arithmetic.bounds(x, quantizer.clamp)
-        if quantizer.sites > 1:
-            all_low, all_high = quantizer.range()
-            low, high = ops.minimum(low, all_low), ops.maximum(high, all_high)
-        low, high = arithmetic.widen(low, high)
-        if spec.symmetric:
-            low, high = arithmetic.symmetrize(low, high, spec)
-        return arithmetic.fake_quantize(x, low, high, spec)
-
-    return call
-
-
-def _at_8_bits(wrapper: QuantizeWrapper) -> Callable[..., Any]:
-    """What the layer would compute with weights of 8 bits and the same axes of scales."""
-
-    def call(*args: Any, branch: int = 0, **kwargs: Any) -> Any:
-        values = {
-            name: rounded_as(
-                wrapper, name, dataclasses.replace(INT8_WEIGHTS, axis=spec.axis), MaxAbs(), branch
-            )
-            for name, spec in wrapper.weight_specs.items()
-        }
-        return call_with(wrapper, values, *args, branch=branch, **kwargs)
-
-    return call
+def _filled(words: str, indent: str) -> list[str]:
+    """Lines of at most 80 characters; names stay in one piece."""
+    return textwrap.wrap(
+        words,
+        _WIDTH,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _cut(name: str, width: int) -> str:
     tail = (width - 1) // 2
     return name if len(name) <= width else f"{name[: width - 1 - tail]}…{name[-tail:]}"
-
-
-def _sentence(words: str) -> str:
-    return words[:1].upper() + words[1:] + "."

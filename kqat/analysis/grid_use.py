@@ -32,7 +32,8 @@ SAMPLES = 128
 _BINS = 256
 # Bins on either side of a grid hold what is clipped: a share of the grid's width.
 _MARGIN = 8
-VALUES = "values"
+# What a tensor of values is: what enters the model, what leaves it, or what lies between.
+VALUES, INPUT, OUTPUT = "values", "input", "output"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +44,9 @@ class RoundedTensor:
         layer: name of the layer that has the weight or makes the value, `lstm/kernel_part` inside
             of a recurrence.
         what: name of the weight, or `"values"`.
-        title: what it is called alone: `conv/kernel`, or the name of the value.
+        title: what it is called alone: `conv/kernel`, or the name of the value, which the report
+            of `tflite_export.verify` and a `Diagnosis` have too.
+        role: of values `"input"`, `"output"` or `"values"`; of a weight its name.
         names: every name that asks for it: the layer's, the value's, the quantizer's.
         spec: the grid.
         scale: one step, in real units; of a weight one for each channel or all.
@@ -55,6 +58,7 @@ class RoundedTensor:
     layer: str
     what: str
     title: str
+    role: str
     names: tuple[str, ...]
     spec: QuantSpec
     quantizer: ActivationQuantizer | None = None
@@ -188,7 +192,7 @@ def _tensors(graph: Graph, prefix: str) -> Iterator[tuple[Any, RoundedTensor]]:
                 title = f"{own}/{name}" + (f"_branch_{branch}" if branch else "")
                 names_of = (own, title)
                 tensor = RoundedTensor(
-                    own, name, title, names_of, spec, wrapper=layer, branch=branch
+                    own, name, title, name, names_of, spec, wrapper=layer, branch=branch
                 )
                 yield (id(layer), name, branch), tensor
         elif isinstance(layer, ActivationQuantizer) and node.kwargs.get("observe", True):
@@ -200,12 +204,30 @@ def _tensors(graph: Graph, prefix: str) -> Iterator[tuple[Any, RoundedTensor]]:
                 own,
                 VALUES,
                 value,
+                VALUES if prefix else role_of(node, graph),
                 tuple(dict.fromkeys((own, value, layer.name, layer.label))),
                 layer.spec,
                 quantizer=layer,
                 site=site,
             )
             yield (id(layer), site), tensor
+
+
+def role_of(node: Node, graph: Graph) -> str:
+    """What the value that a node rounds is: the model's input, its output, or one between.
+
+    An Identity behind it may bear the output's name.
+    """
+    if node.inputs[0] in graph.inputs:
+        return INPUT
+    readers, waiting = graph.consumers(), list(node.outputs)
+    while waiting:
+        ref = waiting.pop()
+        if ref in graph.outputs:
+            return OUTPUT
+        kinds = (keras.layers.Identity, ActivationQuantizer)
+        waiting += [x for n in readers[ref] if isinstance(n.layer, kinds) for x in n.outputs]
+    return VALUES
 
 
 def _maker(node: Node, producers: Mapping[Any, Node]) -> Node | None:

@@ -119,8 +119,9 @@ def _rows(
 
 
 def _title(tensor: RoundedTensor) -> str:
-    what = tensor.what if tensor.branch == 0 else f"{tensor.what}, branch {tensor.branch}"
-    name = tensor.layer if len(tensor.layer) <= 34 else f"…{tensor.layer[-33:]}"
+    what = tensor.role if tensor.branch == 0 else f"{tensor.role}, branch {tensor.branch}"
+    name = tensor.layer if tensor.quantizer is None else tensor.title
+    name = name if len(name) <= 34 else f"…{name[-33:]}"
     return f"{name}  {what}, int{tensor.spec.bits}"
 
 

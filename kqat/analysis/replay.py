@@ -104,7 +104,7 @@ def as_built(nodes: Collection[Node]) -> dict[Node, NodeCall]:
 
 def as_array(x: Any) -> np.ndarray:
     """A tensor as float32 array."""
-    return np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))
+    return np.asarray(ops.convert_to_numpy(ops.cast(ops.stop_gradient(x), "float32")))
 
 
 def noise(want: Any, got: Any) -> float:

@@ -34,6 +34,7 @@ from kqat.grids import (
     gradient_to_dict,
     named_range,
     named_step,
+    nearest_name,
     range_method_from_dict,
     range_method_to_dict,
     step_method_from_dict,
@@ -320,8 +321,15 @@ class QuantizePolicy:
                 f"Expected a policy of format 1. Received: {table['kqat_policy']!r}. Use the "
                 "release of kqat that wrote it."
             )
-        rules = tuple((_key_from_text(r["key"]), _config_from(r["config"])) for r in table["rules"])
-        return QuantizePolicy(default=_config_from(table["default"]), rules=rules)
+        try:
+            pairs = [(_key_from_text(r["key"]), _config_from(r["config"])) for r in table["rules"]]
+            default = _config_from(table["default"])
+        except (KeyError, TypeError) as error:
+            raise PolicyError(
+                f"Expected a default and rules, as QuantizePolicy.save writes them. Received: "
+                f"{error!r} in the policy. Write it again."
+            ) from error
+        return QuantizePolicy(default=default, rules=tuple(pairs))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON to `path`, whole or not at all; `load` reads it.
@@ -338,7 +346,10 @@ class QuantizePolicy:
         Raises:
             PolicyError: if the file holds none.
         """
-        return cls.from_json(Path(path).read_text())
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (PolicyError, UnicodeDecodeError) as error:
+            raise PolicyError(f"In '{path}': {error}") from error
 
     def match(self, name: str, layer: Any) -> int | None:
         """Index of the first rule that matches the layer, or `None` if none does."""
@@ -362,6 +373,7 @@ def resolve_config(value: ConfigLike) -> Any:
         if value not in PRESETS:
             raise PolicyError(
                 f"Expected one of the presets {sorted(PRESETS)}. Received: {value!r}."
+                + nearest_name(value, PRESETS)
             )
         return PRESETS[value]
     if value is None or isinstance(value, QuantizeConfig) or is_foreign_config(value):

@@ -112,6 +112,7 @@ INT16: dict[str, Int16Kernel] = {
     "RESIZE_NEAREST_NEIGHBOR": Int16Kernel(4),
     "UNPACK": Int16Kernel(4),
     "PACK": Int16Kernel(3),
+    "SELECT_V2": Int16Kernel(1),
     "GATHER": Int16Kernel(4, LITERT),
     "REDUCE_MIN": Int16Kernel(3, LITERT),
     "QUANTIZE": Int16Kernel(2),

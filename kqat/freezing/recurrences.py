@@ -55,15 +55,14 @@ def _sequences(node: Node, inputs: list[Value], parts: FrozenParts) -> list[list
 def _initial_states(
     node: Node, given: list[Value], first: Value, parts: FrozenParts
 ) -> list[Value]:
-    """The states before the first step: those given, or zeros for the batch of `first`."""
-    if given:
-        return given
+    """The states before the first step: those given, zeros for the batch of `first` for others."""
     layer: QuantizedRecurrence = node.layer
     sizes = [int(ref.shape[-1] or 0) for ref in layer.parts.graph.inputs[layer.sequences :]]
-    return [
+    zeros = [
         Value(_zeros(first.tensor, size, f"{node.name}_zeros_{index}", parts))
-        for index, size in enumerate(sizes)
+        for index, size in enumerate(sizes[: len(sizes) - len(given)])
     ]
+    return [*zeros, *given]
 
 
 def _zeros(x: Any, units: int, name: str, parts: FrozenParts) -> Any:
@@ -80,7 +79,7 @@ def _results(
     stacked = Stack(name=parts.free_name(f"{node.name}_stack"))(layer.in_order(outputs))
     tensors = layer.results(stacked, [state.tensor for state in states])
     tensors = tensors if layer.return_state else [tensors]
-    grids = [states[0].grid, *(state.grid for state in states)]
+    grids = [states[0].grid, *(state.grid for state in states[layer.own_output :])]
     results = [Value(tensor, grid) for tensor, grid in zip(tensors, grids, strict=False)]
     if layer.return_sequences and grids[0] is not None:
         results[0] = parts.mark(node.name, results[0].tensor, grids[0])

@@ -226,7 +226,7 @@ def _with_batch_first(
     output = keras.tree.map_structure(lambda t: made.get(id(t), t), output)
     held = {id(t): t for t in _tensors(output) if id(t) in weights}
     with _names_apart(layer, output):
-        function = keras.Function([*tensors, *held.values()], keras.tree.flatten(output))
+        function = _function([*tensors, *held.values()], keras.tree.flatten(output))
     return function, output, {key: weights[key] for key in held}
 
 
@@ -309,7 +309,7 @@ def _called(
     variables = {id(tensor): variable for tensor, variable in weights.values()}
     inputs = [*tensors, *(tensor for tensor, _ in weights.values())]
     with _names_apart(layer, output):
-        function = keras.Function(inputs, keras.tree.flatten(output))
+        function = _function(inputs, keras.tree.flatten(output))
     values = _weight_values(function, {id(t) for t in tensors}, variables)
     shown = {id(v) for operation in function.operations for v in _variables(operation)}
     read = {id(t) for operation in function.operations for t in _read(operation)}
@@ -501,6 +501,16 @@ def _is_stock(layer: Any) -> bool:
 _FILLED = {"ZerosLike": 0, "OnesLike": 1}
 
 
+def _function(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+    """A `keras.Function`, some of whose inputs may be read by nothing."""
+    for tensor in inputs:
+        operation = tensor._keras_history.operation
+        if not operation._outbound_nodes:
+            # Keras 3.10 to 3.13 refuse an input without a reader; this one leads to no output.
+            keras.ops.stop_gradient(tensor)
+    return keras.Function(inputs, outputs)
+
+
 def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) -> dict[int, Any]:
     """Values of all tensors that no input reaches, by identity.
 
@@ -535,8 +545,8 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
     if wanted:
         inputs = [*(t for t in function.inputs if id(t) in variables), *constants]
         known = {**variables, **values}
-        results = keras.Function(inputs, list(wanted.values()))(
-            [keras.ops.cast(known[id(t)], t.dtype) for t in inputs]
+        results = values_between(
+            inputs, list(wanted.values()), [keras.ops.cast(known[id(t)], t.dtype) for t in inputs]
         )
         for (key, _), value in zip(wanted.items(), results, strict=True):
             sources = list({id(v): v for v in computed[key]}.values())
@@ -781,6 +791,29 @@ def frozen_function(function: Any, shape: tuple[int | None, ...]) -> tuple[bytes
     return graph, fixed.inputs[0].name, fixed.outputs[0].name
 
 
+def option(operation: Any, name: str, given: Any = None) -> Any:
+    """An option of an operation; `given` where Keras before 3.12 has it in the call."""
+    return getattr(operation, name, given)
+
+
+def depth_to_space(x: Any, block_size: int) -> Any:
+    """`keras.ops.depth_to_space` of channels last; TensorFlow's before Keras 3.14."""
+    return _blocks("depth_to_space", x, block_size)
+
+
+def space_to_depth(x: Any, block_size: int) -> Any:
+    """`keras.ops.space_to_depth` of channels last; TensorFlow's before Keras 3.14."""
+    return _blocks("space_to_depth", x, block_size)
+
+
+def _blocks(name: str, x: Any, block_size: int) -> Any:
+    if hasattr(keras.ops, name):
+        return getattr(keras.ops, name)(x, block_size, data_format="channels_last")
+    import tensorflow as tf
+
+    return getattr(tf.nn, name)(x, block_size)
+
+
 def maker_name(tensor: Any) -> str:
     """Name of the layer or operation that makes a symbolic tensor."""
     return str(tensor._keras_history.operation.name)
@@ -823,7 +856,7 @@ def values_between(
 ) -> list[Any]:
     """The values of symbolic tensors where `inputs`, from which they are computed, have `values`.
 
-    `keras.Function` does it as well, but before Keras 3.15 only for inputs of a model.
+    `keras.Function` does it as well, but before Keras 3.14 only for inputs of a model.
     """
     known = dict(zip(map(id, inputs), values, strict=True))
     for call in _calls_between(inputs, outputs):

@@ -166,7 +166,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "nn.softmax": lambda logits, axis=-1: ops.softmax(logits, -1 if axis is None else axis),
     "nn.gelu": lambda features, approximate=False: ops.gelu(features, approximate),
     "nn.leaky_relu": lambda features, alpha=0.2: ops.leaky_relu(features, alpha),
-    # `keras.ops` has had them since Keras 3.15 only.
+    # `keras.ops` has had them since Keras 3.14 only.
     **{
         f"nn.{name}": _blocks(getattr(ops, name))
         for name in ("depth_to_space", "space_to_depth")

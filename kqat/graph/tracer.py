@@ -149,7 +149,9 @@ def trace(model: Any) -> Graph:
         _check_input(tensor, model.name)
     by_tensor = {id(t): ref for t, ref in zip(opened.tensors, inputs, strict=True)}
     nodes: list[Node] = []
-    output_struct = _inline(opened, dict(by_tensor), _Walk("", nodes, set()))
+    kinds = [isinstance(o, keras.layers.InputLayer) for o in opened.function.operations]
+    shell = model.name if kinds.count(False) == 1 else ""
+    output_struct = _inline(opened, dict(by_tensor), _Walk("", nodes, set(), shell))
     _check_sizes(nodes, model.name)
     if set(inputs) & set(refs_in(output_struct)):
         raise ModelError(
@@ -264,13 +266,27 @@ def _check_input(tensor: Any, model_name: str) -> None:
                 f"which is {kind}; a file has no such tensors. Build it with keras.Input(shape), "
                 "and give dense data: tf.sparse.to_dense(x), or x.to_tensor(shape=...)."
             )
-    if not str(tensor.dtype).startswith(("float", "bfloat", "int32", "uint8")):
-        raise ModelError(
-            "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "
-            f"that hold indexes (token ids), in model '{model_name}'. Received: input "
-            f"'{tensor.name}' of dtype {tensor.dtype}. Declare indexes int32, pixels uint8 and "
-            "other quantities float32."
-        )
+    if not str(tensor.dtype).startswith(("float", "bfloat", "int32", "uint8", "bool")):
+        raise _wrong_type(tensor.name, tensor.dtype, model_name)
+
+
+def check_no_booleans(graph: Graph, model_name: str) -> None:
+    """Refuses the graph of a user's model with boolean inputs, which only a step inside may have.
+
+    Raises:
+        ModelError: if there are any.
+    """
+    for ref, name in zip(graph.inputs, graph.input_names, strict=True):
+        if ref.dtype == "bool":
+            raise _wrong_type(name, ref.dtype, model_name)
+
+
+def _wrong_type(name: str, dtype: str, model_name: str) -> ModelError:
+    return ModelError(
+        "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "
+        f"that hold indexes (token ids), in model '{model_name}'. Received: input '{name}' of "
+        f"dtype {dtype}. Declare indexes int32, pixels uint8 and other quantities float32."
+    )
 
 
 def _example(tensor: Any) -> tuple[int, ...]:
@@ -290,11 +306,17 @@ def _check_sizes(nodes: Sequence[Node], model_name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Where an inlined model stands: name prefix, nodes so far, names used."""
+    """Where an inlined model stands: name prefix, nodes so far, names used.
+
+    `shell` is the outermost model's name. Where that model does nothing but call a model of the
+    same name, as `with_input_shapes` makes one, the names of layers do not begin with it: policies
+    name layers as their model does.
+    """
 
     prefix: str
     nodes: list[Node]
     names: set[str]
+    shell: str = ""
 
     def name_of(self, layer: Any, opened: Opened) -> str:
         """A name for a call, which is the same each time that a model is traced."""
@@ -342,7 +364,9 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
                 )
             inner_refs = {id(t): r for t, r in zip(inner.tensors, given, strict=True)}
             path = opened.owners.get(id(layer), "")
-            deeper = _Walk(f"{walk.prefix}{path}{layer.name}_", walk.nodes, walk.names)
+            wraps = layer.name == walk.shell
+            prefix = "" if wraps else f"{walk.prefix}{path}{layer.name}_"
+            deeper = _Walk(prefix, walk.nodes, walk.names)
             outputs = list(refs_in(_inline(inner, inner_refs, deeper)))
         refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
     return _map_tensors(opened.output, refs)
@@ -381,9 +405,12 @@ def _of_any_batch(call: Any, batch: int, args: Any, kwargs: Any) -> tuple[Any, A
     args, kwargs = keras.tree.map_structure(any_batch, (args, kwargs))
     attribute = _SHAPES.get(type(operation).__name__)
     if attribute is not None:
-        shape = _shape(call.outputs[0], batch)
+        shape = tuple(-1 if s is None else s for s in _shape(call.outputs[0], batch))
         operation = copy.copy(operation)
-        setattr(operation, attribute, tuple(-1 if size is None else size for size in shape))
+        setattr(operation, attribute, shape)
+        if type(operation).__name__ == "Slice" and (len(args) == 3 or attribute in kwargs):
+            # An argument of its call before Keras 3.12.
+            args, kwargs = args[:2], {**kwargs, attribute: shape}
     return operation, args, kwargs
 
 

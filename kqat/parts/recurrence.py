@@ -22,6 +22,9 @@ class Unstack(layers.Layer):
 
     def call(self, x: Any) -> list[Any]:
         """The steps, in order."""
+        if keras.backend.standardize_dtype(x.dtype) == "bool":
+            # TFLite Micro's UNPACK takes no booleans; its STRIDED_SLICE does.
+            return [x[:, step] for step in range(x.shape[1])]
         return ops.unstack(x, axis=1)
 
     def compute_output_spec(self, x: Any) -> list[Any]:
@@ -58,6 +61,8 @@ class Recurrence(layers.Layer):
         return_state: whether the last states are returned, too.
         go_backwards: whether the last step comes first, in time and in the output.
         flip: whether the output's steps are put in reverse order.
+        own_output: whether the step's first state is the output alone. It begins with zeros even
+            where states are given, and is none of the states that are returned.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Recurrence(layers.Layer):
         return_state: bool = False,
         go_backwards: bool = False,
         flip: bool = False,
+        own_output: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -78,6 +84,7 @@ class Recurrence(layers.Layer):
         self.return_state = return_state
         self.go_backwards = go_backwards
         self.flip = flip
+        self.own_output = own_output
 
     def call(self, inputs: Sequence[Any], training: bool | None = None) -> Any:
         """The states; see the class."""
@@ -104,16 +111,18 @@ class Recurrence(layers.Layer):
             # On TensorFlow, what is stacked must have the structure of what is carried.
             return carry, carry
 
-        states = list(inputs[self.sequences :]) or self.zeros(inputs)
+        states = self.first_states(inputs)
         (states, notes), (stacked, _) = ops.scan(body, (states, notes), sequences)
         outputs = ops.flip(stacked[0], axis=0) if self.flip else stacked[0]
         return self.results(ops.swapaxes(outputs, 0, 1), states), notes
 
-    def zeros(self, inputs: Sequence[Any]) -> list[Any]:
-        """Initial states where none are given."""
+    def first_states(self, inputs: Sequence[Any]) -> list[Any]:
+        """The states before the first step: those given, and zeros for the others."""
+        given = list(inputs[self.sequences :])
         batch = ops.shape(inputs[0])[0]
-        states = self.step.inputs[self.sequences :]
-        return [ops.zeros((batch, state.shape[-1]), dtype=inputs[0].dtype) for state in states]
+        rest = self.step.inputs[self.sequences : len(self.step.inputs) - len(given)]
+        zeros = [ops.zeros((batch, state.shape[-1]), dtype=inputs[0].dtype) for state in rest]
+        return [*zeros, *given]
 
     def steps(self, sequences: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
         """The sequences' values step by step, in the order in which the steps run."""
@@ -123,7 +132,7 @@ class Recurrence(layers.Layer):
     def results(self, outputs: Any, states: list[Any]) -> Any:
         """What the layer returns, of the output of all steps and the last states."""
         output = outputs if self.return_sequences else states[0]
-        return [output, *states] if self.return_state else output
+        return [output, *states[self.own_output :]] if self.return_state else output
 
     def in_order(self, outputs: list[Any]) -> list[Any]:
         """The steps' outputs, in the order in which they ran, as they stand in the output."""
@@ -139,7 +148,7 @@ class Recurrence(layers.Layer):
         whole = (batch, steps, *states[0].shape[1:])
         output = keras.KerasTensor(whole, dtype=self.compute_dtype)
         output = output if self.return_sequences else states[0]
-        return [output, *states] if self.return_state else output
+        return [output, *states[self.own_output :]] if self.return_state else output
 
     def get_config(self) -> dict[str, Any]:
         """The serialized step and the options."""
@@ -151,6 +160,7 @@ class Recurrence(layers.Layer):
             "return_state": self.return_state,
             "go_backwards": self.go_backwards,
             "flip": self.flip,
+            "own_output": self.own_output,
         }
 
     @property

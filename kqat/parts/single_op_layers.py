@@ -8,6 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import TextEnum, UnsupportedLayerError
+from kqat.graph import depth_to_space, space_to_depth
 from kqat.grids import HIDDEN, LOWEST
 
 
@@ -226,7 +227,7 @@ class DepthToSpace(layers.Layer):
 
     def call(self, x: Any) -> Any:
         """The image."""
-        return ops.depth_to_space(x, self.block_size, data_format="channels_last")
+        return depth_to_space(x, self.block_size)
 
     def get_config(self) -> dict[str, Any]:
         """The config of every layer, with `block_size`."""
@@ -243,7 +244,7 @@ class SpaceToDepth(layers.Layer):
 
     def call(self, x: Any) -> Any:
         """The image."""
-        return ops.space_to_depth(x, self.block_size, data_format="channels_last")
+        return space_to_depth(x, self.block_size)
 
     def get_config(self) -> dict[str, Any]:
         """The config of every layer, with `block_size`."""
@@ -266,6 +267,7 @@ class IndexKind(TextEnum):
     GREATER_EQUAL = "greater_equal"
     LESS = "less"
     LESS_EQUAL = "less_equal"
+    CONCATENATE = "concatenate"
     LOGICAL_AND = "logical_and"
     LOGICAL_OR = "logical_or"
     LOGICAL_NOT = "logical_not"
@@ -290,6 +292,11 @@ class IndexOperation(layers.Layer):
     def call(self, x: Any) -> Any:
         """The function's value of a tensor, or of a list of them."""
         tensors = x if isinstance(x, list | tuple) else [x]
+        if self.kind is IndexKind.CONCATENATE:
+            return ops.concatenate(tensors, **self.options)
+        if self.kind is IndexKind.ADD and len({t.dtype for t in tensors}) < len(tensors):
+            # Keras takes an index of one sample for a bias, whose sum TFLite does not convert.
+            return tensors[0] + tensors[1]
         result = getattr(ops, self.kind)(*tensors, **self.options)
         return (
             ops.cast(result, "int32")
@@ -311,6 +318,15 @@ class Select(layers.Layer):
     def call(self, inputs: Any) -> Any:
         """The selection."""
         return ops.where(*inputs)
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Hold(Select):
+    """A state after a step, of `[counts, new, before]`: where the step does not count, as before.
+
+    The new state is rounded before the choice, so that both lie on one grid and a held state keeps
+    its integers.
+    """
 
 
 @keras.saving.register_keras_serializable("kqat")

@@ -39,6 +39,7 @@ from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight
 Copies = dict[int, Callable[..., Any]]
 # Rounds in which composite layers become simpler ones; few need more than ten.
 MOST_ROUNDS = 50
+_MASKED = "attention, recurrent layers, Softmax and GlobalAveragePooling1D"
 # Layers that read a weight as a constant of the file, on the grid that they hand on.
 READS_LEARNED = (keras.layers.Concatenate, Matmul, Select, Learned)
 # Layers that merge tensors pair by pair, as operations that take a constant for one.
@@ -496,9 +497,10 @@ def _simplify(
     simpler = None if keep else _simpler(node, origin, fused, copies)
     if refs_in(node.kwargs.get("mask")) and (keep or not _reads_masks(node.layer, origin)):
         raise ModelError(
-            f"Expected masks for attention layers only. Received: a mask for layer '{origin}' of "
-            f"type {type(node.layer).__name__}, whose integer form knows none. Pad to a fixed "
-            "length, and leave mask_zero and Masking out."
+            f"Expected masks for {_MASKED} that ship as integers. Received: a mask for layer "
+            f"'{origin}' of type {type(node.layer).__name__}{', which stays float' if keep else ''}"
+            ". Pad to a fixed length, and leave mask_zero and Masking out, or stop the mask before "
+            "the layer: keras.layers.Reshape hands none on."
         )
     if simpler is not None:
         return simpler

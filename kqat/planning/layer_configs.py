@@ -9,18 +9,26 @@ from typing import Any
 from kqat.base import PolicyError
 from kqat.config import QuantizeConfig, QuantizePolicy, RecurrenceForm
 from kqat.graph import Graph
-from kqat.grids import MaxAbs, QuantSpec, StepMethod
+from kqat.grids import MaxAbs, QuantSpec, StepMethod, nearest_name
 from kqat.registry import LayerRule, Output, channel_axes, is_custom, row_of_class, rule_for
+
+# A message lists so many names of layers at most.
+_NAMES = 12
 
 
 def assign_configs(
-    graph: Graph, policy: QuantizePolicy
+    graph: Graph, policy: QuantizePolicy, model_name: str
 ) -> tuple[dict[str, QuantizeConfig | None], dict[str, QuantizeConfig], tuple[str, ...]]:
-    """Configs of the nodes, configs that rules give to model inputs, and rules that matched none.
+    """Configs of the nodes, configs that rules give to model inputs, and rules that decide nothing.
 
     An input without a rule of its own takes the config of the first layer that reads it, a later
-    call of a layer that of the first.
+    call of a layer that of the first. A rule decides nothing if it is for a class of which the
+    model has no layer, or if earlier rules decide about all that it matches.
+
+    Raises:
+        PolicyError: if a name pattern matches no layer and no input, or one layer gets two configs.
     """
+    _check_patterns(graph, policy, model_name)
     configs: dict[str, QuantizeConfig | None] = {}
     used: set[int | None] = set()
     by_layer: dict[int, tuple[str, QuantizeConfig | None]] = {}
@@ -45,6 +53,45 @@ def assign_configs(
             input_configs[name] = policy.rules[index][1]
     unused = tuple(str(key) for i, (key, _) in enumerate(policy.rules) if i not in used)
     return configs, input_configs, unused
+
+
+def _check_patterns(graph: Graph, policy: QuantizePolicy, model_name: str) -> None:
+    """Checks that the pattern of every rule matches something that the rule can decide about.
+
+    A rule for a class may match nothing: a class cannot be misspelt, and policies for many models
+    name classes.
+    """
+    layers, inputs = [node.name for node in graph.nodes], graph.input_names
+    for key, value in policy.rules:
+        if not isinstance(key, str):
+            continue
+        rule = QuantizePolicy(default=None, rules=((key, None),))
+        if any(rule.match(name, None) is not None for name in layers):
+            continue
+        if not any(rule.match(name, None) is not None for name in inputs):
+            known = list(dict.fromkeys((*layers, *inputs)))
+            more = f" and {len(known) - _NAMES} more" if len(known) > _NAMES else ""
+            raise PolicyError(
+                f"Expected names or patterns of layers of '{model_name}'. Received: {key!r}, which "
+                f"matches none.{_nearest(key, known)} They are {', '.join(known[:_NAMES])}{more}."
+            )
+        if value is None:
+            raise PolicyError(
+                f"Expected a config for '{key}', an input of '{model_name}'. Received: None. An "
+                "input is float where the layers that read it are: name these."
+            )
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    """A sentence with the name that is meant: also of a layer in a nested model, or of all of one.
+
+    Names of layers in a nested model begin with the model's.
+    """
+    wanted = pattern.rstrip("*")
+    inner = [name for name in names if name.endswith(f"_{wanted}")]
+    if any(name.startswith(f"{wanted}_") for name in names):
+        inner.append(f"{wanted}_*")
+    return f" Did you mean {inner[0]!r}?" if inner else nearest_name(wanted, names)
 
 
 def fused_nodes(graph: Graph, configs: Mapping[str, QuantizeConfig | None]) -> frozenset[str]:

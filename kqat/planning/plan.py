@@ -231,7 +231,7 @@ class Plan:
                 "LiteRT takes 3.5 to 5 times as long for packed convolutions: target 'litert' "
                 "stores them as int8, and convert(weights='packed' or 'unpacked') decides otherwise"
             )
-        notes += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
+        notes += [f"rule decides nothing: {rule}" for rule in self.unused_rules]
         if self.target is not None and not self.misfits:
             notes.append(f"target {self.target}: every layer fits")
         notes += [f"target {self.target}: {misfit}" for misfit in self.misfits]

@@ -122,7 +122,8 @@ class PlannedGraph:
 
     def range_inside(self, node: Node, ref: Ref) -> RangeMethod:
         """The range of an output of a recurrence: that of a state, the first for the sequence."""
-        step, state = self.steps[node], max(node.outputs.index(ref) - 1, 0)
+        step, index = self.steps[node], node.outputs.index(ref)
+        state = index - 1 + node.layer.own_output if index else 0
         rounding = step.roundings[step.graph.outputs[state]][-1]
         return next(g.range_method for g in step.groups if g.name == rounding.group)
 

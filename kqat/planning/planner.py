@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.devices import ops_at
-from kqat.graph import Graph, Node, trace
+from kqat.graph import Graph, Node, check_no_booleans, trace
 from kqat.grids import MaxAbs, QuantSpec
 from kqat.parts import Recurrence, Requantize
 from kqat.planning.additive_masks import check_hidden_values, hide_added_masks
@@ -47,8 +47,10 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     Raises:
         UnsupportedLayerError: if a layer that is to be quantized has no integer form.
         PolicyError: if the policy asks for what cannot ship.
+        ModelError: if it has boolean inputs.
     """
-    configs, input_configs, unused = assign_configs(graph, policy)
+    check_no_booleans(graph, model_name)
+    configs, input_configs, unused = assign_configs(graph, policy, model_name)
     configs = follow_neighbours(graph, configs)
     graph, configs = read_bytes(graph, configs, input_configs)
     whole = {n.name for n in graph.nodes if stays_whole(n.layer, configs[n.name])}

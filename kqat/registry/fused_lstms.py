@@ -11,8 +11,8 @@ from kqat.parts import CARRY, GATES, FrozenLSTM, LstmState, Recurrence, Recurren
 from kqat.registry.rule import LayerRule, Output
 from kqat.rewrites import Builder, Decomposed, bidirectional, rnn
 
-# The options of an LSTM that the operator computes. It also starts from zero states and does not
-# output its last ones.
+# The options of an LSTM that the operator computes. It also starts from zero states, does not
+# output its last ones, and knows no step that does not count.
 _OPTIONS = {
     "return_state": False,
     "cell": "LSTMCell",
@@ -54,8 +54,8 @@ def fused_rnn(layer: Any, name: str, *, flip: bool = False) -> Decomposed:
         _check({"return_state": layer.return_state, **_options(cell)}, name)
     whole = rnn(layer, name, flip=flip, cells={layers.LSTMCell: _step})
 
-    def call(x: Any, initial_state: Any = None) -> Any:
-        _check({"initial_state": initial_state}, name)
+    def call(x: Any, initial_state: Any = None, mask: Any = None) -> Any:
+        _check({"initial_state": initial_state, "mask": mask}, name)
         return whole(x)
 
     return call
@@ -81,7 +81,7 @@ def _options(cell: Any) -> dict[str, Any]:
 def _check(found: dict[str, Any], name: str) -> None:
     for option, value in found.items():
         wanted = _OPTIONS.get(option)
-        if value is not wanted and value != wanted:
+        if value is not wanted and (wanted is None or value != wanted):
             received = value if isinstance(value, bool | float | str) else "tensors"
             raise UnsupportedLayerError(
                 f"Expected {option}={wanted!r} for recurrence='fused' in layer '{name}'. Received: "

@@ -23,6 +23,7 @@ from kqat.parts import (
     DepthToSpace,
     Elementwise,
     Hide,
+    Hold,
     IndexKind,
     IndexOperation,
     Learned,
@@ -54,6 +55,7 @@ from kqat.rewrites import (
     normalization,
     one_hot,
     recurrent,
+    step_masks,
     time_and_depth,
 )
 
@@ -135,9 +137,11 @@ TRAINING_ONLY = (
 AFFINE = (layers.BatchNormalization, layers.Rescaling, ChannelAffine, layers.Normalization)
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
-    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D",
+    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D", "SELECT_V2",
 )  # fmt: skip
-_RECURRENT = _composite(recurrent.rnn, *_RECURRENT_OPS, decompose_fused=fused_lstms.fused_rnn)
+_RECURRENT = _composite(
+    recurrent.rnn, *_RECURRENT_OPS, decompose_fused=fused_lstms.fused_rnn, **_MASKS
+)
 _LSTM = dataclasses.replace(_RECURRENT, ops=(*_RECURRENT_OPS, *fused_lstms.OPS))
 _VANISHES = LayerRule(output=Output.VANISHES)
 _MEAN: dict[str, Any] = {"resolution": rule.resolution_of_mean}
@@ -234,7 +238,9 @@ LAYERS: dict[type, LayerRule] = {
     layers.AveragePooling3D: _same(
         "AVERAGE_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d, **_POOL
     ),
-    layers.GlobalAveragePooling1D: _own("MEAN", **_MEAN, **_POOL),
+    layers.GlobalAveragePooling1D: _own(
+        "MEAN", **_MEAN, **_POOL, **_MASKS, decompose_masked=step_masks.mean_of_shown
+    ),
     layers.GlobalAveragePooling2D: _own("MEAN", **_MEAN, **_POOL),
     layers.GlobalAveragePooling3D: _own("MEAN", **_MEAN, **_POOL),
     layers.GlobalMaxPooling1D: _same("REDUCE_MAX", **_POOL),
@@ -321,6 +327,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.Conv1DTranspose: _composite(
         time_and_depth.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU", **_POOL
     ),
+    layers.Masking: _composite(step_masks.masking),
     layers.TimeDistributed: _composite(time_and_depth.time_distributed, *_STEPS),
     **dict.fromkeys((layers.SimpleRNN, layers.GRU), _RECURRENT),
     **dict.fromkeys((layers.LSTM, layers.RNN), _LSTM),
@@ -329,6 +336,7 @@ LAYERS: dict[type, LayerRule] = {
         *_LSTM.ops,
         "CONCATENATION",
         decompose_fused=fused_lstms.fused_bidirectional,
+        **_MASKS,
     ),
     Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
     ByteInput: LayerRule(output=Output.FIXED),  # its range is that of the layer
@@ -340,6 +348,7 @@ LAYERS: dict[type, LayerRule] = {
     DepthToSpace: _same("DEPTH_TO_SPACE"),
     SpaceToDepth: _same("SPACE_TO_DEPTH"),
     Select: _same("SELECT_V2"),
+    Hold: _same("SELECT_V2", rounds=True),
     Matmul: _own("BATCH_MATMUL"),
     ReciprocalSquareRoot: _own(table=True),
     ChannelAffine: _affine(),
@@ -376,6 +385,7 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (IndexOperation, IndexKind.GREATER_EQUAL): _index("GREATER_EQUAL"),
     (IndexOperation, IndexKind.LESS): _index("LESS"),
     (IndexOperation, IndexKind.LESS_EQUAL): _index("LESS_EQUAL"),
+    (IndexOperation, IndexKind.CONCATENATE): _index("CONCATENATION"),
     (IndexOperation, IndexKind.LOGICAL_AND): _index("LOGICAL_AND"),
     (IndexOperation, IndexKind.LOGICAL_OR): _index("LOGICAL_OR"),
     (IndexOperation, IndexKind.LOGICAL_NOT): _index("LOGICAL_NOT"),

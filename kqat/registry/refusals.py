@@ -39,10 +39,6 @@ LAYER_REASONS: dict[str, str] = {
         "turns quantities into indexes by BUCKETIZE, whose kernel is float and missing on TFLite "
         "Micro; run it before the model"
     ),
-    "Masking": (
-        "masks steps by their values, for which there are no integer kernels; give attention a "
-        "boolean mask, or pad to a fixed length and leave this layer out"
-    ),
     "MaxNumBoundingBoxes": "prepares labels, not inputs; run it before the model",
     "Pipeline": "holds preprocessing of many kinds; put its layers into the model one by one",
     "RandomCrop": "crops in training and resizes in inference; run it before the model",

@@ -11,6 +11,7 @@ from kqat.rewrites.layers import (
     normalization,
     one_hot,
     recurrent,
+    step_masks,
     time_and_depth,
 )
 from kqat.rewrites.layers.basic import Decomposed
@@ -47,6 +48,7 @@ __all__ = [
     "recurrent",
     "rnn",
     "scaled",
+    "step_masks",
     "time_and_depth",
     "truth",
     "zeros_around",

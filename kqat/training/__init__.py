@@ -4,12 +4,14 @@ algorithms.
 
 from kqat.training import algorithms, batchnorm
 from kqat.training.activation_quantizer import ActivationQuantizer
-from kqat.training.build import check_preserved, is_quantized, wrap
+from kqat.training.algorithms.scaling import blocks_of, blocks_text
+from kqat.training.build import all_layers, check_preserved, is_quantized, wrap
 from kqat.training.calibration import (
     DEFAULT_METHOD,
     CalibrationWarning,
     as_tensors,
     batches,
+    beyond_calibration,
     calibrate,
     calibrate_for,
     check_method,
@@ -61,9 +63,13 @@ __all__ = [
     "ValueNames",
     "WarmUpCosine",
     "algorithms",
+    "all_layers",
     "as_tensors",
     "batches",
     "batchnorm",
+    "beyond_calibration",
+    "blocks_of",
+    "blocks_text",
     "calibrate",
     "calibrate_for",
     "call_unrounded",

@@ -92,6 +92,11 @@ class _LastRange:
     value = (0.0, 0.0)
 
 
+def _array(variable: keras.Variable) -> Any:
+    """A variable's value; `ops.convert_to_numpy` copies it in a way that NumPy warns of."""
+    return np.asarray(variable)
+
+
 def _largest(sites: Any) -> Any:
     """The largest of one number per call site; of one site without a reduction."""
     return ops.reshape(sites, ()) if sites.shape[0] == 1 else ops.max(sites)
@@ -306,7 +311,7 @@ class ActivationQuantizer(keras.layers.Layer):
         if isinstance(self.range_method, Fixed):
             low, high = self.fixed_range()
             return float(low), float(high)
-        site_low, site_high, count = (ops.convert_to_numpy(v) for v in self._ranges()[:3])
+        site_low, site_high, count = (_array(v) for v in self._ranges()[:3])
         if np.max(count) == 0.0:
             raise FreezeError(
                 f"Expected ranges from data. Received: quantizer '{self.name}', which has seen "
@@ -322,6 +327,16 @@ class ActivationQuantizer(keras.layers.Layer):
             self._last_range.key, self._last_range.value = key, (float(low), float(high))
         return self._last_range.value
 
+    def seen(self, site: int) -> tuple[float, float] | None:
+        """The least and the greatest value that calibration saw at a call site.
+
+        `None` where the range is given, or nothing was seen.
+        """
+        if isinstance(self.range_method, Fixed) or float(np.asarray(self.count)[site]) == 0.0:
+            return None
+        negated, most = np.asarray(self.extremes)[:, site]
+        return -float(negated), float(most)
+
     def widths(self) -> tuple[float, float] | None:
         """How wide the range of all call sites is, and how wide calibration found it.
 
@@ -329,13 +344,30 @@ class ActivationQuantizer(keras.layers.Layer):
         """
         if isinstance(self.range_method, Fixed):
             return None
-        anchor = ops.convert_to_numpy(self.anchor)
+        anchor = _array(self.anchor)
         known = anchor[Anchor.WIDEST, 0] != np.float32(Anchor.UNSET[Anchor.WIDEST])
         if not known.any():
             return None
-        low, high = (ops.convert_to_numpy(v)[known] for v in (self.site_low, self.site_high))
+        low, high = (_array(v)[known] for v in (self.site_low, self.site_high))
         calibrated = anchor[0][:, known].max(axis=-1)
         return float(np.max(high) - np.min(low)), float(calibrated.sum())
+
+    def stretched(self) -> float:
+        """How many times as wide as in inference the values were that moved the range, or 1.
+
+        Behind Dropout the extremes of a training batch are divided by the factor by which noise
+        widened them in calibration. Weights that change afterwards change values that noise hides.
+        1 where no batch of training came after calibration.
+        """
+        if isinstance(self.range_method, Fixed | LearnedRangeMethod):
+            return 1.0
+        anchor = ops.convert_to_numpy(self.anchor)
+        now = np.stack([-ops.convert_to_numpy(self.site_low), ops.convert_to_numpy(self.site_high)])
+        known = anchor[Anchor.WIDEST, 0] != np.float32(Anchor.UNSET[Anchor.WIDEST])
+        changed = Anchor.seen(anchor) - ops.convert_to_numpy(self.extremes), anchor[0] - now
+        trained = np.abs(changed).max(axis=(0, 1)) > 1e-4 * now.sum(axis=0)
+        factors = anchor[Anchor.FACTOR].min(axis=0)[known & trained]
+        return float(1.0 / factors.min(initial=1.0))
 
     def is_calibrated(self) -> bool:
         """Whether the range is known."""

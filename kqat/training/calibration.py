@@ -20,6 +20,8 @@ from kqat.training.weight_wrapper import QuantizeWrapper, uncorrected
 
 BATCH_SIZE = 32
 DEFAULT_METHOD = "auto"
+# Of the width of what was seen: sums of another batch size differ by less.
+BEYOND = 1e-4
 
 
 class CalibrationWarning(UserWarning):
@@ -98,6 +100,36 @@ def take_over(model: keras.Model, choice: Choice, *, corrects: bool) -> None:
     if corrects:
         for wrapper in _wrappers(model):
             wrapper.correct(choice.corrections.get(wrapper))
+
+
+def beyond_calibration(model: keras.Model, data: Any) -> tuple[int, int]:
+    """How many values of a calibrated QAT model reach beyond what their ranges were found from.
+
+    On the calibration data themselves none does.
+
+    Args:
+        model: a QAT model, which is not changed.
+        data: as for `calibrate`.
+
+    Returns:
+        How many of the roundings see a value beyond, and of how many that is known.
+
+    Raises:
+        CalibrationError: as `calibrate`.
+    """
+    graph = trace(model)
+    with _unchanging_weights(model, corrects=_is_untrained(model)):
+        observer, _ = observed(graph, data)
+    beyond = known = 0
+    for (quantizer, site), record in observer.records.items():
+        seen = quantizer.seen(site)
+        if seen is None:
+            continue
+        least, most = seen
+        found, room = record.whole(), BEYOND * (most - least)
+        known += 1
+        beyond += found.low < least - room or found.high > most + room
+    return beyond, known
 
 
 def _is_untrained(model: keras.Model) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import ModelError, TextEnum
+from kqat.grids import nearest_name
 from kqat.training.build import all_layers, is_quantized
 
 # The layers whose `kernel` is pruned or clustered. Depthwise ones have few weights, all of which
@@ -184,9 +185,11 @@ def kernels(model: keras.Model, only: str, what: str) -> list[Any]:
     """
     found = list(_kernels(model, only))
     if not found:
+        known = [layer.name for layer in _kernels(model, "*")]
         raise ModelError(
             f"Expected Dense or convolutional layers to {what} whose name matches {only!r}. "
-            f"Received: '{model.name}', which has none."
+            f"Received: '{model.name}', which has {', '.join(known) or 'none at all'}."
+            + nearest_name(only, known)
         )
     return found
 

@@ -122,7 +122,7 @@ class QuantizedRecurrence(Recurrence):
         """As `_scan`, but unrolled: slower to trace, with faster gradients."""
         inputs, seen = self._with_rounded_states(inputs, rounding)
         sequences = [ops.unstack(x, axis=1) for x in inputs[: self.sequences]]
-        states = list(inputs[self.sequences :]) or self.zeros(inputs)
+        states = self.first_states(inputs)
         outputs = []
         with keras.StatelessScope(state_mapping=self._rounded_weights(rounding)):
             for values in self.steps(sequences):
@@ -136,9 +136,10 @@ class QuantizedRecurrence(Recurrence):
     ) -> tuple[list[Any], list[list[Any]]]:
         """The inputs with their initial states rounded, and the values seen at each site."""
         seen: list[list[Any]] = [[] for _ in self.parts.sites]
+        roundings = self.parts.state_roundings[self.own_output :]
         states = [
             rounding.call(seen, node, x)
-            for node, x in zip(self.parts.state_roundings, inputs[self.sequences :], strict=False)
+            for node, x in zip(roundings, inputs[self.sequences :], strict=False)
         ]
         return [*inputs[: self.sequences], *states], seen
 
@@ -196,9 +197,18 @@ class Parts:
             wrappers=tuple(la for la in layers if isinstance(la, QuantizeWrapper)),
             dropouts=tuple(n for n in graph.nodes if isinstance(n.layer, keras.layers.Dropout)),
             sites=tuple(dict.fromkeys(site for n in graph.nodes if (site := _site(n)))),
-            state_roundings=tuple(producers[ref] for ref in graph.outputs),
+            state_roundings=tuple(_observing(graph, producers[ref]) for ref in graph.outputs),
             before=_before(graph),
         )
+
+
+def _observing(graph: Graph, rounding: Node) -> Node:
+    """The call of a state's quantizer that moves its range, where a held state is rounded again."""
+    if rounding.kwargs.get("observe", True):
+        return rounding
+    return next(
+        n for n in graph.nodes if n.layer is rounding.layer and n.kwargs.get("observe", True)
+    )
 
 
 def _before(graph: Graph) -> dict[int, ActivationQuantizer | int]:

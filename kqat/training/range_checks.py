@@ -32,12 +32,16 @@ Found = Mapping[ActivationQuantizer, Mapping[int, SiteRange]]
 
 @dataclasses.dataclass(frozen=True)
 class Concern:
-    """One thing that looks wrong with one tensor; the largest `weight` of a `kind` is the worst."""
+    """One thing that looks wrong with one tensor; the largest `weight` of a `kind` is the worst.
+
+    `is_wide` says that the tensor has 16 bits already, so that these are no way out.
+    """
 
     kind: str
     tensor: str
     weight: float
     text: str
+    is_wide: bool = False
 
 
 def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
@@ -64,23 +68,30 @@ def as_text(model_name: str, found: Sequence[Concern]) -> str:
     """One message of all concerns."""
     lines = []
     for kind, advice in _ADVICE.items():
-        some = [concern for concern in found if concern.kind == kind]
-        if not some:
-            continue
-        more = f" (and {len(some) - NAMED} more)" if len(some) > NAMED else ""
-        lines.append("; ".join(concern.text for concern in some[:NAMED]) + f"{more}. {advice}")
+        for is_wide in (False, True):
+            some = [c for c in found if c.kind == kind and c.is_wide is is_wide]
+            if not some:
+                continue
+            more = f" (and {len(some) - NAMED} more)" if len(some) > NAMED else ""
+            ways = f"{advice}." if is_wide or kind not in _WIDER else f"{advice}{_WIDER[kind]}."
+            lines.append("; ".join(concern.text for concern in some[:NAMED]) + f"{more}. {ways}")
     return f"Calibration of '{model_name}': " + " ".join(lines)
 
 
 _ADVICE = {
-    "samples": "Give some hundred, mixed.",
-    "halves": "Give more samples, of all kinds that the device will meet.",
-    "zero": "Its range is a guess; give data that reach it.",
+    "samples": "Give some hundred, mixed",
+    "halves": "Give more samples, of all kinds that the device will meet",
+    "zero": "Its range is a guess; give data that reach it",
     "clipped": "Choose another range for it: "
-    "kqat.QuantizeConfig(activation_range=kqat.MinMax()) covers all.",
+    "kqat.QuantizeConfig(activation_range=kqat.MinMax()) covers all",
     "unlike": "kqat.adapt(model, calibration_data=…) makes separate outputs, or scales the members "
-    "alike before they meet; or give that layer 'int16x8'.",
-    "drowned": "Scale them alike before they are added, or give that layer 'int16x8'.",
+    "alike before they meet",
+    "drowned": "Scale them alike before they are added",
+}
+# What helps besides where a tensor has 8 bits.
+_WIDER = {
+    "unlike": "; or give that layer 'int16x8'",
+    "drowned": ", or give that layer 'int16x8'",
 }
 
 
@@ -173,7 +184,7 @@ def _unlike_members(
         f"{ranges[site].high - ranges[site].low:.4g} of {whole:.4g} and loses {lost:.1f} of its "
         f"{quantizer.spec.bits} bits"
     )
-    yield Concern("unlike", meeting, lost, text)
+    yield Concern("unlike", meeting, lost, text, quantizer.spec.bits == 16)
 
 
 def _drowned(graph: Graph, found: Found, names: "ValueNames") -> Iterator[Concern]:
@@ -201,7 +212,7 @@ def _drowned(graph: Graph, found: Found, names: "ValueNames") -> Iterator[Concer
                     f"'{name}' adds values of unlike size: '{addend}' spans {width:.4g} of "
                     f"{whole:.4g} and loses {lost:.1f} of its {bits} bits"
                 )
-                yield Concern("drowned", name, lost, text)
+                yield Concern("drowned", name, lost, text, bits == 16)
 
 
 def _width_of(quantizer: ActivationQuantizer, site: int, found: Found) -> float:

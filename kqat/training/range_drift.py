@@ -1,4 +1,4 @@
-"""Tells of ranges that training took far away from those that calibration found."""
+"""Tells of ranges that training moved far from those of calibration, or trained behind noise."""
 
 import math
 import warnings
@@ -12,35 +12,61 @@ from kqat.training.calibration import CalibrationWarning
 
 # Three of eight bits: what is left resolves 32 values.
 LARGEST_FACTOR = 8.0
+# Noise that widens values by less than this hides less than a sixth of a bit.
+LEAST_NOISE = 1.1
 NAMED = 3
 
 
 def warn_of_drift(qat: keras.Model, *, stacklevel: int) -> None:
-    """Warns where a range is more than 8 times as wide, or as narrow, as after calibration.
+    """Warns of ranges that training moved far, and of those that were trained behind Dropout.
 
-    Ranges follow weights, so a model that was calibrated untrained may well do so; but so do the
-    ranges of a training that diverged, or that met data unlike those of calibration.
+    Far is more than 8 times as wide, or as narrow, as after calibration. Ranges follow weights, so
+    a model that was calibrated untrained may well do so; but so do the ranges of a training that
+    diverged, or that met data unlike those of calibration.
+
+    Batches with Dropout active do not show what inference computes. Ranges that were trained behind
+    it are estimates, and what goes beyond them is clipped.
 
     Args:
         qat: a QAT model.
         stacklevel: as of `warnings.warn`, for this function's caller.
 
     Warns:
-        CalibrationWarning: once, naming the worst.
+        CalibrationWarning: at most once for each of the two, naming the worst.
     """
-    quantizers = [la for la in all_layers(qat) if isinstance(la, ActivationQuantizer)]
-    found = sorted(_drifts(dict.fromkeys(quantizers)), key=lambda pair: -pair[0])
-    if not found:
-        return
+    quantizers = dict.fromkeys(la for la in all_layers(qat) if isinstance(la, ActivationQuantizer))
+    if far := list(_drifts(quantizers)):
+        warnings.warn(
+            f"Training moved ranges of '{qat.name}' far away from those of calibration: "
+            f"{_worst(far)}. Look whether the training diverged, and whether its data are like "
+            "those of calibration; kqat.calibrate(qat, data) finds the ranges of the weights as "
+            "they are now.",
+            CalibrationWarning,
+            stacklevel=stacklevel + 1,
+        )
+    if hidden := list(_hidden(quantizers)):
+        warnings.warn(
+            f"Dropout or noise hid from training what inference computes in '{qat.name}': values "
+            f"were {_worst(hidden)} as those of inference when the model was calibrated. Where "
+            "the weights have moved them since, they may be clipped. Call kqat.calibrate(qat, "
+            "data) after fit: it finds the ranges of the weights as they are now, without noise.",
+            CalibrationWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _worst(found: list[tuple[float, str]]) -> str:
+    found.sort(key=lambda pair: -pair[0])
     more = f" (and {len(found) - NAMED} more)" if len(found) > NAMED else ""
-    warnings.warn(
-        f"Training moved ranges of '{qat.name}' far away from those of calibration: "
-        f"{'; '.join(text for _, text in found[:NAMED])}{more}. Look whether the training "
-        "diverged, and whether its data are like those of calibration; kqat.calibrate(qat, data) "
-        "finds the ranges of the weights as they are now.",
-        CalibrationWarning,
-        stacklevel=stacklevel + 1,
-    )
+    return f"{'; '.join(text for _, text in found[:NAMED])}{more}"
+
+
+def _hidden(quantizers: Iterable[ActivationQuantizer]) -> Iterable[tuple[float, str]]:
+    """How many times noise widened the values that moved each range, and its description."""
+    for quantizer in quantizers:
+        factor = quantizer.stretched()
+        if factor >= LEAST_NOISE:
+            yield factor, f"'{quantizer.label}' {factor:.1f} times as wide"
 
 
 def _drifts(quantizers: Iterable[ActivationQuantizer]) -> Iterable[tuple[float, str]]:

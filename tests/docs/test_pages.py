@@ -1,6 +1,5 @@
 """The code of every page runs and prints what the page says; every link leads somewhere."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -32,8 +31,6 @@ TEXTS = [*sorted(FOLDER.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING
 )
 def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    # tfmot leaves this to every process started from here.
-    monkeypatch.setenv("TF_USE_LEGACY_KERAS", os.environ.get("TF_USE_LEGACY_KERAS", "1"))
     ran = pages.run(page)
     assert any(block.kind == "python" for block, _ in ran)
     for block, printed in ran:

@@ -14,6 +14,8 @@ from kqat.annotate import QuantizeAnnotate, quantize_annotate_layer, quantize_ap
 from kqat.base.errors import ModelError, PolicyError
 from kqat.grids.ranges.fixed import Fixed
 
+# Of most models here some layers stay float; the warning has a test of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:Layers of .* stay float:kqat.PolicyWarning")
 IMAGES = np.random.default_rng(0).normal(size=(16, 6, 6, 3)).astype(np.float32)
 W4 = QuantizeConfig(weights=QuantSpec(bits=4, symmetric=True, narrow_range=True, axis="channel"))
 
@@ -41,7 +43,7 @@ def test_an_annotated_layer_computes_what_the_layer_computes() -> None:
     assert np.all(layer.moving_mean.numpy() != before)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:Layers of 'model' stay float:kqat.PolicyWarning")
 def test_only_annotated_layers_are_quantized() -> None:
     model = annotated()
     images = np.random.default_rng(0).normal(size=(128, 6, 6, 3))  # 16 would be told to be few.
@@ -53,6 +55,21 @@ def test_only_annotated_layers_are_quantized() -> None:
     kept = [layer.name for layer in qat.layers if layer.name in ("plain", "norm", "mean")]
     assert kept == ["plain", "norm", "mean"]
     assert (qat.name, qat.output_names) == ("model", ["head"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_layers_that_stay_float_are_told() -> None:
+    images = np.random.default_rng(0).normal(size=(128, 6, 6, 3))
+    with pytest.warns(kqat.PolicyWarning) as caught:
+        quantize_apply(annotated(), calibration_data=images)
+    (told,) = caught
+    assert str(told.message) == (
+        "Layers of 'model' stay float, as they are not annotated: plain, norm, mean. The file will "
+        "have float operators for them; kqat.quantize_model quantizes the whole model."
+    )
+    assert told.filename == __file__
+    whole = [quantize_annotate_layer(layer) for layer in (conv("a"), conv("b"))]
+    quantize_apply(keras.Sequential([keras.Input((6, 6, 3)), *whole]), calibration_data=images)
 
 
 def test_applying_leaves_the_annotated_model_alone() -> None:

@@ -183,8 +183,8 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
         "layer 'pool' of type MaxPooling2D, which cannot ship: data_format='channels_first'",
     ),
     "stock layer": (
-        lambda x: layers.Dense(2)(layers.Masking()(x[:, 0])),
-        "layer 'masking' of type Masking.*It masks steps by their values",
+        lambda x: layers.Discretization([0.5])(x),
+        "layer 'discretization' of type Discretization.*It turns quantities into indexes",
     ),
     "BatchNormalization axis": (
         layers.BatchNormalization(axis=1, name="norm"),

@@ -31,6 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(path / "x.npy", data)
     np.savez(path / "x.npz", x=data)
     (path / "text.keras").write_text("not a model")
+    (path / "cut.keras").write_bytes((path / "float.keras").read_bytes()[:-500])
+    (path / "bad.json").write_text("{}")
+    np.savez(path / "xy.npz", x=data, y=np.zeros(64))
     np.save(path / "objects.npy", np.array([{}], object), allow_pickle=True)
     return path
 
@@ -58,12 +61,12 @@ def narrow(text: str) -> bool:
 def test_a_plan_is_shown_and_kept(folder: Path) -> None:
     said = run(
         "plan", folder / "float.keras", "--policy", "w4a8", "--layer", "class=float",
-        "--layer", "nothing*=int8", "--target", "edge_tpu", "--json", folder / "plan.json",
+        "--layer", "cl*=int8", "--target", "edge_tpu", "--json", folder / "plan.json",
         "--draw", folder / "plan.svg",
     )  # fmt: skip
     assert (folder / "plan.svg").read_text().startswith("<svg")
     assert "conv" in said.stdout and "int4/ch" in said.stdout
-    assert "rule matched nothing: nothing*" in said.stdout
+    assert "rule decides nothing: cl*" in said.stdout
     assert (
         "target edge_tpu: layer 'odd' (CAST, GATHER) runs, but not on the Edge TPU" in said.stdout
     )
@@ -215,15 +218,45 @@ def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["plan", "text.keras"], "Expected a .keras or .h5 file"),
+        (["plan", "text.keras"], "Expected a Keras model. Received: 'text.keras', text."),
+        (["plan", "cut.keras"], "which is damaged: File is not a zip file. Copy it again"),
+        (["plan", "x.npz"], "Received: 'x.npz', an archive of NumPy arrays"),
+        (["plan", "."], "Expected a file, or the folder of a SavedModel. Received: '.', a folder"),
+        (["plan", "float.keras", "--layer", "cnov=float"], "none. Did you mean 'conv'? They are"),
+        (["plan", "float.keras", "--input-shape", "a,b"], "Expected --input-shape as 96,96,3"),
+        (["plan", "float.keras", "--target", "nope"], "'nope' is not one of 'cmsis_nn'"),
+        (
+            [
+                "search",
+                "float.keras",
+                "--data",
+                "x.npy",
+                "--budget",
+                "1",
+                "-o",
+                "p.json",
+                "--choice",
+                "int3",
+            ],
+            "Expected --choice to be one of int8, int16x8",
+        ),
+        (["ptq", "float.keras", "--data", "text.keras", "-o", "a.tflite"], "'text.keras', text"),
+        (["ptq", "float.keras", "--data", "xy.npz", "-o", "a.tflite"], "np.savez('inputs.npz', x="),
+        (["ptq", "float.keras", "--data", "x.npy", "-o", "no/a.tflite"], "'no', which is none"),
+        (["ptq", "float.keras", "--data", "x.npy", "-o", "x.npy"], "the file that is read"),
         (["inspect", "float.keras"], "a Keras model. `kqat plan float.keras` shows it"),
-        (["to-c", "x.npy", "folder"], "Expected the directory as -o folder"),
+        (["to-c", "net.tflite", "folder"], "Expected the directory as -o folder"),
         (["plam", "float.keras"], "No such command 'plam'. Did you mean plan"),
         (["plan", "float.keras", "--policy", "none.json"], "no such file"),
-        (["plan", "float.keras", "--policy", "int3"], "one of the presets"),
+        (
+            ["plan", "float.keras", "--policy", "int4"],
+            "int8, int16x8, w4a8, w3a8, w2a8, ternary, "
+            "binary, float or a .json file. Received: 'int4'. Did you mean 'int8'?",
+        ),
+        (["plan", "float.keras", "--policy", "bad.json"], "In 'bad.json': Expected the JSON"),
         (["plan", "float.keras", "--layer", "conv"], "Expected --layer PATTERN=PRESET"),
-        (["convert", "float.keras", "-o", "a.tflite"], "Expected a QAT model"),
-        (["quantize", "float.keras", "--data", "objects.npy", "-o", "q.keras"], "file of numbers"),
+        (["convert", "float.keras", "-o", "a.tflite"], "which is float. Use `kqat quantize` first"),
+        (["quantize", "float.keras", "--data", "objects.npy", "-o", "q.keras"], "of Python obj"),
         (["quantize", "float.keras", "--data", "x.npy", "-o", "q.h5"], "ends in .keras"),
         (["inspect", "x.npy"], "Expected a TFLite file"),
         (["inspect", "absent.tflite"], "does not exist"),
@@ -240,20 +273,24 @@ def test_errors_are_one_message(
     monkeypatch.chdir(folder)
     said = run(*arguments, code=2)
     assert match in " ".join(said.output.split())
+    assert narrow(said.output)
     assert not Path("a.tflite").exists() and not Path("q.keras").exists()
 
 
-def test_a_fault_of_ours_is_called_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(blob: bytes) -> None:
+def test_a_fault_of_ours_is_called_one(blob: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(content: bytes) -> None:
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr(tflite_export, "inspect", broken)
-    said = run("inspect", folder / "x.npy", code=2)
+    said = run("inspect", blob, code=2)
     assert "ZeroDivisionError: oh (unexpected" in " ".join(said.output.split())
-    result = CliRunner().invoke(main, ["--debug", "inspect", str(folder / "x.npy")])
+    result = CliRunner().invoke(main, ["--debug", "inspect", str(blob)])
     assert isinstance(result.exception, ZeroDivisionError)
 
 
 def test_it_says_what_it_is() -> None:
     assert run("--version").output == f"kqat, version {kqat.__version__}\n"
-    assert narrow(run("--help").output) and narrow(run("verify", "--help").output)
+    shown = run("--help").output
+    assert narrow(shown) and "..." not in shown.partition("Commands:")[2]
+    for name in main.commands:
+        assert narrow(run(name, "--help").output), name

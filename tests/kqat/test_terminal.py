@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from kqat import terminal
 from kqat.base import tracked
 
@@ -29,6 +31,28 @@ def test_libraries_are_quiet_and_messages_are_not() -> None:
         check=True,
     )
     assert done.stderr == "a message\nafter\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("Use kqat.quantize_model first.", "Use `kqat quantize` first."),
+        ("Leave it float with policy={'a/b*': None}.", "Leave it float with --layer a/b*=float."),
+        (
+            "Give kqat.quantize_model or kqat.plan the sizes, such as input_shapes=(64, 64, 1).",
+            "Give `kqat plan` the sizes, such as --input-shape 64,64,1.",
+        ),
+        ("such as input_shapes=(64,).", "such as --input-shape 64."),
+        ("with float_weights='float16'. target=None", "with --float-weights float16. no --target"),
+        ("Leave weights out, give calibration_data.", "Leave --weights out, give --data."),
+        ("Received: calibration='mse'", "Received: --calibration mse"),
+        ("inference_input_type is 'int4'", "--input-type is 'int4'"),
+        ("tflite_export.to_c(blob) of kqat.diagnose", "`kqat to-c` of `kqat diagnose`"),
+        ("describe it with kqat.register_layer.", "describe it with kqat.register_layer."),
+    ],
+)
+def test_messages_speak_the_words_of_the_shell(said: str, shown: str) -> None:
+    assert terminal.in_shell_words(said) == shown
 
 
 def test_progress_is_silent_where_there_is_no_terminal(capsys: object) -> None:

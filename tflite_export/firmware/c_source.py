@@ -121,11 +121,12 @@ def to_c(
     samples: int = 2,
     seed: int = 0,
 ) -> CSource:
-    """Writes `blob` as C++17 for TFLite Micro: `NAME_model`, `_ops`, `_io`, `_golden`, `_main.cc`.
+    """Writes `blob` as C++11 for TFLite Micro: `NAME_model`, `_ops`, `_io`, `_golden`, `_main.cc`.
 
     `NAME_main.cc` runs the golden inputs on the device and compares every output; compiled with
     `NAME_PROFILE` (in capitals) it prints the ticks of each operator. `NAME_io.h` has the scale of
-    each input and output, and functions that turn real values into its integers and back.
+    each input and output, and functions that turn real values into its integers and back. It is
+    C++ and not C, as TFLite Micro itself is, whose newest headers ask for C++17.
 
     Args:
         blob: the file.
@@ -310,7 +311,9 @@ def _literal(value: Any) -> str:
             raise ExportError(
                 "Expected finite golden outputs. Received: infinity or NaN. Use other inputs."
             )
-        return f"{float(value).hex()}f"
+        # Nine digits tell every float32 from its neighbours. Hexadecimal ones need C++17.
+        digits = f"{float(value):.9g}"
+        return f"{digits}f" if set(digits) & {".", "e"} else f"{digits}.0f"
     if isinstance(value, np.bool_):
         return "true" if value else "false"
     if value == np.iinfo(np.int64).min:

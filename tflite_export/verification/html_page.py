@@ -16,6 +16,9 @@ from kqat.base import counted
 WIDTH, HEIGHT = 960, 160
 # Bars below this many dB stand out: such a value carries less than five bits of signal.
 LOW_SQNR_DB = 30.0
+# Clipping of more values than this share stands out where it costs: where there are few dB, too. A
+# softmax's 1.0 is clipped to 255/256, which is less than a step and costs nothing.
+MUCH_CLIPPED = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Plot:
     """A plot of columns, one for each value of the network.
 
     `unit` labels the vertical axis; `ticks` are pairs of the distance from the top, in percent of
-    the height, and a label.
+    the height, and a label. `loud` says what columns stand out, "" if none can. `names` are those
+    of the first column and of the last.
     """
 
     title: str
@@ -57,6 +61,8 @@ class Plot:
     unit: str
     bars: tuple[Bar, ...]
     ticks: tuple[tuple[float, str], ...]
+    loud: str
+    names: tuple[str, str]
     width: int = WIDTH
     height: int = HEIGHT
 
@@ -82,6 +88,8 @@ def render(report: Any) -> str:
         comparisons=_comparisons(report),
         plots=_plots(layers) if layers else (),
         low_sqnr_db=LOW_SQNR_DB,
+        clips_much=_clips_much,
+        has_ties=any(site.ties for part in report.runtimes for site in part.sites),
         measured=any(layer.grid_share is not None for layer in layers),
         most_macs=max((layer.macs for layer in layers), default=0),
         most_bytes=max((layer.constant_bytes for layer in layers), default=0),
@@ -146,58 +154,69 @@ def _comparisons(report: Any) -> list[Comparison]:
             row and (row.max_steps, row.differing / max(row.elements, 1)) for row in found
         )
         values = next(f"{row.elements:,}" for row in found if row)
-        rows.append(Comparison(operator, values, cells, f"{100 * ties:.0f} % ties" if ties else ""))
+        note = f"of these {100 * ties:.0f} % halfway" if ties else ""
+        rows.append(Comparison(operator, values, cells, note))
     for name in dict.fromkeys(output.name for part in parts for output in part.outputs):
         outputs = [next((o for o in part.outputs if o.name == name), None) for part in parts]
         agree = [o.top1_agreement for o in outputs if o and o.top1_agreement is not None]
-        note = f"top-1 agreement from {100 * min(agree):.1f} %" if agree else ""
+        note = f"same class in {100 * min(agree):.1f} % or more" if agree else ""
         ends = tuple(o and (o.max_steps, 1 - o.equal_fraction) for o in outputs)
         rows.append(Comparison(f"end to end: {name}", "", ends, note))
     return rows
 
 
+def _clips_much(layer: Any) -> bool:
+    """Whether clipping costs: many values are clipped, and little signal is left."""
+    few_db = layer.sqnr_db is not None and layer.sqnr_db < LOW_SQNR_DB
+    return layer.clipped_share > MUCH_CLIPPED and few_db
+
+
 def _plots(layers: Sequence[Any]) -> tuple[Plot, ...]:
+    names = [layer.name for layer in layers]
     work = _plot(
         "Work",
-        "Where the time goes.",
+        "Multiply-accumulates of each operator: where the time goes.",
         "multiply-accumulates",
+        names,
         [float(layer.macs) for layer in layers],
-        [f"{layer.name}: {layer.macs:,}" for layer in layers],
-        [False] * len(layers),
+        [f"{layer.macs:,}" for layer in layers],
     )
     flash = _plot(
         "Constants",
-        "Where the flash goes.",
+        "Bytes of weights, biases and tables of each operator: where the flash goes.",
         "bytes",
+        names,
         [float(layer.constant_bytes) for layer in layers],
-        [f"{layer.name}: {layer.constant_bytes:,} bytes" for layer in layers],
-        [False] * len(layers),
+        [f"{layer.constant_bytes:,} bytes" for layer in layers],
     )
     # Layers that stay float have no grid.
     measured = [layer for layer in layers if layer.grid_share is not None]
     if not measured:
         return work, flash
-    sqnr = [(layer.name, layer.sqnr_db) for layer in measured]
+    names, found = [layer.name for layer in measured], [layer.sqnr_db for layer in measured]
     noise = _plot(
-        "Signal over quantization noise",
-        f"Of each value against its own rounding; below {LOW_SQNR_DB:g} dB it stands out. "
-        "Exact values have no column.",
+        "Signal over quantization noise (SQNR)",
+        "Power of each value over that of its own rounding error. Exact values have no column.",
         "SQNR, dB",
-        [0.0 if value is None else max(value, 0.0) for _, value in sqnr],
-        [f"{name}: " + ("exact" if v is None else f"{v:.1f} dB") for name, v in sqnr],
-        [v is not None and v < LOW_SQNR_DB for _, v in sqnr],
+        names,
+        [0.0 if db is None else max(db, 0.0) for db in found],
+        ["exact" if db is None else f"{db:.1f} dB" for db in found],
+        loud=f"below {LOW_SQNR_DB:g} dB",
+        stands_out=[db is not None and db < LOW_SQNR_DB for db in found],
     )
     grid = _plot(
         "Use of the grid",
-        "How many of the grid's integers occur at all; a column stands out if more than 1 % of its "
-        "values are clipped.",
+        "Share of the grid's integers that occur at all.",
         "% of integers",
+        names,
         [100 * layer.grid_share for layer in measured],
         [
-            f"{x.name}: {100 * x.grid_share:.0f} % used, {100 * x.clipped_share:.2f} % clipped"
+            f"{100 * x.grid_share:.0f} % used, {100 * x.clipped_share:.2f} % clipped"
             for x in measured
         ],
-        [layer.clipped_share > 0.01 for layer in measured],
+        loud=f"more than {100 * MUCH_CLIPPED:g} % of its values clipped, and below "
+        f"{LOW_SQNR_DB:g} dB",
+        stands_out=[_clips_much(layer) for layer in measured],
         top=100.0,
     )
     return noise, grid, work, flash
@@ -207,16 +226,20 @@ def _plot(
     title: str,
     about: str,
     unit: str,
+    names: Sequence[str],
     values: Sequence[float],
-    titles: Sequence[str],
-    stands_out: Sequence[bool],
+    words: Sequence[str],
+    *,
+    loud: str = "",
+    stands_out: Sequence[bool] = (),
     top: float | None = None,
 ) -> Plot:
+    """A plot of one column for each name; `words` say its value, `top` is the axis's end."""
     highest = top or _round_up(max(values, default=0.0))
     slot = WIDTH / max(len(values), 1)
     width = min(slot * 0.72, 64.0)
     bars = []
-    for index, (value, words, loud) in enumerate(zip(values, titles, stands_out, strict=True)):
+    for index, (name, value, said) in enumerate(zip(names, values, words, strict=True)):
         height = HEIGHT * min(value / highest, 1.0)
         x = slot * index + (slot - width) / 2
         bars.append(
@@ -225,20 +248,21 @@ def _plot(
                 round(HEIGHT - height, 1),
                 round(width, 1),
                 round(height, 1),
-                words,
-                loud,
+                f"{name}: {said}",
+                bool(stands_out) and stands_out[index],
             )
         )
     steps = [highest * share for share in (0.0, 0.5, 1.0)]
     ticks = tuple((round(100 * (1.0 - s / highest), 1), counted(s)) for s in steps)
-    return Plot(title, about, unit, tuple(bars), ticks)
+    ends = (names[0], names[-1]) if names else ("", "")
+    return Plot(title, about, unit, tuple(bars), ticks, loud, ends)
 
 
 def _round_up(value: float) -> float:
-    """The smallest of 1, 2, 2.5, 5, 10, 20, … that is at least `value`; 1 for zero."""
+    """The smallest of 1, 2, 4, 6, 8, 10, 20, … that is at least `value`; 1 for zero."""
     size = 1.0
     while True:
-        for digit in (1, 2, 2.5, 5):
+        for digit in (1, 2, 4, 6, 8):
             if digit * size >= value:
                 return digit * size
         size *= 10

@@ -239,6 +239,8 @@ class Report:
         ]
         for part in self.runtimes:
             lines += _runtime_lines(part)
+        if any(site.ties for part in self.runtimes for site in part.sites):
+            lines.append(f"  {HALFWAY}")
         for note in self.notes:
             lines += _wrapped(f"note: {note}", "")
         if self.estimate is not None:
@@ -270,7 +272,7 @@ def _runtime_lines(part: RuntimeReport) -> list[str]:
         lines += _wrapped(str(part.exact), "    ")
     for operator, row in part.by_operator().items():
         share = 100 * row.differing / max(row.elements, 1)
-        ties = f", {100 * row.ties / row.differing:.0f} % ties" if row.ties else ""
+        ties = f", {100 * row.ties / row.differing:.0f} % halfway" if row.ties else ""
         lines += _wrapped(
             f"{operator:<23} max {row.max_steps} {share:7.3f} % of {row.elements:,} differ{ties}",
             "    ",
@@ -301,6 +303,7 @@ def _estimate_lines(npu: NpuEstimate) -> list[str]:
     return lines
 
 
+HALFWAY = "halfway: exactly between two steps, so that either of them is right"
 LAYER_LEGEND = (
     "bits: weights/values; clip: share of values outside the range; grid: share of its integers "
     "that occur; SQNR: signal over rounding error, in dB; steps: largest difference in lockstep"

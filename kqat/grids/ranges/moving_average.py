@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from kqat.base import SpecError
@@ -118,6 +119,12 @@ class Anchor:
         slope = [min(1.0 / (_QUIET * s), _LARGEST) if s > 0.0 else 0.0 for s in seen]
         start = [min(s + _NEW * float(sum(seen)), _LARGEST) for s in seen]
         return [calibrated, start, slope, [1.0 / stretched] * 2, [_FORGETS] * 2, [0.0] * 2]
+
+    @staticmethod
+    def seen(anchor: Any) -> Any:
+        """The extremes that `rows` was given, `(2, sites)`, from a NumPy array of the rows."""
+        slope = anchor[2]
+        return np.divide(1.0 / _QUIET, slope, out=np.zeros_like(slope), where=slope > 0.0)
 
     @staticmethod
     def moved(method: MovingAverage, anchor: Any, extremes: Any, count: Any, batch: Any) -> Any:

@@ -1,5 +1,8 @@
 """Rewrites SimpleRNN, LSTM, GRU and Bidirectional as Dense layers and a `Recurrence`.
 
+A mask is a sequence of truth values beside the others: where it is false, a step's `Hold` chooses
+the states before the step, which is exact in integers.
+
 The product of the input with a gate's kernel does not depend on the state. So it is one `Dense`
 over the whole sequence, one FULLY_CONNECTED in the file. Gates with the same activation are
 computed together.
@@ -15,8 +18,9 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part
-from kqat.parts import Recurrence, Slice
+from kqat.parts import Hold, Recurrence, Slice
 from kqat.rewrites.layers.basic import Decomposed, activation_layer
+from kqat.rewrites.layers.step_masks import truth_of_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +32,14 @@ class _Cell:
     recurrence: Recurrence
     name: str
 
-    def __call__(self, x: Any, states: Sequence[Any]) -> Any:
+    def __call__(self, x: Any, states: Sequence[Any], mask: Any = None) -> Any:
         if self.dropout:
             # Keras's cells use one dropout mask for all steps.
             x = layers.SpatialDropout1D(self.dropout, name=f"{self.name}_dropout")(x)
-        return self.recurrence([*(project(x) for project in self.projections), *states])
+        sequences = [project(x) for project in self.projections]
+        if mask is not None:
+            sequences.append(layers.Reshape((mask.shape[1], 1), name=f"{self.name}_mask")(mask))
+        return self.recurrence([*sequences, *states])
 
 
 def rnn(layer: Any, name: str, *, flip: bool = False, cells: "Cells | None" = None) -> Decomposed:
@@ -52,26 +59,41 @@ def rnn(layer: Any, name: str, *, flip: bool = False, cells: "Cells | None" = No
     _check(layer, name, steps)
     stacked = isinstance(layer.cell, layers.StackedRNNCells)
     inner = list(layer.cell.cells) if stacked else [layer.cell]
-    parts = []
-    for index, cell in enumerate(inner):
-        last = index == len(inner) - 1
-        options = {
-            "return_sequences": layer.return_sequences or not last,
-            "return_state": layer.return_state,
-            # The first cell's outputs are in the order in which it ran: only it runs backwards.
-            "go_backwards": layer.go_backwards and index == 0,
-            "flip": flip and last,
-        }
-        cell_name = name if last else f"{name}_{cell.name}"
-        parts.append(_take_apart(cell, layer, cell_name, options, steps[type(cell)]))
+    made: dict[_Held | None, list[_Cell]] = {}
 
-    def call(x: Any, initial_state: Any = None) -> Any:
+    def parts(held: _Held | None) -> list[_Cell]:
+        """The cells, made for the first call: later ones share their weights."""
+        if made and held not in made:
+            raise UnsupportedLayerError(
+                f"Expected a mask in all calls of layer '{name}' or in none, and initial states "
+                "in all calls with a mask or in none. Received: both. Its calls share one step, "
+                "which is made for the one or the other. Use two layers."
+            )
+        for index, cell in enumerate(inner if not made else []):
+            last = index == len(inner) - 1
+            options = {
+                "return_sequences": layer.return_sequences or not last,
+                "return_state": layer.return_state,
+                "go_backwards": layer.go_backwards,
+                # Between cells the steps are in their own order, as those of the mask are.
+                "flip": flip if last else layer.go_backwards,
+            }
+            cell_name = name if last else f"{name}_{cell.name}"
+            part_held = held if last or held is None else _Held(False, False)
+            part = _take_apart(cell, layer, cell_name, options, steps[type(cell)], part_held)
+            made.setdefault(held, []).append(part)
+        return made[held]
+
+    def call(x: Any, initial_state: Any = None, mask: Any = None) -> Any:
         given = keras.tree.flatten(initial_state) if initial_state is not None else []
+        masks = [m for m in keras.tree.flatten(mask) if m is not None]
+        mask = truth_of_steps(masks[0] if masks else None, name)
+        held = None if mask is None else _Held(layer.zero_output_for_mask, bool(given))
         states: list[Any] = []
-        for part, cell in zip(parts, inner, strict=True):
+        for part, cell in zip(parts(held), inner, strict=True):
             count = len(keras.tree.flatten(cell.state_size)) if given else 0
             initial, given = given[:count], given[count:]
-            x = part(x, initial)
+            x = part(x, initial, mask)
             if layer.return_state:
                 x, *last_states = x
                 states += last_states
@@ -101,10 +123,13 @@ def bidirectional(layer: Any, name: str, *, make: Callable[..., Decomposed] = rn
     }
     merge = merges[layer.merge_mode](name=name) if layer.merge_mode else list
 
-    def call(x: Any, initial_state: Any = None) -> Any:
+    def call(x: Any, initial_state: Any = None, mask: Any = None) -> Any:
         half = len(initial_state) // 2 if initial_state is not None else 0
         given = (initial_state[:half], initial_state[half:]) if half else (None, None)
-        ahead, back = forward(x, given[0]), backward(x, given[1])
+        ahead, back = (
+            run(x, initial_state=state, mask=mask)
+            for run, state in zip((forward, backward), given, strict=True)
+        )
         if not layer.return_state:
             return merge([ahead, back])
         merged = merge([ahead[0], back[0]])
@@ -147,13 +172,38 @@ def _check(layer: Any, name: str, cells: "Cells") -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """What the output of a step is that the mask leaves out.
+
+    Args:
+        zero: whether it is zero, and not that of the step before.
+        starts: whether states are given to start with, which no output is before a step counted.
+    """
+
+    zero: bool
+    starts: bool
+
+    @property
+    def own_output(self) -> bool:
+        """Whether the output may be another than the state."""
+        return self.zero or self.starts
+
+
 def _take_apart(
-    cell: Any, layer: Any, name: str, options: dict[str, bool], make_step: "MakeStep"
+    cell: Any,
+    layer: Any,
+    name: str,
+    options: dict[str, bool],
+    make_step: "MakeStep",
+    held: _Held | None,
 ) -> _Cell:
-    builder = Builder(cell, name, layer.trainable and cell.trainable)
+    builder = Builder(cell, name, layer.trainable and cell.trainable, held)
     step = make_step(builder)
     trainable = builder.trainable
-    recurrence = Recurrence(step, len(builder.projections), name=name, **options)
+    sequences = len(builder.projections) + (held is not None)
+    own_output = held is not None and held.own_output
+    recurrence = Recurrence(step, sequences, name=name, own_output=own_output, **options)
     recurrence.trainable = trainable
     return _Cell(cell.dropout, tuple(builder.projections), recurrence, name)
 
@@ -165,8 +215,8 @@ class Builder:
     not part of the step: each becomes a `Dense` over the whole sequence in `projections`.
     """
 
-    def __init__(self, cell: Any, name: str, trainable: bool):
-        self.cell, self.name, self.trainable = cell, name, trainable
+    def __init__(self, cell: Any, name: str, trainable: bool, held: _Held | None = None):
+        self.cell, self.name, self.trainable, self.held = cell, name, trainable, held
         self.units = cell.units
         self.projections: list[Callable[..., Any]] = []
         self.kernel = np.asarray(cell.kernel)
@@ -254,8 +304,32 @@ class Builder:
         return keras.Input((self.units,), name=self.part_name(part))
 
     def model(self, inputs: list[Any], outputs: list[Any]) -> keras.Model:
-        """The model of the step: projections and states in, new states out."""
+        """The model of the step: projections and states in, new states out.
+
+        With a mask, it is the last of the sequences, and states are held where it is false.
+        """
+        if self.held is not None:
+            inputs, outputs = self._held(self.held, inputs, outputs)
         return keras.Model(inputs, outputs, name=self.part_name("step"))
+
+    def _held(
+        self, held: _Held, inputs: list[Any], outputs: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        sequences, states = inputs[: -len(outputs)], inputs[-len(outputs) :]
+        counts = keras.Input((1,), dtype="bool", name=self.part_name("mask_step"))
+        names = ["held_state", "held_carry"]
+        after = [
+            Hold(name=self.part_name(name))([counts, new, before])
+            for name, new, before in zip(names, outputs, states, strict=False)
+        ]
+        if held.own_output:
+            before = other = self.state("output_before")
+            if held.zero:
+                zero = self.part_name("output_zero")
+                other = layers.Subtract(name=zero)([before, before])
+            shown = Hold(name=self.part_name("shown"))([counts, outputs[0], other])
+            states, after = [before, *states], [shown, *after]
+        return [*sequences, counts, *states], after
 
 
 def _simple(builder: Builder) -> keras.Model:

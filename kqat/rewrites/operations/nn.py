@@ -8,7 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part, is_tensor
+from kqat.graph import Part, is_tensor, option
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.layers.attention_masks import Keep, attended, causal
 from kqat.rewrites.operations.binary import Row
@@ -206,8 +206,8 @@ def _normalize(operation: Any, name: str) -> Callable[..., Any]:
 def _dot_product_attention(operation: Any, name: str) -> Callable[..., Any]:
     def call(query: Any, key: Any, value: Any, scale: Any = None, **options: Any) -> Any:
         options.pop("flash_attention", None)  # a faster way to compute the same
-        cap = operation.attn_logits_soft_cap
-        if any(option not in (None, False) for option in (cap, *options.values())):
+        cap = option(operation, "attn_logits_soft_cap", options.pop("attn_logits_soft_cap", None))
+        if any(given not in (None, False) for given in (cap, *options.values())):
             raise UnsupportedLayerError(
                 f"Expected no bias, cap or mask in operation '{name}'. Received: one of them. Use "
                 "is_causal=True, or MultiHeadAttention, whose masks have an integer form."

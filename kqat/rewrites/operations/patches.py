@@ -26,7 +26,8 @@ def extract_patches(operation: Any, name: str) -> Callable[..., Any]:
                 f"Received: shape {tuple(images.shape)}, data_format={operation.data_format!r}. "
                 "Permute or reshape."
             )
-        strides, rates = _each(operation.strides, size), _each(operation.dilation_rate, size)
+        strides = _each(operation.strides or size, size)
+        rates = _each(operation.dilation_rate, size)
         reach = [(taps - 1) * rate + 1 for taps, rate in zip(size, rates, strict=True)]
         x = images
         if operation.padding == "same":

@@ -11,7 +11,7 @@ from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.devices import MOST_AXES
-from kqat.graph import holds_indexes, is_tensor
+from kqat.graph import holds_indexes, is_tensor, option
 from kqat.parts import (
     DepthToSpace,
     IndexKind,
@@ -396,7 +396,7 @@ def _filled(number: float | None) -> Row:
     """A constant of a tensor's shape, which is the same for all samples."""
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
-        def call(x: Any, fill_value: Any = number) -> Any:
+        def call(x: Any, fill_value: Any = number, dtype: Any = None) -> Any:
             value = fill_value
             if not is_number(value):
                 raise UnsupportedLayerError(
@@ -404,7 +404,7 @@ def _filled(number: float | None) -> Row:
                     f"{fill_value!r}. Multiply ones by the tensor instead."
                 )
             value = float(np.asarray(value).reshape(()))
-            dtype = getattr(operation, "dtype", None) or x.dtype
+            dtype = option(operation, "dtype", dtype) or x.dtype
             if keras.backend.is_float_dtype(dtype):
                 shape = (1, *x.shape[1:])
                 return keras.Variable(np.full(shape, value), trainable=False, name="filled")

@@ -38,15 +38,17 @@ def equalize(qat: keras.Model, data: Any, *, absorb_biases: bool = False) -> ker
         absorb_biases: whether high biases are absorbed too.
 
     Raises:
-        ModelError: if `qat` has no pair of layers with at most a ReLU between them and a value
-            between that nothing else reads.
+        ModelError: if `qat` has no pair of layers with a value between them that nothing else reads
+            and that only what commutes with positive factors works on: ReLU, LeakyReLU, PReLU,
+            max and average pooling, zero padding, cropping, upsampling, dropout, and reshapes that
+            keep the channels. The message names what is in the way.
         CalibrationError: if the data do not fit the model.
 
     Reference: Nagel et al. 2019, sections 4.1.1, 4.1.2 and, for biases, 4.1.3
     (https://arxiv.org/abs/1906.04721).
     """
     then = _absorb if absorb_biases else _nothing
-    return rescaled(qat, data, _factors, _has_kernel, then)
+    return rescaled(qat, data, _factors, _has_kernel, then, "a linear layer")
 
 
 def _nothing(pair: Pair) -> None:
@@ -57,7 +59,7 @@ def _absorb(pair: Pair) -> None:
     norm: Any = pair.producer.normalization
     if not isinstance(norm, layers.BatchNormalization) or not (norm.center and norm.scale):
         return
-    if not all(_takes_bias(consumer) for consumer in pair.consumers):
+    if pair.pads or not all(_takes_bias(consumer) for consumer in pair.consumers):
         return
     beta = np.asarray(norm.beta)
     high = np.maximum(0.0, beta - 3.0 * np.abs(np.asarray(norm.gamma))).astype(np.float32)
@@ -86,8 +88,8 @@ def _takes_bias(consumer: QuantizeWrapper) -> bool:
     return not padded and (consumer.normalization is not None or bool(layer.use_bias))
 
 
-def _has_kernel(pair: Pair) -> bool:
-    return type(pair.producer.layer) in INPUT_AXES
+def _has_kernel(wrapper: QuantizeWrapper) -> bool:
+    return type(wrapper.layer) in INPUT_AXES
 
 
 def _factors(pair: Pair, statistics: Statistics) -> np.ndarray:

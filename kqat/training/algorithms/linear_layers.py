@@ -322,4 +322,4 @@ def _correct(wrapper: QuantizeWrapper, exact: Any, got: Any) -> None:
 
 
 def _floats(x: Any) -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))
+    return np.asarray(ops.convert_to_numpy(ops.cast(ops.stop_gradient(x), "float32")))

@@ -5,7 +5,7 @@ quantized. SmoothQuant, AWQ and cross-layer equalization are three ways to choos
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -15,7 +15,7 @@ from keras import layers
 from kqat.base import ModelError
 from kqat.graph import Graph, Node, Ref, trace
 from kqat.grids import Clamp, Fixed
-from kqat.parts import ChannelAffine
+from kqat.parts import ChannelAffine, Requantize
 from kqat.training import calibration
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers, is_quantized
@@ -29,6 +29,22 @@ INPUT_AXES: dict[type, int] = {
     layers.DepthwiseConv1D: -2,
     layers.DepthwiseConv2D: -2,
 }
+# Layers that give `s * f(x)` for `f(s * x)`, for a positive `s` of each channel, the last axis.
+_COMMUTING: tuple[type, ...] = (
+    *(getattr(layers, f"{kind}{n}D") for n in (1, 2, 3) for kind in (
+        "MaxPooling", "AveragePooling", "GlobalMaxPooling", "GlobalAveragePooling",
+        "ZeroPadding", "Cropping", "UpSampling", "SpatialDropout",
+    )),
+    layers.LeakyReLU, layers.PReLU, layers.ReLU, layers.Dropout, layers.GaussianDropout,
+    layers.Identity, layers.Resizing, Requantize,
+)  # fmt: skip
+# Those of them that put zeros beside what was there: a constant that is added comes out as none.
+_PADDING = (layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D)
+# Layers that move values; they commute where channels stay the last axis.
+_MOVING = (layers.Reshape, layers.Flatten, layers.Permute, layers.RepeatVector)
+# A message names at most so many blockers.
+_NAMED = 4
+_IS_OUTPUT = "it is an output of the model"
 # Factors are clipped to this: larger ones would make outliers in the other tensor.
 LARGEST_FACTOR = 2.0**10
 
@@ -72,11 +88,13 @@ class Pair:
         producer: the layer whose output channels can be scaled; it is called once.
         consumers: the layers that read them.
         value: the value as the consumers read it, rounded.
+        pads: whether zeros are put beside the value on the way to them.
     """
 
     producer: QuantizeWrapper
     consumers: tuple[QuantizeWrapper, ...]
     value: Ref
+    pads: bool = False
 
     @property
     def name(self) -> str:
@@ -105,27 +123,74 @@ class Pair:
             wrapper.start_steps()
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Why the channels of a layer cannot be scaled.
+
+    Attributes:
+        producer: the name of the layer whose channels it would be.
+        reason: what is in the way, and where.
+    """
+
+    producer: str
+    reason: str
+
+
 def pairs(graph: Graph) -> list[Pair]:
     """All pairs in the graph of a QAT model."""
+    return [found for found in pairs_and_blocks(graph) if isinstance(found, Pair)]
+
+
+def pairs_and_blocks(
+    graph: Graph, eligible: Callable[[QuantizeWrapper], bool] = lambda wrapper: True
+) -> Iterator[Pair | Block]:
+    """For each layer whose own channels can be scaled: its pair, or what prevents one.
+
+    Args:
+        graph: of a QAT model.
+        eligible: which layers are asked about.
+    """
     calls = graph.calls()
     readers = graph.consumers()
-    found = []
     for node in graph.nodes:
-        if calls[id(node.layer)] > 1 or not _divides(node.layer):
+        if not _divides(node.layer) or not eligible(node.layer):
             continue
-        value, consumers = _follow(node.outputs[0], readers, set(graph.outputs))
-        absorbed = [n.layer for n in consumers if calls[id(n.layer)] == 1 and _multiplies(n.layer)]
-        if absorbed and len(absorbed) == len(consumers):
-            found.append(Pair(node.layer, tuple(absorbed), value))
-    return found
+        name = str(node.layer.layer.name)
+        if calls[id(node.layer)] > 1:
+            yield Block(name, "it is called more than once")
+            continue
+        way = _follow(node.outputs[0], readers, set(graph.outputs))
+        reason = way.stopped or next(filter(None, (_refusal(n, calls) for n in way.readers)), None)
+        if reason is not None:
+            yield Block(name, reason)
+        else:
+            yield Pair(node.layer, tuple(n.layer for n in way.readers), way.value, way.pads)
+
+
+def _refusal(node: Node, calls: dict[int, int]) -> str | None:
+    """Why a layer cannot absorb factors of its input's channels; `None` where it can."""
+    name, kind = _called(node)
+    if not _multiplies(node.layer):
+        return f"'{name}' ({kind}) reads it, which can neither pass factors on nor absorb them"
+    return f"'{name}' reads it and is called more than once" if calls[id(node.layer)] > 1 else None
+
+
+def _called(node: Node) -> tuple[str, str]:
+    """The name and the kind of a node's layer, as the user knows them."""
+    layer = node.layer
+    if isinstance(layer, ActivationQuantizer):
+        return layer.label, "a rounding"
+    inner = layer.layer if isinstance(layer, QuantizeWrapper) else layer
+    return str(inner.name), type(inner).__name__
 
 
 def rescaled(
     qat: keras.Model,
     data: Any,
     factors: Callable[[Pair, Statistics], np.ndarray],
-    eligible: Callable[[Pair], bool] = lambda pair: True,
+    eligible: Callable[[QuantizeWrapper], bool] = lambda wrapper: True,
     then: Callable[[Pair], None] = lambda pair: None,
+    wanted: str = "a normalization or linear layer",
 ) -> keras.Model:
     """A copy of a QAT model with its pairs scaled and all ranges calibrated again.
 
@@ -133,8 +198,9 @@ def rescaled(
         qat: a QAT model; it is not changed.
         data: as for `kqat.calibrate`.
         factors: (pair, statistics of the value between) -> one factor per channel.
-        eligible: which pairs to scale.
-        then: called with each of them after all were scaled, before calibration.
+        eligible: which layers' channels to scale.
+        then: called with each pair after all were scaled, before calibration.
+        wanted: what these layers are, for messages.
 
     Raises:
         ModelError: if `qat` is not a QAT model, or has no eligible pair.
@@ -150,12 +216,12 @@ def rescaled(
     copy.set_weights(qat.get_weights())
     graph = trace(copy)
     batches = list(calibration.batches(data, graph))  # A generator can be read only once.
-    chosen = [pair for pair in pairs(graph) if eligible(pair)]
+    found = list(pairs_and_blocks(graph, eligible))
+    chosen = [one for one in found if isinstance(one, Pair)]
     if not chosen:
         raise ModelError(
-            f"Expected a normalization or linear layer right before layers with weights. "
-            f"Received: '{qat.name}', which has none whose channels can be scaled. Train it as it "
-            "is."
+            f"Expected {wanted} right before layers with weights. Received: '{qat.name}', "
+            f"{_none_of(found, wanted)}. Train it as it is."
         )
     statistics = _statistics(graph, batches, [pair.value for pair in chosen])
     for pair in chosen:
@@ -168,6 +234,32 @@ def rescaled(
             layer.reset()
     calibration.calibrate(copy, iter(batches))
     return copy
+
+
+def _none_of(found: Sequence[Any], wanted: str) -> str:
+    """Why there is nothing to scale."""
+    if not found:
+        return f"which has no {wanted.removeprefix('a ')} whose channels can be scaled"
+    return f"which has none whose channels can be scaled: {blocks_text(found)}"
+
+
+def blocks_text(blocks: Sequence[Block]) -> str:
+    """What stands in the way of which layers, in words; that a layer is the last one comes last."""
+    by_reason: dict[str, list[str]] = {}
+    for block in sorted(blocks, key=lambda block: block.reason == _IS_OUTPUT):
+        by_reason.setdefault(block.reason, []).append(f"'{block.producer}'")
+    reasons = [f"{_some(names)}: {reason}" for reason, names in by_reason.items()]
+    return _some(reasons, "; ")
+
+
+def _some(words: Sequence[str], between: str = ", ") -> str:
+    more = f"{between}and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
+    return between.join(words[:_NAMED]) + more
+
+
+def blocks_of(qat: keras.Model) -> list[Block]:
+    """What prevents the channels of the layers of a QAT model from being scaled."""
+    return [found for found in pairs_and_blocks(trace(qat)) if isinstance(found, Block)]
 
 
 def _statistics(
@@ -187,20 +279,70 @@ def _statistics(
     return kept
 
 
-def _follow(ref: Ref, readers: dict[Ref, list[Node]], outputs: set[Ref]) -> tuple[Ref, list[Node]]:
-    """The value after the quantizers of `ref`, and its readers; none if it is a model output."""
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """What a value becomes on its way to the layers that compute with it.
+
+    `stopped` says what stands in the way, where something does.
+    """
+
+    value: Ref
+    readers: tuple[Node, ...] = ()
+    pads: bool = False
+    stopped: str | None = None
+
+
+def _follow(ref: Ref, readers: dict[Ref, list[Node]], outputs: set[Ref]) -> _Way:
+    """The value behind all that commutes with factors of its channels, and who reads it."""
+    pads = False
     while ref not in outputs and len(readers[ref]) == 1:
         (node,) = readers[ref]
-        passes = isinstance(node.layer, layers.Dropout) or (
-            isinstance(node.layer, ActivationQuantizer)
-            and node.layer.clamp in (None, Clamp.RELU)
-            # A fixed range cannot follow channels that are scaled.
-            and not isinstance(node.layer.range_method, Fixed)
-        )
-        if not passes:
+        stopped = _stops(node)
+        if stopped is not None:
+            return _Way(ref, pads=pads, stopped=stopped)
+        if not _commutes(node):
             break
+        pads = pads or isinstance(node.layer, _PADDING)
         ref = node.outputs[0]
-    return ref, [] if ref in outputs else readers[ref]
+    if ref in outputs:
+        return _Way(ref, stopped=_IS_OUTPUT)
+    return _Way(ref, tuple(readers[ref]), pads)
+
+
+def _stops(node: Node) -> str | None:
+    """Why a rounding does not let factors pass; `None` where it does, and for other layers."""
+    quantizer = node.layer
+    if not isinstance(quantizer, ActivationQuantizer):
+        return None
+    if quantizer.clamp not in (None, Clamp.RELU):
+        return f"'{quantizer.label}' clamps at a fixed value ({quantizer.clamp})"
+    # A fixed range cannot follow channels that are scaled.
+    fixed = isinstance(quantizer.range_method, Fixed)
+    return f"'{quantizer.label}' has a range that is given" if fixed else None
+
+
+def _commutes(node: Node) -> bool:
+    """Whether a layer hands positive factors of its input's channels on as they are."""
+    layer: Any = node.layer
+    if isinstance(layer, ActivationQuantizer):
+        return True
+    inner = layer.layer if isinstance(layer, QuantizeWrapper) else layer
+    if len(node.inputs) != 1 or len(node.outputs) != 1:
+        return False
+    if isinstance(layer, QuantizeWrapper) and layer.normalizations:
+        return False
+    if getattr(inner, "data_format", None) == "channels_first":
+        return False
+    if isinstance(inner, layers.ReLU):
+        return inner.max_value is None and not inner.threshold
+    if isinstance(inner, layers.Activation):
+        return inner.activation in (keras.activations.relu, keras.activations.linear)
+    if isinstance(inner, layers.Permute):
+        return bool(inner.dims[-1] == len(inner.dims))
+    if isinstance(inner, _MOVING):
+        before, behind = node.inputs[0].shape, node.outputs[0].shape
+        return before[-1] is not None and before[-1] == behind[-1] and len(before) > 1
+    return isinstance(inner, _COMMUTING)
 
 
 def _divides(layer: Any) -> bool:

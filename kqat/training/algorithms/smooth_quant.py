@@ -10,6 +10,7 @@ from kqat.base import SpecError
 from kqat.parts import ChannelAffine
 from kqat.training.algorithms.awq import EXPONENTS, rounding_error
 from kqat.training.algorithms.scaling import Pair, Statistics, rescaled
+from kqat.training.weight_wrapper import QuantizeWrapper
 
 TINY = 1e-5
 
@@ -58,7 +59,8 @@ def smooth_quant(
 
         return smoothed(min(EXPONENTS, key=error) if isinstance(alpha, str) else alpha)
 
-    return rescaled(qat, data, factors, _follows_normalization)
+    wanted = "a normalization of its own (not folded into a layer)"
+    return rescaled(qat, data, factors, _is_normalization, wanted=wanted)
 
 
 def _error(pair: Pair, scale: np.ndarray, statistics: Statistics) -> float:
@@ -75,6 +77,5 @@ def _error(pair: Pair, scale: np.ndarray, statistics: Statistics) -> float:
     return found
 
 
-def _follows_normalization(pair: Pair) -> bool:
-    kinds = (ChannelAffine, layers.BatchNormalization)
-    return isinstance(pair.producer.layer, kinds)
+def _is_normalization(wrapper: QuantizeWrapper) -> bool:
+    return isinstance(wrapper.layer, ChannelAffine | layers.BatchNormalization)

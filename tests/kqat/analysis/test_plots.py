@@ -53,9 +53,9 @@ def test_every_grid_has_its_row(mixed: tuple[keras.Model, np.ndarray]) -> None:
     for name, bits in (("eight", 8), ("four", 4), ("three", 2), ("two", 1), ("learned", 8)):
         assert any(t.startswith(f"{name}  kernel, int{bits}: ") for t in found), name
     assert any(t.startswith("wide  values, int16: ") for t in found)
-    assert any(t.startswith("x  values") for t in found)
+    assert any(t.startswith("x  input") for t in found)
     assert sum(t.startswith("lstm/") and "values" not in t for t in found) == 2
-    assert not any(t.startswith("plain ") for t in found)
+    assert not any(t.startswith("plain  kernel") for t in found)
     cut = next(t for t in found if t.startswith("cut  values"))
     assert float(cut.split(": ")[1].split(" %")[0]) > 5
     figure.savefig(io.BytesIO(), format="png", dpi=40)
@@ -89,7 +89,7 @@ def test_counts_are_those_of_the_model(mixed: tuple[keras.Model, np.ndarray]) ->
     ids=lambda spec: f"{spec.bits} bits",
 )
 def test_bins_lie_around_the_integers_and_clipping_is_beyond_them(spec: kqat.QuantSpec) -> None:
-    counts = GridCounts.of(RoundedTensor("layer", "values", "layer", (), spec))
+    counts = GridCounts.of(RoundedTensor("layer", "values", "layer", "values", (), spec))
     ends = np.array([spec.qmin, spec.qmax], np.float64)
     counts.add(ends, ends)
     counts.add(np.array([spec.qmin - 0.49, spec.qmax + 0.49]), ends)

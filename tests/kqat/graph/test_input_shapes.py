@@ -97,6 +97,16 @@ def test_sizes_can_be_given() -> None:
     assert qat.input_shape == (None, 8, 12, 3)
 
 
+def test_layers_keep_their_names() -> None:
+    """Policies name layers as the user named them, also where the sizes were open."""
+    x = keras.Input((None, None, 3), name="image")
+    y = layers.GlobalAveragePooling2D(name="mean")(layers.Conv2D(4, 3, name="conv")(x))
+    model = keras.Model(x, layers.Dense(2, name="head")(y), name="open")
+    plan = kqat.plan(model, {"conv": None}, input_shapes=(8, 8, 3))
+    assert [layer.name for layer in plan.layers] == ["conv", "mean", "head"]
+    assert plan.float_layers() == ("conv",)
+
+
 def test_a_generator_cannot_tell_sizes() -> None:
     generator = (batch for batch in [_IMAGES])
     with pytest.raises(kqat.ModelError, match=r"input 'image' .*input_shapes=\(64, 64, 3\)"):

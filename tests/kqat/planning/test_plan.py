@@ -47,7 +47,7 @@ def test_values_that_share_a_scale_are_listed_below_the_table() -> None:
     x = keras.Input((6, 6, 3), name="image")
     left, right = (layers.Conv2D(3, 1, activation="relu", name=n)(x) for n in ("left", "right"))
     model = keras.Model(x, layers.Concatenate(name="join")([left, right]), name="model")
-    plan = kqat.plan(model, {"*": "int16x8", "nobody": None})
+    plan = kqat.plan(model, {"*": "int16x8", "join": None})
     assert str(plan).splitlines()[3:] == [
         "right       Conv2D       integer           int8/ch",
         "left        Conv2D       integer           int8/ch",
@@ -55,7 +55,7 @@ def test_values_that_share_a_scale_are_listed_below_the_table() -> None:
         "right_relu  Activation   fused into right           shared 1, int16",
         "join        Concatenate  integer                    as input",
         "shared 1: one scale for left_relu, right_relu",
-        "rule matched nothing: nobody",
+        "rule decides nothing: join",
     ]
 
 
@@ -109,7 +109,7 @@ def test_a_plan_is_kept_as_json(tmp_path: Path) -> None:
     plan = plan_of(
         layers.Conv2D(2, 3, activation="relu", name="a"),
         layers.Conv2D(2, 3, name="b"),
-        policy={"b": None, "z": None},
+        policy={"b": None, "b*": None},
     )
     plan.save(tmp_path / "plan.json")
     table = json.loads((tmp_path / "plan.json").read_text())
@@ -129,7 +129,7 @@ def test_a_plan_is_kept_as_json(tmp_path: Path) -> None:
         "gradient": None,
         "sources": ["a_relu"],
     }
-    assert table["unused_rules"] == ["z"]
+    assert table["unused_rules"] == ["b*"]
 
 
 def test_a_plan_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:

@@ -74,19 +74,48 @@ def test_a_rule_for_a_layer_serves_its_parts_and_later_calls() -> None:
     assert {entry.origin for entry in plan.layers} == {"conv"}
 
 
-def test_rules_that_match_nothing_are_reported() -> None:
-    policy = {"cnov*": None, layers.Dense: None, "conv": MINMAX, "image": None}
+def two_layers() -> keras.Model:
     x = keras.Input((6, 6, 3), name="image")
-    model = keras.Model(x, conv("conv")(x), name="model")
-    plan = kqat.plan(model, policy)
-    assert plan.unused_rules == ("cnov*", str(layers.Dense), "image")
-    assert "rule matched nothing: cnov*" in str(plan)
+    inner = keras.Model(y := keras.Input((6, 6, 3)), conv("deep")(y), name="stem")
+    return keras.Model(x, conv("conv")(inner(x)), name="model")
+
+
+def test_rules_that_decide_nothing_are_reported() -> None:
+    policy = {"conv*": None, "conv": MINMAX, layers.Dense: None}
+    plan = kqat.plan(two_layers(), policy)
+    assert plan.unused_rules == ("conv", str(layers.Dense))
+    assert "rule decides nothing: conv" in str(plan)
     with pytest.warns(PolicyWarning) as caught:
-        kqat.quantize_model(model, policy, calibration_data=IMAGES)
+        kqat.quantize_model(two_layers(), policy, calibration_data=IMAGES)
     messages = [str(w.message) for w in caught]
-    assert messages[0] == "The policy's rule 'cnov*' matched no layer of 'model'."
-    assert len(messages) == 3
+    assert messages[0].startswith("The policy's rule 'conv' decides nothing about 'model'")
+    assert len(messages) == 2
     assert {w.filename for w in caught} == {__file__}
+
+
+@pytest.mark.parametrize(
+    ("policy", "match"),
+    [
+        ({"cnov": None}, "'model'. Received: 'cnov', which .* mean 'conv'.*stem_deep, conv, image"),
+        ({"conv": "w4a8", "conf*": None}, "Received: 'conf[*]'.*Did you mean 'conv'"),
+        ({"deep": None}, "Did you mean 'stem_deep'"),
+        ({"stem": None}, "Did you mean 'stem_[*]'"),
+        ({"image": None}, "a config for 'image', an input of 'model'. Received: None"),
+    ],
+)
+def test_names_that_match_nothing_are_refused(policy: Any, match: str) -> None:
+    with pytest.raises(PolicyError, match=match):
+        kqat.plan(two_layers(), policy)
+    with pytest.raises(PolicyError, match=match):
+        kqat.sensitivity(two_layers(), IMAGES, policy=policy)
+
+
+def test_a_long_list_of_names_is_cut() -> None:
+    x = y = keras.Input((6, 6, 3), name="image")
+    for index in range(20):
+        y = conv(f"block{index}")(y)
+    with pytest.raises(PolicyError, match=r"block11 and 9 more\.$"):
+        kqat.plan(keras.Model(x, y), {"head": None})
 
 
 def test_a_policy_whose_rules_all_match_warns_of_nothing() -> None:

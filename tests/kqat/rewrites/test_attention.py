@@ -1,6 +1,7 @@
 """Attention and feature normalization, decomposed: the same values, and gradients that train."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -35,27 +36,32 @@ def _model(layer: Any, calls: int = 1) -> keras.Model:
 @pytest.mark.parametrize(
     ("layer", "calls"),
     [
-        (layers.LayerNormalization(), 1),
-        (layers.LayerNormalization(scale=False), 1),
-        (layers.LayerNormalization(center=False, scale=False, epsilon=0.1), 1),
-        (layers.RMSNormalization(), 1),
-        (layers.EinsumDense("abc,cd->abd", (None, 5), bias_axes="d"), 1),
-        (layers.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="de", activation="relu"), 1),
-        (layers.EinsumDense("...c,cd->...d", 5), 1),
-        (layers.EinsumDense("abc,cd->adb", (5, 6)), 1),
-        (layers.EinsumDense("abc,bd->adc", (4, 8), bias_axes="d"), 1),
-        (layers.GroupNormalization(4), 1),
-        (layers.GroupQueryAttention(4, 4, 2), 2),
-        (layers.MultiHeadAttention(2, 4), 2),
-        (layers.MultiHeadAttention(3, 4, value_dim=5, use_bias=False, output_shape=7), 3),
-        (layers.MultiHeadAttention(2, 4, dropout=0.5), 2),
-        (layers.MultiHeadAttention(2, 4, sliding_window=2), 2),
-        (layers.MultiHeadAttention(2, 4, value_dim=3, use_gate=True), 2),
-        (layers.GroupQueryAttention(4, 4, 2, use_gate=True, sliding_window=3), 2),
+        (lambda: layers.LayerNormalization(), 1),
+        (lambda: layers.LayerNormalization(scale=False), 1),
+        (lambda: layers.LayerNormalization(center=False, scale=False, epsilon=0.1), 1),
+        (lambda: layers.RMSNormalization(), 1),
+        (lambda: layers.EinsumDense("abc,cd->abd", (None, 5), bias_axes="d"), 1),
+        (
+            lambda: layers.EinsumDense(
+                "abc,cde->abde", (None, 2, 3), bias_axes="de", activation="relu"
+            ),
+            1,
+        ),
+        (lambda: layers.EinsumDense("...c,cd->...d", 5), 1),
+        (lambda: layers.EinsumDense("abc,cd->adb", (5, 6)), 1),
+        (lambda: layers.EinsumDense("abc,bd->adc", (4, 8), bias_axes="d"), 1),
+        (lambda: layers.GroupNormalization(4), 1),
+        (lambda: layers.GroupQueryAttention(4, 4, 2), 2),
+        (lambda: layers.MultiHeadAttention(2, 4), 2),
+        (lambda: layers.MultiHeadAttention(3, 4, value_dim=5, use_bias=False, output_shape=7), 3),
+        (lambda: layers.MultiHeadAttention(2, 4, dropout=0.5), 2),
+        (lambda: layers.MultiHeadAttention(2, 4, sliding_window=2), 2),
+        (lambda: layers.MultiHeadAttention(2, 4, value_dim=3, use_gate=True), 2),
+        (lambda: layers.GroupQueryAttention(4, 4, 2, use_gate=True, sliding_window=3), 2),
     ],
 )
-def test_parts_compute_what_the_layer_computes(layer: Any, calls: int) -> None:
-    model = _model(layer, calls)
+def test_parts_compute_what_the_layer_computes(layer: Callable[[], Any], calls: int) -> None:
+    model = _model(layer(), calls)
     x = np.random.default_rng(0).normal(size=(5, 6, 8)).astype(np.float32)
     # Sums run in another order: a few float32 roundings of values near one.
     np.testing.assert_allclose(_expanded(model)(x), model(x), rtol=2e-4, atol=2e-5)

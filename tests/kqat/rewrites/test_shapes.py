@@ -11,6 +11,7 @@ from keras import layers, ops
 import kqat
 import tflite_export
 from tests.kqat.graph.test_tracing_of_calls import _parts
+from tests.newer_keras import needs_keras
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(4, 8, 8, 3)).astype(np.float32)
@@ -25,6 +26,11 @@ def _model(*outputs: Callable[[Any], Any]) -> keras.Model:
     return keras.Model(x, [layers.Identity(name=f"y{i}")(f(y)) for i, f in enumerate(outputs)])
 
 
+def _patches(x: Any, *args: Any, **options: Any) -> Any:
+    needs_keras("3.12", "extract_patches with strides")
+    return ops.image.extract_patches(x, *args, **options)
+
+
 def _pooled(x: Any) -> Any:
     return layers.MaxPooling2D(3, 2)(
         ops.pad(x, ((0, 0), (1, 1), (0, 2), (0, 0)), constant_values=-np.inf)
@@ -37,8 +43,8 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "mirrored": lambda x: ops.pad(x, AROUND, "reflect"),
     "mirrored with the edge": lambda x: ops.pad(x, AROUND, "symmetric"),
     "patches side by side": lambda x: ops.image.extract_patches(x, (4, 4)),
-    "patches that overlap": lambda x: ops.image.extract_patches(x, (3, 2), 2, padding="same"),
-    "patches with gaps": lambda x: ops.image.extract_patches(x, (3, 3), 1, 2),
+    "patches that overlap": lambda x: _patches(x, (3, 2), 2, padding="same"),
+    "patches with gaps": lambda x: _patches(x, (3, 3), 1, 2),
     "indexes of an axis": lambda x: ops.take_along_axis(x, np.int32([[[[3, 0, 1]]]]), axis=3),
     "other indexes at each place": lambda x: ops.take_along_axis(
         x, np.random.default_rng(0).integers(0, 8, (1, 8, 5, 1)), axis=2

@@ -87,6 +87,15 @@ def test_each_batch_moves_the_range_by_the_method() -> None:
     assert float(layer.count[0]) == 6
 
 
+@pytest.mark.filterwarnings("error:__array__ implementation")
+def test_asking_for_ranges_warns_of_nothing() -> None:
+    """NumPy warns where it is asked to copy a Keras variable."""
+    layer = quantizer()
+    layer(normal(64), training=True)
+    assert layer.range()[0] < 0.0 < layer.range()[1]
+    assert layer.widths() is None
+
+
 def test_range_always_holds_zero() -> None:
     positive, negative = quantizer(), quantizer()
     positive(np.float32([2, 3]), training=True)

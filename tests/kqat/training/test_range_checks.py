@@ -112,6 +112,14 @@ def test_addends_of_unlike_size() -> None:
     assert "unlike" not in said(joined(4.0, residual=True), X)
 
 
+@pytest.mark.parametrize(("scale", "residual"), [(3e5, False), (3e6, True)])
+def test_16_bits_are_not_advised_where_they_are(scale: float, residual: bool) -> None:
+    texts = [said(joined(scale, residual=residual), X, bits) for bits in ("int8", "int16x8")]
+    assert "give that layer 'int16x8'" in texts[0]
+    assert "of its 16 bits" in texts[1] and "int16x8" not in texts[1]
+    assert "kqat.adapt(" in texts[1] or "Scale them alike before they are added." in texts[1]
+
+
 def test_calibration_needs_data_and_a_name() -> None:
     with pytest.raises(kqat.CalibrationError, match=r"Expected calibration_data for calibration="):
         kqat.quantize_model(small(), calibration="mse")

@@ -56,3 +56,27 @@ def test_training_without_calibration_is_no_drift() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", kqat.CalibrationWarning)
         kqat.freeze(qat)
+
+
+NOISE = [layers.Dropout(0.5), layers.SpatialDropout1D(0.8), layers.GaussianNoise(1.0)]
+
+
+@pytest.mark.parametrize("noise", NOISE, ids=lambda layer: layer.name)
+def test_ranges_that_were_trained_behind_noise_are_named(noise: layers.Layer) -> None:
+    """Whatever the weights became, noise hides it; without training there is nothing to tell."""
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(64, 4, 6)).astype(np.float32)
+    parts = [keras.Input((4, 6)), layers.Dense(8, "relu"), noise, layers.Dense(3, name="head")]
+    qat = kqat.quantize_model(keras.Sequential(parts, name="net"), calibration_data=x)
+
+    def frozen_quietly() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", kqat.CalibrationWarning)
+            kqat.freeze(qat)
+
+    frozen_quietly()
+    qat(x[:8], training=True)
+    with pytest.warns(kqat.CalibrationWarning, match=r"in 'net': .*'head' [\d.]+ times .*fit"):
+        kqat.freeze(qat)
+    kqat.calibrate(qat, x)
+    frozen_quietly()

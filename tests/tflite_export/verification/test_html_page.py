@@ -91,9 +91,23 @@ def test_the_page_is_whole_and_alone(tmp_path: Path) -> None:
     assert not re.search(r"https?:|url\(|@import", text)
     assert "prefers-color-scheme: dark" in text
     assert seen.count("svg") == 4 and seen.count("rect") == 4 * 3
-    for words in ("1,234,567", "3 of 4 (75 %)", "top-1 agreement from 50.0 %", "50 % ties"):
+    for words in (
+        "1,234,567", "3 of 4 (75 %)", "same class in 50.0 % or more", "of these 50 % halfway",
+        "Halfway: exactly between two steps", "<small>CONV_2D</small>", "</i> below 30 dB",
+    ):  # fmt: skip
         assert words in text
     assert text.count('class="loud"') > 4
+
+
+def test_clipping_stands_out_where_it_costs() -> None:
+    """A softmax's 1.0 is clipped to 255/256: not a step, however many values are 1.0."""
+    cell = 'class="loud">50 %'
+    for sqnr_db, loud in ((25.0, True), (51.2, False), (None, False)):
+        row = layer("a", clipped_share=0.5, sqnr_db=sqnr_db, max_steps={"litert": 0})
+        text = dataclasses.replace(report(), layers=(row,)).to_html()
+        assert (cell in text) == loud
+        grid = text.split("<b>Use of the grid")[1].split("</svg>")[0]
+        assert (grid.count("<rect"), grid.count('" class="loud"')) == (1, int(loud))
 
 
 @pytest.mark.parametrize("layers", [0, 1, 200])

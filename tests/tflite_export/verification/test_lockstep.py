@@ -311,7 +311,7 @@ def test_the_report_fits_a_terminal() -> None:
     lines = str(report).splitlines()
     assert max(map(len, lines)) <= 80
     text = " ".join(str(report).split())
-    for said in (name, "1,234,567,890", "255", "81 % ties", "top-1 agreement 100.0 %", "39"):
+    for said in (name, "1,234,567,890", "255", "81 % halfway", "top-1 agreement 100.0 %", "39"):
         assert said in text
 
 

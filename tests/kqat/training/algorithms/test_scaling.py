@@ -163,6 +163,78 @@ def test_pairs_are_those_that_nothing_else_reads() -> None:
     ]
 
 
+@pytest.fixture(scope="module")
+def commuting() -> tuple[keras.Model, np.ndarray]:
+    """Between four layers stands what commutes with positive factors of channels."""
+    keras.utils.set_random_seed(0)
+    chain = [
+        layers.Conv2D(4, 3, name="a"),
+        layers.LeakyReLU(negative_slope=0.2),
+        layers.MaxPooling2D(2),
+        layers.ZeroPadding2D(1),
+        layers.Conv2D(4, 3, name="b"),
+        layers.PReLU(shared_axes=[1, 2], alpha_initializer="glorot_uniform"),
+        layers.AveragePooling2D(2),
+        layers.UpSampling2D(2, interpolation="bilinear"),
+        layers.Cropping2D(1),
+        layers.SpatialDropout2D(0.5),
+        layers.DepthwiseConv2D(2, name="c"),
+        layers.Reshape((9, 4)),
+        layers.Permute((1, 2)),
+        layers.Identity(),
+        layers.ReLU(),
+        layers.GlobalAveragePooling1D(),
+        layers.Dense(3, name="d"),
+    ]
+    model = keras.Sequential([keras.Input((14, 14, 3)), *chain], name="commuting")
+    for name, axis in (("a", -1), ("b", -1), ("c", 2)):
+        kernel = model.get_layer(name).kernel.numpy()
+        shape = [1] * kernel.ndim
+        shape[axis] = -1
+        kernel *= np.reshape([1.0, 30.0, 0.1, 1.0], shape)
+        model.get_layer(name).kernel.assign(kernel)
+    return model, np.random.default_rng(0).normal(size=(32, 14, 14, 3)).astype(np.float32)
+
+
+def test_factors_pass_what_commutes_with_them(
+    commuting: tuple[keras.Model, np.ndarray],
+) -> None:
+    model, data = commuting
+    qat = kqat.quantize_model(model, calibration_data=data)
+    assert [(pair.name, pair.pads) for pair in pairs(trace(qat))] == [
+        ("a -> b", True),
+        ("b -> c", False),
+        ("c -> d", False),
+    ]
+    equal = algorithms.equalize(qat, data, absorb_biases=True)
+    expected = model.predict(data, verbose=0)
+    found = kqat.strip(equal).predict(data, verbose=0)
+    assert np.abs(found - expected).max() < ROUNDINGS * np.abs(expected).max()
+    assert noise(equal, model, data) < noise(qat, model, data) / 2
+
+
+BLOCKED: list[tuple[Callable[[Any, Any], Any], str]] = [
+    (lambda y, first: layers.Add(name="skip")([y, first]), r"'skip' \(Add\) reads it"),
+    (lambda y, first: layers.Flatten(name="flat")(y), r"'flat' \(Flatten\) reads it"),
+    (lambda y, first: layers.ReLU(6.0, name="cut")(y), r"'cut' clamps at a fixed value"),
+    (lambda y, first: layers.ReLU(threshold=1.0, name="from_1")(y), r"'from_1.*reads it"),
+    (lambda y, first: layers.Activation("tanh", name="curved")(y), r"'curved' \(Activation\)"),
+    (lambda y, first: layers.Permute((3, 1, 2), name="turned")(y), r"'turned' \(Permute\)"),
+]
+
+
+@pytest.mark.parametrize(("between", "words"), BLOCKED)
+def test_what_does_not_commute_is_named(between: Callable[[Any, Any], Any], words: str) -> None:
+    x = keras.Input((3, 3, 3))
+    y = between(layers.Conv2D(3, 1, name="first")(x), x)
+    y = layers.Flatten(name="last_flat")(y)
+    model = keras.Model(x, layers.Dense(2, name="head")(y), name="blocked")
+    with pytest.warns(kqat.RangeWarning):
+        qat = kqat.quantize_model(model)
+    with pytest.raises(kqat.ModelError, match=rf"'blocked', .*'first': {words}.*'head': it is an"):
+        algorithms.equalize(qat, np.zeros((2, 3, 3, 3), np.float32))
+
+
 def test_scaled_model_trains_and_ships(block: tuple[keras.Model, np.ndarray]) -> None:
     model, data = block
     qat = algorithms.smooth_quant(kqat.quantize_model(model, calibration_data=data), data)
