@@ -144,9 +144,18 @@ def _one(options: argparse.Namespace) -> dict[str, Any]:
     inputs = typical_inputs(model, options.seed)
     settle(model, inputs)
     theirs = {} if options.no_converter else _converters_once(model, inputs, path)
-    outcome = dataclasses.asdict(run(model, inputs, theirs))
+    outcome = {**dataclasses.asdict(run(model, inputs, theirs)), "commit": _commit()}
     write_file(path, json.dumps(outcome).encode())
     return outcome
+
+
+def _commit() -> str | None:
+    """The commit that is checked out; `None` where this is no clone of the repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def run(model: keras.Model, inputs: Any, theirs: dict[str, Any]) -> Outcome:
@@ -309,7 +318,22 @@ def page(results: dict[str, Any]) -> str:
     for text, beyond in BOUNDS.items():
         names = [name for name, found in models.items() if beyond(found)]
         lines.append(f"- {text}: {len(names)}. {', '.join(names)}".rstrip())
+    lines += ["", "## Where the converter makes no file that runs", ""]
+    lines += [
+        f"- {name}: {_markdown_text(found['converter_problem'])}"
+        for name, found in models.items()
+        if found["converter_problem"]
+    ]
+    lines += ["", "## Commits that the rows ran on", ""]
+    commits: dict[str, list[str]] = {}
+    for name, found in models.items():
+        commits.setdefault(found.get("commit") or "not recorded", []).append(name)
+    lines += [f"- {commit}: {', '.join(names)}" for commit, names in commits.items()]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_text(message: str) -> str:
+    return re.sub(r"\s+", " ", message).replace("|", "/").strip()
 
 
 def _markdown(cells: Sequence[str]) -> str:

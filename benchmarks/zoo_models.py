@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 
 IMAGE = (64, 64, 3)
 TOKENS, VOCABULARY = 16, 100
@@ -63,12 +64,47 @@ def _application(name: str, size: int = 32) -> Build:
     return build
 
 
+def _densenet() -> keras.Model:
+    made = importlib.import_module("keras.src.applications.densenet").DenseNet
+    return made([3, 4, 6, 4], input_shape=(32, 32, 3), weights=None, classes=10)
+
+
+def _convnext() -> keras.Model:
+    made = importlib.import_module("keras.src.applications.convnext").ConvNeXt
+    return made(
+        [1, 1, 3, 1], [32, 64, 128, 256], layer_scale_init_value=1.0, input_shape=(32, 32, 3),
+        weights=None, classes=10,
+    )  # fmt: skip
+
+
+def _convmixer() -> keras.Model:
+    made = importlib.import_module("kimm._src.models.convmixer").ConvMixer
+    return made(
+        depth=6, hidden_channels=128, input_shape=(64, 64, 3), weights=None, classes=10,
+        name="convmixer",
+    )  # fmt: skip
+
+
 def _kimm(name: str, size: int = 64) -> Build:
     def build() -> keras.Model:
         made = getattr(importlib.import_module("kimm.models"), name)
         return made(input_shape=(size, size, 3), weights=None, classes=10)
 
     return build
+
+
+def _hgnet_v2() -> keras.Model:
+    """HGNetV2B0, its learnable factors and offsets as training leaves them: not 1 and 0.
+
+    The converter folds those away, and what ships after training would have more operators.
+    """
+    model = _kimm("HGNetV2B0")()
+    rng = np.random.default_rng(0)
+    for layer in model.layers:
+        if type(layer).__name__ == "LearnableAffine":
+            for weight in layer.weights:
+                weight.assign(weight + 0.2 * rng.normal(size=weight.shape))
+    return model
 
 
 def _k3im(module: str, name: str, **options: Any) -> Build:
@@ -175,12 +211,17 @@ def _pyramid(name: str, **options: Any) -> Build:
 # Collection -> architecture -> what makes it.
 MODELS: dict[str, dict[str, Build]] = {
     "keras.applications": {
-        name: _application(name, size)
-        for name, size in (
-            ("MobileNet", 32), ("MobileNetV2", 32), ("MobileNetV3Small", 32),
-            ("EfficientNetB0", 32), ("EfficientNetV2B0", 32), ("ResNet50V2", 32),
-            ("DenseNet121", 32), ("Xception", 71), ("ConvNeXtTiny", 32),
-        )
+        **{
+            name: _application(name, size)
+            for name, size in (
+                ("MobileNet", 32), ("MobileNetV2", 32), ("MobileNetV3Small", 32),
+                ("EfficientNetB0", 32), ("EfficientNetV2B0", 32), ("ResNet50V2", 32),
+                ("Xception", 71),
+            )
+        },
+        # Fewer blocks and channels than DenseNet121 and ConvNeXtTiny; the same layers.
+        "DenseNet, 17 blocks": _densenet,
+        "ConvNeXt, 6 blocks": _convnext,
     },
     "keras_hub vision": {
         "ResNet": _vision("ResNetBackbone", block_type="basic_block", **_RESNET),
@@ -306,13 +347,17 @@ MODELS: dict[str, dict[str, Build]] = {
     },
     "keras_hub audio": {"Whisper encoder": _whisper_encoder},
     "kimm": {
-        name: _kimm(name)
-        for name in (
-            "ConvMixer736D32", "ConvNeXtAtto", "EfficientNetLiteB0", "GhostNetW050",
-            "GhostNetV2W100", "GhostNetV3W050", "HGNetTiny", "HGNetV2B0", "LCNet035",
-            "MobileNetV3W050Small", "MobileOneS0", "MobileViTXXS", "MobileViTV2W050",
-            "RegNetX002", "RegNetY002", "RepVGGA0",
-        )
+        "ConvMixer, 6 blocks": _convmixer,
+        "HGNetV2B0": _hgnet_v2,
+        **{
+            name: _kimm(name)
+            for name in (
+                "ConvNeXtAtto", "EfficientNetLiteB0", "GhostNetW050", "GhostNetV2W100",
+                "GhostNetV3W050", "HGNetTiny", "LCNet035", "MobileNetV3W050Small",
+                "MobileOneS0", "MobileViTXXS", "MobileViTV2W050", "RegNetX002", "RegNetY002",
+                "RepVGGA0",
+            )
+        },
     },
     "keras-tcn": {"TCN": _tcn, "TCN, sequences": _tcn_sequences},
     "k3im": {

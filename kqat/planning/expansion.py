@@ -31,7 +31,7 @@ from kqat.graph import (
     unique_name,
     values_between,
 )
-from kqat.parts import Elementwise, Learned, Select, TensorFlowFunction, is_elementwise
+from kqat.parts import Elementwise, Learned, Matmul, Select, TensorFlowFunction, is_elementwise
 from kqat.registry import as_layers, is_custom, rule_for
 from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight
 
@@ -41,7 +41,7 @@ Copies = dict[int, Callable[..., Any]]
 MOST_ROUNDS = 50
 _MASKED = "attention, recurrent layers, Softmax and GlobalAveragePooling1D"
 # Layers that read a weight as a constant of the file, on the grid that they hand on.
-READS_LEARNED = (keras.layers.Concatenate, Select, Learned)
+READS_LEARNED = (keras.layers.Concatenate, Matmul, Select, Learned)
 # Layers that merge tensors pair by pair, as operations that take a constant for one.
 MERGES: Mapping[type, Callable[[Any, Any], Any]] = {
     keras.layers.Add: keras.ops.add,

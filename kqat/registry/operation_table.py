@@ -108,8 +108,9 @@ def _matmul(operation: Any, name: str) -> Callable[..., Any]:
                 return Matmul(name=name)([a, b])
         elif is_tensor(a) and ranks[1] == 2:
             return matrix_products.einsum("...y,yz->...z", a, b, name)
-        elif is_tensor(b) and ranks[0] == 2 and ranks[1] == 3:
-            return matrix_products.einsum("xy,byz->bxz", a, b, name)
+        elif min(ranks) >= 2 and max(ranks) >= 3:
+            x, weight = (a, b) if is_tensor(a) else (b, a)
+            return matrix_products.with_weight(x, weight, name, weight_first=weight is a)
         raise UnsupportedLayerError(
             f"Expected matrices for each sample, or one constant matrix, in operation '{name}'. "
             f"Received: shapes {shapes[0]} and {shapes[1]}. Reshape so that the ranks are equal."

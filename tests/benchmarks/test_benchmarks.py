@@ -184,8 +184,13 @@ def test_rows_of_the_zoo_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         outcome="integer", operators=12, size_bytes=90, sqnr_db=29.0,
         converter_operators=10, converter_bytes=100, converter_sqnr_db=29.4,
     )  # fmt: skip
-    for name, row in {"ViT_1_D": good, "BERT": zoo.Outcome(outcome="refused: x|y")}.items():
-        (tmp_path / "rows" / f"{name}.json").write_text(json.dumps(dataclasses.asdict(row)))
+    bad = zoo.Outcome(outcome="refused: x|y", converter_problem="ConverterError: no such operator")
+    rows = {
+        "ViT_1_D": {**dataclasses.asdict(good), "commit": "abc1234"},
+        "BERT": dataclasses.asdict(bad),
+    }
+    for name, row in rows.items():
+        (tmp_path / "rows" / f"{name}.json").write_text(json.dumps(row))
     results = zoo.main(["--no-run", "--out", str(tmp_path)])
     assert list(results["models"]) == ["BERT", "ViT, 1-D"]
     page = (tmp_path / "zoo.md").read_text()
@@ -193,6 +198,8 @@ def test_rows_of_the_zoo_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "| ViT, 1-D | k3im | integer | 12 / 10 | 90 / 100 | 29.0 / 29.4 |" in page
     assert "more than 1 step: 1. BERT" in page and "operators: 1. ViT, 1-D" in page
     assert "file: 0." in page and "converter's: 0." in page
+    assert "- not recorded: BERT" in page and "- abc1234: ViT, 1-D" in page
+    assert "- BERT: ConverterError: no such operator" in page
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Rewrites einsum-like products as matrix products: Dense for a constant factor, else Matmul."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,7 +11,9 @@ from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, config_of
 from kqat.parts import Matmul, total
 from kqat.rewrites.layers.basic import Decomposed, activated
-from kqat.rewrites.operations.weights import computed
+from kqat.rewrites.operations.weights import computed, emitted
+
+_LETTERS = "abcdefghijkl"
 
 
 def einsum(
@@ -49,13 +51,18 @@ def einsum(
     sizes = {**dict(zip(first, a.shape, strict=True)), **dict(zip(second, b.shape, strict=True))}
     matrix = [_matrix(a, first, (shared, left, gone), sizes, f"{name}_left")]
     matrix.append(_matrix(b, second, (shared, gone, right), sizes, f"{name}_right"))
-    letters = shared + left + right
-    moved = letters != output
-    shape = tuple(sizes[c] for c in letters[1:])
     product = Matmul(name=f"{name}_product")(matrix)
+    return _taken_apart(product, shared + left + right, sizes, output, name)
+
+
+def _taken_apart(
+    product: Any, letters: str, sizes: Mapping[str, Any], output: str, name: str
+) -> Any:
+    """A product of matrices with an axis for each letter, in the order of `output`."""
+    shape = tuple(sizes[c] for c in letters[1:])
     if tuple(product.shape[1:]) != shape:
         product = layers.Reshape(shape, name=f"{name}_shape")(product)
-    return _permuted(product, letters, output, name) if moved else product
+    return _permuted(product, letters, output, name) if letters != output else product
 
 
 def contraction(subscripts: str, operands: Sequence[Any], name: str) -> Any:
@@ -128,15 +135,62 @@ def _is_dense(first: str, second: str, output: str, rank: int) -> bool:
 def _with_value(letters: tuple[str, str, str], x: Any, constant: Any, name: str) -> Any:
     """`einsum` of a tensor and a constant that is another for each of their common axes."""
     first, second, output = letters
+    array = np.asarray(constant, np.float32)
     if first[0] not in second:
-        constant = keras.Variable(
-            np.asarray(constant)[None], trainable=getattr(constant, "trainable", False)
-        )
-        second = first[0] + second
-    if second[0] != first[0] or constant.shape[0] != 1:
+        array, second = array[None], first[0] + second
+    if second[0] != first[0] or array.shape[0] != 1 or output[:1] != first[0]:
         raise _no_product(f"{first},{second}->{output}", name)
-    value = computed(constant, x, len(second), f"{name}_constant")
-    return einsum(f"{first},{second}->{output}", x, value, name)
+    trained = isinstance(constant, keras.Variable) and constant.trainable
+    x, first = _summed(x, first, second + output, f"{name}_left")
+    lasting = "".join(c for c in second if c in first + output)
+    shared = "".join(c for c in first if c in lasting and c in output)
+    gone = "".join(c for c in first if c in lasting and c not in output)
+    left = "".join(c for c in first if c not in shared + gone)
+    right = "".join(c for c in lasting if c not in first)
+    if not gone:
+        value = keras.Variable(array, trainable=trained)
+        value = computed(value, x, len(second), f"{name}_constant")
+        return einsum(f"{first},{second}->{output}", x, value, name)
+    sizes = {
+        **dict(zip(second, array.shape, strict=True)),
+        **dict(zip(first, x.shape, strict=True)),
+    }
+    # The constant ships as the matrices that the kernel reads, on the side that saves a transpose.
+    ahead = output == shared + right + left
+    theirs = (shared, right, gone) if ahead else (shared, gone, right)
+    ours = (shared, gone, left) if ahead else (shared, left, gone)
+    array = np.einsum(f"{second}->{''.join(theirs)}", array)
+    shape = _matrix_shape(theirs, sizes)
+    value = keras.Variable(array.reshape(1, *shape), trainable=trained)
+    value = emitted(value, x, len(shape) + 1, f"{name}_constant")
+    factors = [_matrix(x, first, ours, sizes, f"{name}_left"), value]
+    product = Matmul(name=f"{name}_product")(factors[::-1] if ahead else factors)
+    made = shared + (right + left if ahead else left + right)
+    return _taken_apart(product, made, sizes, output, name)
+
+
+def with_weight(x: Any, weight: Any, name: str, *, weight_first: bool) -> Any:
+    """`matmul` of a tensor and a weight, which broadcasts against the tensor's leading axes.
+
+    Raises:
+        UnsupportedLayerError: if the tensor would be broadcast, or the weight has the batch's size.
+    """
+    letters = _LETTERS[: len(x.shape)]
+    lead, outer, inner = letters[:-2], letters[-2], letters[-1]
+    if weight_first:
+        outer, inner = inner, outer
+    theirs = lead[len(lead) - (len(weight.shape) - 2) :] if len(weight.shape) > 2 else ""
+    sizes = dict(zip(letters, x.shape, strict=True))
+    wrong = [c for c, n in zip(theirs, weight.shape, strict=False) if n not in (sizes[c] or 1,)]
+    if len(weight.shape) > len(x.shape) or wrong:
+        raise UnsupportedLayerError(
+            f"Expected a weight whose leading axes are those of the tensor in operation '{name}'. "
+            f"Received: a weight of shape {tuple(weight.shape)} and a tensor of shape "
+            f"{tuple(x.shape)}. Reshape so that they are equal."
+        )
+    mine = f"{theirs}z{inner}" if weight_first else f"{theirs}{inner}z"
+    made = f"{lead}z{outer}" if weight_first else f"{lead}{outer}z"
+    return einsum(f"{letters},{mine}->{made}", x, weight, name)
 
 
 def _no_product(subscripts: str, name: str) -> UnsupportedLayerError:
@@ -192,12 +246,17 @@ def _permuted(x: Any, letters: str, wanted: str, name: str) -> Any:
 def _matrix(x: Any, letters: str, parts: Sequence[str], sizes: dict[str, Any], name: str) -> Any:
     """`x` permuted and reshaped so that each of `parts`, a group of letters, is one axis."""
     x = _permuted(x, letters, "".join(parts), f"{name}_moved")
-    shape = [int(np.prod([sizes[c] for c in part])) for part in parts[1:]]
-    more = [sizes[c] for c in parts[0][1:]]
-    shape = [*([int(np.prod(more))] if more else []), *shape]
+    shape = _matrix_shape(parts, sizes)
     if tuple(x.shape[1:]) != tuple(shape):
         x = layers.Reshape(shape, name=f"{name}_matrix")(x)
     return x
+
+
+def _matrix_shape(parts: Sequence[str], sizes: Mapping[str, Any]) -> list[int]:
+    """The shape behind the batch: the axes that two factors share as one, rows, columns."""
+    shape = [int(np.prod([sizes[c] for c in part])) for part in parts[1:]]
+    more = [sizes[c] for c in parts[0][1:]]
+    return [*([int(np.prod(more))] if more else []), *shape]
 
 
 def dot(layer: Any, name: str) -> Decomposed:
