@@ -504,12 +504,18 @@ _FILLED = {"ZerosLike": 0, "OnesLike": 1}
 
 def _function(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
     """A `keras.Function`, some of whose inputs may be read by nothing."""
-    for tensor in inputs:
-        operation = tensor._keras_history.operation
-        if not operation._outbound_nodes:
-            # Keras 3.10 to 3.13 refuse an input without a reader; this one leads to no output.
-            keras.ops.stop_gradient(tensor)
+    give_readers(inputs)
     return keras.Function(inputs, outputs)
+
+
+def give_readers(inputs: Iterable[Any]) -> None:
+    """Gives each input that nothing reads a reader, which leads to no output.
+
+    Keras 3.10 to 3.13 refuse to make a function or model of inputs without one.
+    """
+    for tensor in inputs:
+        if not tensor._keras_history.operation._outbound_nodes:
+            keras.ops.stop_gradient(tensor)
 
 
 def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) -> dict[int, Any]:

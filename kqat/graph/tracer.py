@@ -22,6 +22,7 @@ from kqat.base import ModelError
 from kqat.graph.keras_internals import (
     Opened,
     calls_in_order,
+    give_readers,
     inner_function,
     maker_name,
     open_call,
@@ -244,6 +245,7 @@ def rebuild(
             )
         ]
         outputs = keras.tree.pack_sequence_as(outputs, named)
+    give_readers(fresh.values())
     with _deep_recursion():
         return keras.Model(fill(graph.input_struct, fresh.__getitem__), outputs, name=name)
 
