@@ -65,12 +65,12 @@ def _application(name: str, size: int = 32) -> Build:
 
 
 def _densenet() -> keras.Model:
-    made = importlib.import_module("keras.src.applications.densenet").DenseNet
+    made = importlib.import_module(keras.applications.DenseNet121.__module__).DenseNet
     return made([3, 4, 6, 4], input_shape=(32, 32, 3), weights=None, classes=10)
 
 
 def _convnext() -> keras.Model:
-    made = importlib.import_module("keras.src.applications.convnext").ConvNeXt
+    made = importlib.import_module(keras.applications.ConvNeXtTiny.__module__).ConvNeXt
     return made(
         [1, 1, 3, 1], [32, 64, 128, 256], layer_scale_init_value=1.0, input_shape=(32, 32, 3),
         weights=None, classes=10,
