@@ -179,6 +179,14 @@ def _recurrent(activation: str = "tanh") -> Build:
     )
 
 
+def _masked() -> keras.Model:
+    """A recurrence that keeps its state where a whole number is zero."""
+    numbers = keras.Input(ROWS[:1], dtype="int32", name="numbers")
+    x = keras.Input(ROWS, name="x")
+    y = layers.SimpleRNN(4, "relu")(x, mask=ops.not_equal(numbers, 0))
+    return keras.Model([numbers, x], y, name="probe")
+
+
 # Operator -> a model whose file holds it.
 MODELS: dict[str, Build] = {
     "CONV_2D": _one(IMAGE, lambda x: layers.Conv2D(6, 3, padding="same")(x)),
@@ -252,6 +260,8 @@ INT16_MODELS: dict[str, Build] = {
     # The int16 kernel of TANH approximates.
     "UNPACK": _recurrent("relu"),
     "PACK": _recurrent("relu"),
+    # Comparisons of quantities have kernels of 8 bits only.
+    "SELECT_V2": _masked,
     # No end of a file turns bytes into int16; a scale that a kernel fixes meets another one here.
     "QUANTIZE": _one(VECTOR, lambda x: layers.Concatenate()([ops.sigmoid(x), x])),
 }
@@ -334,13 +344,19 @@ def files(operator: str) -> Iterator[Probed]:
         frozen = kqat.freeze(kqat.quantize_model(model, config, calibration_data=data))
         blob = exporter.assemble(
             frozen,
-            ["uint8" if operator == "QUANTIZE" and not wide else None] * len(frozen.input_names),
+            [_input_type(operator, tensor, wide) for tensor in model.inputs],
             [_output_type(operator, tensor) for tensor in frozen.model.outputs],
             runtimes=frozenset(),
             tables_computed=frozenset(table.index for table in frozen.tables),
         )
         _check_holds(operator, precision, blob)
         yield Probed(precision, frozen, blob, data)
+
+
+def _input_type(operator: str, tensor: Any, wide: bool) -> str | None:
+    if tensor.dtype == "int32":
+        return "int32"
+    return "uint8" if operator == "QUANTIZE" and not wide else None
 
 
 def _output_type(operator: str, tensor: Any) -> str | None:
@@ -351,9 +367,14 @@ def _output_type(operator: str, tensor: Any) -> str | None:
 
 def _data(model: keras.Model) -> Any:
     generator = np.random.default_rng(0)
-    arrays = [
-        generator.normal(size=(SAMPLES, *t.shape[1:])).astype(np.float32) for t in model.inputs
-    ]
+
+    def values(tensor: Any) -> np.ndarray:
+        size = (SAMPLES, *tensor.shape[1:])
+        if tensor.dtype == "int32":
+            return generator.integers(0, 3, size).astype(np.int32)
+        return generator.normal(size=size).astype(np.float32)
+
+    arrays = [values(tensor) for tensor in model.inputs]
     return arrays if len(arrays) > 1 else arrays[0]
 
 

@@ -46,7 +46,7 @@ class SiteRange:
     Attributes:
         low, high: the range.
         seen_low, seen_high: the least and the greatest value of all.
-        stretched: how many times as wide values spread in training mode, 1 or more.
+        noise: what Dropout and noise add to `-seen_low` and `seen_high` in training mode.
         batches: how many batches of 32 were seen.
     """
 
@@ -54,7 +54,7 @@ class SiteRange:
     high: float
     seen_low: float
     seen_high: float
-    stretched: float
+    noise: tuple[float, float]
     batches: int
 
     def no_narrower(self, width: float) -> "SiteRange":
@@ -222,6 +222,8 @@ class ActivationQuantizer(keras.layers.Layer):
         """As Keras's; files of before calibration left an anchor hold the first three alone."""
         if len(store) != 3:
             super().load_own_variables(store)
+            if not isinstance(self.range_method, Fixed):
+                self.anchor.assign(Anchor.of_older(ops.convert_to_numpy(self.anchor)))
             return
         for index, variable in enumerate((self.site_low, self.site_high, self.count)):
             variable.assign(store[str(index)])
@@ -282,7 +284,7 @@ class ActivationQuantizer(keras.layers.Layer):
             low[site], high[site] = one.low, one.high
             count[site] = max(float(one.batches), _LEAST_WEIGHT)
             extremes[:, site] = seen
-            anchor[:, :, site] = Anchor.rows(calibrated, seen, one.stretched)
+            anchor[:, :, site] = Anchor.rows(calibrated, seen, one.noise)
         values = low, high, count, extremes, anchor
         for variable, value in zip(self._ranges(), values, strict=True):
             variable.assign(value)
@@ -355,19 +357,20 @@ class ActivationQuantizer(keras.layers.Layer):
     def stretched(self) -> float:
         """How many times as wide as in inference the values were that moved the range, or 1.
 
-        Behind Dropout the extremes of a training batch are divided by the factor by which noise
-        widened them in calibration. Weights that change afterwards change values that noise hides.
-        1 where no batch of training came after calibration.
+        That is by what noise added in calibration. Weights that change afterwards change values
+        that noise hides. 1 where no batch of training came after calibration.
         """
         if isinstance(self.range_method, Fixed | LearnedRangeMethod):
             return 1.0
         anchor = ops.convert_to_numpy(self.anchor)
         now = np.stack([-ops.convert_to_numpy(self.site_low), ops.convert_to_numpy(self.site_high)])
         known = anchor[Anchor.WIDEST, 0] != np.float32(Anchor.UNSET[Anchor.WIDEST])
-        changed = Anchor.seen(anchor) - ops.convert_to_numpy(self.extremes), anchor[0] - now
+        seen = Anchor.seen(anchor)
+        changed = seen - ops.convert_to_numpy(self.extremes), anchor[0] - now
         trained = np.abs(changed).max(axis=(0, 1)) > 1e-4 * now.sum(axis=0)
-        factors = anchor[Anchor.FACTOR].min(axis=0)[known & trained]
-        return float(1.0 / factors.min(initial=1.0))
+        usable = known & trained & (seen.sum(axis=0) > 0.0)
+        more = -anchor[Anchor.ADDED].sum(axis=0)[usable] / seen.sum(axis=0)[usable]
+        return float(1.0 + more.max(initial=0.0))
 
     def is_calibrated(self) -> bool:
         """Whether the range is known."""
@@ -524,8 +527,8 @@ class ActivationQuantizer(keras.layers.Layer):
         if self.sites > 1:
             here = ops.logical_and(ops.arange(self.sites) == site, here)
         if isinstance(method, MinMax | LastValue):
-            factor = self.anchor.value[Anchor.FACTOR]
-            new_low, new_high = method.update(low, high, count, least * factor[0], most * factor[1])
+            shown = Anchor.without_noise(self.anchor.value, ops.expand_dims(batch, -1))
+            new_low, new_high = method.update(low, high, count, 0.0 - shown[0], shown[1])
         else:
             follows = method if isinstance(method, MovingAverage) else FOLLOWING
             old = self.extremes.value

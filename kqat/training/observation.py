@@ -117,20 +117,20 @@ class SiteRecord:
             high=float(np.float32(high)),
             seen_low=seen.low - room,
             seen_high=seen.high,
-            stretched=self._stretched(),
+            noise=self._noise(),
             batches=len(self.extremes),
         )
 
-    def _stretched(self) -> float:
-        """How many times as wide the range is in training mode, by the batches run both ways."""
+    def _noise(self) -> tuple[float, float]:
+        """What noise adds to `-low` and `high`, by the batches that were run both ways."""
         if not self.noisy:
-            return 1.0
+            return 0.0, 0.0
         plain, noisy = (
-            max(h for _, h in pairs) - min(low for low, _ in pairs)
+            np.array([-min(low for low, _ in pairs), max(high for _, high in pairs)])
             for pairs in (self.extremes[: len(self.noisy)], self.noisy)
         )
-        wide = noisy / plain if plain > 0.0 else 1.0
-        return max(wide, 1.0) if math.isfinite(wide) else 1.0
+        more = np.maximum(noisy - plain, 0.0)
+        return tuple(more.tolist()) if np.isfinite(more).all() else (0.0, 0.0)
 
     def _shown(self, x: np.ndarray) -> np.ndarray:
         if not self.quantizer.hides:

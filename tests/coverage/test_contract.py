@@ -23,7 +23,7 @@ from kqat.parts.byte_input import ByteInput
 from kqat.parts.learned import Learned
 from kqat.parts.markers import Requantize
 from kqat.parts.recurrence import Recurrence
-from kqat.parts.single_op_layers import ConstantRows, Hide
+from kqat.parts.single_op_layers import ConstantRows, Hide, Hold
 from kqat.registry.layer_table import ACTIVATIONS, AUGMENTING, LAYERS, rule_for
 from kqat.registry.operation_table import OPERATIONS
 from kqat.training.build import all_layers
@@ -380,8 +380,9 @@ def test_every_row_has_a_case() -> None:
     # where widths meet (`tests/kqat/planning/test_width_changes.py`) and ByteInput behind uint8
     # inputs (`test_byte_inputs.py` there), attention puts Hide where a mask is, and tracing puts
     # Learned where a weight is a value: the case "class_token". One-hot codes are ConstantRows.
+    # Masks of recurrent layers are tried in `tests/kqat/rewrites/test_masked_recurrence.py`.
     tried = {*(type(layer) for layer in nodes), *AUGMENTING, Requantize, ByteInput, Hide, Learned}
-    tried.add(ConstantRows)
+    tried |= {ConstantRows, Hold, keras.layers.Masking}
     assert set(LAYERS) - tried == set()
     kinds = [
         keras.activations.serialize(layer.activation)

@@ -268,8 +268,9 @@ def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
     ],
 )
 def test_errors_are_one_message(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], match: str
+    folder: Path, blob: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], match: str
 ) -> None:
+    assert blob.parent == folder
     monkeypatch.chdir(folder)
     said = run(*arguments, code=2)
     assert match in " ".join(said.output.split())

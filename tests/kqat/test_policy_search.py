@@ -100,6 +100,7 @@ def test_no_warning_speaks_of_the_samples_that_sizes_are_measured_with(
     assert [w for w in caught if issubclass(w.category, kqat.CalibrationWarning)] == []
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_meets_names_the_nearest_that_works(
     network: tuple[keras.Model, np.ndarray],
 ) -> None:

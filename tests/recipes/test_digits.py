@@ -13,6 +13,7 @@ FILES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_step_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = digits.main(["--smoke", "--out", str(tmp_path / "new" / "folder")])
     out = tmp_path / "new" / "folder"

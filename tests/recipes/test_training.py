@@ -94,6 +94,7 @@ def _trained(model: keras.Model, folder: Path, samples: Samples, *stop: int) -> 
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True])
 def test_what_was_broken_off_goes_on_as_if_it_had_not_been(
     samples: Samples, tmp_path: Path, quantized: bool

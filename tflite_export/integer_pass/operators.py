@@ -53,7 +53,7 @@ def set_codes(draft: Draft) -> None:
 
 
 def _int16_version(draft: Draft, operator: OperatorT) -> int:
-    name = draft.op_name(operator)
+    name = draft.rule(operator).ships_as or draft.op_name(operator)
     if name not in INT16:
         raise LoweringError(
             f"Expected operators with int16 kernels. Received: {name}, which writes "

@@ -83,8 +83,10 @@ class Anchor:
     numbers, the extremes `e` (as magnitudes, `-low` and `high`). They start as the calibration
     extremes, and follow the batches' extremes as a moving average: with four times the weight
     `MovingAverage.share` if these are larger, and a tenth of it if they are smaller. So they come
-    to lie near the largest of many batches. The batches' extremes are divided by the factor by
-    which Dropout scales them here, and cut at 1.5 widths of the range. The range is
+    to lie near the largest of many batches. What Dropout and noise added to the extremes in
+    calibration is taken off those of a batch, so that values that outgrow the noise show. But no
+    more is taken off than the share by which noise widened them, so that small batches narrow
+    nothing. They are cut at 1.5 widths of the range. The range is
 
         calibrated * min(1, 4 * e / seen) + min(5 * beyond, max(grown, beyond))
         beyond = max(0, e - seen - width / 16)
@@ -97,34 +99,53 @@ class Anchor:
     clip it soon is `e`.
 
     The rows, each `(2, sites)` for low and high, are: the calibrated range; the extreme above which
-    it widens; the slope by which it narrows; the factor of a batch's extremes; the weight of
-    smaller extremes; the least width at which a batch is cut. Before calibration they make the
-    range equal to `e`, the plain average.
+    it widens; the slope by which it narrows; what is added to a batch's extremes because of noise,
+    zero or less; the weight of smaller extremes; the least width at which a batch is cut. Before
+    calibration they make the range equal to `e`, the plain average.
     """
 
     ROWS = 6
-    FACTOR = 3  # the row of the factor of a batch
+    SLOPE = 2  # the row of the slope by which a range narrows
+    ADDED = 3  # the row of what is added to a batch's extremes
     WIDEST = 5  # the row of the least width at which a batch is cut
-    UNSET = (0.0, 0.0, 0.0, 1.0, 1.0, _LARGEST)
+    UNSET = (0.0, 0.0, 0.0, 0.0, 1.0, _LARGEST)
 
     @staticmethod
-    def rows(calibrated: Any, seen: Any, stretched: Any) -> list[Any]:
+    def rows(calibrated: Any, seen: Any, noise: Any) -> list[Any]:
         """The rows of one site, from arrays of shape `(2,)`.
 
         Args:
             calibrated: `-low` and `high` of the range.
             seen: `-low` and `high` of all values in calibration.
-            stretched: by which factor the values are wider in training mode, 1 or more.
+            noise: what Dropout and noise add to `seen` in training mode, 0 or more.
         """
         slope = [min(1.0 / (_QUIET * s), _LARGEST) if s > 0.0 else 0.0 for s in seen]
         start = [min(s + _NEW * float(sum(seen)), _LARGEST) for s in seen]
-        return [calibrated, start, slope, [1.0 / stretched] * 2, [_FORGETS] * 2, [0.0] * 2]
+        return [calibrated, start, slope, [-x for x in noise], [_FORGETS] * 2, [0.0] * 2]
 
     @staticmethod
     def seen(anchor: Any) -> Any:
         """The extremes that `rows` was given, `(2, sites)`, from a NumPy array of the rows."""
-        slope = anchor[2]
+        slope = anchor[Anchor.SLOPE]
         return np.divide(1.0 / _QUIET, slope, out=np.zeros_like(slope), where=slope > 0.0)
+
+    @staticmethod
+    def without_noise(anchor: Any, batch: Any) -> Any:
+        """Extremes of a batch (magnitudes, `(2, 1)`) without what noise adds to them."""
+        added, slope = anchor[Anchor.ADDED], anchor[Anchor.SLOPE]
+        least = ops.where(slope > 0.0, batch / (1.0 - added * slope * _QUIET), 0.0)
+        return ops.maximum(batch + added, least)
+
+    @staticmethod
+    def of_older(anchor: Any) -> Any:
+        """The rows of older releases as `rows` makes them, NumPy arrays.
+
+        They held a factor of the extremes, above zero, in place of what is added to them.
+        """
+        factor, new = anchor[Anchor.ADDED], anchor.copy()
+        if np.any(factor > 0.0):
+            new[Anchor.ADDED] = (1.0 - 1.0 / factor) * Anchor.seen(anchor)
+        return new
 
     @staticmethod
     def moved(method: MovingAverage, anchor: Any, extremes: Any, count: Any, batch: Any) -> Any:
@@ -137,9 +158,9 @@ class Anchor:
             count: batches so far, `(sites,)`.
             batch: `-low` and `high` of the batch, `(2, 1)`.
         """
-        calibrated, start, slope, factor, less, most = ops.unstack(anchor, axis=0)
+        calibrated, start, slope, _, less, most = ops.unstack(anchor, axis=0)
         widest = ops.sum(extremes, axis=0) * _WIDEST + most
-        step = ops.minimum(batch * factor, widest) - extremes
+        step = ops.minimum(Anchor.without_noise(anchor, batch), widest) - extremes
         share = method.share(count)
         more = ops.where(most > 0.0, 1.0, _FOLLOWS)  # The plain average before calibration.
         extremes = extremes + share * ops.where(step < 0.0, less, more) * step

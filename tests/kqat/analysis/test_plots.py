@@ -47,6 +47,7 @@ def titles(figure: Any) -> list[str]:
     return [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
 
 
+@pytest.mark.slow
 def test_every_grid_has_its_row(mixed: tuple[keras.Model, np.ndarray]) -> None:
     figure = kqat.plot_quantization(*mixed[:1], data=mixed[1])
     found = titles(figure)

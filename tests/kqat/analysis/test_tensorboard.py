@@ -52,6 +52,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, keras.Model
     return folder, qat, history.history
 
 
+@pytest.mark.slow
 def test_ranges_steps_and_device_metrics(written: tuple[Path, keras.Model, Any]) -> None:
     folder, qat, history = written
     found = events(folder)

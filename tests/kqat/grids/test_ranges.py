@@ -276,20 +276,18 @@ def test_other_calibration_methods_are_refused(method: Any) -> None:
 
 
 def moved(
-    batches: Any, *, stretched: float = 1.0, calibrated: tuple[float, float] = (0.5, 1.5)
+    batches: Any,
+    *,
+    noise: tuple[float, float] = (0.0, 0.0),
+    calibrated: tuple[float, float] = (0.5, 1.5),
 ) -> np.ndarray:
     """The range after batches, calibrated to [-0.5, 1.5] where [-1, 2] was seen."""
-    rows = Anchor.rows(calibrated, (1.0, 2.0), stretched)
+    rows = Anchor.rows(calibrated, (1.0, 2.0), noise)
     anchor = tf.constant(np.float32(rows)[:, :, None])
     extremes, bounds = tf.constant([[1.0], [2.0]]), tf.zeros((2, 1))
+    step = tf.function(lambda *now: Anchor.moved(MovingAverage(), anchor, *now))
     for count, batch in enumerate(batches, start=100):
-        extremes, bounds = Anchor.moved(
-            MovingAverage(),
-            anchor,
-            extremes,
-            tf.constant([float(count)]),
-            tf.constant(batch)[:, None],
-        )
+        extremes, bounds = step(extremes, tf.constant([float(count)]), tf.constant(batch)[:, None])
     return bounds.numpy()[:, 0]
 
 
@@ -328,5 +326,32 @@ def test_one_huge_batch_widens_by_a_few_percent() -> None:
     assert np.all(moved([(1e30, 1e30)]) <= [0.5 + 0.16, 1.5 + 0.16])
 
 
-def test_what_dropout_stretches_moves_nothing() -> None:
-    np.testing.assert_array_equal(moved([(10.0, 20.0)] * 500, stretched=10.0), [0.5, 1.5])
+@pytest.mark.parametrize("batch", [(10.0, 20.0), (1.0, 2.0), (3.0, 6.0)], ids=str)
+def test_what_dropout_adds_moves_nothing(batch: tuple[float, float]) -> None:
+    """Nor do batches that are smaller than those of calibration."""
+    found = moved([batch] * 500, noise=(9.0, 18.0), calibrated=(1.0, 2.0))
+    np.testing.assert_array_equal(found, [1.0, 2.0])
+
+
+def test_what_outgrows_dropout_widens() -> None:
+    found = moved([(12.0, 24.0)] * 300, noise=(9.0, 18.0), calibrated=(1.0, 2.0))
+    np.testing.assert_allclose(found, [3.0, 6.0], rtol=1e-2)
+
+
+def test_the_anchor_of_an_older_file_means_the_same() -> None:
+    new = np.float32(Anchor.rows((0.5, 1.5), (1.0, 2.0), (9.0, 18.0)))[:, :, None]
+    old = new.copy()
+    old[Anchor.ADDED] = 0.1
+    np.testing.assert_allclose(Anchor.of_older(old), new, rtol=1e-5)
+    np.testing.assert_array_equal(Anchor.of_older(new), new)
+    unset = np.zeros((Anchor.ROWS, 2, 1), np.float32) + np.float32(Anchor.UNSET)[:, None, None]
+    older = unset.copy()
+    older[Anchor.ADDED] = 1.0
+    np.testing.assert_array_equal(Anchor.of_older(older), unset)
+
+
+def test_a_side_that_only_noise_reaches_stays_empty() -> None:
+    rows = Anchor.rows((0.0, 2.0), (0.0, 2.0), (1.0, 0.5))
+    anchor = tf.constant(np.float32(rows)[:, :, None])
+    shown = Anchor.without_noise(anchor, tf.constant([[0.9], [2.5]]))
+    np.testing.assert_array_equal(shown, [[0.0], [2.0]])

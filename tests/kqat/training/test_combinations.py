@@ -60,6 +60,7 @@ def test_bits_fall_and_zeros_and_clusters_stay() -> None:
     check_kept(qat, model, 6)
 
 
+@pytest.mark.slow
 def test_a_student_keeps_zeros_and_clusters() -> None:
     model = few()
     qat = preserving(config(4, "lsq"), model)
@@ -123,6 +124,7 @@ def test_powers_of_two_stay_powers_when_rounded_weights_train(name: str) -> None
         np.testing.assert_array_equal(powers, np.rint(powers))
 
 
+@pytest.mark.slow
 def test_all_schedules_at_once_with_learned_steps_and_ranges(tmp_path: Path) -> None:
     qat = quantized(config(4, "lsq", activation_range="lsq_plus"))
     callbacks = [
@@ -179,6 +181,7 @@ PAIRS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "ranges"), PAIRS)
 def test_pairs_of_methods_train_and_load(step: str, ranges: str, tmp_path: Path) -> None:
     bits = min(4, WIDTHS[step][1])

@@ -60,6 +60,7 @@ def test_the_losses_are_those_of_the_papers(data: tuple[np.ndarray, np.ndarray])
     assert both.losses == []
 
 
+@pytest.mark.slow
 def test_a_student_comes_closer_and_is_saved(
     data: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:

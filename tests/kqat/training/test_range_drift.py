@@ -58,7 +58,7 @@ def test_training_without_calibration_is_no_drift() -> None:
         kqat.freeze(qat)
 
 
-NOISE = [layers.Dropout(0.5), layers.SpatialDropout1D(0.8), layers.GaussianNoise(1.0)]
+NOISE = [layers.Dropout(0.8), layers.SpatialDropout1D(0.8), layers.GaussianDropout(0.8)]
 
 
 @pytest.mark.parametrize("noise", NOISE, ids=lambda layer: layer.name)

@@ -265,3 +265,16 @@ def test_passes_that_change_places_are_noticed() -> None:
     types, constants = names.index("convert tensors"), names.index("quantize constants")
     passes.insert(constants, passes.pop(types))
     assert "quantize constants needs FLOAT_TENSORS" in unmet(passes)
+
+
+def test_a_selection_of_sixteen_bits_ships_as_the_operator_that_has_a_kernel() -> None:
+    """The converter writes SELECT, whose only kernel of ours is SELECT_V2's."""
+    a, b = keras.Input((6, 4), name="a"), keras.Input((6, 4), name="b")
+    model = keras.Model([a, b], keras.ops.where(keras.ops.greater(a, b), a, b))
+    x = [np.random.default_rng(i).normal(size=(64, 6, 4)).astype(np.float32) for i in range(2)]
+    qat = kqat.quantize_model(model, {"greater*": "int8", "*": "int16x8"}, calibration_data=x)
+    blob = tflite_export.convert(qat)
+    operators = {operator.name for operator in tflite_export.inspect(blob).operators}
+    assert "SELECT_V2" in operators and "SELECT" not in operators
+    report = tflite_export.verify(qat, blob, x, samples=8, runtimes=["litert"])
+    assert report.on("litert").exact.differing == 0
