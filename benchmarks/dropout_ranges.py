@@ -6,8 +6,8 @@
 A small convolutional network is calibrated and then trained, until its rate is zero. The table has
 the SQNR in dB of the QAT model against the float model of the same weights: after calibration,
 after `fit`, and after a calibration of the trained model on the same samples. The last two should
-be the same: then the ranges followed the weights, and nothing else. At a learning rate of 0 nothing but
-the ranges can move, and all three should be the same.
+be the same: then the ranges followed the weights, and nothing else. At a learning rate of 0 nothing
+but the ranges can move, and all three should be the same.
 """
 
 import argparse
