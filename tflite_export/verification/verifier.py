@@ -118,15 +118,15 @@ def _differences_of_ends(frozen: FrozenModel, model: ModelT) -> list[str]:
 
 def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:
     names = frozen.input_names
-    if isinstance(data, Mapping):
-        data = [data.get(name) for name in names]
-    arrays = [np.asarray(x) for x in (data if isinstance(data, list | tuple) else [data])]
     shapes = [tuple(t.shape[1:]) for t in frozen.model.inputs]
+    wanted = f"data of shapes {[('samples', *s) for s in shapes]} for the inputs {list(names)}"
+    if isinstance(data, Mapping):
+        if set(data) != set(names):
+            raise ExportError(f"Expected {wanted}. Received: data for {list(data)}.")
+        data = [data[name] for name in names]
+    arrays = [np.asarray(x) for x in (data if isinstance(data, list | tuple) else [data])]
     if [x.shape[1:] for x in arrays] != shapes or not all(len(x) for x in arrays):
-        raise ExportError(
-            f"Expected data of shapes {[('samples', *s) for s in shapes]} for the inputs "
-            f"{list(names)}. Received: {[x.shape for x in arrays]}."
-        )
+        raise ExportError(f"Expected {wanted}. Received: {[x.shape for x in arrays]}.")
     dtypes = [keras.backend.standardize_dtype(t.dtype) for t in frozen.model.inputs]
     kinds = [np.float32 if keras.backend.is_float_dtype(d) else d for d in dtypes]
     return [x[:samples].astype(kind) for x, kind in zip(arrays, kinds, strict=True)]
