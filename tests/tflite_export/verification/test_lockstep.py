@@ -241,7 +241,7 @@ def test_lists_and_dicts_serve_models_of_many_inputs() -> None:
     assert rows[0] == rows[1]
     assert rows[0].outputs[0].max_steps <= 1
     for wrong in ({"a": x[1]}, {"a": x[1], "b": x[0], "labels": x[0]}):
-        with pytest.raises(ExportError, match="for the inputs .* Received: data for"):
+        with pytest.raises(ExportError, match=r"for the inputs .* Received: data for"):
             tflite_export.verify(qat, blob, wrong, runtimes=[REFERENCE])
 
 
