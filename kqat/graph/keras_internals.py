@@ -7,6 +7,7 @@ its `call` (not `__call__`) on symbolic tensors.
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import operator
@@ -658,8 +659,8 @@ def _reaching(function: Any, masks: list[Any]) -> Any:
     except ValueError as error:
         raise ModelError(
             "Expected masks that are computed from a model's own inputs. Received: one that comes "
-            "out of a model inside the model. Call its layers in the outer model, or leave "
-            "mask_zero and Masking out."
+            "out of a custom layer or a model inside the model. Call the layer that makes the mask "
+            "(mask_zero, Masking) in the outer model, or leave it out."
         ) from error
 
 
@@ -674,22 +675,28 @@ def mask_function(inputs: Sequence[Any], mask: Any) -> Any:
 
     It is `None` where something else than operations on these inputs makes the mask.
     """
+    fresh = [
+        keras.Input(t.shape[1:], dtype=t.dtype, name=f"input_{i}") for i, t in enumerate(inputs)
+    ]
+    made = _remade(inputs, mask, fresh)
+    return None if made is None else keras.Model(fresh, made, name="mask")
+
+
+def _remade(inputs: Sequence[Any], mask: Any, given: Sequence[Any]) -> Any:
+    """A symbolic mask of `inputs`, made of `given` instead; `None` as for `mask_function`."""
     try:
         calls = _calls(keras.Function(list(inputs), mask))
     except ValueError:
         return None
     if any(isinstance(call.operation, keras.layers.Layer) for call in calls):
         return None
-    fresh = [
-        keras.Input(t.shape[1:], dtype=t.dtype, name=f"input_{i}") for i, t in enumerate(inputs)
-    ]
-    known = {id(t): new for t, new in zip(inputs, fresh, strict=True)}
+    known = {id(t): new for t, new in zip(inputs, given, strict=True)}
     for call in calls:
-        given = call.arguments.args, call.arguments.kwargs
-        args, kwargs = keras.tree.map_structure(lambda t: known.get(id(t), t), given)
+        arguments = call.arguments.args, call.arguments.kwargs
+        args, kwargs = keras.tree.map_structure(lambda t: known.get(id(t), t), arguments)
         made = _tensors(call.operation(*args, **kwargs))
         known.update((id(t), new) for t, new in zip(call.outputs, made, strict=True))
-    return keras.Model(fresh, known[id(mask)], name="mask")
+    return known[id(mask)]
 
 
 def _masks_read(calls: list[Any]) -> tuple[dict[int, dict[str, Any]], dict[int, Any]]:
@@ -726,7 +733,13 @@ def _masks_read(calls: list[Any]) -> tuple[dict[int, dict[str, Any]], dict[int, 
         first = next(iter(given.values()), None)
         before = keras.tree.map_structure(mask_of, first)
         read = _tensors(list(given.values()))
-        if all(mask_of(t) is getattr(t, "_keras_mask", None) for t in read):
+        if inner_function(layer) is not None:
+            after = _masks_of_inner(inner_function(layer), read)
+        elif type(layer) is keras.layers.Concatenate and layer.axis in (-1, 2):
+            after = [_mask_of_joined(before)]
+        elif _may_hand_out_mask(layer):
+            after = _unknown_masks(call)
+        elif all(mask_of(t) is getattr(t, "_keras_mask", None) for t in read):
             after = [getattr(t, "_keras_mask", None) for t in call.outputs]
         elif layer.supports_masking:
             after = keras.tree.flatten(layer.compute_mask(first, before))
@@ -736,6 +749,55 @@ def _masks_read(calls: list[Any]) -> tuple[dict[int, dict[str, Any]], dict[int, 
         if isinstance(layer, keras.layers.MultiHeadAttention):
             live.update((id(t), None) for t in _tensors(list(tensors.values())))
     return masks, live
+
+
+def _masks_of_inner(function: Any, given: list[Any]) -> list[Any]:
+    """The masks of the outputs of a model inside, made of what it is called on.
+
+    The symbolic outputs of its call bear none. What it bears when it runs is what its layers made.
+    Where a layer makes a mask, there is a stand-in, as for `_unknown_masks`.
+    """
+    after = []
+    for mask in masks_of(function, keras.tree.flatten(function.outputs)):
+        made = None if mask is None else _remade(function.inputs, mask, given)
+        after.append(_stand_in(mask) if made is None and mask is not None else made)
+    return after
+
+
+def _stand_in(mask: Any) -> Any:
+    """A mask that no input leads to: who reads it is refused."""
+    return keras.Input(mask.shape[1:], dtype="bool")
+
+
+def _mask_of_joined(masks: Any) -> Any:
+    """The mask of sequences that are joined along their features, as Keras's, of masks alone.
+
+    A step counts where it counts in any; it always does where a sequence has no mask.
+    """
+    known = [mask for mask in keras.tree.flatten(masks) if mask is not None]
+    if len(known) < len(masks):
+        return None
+    return functools.reduce(keras.ops.logical_or, known)
+
+
+def _may_hand_out_mask(layer: Any) -> bool:
+    """Whether a custom layer, of which Keras knows no mask, has a layer inside that makes one."""
+    if _is_stock(layer) or layer.supports_masking:
+        return False
+    return any(
+        isinstance(part, keras.layers.Masking) or getattr(part, "mask_zero", False)
+        for part in parts_of(layer)
+    )
+
+
+def _unknown_masks(call: Any) -> list[Any]:
+    """Stand-ins for the masks that layers inside a custom layer make."""
+    try:
+        opened = open_call(call.operation, call.arguments.args, call.arguments.kwargs)
+    except ModelError:  # It is refused later, by name, or stays float.
+        return []
+    masks = masks_of(opened.function, keras.tree.flatten(opened.output))
+    return [None if mask is None else _stand_in(mask) for mask in masks]
 
 
 def _check_reads_no_mask(layer: Any) -> None:

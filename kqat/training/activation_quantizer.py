@@ -223,7 +223,7 @@ class ActivationQuantizer(keras.layers.Layer):
         if len(store) != 3:
             super().load_own_variables(store)
             if not isinstance(self.range_method, Fixed):
-                self.anchor.assign(Anchor.of_older(ops.convert_to_numpy(self.anchor)))
+                self.anchor.assign(Anchor.of_older(_array(self.anchor)))
             return
         for index, variable in enumerate((self.site_low, self.site_high, self.count)):
             variable.assign(store[str(index)])
@@ -362,11 +362,11 @@ class ActivationQuantizer(keras.layers.Layer):
         """
         if isinstance(self.range_method, Fixed | LearnedRangeMethod):
             return 1.0
-        anchor = ops.convert_to_numpy(self.anchor)
-        now = np.stack([-ops.convert_to_numpy(self.site_low), ops.convert_to_numpy(self.site_high)])
+        anchor = _array(self.anchor)
+        now = np.stack([-_array(self.site_low), _array(self.site_high)])
         known = anchor[Anchor.WIDEST, 0] != np.float32(Anchor.UNSET[Anchor.WIDEST])
         seen = Anchor.seen(anchor)
-        changed = seen - ops.convert_to_numpy(self.extremes), anchor[0] - now
+        changed = seen - _array(self.extremes), anchor[0] - now
         trained = np.abs(changed).max(axis=(0, 1)) > 1e-4 * now.sum(axis=0)
         usable = known & trained & (seen.sum(axis=0) > 0.0)
         more = -anchor[Anchor.ADDED].sum(axis=0)[usable] / seen.sum(axis=0)[usable]

@@ -52,6 +52,11 @@ def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
         text = f"{observer.samples} samples are few: ranges may miss what others hold"
         every.append(Concern("samples", "", 1.0, text))
     for (quantizer, site), record in observer.records.items():
+        reached = any(one.high > one.low for one in found[quantizer].values())
+        if (quantizer, site) not in names.calls and reached:
+            # Within a recurrence: what a mask puts in place of an output is zero, and no guess.
+            if record.whole().is_zero():
+                continue
         every += _of_site(record, found[quantizer][site], names.of(quantizer, site))
     for quantizer, ranges in found.items():
         every += _unlike_members(graph, quantizer, ranges, names)

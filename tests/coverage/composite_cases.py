@@ -219,6 +219,17 @@ CASES: tuple[Case, ...] = (
         RESHAPE=7,
         STRIDED_SLICE=3,
     ),
+    _one(
+        "time_distributed_layers",
+        (3, 5, 2),
+        lambda x: L.TimeDistributed(
+            keras.Sequential([L.Dense(4, "relu"), L.Flatten(), L.Dense(3)])
+        )(x),
+        CONCATENATION=1,
+        FULLY_CONNECTED=2,
+        RESHAPE=2,
+        STRIDED_SLICE=3,
+    ),
     _one("center_crop", IMAGE, lambda x: L.CenterCrop(5, 6)(x), STRIDED_SLICE=1),
     _one(
         "adaptive_pools",

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 from keras import layers
 
@@ -43,6 +44,19 @@ def time_distributed(layer: Any, name: str) -> Decomposed:
             raise UnsupportedLayerError(
                 f"Expected layer '{name}' without a mask. Received: one. Pad its input to a fixed "
                 "length and leave the mask out."
+            )
+        if isinstance(inner, keras.Sequential):
+            for one in inner.layers:
+                part_name = name if one is inner.layers[-1] else f"{name}_{one.name}_steps"
+                copy = clone(one, f"{name}_{one.name}")
+                spread = layers.TimeDistributed(copy, name=part_name)
+                x = Part(spread, one.get_weights())(x)
+            return x
+        if isinstance(inner, keras.Model):
+            raise UnsupportedLayerError(
+                f"Expected a layer or a Sequential in TimeDistributed layer '{name}'. Received: "
+                f"model '{inner.name}' of type {type(inner).__name__}. Put each of its layers in a "
+                "TimeDistributed of its own."
             )
         if type(inner) in POINTWISE and getattr(inner, "axis", -1) in (-1, [-1]):
             return Part(clone(inner, name), inner.get_weights())(x)

@@ -1,6 +1,7 @@
 """Masks of recurrent layers: a step that is left out keeps the state, to the integer."""
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -281,3 +282,47 @@ def _check_lockstep(qat: Any, blob: bytes, x: np.ndarray, runtimes: list[str]) -
         assert result.is_right and result.exact is not None and result.exact.is_exact, report
         held = [site for site in result.sites if site.operator == "SELECT_V2"]
         assert held and all(site.max_steps == 0 for site in held), report
+
+
+def _inner(sequential: bool) -> keras.Model:
+    if sequential:
+        embedding = layers.Embedding(WORDS, WIDTH, mask_zero=True)
+        rnn = layers.GRU(UNITS, return_sequences=True)
+        return keras.Sequential([keras.Input((STEPS,), dtype="int32"), embedding, rnn])
+    x = keras.Input((STEPS,), dtype="int32")
+    return keras.Model(x, layers.Embedding(WORDS, WIDTH, mask_zero=True)(x))
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_mask_comes_out_of_a_model_inside(sequential: bool) -> None:
+    """The symbolic outputs of its call bear none."""
+    x, words = keras.Input((STEPS,), dtype="int32"), _words()
+    model = _filled(keras.Model(x, layers.LSTM(UNITS)(_inner(sequential)(x))))
+    np.testing.assert_allclose(_expanded(model)(words), model(words), rtol=1e-4, atol=1e-5)
+
+
+class Tokens(layers.Layer):
+    """A custom layer whose output bears the mask of a layer inside."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.table = layers.Embedding(WORDS, WIDTH, mask_zero=True)
+
+    def call(self, x: Any) -> Any:
+        return self.table(x)
+
+
+@pytest.mark.filterwarnings("ignore:Layer 'flatten'")
+def test_a_mask_that_a_custom_layer_makes_is_refused_where_it_is_read() -> None:
+    x = keras.Input((STEPS,), dtype="int32")
+    with pytest.raises(kqat.ModelError, match="out of a custom layer or a model inside"):
+        kqat.plan(keras.Model(x, layers.LSTM(UNITS)(Tokens()(x))))
+    kqat.plan(keras.Model(x, layers.Dense(2)(layers.Flatten()(Tokens()(x)))))
+
+
+def test_what_a_mask_puts_in_place_of_outputs_is_no_guess() -> None:
+    """It is zero by construction."""
+    model = _of_words(layers.GRU(UNITS, return_sequences=True, zero_output_for_mask=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kqat.CalibrationWarning)
+        kqat.quantize_model(model, calibration_data=_words(1024))
