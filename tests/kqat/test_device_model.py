@@ -51,6 +51,7 @@ def test_inputs_and_outputs_keep_their_structures() -> None:
         np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=0.2)
 
 
+@pytest.mark.slow
 def test_the_gap_is_logged_and_can_stop_training() -> None:
     qat = trained()
     history = qat.fit(

@@ -10,6 +10,7 @@ from recipes import npu
 pytest.importorskip("ethosu", reason="needs the extra ethos-u")
 
 
+@pytest.mark.slow
 def test_one_network_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = npu.main(["--smoke", "--out", str(tmp_path)])
     files = {"results.json", "smoke.tflite", "smoke.html"}

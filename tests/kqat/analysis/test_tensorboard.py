@@ -75,6 +75,7 @@ def test_ranges_steps_and_device_metrics(written: tuple[Path, keras.Model, Any])
     assert "oscillating/all" in found
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_it(written: tuple[Path, keras.Model, Any]) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     reader = accumulator.EventAccumulator(str(written[0] / "quantization"))

@@ -33,6 +33,7 @@ def test_the_rate_rises_and_falls_over_all_steps() -> None:
     assert all(la.is_frozen for la in qat.layers if isinstance(la, kqat.ActivationQuantizer))
 
 
+@pytest.mark.slow
 def test_the_loss_and_metrics_of_before_are_kept() -> None:
     qat = quantized()
     qat.compile("sgd", "mae", metrics=["mse"])
@@ -43,6 +44,7 @@ def test_the_loss_and_metrics_of_before_are_kept() -> None:
     assert qat.evaluate(X, Y, verbose=0)[0] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_datasets_and_validation_go_through_to_fit() -> None:
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
     history = kqat.finetune(

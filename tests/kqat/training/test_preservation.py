@@ -85,6 +85,7 @@ def test_zeros_move_where_nobody_keeps_them() -> None:
     assert (head[zero] != 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "clusters"),
     [

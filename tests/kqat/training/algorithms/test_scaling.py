@@ -89,6 +89,7 @@ def test_the_exponent_of_smooth_quant_is_searched(block: tuple[keras.Model, np.n
         algorithms.smooth_quant(qat, data, alpha="best")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_awq_makes_four_bits_round_better(block: tuple[keras.Model, np.ndarray]) -> None:
     model, data = block
     qat = kqat.quantize_model(model, "w4a8", calibration_data=data)
