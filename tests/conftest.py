@@ -50,16 +50,6 @@ def shared() -> Path:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup() -> Iterator[None]:
-    """Skips a test whose fixtures use what only a newer Keras has."""
-    try:
-        return (yield)
-    except Exception as error:
-        skip_if_missing(error)
-        raise
-
-
-@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
     """Skips a test that uses what only a newer Keras has."""
     try:
@@ -67,3 +57,7 @@ def pytest_runtest_call() -> Iterator[None]:
     except Exception as error:
         skip_if_missing(error)
         raise
+
+
+# The same where its fixtures use it.
+pytest_runtest_setup = pytest_runtest_call

@@ -12,7 +12,7 @@ from kqat.training.calibration import CalibrationWarning
 
 # Three of eight bits: what is left resolves 32 values.
 LARGEST_FACTOR = 8.0
-# Noise that widens values by less than this cost less than 2 dB: benchmarks/dropout_ranges.md.
+# More than Dropout of 0.3 widens values in benchmarks/dropout_ranges.md, less than Dropout of 0.5.
 LEAST_NOISE = 1.75
 NAMED = 3
 
@@ -24,8 +24,8 @@ def warn_of_drift(qat: keras.Model, *, stacklevel: int) -> None:
     a model that was calibrated untrained may well do so; but so do the ranges of a training that
     diverged, or that met data unlike those of calibration.
 
-    Batches with Dropout active do not show what inference computes. Ranges that were trained behind
-    it are estimates, and what goes beyond them is clipped.
+    Where Dropout or noise makes values more than 1.75 times as wide, batches of training hardly
+    show what inference computes: what goes beyond the ranges that they left is clipped.
 
     Args:
         qat: a QAT model.
