@@ -322,11 +322,14 @@ def ptq(
     """
     _check_apart(output, model, data)
     qat = _quantized(model, data, policy, rules, calibration)
-    with terminal.doing("converting"):
-        blob = tflite_export.convert(
-            qat, inference_input_type=input_type, inference_output_type=output_type, target=target
-        )
-    _save_tflite(blob, output, json_path)
+    _convert(
+        qat,
+        output,
+        json_path,
+        inference_input_type=input_type,
+        inference_output_type=output_type,
+        target=target,
+    )
 
 
 @main.command(short_help="Convert a QAT model to a full-integer .tflite.")
@@ -370,19 +373,18 @@ def convert(
 ) -> None:
     """Convert QAT, the .keras file of a QAT model, to a full-integer .tflite."""
     _check_apart(output, qat)
-    loaded = _load(qat)
-    with terminal.doing("converting"):
-        blob = tflite_export.convert(
-            loaded,
-            inference_input_type=input_type,
-            inference_output_type=output_type,
-            target=target,
-            batch_size=batch_size,
-            compress=compress,
-            float_weights=float_weights,
-            weights=weights,
-        )
-    _save_tflite(blob, output, json_path)
+    _convert(
+        _load(qat),
+        output,
+        json_path,
+        inference_input_type=input_type,
+        inference_output_type=output_type,
+        target=target,
+        batch_size=batch_size,
+        compress=compress,
+        float_weights=float_weights,
+        weights=weights,
+    )
 
 
 @main.command(short_help="Run a .tflite on every runtime; compare it with its model.")
@@ -728,7 +730,10 @@ def _save_keras(model: Any, path: Path, json_path: Path | None) -> None:
         click.echo(path)
 
 
-def _save_tflite(blob: bytes, path: Path, json_path: Path | None) -> None:
+def _convert(qat: Any, path: Path, json_path: Path | None, **options: Any) -> None:
+    """Converts with the options of `tflite_export.convert`, saves the file and tells of it."""
+    with terminal.doing("converting"):
+        blob = tflite_export.convert(qat, **options)
     tflite_export.save(blob, path)
     found = tflite_export.inspect(blob)
     result = {
