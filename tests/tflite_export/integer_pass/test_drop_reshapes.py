@@ -65,12 +65,19 @@ def test_every_runtime_computes_the_same_without(
     monkeypatch.setattr(pipeline, "PASSES", others)
     whole = tflite_export.convert(frozen, batch_size=batch_size)
     assert "RESHAPE" in before_dense(whole) and "RESHAPE" not in before_dense(without)
-    dtype = np.int16 if policy == "int16x8" else np.int8
-    feed = [np.random.default_rng(0).integers(-128, 128, x[:8].shape).astype(dtype)]
+    assert_the_same_on_every_runtime(frozen, without, whole, x[:8])
+
+
+def assert_the_same_on_every_runtime(
+    frozen: kqat.FrozenModel, without: bytes, whole: bytes, x: np.ndarray
+) -> None:
+    """The two files compute the same integers, and the first is the frozen model."""
+    dtype = np.dtype(tflite_export.inspect(whole).inputs[0].dtype)
+    feed = [np.random.default_rng(0).integers(-128, 128, x.shape).astype(dtype)]
     for runtime in RUNTIMES:
         ours, reference = (run(blob, feed, runtime=runtime).outputs for blob in (without, whole))
         np.testing.assert_array_equal(ours[0], reference[0])
-    report = tflite_export.verify(frozen, without, x, samples=8, runtimes=RUNTIMES)
+    report = tflite_export.verify(frozen, without, x, samples=len(x), runtimes=RUNTIMES)
     for part in report.runtimes:
         assert part.problem is None and part.unmatched == () and part.max_steps <= 1
 
@@ -183,14 +190,7 @@ def test_rows_keep_their_axes_on_every_runtime(
     products = operators(flatbuffer.read(without)).count("FULLY_CONNECTED")
     reshapes = [operators(flatbuffer.read(blob)).count("RESHAPE") for blob in (whole, without)]
     assert products and reshapes[0] - reshapes[1] == products
-    dtype = np.int16 if policy == "int16x8" else np.int8
-    feed = [np.random.default_rng(0).integers(-128, 128, x[:8].shape).astype(dtype)]
-    for runtime in RUNTIMES:
-        ours, reference = (run(blob, feed, runtime=runtime).outputs for blob in (without, whole))
-        np.testing.assert_array_equal(ours[0], reference[0])
-    report = tflite_export.verify(frozen, without, x, samples=8, runtimes=RUNTIMES)
-    for part in report.runtimes:
-        assert part.problem is None and part.unmatched == () and part.max_steps <= 1
+    assert_the_same_on_every_runtime(frozen, without, whole, x[:8])
 
 
 @pytest.mark.parametrize("reason", ["other shape", "other reader", "output", "columns"])
