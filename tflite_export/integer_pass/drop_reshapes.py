@@ -37,8 +37,8 @@ def keep_axes(draft: Draft) -> None:
     """Removes the RESHAPEs of subgraph 0 that give FULLY_CONNECTED's rows the input's axes back.
 
     With `keep_num_dims` the operator does so itself: the same numbers in the same order
-    (schema.fbs, `FullyConnectedOptions`). Its input must end in as many numbers as its weights have
-    columns.
+    (schema.fbs, `FullyConnectedOptions`). As the axes are the input's, and the rows as many as its
+    numbers fill, its last axis is a row.
     """
     model, graph = draft.model, draft.graph
     names = {site.name for sites in draft.labels.named.values() for site in sites}
@@ -68,7 +68,7 @@ def _that_give_axes_back(model: ModelT, operator: OperatorT) -> list[OperatorT]:
     shape, matrix = (flatbuffer.tensor_shape(graph.tensors[i]) for i in (source, weights))
     outputs = set(map(int, graph.outputs))
     readers = [op for op in graph.operators if value in map(int, op.inputs)]
-    if value in outputs or shape[-1] != matrix[-1]:
+    if value in outputs:
         return []
     given = [int(reader.outputs[0]) for reader in readers]
     if len(readers) > 1 and outputs & set(given):
