@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import operator
 import re
 import sys
@@ -294,6 +295,7 @@ def _called(
             _calls_inlined(layer, inside),
             _shapes_told(layer),
             _keys_of_tensors(),
+            _sizes_known(),
             tensorflow_traced(),
         ):
             # Keras hands it down to every layer inside that does not say otherwise.
@@ -438,6 +440,56 @@ def _keys_of_tensors() -> Iterator[None]:
         yield
     finally:
         home.__getitem__ = index
+
+
+class _Shape(tuple[Any, ...]):
+    """A shape that also answers as TensorFlow's does, for which `call` may have been written."""
+
+    @property
+    def rank(self) -> int:
+        return len(self)
+
+    @property
+    def ndims(self) -> int:
+        return len(self)
+
+    @property
+    def dims(self) -> list[Any]:
+        return list(self)
+
+    def as_list(self) -> list[Any]:
+        return list(self)
+
+    def num_elements(self) -> int:
+        return math.prod(self)
+
+    def is_fully_defined(self) -> bool:
+        return None not in self
+
+    def __getitem__(self, key: Any) -> Any:
+        part = super().__getitem__(key)
+        return _Shape(part) if isinstance(key, slice) else part
+
+
+@contextlib.contextmanager
+def _sizes_known() -> Iterator[None]:
+    """Lets shapes, and `keras.ops.ndim` and `size`, be those of the tensors of a backend.
+
+    Keras makes symbolic numbers of the latter, by which Python can neither branch nor count.
+    """
+    functions: Any = sys.modules[keras.ops.ndim.__module__]
+    home: Any = keras.KerasTensor
+    shape, symbolic_call = home.shape, functions.Operation.symbolic_call
+    try:
+        functions.Ndim.symbolic_call = lambda operation, x: len(x.shape)
+        functions.Size.symbolic_call = lambda operation, x: math.prod(x.shape)
+        home.shape = property(lambda tensor: _Shape(shape.fget(tensor)), shape.fset)
+        home.get_shape = lambda tensor: tensor.shape
+        yield
+    finally:
+        functions.Ndim.symbolic_call = functions.Size.symbolic_call = symbolic_call
+        home.shape = shape
+        del home.get_shape
 
 
 def _plain_key(part: Any) -> Any:
@@ -851,7 +903,7 @@ def _tensors(structure: Any) -> list[Any]:
 
 
 def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
-    """Inputs with their types: what only an Embedding reads holds indexes, and so is int32."""
+    """Inputs with their types: what only an Embedding reads holds indexes, int32 or bool."""
     readers: dict[int, list[Any]] = {id(t): [] for t in opened.tensors}
     for operation in opened.function.operations:
         for call in operation._inbound_nodes:
@@ -863,7 +915,7 @@ def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
         indexes = operations and all(isinstance(o, keras.layers.Embedding) for o in operations)
         # TFLite has no float64 inputs; numbers of that type are converted as Keras does.
         floats = "float32" if tensor.dtype == "float64" else str(tensor.dtype)
-        typed.append((tensor, "int32" if indexes else floats))
+        typed.append((tensor, "int32" if indexes and floats != "bool" else floats))
     return typed
 
 

@@ -289,22 +289,12 @@ def _check_input(tensor: Any, model_name: str) -> None:
         raise _wrong_type(tensor.name, tensor.dtype, model_name)
 
 
-def check_no_booleans(graph: Graph, model_name: str) -> None:
-    """Refuses the graph of a user's model with boolean inputs, which only a step inside may have.
-
-    Raises:
-        ModelError: if there are any.
-    """
-    for ref, name in zip(graph.inputs, graph.input_names, strict=True):
-        if ref.dtype == "bool":
-            raise _wrong_type(name, ref.dtype, model_name)
-
-
 def _wrong_type(name: str, dtype: str, model_name: str) -> ModelError:
     return ModelError(
-        "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "
-        f"that hold indexes (token ids), in model '{model_name}'. Received: input '{name}' of "
-        f"dtype {dtype}. Declare indexes int32, pixels uint8 and other quantities float32."
+        "Expected float inputs, uint8 inputs that hold quantities (pixels), int32 inputs that hold "
+        f"indexes (token ids), or bool inputs (masks), in model '{model_name}'. Received: input "
+        f"'{name}' of dtype {dtype}. Declare indexes int32, pixels uint8, masks bool and other "
+        "quantities float32."
     )
 
 
@@ -473,7 +463,7 @@ def _call_options(
             f"Expected layers that compute as inference does when they ship. Received: "
             f"training=True in the call of '{layer.name}'. Call it without `training`."
         )
-    said = {k: v for k, v in kwargs.items() if k != "training" and (k, v) != ("mask", None)}
+    said = {k: v for k, v in kwargs.items() if k != "training" and not (k == "mask" and v is None)}
     if "mask" in said and passes_mask_by(layer):
         del said["mask"]
     first = next(iter(parameters), None)

@@ -297,7 +297,9 @@ class IndexOperation(layers.Layer):
         if self.kind is IndexKind.ADD and len({t.dtype for t in tensors}) < len(tensors):
             # Keras takes an index of one sample for a bias, whose sum TFLite does not convert.
             return tensors[0] + tensors[1]
-        result = getattr(ops, self.kind)(*tensors, **self.options)
+        options = dict(self.options)
+        first = [options.pop("x1")] if "x1" in options else []
+        result = getattr(ops, self.kind)(*first, *tensors, **options)
         return (
             ops.cast(result, "int32")
             if self.kind in (IndexKind.ARGMAX, IndexKind.ARGMIN)
