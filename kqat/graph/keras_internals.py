@@ -21,6 +21,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
 from kqat.base import ModelError
 from kqat.graph.batch_axis import BatchFirst
@@ -827,6 +828,11 @@ def _given(call: Any) -> dict[str, Any]:
     # Keras lets a caller hand `training` to a layer that takes none.
     kwargs = {k: v for k, v in call.arguments.kwargs.items() if k != "training"}
     return signature.bind_partial(*call.arguments.args, **kwargs).arguments
+
+
+def borne_mask(tensor: Any) -> Any:
+    """The mask that a tensor, symbolic or not, bears as Keras sees it; `None` for none."""
+    return get_keras_mask(tensor)
 
 
 def attach_masks(layer: Any, args: Any, kwargs: Any) -> None:

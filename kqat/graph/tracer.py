@@ -21,6 +21,7 @@ import numpy as np
 from kqat.base import ModelError
 from kqat.graph.keras_internals import (
     Opened,
+    borne_mask,
     calls_in_order,
     give_readers,
     inner_function,
@@ -225,7 +226,8 @@ def rebuild(
         output_names: names of the new model's outputs; no layer that `call` makes may bear one,
             save the layer that makes that output. Where empty, outputs bear the names of the
             layers that make them.
-        output_masks: as those of a graph, for outputs that are to bear masks; needs their names.
+        output_masks: as those of a graph, for outputs that are to bear masks; needs their names. An
+            output that bears a mask as its layer makes it stays as it is.
     """
     fresh = {
         ref: keras.Input(ref.shape[1:], dtype=ref.dtype, name=input_name)
@@ -235,11 +237,11 @@ def rebuild(
     if output_names:
         flat = keras.tree.flatten(outputs)
         named = [
-            tensor
+            MaskedOutput(mask, name=output_name, dtype=tensor.dtype)([tensor, *fresh.values()])
+            if mask is not None and borne_mask(tensor) is None
+            else tensor
             if maker_name(tensor) == output_name
             else keras.layers.Identity(name=output_name, dtype=tensor.dtype)(tensor)
-            if mask is None
-            else MaskedOutput(mask, name=output_name, dtype=tensor.dtype)([tensor, *fresh.values()])
             for tensor, output_name, mask in zip(
                 flat, output_names, output_masks or [None] * len(flat), strict=True
             )
