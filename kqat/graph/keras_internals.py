@@ -703,23 +703,36 @@ def calls_in_order(
     """
     calls = _calls(function)
     read = _masks_read(calls, masks)
-    wanted = read.tensors()
-    if wanted:
+    inputs = [*function.inputs, *masks.values()]
+    if wanted := read.tensors():
         # What computes a mask leads to no output.
-        inputs = [*function.inputs, *masks.values()]
         calls = _calls_between(inputs, [*function.outputs, *wanted])
-        _check_followed(calls, read, {id(t) for t in inputs})
+    calls = _needed(calls, function.outputs, read)
+    _check_followed(calls, read, {id(t) for t in inputs})
     while calls:
         waiting = []
         for call in calls:
-            found, borne = read.given.get(id(call), {}), read.borne.get(id(call), {})
-            arguments = (call.arguments.args, call.arguments.kwargs, found, list(borne.values()))
-            if all(id(t) in known for t in _tensors(arguments)):
-                yield call, found, borne
+            if all(id(t) in known for t in read.by(call)):
+                yield call, read.given.get(id(call), {}), read.borne.get(id(call), {})
             else:
                 waiting.append(call)
         assert len(waiting) < len(calls), "a mask that depends on its own reader"
         calls = waiting
+
+
+def _needed(calls: list[Any], outputs: Sequence[Any], read: "_MasksRead") -> list[Any]:
+    """Those of `calls` that lead to outputs or to a mask that is read.
+
+    The others made a mask when the model was built, in whose place another stands.
+    """
+    makers = {id(t): call for call in calls for t in call.outputs}
+    waiting, needed = list(outputs), set()
+    while waiting:
+        call = makers.get(id(waiting.pop()))
+        if call is not None and id(call) not in needed:
+            needed.add(id(call))
+            waiting += read.by(call)
+    return [call for call in calls if id(call) in needed]
 
 
 def _check_followed(calls: list[Any], read: "_MasksRead", inputs: Collection[int]) -> None:
@@ -729,8 +742,7 @@ def _check_followed(calls: list[Any], read: "_MasksRead", inputs: Collection[int
         ModelError: if one does not; names what makes it and what reads it.
     """
     for call in calls:
-        arguments = call.arguments.args, call.arguments.kwargs, read.of(call)
-        for tensor in _tensors(arguments):
+        for tensor in read.by(call):
             if hasattr(tensor, "mask_maker") and id(tensor) not in inputs:
                 raise ModelError(
                     f"Expected masks that are computed from a model's own inputs. Received: one "
@@ -799,9 +811,11 @@ class _MasksRead:
     borne: dict[int, dict[int, Any]] = dataclasses.field(default_factory=dict)
     live: dict[int, Any] = dataclasses.field(default_factory=dict)
 
-    def of(self, call: Any) -> list[Any]:
-        """The masks that a call reads in either way."""
-        return [*self.given.get(id(call), {}).values(), *self.borne.get(id(call), {}).values()]
+    def by(self, call: Any) -> list[Any]:
+        """The symbolic tensors that a call reads, masks among them."""
+        arguments = {**call.arguments.kwargs, **self.given.get(id(call), {})}
+        borne = self.borne.get(id(call), {})
+        return _tensors([call.arguments.args, arguments, list(borne.values())])
 
     def tensors(self) -> list[Any]:
         """All masks that are read."""
@@ -819,6 +833,8 @@ def _masks_read(calls: list[Any], masks: Mapping[int, Any]) -> _MasksRead:
     """
     result = _MasksRead(live=dict(masks))
     live = result.live
+    # Tensors whose mask, as it was made when the model was built, hides nothing.
+    unhidden: set[int] = set()
 
     def mask_of(tensor: Any) -> Any:
         return live.get(id(tensor))
@@ -828,16 +844,20 @@ def _masks_read(calls: list[Any], masks: Mapping[int, Any]) -> _MasksRead:
         if not isinstance(layer, keras.layers.Layer):
             continue
         given = _given(call)
-        tensors = {k: v for k, v in given.items() if _tensors(v)}
+        named = {"mask", *(f"{key}_mask" for key in given)}
+        tensors = {k: v for k, v in given.items() if k not in named and _tensors(v)}
         parameters = inspect.signature(layer.call).parameters
         found = {}
         for key, value in tensors.items():
             name = "mask" if len(tensors) == 1 else f"{key}_mask"
             mask = keras.tree.map_structure(mask_of, value)
-            if name in parameters and given.get(name) is None and _tensors(mask):
+            # What was there when the model was built is recorded, made as Keras makes it.
+            recorded = given.get(name)
+            implicit = recorded is None or recorded is borne_mask(value)
+            if name in parameters and implicit and (_tensors(mask) or id(value) in unhidden):
                 found[name] = mask
         result.given[id(call)] = found
-        first = next(iter(given.values()), None)
+        first: Any = next(iter(given.values()), None)
         before = keras.tree.map_structure(mask_of, first)
         read = _tensors(list(given.values()))
         borne = {id(t): m for t in read if (m := mask_of(t)) is not None}
@@ -858,6 +878,7 @@ def _masks_read(calls: list[Any], masks: Mapping[int, Any]) -> _MasksRead:
             live.update((id(t), None) for t in inside.taken)
         elif type(layer) is keras.layers.Concatenate and _are_steps(first, before):
             after = [_mask_of_joined(first, before, layer.axis)]
+            unhidden |= {id(call.outputs[0])} if after == [None] else set()
         else:
             after = _masks_by_layer(call, first, before, mask_of)
         live.update((id(t), m) for t, m in zip(call.outputs, after, strict=False))

@@ -490,7 +490,7 @@ def _call_options(
             f"Expected layers that compute as inference does when they ship. Received: "
             f"training=True in the call of '{layer.name}'. Call it without `training`."
         )
-    said = {k: v for k, v in kwargs.items() if k != "training" and (k, v) != ("mask", None)}
+    said = {k: v for k, v in kwargs.items() if k != "training" and not (k == "mask" and v is None)}
     if "mask" in said and passes_mask_by(layer):
         del said["mask"]
     first = next(iter(parameters), None)

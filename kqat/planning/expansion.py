@@ -5,13 +5,14 @@ up by tracing their own `call`.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from kqat.base import ModelError, UnsupportedLayerError
+from kqat.base import ModelError, TrainerWarning, UnsupportedLayerError
 from kqat.graph import (
     Graph,
     Node,
@@ -499,17 +500,38 @@ def _reads_masks(layer: Any, origin: str) -> bool:
     return rule.masks or rule.opens
 
 
+def _of_all_steps(node: Node, origin: str) -> Callable[..., Any]:
+    """A copy of a BatchNormalization, which takes no mask: only its statistics leave steps out."""
+    if refs_in(node.kwargs.get("mask")) and node.layer.trainable:
+        warnings.warn(
+            f"Layer '{origin}' of type BatchNormalization leaves masked steps out of the "
+            "statistics that it gathers in training. The QAT model counts them. To keep the "
+            f"statistics as they are, set model.get_layer('{origin}').trainable = False.",
+            TrainerWarning,
+            stacklevel=2,
+        )
+    copy = duplicate(node.layer, node.name)
+
+    def call(x: Any, mask: Any = None) -> Any:
+        del mask
+        return copy(x)
+
+    return call
+
+
 def _simplify(
     node: Node, origin: str, keep: bool, fused: Collection[str], copies: Copies
 ) -> Callable[..., Any]:
+    if isinstance(node.layer, keras.layers.BatchNormalization):
+        return _of_all_steps(node, origin)
     simpler = None if keep else _simpler(node, origin, fused, copies)
     masked = refs_in(node.kwargs.get("mask"))
     if (keep and node.masks) or (masked and (keep or not _reads_masks(node.layer, origin))):
         kind, stays = type(node.layer).__name__, ", which stays as it is" if keep else ""
         raise ModelError(
             f"Expected masks for {_MASKED} that ship as integers. Received: a mask for layer "
-            f"'{origin}' of type {kind}{stays}. Pad to a fixed length, and leave mask_zero and Masking out, or stop the mask before "
-            "the layer: keras.layers.Reshape hands none on."
+            f"'{origin}' of type {kind}{stays}. Pad to a fixed length, and leave mask_zero and "
+            "Masking out, or stop the mask before the layer: keras.layers.Reshape hands none on."
         )
     if simpler is not None:
         return simpler

@@ -164,11 +164,6 @@ def test_truth_values_become_quantities() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
-    "normalization": (
-        layers.BatchNormalization(name="norm"),
-        kqat.ModelError,
-        "a mask for layer 'norm' of type BatchNormalization.*leave mask_zero",
-    ),
     "quantities": (
         lambda x: layers.MultiHeadAttention(2, 4, name="mha")(
             x, x, attention_mask=layers.Dense(STEPS)(x)
