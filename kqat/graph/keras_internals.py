@@ -1119,7 +1119,7 @@ def _all_true(shape: Sequence[int | None], mask: Any, axis: int) -> Any:
         axis: along which the masks are joined.
     """
     if mask.shape[axis] != shape[axis]:
-        column = keras.ops.take(mask, [0], axis=axis)
+        column = mask[(slice(None),) * axis + (slice(0, 1),)]
         mask = keras.ops.concatenate([column] * (shape[axis] or 1), axis=axis)
     return keras.ops.logical_or(mask, keras.ops.logical_not(mask))
 
