@@ -7,6 +7,8 @@ from kqat.graph.input_shapes import fits, has_open_sizes, input_shapes, with_inp
 from kqat.graph.keras_internals import (
     FUNCTIONAL_MODULE,
     attach_masks,
+    bearing,
+    borne_mask,
     depth_to_space,
     frozen_function,
     layer_behind,
@@ -14,7 +16,9 @@ from kqat.graph.keras_internals import (
     operations_between,
     option,
     space_to_depth,
+    unmasked,
     values_between,
+    with_masks,
 )
 from kqat.graph.sharing import check_apart
 from kqat.graph.tracer import (
@@ -39,6 +43,8 @@ __all__ = [
     "Ref",
     "activation_name",
     "attach_masks",
+    "bearing",
+    "borne_mask",
     "check_apart",
     "clone",
     "config_of",
@@ -63,6 +69,8 @@ __all__ = [
     "trace",
     "trace_call",
     "unique_name",
+    "unmasked",
     "values_between",
     "with_input_shapes",
+    "with_masks",
 ]

@@ -161,7 +161,6 @@ class ActivationQuantizer(keras.layers.Layer):
         self.seeds = None
         if gradient is not None and gradient.ADDS_NOISE:
             self.seeds = keras.random.SeedGenerator()
-        self.supports_masking = True
         self._sources = _Sources()
 
     def build(self, input_shape: Any) -> None:
@@ -573,6 +572,9 @@ class ActivationQuantizer(keras.layers.Layer):
     def compute_output_shape(self, input_shape: Any, **kwargs: Any) -> Any:
         """The input's shape."""
         return input_shape
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
+        """None: who reads a mask in a QAT model reads it as a tensor of the graph."""
 
     def compute_output_spec(
         self,
