@@ -21,6 +21,7 @@ from kqat.graph.keras_internals import (
     with_masks,
 )
 from kqat.graph.sharing import check_apart
+from kqat.graph.tensorflow_calls import tensorflow_traced
 from kqat.graph.tracer import (
     Graph,
     Node,
@@ -66,6 +67,7 @@ __all__ = [
     "rebuild",
     "refs_in",
     "space_to_depth",
+    "tensorflow_traced",
     "trace",
     "trace_call",
     "unique_name",
