@@ -7,6 +7,7 @@ from kqat.graph.input_shapes import fits, has_open_sizes, input_shapes, with_inp
 from kqat.graph.keras_internals import (
     FUNCTIONAL_MODULE,
     attach_masks,
+    call_signature,
     depth_to_space,
     frozen_function,
     layer_behind,
@@ -40,6 +41,7 @@ __all__ = [
     "Ref",
     "activation_name",
     "attach_masks",
+    "call_signature",
     "check_apart",
     "check_no_booleans",
     "clone",

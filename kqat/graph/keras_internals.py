@@ -15,6 +15,7 @@ import re
 import sys
 import textwrap
 import traceback
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,20 @@ def _batch_size(layer: Any, tensors: list[Any]) -> int:
     sizes |= {int(s) for v in layer.variables for s in v.shape}
     primes = (n for n in itertools.count(3, 2) if all(n % d for d in range(3, n, 2)))
     return next(p for p in primes if p > 12 and all(s % p for s in sizes))
+
+
+_SIGNATURES: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def call_signature(operation: Any) -> inspect.Signature:
+    """The signature of `operation.call`; found once for all operations of a class."""
+    method = operation.call
+    function = getattr(method, "__func__", None)
+    if function is None:  # An object's own, not its class's.
+        return inspect.signature(method)
+    if function not in _SIGNATURES:
+        _SIGNATURES[function] = inspect.signature(method)
+    return _SIGNATURES[function]
 
 
 def parts_of(layer: Any) -> list[Any]:
@@ -718,37 +733,45 @@ def _masks_read(calls: list[Any]) -> tuple[dict[int, dict[str, Any]], dict[int, 
         layer = call.operation
         if not isinstance(layer, keras.layers.Layer):
             continue
-        given = _given(call)
-        tensors = {k: v for k, v in given.items() if _tensors(v)}
-        if _tensors(keras.tree.map_structure(mask_of, list(tensors.values()))):
+        read = _tensors((call.arguments.args, call.arguments.kwargs))
+        bears = any(mask_of(t) is not None for t in read)
+        if bears:
             _check_reads_no_mask(layer)
-        parameters = inspect.signature(layer.call).parameters
-        found = {}
-        for key, value in tensors.items():
-            name = "mask" if len(tensors) == 1 else f"{key}_mask"
-            mask = keras.tree.map_structure(mask_of, value)
-            if name in parameters and given.get(name) is None and _tensors(mask):
-                found[name] = mask
-        masks[id(call)] = found
-        first = next(iter(given.values()), None)
-        before = keras.tree.map_structure(mask_of, first)
-        read = _tensors(list(given.values()))
+            masks[id(call)] = _masks_given(call, mask_of)
         if inner_function(layer) is not None:
-            after = _masks_of_inner(inner_function(layer), read)
+            given = _tensors(list(_given(call).values()))
+            after = _masks_of_inner(inner_function(layer), given)
         elif type(layer) is keras.layers.Concatenate and layer.axis in (-1, 2):
-            after = [_mask_of_joined(before)]
+            first = next(iter(_given(call).values()), None)
+            after = [_mask_of_joined(keras.tree.map_structure(mask_of, first))]
         elif _may_hand_out_mask(layer):
             after = _unknown_masks(call)
         elif all(mask_of(t) is getattr(t, "_keras_mask", None) for t in read):
             after = [getattr(t, "_keras_mask", None) for t in call.outputs]
         elif layer.supports_masking:
+            first = next(iter(_given(call).values()), None)
+            before = keras.tree.map_structure(mask_of, first)
             after = keras.tree.flatten(layer.compute_mask(first, before))
         else:
             after = []
-        live.update((id(t), m) for t, m in zip(call.outputs, after, strict=False))
+        live.update((id(t), m) for t, m in zip(call.outputs, after, strict=False) if m is not None)
         if isinstance(layer, keras.layers.MultiHeadAttention):
-            live.update((id(t), None) for t in _tensors(list(tensors.values())))
+            for tensor in read:
+                live.pop(id(tensor), None)
     return masks, live
+
+
+def _masks_given(call: Any, mask_of: Callable[[Any], Any]) -> dict[str, Any]:
+    """The masks that Keras hands to a call by itself, by the names of the arguments."""
+    given, parameters = _given(call), call_signature(call.operation).parameters
+    tensors = {k: v for k, v in given.items() if _tensors(v)}
+    found = {}
+    for key, value in tensors.items():
+        name = "mask" if len(tensors) == 1 else f"{key}_mask"
+        mask = keras.tree.map_structure(mask_of, value)
+        if name in parameters and given.get(name) is None and _tensors(mask):
+            found[name] = mask
+    return found
 
 
 def _masks_of_inner(function: Any, given: list[Any]) -> list[Any]:
@@ -823,7 +846,7 @@ def _check_reads_no_mask(layer: Any) -> None:
 
 def _given(call: Any) -> dict[str, Any]:
     """The arguments of a call by name."""
-    signature = inspect.signature(call.operation.call)
+    signature = call_signature(call.operation)
     # Keras lets a caller hand `training` to a layer that takes none.
     kwargs = {k: v for k, v in call.arguments.kwargs.items() if k != "training"}
     return signature.bind_partial(*call.arguments.args, **kwargs).arguments
@@ -831,7 +854,7 @@ def _given(call: Any) -> dict[str, Any]:
 
 def attach_masks(layer: Any, args: Any, kwargs: Any) -> None:
     """Gives values the masks that stand beside them; Keras's MultiHeadAttention reads no others."""
-    given = inspect.signature(layer.call).bind_partial(*args, **kwargs).arguments
+    given = call_signature(layer).bind_partial(*args, **kwargs).arguments
     for name, value in given.items():
         if (mask := given.get(f"{name}_mask")) is not None:
             value._keras_mask = mask
@@ -842,7 +865,7 @@ def passes_mask_by(layer: Any) -> bool:
     if isinstance(layer, keras.layers.Lambda):
         return "mask" not in inspect.signature(layer.function).parameters
     if isinstance(layer, keras.layers.TimeDistributed):
-        return "mask" not in inspect.signature(layer.layer.call).parameters
+        return "mask" not in call_signature(layer.layer).parameters
     return False
 
 
