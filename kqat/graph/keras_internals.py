@@ -17,6 +17,7 @@ import sys
 import textwrap
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,20 @@ def _batch_size(layer: Any, tensors: list[Any]) -> int:
     sizes |= {int(s) for v in layer.variables for s in v.shape}
     primes = (n for n in itertools.count(3, 2) if all(n % d for d in range(3, n, 2)))
     return next(p for p in primes if p > 12 and all(s % p for s in sizes))
+
+
+_SIGNATURES: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def call_signature(operation: Any) -> inspect.Signature:
+    """The signature of `operation.call`; found once for all operations of a class."""
+    method = operation.call
+    function = getattr(method, "__func__", None)
+    if function is None:  # An object's own, not its class's.
+        return inspect.signature(method)
+    if function not in _SIGNATURES:
+        _SIGNATURES[function] = inspect.signature(method)
+    return _SIGNATURES[function]
 
 
 def parts_of(layer: Any) -> list[Any]:
@@ -970,7 +985,7 @@ def _masks_read(calls: list[Any], masks: Mapping[int, Any]) -> _MasksRead:
         given = _given(call)
         named = {"mask", *(f"{key}_mask" for key in given)}
         tensors = {k: v for k, v in given.items() if k not in named and _tensors(v)}
-        parameters = inspect.signature(layer.call).parameters
+        parameters = call_signature(layer).parameters
         found = {}
         for key, value in tensors.items():
             name = "mask" if len(tensors) == 1 else f"{key}_mask"
@@ -1267,7 +1282,7 @@ def _makes_masks(layer: Any) -> bool:
 
 def _given(call: Any) -> dict[str, Any]:
     """The arguments of a call by name."""
-    signature = inspect.signature(call.operation.call)
+    signature = call_signature(call.operation)
     # Keras lets a caller hand `training` to a layer that takes none.
     kwargs = {k: v for k, v in call.arguments.kwargs.items() if k != "training"}
     return signature.bind_partial(*call.arguments.args, **kwargs).arguments
@@ -1275,7 +1290,7 @@ def _given(call: Any) -> dict[str, Any]:
 
 def attach_masks(layer: Any, args: Any, kwargs: Any) -> None:
     """Gives values the masks that stand beside them; Keras's MultiHeadAttention reads no others."""
-    given = inspect.signature(layer.call).bind_partial(*args, **kwargs).arguments
+    given = call_signature(layer).bind_partial(*args, **kwargs).arguments
     for name, value in given.items():
         if (mask := given.get(f"{name}_mask")) is not None:
             value._keras_mask = mask
@@ -1286,7 +1301,7 @@ def passes_mask_by(layer: Any) -> bool:
     if isinstance(layer, keras.layers.Lambda):
         return "mask" not in inspect.signature(layer.function).parameters
     if isinstance(layer, keras.layers.TimeDistributed):
-        return "mask" not in inspect.signature(layer.layer.call).parameters
+        return "mask" not in call_signature(layer.layer).parameters
     return False
 
 

@@ -8,7 +8,6 @@ it and to compare it with a runtime.
 import contextlib
 import copy
 import dataclasses
-import inspect
 import itertools
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ from kqat.graph.keras_internals import (
     Opened,
     bearing,
     borne_mask,
+    call_signature,
     calls_in_order,
     give_readers,
     inner_function,
@@ -472,7 +472,7 @@ def _call_options(
     Raises:
         ModelError: if that is `training=True`.
     """
-    parameters = inspect.signature(layer.call).parameters
+    parameters = call_signature(layer).parameters
     # Keras records the default of its preprocessing layers, which is True.
     default = parameters["training"].default if "training" in parameters else None
     if "training" in parameters and kwargs.get("training") and not default:

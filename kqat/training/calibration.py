@@ -17,7 +17,7 @@ from kqat.training.build import all_layers, is_quantized
 from kqat.training.method_choice import CANDIDATES, Choice, KeptSamples, best
 from kqat.training.observation import Observer
 from kqat.training.range_checks import as_text, concerns
-from kqat.training.weight_wrapper import QuantizeWrapper, uncorrected
+from kqat.training.weight_wrapper import QuantizeWrapper, rounded_once, uncorrected
 
 BATCH_SIZE = 32
 DEFAULT_METHOD = "auto"
@@ -160,14 +160,8 @@ def _unchanging_weights(model: keras.Model, corrects: bool) -> Iterator[None]:
     Where `corrects` says that means will be corrected, the former correction takes no part.
     """
     wrappers = _wrappers(model)
-    for wrapper in wrappers:
-        wrapper.keep_rounded(True)
-    try:
-        with uncorrected(wrappers if corrects else ()):
-            yield
-    finally:
-        for wrapper in wrappers:
-            wrapper.keep_rounded(False)
+    with rounded_once(wrappers), uncorrected(wrappers if corrects else ()):
+        yield
 
 
 def check_method(method: Any) -> None:
