@@ -9,6 +9,7 @@ from kqat.base import SpecError
 from kqat.grids import arithmetic
 from kqat.grids.spec import QuantSpec
 from kqat.grids.weight_steps.learned_method import LearnedMethod
+from kqat.grids.weight_steps.ternary import kept_by_mean
 from kqat.grids.weight_steps.widths import check_bits
 
 
@@ -16,7 +17,7 @@ from kqat.grids.weight_steps.widths import check_bits
 class LearnedTernary(LearnedMethod):
     """Weights `-Wn`, 0 and `Wp`, with both magnitudes learned: trained ternary quantization (TTQ).
 
-    With `D = threshold * max|w|` over the weights that share a scale,
+    With `D = 0.7 * mean|w|` over the weights that share a scale, or `D = threshold * max|w|`,
 
         output     = Wp where w > D, -Wn where w < -D, else 0
         d out/d Wp = 1 where w > D;   d out/d Wn = -1 where w < -D
@@ -29,22 +30,29 @@ class LearnedTernary(LearnedMethod):
     each whatever the grid.
 
     Args:
-        threshold: the share of the largest weight up to which weights become zero.
+        threshold: the share of the largest weight up to which weights become zero. `None` is the
+            rule of `Ternary`, 0.7 times the mean magnitude, and starts from the same three values
+            as that method. The paper's 0.05 is a share of the largest weight of a whole layer. Of
+            the largest in each channel it leaves so few zeros that the weights start as all but
+            binary: it loses 0.29 of the energy of the weights of a trained ResNet-20, the rule of
+            `Ternary` 0.21.
 
     Raises:
-        SpecError: if `threshold` is not inside [0, 1).
+        SpecError: if `threshold` is neither `None` nor inside [0, 1).
 
-    Reference: Zhu et al. 2017, sections 3.1 and 3.2 (https://arxiv.org/abs/1612.01064).
+    Reference: Zhu et al. 2017, sections 3.1 and 3.2 (https://arxiv.org/abs/1612.01064), where
+    accuracy is best with 30 to 50 % zeros; `D` by the mean is that of Li et al. 2016, section 2
+    (https://arxiv.org/abs/1605.04711), and leaves about 42 % of normal weights zero.
     The paper writes the gradient of `Wn` without its minus sign.
     """
 
-    threshold: float = 0.05
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold < 1.0:
+        if self.threshold is not None and not 0.0 <= self.threshold < 1.0:
             raise SpecError(
-                f"Expected a threshold inside [0, 1). Received: threshold={self.threshold!r}. "
-                "Use 0.05."
+                "Expected a threshold inside [0, 1), or None. Received: "
+                f"threshold={self.threshold!r}. Use None, or 0.2."
             )
 
     def check(self, spec: QuantSpec) -> None:
@@ -100,7 +108,10 @@ class LearnedTernary(LearnedMethod):
     def _signs(self, weight: Any, spec: QuantSpec) -> Any:
         """−1, 0 or 1 for each weight, float32."""
         weight = ops.stop_gradient(weight)
-        axes = arithmetic.shared_axes(weight, spec)
-        largest = ops.max(ops.abs(weight), axis=axes, keepdims=True)
-        kept = ops.abs(weight) > self.threshold * largest
+        if self.threshold is None:
+            kept = kept_by_mean(weight, spec)
+        else:
+            axes = arithmetic.shared_axes(weight, spec)
+            largest = ops.max(ops.abs(weight), axis=axes, keepdims=True)
+            kept = ops.abs(weight) > self.threshold * largest
         return ops.where(kept, ops.sign(weight), 0.0)
