@@ -13,6 +13,7 @@ from kqat.graph.keras_internals import (
     maker_of,
     operations_between,
     option,
+    parts_of,
     space_to_depth,
     values_between,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "non_finite_variable",
     "operations_between",
     "option",
+    "parts_of",
     "rebuild",
     "refs_in",
     "space_to_depth",

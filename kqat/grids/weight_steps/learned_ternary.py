@@ -21,7 +21,12 @@ class LearnedTernary(LearnedMethod):
 
         output     = Wp where w > D, -Wn where w < -D, else 0
         d out/d Wp = 1 where w > D;   d out/d Wn = -1 where w < -D
-        d out/d w  = Wp where w > D, Wn where w < -D, else 1
+        d out/d w  = Wp / m where w > D, Wn / m where w < -D, else 1
+
+    where `m` is the mean magnitude of the weights that do not become zero. The paper has no `m`:
+    its weights are divided by the largest one, and its magnitudes are near 1. Trained weights keep
+    their size here. Without `m`, one of 0.1 that becomes zero would get ten times the gradient that
+    it had, and Adam, which divides by what it was, would throw it far.
 
     An operator of a TFLite file has one scale for both signs. So on a grid of 2 bits there is one
     magnitude, `Wp == Wn`, and the integers are −1, 0 and 1. On a grid of 3 to 8 bits the larger
@@ -70,11 +75,7 @@ class LearnedTernary(LearnedMethod):
         kept = [ops.abs(signs)]
         if spec.bits > 2:
             kept = [ops.cast(signs > 0.0, "float32"), ops.cast(signs < 0.0, "float32")]
-        means = [
-            ops.sum(ops.abs(weight) * one, axis=axes, keepdims=True)
-            / ops.maximum(ops.sum(one, axis=axes, keepdims=True), 1.0)
-            for one in kept
-        ]
+        means = [_mean(weight, one, axes) for one in kept]
         largest = ops.maximum(means[0], means[-1])
         # Where there are no weights of one sign, its magnitude starts as the other's.
         return ops.stack([arithmetic.usable_scale(ops.where(m > 0.0, m, largest)) for m in means])
@@ -101,7 +102,11 @@ class LearnedTernary(LearnedMethod):
         """`-Wn`, 0 or `Wp` for each weight; gradients reach the weight and the magnitudes."""
         signs = self._signs(weight, spec)
         magnitude = ops.where(signs > 0.0, step[0], step[-1])
-        slope = ops.stop_gradient(ops.where(signs == 0.0, 1.0, magnitude))
+        mean = _mean(
+            ops.stop_gradient(weight), ops.abs(signs), arithmetic.shared_axes(weight, spec)
+        )
+        relative = magnitude / arithmetic.usable_scale(mean)
+        slope = ops.stop_gradient(ops.where(signs == 0.0, 1.0, relative))
         # The second term is exactly zero; it carries the gradient of the weight.
         return signs * magnitude + slope * (weight - ops.stop_gradient(weight))
 
@@ -115,3 +120,9 @@ class LearnedTernary(LearnedMethod):
             largest = ops.max(ops.abs(weight), axis=axes, keepdims=True)
             kept = ops.abs(weight) > self.threshold * largest
         return ops.where(kept, ops.sign(weight), 0.0)
+
+
+def _mean(weight: Any, kept: Any, axes: tuple[int, ...]) -> Any:
+    """The mean magnitude of the weights where `kept` is 1, not 0; zero where there are none."""
+    count = ops.maximum(ops.sum(kept, axis=axes, keepdims=True), 1.0)
+    return ops.sum(ops.abs(weight) * kept, axis=axes, keepdims=True) / count

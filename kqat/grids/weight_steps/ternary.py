@@ -15,7 +15,8 @@ class Ternary:
     """Integers −1, 0, 1: zero where `|w| <= 0.7 * mean|w|`; the step is the mean `|w|` of the rest.
 
     Both means are taken over the weights that share a scale. The gradient is straight-through.
-    Reference: Li et al. 2016, section 2 (https://arxiv.org/abs/1605.04711).
+    Reference: Li et al. 2016, section 2 (https://arxiv.org/abs/1605.04711), whose later versions
+    round the factor to 0.75.
     """
 
     def check(self, spec: QuantSpec) -> None:

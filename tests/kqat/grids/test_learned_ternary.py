@@ -29,10 +29,16 @@ def papers(
     negative: np.ndarray,
     upstream: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
-    """Zhu et al. 2017, equations 6 to 8, in float64: output, d/dWp, d/dWn, d/dw."""
+    """Zhu et al. 2017, equations 6 to 8, in float64: output, d/dWp, d/dWn, d/dw.
+
+    Equation 8 is of weights in units of their size, here the mean of those that are kept.
+    """
     up, down = weight > limit, weight < -limit
     value = np.where(up, positive, np.where(down, -negative, 0.0))
-    slope = np.where(up, positive, np.where(down, negative, 1.0))
+    unit = [
+        np.abs(column[kept]).mean() for column, kept in zip(weight.T, (up | down).T, strict=True)
+    ]
+    slope = np.where(up, positive / unit, np.where(down, negative / unit, 1.0))
     sums = [np.sum(upstream * up, 0, keepdims=True), -np.sum(upstream * down, 0, keepdims=True)]
     return value, *sums, upstream * slope
 
@@ -72,6 +78,18 @@ def test_it_starts_at_the_mean_magnitudes(threshold: float | None) -> None:
     down = [-weight[weight[:, c] < -limit[0, c], c].mean() for c in range(2)]
     got = LearnedTernary(threshold).initial(tf.constant(weight), grid(4))
     np.testing.assert_allclose(got, np.float32([[up], [down]]), rtol=1e-5)
+
+
+def test_small_weights_learn_as_large_ones_do() -> None:
+    """With Adam all gradients count by their ratios: those must not hang on the size of weights."""
+    weight, spec, method = normal((200, 4)), grid(2), LearnedTernary()
+    found = []
+    for size in (1.0, 0.05):
+        w = tf.Variable(weight * np.float32(size))
+        with tf.GradientTape() as tape:
+            rounded = method.fake_quantize(w + 0.0, method.step(w, spec), spec)
+        found.append(tape.gradient(rounded, w, normal((200, 4), 1)))
+    np.testing.assert_allclose(*found, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 16, 5), (200, 4)])
