@@ -3,10 +3,10 @@
     python -m recipes.recovery --network resnet20 --out out/recovery_resnet20
     python -m recipes.recovery --network mobilenetv2 --out out/recovery_mobilenetv2
 
-All cells of a table start from the same float weights and get the same images, steps and learning
-rate: those of `kqat.finetune_callbacks`. All layers have the width of the column, the first and the
-last too; activations have 8 bits. Images are CIFAR-10 after JPEG: compare these accuracies with
-each other only.
+All cells of a table start from the same float weights and get the same images and steps. Learning
+rates are those of `kqat.finetune`, by the bits of the weights; float and tfmot get that of 8 bits.
+All layers have the width of the column, the first and the last too; activations have 8 bits. Images
+are CIFAR-10 after JPEG: compare these accuracies with each other only.
 
 resnet20     a pretrained network, adapted to such images in float.
 mobilenetv2  the lab's network, trained in float first.
@@ -51,6 +51,7 @@ CALIBRATION_SAMPLES = 256
 # The cells of the first seed whose file is verified, and on how many images.
 VERIFIED, VERIFIED_SAMPLES = "lsq_plus", 2
 WIDTH, SMOKE_WIDTH = 0.35, 0.1
+FLOAT_RATE = 3e-4
 SMOKE_IMAGES = 32
 RESNET20 = "cifar_resnet_keras/resnet20"
 
@@ -277,7 +278,7 @@ def _tfmot(run: _Run) -> bytes:
             "batch_size": BATCH_SIZE,
             "parts": PARTS,
             "epochs": run.options.epochs * PARTS,
-            "learning_rate": run.options.learning_rate,
+            "learning_rate": run.options.learning_rate or FLOAT_RATE,
             "seed": run.seed,
         }
         write_file(folder / "request.json", json.dumps(request, indent=1).encode())
@@ -324,12 +325,14 @@ def _fit(
     """Trains by the recipe of `kqat.finetune`; a float model by its rates alone."""
     epochs = options.epochs * PARTS
     source = training.Epochs(_batches(task, seed, options))
-    rate = options.learning_rate
+    rate = options.learning_rate or FLOAT_RATE
     steps = len(source) * epochs
     schedule: Any = rate
     recipe: list[keras.callbacks.Callback] = []
     if quantized:
-        recipe = kqat.finetune_callbacks(epochs, learning_rate=rate, freeze_at=freeze_at)
+        recipe = kqat.finetune_callbacks(
+            epochs, learning_rate=options.learning_rate, freeze_at=freeze_at
+        )
     else:
         warm = max(steps // 10, 1)
         schedule = keras.optimizers.schedules.CosineDecay(
@@ -491,7 +494,7 @@ def _resnet20(options: argparse.Namespace) -> _Task:
     else:
         model = data.pretrained(RESNET20)
 
-    return _trained_task(options, model, RESNET20, "logits", options.learning_rate)
+    return _trained_task(options, model, RESNET20, "logits", FLOAT_RATE)
 
 
 def _mobilenetv2(options: argparse.Namespace) -> _Task:
@@ -559,7 +562,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--float-epochs", type=int, default=1, help="in float (default 1)")
     parser.add_argument("--float-images", type=int, default=50_000, help="in float")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, help="of every cell (default: see above)")
     parser.add_argument("--iterations", type=int, default=1000, help="of AdaRound")
     options = parser.parse_args(argv)
     if options.smoke:
