@@ -139,7 +139,8 @@ def _told(what: str) -> Iterator[None]:
         if "Exception encountered:" in text:  # Keras quotes the whole config between the two.
             begin, _, end = text.partition("Exception encountered:")
             text = f"{begin.split('using config=')[0]} {end}"
-        words = " ".join(text.split("config={")[0].split())[:300]
+        text = text.split("config={")[0].split("Full object config:")[0]
+        words = " ".join(text.split())[:300]
         stop = "" if words.endswith((".", "!", "?")) else "."
         raise ModelError(
             f"Expected a model that Keras 3 can read. Received: {what}: {words}{stop} Give classes "

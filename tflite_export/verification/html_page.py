@@ -108,6 +108,8 @@ def _verdicts(report: Any) -> list[tuple[bool, str]]:
         )
     ]
     for part in report.runtimes:
+        if not part.installed:
+            continue
         if part.problem is not None:
             lacks = f": it has no kernel for {', '.join(part.lacks)}" if part.lacks else ""
             found.append((bool(part.lacks), f"{part.runtime} did not run it{lacks}"))
