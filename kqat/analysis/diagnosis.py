@@ -501,9 +501,14 @@ def _percent(share: float) -> str:
 
 
 def _command_lines(words: Sequence[str]) -> list[str]:
-    """A command for a shell, in lines that can be pasted."""
-    lines = [""]
+    """A command for a shell, in lines that can be pasted; options stand beside their values."""
+    lines, parts = [""], list[str]()
     for word in map(shlex.quote, words):
+        if parts and parts[-1].startswith("-") and " " not in parts[-1]:
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    for word in parts:
         if lines[-1] and len(lines[-1]) + len(word) + 3 > _WIDTH:
             lines[-1] += " \\"
             lines.append(f"    {word}")

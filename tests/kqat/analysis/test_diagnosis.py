@@ -284,6 +284,7 @@ def test_on_the_command_line_what_helps_is_a_command() -> None:
         f"--layer {'c' * 50}=w4a8 -o mended.keras\n"
     ) in joined
     assert max(map(len, text.splitlines())) <= 80
+    assert not re.search(r"(-o|--\w+) \\$", text, re.MULTILINE)
     assert text.count("kqat.") == 1 and "in Python, with the loaded files as model" in text
 
 
