@@ -682,14 +682,16 @@ def inspect(file: Path, target: str | None, json_path: Path | None) -> None:
 )
 @click.option("--name", help="Name of the model in C++; by default FILE's name.")
 @click.option(
-    "--data", type=_Data(), help="Inputs of the golden vectors in the file's types, .npy or .npz."
+    "--data",
+    type=_Data(),
+    help="Inputs of the golden vectors, as the model or as the file takes them, .npy or .npz.",
 )
 @click.option(
     "--samples",
     default=2,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Number of random inputs without --data.",
+    help="So many inputs: the first ones of --data, or random ones.",
 )
 @click.option(
     "--layout",
@@ -718,13 +720,18 @@ def to_c(
     import numpy as np
 
     blob = file.read_bytes()
-    given: Any = None if data is None else _data_of_file(blob, data)
+    given: Any = None
+    if data is not None:
+        read = _data_of_file(blob, data)
+        batch = tflite_export.inspect(blob).inputs[0].shape[:1]
+        first = slice(samples * max(1, *batch))
+        given = [array[first] for array in ([read] if isinstance(read, np.ndarray) else read)]
     with terminal.doing("running on TFLite Micro"):
         source = tflite_export.to_c(
             blob,
             output,
             name=name or file.stem,
-            inputs=[given] if isinstance(given, np.ndarray) else given,
+            inputs=given,
             samples=samples,
             layout=layout,
         )

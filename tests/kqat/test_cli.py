@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,13 @@ def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
     assert "net_main.cc" in said.stdout and "arena" in said.stdout
     assert len(list((folder / "c").iterdir())) == 7
     run("to-c", blob, "-o", folder / "project", "--samples", 1, "--layout", "cmake")
+    sizes = {}
+    for samples in (1, 3):
+        out = folder / f"golden{samples}"
+        run("to-c", blob, "-o", out, "--samples", samples, "--data", folder / "x.npy")
+        (golden,) = out.glob("*_golden.cc")
+        sizes[samples] = len(re.findall(r"-?\d+,", golden.read_text()))
+    assert 2.5 < sizes[3] / sizes[1] < 3.5
     assert (folder / "project" / "CMakeLists.txt").exists()
 
 
