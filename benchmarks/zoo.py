@@ -33,6 +33,7 @@ import tflite_export
 from benchmarks.zoo_models import MODELS, VOCABULARY
 from kqat.base import write_file
 from kqat.freezing import freeze
+from kqat.graph.keras_internals import parts_of
 from recipes import converter, running
 from recipes.running import Table
 
@@ -310,7 +311,7 @@ def settle(model: keras.Model, inputs: Any) -> None:
 
     Untrained networks otherwise die out on the way, and no file of theirs means anything.
     """
-    kinds = [layer for layer in all_layers(model) if _is_batch_normalization(layer)]
+    kinds = [layer for layer in parts_of(model) if _is_batch_normalization(layer)]
     momenta = [layer.momentum for layer in kinds]
     for layer in kinds:
         layer.momentum = 0.0
@@ -321,20 +322,6 @@ def settle(model: keras.Model, inputs: Any) -> None:
 
 def _is_batch_normalization(layer: Any) -> bool:
     return isinstance(layer, keras.layers.BatchNormalization)
-
-
-def all_layers(root: Any) -> list[Any]:
-    """Every layer inside a model, those that custom layers hold as attributes among them."""
-    found: dict[int, Any] = {}
-    waiting = [root]
-    while waiting:
-        layer = waiting.pop()
-        if id(layer) in found:
-            continue
-        found[id(layer)] = layer
-        held = [*vars(layer).values(), *getattr(layer, "layers", ())]
-        waiting += [x for x in keras.tree.flatten(held) if isinstance(x, keras.layers.Layer)]
-    return list(found.values())
 
 
 def tables(results: dict[str, Any]) -> list[Table]:

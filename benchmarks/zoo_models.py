@@ -38,6 +38,54 @@ def _tokens(name: str, **options: Any) -> Build:
     return build
 
 
+def _fixed(build: Build) -> Build:
+    """A backbone or task of KerasHub, its inputs of fixed length where it leaves that open."""
+
+    def build_fixed() -> keras.Model:
+        model = build()
+        inputs = {
+            key: keras.Input(
+                tuple(TOKENS if size is None else size for size in t.shape[1:]),
+                dtype=t.dtype, name=key,
+            )
+            for key, t in model.input.items()
+        }  # fmt: skip
+        return keras.Model(inputs, model(inputs), name=model.name)
+
+    return build_fixed
+
+
+def _task(name: str, backbone: str, options: dict[str, Any], **more: Any) -> Build:
+    """A task of KerasHub on a backbone of tokens."""
+    return _fixed(lambda: _hub(name, backbone=_hub(backbone, **options), **more))
+
+
+def _siglip_vision() -> keras.Model:
+    module = importlib.import_module("keras_hub.src.models.siglip.siglip_vision_encoder")
+    encoder = module.SigLIPVisionEncoder(
+        patch_size=16, hidden_dim=32, num_layers=2, num_heads=2, intermediate_dim=64,
+        image_shape=IMAGE,
+    )  # fmt: skip
+    return _fixed(lambda: encoder)()
+
+
+def _efficientnet() -> keras.Model:
+    return _hub(
+        "EfficientNetBackbone", stackwise_kernel_sizes=[3, 3], stackwise_num_repeats=[1, 2],
+        stackwise_input_filters=[16, 16], stackwise_output_filters=[16, 24],
+        stackwise_expansion_ratios=[1, 4], stackwise_squeeze_and_excite_ratios=[0.0, 0.25],
+        stackwise_strides=[1, 2], stackwise_block_types=["fused", "v1"],
+        stackwise_width_coefficients=[1.0, 1.0], stackwise_depth_coefficients=[1.0, 1.0],
+        stackwise_force_input_filters=[0, 0], stackwise_nores_option=[False, False],
+        num_features=64, input_shape=IMAGE,
+    )  # fmt: skip
+
+
+def _segmenter() -> keras.Model:
+    backbone = _hub("SegFormerBackbone", image_encoder=_mit(), projection_filters=16)
+    return _hub("SegFormerImageSegmenter", backbone=backbone, num_classes=5)
+
+
 def _vision(name: str, shape: tuple[int, int, int] = IMAGE, **options: Any) -> Build:
     """An image backbone of KerasHub, which takes its shape as `image_shape`."""
 
@@ -289,6 +337,14 @@ MODELS: dict[str, dict[str, Build]] = {
             dilation_rates=[2, 4], low_level_feature_key="P2", projection_filters=8,
         ),
         "CLIP vision": _clip_vision,
+        "SigLIP vision": _siglip_vision,
+        "EfficientNet": _efficientnet,
+        "ViTDet": _vision(
+            "ViTDetBackbone", hidden_size=32, num_layers=2, intermediate_dim=64, num_heads=2,
+            global_attention_layer_indices=[1], patch_size=16, num_output_channels=16,
+            window_size=2,
+        ),
+        "SegFormer, segmenter": _segmenter,
     },
     "keras_hub text": {
         "BERT": _tokens(
@@ -344,6 +400,39 @@ MODELS: dict[str, dict[str, Build]] = {
             "Phi3Backbone", max_sequence_length=TOKENS, pretraining_sequence_length=TOKENS,
             **DECODER,
         ),
+        "BART": _fixed(
+            lambda: _hub(
+                "BartBackbone", vocabulary_size=VOCABULARY, max_sequence_length=TOKENS,
+                **TRANSFORMER,
+            )
+        ),
+        "T5": _fixed(lambda: _hub("T5Backbone", vocabulary_size=VOCABULARY, **TRANSFORMER)),
+        "RoFormer V2": _tokens(
+            "RoformerV2Backbone", vocabulary_size=VOCABULARY, head_size=16, **TRANSFORMER
+        ),
+        "ESM": _fixed(lambda: _hub("ESMBackbone", vocabulary_size=VOCABULARY, **TRANSFORMER)),
+        "Gemma 3": _tokens("Gemma3Backbone", image_size=16, head_dim=8, **DECODER),
+        "SmolLM3": _tokens(
+            "SmolLM3Backbone", vocabulary_size=VOCABULARY, hidden_dim=32, intermediate_dim=64,
+            num_layers=2, num_attention_heads=4, num_key_value_heads=2, attention_bias=False,
+            attention_dropout=0.0, rope_layer_enabled_list=[True, False],
+            layer_types=["full_attention"] * 2, mlp_bias=False, layer_norm_epsilon=1e-5,
+            max_position_embeddings=TOKENS, rope_theta=10000.0, partial_rotary_factor=1.0,
+        ),
+        "BERT, classifier": _task(
+            "BertTextClassifier", "BertBackbone",
+            {"vocabulary_size": VOCABULARY, "max_sequence_length": TOKENS, **TRANSFORMER},
+            num_classes=3,
+        ),
+        "FNet, classifier": _task(
+            "FNetTextClassifier", "FNetBackbone",
+            {
+                "vocabulary_size": VOCABULARY, "max_sequence_length": TOKENS, "num_layers": 2,
+                "hidden_dim": 32, "intermediate_dim": 64,
+            },
+            num_classes=3,
+        ),
+        "Llama, causal LM": _task("LlamaCausalLM", "LlamaBackbone", DECODER),
     },
     "keras_hub audio": {"Whisper encoder": _whisper_encoder},
     "kimm": {
