@@ -12,6 +12,7 @@ import tf_keras
 
 from benchmarks import (
     applications,
+    calibration,
     convert,
     device_model,
     file_sizes,
@@ -23,7 +24,7 @@ from benchmarks import (
     zoo,
 )
 from benchmarks.networks import NETWORKS
-from kqat.grids import Anchor, MovingAverage, QuantSpec
+from kqat.grids import CALIBRATION_METHODS, Anchor, MovingAverage, QuantSpec
 from kqat.training import ActivationQuantizer
 from kqat.training.activation_quantizer import SiteRange
 from recipes import data
@@ -266,3 +267,13 @@ def test_networks_are_compared_on_every_runtime(tmp_path: Path) -> None:
     assert "| mlperf_tiny/ad | litert | 4 | 0 of 2,560 |" in out.with_suffix(".md").read_text()
     # What is measured is not measured again.
     assert device_model.main(arguments)["mlperf_tiny/ad"] == found
+
+
+def test_the_table_of_ranges_says_what_it_aimed_at_and_what_is_missing() -> None:
+    names = [*CALIBRATION_METHODS, calibration.OWN, calibration.OWN_FILE, calibration.CONVERTER]
+    cell = {name: {"sqnr_db": 30.0, "accuracy": None} for name in names}
+    low = {**cell, calibration.OWN_FILE: {"sqnr_db": 29.5, "accuracy": None}}
+    text = calibration.as_markdown({"mlperf_tiny/ic": {"16": cell, "128": low}})
+    assert "Found: 1 of 2 cells below: mlperf_tiny/ic, 128 (-0.50); -0.25 dB in the mean." in text
+    others = set(calibration.TASKS) - {"mlperf_tiny/ic"}
+    assert not others or f"Not measured: {', '.join(sorted(others))}." in text
