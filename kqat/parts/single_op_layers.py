@@ -201,7 +201,26 @@ def stacked(values: Sequence[Any], axis: int, name: str) -> Any:
     if len(values) == 1:
         return layers.Reshape(shape, name=name)(values[0])
     rows = [layers.Reshape(shape, name=f"{name}_row_{i}")(x) for i, x in enumerate(values)]
-    return layers.Concatenate(axis=axis, name=name)(rows)
+    return joined(rows, axis, name)
+
+
+def joined(values: Sequence[Any], axis: int, name: str) -> Any:
+    """Values side by side along an axis; those without a scale keep their type.
+
+    Truth values are joined as integers, for TFLite Micro's kernel takes no others.
+    """
+    if any(keras.backend.is_float_dtype(value.dtype) for value in values):
+        return layers.Concatenate(axis=axis, name=name)(values)
+    together = {"axis": axis}
+    if any(value.dtype != "bool" for value in values):
+        return IndexOperation(IndexKind.CONCATENATE, together, name=name)(values)
+    one = {"x2": 1}
+    numbers = {id(value): value for value in values}
+    for i, (key, value) in enumerate(numbers.items()):
+        numbers[key] = IndexOperation(IndexKind.MULTIPLY, one, name=f"{name}_number_{i}")(value)
+    values = [numbers[id(value)] for value in values]
+    whole = IndexOperation(IndexKind.CONCATENATE, together, name=f"{name}_numbers")(values)
+    return IndexOperation(IndexKind.NOT_EQUAL, {"x2": 0}, name=name)(whole)
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -312,7 +331,9 @@ class IndexOperation(layers.Layer):
         if self.kind is IndexKind.ADD and len({t.dtype for t in tensors}) < len(tensors):
             # Keras takes an index of one sample for a bias, whose sum TFLite does not convert.
             return tensors[0] + tensors[1]
-        result = getattr(ops, self.kind)(*tensors, **self.options)
+        options = dict(self.options)
+        first = [options.pop("x1")] if "x1" in options else []
+        result = getattr(ops, self.kind)(*first, *tensors, **options)
         return (
             ops.cast(result, "int32")
             if self.kind in (IndexKind.ARGMAX, IndexKind.ARGMIN)

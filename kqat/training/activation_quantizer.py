@@ -161,7 +161,6 @@ class ActivationQuantizer(keras.layers.Layer):
         self.seeds = None
         if gradient is not None and gradient.ADDS_NOISE:
             self.seeds = keras.random.SeedGenerator()
-        self.supports_masking = True
         self._sources = _Sources()
 
     def build(self, input_shape: Any) -> None:
@@ -510,19 +509,19 @@ class ActivationQuantizer(keras.layers.Layer):
             noise = keras.random.uniform(ops.shape(x), -0.5, 0.5, seed=self.seeds)
             width = (high - low) * (1.0 / levels)
             return ops.minimum(ops.maximum(x, low), high) + noise * width
+        moves = step is not None and training
+        if gradient is None and moves:
+            return arithmetic.fake_quantize_moving(x, low, high, step, spec)
         if gradient is None:
-            rounded = arithmetic.fake_quantize(x, low, high, spec)
-        else:
-            rounded = arithmetic.fake_quantize(ops.stop_gradient(x), low, high, spec)
-            rounded = rounded + estimated(gradient, x, rounded, low, high)
-        if step is None or not training:
-            return rounded
-        # Inside the grid, a wider step moves a value by its rounding error.
-        fixed = ops.stop_gradient(step)
-        first = ops.stop_gradient(-ops.floor(0.5 - low / fixed) * fixed)
-        clipped = ops.minimum(ops.maximum(x, first), first + levels * fixed)
-        error = ops.stop_gradient((rounded - clipped) / fixed)
-        return rounded + error * (step - fixed)
+            return arithmetic.fake_quantize(x, low, high, spec)
+        # The estimator says what reaches the values; range and step have theirs without them.
+        still = ops.stop_gradient(x)
+        rounded = (
+            arithmetic.fake_quantize_moving(still, low, high, step, spec)
+            if moves
+            else arithmetic.fake_quantize(still, low, high, spec)
+        )
+        return rounded + estimated(gradient, x, ops.stop_gradient(rounded), low, high)
 
     def _observed(self, x: Any, site: int) -> tuple[Any, Any]:
         """Updates the site's range by `x`; returns all sites' ranges."""
@@ -590,6 +589,9 @@ class ActivationQuantizer(keras.layers.Layer):
     def compute_output_shape(self, input_shape: Any, **kwargs: Any) -> Any:
         """The input's shape."""
         return input_shape
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
+        """None: who reads a mask in a QAT model reads it as a tensor of the graph."""
 
     def compute_output_spec(
         self,

@@ -644,7 +644,7 @@ class QuantizeWrapper(keras.layers.Layer):
         controls, shaken = self.controls, folded
         if controls.random is not None:
             shaken = controls.shaken(folded, self._grid_scale(step, spec))
-        if self.seeds is not None:
+        if self.seeds is not None and not controls.still:
             return controls.if_rounding(self._with_noise(folded, step, spec), folded)
         return controls.if_rounding(self._rounded_by(shaken, step, spec), folded)
 

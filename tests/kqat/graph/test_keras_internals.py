@@ -99,29 +99,6 @@ def test_tokens_are_whole_numbers() -> None:
         kqat.quantize_model(model, calibration_data=np.full((4, 6), 0.5))
 
 
-class TakesMask(layers.Layer):
-    """A layer that looks for the mask on its input."""
-
-    supports_masking = True
-
-    def call(self, x: Any) -> Any:
-        """The mean of what the mask shows."""
-        mask = getattr(x, "_keras_mask", None)
-        return x if mask is None else x * ops.cast(mask, x.dtype)[:, :, None]
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_a_layer_that_takes_a_mask_off_its_input_is_named(masked: bool) -> None:
-    x = keras.Input((6,), dtype="int32", name="tokens")
-    y = TakesMask(name="own")(layers.Embedding(10, 3, mask_zero=masked)(x))
-    model = keras.Model(x, layers.Dense(2)(y))
-    if not masked:
-        kqat.plan(model)
-        return
-    with pytest.raises(kqat.ModelError, match=r"layer 'own' of type TakesMask, whose call takes"):
-        kqat.plan(model)
-
-
 def test_what_lies_between_tensors_inside_a_model() -> None:
     """As a `keras.Function` of inner tensors has it, which Keras before 3.15 refuses to make."""
     x = keras.Input((4,))
