@@ -165,6 +165,14 @@ def as_markdown(results: dict[str, Any]) -> str:
             for found in cells.values()
         ]
         lines.append(f"| {name} | {min(gains):+.2f} | {np.mean(gains):+.2f} |")
+    whole = max(map(len, results.values()))
+    partly = [
+        f"{name} ({len(cells)} of {whole} cells)"
+        for name, cells in results.items()
+        if len(cells) < whole
+    ]
+    if partly:
+        lines += ["", f"Measured in part: {', '.join(partly)}."]
     if missing := sorted(set(TASKS) - set(results)):
         lines += ["", f"Not measured: {', '.join(missing)}."]
     lines += ["", *_against_bounds(results)]

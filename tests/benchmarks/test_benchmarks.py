@@ -273,7 +273,9 @@ def test_the_table_of_ranges_says_what_it_aimed_at_and_what_is_missing() -> None
     names = [*CALIBRATION_METHODS, calibration.OWN, calibration.OWN_FILE, calibration.CONVERTER]
     cell = {name: {"sqnr_db": 30.0, "accuracy": None} for name in names}
     low = {**cell, calibration.OWN_FILE: {"sqnr_db": 29.5, "accuracy": None}}
-    text = calibration.as_markdown({"mlperf_tiny/ic": {"16": cell, "128": low}})
-    assert "Found: 1 of 2 cells below: mlperf_tiny/ic, 128 (-0.50); -0.25 dB in the mean." in text
-    others = set(calibration.TASKS) - {"mlperf_tiny/ic"}
+    results = {"mlperf_tiny/ic": {"16": cell, "128": low}, "mlperf_tiny/ad": {"16": cell}}
+    text = calibration.as_markdown(results)
+    assert "Found: 1 of 3 cells below: mlperf_tiny/ic, 128 (-0.50); -0.17 dB in the mean." in text
+    assert "Measured in part: mlperf_tiny/ad (1 of 2 cells)." in text
+    others = set(calibration.TASKS) - set(results)
     assert not others or f"Not measured: {', '.join(sorted(others))}." in text
