@@ -34,6 +34,8 @@ from recipes import converter, data, running
 CONVERTER, OWN, OWN_FILE = "converter", DEFAULT_METHOD, f"{DEFAULT_METHOD} (file)"
 OUT = Path(__file__).with_suffix(".json")
 TEST_SAMPLES = 300
+# In dB: how far below the converter's file a cell may lie, and what the mean should gain.
+BELOW, MEAN_GAIN = 0.3, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +165,36 @@ def as_markdown(results: dict[str, Any]) -> str:
             for found in cells.values()
         ]
         lines.append(f"| {name} | {min(gains):+.2f} | {np.mean(gains):+.2f} |")
+    whole = max(map(len, results.values()))
+    partly = [
+        f"{name} ({len(cells)} of {whole} cells)"
+        for name, cells in results.items()
+        if len(cells) < whole
+    ]
+    if partly:
+        lines += ["", f"Measured in part: {', '.join(partly)}."]
+    if missing := sorted(set(TASKS) - set(results)):
+        lines += ["", f"Not measured: {', '.join(missing)}."]
+    lines += ["", *_against_bounds(results)]
     return "\n".join(lines) + "\n"
+
+
+def _against_bounds(results: dict[str, Any]) -> list[str]:
+    """Whether the default's file keeps to what was aimed at, and where it does not."""
+    gains = {
+        f"{model}, {cell}": found[OWN_FILE]["sqnr_db"] - found[CONVERTER]["sqnr_db"]
+        for model, cells in results.items()
+        for cell, found in cells.items()
+    }
+    below = {name: gain for name, gain in gains.items() if gain < -BELOW}
+    worst = ", ".join(f"{name} ({gain:+.2f})" for name, gain in below.items())
+    mean = float(np.mean(list(gains.values())))
+    return [
+        f"Aimed at for the file of `{OWN}`: no cell more than {BELOW} dB below the converter's, "
+        f"{MEAN_GAIN:g} dB above it in the mean.",
+        f"Found: {len(below)} of {len(gains)} cells below{f': {worst}' if worst else ''}; "
+        f"{mean:+.2f} dB in the mean.",
+    ]
 
 
 def _cell(found: dict[str, Any]) -> str:

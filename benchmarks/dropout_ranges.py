@@ -59,9 +59,34 @@ def measure(
     steps = math.ceil(samples / batch_size) * epochs
     learning_rate = keras.optimizers.schedules.CosineDecay(options.learning_rate, steps)
     keras.utils.set_random_seed(0)
+    x, y = task(samples)
+    model = network(rate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kqat.CalibrationWarning)
+        qat = kqat.quantize_model(model, calibration_data=x)
+        before = sqnr(qat, x)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        qat.compile(keras.optimizers.Adam(learning_rate), loss)
+        qat.fit(x, y, batch_size=batch_size, epochs=epochs, verbose=0)
+        after = sqnr(qat, x)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", kqat.CalibrationWarning)
+            kqat.freeze(qat)
+        warned = any("Dropout or noise" in str(warning.message) for warning in told)
+        kqat.calibrate(qat, x)
+        return before, after, sqnr(qat, x), warned
+
+
+def task(samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise of shape `(samples, 10, 10, 3)`, and something to learn: the brightest of ten parts."""
     draw = np.random.default_rng(0)
     x = draw.uniform(-1, 1, (samples, 10, 10, 3)).astype(np.float32)
-    model = keras.Sequential(
+    return x, x.reshape(samples, 10, -1).mean(axis=-1).argmax(axis=-1)
+
+
+def network(rate: float) -> keras.Model:
+    """Two convolutions with Dropout of `rate` behind each, and a Dense layer."""
+    return keras.Sequential(
         [
             keras.Input((10, 10, 3)),
             layers.Conv2D(16, 3, activation="relu"),
@@ -72,25 +97,9 @@ def measure(
             layers.Dense(10),
         ]
     )
-    # Something to learn: the class of the brightest of ten parts.
-    y = x.reshape(samples, 10, -1).mean(axis=-1).argmax(axis=-1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", kqat.CalibrationWarning)
-        qat = kqat.quantize_model(model, calibration_data=x)
-        before = _sqnr(qat, x)
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        qat.compile(keras.optimizers.Adam(learning_rate), loss)
-        qat.fit(x, y, batch_size=batch_size, epochs=epochs, verbose=0)
-        after = _sqnr(qat, x)
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always", kqat.CalibrationWarning)
-            kqat.freeze(qat)
-        warned = any("Dropout or noise" in str(warning.message) for warning in told)
-        kqat.calibrate(qat, x)
-        return before, after, _sqnr(qat, x), warned
 
 
-def _sqnr(qat: keras.Model, x: np.ndarray) -> float:
+def sqnr(qat: keras.Model, x: np.ndarray) -> float:
     """Of the QAT model against the float model of the same weights."""
     want = kqat.strip(qat).predict(x, verbose=0)
     return running.sqnr_db(want, qat.predict(x, verbose=0))

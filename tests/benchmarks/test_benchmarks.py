@@ -12,16 +12,21 @@ import tf_keras
 
 from benchmarks import (
     applications,
+    calibration,
     convert,
     device_model,
     file_sizes,
     method_overhead,
     peers,
+    range_following,
     tensorboard_cost,
     training_step,
     zoo,
 )
 from benchmarks.networks import NETWORKS
+from kqat.grids import CALIBRATION_METHODS, Anchor, MovingAverage, QuantSpec
+from kqat.training import ActivationQuantizer
+from kqat.training.activation_quantizer import SiteRange
 from recipes import data
 from recipes.models import resnet8
 from recipes.timing import Seconds, Spread, ratio, spread, take_turns
@@ -104,6 +109,43 @@ def test_benchmark_measures_both_clocks(
     table = capsys.readouterr().out.splitlines()
     assert table[0].startswith("network  case")
     assert any(line.startswith("resnet8  kqat") for line in table)
+
+
+@pytest.mark.slow
+def test_ways_of_moving_ranges_start_from_what_training_does(tmp_path: Path) -> None:
+    out = tmp_path / "ways.json"
+    (found,) = range_following.main(["--smoke", "--out", str(out)]).values()
+    assert set(found) == {*range_following.WAYS, range_following.AGAIN}
+    assert out.with_suffix(".md").read_text().count("| sorted |") == 1
+
+
+def test_the_way_of_now_is_that_of_the_layer() -> None:
+    generator = np.random.default_rng(0)
+    layer = ActivationQuantizer(QuantSpec(), MovingAverage())
+    layer.build((None, 4))
+    layer.start({0: SiteRange(-1.0, 2.0, -1.2, 2.5, (0.1, 0.0), 8)})
+    anchor, count = np.asarray(layer.anchor)[..., 0].astype(float), float(layer.count[0])
+    batches = np.linspace(1.0, 6.0, 60)[:, None] * generator.uniform(0.5, 1.0, (60, 2))
+    for low, high in batches:
+        layer.observe(np.asarray([-low, high], np.float32))
+    seen = range_following.Seen(anchor, count, np.ones((2, 8)), batches, 8)
+    want = -float(layer.site_low[0]), float(layer.site_high[0])
+    np.testing.assert_allclose(range_following.WAYS[range_following.NOW](seen), want, rtol=1e-4)
+
+
+def test_what_batches_are_expected_to_show() -> None:
+    samples = np.random.default_rng(0).uniform(size=(2, 500))
+    draws = np.random.default_rng(1).choice(samples, (4000, 8), axis=1).max(axis=-1).mean(axis=-1)
+    np.testing.assert_allclose(range_following.expected(samples, 8), draws, rtol=0.01)
+    # Batches as in calibration change no range.
+    seen = range_following.Seen(
+        np.asarray(Anchor.rows((1.0, 1.0), (1.0, 1.0), (0.0, 0.0)), float),
+        100.0,
+        samples,
+        np.broadcast_to(range_following.expected(samples, 8), (50, 2)),
+        8,
+    )
+    np.testing.assert_array_equal(range_following.by_spread(seen), [1.0, 1.0])
 
 
 @pytest.mark.slow
@@ -225,3 +267,15 @@ def test_networks_are_compared_on_every_runtime(tmp_path: Path) -> None:
     assert "| mlperf_tiny/ad | litert | 4 | 0 of 2,560 |" in out.with_suffix(".md").read_text()
     # What is measured is not measured again.
     assert device_model.main(arguments)["mlperf_tiny/ad"] == found
+
+
+def test_the_table_of_ranges_says_what_it_aimed_at_and_what_is_missing() -> None:
+    names = [*CALIBRATION_METHODS, calibration.OWN, calibration.OWN_FILE, calibration.CONVERTER]
+    cell = {name: {"sqnr_db": 30.0, "accuracy": None} for name in names}
+    low = {**cell, calibration.OWN_FILE: {"sqnr_db": 29.5, "accuracy": None}}
+    results = {"mlperf_tiny/ic": {"16": cell, "128": low}, "mlperf_tiny/ad": {"16": cell}}
+    text = calibration.as_markdown(results)
+    assert "Found: 1 of 3 cells below: mlperf_tiny/ic, 128 (-0.50); -0.17 dB in the mean." in text
+    assert "Measured in part: mlperf_tiny/ad (1 of 2 cells)." in text
+    others = set(calibration.TASKS) - set(results)
+    assert not others or f"Not measured: {', '.join(sorted(others))}." in text

@@ -50,6 +50,7 @@ def test_a_move_foresees_the_type_that_it_gives(
         (Reduce("mean", [1]), [(3,)], "int32"),
         (Matmul(), [(2, 3, 4), (2, 4, 5)], "float32"),
         (Matmul(), [(2, 3, 4), (1, 4, 5)], "float32"),
+        (Matmul(), [(1, 3, 4), (2, 4, 5)], "float32"),
         (Matmul(dtype="mixed_float16"), [(3, 4), (4, 5)], "float32"),
         (ReciprocalSquareRoot(), [(3, 4)], "float32"),
         (Tabulated(keras.layers.Activation("tanh"), 0), [(3, 4)], "float32"),
