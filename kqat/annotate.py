@@ -141,7 +141,9 @@ def quantize_apply(model: keras.Model, *, calibration_data: Any = None) -> keras
         rules.append((glob.escape(name), layer.config))
         return duplicate(layer.layer, name)
 
-    plain = rebuild(graph, call, model.name)
+    # An output whose mask a layer of its own hands on bears that layer's name.
+    names = graph.output_names if any(graph.output_masks) else ()
+    plain = rebuild(graph, call, model.name, names, graph.output_masks)
     if not rules:
         raise ModelError(
             f"Expected annotated layers. Received: '{model.name}', which has none. Use "
