@@ -119,7 +119,8 @@ def _operator(name: str, rule: OpRule) -> tuple[str, ...]:
 
 def _runtimes(some: Iterable[str]) -> str:
     letters = dict(zip(RUNTIME_ORDER, "LRM", strict=True))
-    return " ".join(letters[name] for name in RUNTIME_ORDER if name in set(some)) or "no"
+    # They stay in one line.
+    return "&nbsp;".join(letters[name] for name in RUNTIME_ORDER if name in set(some)) or "no"
 
 
 def _warns(target: Target) -> str:

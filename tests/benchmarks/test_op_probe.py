@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from benchmarks import op_probe
 from benchmarks.op_probe import MODELS, PACKAGES, SHIPS_AS_ANOTHER, TABLE, Cell, probe, read_table
@@ -28,8 +29,13 @@ def test_every_operator_has_its_cells() -> None:
     assert wide | set(SHIPS_AS_ANOTHER) & set(INT16) == set(INT16)
     assert {cell.runtime for cell in cells} == set(RUNTIMES)
     assert len({cell.key for cell in cells}) == len(cells)
+
+
+def test_the_table_is_of_the_newest_packages() -> None:
     versions = json.loads(TABLE.read_text())["versions"]
     here = {name: importlib.metadata.version(name) for name in PACKAGES}
+    if Version(here["tensorflow"]) < Version(versions["tensorflow"]):
+        pytest.skip(f"it was written with TensorFlow {versions['tensorflow']}")
     assert versions == here, "python -m benchmarks.op_probe --write"
 
 
