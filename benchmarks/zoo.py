@@ -299,11 +299,19 @@ def typical_inputs(model: keras.Model, seed: int) -> Any:
             return rng.integers(0, 2, shape).astype(np.int32)
         if "int" in str(tensor.dtype):
             return rng.integers(1, VOCABULARY, shape).astype(np.int32)
+        if _takes_pixels(model):
+            return rng.uniform(0.0, 255.0, shape).astype(np.float32)
         return rng.normal(size=shape).astype(np.float32)
 
     if isinstance(model, keras.Sequential):
         return values(model.inputs[0])
     return keras.tree.map_structure(values, model.input)
+
+
+def _takes_pixels(model: keras.Model) -> bool:
+    """Whether a model begins by bringing pixels of 0 to 255 to numbers around one."""
+    kinds = [layer for layer in model.layers if isinstance(layer, keras.layers.Rescaling)]
+    return any(np.max(layer.scale) <= 1 / 64 for layer in kinds)
 
 
 def settle(model: keras.Model, inputs: Any) -> None:
