@@ -10,12 +10,14 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import operator
 import re
 import sys
 import textwrap
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,20 +77,36 @@ def open_model(model: Any) -> Opened:
     function = inner_function(model)
     if function is not None:
         return opened_function(function, model)
-    shape = (model.get_build_config() or {}).get("input_shape")
-    if shape is None:
+    inputs = input_struct(model)
+    if isinstance(inputs, tuple) and not inputs:
         raise ModelError(
             f"Expected a subclassed model that was called on data of one argument. Received: "
             f"'{model.name}' of type {type(model).__name__}, of whose input Keras recorded no "
             f"shape{_control_flow(model)}. Call it once on data, or use keras.Model(x, "
             "model.call(x)) with x = keras.Input(shape)."
         )
-    return open_call(model, (_inputs_of_shape(shape),), {})
+    wanted = _required_arguments(model)
+    if len(wanted) > 1:
+        names = ", ".join(wanted)
+        raise ModelError(
+            "Expected a subclassed model whose call takes one argument, which may be a list or "
+            f"dict. Received: '{model.name}' of type {type(model).__name__}, whose call takes "
+            f"{names}. Use keras.Model([{names}], model({names})) with a keras.Input for each."
+        )
+    return open_call(model, (inputs,), {})
+
+
+def _required_arguments(model: Any) -> list[str]:
+    """The arguments that a call of `model` must be given, but for what Keras hands over."""
+    parameters = inspect.signature(model.call).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p.name for p in parameters if p.kind in named and p.default is p.empty]
+    return [name for name in required if name not in ("training", "mask")]
 
 
 def input_struct(model: Any) -> Any:
     """A model's inputs, as symbolic tensors in the structure that it takes; `()` if unknown."""
-    function = inner_function(model)
+    function = _functional(model)
     if function is not None:
         return function.input
     shape = (model.get_build_config() or {}).get("input_shape")
@@ -286,6 +304,20 @@ def _batch_size(layer: Any, tensors: list[Any]) -> int:
     return next(p for p in primes if p > 12 and all(s % p for s in sizes))
 
 
+_SIGNATURES: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def call_signature(operation: Any) -> inspect.Signature:
+    """The signature of `operation.call`; found once for all operations of a class."""
+    method = operation.call
+    function = getattr(method, "__func__", None)
+    if function is None:  # An object's own, not its class's.
+        return inspect.signature(method)
+    if function not in _SIGNATURES:
+        _SIGNATURES[function] = inspect.signature(method)
+    return _SIGNATURES[function]
+
+
 def parts_of(layer: Any) -> list[Any]:
     """`layer` and all layers inside it, in an order that copies share."""
     return list({id(part): part for part in layer._flatten_layers()}.values())
@@ -329,6 +361,7 @@ def _called(
             _calls_inlined(layer, inside),
             _shapes_told(layer),
             _keys_of_tensors(),
+            _sizes_known(),
             tensorflow_traced(),
         ):
             # Keras hands it down to every layer inside that does not say otherwise.
@@ -403,7 +436,10 @@ def _as_inputs(owners: list[Any], made: dict[int, tuple[Any, Any]]) -> Iterator[
                 made[id(value)] = tensor, value
             return made[id(value)][0]
         if isinstance(value, list | tuple) and any(isinstance(v, keras.Variable) for v in value):
-            return type(value)(swapped(v, owner) for v in value)
+            # TensorFlow keeps a tuple of a layer in a proxy, which is no class to make one of.
+            new = [swapped(v, owner) for v in value]
+            make = getattr(value, "_make", tuple if isinstance(value, tuple) else type(value))
+            return make(new)
         if isinstance(value, dict) and any(isinstance(v, keras.Variable) for v in value.values()):
             return {key: swapped(v, owner) for key, v in value.items()}
         return value
@@ -430,9 +466,13 @@ def _calls_inlined(layer: Any, inside: list[Any]) -> Iterator[None]:
     """Lets a call of `layer`, and of those of `inside`, show what it does in place of itself.
 
     Keras does the rest of a call as ever: it builds, hands on masks and `training`. It only records
-    no call of theirs, which may return anything.
+    no call of theirs, which may return anything. What a user's subclass of a stock layer calls of
+    that layer is recorded as a stock layer.
     """
     opened = {id(part): part for part in inside if part is layer or not _is_stock(part)}
+    twins = {key: _stock_twin(part) for key, part in opened.items()}
+    stock = {type(twin) for twin in twins.values() if twin is not None}
+    calls = {cls: cls.call for cls in stock}
     home: Any = sys.modules[keras.layers.Layer.__module__]
     record = home.Node
 
@@ -446,11 +486,58 @@ def _calls_inlined(layer: Any, inside: list[Any]) -> Iterator[None]:
         home.Node = recorded
         for part in opened.values():
             object.__setattr__(part, "symbolic_call", called_through(part))
+        for cls, call in calls.items():
+            cls.call = _to_twins(call, twins)
         yield
     finally:
         home.Node = record
         for part in opened.values():
             object.__delattr__(part, "symbolic_call")
+        for cls, call in calls.items():
+            cls.call = call
+
+
+def _to_twins(call: Any, twins: Mapping[int, Any]) -> Callable[..., Any]:
+    """`call` of a stock class, by which a layer that has a twin calls the twin."""
+
+    @functools.wraps(call)
+    def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        twin = twins.get(id(layer))
+        return call(layer, *args, **kwargs) if twin is None else twin(*args, **kwargs)
+
+    return called
+
+
+# What a subclass of a stock layer may write anew without changing what the stock `call` computes.
+_FREE_TO_CHANGE = frozenset(
+    "call build get_config from_config get_build_config build_from_config compute_output_shape "
+    "compute_output_spec compute_mask add_weight".split()
+)
+
+
+def _stock_twin(layer: Any) -> Any:
+    """The stock layer that a user's subclass of one is beside its own `call`, with its variables.
+
+    `None` where the stock `call` may compute something else for the subclass.
+    """
+    mro = type(layer).__mro__
+    place = next((i for i, cls in enumerate(mro) if cls.__module__.startswith("keras.")), 0)
+    stock, own = mro[place], mro[:place]
+    if not own or getattr(keras.layers, stock.__name__, None) is not stock or not layer.weights:
+        return None
+    if not layer.built or "call" not in {name for cls in own for name in vars(cls)}:
+        return None
+    changed = {name for cls in own for name in vars(cls) if not name.startswith("__")}
+    if any(hasattr(stock, name) for name in changed - _FREE_TO_CHANGE):
+        return None
+    fresh = stock.__new__(stock)
+    keras.layers.Layer.__init__(fresh)
+    twin = object.__new__(stock)
+    told = {name: value for name, value in vars(fresh).items() if "call" in name}
+    nodes: dict[str, Any] = {"_inbound_nodes": [], "_outbound_nodes": []}
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", stock.__name__).lower()
+    vars(twin).update({**vars(layer), **told, **nodes, "name": name})
+    return twin
 
 
 @contextlib.contextmanager
@@ -507,6 +594,56 @@ def _keys_of_tensors() -> Iterator[None]:
         yield
     finally:
         home.__getitem__ = index
+
+
+class _Shape(tuple[Any, ...]):
+    """A shape that also answers as TensorFlow's does, for which `call` may have been written."""
+
+    @property
+    def rank(self) -> int:
+        return len(self)
+
+    @property
+    def ndims(self) -> int:
+        return len(self)
+
+    @property
+    def dims(self) -> list[Any]:
+        return list(self)
+
+    def as_list(self) -> list[Any]:
+        return list(self)
+
+    def num_elements(self) -> int:
+        return math.prod(self)
+
+    def is_fully_defined(self) -> bool:
+        return None not in self
+
+    def __getitem__(self, key: Any) -> Any:
+        part = super().__getitem__(key)
+        return _Shape(part) if isinstance(key, slice) else part
+
+
+@contextlib.contextmanager
+def _sizes_known() -> Iterator[None]:
+    """Lets shapes, and `keras.ops.ndim` and `size`, be those of the tensors of a backend.
+
+    Keras makes symbolic numbers of the latter, by which Python can neither branch nor count.
+    """
+    functions: Any = sys.modules[keras.ops.ndim.__module__]
+    home: Any = keras.KerasTensor
+    shape, symbolic_call = home.shape, functions.Operation.symbolic_call
+    try:
+        functions.Ndim.symbolic_call = lambda operation, x: len(x.shape)
+        functions.Size.symbolic_call = lambda operation, x: math.prod(x.shape)
+        home.shape = property(lambda tensor: _Shape(shape.fget(tensor)), shape.fset)
+        home.get_shape = lambda tensor: tensor.shape
+        yield
+    finally:
+        functions.Ndim.symbolic_call = functions.Size.symbolic_call = symbolic_call
+        home.shape = shape
+        del home.get_shape
 
 
 def _plain_key(part: Any) -> Any:
@@ -672,11 +809,13 @@ def _where(error: Exception) -> str:
     """The last line of the user's own code that led to `error`."""
     inside = {str(Path(str(module.__file__)).parent) for module in (keras, np)}
     inside |= {str(Path(__file__).parent)}
+    library = Path(inspect.__file__).parent  # Packages may lie in a folder of it.
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not any(frame.filename.startswith(folder) for folder in inside)
         and "tensorflow" not in frame.filename
+        and Path(frame.filename).parent != library
     ]
     if not frames:
         return "Keras says"
@@ -850,7 +989,7 @@ def _masks_read(calls: list[Any], masks: Mapping[int, Any]) -> _MasksRead:
         given = _given(call)
         named = {"mask", *(f"{key}_mask" for key in given)}
         tensors = {k: v for k, v in given.items() if k not in named and _tensors(v)}
-        parameters = inspect.signature(layer.call).parameters
+        parameters = call_signature(layer).parameters
         found = {}
         for key, value in tensors.items():
             name = "mask" if len(tensors) == 1 else f"{key}_mask"
@@ -1150,7 +1289,7 @@ def _makes_masks(layer: Any) -> bool:
 
 def _given(call: Any) -> dict[str, Any]:
     """The arguments of a call by name."""
-    signature = inspect.signature(call.operation.call)
+    signature = call_signature(call.operation)
     # Keras lets a caller hand `training` to a layer that takes none.
     kwargs = {k: v for k, v in call.arguments.kwargs.items() if k != "training"}
     return signature.bind_partial(*call.arguments.args, **kwargs).arguments
@@ -1158,7 +1297,7 @@ def _given(call: Any) -> dict[str, Any]:
 
 def attach_masks(layer: Any, args: Any, kwargs: Any) -> None:
     """Gives values the masks that stand beside them; Keras's MultiHeadAttention reads no others."""
-    given = inspect.signature(layer.call).bind_partial(*args, **kwargs).arguments
+    given = call_signature(layer).bind_partial(*args, **kwargs).arguments
     for name, value in given.items():
         if (mask := given.get(f"{name}_mask")) is not None:
             value._keras_mask = mask
@@ -1169,7 +1308,7 @@ def passes_mask_by(layer: Any) -> bool:
     if isinstance(layer, keras.layers.Lambda):
         return "mask" not in inspect.signature(layer.function).parameters
     if isinstance(layer, keras.layers.TimeDistributed):
-        return "mask" not in inspect.signature(layer.layer.call).parameters
+        return "mask" not in call_signature(layer.layer).parameters
     return False
 
 
@@ -1178,7 +1317,7 @@ def _tensors(structure: Any) -> list[Any]:
 
 
 def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
-    """Inputs with their types: what only an Embedding reads holds indexes, and so is int32."""
+    """Inputs with their types: what only an Embedding reads holds indexes, int32 or bool."""
     readers: dict[int, list[Any]] = {id(t): [] for t in opened.tensors}
     for operation in opened.function.operations:
         for call in operation._inbound_nodes:
@@ -1190,7 +1329,7 @@ def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
         indexes = operations and all(isinstance(o, keras.layers.Embedding) for o in operations)
         # TFLite has no float64 inputs; numbers of that type are converted as Keras does.
         floats = "float32" if tensor.dtype == "float64" else str(tensor.dtype)
-        typed.append((tensor, "int32" if indexes else floats))
+        typed.append((tensor, "int32" if indexes and floats != "bool" else floats))
     return typed
 
 
@@ -1321,9 +1460,23 @@ def _makers(tensors: Iterable[Any], given: Collection[int]) -> list[Any]:
 
 
 def inner_function(layer: Any) -> Any:
-    """The Functional inside a Sequential, or a Functional itself; `None` for anything else."""
+    """The Functional inside a Sequential, or a Functional itself; `None` for anything else.
+
+    It is `None` as well for a user's subclass of either whose `call` is his own.
+    """
+    function = _functional(layer)
+    return None if function is None or _has_own_call(layer) else function
+
+
+def _functional(layer: Any) -> Any:
     function = getattr(layer, "_functional", None) or layer
     return function if hasattr(function, "_nodes_by_depth") else None
+
+
+def _has_own_call(model: Any) -> bool:
+    """Whether the `call` of a model is that of a user's class."""
+    owner = next(cls for cls in type(model).__mro__ if "call" in vars(cls))
+    return not owner.__module__.startswith("keras.")
 
 
 # The module that files of Keras 3 name for a Functional model, a class that has no public name.

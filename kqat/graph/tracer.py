@@ -8,7 +8,6 @@ it and to compare it with a runtime.
 import contextlib
 import copy
 import dataclasses
-import inspect
 import itertools
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ from kqat.graph.keras_internals import (
     Opened,
     bearing,
     borne_mask,
+    call_signature,
     calls_in_order,
     give_readers,
     inner_function,
@@ -295,22 +295,12 @@ def _check_input(tensor: Any, model_name: str) -> None:
         raise _wrong_type(tensor.name, tensor.dtype, model_name)
 
 
-def check_no_booleans(graph: Graph, model_name: str) -> None:
-    """Refuses the graph of a user's model with boolean inputs, which only a step inside may have.
-
-    Raises:
-        ModelError: if there are any.
-    """
-    for ref, name in zip(graph.inputs, graph.input_names, strict=True):
-        if ref.dtype == "bool":
-            raise _wrong_type(name, ref.dtype, model_name)
-
-
 def _wrong_type(name: str, dtype: str, model_name: str) -> ModelError:
     return ModelError(
-        "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "
-        f"that hold indexes (token ids), in model '{model_name}'. Received: input '{name}' of "
-        f"dtype {dtype}. Declare indexes int32, pixels uint8 and other quantities float32."
+        "Expected float inputs, uint8 inputs that hold quantities (pixels), int32 inputs that hold "
+        f"indexes (token ids), or bool inputs (masks), in model '{model_name}'. Received: input "
+        f"'{name}' of dtype {dtype}. Declare indexes int32, pixels uint8, masks bool and other "
+        "quantities float32."
     )
 
 
@@ -487,7 +477,7 @@ def _call_options(
     Raises:
         ModelError: if that is `training=True`.
     """
-    parameters = inspect.signature(layer.call).parameters
+    parameters = call_signature(layer).parameters
     # Keras records the default of its preprocessing layers, which is True.
     default = parameters["training"].default if "training" in parameters else None
     if "training" in parameters and kwargs.get("training") and not default:

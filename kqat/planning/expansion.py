@@ -262,9 +262,8 @@ def _opened_function(node: Node, origin: str, copies: Copies) -> Callable[..., A
             f"'{origin}' of type {type(layer).__name__}, which is neither. {error} To do that use "
             f"policy={{'{origin}': None}}."
         ) from error
-    if elementwise and len(graph.nodes) > 1:
-        return Elementwise.of(layer.call, name=name)
-    return _inlined(graph, name, copies)
+    table = _table_of_parts(layer, name) if elementwise and len(graph.nodes) > 1 else None
+    return table or _inlined(graph, name, copies)
 
 
 def _opened_layer(node: Node, origin: str, copies: Copies) -> Callable[..., Any]:
@@ -304,15 +303,35 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         return None
     try:
         graph = trace_call(layer, (x,), {}, name, is_custom)
-        return Elementwise.of(layer.call, name=name) if len(graph.nodes) > 2 else None
+        return _table_of_parts(layer, name) if len(graph.nodes) > 2 else None
     except ModelError:
         if keras.backend.backend() != "tensorflow":
             return None
         try:
             function = TensorFlowFunction.of(layer.call, name="graph")
+            return Elementwise.of(function, name=name)
         except Exception:  # It branches on a value: opening it tells where.
             return None
-        return Elementwise.of(function, name=name)
+
+
+def _table_of_parts(layer: Any, name: str) -> Elementwise | None:
+    """A function of each number alone as one table of what `layer` computes it with.
+
+    `None` where it is not written for one number: it names axes, or it holds weights, or a constant
+    of equal numbers for all channels. Its parts ship then, one by one.
+    """
+
+    def parts(x: Any) -> Any:
+        graph = trace_call(layer, (x,), {}, name, is_custom)
+        given = [v for node in graph.nodes for v in keras.tree.flatten((node.args, node.kwargs))]
+        if any(node.has_weights for node in graph.nodes) or any(map(is_weight, given)):
+            raise ValueError("Expected a function without weights. Received: some.")
+        return graph.run([x], lambda node, *args, **kwargs: duplicate(node.layer)(*args, **kwargs))
+
+    try:
+        return Elementwise.of(parts, name=name)
+    except Exception:  # Whatever a user's own function raises.
+        return None
 
 
 def _symbolic(ref: Ref) -> Any:

@@ -10,7 +10,7 @@ from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, clone, config_of, is_tensor
 from kqat.parts import sliced, stacked
 from kqat.rewrites.layers import matrix_products
-from kqat.rewrites.layers.basic import Decomposed, activated
+from kqat.rewrites.layers.basic import Decomposed, activated, own_weights
 
 # Layers that work along the last axis only: one call computes all steps.
 POINTWISE = (
@@ -117,7 +117,7 @@ def conv_3d(layer: Any, name: str) -> Decomposed:
         name=f"{name}_frame",
         **{key: config[key] for key in kept},
     )
-    part = Part(conv, [kernel, *layer.get_weights()[1:]])
+    part = Part(conv, [kernel, *own_weights(layer)[1:]])
 
     def call(x: Any) -> Any:
         if config["padding"] == "same":
@@ -163,7 +163,7 @@ def conv_1d_transpose(layer: Any, name: str) -> Decomposed:
         name=f"{name}_row",
         **{key: config[key] for key in kept},
     )
-    kernel, *bias = layer.get_weights()
+    kernel, *bias = own_weights(layer)
     part = Part(conv, [kernel[np.newaxis], *bias])
 
     def call(x: Any) -> Any:

@@ -1,5 +1,6 @@
 """Subclassed models, custom layers and functions: opened up by tracing, or refused by line."""
 
+import inspect
 from typing import Any
 
 import keras
@@ -9,7 +10,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 import kqat
-from kqat.graph import operations_between, values_between
+from kqat.graph import call_signature, operations_between, values_between
 from kqat.graph.tracer import rebuild, trace
 from kqat.planning.expansion import expand
 from tests.coverage.cases import inputs_of
@@ -113,3 +114,14 @@ def test_what_lies_between_tensors_inside_a_model() -> None:
     (found,) = values_between([before], [y], [value])
     expected = dense(np.maximum(value, 0.0)) + value
     np.testing.assert_array_equal(found, expected)
+
+
+def test_signatures_are_those_of_each_class_and_object() -> None:
+    class Doubled(keras.layers.Dense):
+        def call(self, x: Any, factor: float = 2.0) -> Any:
+            return super().call(x) * factor
+
+    plain, doubled, own = keras.layers.Dense(2), Doubled(2), keras.layers.Dense(2)
+    object.__setattr__(own, "call", lambda x, mask=None: x)
+    for layer in (plain, doubled, own, doubled, keras.layers.Dense(3), keras.layers.Dropout(0.5)):
+        assert call_signature(layer) == inspect.signature(layer.call)
