@@ -826,11 +826,12 @@ def _where(error: Exception) -> str:
 
 def calls_in_order(
     function: Any, known: Collection[int], masks: Mapping[int, Any]
-) -> Iterator[tuple[Any, dict[str, Any], dict[int, Any]]]:
+) -> Iterator[tuple[Any, dict[str, Any], dict[int, Any], str | None]]:
     """The calls of `function`, each after those whose tensors or masks it reads.
 
-    Beside each stand the masks that Keras hands to it though it records none, and those that its
-    arguments bear, by their identity, where layers inside it read them.
+    Beside each stand the masks that Keras hands to it though it records none, those that its
+    arguments bear, by their identity, where layers inside it read them, and the Masking layer that
+    it belongs to.
 
     Args:
         function: a Functional model or a `keras.Function`.
@@ -852,7 +853,8 @@ def calls_in_order(
         waiting = []
         for call in calls:
             if all(id(t) in known for t in read.by(call)):
-                yield call, read.given.get(id(call), {}), read.borne.get(id(call), {})
+                given, borne = read.given.get(id(call), {}), read.borne.get(id(call), {})
+                yield call, given, borne, read.makers.get(id(call))
             else:
                 waiting.append(call)
         assert len(waiting) < len(calls), "a mask that depends on its own reader"
@@ -944,11 +946,13 @@ class _MasksRead:
             `x_mask`.
         borne: call -> the masks that layers inside it take off its arguments, by these.
         live: the mask that each tensor bears in the end.
+        makers: call -> the name of the Masking layer whose mask it helps to make.
     """
 
     given: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     borne: dict[int, dict[int, Any]] = dataclasses.field(default_factory=dict)
     live: dict[int, Any] = dataclasses.field(default_factory=dict)
+    makers: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def by(self, call: Any) -> list[Any]:
         """The symbolic tensors that a call reads, masks among them."""
@@ -1020,6 +1024,9 @@ def _masks_read(calls: list[Any], masks: Mapping[int, Any]) -> _MasksRead:
             unhidden |= {id(call.outputs[0])} if after == [None] else set()
         else:
             after = _masks_by_layer(call, first, before, mask_of)
+            if isinstance(layer, keras.layers.Masking):
+                made = _calls_between(call.input_tensors, after)
+                result.makers.update((id(maker), layer.name) for maker in made)
         live.update((id(t), m) for t, m in zip(call.outputs, after, strict=False))
         if isinstance(layer, keras.layers.MultiHeadAttention):
             live.update((id(t), None) for t in _tensors(list(tensors.values())))

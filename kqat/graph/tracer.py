@@ -354,7 +354,7 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
     Weights stand as variables in the place of refs.
     """
     refs.update(opened.weights)
-    for call, masks, borne in calls_in_order(opened.function, refs, opened.masks):
+    for call, masks, borne, maker in calls_in_order(opened.function, refs, opened.masks):
         if all(id(t) in refs for t in call.outputs):  # It computes with weights alone.
             continue
         layer = call.operation
@@ -373,7 +373,12 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             if opened.batch is not None:
                 layer, args, kwargs = _of_any_batch(call, opened.batch, args, kwargs)
             outputs = [Ref(_shape(t, opened.batch), str(t.dtype)) for t in call.outputs]
-            name = unique_name(walk.name_of(layer, opened), walk.names, "_call{}")
+            wanted = walk.name_of(layer, opened)
+            if (
+                maker is not None
+            ):  # Users know the layer, not the comparison that Keras makes of it.
+                wanted = f"{walk.prefix}{maker}_{type(layer).__name__.lower()}"
+            name = unique_name(wanted, walk.names, "_call{}")
             given_masks = tuple(bearers.items())
             walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs), given_masks))
         else:

@@ -47,6 +47,7 @@ from kqat.parts import (
 )
 from kqat.planning.mask_biases import (
     Beside,
+    Chosen,
     Hiding,
     Mask,
     Move,
@@ -78,6 +79,10 @@ _LARGEST = (
     layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D, layers.GlobalMaxPooling1D,
     layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D,
 )  # fmt: skip
+
+# What is added at least to a score that a function bounds, as ReLU and a clip do; no score that is
+# shown is as far from zero.
+_FAR = -1e4
 
 _VANISHING = ("softmax", "sigmoid", "hard_sigmoid", "exponential")
 
@@ -130,6 +135,8 @@ def hide_added_masks(
             elif masks:
                 outputs = spread(outputs, node.outputs[0].shape, new)
                 pending[node.outputs[0]] = masks
+        elif carried and (low := search.lowest(node)) is not None:
+            outputs = hiding.lifted(node.layer(*args, **kwargs), carried, low)
         elif masks := search.passing(node, pending):
             outputs = search.bare(node, args, kwargs, new)
             if ends:
@@ -211,7 +218,8 @@ class _Sum:
             if sign < 0:
                 tensor = layers.Rescaling(sign, name=new("negated"))(tensor)
             return tensor if self.constant is None else added(tensor, self.constant, new("bias"))
-        return layers.Add(name=new("bare"))(tensors)
+        kind = layers.Minimum if isinstance(node.layer, layers.Minimum) else layers.Add
+        return kind(name=new("bare"))(tensors)
 
 
 class _Search:
@@ -220,6 +228,7 @@ class _Search:
     def __init__(self, graph: Graph, kept: Collection[str] = ()) -> None:
         self.outputs, self.kept = set(graph.outputs), set(kept)
         self.consumers, self.producers = graph.consumers(), graph.producers()
+        self.has_far_numbers = any(_holds_far_numbers(node) for node in graph.nodes)
         self.gains: dict[Ref, float] = {}
         for node in reversed(graph.nodes):
             self.gains.update((ref, self._gain(ref)) for ref in node.outputs)
@@ -237,6 +246,8 @@ class _Search:
             return _Sum((Mask(bias),), ((shown, 1.0),), changes=moved)
         if _factor(layer) is not None:
             return self._constant_sum(node, gain)
+        if type(layer) is layers.Minimum:
+            return self._gated(node, gain)
         signs = _signs(node)
         if signs is None:
             return None
@@ -248,6 +259,24 @@ class _Search:
         masks = tuple(mask for part in parts if part is not None for mask in part)
         operands = tuple((node.inputs[i], signs[i]) for i in scores)
         return _Sum(masks, operands, changes=bool(masks))
+
+    def _gated(self, node: Node, gain: float) -> _Sum | None:
+        """A minimum with numbers that are all far above the scores or far below them."""
+        parts = [self._masks(ref, 1.0, gain, gates=True) for ref in node.inputs]
+        masks = tuple(mask for part in parts if part for mask in part)
+        operands = tuple(
+            (ref, 1.0) for ref, part in zip(node.inputs, parts, strict=True) if part is None
+        )
+        if not masks or not operands or len({len(ref.shape) for ref in node.inputs}) > 1:
+            return None
+        return _Sum(masks, operands, changes=True)
+
+    def lowest(self, node: Node) -> float | None:
+        """What a function makes of all that is hidden, if that is no low number."""
+        layer, ref = node.layer, node.outputs[0]
+        if not isinstance(layer, _FUNCTIONS) or _vanishes(layer) or node.name in self.kept:
+            return None
+        return None if _growth(layer, self.gains[ref]) else _lowest(layer)
 
     def passing(self, node: Node, pending: Mapping[Ref, list[Mask]]) -> list[Mask]:
         """The masks behind a layer other than a sum; none where they end before it.
@@ -275,6 +304,13 @@ class _Search:
             return [mask.moved(Through(layer, shapes[0])) for mask in masks[0]]
         if isinstance(layer, (*_FUNCTIONS, layers.Minimum)) and not _vanishes(layer):
             return [mask for found in masks for mask in found]
+        if isinstance(layer, Select):
+            condition = node.inputs[0]
+            return [
+                mask.moved(Chosen(condition, where))
+                for where, found in ((True, masks[1]), (False, masks[2]))
+                for mask in found
+            ]
         return []
 
     def bare(self, node: Node, args: Any, kwargs: Any, new: Callable[[str], str]) -> Any:
@@ -324,9 +360,15 @@ class _Search:
             factor = float(len({len(r.shape) for r in node.inputs}) == 1)
         elif isinstance(layer, Select):
             chosen = ref in node.inputs[1:] and ref != node.inputs[0]
-            factor = float(chosen and self.ends_in_softmax(node.outputs[0]))
+            alike = len({len(r.shape) for r in node.inputs}) == 1
+            factor = float(chosen and (alike or self.ends_in_softmax(node.outputs[0])))
+        elif type(layer) is layers.Maximum:
+            # Each operand is hidden before it: what is hidden in all of them stays lowest.
+            factor = float(self.ends_in_softmax(node.outputs[0]))
         elif isinstance(layer, _FUNCTIONS):
-            return _growth(layer, self.gains[node.outputs[0]])
+            grown = _growth(layer, self.gains[node.outputs[0]])
+            bounded = not grown and self.has_far_numbers and _lowest(layer) is not None
+            return LEAST_ADDED / _FAR if bounded else grown
         elif (grows := _factor(layer)) is not None:
             factor = max(grows, 0.0)
         elif isinstance(layer, Hide):
@@ -357,7 +399,10 @@ class _Search:
         return ref not in self.outputs and all(
             _vanishes(node.layer)
             or _finds_largest(node.layer)
-            or ((_hands_on(node, ref) or _hides(node.layer)) and self.is_ignored(node.outputs[0]))
+            or (
+                (_hands_on(node, ref) or _hides(node.layer) or type(node.layer) is layers.Maximum)
+                and self.is_ignored(node.outputs[0])
+            )
             for node in self._readers(ref)
         )
 
@@ -365,7 +410,9 @@ class _Search:
         """What computes with a value; a constant reads of it the number of samples alone."""
         return [node for node in self.consumers[ref] if not isinstance(node.layer, Learned)]
 
-    def _masks(self, ref: Ref, scale: float, gain: float, offset: float = 0.0) -> list[Mask] | None:
+    def _masks(
+        self, ref: Ref, scale: float, gain: float, offset: float = 0.0, *, gates: bool = False
+    ) -> list[Mask] | None:
         """`scale * ref + offset` as biases, if all that it adds is zero or far below zero.
 
         Args:
@@ -373,12 +420,13 @@ class _Search:
             scale: of the operand, as its sign.
             gain: what the sum is multiplied by before softmax, at least.
             offset: beside it.
+            gates: whether scores are compared with it; what is far above them stands for zero.
         """
         moves = list[Move]()
         while (node := self.producers.get(ref)) is not None:
             if isinstance(node.layer, _MOVING) and not (
                 # Zeros around numbers of which `offset` makes biases are none.
-                offset and isinstance(node.layer, _PADDING)
+                (offset or gates) and isinstance(node.layer, _PADDING)
             ):
                 moves.insert(0, Through(node.layer, node.inputs[0].shape))
             elif isinstance(node.layer, layers.Rescaling) and np.ndim(node.layer.scale) == 0:
@@ -387,16 +435,30 @@ class _Search:
             else:
                 break
             ref = node.inputs[0]
-        if node is not None and isinstance(node.layer, layers.Concatenate):
+        if node is not None and isinstance(node.layer, layers.Concatenate) and not gates:
             parts = self._side_by_side(node, scale, gain, offset)
             return [mask.moved(*moves) for mask in parts] or None
-        if node is not None and offset == 0 and (both := self._joined(node, scale, gain)):
+        if (
+            node is not None
+            and offset == 0
+            and not gates
+            and (both := self._joined(node, scale, gain))
+        ):
             return [mask.moved(*moves) for mask in both]
         if node is not None and isinstance(node.layer, ConstantRows):
             table = scale * np.asarray(node.layer.embeddings, np.float64) + offset
             base, numbers = node.inputs[0], table
         else:
             base, numbers, table = ref, np.array([offset, scale + offset]), None
+        if gates:
+            above = numbers * gain >= -_FAR
+            if not np.all(above | (numbers * gain <= LEAST_ADDED)):
+                return None
+            numbers = np.where(above, 0.0, numbers)
+            if table is None:
+                offset, scale = float(numbers[0]), float(numbers[1] - numbers[0])
+            else:
+                table = numbers
         if not _are_biases(numbers, gain):
             return None
         return [Mask(base, table, scale, offset, tuple(moves))]
@@ -508,6 +570,27 @@ def _growth(function: Any, gain: float) -> float:
     low = _computed(function, _LOW) * gain <= LEAST_ADDED
     below = np.logical_and.accumulate(low[::-1])[::-1]  # It, and all that is lower.
     return float(LEAST_ADDED / _LOW[np.argmax(below)]) if below.any() else 0.0
+
+
+def _lowest(function: Any) -> float | None:
+    """The one value that a layer's function has of all numbers far below zero, if there is one."""
+    found = _computed(function, _LOW[_LOW <= _FAR])
+    return float(found[0]) if np.ptp(found) == 0 and np.isfinite(found[0]) else None
+
+
+def _holds_far_numbers(node: Node) -> bool:
+    """Whether a layer holds numbers so far from zero that it may make a mask."""
+    layer = node.layer
+    if _hides(layer):
+        return True
+    held: list[Any] = [_addend(node)]
+    if isinstance(layer, layers.Rescaling):
+        held += [layer.scale, layer.offset]
+    if isinstance(layer, ConstantRows):
+        held.append(layer.embeddings)
+    if isinstance(layer, Learned):
+        held.append(layer.value)
+    return any(np.any(np.abs(np.asarray(v)) >= -_FAR) for v in held if v is not None)
 
 
 def _signs(node: Node) -> list[float] | None:

@@ -1,7 +1,7 @@
 """`Mask`: what hides attention scores; its bias on the way that the scores take, and as a layer."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from keras import layers, ops
 from kqat.graph import Part, Ref, duplicate, is_tensor
 from kqat.grids import HIDDEN
 from kqat.parts import ConstantKind, ConstantRows, Hide, WithConstant
-from kqat.rewrites import zeros_around
+from kqat.rewrites import truth, zeros_around
 
 Shape = tuple[int | None, ...]
 NewName = Callable[[str], str]
@@ -64,7 +64,20 @@ class Beside:
         return tuple(whole if any(width) else size for size, whole, width in triples)
 
 
-Move = Through | Beside
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A bias holds where a condition chooses the scores that it is of.
+
+    Attributes:
+        condition: truth values.
+        where: what they are there.
+    """
+
+    condition: Ref
+    where: bool
+
+
+Move = Through | Beside | Chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +135,7 @@ class Hiding:
 
     def _bias(self, mask: Mask) -> Any:
         if isinstance(mask.base, np.ndarray):
-            value = mask.base
-            for move in mask.moves:
-                value = move.constant(value)
-            return value
+            return self._moved(mask.base, mask.moves)
         bias = self.values[mask.base]
         if mask.table is not None:
             table = np.where(is_hiding(mask.table), HIDDEN, 0.0).astype(np.float32)
@@ -136,9 +146,44 @@ class Hiding:
             bias = layers.Rescaling(
                 shrunk * mask.scale, shrunk * mask.offset, name=self.new("bias")
             )(bias)
-        for move in mask.moves:
-            bias = move.tensor(bias, self.new)
+        return self._moved(bias, mask.moves)
+
+    def _moved(self, bias: Any, moves: Iterable[Move]) -> Any:
+        """A bias, an array or a tensor, behind moves."""
+        for move in moves:
+            if isinstance(move, Chosen):
+                condition = self.values[move.condition]
+                values = (0.0, 1.0) if move.where else (1.0, 0.0)
+                factor = truth(condition, values, condition.shape[1:], self.new("chosen"))
+                bias = self._times(factor, bias)
+            elif is_tensor(bias):
+                bias = move.tensor(bias, self.new)
+            else:
+                bias = move.constant(bias)
         return bias
+
+    def _times(self, x: Any, factor: Any) -> Any:
+        if is_tensor(factor):
+            return layers.Multiply(name=self.new("product"))([x, factor])
+        shape, name = list(factor.shape), self.new("product")
+        layer = WithConstant(ConstantKind.MULTIPLY, shape, name=name, trainable=False)
+        return Part(layer, [np.asarray(factor, np.float32)])(x)
+
+    def lifted(self, x: Any, masks: list[Mask], low: float) -> Any:
+        """What a function makes of scores, with `low`, its lowest value, where a mask says so."""
+        for mask in masks:
+            bias = self._bias(mask)
+            if not is_tensor(bias):
+                hidden = bias / HIDDEN
+                x = self._times(x, 1 - hidden)
+                x = added(x, (low * hidden).astype(np.float32), self.new("lowest")) if low else x
+                continue
+            shown = layers.Rescaling(-1 / HIDDEN, 1.0, name=self.new("shown"))(bias)
+            x = self._times(x, shown)
+            if low:
+                lowest = layers.Rescaling(low / HIDDEN, name=self.new("lowest"))(bias)
+                x = layers.Add(name=self.new("lifted"))([x, lowest])
+        return x
 
 
 def is_hiding(numbers: np.ndarray) -> np.ndarray:

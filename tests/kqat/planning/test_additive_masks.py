@@ -118,6 +118,7 @@ CASES: dict[str, tuple[Any, How]] = {
         _padding,
         lambda s, m: layers.Add()([s, (1.0 - _floats(m)) * -1e9, s]),
     ),
+    "with the higher": (_padding, lambda s, m: ops.minimum(s, ops.where(m[:, None], 1e9, -1e9))),
     "given as floats": (_given, lambda s, m: s + (1.0 - m)[:, None, :] * -1e9),
     "given, product": (_given, lambda s, m: s * m[:, None, :] - 1e9 * (1.0 - m[:, None, :])),
 }
@@ -140,6 +141,12 @@ BETWEEN: dict[str, How] = {
     "cropped": lambda s: layers.Cropping1D((1, 0))(layers.ZeroPadding1D((1, 0))(s)) + _BIAS,
     "repeated": lambda s: ops.repeat(ops.tile(s, (1, 2, 1)), 2, 1)[:, :6] + _BIAS,
     "the lower of two": lambda s: ops.minimum(s, 0.5 * s),
+    "the higher of two": lambda s: ops.maximum(s, 0.5 * s),
+    "one of two, then a bias": lambda s: ops.where(s > 0, s, 0.5 * s) + _BIAS,
+    # What these make of a hidden score is no low number.
+    "clip that lifts it": lambda s: ops.clip(s, -5.0, 5.0),
+    "relu": ops.relu,
+    "tanh, then a bias": lambda s: 3.0 * ops.tanh(s) + _BIAS,
 }
 _ALWAYS = ("joined, then a bias", "beside a sink", "clip, then a bias")
 
@@ -181,12 +188,47 @@ def test_masks_pass_what_stands_before_the_softmax(case: str) -> None:
         assert all(part.is_right and not part.unmatched for part in report.runtimes)
 
 
-@pytest.mark.parametrize("bounds", [(-50.0, 50.0), (-5.0, 5.0)])
-def test_a_clip_that_lifts_the_mask_is_none_of_its_business(bounds: Any) -> None:
-    """Scores clipped at -5 are not hidden: they keep what the model gives them."""
+_ELSE: dict[str, How] = {
+    "a mask for one of two": lambda s, m: (
+        ops.where(s > 0, s + (1.0 - _floats(m)) * -1e9, 0.5 * s) + _BIAS
+    ),
+    "a mask for the other": lambda s, m: (
+        ops.where(s > 0, s, s + (1 - _EARLIER[:, ::-1].copy()) * -1e9) + _BIAS
+    ),
+    "the higher of two masks": lambda s, m: ops.maximum(
+        s + (1.0 - _floats(m)) * -1e9, 0.5 * s + (1 - _EARLIER) * -1e9
+    ),
+    "constants that a clip lifts": lambda s, m: ops.clip(s + (1 - _EARLIER) * -1e9, -5.0, 50.0),
+    "where, lifted by a relu": lambda s, m: ops.relu6(ops.where(m[:, None], s, -1e9)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _ELSE)
+def test_masks_of_a_part_of_the_scores(case: str) -> None:
     keras.utils.set_random_seed(0)
+    model, data = _padding(_ELSE[case])
+    qat = kqat.quantize_model(model, calibration_data=data)
+    assert _noise_db(model, qat, data) > 25
+    report = tflite_export.verify(qat, tflite_export.convert(qat), data, samples=8)
+    assert all(part.is_right and not part.unmatched for part in report.runtimes)
+
+
+@pytest.mark.parametrize("bounds", [(-50.0, 50.0), (-5.0, 5.0)])
+def test_scores_that_a_clip_lifts_are_not_hidden(bounds: Any) -> None:
+    """They keep what the model gives them, and the number of the mask is in no grid."""
     model, _ = _padding(lambda s, m: ops.clip(s + (1.0 - _floats(m)) * -1e9, *bounds))
-    assert not [group for group in kqat.plan(model).groups if group.hides]
+    plan = kqat.plan(model)
+    assert not [group for group in plan.groups if group.hides]
+    assert any("lowest" in layer.name for layer in plan.layers)
+
+
+def test_hidden_units_before_a_function_need_no_softmax() -> None:
+    x = keras.Input((6, 8))
+    added = x + (1 - _EARLIER[:, :1]) * -1e9
+    model = keras.Model(x, layers.Dense(2)(ops.relu(added)))
+    qat = kqat.quantize_model(model, calibration_data=_ROWS)
+    assert _noise_db(model, qat, _ROWS) > 25
 
 
 @pytest.mark.parametrize(

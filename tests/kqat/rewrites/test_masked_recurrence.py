@@ -279,9 +279,11 @@ def test_the_file_finds_steps_of_zeros() -> None:
 @pytest.mark.slow
 def test_masking_beside_values_of_16_bits() -> None:
     model, x = _of_numbers(layers.GRU(UNITS)), _numbers()
-    with pytest.raises(UnsupportedLayerError, match="layer 'not_equal' of type IndexOperation"):
+    with pytest.raises(
+        UnsupportedLayerError, match="layer 'masking_notequal' of type IndexOperation"
+    ):
         kqat.plan(model, "int16x8")
-    policy = {"not_equal": "int8", "any": "int8", "*": "int16x8"}
+    policy = {"masking_*": "int8", "*": "int16x8"}
     qat = kqat.quantize_model(model, policy, calibration_data=x)
     _check_lockstep(qat, tflite_export.convert(qat), x, ["litert_reference", "tflite_micro"])
 
