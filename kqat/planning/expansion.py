@@ -4,6 +4,7 @@ Fused activations are split off, composite layers decomposed, functions and cust
 up by tracing their own `call`.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ MOST_ROUNDS = 50
 _MASKED = "attention, recurrent layers, Softmax and GlobalAveragePooling1D"
 # Layers that read a weight as a constant of the file, on the grid that they hand on.
 READS_LEARNED = (keras.layers.Concatenate, Matmul, Select, Learned)
+
 # Layers that merge tensors pair by pair, as operations that take a constant for one.
 MERGES: Mapping[type, Callable[[Any, Any], Any]] = {
     keras.layers.Add: keras.ops.add,
@@ -155,7 +157,7 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
         # Models inside may keep the `training` of the call that built them.
         inference = {"training": False} if isinstance(operation, keras.layers.Layer) else {}
         with keras.StatelessScope():  # A state stays as it was.
-            expected = operation(*args, **inference | kwargs)
+            expected = _for_trial(operation)(*args, **inference | kwargs)
         found = keras.tree.flatten(outputs)
         computed_now = [y for y in found if is_tensor(y)]
         results = values_between(tensors, computed_now, list(values.values()))
@@ -186,6 +188,15 @@ def _other_values(operation: Any, name: str) -> UnsupportedLayerError:
         f"inputs. Leave it float with policy={{'{name}': None}}, or compose it of other "
         "functions; and tell us, for kqat should have known."
     )
+
+
+def _for_trial(operation: Any) -> Any:
+    """The operation for two samples, where it holds a shape for another number of them."""
+    if type(operation).__name__ != "BroadcastTo":
+        return operation
+    of_two = copy.copy(operation)
+    of_two.shape = (2, *operation.shape[1:])
+    return of_two
 
 
 def _for_two_samples(value: Any) -> Any:
