@@ -33,7 +33,10 @@ class Part:
         self._take_over = take_over
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(*args, **kwargs)
+        if not self._pending:
+            return self.layer(*args, **kwargs)
+        with _initialized_by_zeros(self.layer):
+            output = self.layer(*args, **kwargs)
         if self._pending:
             weights, self._pending = self._pending, ()
             if self._take_over is not None:
@@ -42,6 +45,25 @@ class Part:
                 self.layer.set_weights(weights)
                 finalize(self.layer)
         return output
+
+
+@contextlib.contextmanager
+def _initialized_by_zeros(layer: keras.layers.Layer) -> Iterator[None]:
+    """Inside, layers that are built draw no random numbers for weights that they take over."""
+    kept = [
+        (part, key, value)
+        for part in parts_of(layer)
+        for key, value in vars(part).items()
+        if key.endswith("_initializer") and isinstance(value, keras.initializers.Initializer)
+    ]
+    zeros = keras.initializers.Zeros()
+    try:
+        for part, key, _ in kept:
+            object.__setattr__(part, key, zeros)
+        yield
+    finally:
+        for part, key, value in kept:
+            object.__setattr__(part, key, value)
 
 
 def finalize(layer: Any) -> None:

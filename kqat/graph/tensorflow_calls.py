@@ -29,19 +29,9 @@ def tensorflow_traced() -> Iterator[None]:
         _register()
     _tracing += 1
     try:
-        keras.KerasTensor.get_shape = _get_shape
         yield
     finally:
         _tracing -= 1
-        if not _tracing:
-            del keras.KerasTensor.get_shape
-
-
-def _get_shape(tensor: Any) -> Any:
-    """The shape as TensorFlow's tensors tell it, for calls and functions that are written so."""
-    import tensorflow as tf
-
-    return tf.TensorShape(tensor.shape)
 
 
 @functools.cache
@@ -217,6 +207,8 @@ _TABLE: dict[str, Callable[..., Any]] = {
     ),
     "cast": lambda x, dtype: ops.cast(x, keras.backend.standardize_dtype(dtype)),
     "shape": lambda input, out_type=None: _shape(input),
+    "rank": lambda input: len(input.shape),
+    "size": lambda input, out_type=None: ops.size(input),
     "pad": _pad,
     "matmul": _matmul,
     "tensordot": lambda a, b, axes: ops.tensordot(

@@ -1,9 +1,9 @@
-"""Drops RESHAPEs before FULLY_CONNECTED, which flattens its input itself."""
+"""Drops RESHAPEs around FULLY_CONNECTED, which flattens its input and keeps its axes itself."""
 
 from typing import Any
 
 from tflite_export import flatbuffer
-from tflite_export.flatbuffer import ModelT, OperatorT
+from tflite_export.flatbuffer import ModelT, OperatorT, SubGraphT
 from tflite_export.integer_pass.draft import Draft
 
 
@@ -31,6 +31,59 @@ def drop_flattening(draft: Draft) -> None:
         if flatbuffer.tensor_name(dropped) in names and flatbuffer.tensor_name(tensor) not in names:
             tensor.name = dropped.name
     graph.operators = kept[::-1]
+
+
+def keep_axes(draft: Draft) -> None:
+    """Removes the RESHAPEs of subgraph 0 that give FULLY_CONNECTED's rows the input's axes back.
+
+    With `keep_num_dims` the operator does so itself: the same numbers in the same order
+    (schema.fbs, `FullyConnectedOptions`). As the axes are the input's, and the rows as many as its
+    numbers fill, its last axis is a row.
+    """
+    model, graph = draft.model, draft.graph
+    names = {site.name for sites in draft.labels.named.values() for site in sites}
+    for operator in list(graph.operators):
+        reshapes = _that_give_axes_back(model, operator)
+        if not reshapes:
+            continue
+        flat, (kept, *others) = int(operator.outputs[0]), (int(r.outputs[0]) for r in reshapes)
+        operator.outputs = [kept]
+        options: Any = operator.builtinOptions
+        options.keepNumDims = True
+        if _name(graph, flat) in names and _name(graph, kept) not in names:
+            graph.tensors[kept].name = graph.tensors[flat].name
+        for reader in graph.operators:
+            reader.inputs = [kept if int(i) in others else int(i) for i in reader.inputs]
+        # By identity, as two operators may be equal in all that they hold.
+        gone = {id(reshape) for reshape in reshapes}
+        graph.operators = [other for other in graph.operators if id(other) not in gone]
+
+
+def _that_give_axes_back(model: ModelT, operator: OperatorT) -> list[OperatorT]:
+    """All readers of a FULLY_CONNECTED's rows if each does no more than that, else none."""
+    graph, options = model.subgraphs[0], operator.builtinOptions
+    if flatbuffer.op_name(model, operator) != "FULLY_CONNECTED" or options.keepNumDims:
+        return []
+    source, weights, value = (int(i) for i in (*operator.inputs[:2], operator.outputs[0]))
+    shape, matrix = (flatbuffer.tensor_shape(graph.tensors[i]) for i in (source, weights))
+    outputs = set(map(int, graph.outputs))
+    readers = [op for op in graph.operators if value in map(int, op.inputs)]
+    if value in outputs:
+        return []
+    given = [int(reader.outputs[0]) for reader in readers]
+    if len(readers) > 1 and outputs & set(given):
+        return []  # Each output is a tensor of its own.
+    wanted = (*shape[:-1], matrix[0])
+    gives_back = all(
+        flatbuffer.op_name(model, reader) == "RESHAPE"
+        and tuple(flatbuffer.tensor_shape(graph.tensors[result])) == wanted
+        for reader, result in zip(readers, given, strict=True)
+    )
+    return readers if gives_back else []
+
+
+def _name(graph: SubGraphT, tensor: int) -> str:
+    return flatbuffer.tensor_name(graph.tensors[tensor])
 
 
 def _readers(model: ModelT, operator: OperatorT) -> list[OperatorT]:

@@ -1,5 +1,6 @@
-"""RESHAPEs before FULLY_CONNECTED: gone where it flattens its input itself, and only there."""
+"""RESHAPEs around FULLY_CONNECTED: gone where it does their work itself, and only there."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from tflite_export import flatbuffer
 from tflite_export.flatbuffer.edit import new_operator
 from tflite_export.integer_pass import pipeline
 from tflite_export.integer_pass.draft import Draft
-from tflite_export.integer_pass.drop_reshapes import drop_flattening
+from tflite_export.integer_pass.drop_reshapes import drop_flattening, keep_axes
 from tflite_export.runtimes.execution import RUNTIMES, run
 
 IMAGE = (4, 4, 6)
@@ -64,12 +65,19 @@ def test_every_runtime_computes_the_same_without(
     monkeypatch.setattr(pipeline, "PASSES", others)
     whole = tflite_export.convert(frozen, batch_size=batch_size)
     assert "RESHAPE" in before_dense(whole) and "RESHAPE" not in before_dense(without)
-    dtype = np.int16 if policy == "int16x8" else np.int8
-    feed = [np.random.default_rng(0).integers(-128, 128, x[:8].shape).astype(dtype)]
+    assert_the_same_on_every_runtime(frozen, without, whole, x[:8])
+
+
+def assert_the_same_on_every_runtime(
+    frozen: kqat.FrozenModel, without: bytes, whole: bytes, x: np.ndarray
+) -> None:
+    """The two files compute the same integers, and the first is the frozen model."""
+    dtype = np.dtype(tflite_export.inspect(whole).inputs[0].dtype)
+    feed = [np.random.default_rng(0).integers(-128, 128, x.shape).astype(dtype)]
     for runtime in RUNTIMES:
         ours, reference = (run(blob, feed, runtime=runtime).outputs for blob in (without, whole))
         np.testing.assert_array_equal(ours[0], reference[0])
-    report = tflite_export.verify(frozen, without, x, samples=8, runtimes=RUNTIMES)
+    report = tflite_export.verify(frozen, without, x, samples=len(x), runtimes=RUNTIMES)
     for part in report.runtimes:
         assert part.problem is None and part.unmatched == () and part.max_steps <= 1
 
@@ -143,3 +151,66 @@ def test_a_site_whose_integers_are_nowhere_in_their_order_is_missed() -> None:
     (part,) = tflite_export.verify(qat, blob, x, runtimes=["litert_reference"]).runtimes
     assert part.unmatched == ("permute", "flat")
     assert part.max_steps > 1
+
+
+def dense(x: Any) -> Any:
+    """Rows of three axes in, and out."""
+    return L.Dense(5, name="dense")(L.ReLU(name="relu")(x))
+
+
+def expanded(x: Any) -> Any:
+    """Back to five axes, behind a `Dense` whose activation is part of it; then other readers."""
+    x = L.ReLU()(L.Reshape((2, 2, 4, 6), name="grown")(x))
+    x = L.Dense(8, activation="relu", name="wide")(x)
+    return L.Concatenate()([L.Dense(6, name="dense")(x), x])
+
+
+@pytest.mark.parametrize(
+    ("call", "policy", "batch_size"),
+    [
+        (dense, "int8", 2),
+        pytest.param(expanded, "int8", 1, marks=pytest.mark.slow),
+        pytest.param(expanded, "int16x8", 2, marks=pytest.mark.slow),
+        pytest.param(dense, "w4a8", 1, marks=pytest.mark.slow),
+        pytest.param(expanded, "w4a8", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_rows_keep_their_axes_on_every_runtime(
+    call: Callable[[Any], Any], policy: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qat, x = quantized(IMAGE, call, policy)
+    frozen = kqat.freeze(qat)
+    without = tflite_export.convert(frozen, batch_size=batch_size)
+    others = tuple(
+        dataclasses.replace(step, run=lambda draft: None) if step.run is keep_axes else step
+        for step in pipeline.PASSES
+    )
+    monkeypatch.setattr(pipeline, "PASSES", others)
+    whole = tflite_export.convert(frozen, batch_size=batch_size)
+    products = operators(flatbuffer.read(without)).count("FULLY_CONNECTED")
+    reshapes = [operators(flatbuffer.read(blob)).count("RESHAPE") for blob in (whole, without)]
+    assert products and reshapes[0] - reshapes[1] == products
+    assert_the_same_on_every_runtime(frozen, without, whole, x[:8])
+
+
+@pytest.mark.parametrize("reason", ["other shape", "other reader", "output", "columns"])
+def test_a_reshape_that_gives_other_axes_stays(reason: str) -> None:
+    frozen = kqat.freeze(quantized(IMAGE, dense)[0])
+    model = flatbuffer.read(tflite_export.convert(frozen))
+    graph = model.subgraphs[0]
+    product = graph.operators[-1]
+    result = int(product.outputs[0])
+    flat = tensor(model, (16, 5))
+    product.outputs, product.builtinOptions.keepNumDims = [flat], False
+    graph.operators.append(new_operator(model, "RESHAPE", [flat], [result]))
+    if reason == "other shape":
+        graph.tensors[result].shape = np.asarray([1, 2, 8, 5], np.int32)
+    elif reason == "other reader":
+        graph.operators.append(new_operator(model, "RELU", [flat], [tensor(model, (16, 5))]))
+    elif reason == "output":
+        graph.outputs = [*graph.outputs, flat]
+    else:
+        graph.tensors[int(product.inputs[0])].shape = np.asarray([1, 4, 2, 12], np.int32)
+    before = operators(model)
+    keep_axes(Draft(model, frozen, frozenset()))
+    assert operators(model) == before
