@@ -1,7 +1,7 @@
 """**Table**: functions of TensorFlow that a traced `call` may use, in functions of `keras.ops`.
 
 Keras refuses its symbolic tensors to TensorFlow. While a call is traced, the functions listed here
-take them.
+take them, and others by what TensorFlow makes them of (`tensorflow_graphs`).
 """
 
 import contextlib
@@ -14,7 +14,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from kqat.graph.tensorflow_graphs import UnknownOperationError, computed
+
 _tracing = 0
+# Whether functions of TensorFlow are asked about that others call.
+_one_by_one = 0
 
 
 @contextlib.contextmanager
@@ -47,14 +51,48 @@ def _register() -> None:
             flat = keras.tree.flatten((args, kwargs))
             if not _tracing or not any(isinstance(x, keras.KerasTensor) for x in flat):
                 return self.NOT_SUPPORTED
+            if not _one_by_one and _is_inside_another():
+                return self.NOT_SUPPORTED  # The function around it is asked next.
             row = known.get(id(op)) or by_name.get(getattr(op, "__name__", ""))
             given = inspect.signature(op).bind(*args, **kwargs).arguments
             given.pop("name", None)
-            if row is None or not _fits(row, given):
-                return self.NOT_SUPPORTED
-            return row(**given)
+            if row is not None and _fits(row, given):
+                return row(**given)
+            return self.NOT_SUPPORTED if _one_by_one else _without_row(op, args, kwargs)
 
     Dispatcher().register()
+
+
+def _without_row(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """By what TensorFlow makes a function of; else by rows of the functions that it calls.
+
+    Raises:
+        UnknownOperationError: if neither computes it.
+    """
+    global _one_by_one
+    try:
+        return computed(function, args, kwargs)
+    except Exception as error:  # Functions inside may be the user's own, as those of tf.map_fn.
+        _one_by_one += 1
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            if not isinstance(error, UnknownOperationError):
+                raise
+            raise UnknownOperationError(
+                f"tf's {getattr(function, '__name__', function)} takes {error}."
+            ) from error
+        finally:
+            _one_by_one -= 1
+
+
+def _is_inside_another() -> bool:
+    """Whether a function of TensorFlow that asks the table is called by another that will ask."""
+    asking, frame = 0, inspect.currentframe()
+    while frame is not None:
+        asking += frame.f_code.co_name == "op_dispatch_handler"
+        frame = frame.f_back
+    return asking > 1
 
 
 def _fits(row: Callable[..., Any], given: dict[str, Any]) -> bool:
@@ -90,6 +128,19 @@ def _matmul(
         raise NotImplementedError(f"tf.matmul is known without {sorted(options)}.")
     a = ops.swapaxes(a, -1, -2) if transpose_a else a
     return ops.matmul(a, ops.swapaxes(b, -1, -2) if transpose_b else b)
+
+
+def _shape(x: Any) -> Any:
+    """The sizes of a tensor, with which a call may compute as with TensorFlow's."""
+    sizes = ops.shape(x)
+    return sizes if None in sizes else np.asarray(sizes, np.int32)
+
+
+def _sizes(shape: Any) -> Any:
+    """A shape of plain numbers, however TensorFlow's functions made it."""
+    if isinstance(shape, list | tuple):
+        return tuple(size if size is None else int(size) for size in shape)
+    return tuple(np.reshape(np.asarray(shape), -1).tolist())
 
 
 def _split(value: Any, num_or_size_splits: Any, axis: int = 0, num: Any = None) -> Any:
@@ -139,7 +190,7 @@ def _of_two(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 _TABLE: dict[str, Callable[..., Any]] = {
     "gather": _gather,
-    "reshape": lambda tensor, shape: ops.reshape(tensor, shape),
+    "reshape": lambda tensor, shape: ops.reshape(tensor, _sizes(shape)),
     "transpose": lambda a, perm=None, conjugate=False: ops.transpose(a, perm),
     "concat": lambda values, axis: ops.concatenate(values, axis=axis),
     "stack": lambda values, axis=0: ops.stack(values, axis=axis),
@@ -147,15 +198,22 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "split": _split,
     "expand_dims": lambda input, axis: ops.expand_dims(input, axis),
     "squeeze": lambda input, axis=None: ops.squeeze(input, axis),
-    "tile": lambda input, multiples: ops.tile(input, multiples),
+    "tile": lambda input, multiples: ops.tile(input, _sizes(multiples)),
+    "reduce_logsumexp": _reduced(ops.logsumexp),
     "roll": lambda input, shift, axis: ops.roll(input, shift, axis),
     "reverse": lambda tensor, axis: ops.flip(tensor, axis),
+    "convert_to_tensor": lambda value, dtype=None, dtype_hint=None: (
+        value if dtype is None else ops.cast(value, keras.backend.standardize_dtype(dtype))
+    ),
     "cast": lambda x, dtype: ops.cast(x, keras.backend.standardize_dtype(dtype)),
-    "shape": lambda input, out_type=None: ops.shape(input),
+    "shape": lambda input, out_type=None: _shape(input),
     "rank": lambda input: len(input.shape),
     "size": lambda input, out_type=None: ops.size(input),
     "pad": _pad,
     "matmul": _matmul,
+    "tensordot": lambda a, b, axes: ops.tensordot(
+        a, b, axes if isinstance(axes, int) else np.asarray(axes).tolist()
+    ),
     "einsum": lambda equation, inputs: ops.einsum(equation, *inputs),
     "where": lambda condition, x=None, y=None: ops.where(condition, x, y),
     "clip_by_value": lambda t, clip_value_min, clip_value_max: ops.clip(

@@ -6,7 +6,6 @@ it and to compare it with a runtime.
 """
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import sys
@@ -445,8 +444,10 @@ def _of_any_batch(call: Any, batch: int, args: Any, kwargs: Any) -> tuple[Any, A
     attribute = _SHAPES.get(type(operation).__name__)
     if attribute is not None:
         shape = tuple(-1 if s is None else s for s in _shape(call.outputs[0], batch))
-        operation = copy.copy(operation)
-        setattr(operation, attribute, shape)
+        # Python's own copy makes it anew of the arguments that it was made of, whatever they are.
+        changed = object.__new__(type(operation))
+        vars(changed).update({**vars(operation), attribute: shape})
+        operation = changed
         if type(operation).__name__ == "Slice" and (len(args) == 3 or attribute in kwargs):
             # An argument of its call before Keras 3.12.
             args, kwargs = args[:2], {**kwargs, attribute: shape}

@@ -47,6 +47,7 @@ MOST_ROUNDS = 50
 _MASKED = "attention, recurrent layers, Softmax and GlobalAveragePooling1D"
 # Layers that read a weight as a constant of the file, on the grid that they hand on.
 READS_LEARNED = (keras.layers.Concatenate, Matmul, Select, Learned)
+
 # Layers that merge tensors pair by pair, as operations that take a constant for one.
 MERGES: Mapping[type, Callable[[Any, Any], Any]] = {
     keras.layers.Add: keras.ops.add,
@@ -161,7 +162,7 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
         masked = [t for t in tensors if borne_mask(t) is not None]
         pairs = [(values[id(t)], values[id(borne_mask(t))]) for t in masked]
         with keras.StatelessScope(), bearing(pairs):  # A state stays as it was.
-            expected = operation(*args, **inference | kwargs)
+            expected = _for_trial(operation)(*args, **inference | kwargs)
         found = keras.tree.flatten(outputs)
         computed_now = [y for y in found if is_tensor(y)]
         results = values_between(tensors, computed_now, list(values.values()))
@@ -192,6 +193,13 @@ def _other_values(operation: Any, name: str) -> UnsupportedLayerError:
         f"inputs. Leave it float with policy={{'{name}': None}}, or compose it of other "
         "functions; and tell us, for kqat should have known."
     )
+
+
+def _for_trial(operation: Any) -> Any:
+    """The operation for two samples, where it holds a shape for another number of them."""
+    if type(operation).__name__ != "BroadcastTo":
+        return operation
+    return type(operation)((2, *operation.shape[1:]))
 
 
 def _for_two_samples(value: Any) -> Any:
@@ -541,7 +549,7 @@ def _of_all_steps(node: Node, origin: str) -> Callable[..., Any]:
 def _simplify(
     node: Node, origin: str, keep: bool, fused: Collection[str], copies: Copies
 ) -> Callable[..., Any]:
-    if isinstance(node.layer, keras.layers.BatchNormalization):
+    if type(node.layer) is keras.layers.BatchNormalization:
         return _of_all_steps(node, origin)
     simpler = None if keep else _simpler(node, origin, fused, copies)
     masked = refs_in(node.kwargs.get("mask"))

@@ -154,10 +154,16 @@ def weight_grids(
             spec = dataclasses.replace(spec, bits=8)
         asked = dict.fromkeys(rule.weights, spec)
     if set(asked) != set(rule.weights):
+        more = sorted(set(asked) - set(rule.weights))
         raise PolicyError(
             f"Expected grids for the weights {sorted(rule.weights)} of layer '{layer_name}' of "
-            f"type {type(layer).__name__}. Received: {sorted(asked)}. A layer with float weights "
-            "cannot compute on integers; to leave it float give None as its config."
+            f"type {type(layer).__name__}. Received: {sorted(asked)}. "
+            + (
+                f"Leave {' and '.join(more)} out; the grid of a bias is that of its sum."
+                if more and set(rule.weights) <= set(asked)
+                else "A layer with float weights cannot compute on integers; to leave it float "
+                "give None as its config."
+            )
         )
     resolved = {}
     for name, spec in asked.items():

@@ -120,7 +120,7 @@ OPERATION_REASONS: dict[str, str] = {
         _BITS,
     ),
     **dict.fromkeys(
-        "broadcast_to flipud meshgrid ravel rot90 slice vander vdot vsplit vstack".split(), _BATCH
+        "flipud meshgrid ravel slice vander vdot vsplit vstack".split(), _BATCH
     ),
     **dict.fromkeys(
         (

@@ -135,6 +135,11 @@ def _ask(config: Any, method: str, layer: Any, where: str) -> list[Any]:
     If the call raises, the method is called again with a view of the layer as Keras 2 has it, for
     which tfmot's own classes are written.
     """
+    if isinstance(config, type):
+        raise PolicyError(
+            f"Expected an object with tfmot's methods for {where}. Received: the class "
+            f"{config.__name__}. Make an object of it: {config.__name__}()."
+        )
     asker = f"{type(config).__name__}.{method}"
     try:
         returned = getattr(config, method)(layer)
@@ -156,14 +161,24 @@ def _ask(config: Any, method: str, layer: Any, where: str) -> list[Any]:
     if not isinstance(returned, list | tuple) or (pairs and not all(map(_is_pair, returned))):
         kind = "pairs" if pairs else "quantizers"
         raise PolicyError(
-            f"Expected {asker} to return a list of {kind} for {where}. Received: {returned!r}. "
-            "Return a list, which may be empty."
+            f"Expected {asker} to return a list of {kind} for {where}. Received: "
+            f"{_told(returned)}. Return a list, which may be empty."
         )
     return list(returned)
 
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2
+
+
+def _told(value: Any) -> str:
+    """What a user's method returned, without the numbers of its arrays."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_told, value))}]"
+    if hasattr(value, "shape"):
+        kind = f"{type(value).__name__} {getattr(value, 'name', '')}".strip()
+        return f"{kind} of shape {tuple(value.shape)}"
+    return repr(value)
 
 
 def _weights_of(layer: Any) -> list[Any]:
@@ -203,7 +218,7 @@ def _weights(config: Any, layer: Any, where: str) -> dict[str, QuantSpec]:
         if not any(getattr(owner, name, None) is weight for owner in _owners(layer)):
             raise PolicyError(
                 f"Expected get_weights_and_quantizers to return weights of {where}: "
-                f"{[w.name for w in _weights_of(layer)]}. Received: {weight!r}."
+                f"{[w.name for w in _weights_of(layer)]}. Received: {_told(weight)}."
             )
         what = f"weight '{name}' of {where}"
         if _kind(quantizer, what) != NONE:

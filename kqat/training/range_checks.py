@@ -13,6 +13,7 @@ from keras import layers
 
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import Fixed, Histogram
+from kqat.parts import Learned
 from kqat.training.activation_quantizer import ActivationQuantizer, SiteRange
 from kqat.training.observation import CUT_STEPS, Cut, Observer, SiteRecord
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -57,6 +58,8 @@ def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
             # Within a recurrence: what a mask puts in place of an output is zero, and no guess.
             if record.whole().is_zero():
                 continue
+        if record.whole().is_zero() and names.is_zero_by_itself(quantizer, site):
+            continue
         every += _of_site(record, found[quantizer][site], names.of(quantizer, site))
     for quantizer, ranges in found.items():
         every += _unlike_members(graph, quantizer, ranges, names)
@@ -255,6 +258,18 @@ class ValueNames:
         if maker is None:
             return quantizer.name.removesuffix("_quantizer")
         return self.output_name(maker)
+
+    def is_zero_by_itself(self, quantizer: ActivationQuantizer, site: int) -> bool:
+        """Whether no data make a value anything else: a constant, or a value less itself."""
+        node = self.calls.get((quantizer, site))
+        maker = None if node is None else self.producers.get(node.inputs[0])
+        while maker is not None and not maker.has_weights and len(maker.inputs) == 1:
+            maker = self.producers.get(maker.inputs[0])
+        if maker is None:
+            return False
+        layer = maker.layer.layer if isinstance(maker.layer, QuantizeWrapper) else maker.layer
+        less_itself = isinstance(layer, layers.Subtract) and len(set(maker.inputs)) == 1
+        return less_itself or isinstance(layer, Learned)
 
     def output_name(self, node: Node) -> str:
         """The name of what a node makes: the model's own where it is an output."""

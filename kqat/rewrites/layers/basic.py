@@ -151,17 +151,14 @@ def pairwise(layer: Any, name: str) -> Decomposed | None:
 
 def average(layer: Any, name: str) -> Decomposed:
     """`Average` as a sum and a multiplication by one constant."""
-    count = len(layer.input)
-    total = layers.Add(name=f"{name}_sum")
-    # Add the inputs two by two here: the rewrite of Add is not applied to parts of a rewrite.
-    parts = [layers.Add(name=f"{name}_sum_{i}") for i in range(1, count - 1)] + [total]
-    mean = layers.Rescaling(1.0 / count, name=name)
 
     def chain(tensors: Sequence[Any]) -> Any:
-        result = tensors[0]
-        for part, tensor in zip(parts, tensors[1:], strict=True):
-            result = part([result, tensor])
-        return mean(result)
+        # Add the inputs two by two here: the rewrite of Add is not applied to parts of a rewrite.
+        count, result = len(tensors), tensors[0]
+        for i, tensor in enumerate(tensors[1:], 1):
+            part = f"{name}_sum" if i == count - 1 else f"{name}_sum_{i}"
+            result = layers.Add(name=part)([result, tensor])
+        return layers.Rescaling(1.0 / count, name=name)(result)
 
     return chain
 

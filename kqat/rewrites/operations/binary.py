@@ -26,14 +26,14 @@ from kqat.parts import (
     within_domain,
 )
 from kqat.rewrites.layers.one_hot import truth
-from kqat.rewrites.operations.weights import emitted
+from kqat.rewrites.operations.weights import computed, emitted
 
 Row = Callable[[Any, str], Callable[..., Any]]
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is one constant number."""
-    return not isinstance(value, keras.Variable) and np.size(value) == 1
+    return not isinstance(value, keras.Variable | keras.KerasTensor) and np.size(value) == 1
 
 
 def function(operation: Any, name: str) -> Callable[..., Any]:
@@ -197,12 +197,17 @@ def _divide(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _bound(merge: type) -> Row:
-    """`maximum` and `minimum`: with a number a lookup table, or RELU for `maximum(x, 0)`."""
+    """`maximum` and `minimum`: with a number a lookup table, or RELU for `maximum(x, 0)`.
+
+    A weight, or an array, becomes a value, and so gets a grid of its own.
+    """
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def constant(x: Any, c: Any, first: bool, name: str) -> Any:
             if merge is layers.Maximum and is_number(c) and float(np.asarray(c)) == 0.0:
                 return layers.Activation("relu", name=name)(x)
+            if not is_number(c):
+                return merge(name=name)([x, computed(c, x, len(x.shape), f"{name}_weight")])
             return function(operation, name)(*((c, x) if first else (x, c)))
 
         return binary(merge, constant)(operation, name)

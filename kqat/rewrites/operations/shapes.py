@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -177,12 +177,47 @@ def _tile(operation: Any, name: str) -> Callable[..., Any]:
                 f"Expected operation '{name}' to leave the batch axis alone. Received: repeats="
                 f"{operation.repeats}."
             )
-        tiled = [axis for axis, times in enumerate(repeats) if times != 1]
-        for axis in tiled:
-            indices = np.tile(np.arange(x.shape[axis]), repeats[axis]).tolist()
-            part = name if axis == tiled[-1] else f"{name}_{axis}"
-            x = Take(indices, axis, name=part)(x)
-        return x if tiled else layers.Identity(name=name)(x)
+        return _tiled(x, repeats, name)
+
+    return call
+
+
+def _tiled(x: Any, repeats: Sequence[int], name: str) -> Any:
+    """`x`, with each axis repeated as a whole that many times."""
+    tiled = [axis for axis, times in enumerate(repeats) if times != 1]
+    for axis in tiled:
+        indices = np.tile(np.arange(x.shape[axis]), repeats[axis]).tolist()
+        part = name if axis == tiled[-1] else f"{name}_{axis}"
+        x = Take(indices, axis, name=part)(x)
+    return x if tiled else layers.Identity(name=name)(x)
+
+
+def _broadcast(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        shape = tuple(operation.shape)
+        if len(shape) != len(x.shape):
+            raise UnsupportedLayerError(
+                f"Expected as many axes as there are in operation '{name}' of type BroadcastTo. "
+                f"Received: a tensor of shape {tuple(x.shape)} for the shape {shape}. Reshape it "
+                "before, so that the batch stays the first axis."
+            )
+        sizes = zip(shape[1:], x.shape[1:], strict=True)
+        return _tiled(x, [1, *(wanted // size for wanted, size in sizes)], name)
+
+    return call
+
+
+def _rot90(operation: Any, name: str) -> Callable[..., Any]:
+    # With k=2 and sides of unlike length, Keras 3.15 returns something else on TensorFlow: a trial
+    # refuses that.
+    def call(x: Any) -> Any:
+        first, second = (axis_of(axis, len(x.shape), name) for axis in operation.axes)
+        turns = operation.k % 4
+        if turns == 1:
+            return ops.swapaxes(ops.flip(x, axis=second), first, second)
+        if turns == 3:
+            return ops.flip(ops.swapaxes(x, first, second), axis=second)
+        return ops.flip(x, axis=(first, second)) if turns else layers.Identity(name=name)(x)
 
     return call
 
@@ -439,6 +474,8 @@ REARRANGING: dict[str, Row] = {
     "Roll": _roll,
     "Repeat": _picked(lambda o, indices: np.repeat(indices, o.repeats), lambda o: o.axis),
     "Tile": _tile,
+    "BroadcastTo": _broadcast,
+    "Rot90": _rot90,
     "Take": _take,
     "OneHot": _one_hot,
     "MultiHot": _multi_hot,

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
+from kqat.base import UnsupportedLayerError
 from tests.kqat.graph.test_tracing_of_calls import ROWS, Own, _model, _parts
 
 
@@ -29,6 +30,35 @@ def of_a_weight(own: Any, x: Any) -> Any:
     return tf.pad(tf.expand_dims(tf.reduce_sum(y, axis=1), 1), [[0, 0], [1, 0], [0, 0]])
 
 
+def of_a_table(own: Any, x: Any) -> Any:
+    """Functions that have no row: of weights, and of sizes that TensorFlow computes."""
+    token = tf.repeat(own.bias[tf.newaxis, tf.newaxis], tf.shape(x)[0], axis=0)
+    y = tf.tensordot(tf.concat([token, x], 1), tf.eye(8), 1)
+    y = tf.nn.bias_add(y, np.ones(8, np.float32)) * tf.broadcast_to(
+        tf.math.sigmoid(x[:, :1]), tf.shape(y)
+    )
+    mean, variance = tf.nn.moments(y, [2], keepdims=True)
+    y = (y - mean) * tf.math.rsqrt(variance + 1e-3)
+    return tf.reshape(y, tf.concat([tf.shape(x)[:1], [7 * 8]], 0))
+
+
+def of_images(own: Any, x: Any) -> Any:
+    """Functions of images, which are made of others."""
+    image = tf.reshape(x, tf.stack([tf.shape(x)[0], 4, 4, 3]))
+    image = tf.image.resize(tf.image.per_image_standardization(image), tf.shape(image)[1:3] * 2)
+    image = tf.nn.conv2d(image, np.ones((3, 3, 3, 2), np.float32), 1, "SAME")
+    image = tf.image.crop_to_bounding_box(tf.image.flip_left_right(image), 1, 2, 6, 4)
+    edges = tf.image.sobel_edges(tf.nn.max_pool2d(image, 2, 2, "VALID"))
+    return tf.reduce_max(edges, axis=-1) + own.scale
+
+
+def of_each_number(own: Any, x: Any) -> Any:
+    """A `tf.custom_gradient`, constants, and a shape as TensorFlow tells it."""
+    assert x.get_shape().rank == 3
+    y = tf.nn.l2_normalize(x, -1) + tf.cast(tf.linspace(0.0, 1.0, 8), tf.float32)
+    return tf.nn.log_softmax(tf.math.squared_difference(y, tf.nn.swish(x)))
+
+
 def shapes(own: Any, x: Any) -> Any:
     """Shapes as TensorFlow's tensors have them."""
     _, steps, features = x.shape.as_list()
@@ -44,10 +74,25 @@ def counts(own: Any, x: Any) -> Any:
     return y / ops.cast(ops.size(y[0]), "float32")
 
 
-@pytest.mark.parametrize("call", [attention, of_a_weight, shapes, counts])
+@pytest.mark.parametrize(
+    "call", [attention, of_a_weight, of_a_table, of_images, of_each_number, shapes, counts]
+)
 def test_parts_compute_what_tensorflow_computes(call: Any) -> None:
     model = _model(Own(call))
     np.testing.assert_allclose(_parts(model)(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_table_lacks_is_named() -> None:
+    def call(own: Any, x: Any) -> Any:
+        filters = np.zeros((2, 2, 8), np.float32)
+        ones = [1, 1, 1, 1]
+        return tf.nn.erosion2d(x[:, None], filters, ones, "SAME", "NHWC", ones)
+
+    model = _model(Own(call))
+    with pytest.raises(
+        UnsupportedLayerError, match=r"tf's erosion2d.* operation Dilation2D, which"
+    ):
+        _parts(model)
 
 
 def test_tensorflow_takes_no_symbolic_tensor_elsewhere() -> None:

@@ -1,6 +1,7 @@
 """A user's own classes and functions in the place of Keras's: subclasses, models, activations."""
 
 import functools
+import warnings
 from typing import Any
 
 import keras
@@ -9,8 +10,10 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 
-from kqat.base import ModelError
+import kqat
+from kqat.base import ModelError, UnsupportedLayerError
 from kqat.graph import trace
+from kqat.training import CalibrationWarning
 from tests.kqat.graph.test_tracing_of_calls import ROWS, _parts
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 6, 6, 4)).astype(np.float32)
@@ -190,3 +193,40 @@ def test_a_recurrent_layer_keeps_a_regularizer_that_is_a_function(regularizer: A
     model = keras.Sequential([keras.Input(ROWS.shape[1:]), layer])
     parts = _same(model, ROWS)
     np.testing.assert_allclose(sum(parts.losses), sum(model.losses), rtol=1e-5)
+
+
+class Shapes(layers.Layer):
+    """Values that are moved, and weights where only tensors stood."""
+
+    def build(self, shape: Any) -> None:
+        self.low = self.add_weight(shape=shape[-1:], initializer="random_normal")
+        self.high = self.add_weight(shape=(), initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        mean = ops.mean(x, axis=(1, 3), keepdims=True)
+        spread = ops.broadcast_to(mean, ops.shape(x))
+        turned = [ops.rot90(x, k=k, axes=(1, 2)) for k in (-1, 0, 1, 2)]
+        bounded = ops.minimum(ops.maximum(x, self.low), self.high)
+        return ops.concatenate([spread, *turned, bounded], axis=-1)
+
+
+def test_moved_values_and_bounds_that_are_weights() -> None:
+    _same(keras.Sequential([keras.Input(IMAGES.shape[1:]), Shapes()]), IMAGES)
+
+
+@pytest.mark.parametrize("kind", [layers.Average, layers.Maximum, layers.Minimum])
+def test_a_merge_with_a_constant_array(kind: Any) -> None:
+    x = keras.Input(IMAGES.shape[1:])
+    constant = np.linspace(-1, 1, 4, dtype=np.float32).reshape(1, 1, 1, 4)
+    model = keras.Model(x, kind()([x, np.broadcast_to(constant, (1, 6, 6, 4)).copy()]))
+    data = np.tile(IMAGES, (8, 1, 1, 1))
+    _same(model, data)
+    with warnings.catch_warnings():  # Of the zero that holds the constant: no data can change it.
+        warnings.simplefilter("error", CalibrationWarning)
+        kqat.quantize_model(model, calibration_data=data)
+
+
+def test_a_power_of_two_tensors_is_named() -> None:
+    x = keras.Input(ROWS.shape[1:])
+    with pytest.raises(UnsupportedLayerError, match="one tensor, and numbers, in operation"):
+        _parts(keras.Model(x, ops.power(ops.abs(x) + 1.0, ops.tanh(x))))

@@ -108,6 +108,8 @@ CASES: dict[str, Callable[[Any, Any], Any]] = {
     "Roll": lambda x, y: ops.roll(x, 2, axis=2),
     "Repeat": lambda x, y: ops.repeat(x, 2, axis=1),
     "Tile": lambda x, y: ops.tile(x, (1, 1, 2, 3)),
+    "BroadcastTo": lambda x, y: ops.broadcast_to(x[:, :, :1], (8, 4, 6, 3)),
+    "Rot90": lambda x, y: [ops.rot90(x, k, axes=(2, 1)) for k in (-1, 0, 1)],
     "Take": lambda x, y: ops.take(x, [[0, 2], [3, -1]], axis=1),
     "TakeAlongAxis": lambda x, y: ops.take_along_axis(x, np.int32([[[[2, 0]]]]), axis=3),
     "ExtractPatches": lambda x, y: ops.image.extract_patches(x, (2, 3), padding="same"),

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 from keras import layers
 
@@ -218,6 +219,16 @@ def test_translation(layer: Any, config: Any, expected: kqat.QuantizeConfig | No
             layers.Dense(2, name="d"),
             Answers([layers.Dense(2)], []),
             "Answers.get_weights_and_quantizers to return a list of pairs for layer 'd'",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Answers([np.ones((2, 3))], []),
+            r"Received: \[ndarray of shape \(2, 3\)\]\. Return a list",
+        ),
+        (
+            layers.Dense(2, name="d"),
+            Answers,
+            r"an object with tfmot's methods for layer 'd'.* the class Answers\..*: Answers\(\)",
         ),
         (
             layers.Dense(2, name="d"),
