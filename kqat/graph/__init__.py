@@ -7,6 +7,9 @@ from kqat.graph.input_shapes import fits, has_open_sizes, input_shapes, with_inp
 from kqat.graph.keras_internals import (
     FUNCTIONAL_MODULE,
     attach_masks,
+    bearing,
+    borne_mask,
+    call_signature,
     depth_to_space,
     frozen_function,
     layer_behind,
@@ -15,14 +18,16 @@ from kqat.graph.keras_internals import (
     option,
     parts_of,
     space_to_depth,
+    unmasked,
     values_between,
+    with_masks,
 )
 from kqat.graph.sharing import check_apart
+from kqat.graph.tensorflow_calls import tensorflow_traced
 from kqat.graph.tracer import (
     Graph,
     Node,
     Ref,
-    check_no_booleans,
     fill,
     non_finite_variable,
     rebuild,
@@ -41,8 +46,10 @@ __all__ = [
     "Ref",
     "activation_name",
     "attach_masks",
+    "bearing",
+    "borne_mask",
+    "call_signature",
     "check_apart",
-    "check_no_booleans",
     "clone",
     "config_of",
     "depth_to_space",
@@ -64,9 +71,12 @@ __all__ = [
     "rebuild",
     "refs_in",
     "space_to_depth",
+    "tensorflow_traced",
     "trace",
     "trace_call",
     "unique_name",
+    "unmasked",
     "values_between",
     "with_input_shapes",
+    "with_masks",
 ]

@@ -67,6 +67,14 @@ def no_narrower(low: Any, high: Any, width: Any) -> tuple[Any, Any]:
     return low - lacks * below, high + lacks * (1.0 - below)
 
 
+def no_narrower_number(low: float, high: float, width: float) -> tuple[float, float]:
+    """`no_narrower` of a range of Python's numbers, without a dozen operators: the same float32."""
+    lacks = np.float32(max(width - (high - low), 0.0) if high > low else 0.0)
+    below = np.float32(0.0 if low >= 0.0 else 0.5 if high > 0.0 else 1.0)
+    wider = np.float32(low) - lacks * below, np.float32(high) + lacks * (np.float32(1.0) - below)
+    return float(wider[0]), float(wider[1])
+
+
 def symmetrize(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
     """The smallest range around `[low, high]` on whose grid real zero is integer zero.
 

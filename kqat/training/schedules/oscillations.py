@@ -111,7 +111,7 @@ class FreezeOscillations(QatCallback):
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
-            self._step = tf.function(self._follow)
+            self._step = tf.function(self._follow, autograph=False)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes the epoch."""
