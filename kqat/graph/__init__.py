@@ -17,6 +17,7 @@ from kqat.graph.keras_internals import (
     values_between,
 )
 from kqat.graph.sharing import check_apart
+from kqat.graph.tensorflow_calls import tensorflow_traced
 from kqat.graph.tracer import (
     Graph,
     Node,
@@ -62,6 +63,7 @@ __all__ = [
     "rebuild",
     "refs_in",
     "space_to_depth",
+    "tensorflow_traced",
     "trace",
     "trace_call",
     "unique_name",

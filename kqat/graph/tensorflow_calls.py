@@ -1,7 +1,7 @@
 """**Table**: functions of TensorFlow that a traced `call` may use, in functions of `keras.ops`.
 
 Keras refuses its symbolic tensors to TensorFlow. While a call is traced, the functions listed here
-take them.
+take them, and others are taken apart into the operations of `tensorflow_graphs`.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+
+from kqat.graph.tensorflow_graphs import through_graph
 
 _tracing = 0
 
@@ -51,7 +53,7 @@ def _register() -> None:
             given = inspect.signature(op).bind(*args, **kwargs).arguments
             given.pop("name", None)
             if row is None or not _fits(row, given):
-                return self.NOT_SUPPORTED
+                return through_graph(op, args, kwargs)
             return row(**given)
 
     Dispatcher().register()
@@ -67,6 +69,11 @@ def _fits(row: Callable[..., Any], given: dict[str, Any]) -> bool:
 
 def _named(module: Any, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), module)
+
+
+def _sizes(shape: Any) -> tuple[int, ...]:
+    """Sizes or axes as numbers, where TensorFlow takes a tensor that holds them, too."""
+    return tuple(int(size) for size in np.reshape(np.asarray(shape), -1))
 
 
 def _gather(
@@ -139,15 +146,17 @@ def _of_two(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 _TABLE: dict[str, Callable[..., Any]] = {
     "gather": _gather,
-    "reshape": lambda tensor, shape: ops.reshape(tensor, shape),
-    "transpose": lambda a, perm=None, conjugate=False: ops.transpose(a, perm),
+    "reshape": lambda tensor, shape: ops.reshape(tensor, _sizes(shape)),
+    "transpose": lambda a, perm=None, conjugate=False: ops.transpose(
+        a, None if perm is None else _sizes(perm)
+    ),
     "concat": lambda values, axis: ops.concatenate(values, axis=axis),
     "stack": lambda values, axis=0: ops.stack(values, axis=axis),
     "unstack": lambda value, num=None, axis=0: ops.unstack(value, num, axis),
     "split": _split,
     "expand_dims": lambda input, axis: ops.expand_dims(input, axis),
     "squeeze": lambda input, axis=None: ops.squeeze(input, axis),
-    "tile": lambda input, multiples: ops.tile(input, multiples),
+    "tile": lambda input, multiples: ops.tile(input, _sizes(multiples)),
     "roll": lambda input, shift, axis: ops.roll(input, shift, axis),
     "reverse": lambda tensor, axis: ops.flip(tensor, axis),
     "cast": lambda x, dtype: ops.cast(x, keras.backend.standardize_dtype(dtype)),
@@ -176,6 +185,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
         f"reduce_{name}": _reduced(getattr(ops, name))
         for name in ("mean", "sum", "max", "min", "prod")
     },
+    "reduce_logsumexp": _reduced(ops.logsumexp),
     **{
         name: _of_two(getattr(ops, name))
         for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum")

@@ -375,7 +375,7 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             name = unique_name(walk.name_of(layer, opened), walk.names, "_call{}")
             walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
         else:
-            given = refs_in(_named_inputs(inner, args, kwargs))
+            given = _values_in(_named_inputs(inner, args, kwargs))
             if len(given) != len(inner.tensors):
                 raise ModelError(
                     f"Expected a call of model '{layer.name}' on its {len(inner.tensors)} inputs. "
@@ -386,7 +386,7 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             wraps = layer.name == walk.shell
             prefix = "" if wraps else f"{walk.prefix}{path}{layer.name}_"
             deeper = _Walk(prefix, walk.nodes, walk.names)
-            outputs = list(refs_in(_inline(inner, inner_refs, deeper)))
+            outputs = list(_values_in(_inline(inner, inner_refs, deeper)))
         refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
     return _map_tensors(opened.output, refs)
 
@@ -520,6 +520,16 @@ def _map_tensors(structure: Any, refs: dict[int, Ref]) -> Any:
 def fill(structure: Any, function: Callable[[Ref], Any]) -> Any:
     """`structure` with `function(ref)` in place of each ref."""
     return keras.tree.map_structure(lambda x: function(x) if isinstance(x, Ref) else x, structure)
+
+
+def _values_in(structure: Any) -> tuple[Any, ...]:
+    """The refs of a structure, and the weights and constants that stand in the place of refs."""
+    leaves = keras.tree.flatten(structure)
+    return tuple(
+        x
+        for x in leaves
+        if isinstance(x, Ref | keras.Variable | np.ndarray) or keras.ops.is_tensor(x)
+    )
 
 
 def refs_in(structure: Any) -> tuple[Ref, ...]:

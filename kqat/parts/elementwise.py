@@ -12,6 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from kqat.graph import tensorflow_traced
+
 # Where a function has a pole or ends, inputs stop this close to it: a rounded value may lie on
 # the pole, and its gradient must stay finite.
 MARGIN = 1e-7
@@ -34,9 +36,11 @@ class Elementwise(keras.layers.Layer):
 
     @classmethod
     def of(cls, function: Callable[[Any], Any], **kwargs: Any) -> "Elementwise":
-        """The layer of a Python function of one tensor, made of `keras.ops`."""
+        """The layer of a Python function of one tensor, made of `keras.ops` or of TensorFlow's."""
         x = keras.Input((1,), name="x")
-        return cls(keras.Model(x, function(x), name="function"), **kwargs)
+        with tensorflow_traced():
+            y = function(x)
+        return cls(keras.Model(x, y, name="function"), **kwargs)
 
     def call(self, x: Any) -> Any:
         """The function's value for each element."""
