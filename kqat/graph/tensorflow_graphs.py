@@ -282,8 +282,9 @@ def _resized(interpolation: str) -> _Row:
 
 
 def _patches(call: _Call) -> Any:
+    sizes, strides = call.spatial("ksizes"), call.spatial("strides")
     return ops.image.extract_patches(
-        call.inputs[0], call.spatial("ksizes"), call.spatial("strides"),
+        call.inputs[0], sizes, None if strides == sizes else strides,
         dilation_rate=call.spatial("rates"), padding=call.text("padding").lower(),
         data_format="channels_last",
     )  # fmt: skip

@@ -25,6 +25,7 @@ from kqat.graph.keras_internals import (
     give_readers,
     inner_function,
     maker_name,
+    moves_batch,
     open_call,
     open_model,
     opened_function,
@@ -445,7 +446,7 @@ def _inner_model(layer: Any, args: Any, kwargs: Any) -> Opened | None:
             f"Expected a model inside a model to begin without a mask. Received: a mask for "
             f"'{layer.name}'. Call its layers in the outer model, or leave mask_zero out."
         )
-    if function is not None:
+    if function is not None and not moves_batch(function):
         return opened_function(function, layer)
     if not isinstance(layer, keras.Model):
         return None

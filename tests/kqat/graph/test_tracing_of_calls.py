@@ -174,7 +174,7 @@ def test_a_weight_that_stands_alone_is_trained() -> None:
 
 
 def test_a_function_of_tensorflow_is_a_table_that_saves(tmp_path: Any) -> None:
-    model = _model(Own(lambda own, x: tf.cumsum(x, axis=1), trainable=False))
+    model = _model(Own(lambda own, x: tf.math.cumulative_logsumexp(x, axis=1), trainable=False))
     with pytest.raises(kqat.UnsupportedLayerError, match=r"line \d+ of test_tracing_of_calls"):
         kqat.plan(model)
     layer = Plain(name="own")
