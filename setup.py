@@ -94,7 +94,7 @@ setup(
         "ai-edge-litert>=2.3",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["kqat=kqat.cli:run"]},
+    entry_points={"console_scripts": ["kqat=kqat.__main__:run"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

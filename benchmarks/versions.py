@@ -1,11 +1,12 @@
 """Installs the wheel into a clean environment and takes three networks the whole road there.
 
     python -m benchmarks.versions [--packages newest|between|oldest|nightly] [--wheel FILE]
+    python -m benchmarks.versions --packages oldest --list
 
 Builds the wheel unless one is given, makes a virtual environment of the Python that runs this,
 installs the wheel with the packages of the choice, checks that it brings `kqat` and `tflite_export`
 and no other package, and runs `smoke.py` and `kqat --help` from a folder that holds nothing else.
-docs/versions.md lists what was run.
+docs/versions.md lists what was run. `--list` prints, for pip, what is installed beside kqat.
 """
 
 import argparse
@@ -41,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--packages", choices=[*PACKAGES, "oldest"], default="newest")
     parser.add_argument("--wheel", type=Path, help="built already; by default it is built")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "versions")
+    parser.add_argument("--list", action="store_true", help="print the packages for pip, and end")
     given = parser.parse_args(argv)
+    wanted = oldest() if given.packages == "oldest" else PACKAGES[given.packages]
+    if given.list:
+        print(*wanted)
+        return 0
     shutil.rmtree(given.folder, ignore_errors=True)
     elsewhere = given.folder / "elsewhere"
     elsewhere.mkdir(parents=True)
@@ -49,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_contents(wheel)
     venv.create(given.folder / "env", with_pip=True)
     python = given.folder / "env" / "bin" / "python"
-    wanted = oldest() if given.packages == "oldest" else PACKAGES[given.packages]
     install = [python, "-m", "pip", "install", "--quiet", *wanted]
     if given.packages == "nightly":
         # They stand for the released packages that the wheel asks for by other names.

@@ -31,11 +31,19 @@ class QuantizeAnnotate(keras.layers.Wrapper):
         kwargs.setdefault("name", f"annotate_{layer.name}")
         super().__init__(layer, **kwargs)
         self.config = resolve_config(config)
+        self.supports_masking = layer.supports_masking
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """The layer's output."""
-        takes_training = "training" in inspect.signature(self.layer.call).parameters
-        return self.layer(inputs, **({"training": training} if takes_training else {}))
+        # Keras hands both to whatever has the arguments, and so do graphs that it clones.
+        given = {"training": training} if _takes(self.layer, "training") else {}
+        if _takes(self.layer, "mask") and any(one is not None for one in keras.tree.flatten(mask)):
+            given["mask"] = mask
+        return self.layer(inputs, **given)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        """The mask that the layer hands on."""
+        return self.layer.compute_mask(inputs, previous_mask)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The layer's output shape."""
@@ -61,6 +69,11 @@ class QuantizeAnnotate(keras.layers.Wrapper):
         wish = QuantizeConfig.from_dict(config.pop("config"))
         layer = keras.saving.deserialize_keras_object(config.pop("layer"), custom_objects)
         return cls(layer, wish, **config)
+
+
+def _takes(layer: Any, argument: str) -> bool:
+    """Whether the layer's call has an argument of this name."""
+    return argument in inspect.signature(layer.call).parameters
 
 
 def quantize_annotate_layer(
@@ -115,7 +128,10 @@ def quantize_apply(model: keras.Model, *, calibration_data: Any = None) -> keras
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         if id(node.layer) not in copies:
             copies[id(node.layer)] = plain_copy(node)
-        return copies[id(node.layer)](*args, **kwargs)
+        copy = copies[id(node.layer)]
+        if isinstance(node.layer, QuantizeAnnotate) and not _takes(node.layer.layer, "mask"):
+            kwargs.pop("mask", None)
+        return copy(*args, **kwargs)
 
     def plain_copy(node: Node) -> Any:
         layer = node.layer
@@ -125,7 +141,9 @@ def quantize_apply(model: keras.Model, *, calibration_data: Any = None) -> keras
         rules.append((glob.escape(name), layer.config))
         return duplicate(layer.layer, name)
 
-    plain = rebuild(graph, call, model.name)
+    # An output whose mask a layer of its own hands on bears that layer's name.
+    names = graph.output_names if any(graph.output_masks) else ()
+    plain = rebuild(graph, call, model.name, names, graph.output_masks)
     if not rules:
         raise ModelError(
             f"Expected annotated layers. Received: '{model.name}', which has none. Use "

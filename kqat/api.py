@@ -7,7 +7,13 @@ from typing import Any
 
 import keras
 
-from kqat.base import CalibrationError, ModelError, TargetError, UnsupportedLayerError
+from kqat.base import (
+    CalibrationError,
+    ModelError,
+    TargetError,
+    TrainerWarning,
+    UnsupportedLayerError,
+)
 from kqat.config import QuantizePolicy
 from kqat.devices import target_named
 from kqat.graph import (
@@ -41,10 +47,6 @@ class PolicyWarning(UserWarning):
 
 class RangeWarning(UserWarning):
     """There are no calibration data: ranges will start from the first training batches."""
-
-
-class TrainerWarning(UserWarning):
-    """The model's own training step or Keras mask is not part of the QAT model."""
 
 
 _TRAINER_METHODS = ("train_step", "test_step", "compute_loss")

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ import click
 import kqat
 import tflite_export
 from kqat import terminal
-from kqat.base import ExportError, KqatError, PolicyError, counted, save_model
+from kqat.base import ExportError, KqatError, ModelError, PolicyError, counted, save_model
 from kqat.devices import LITERT, TARGETS
-from kqat.input_files import HDF5, KERAS, TFLITE, for_inputs, kind_of, read_data
+from kqat.input_files import HDF5, KERAS, TFLITE, check_kind, for_inputs, kind_of, read_data
 from kqat.terminal import WIDTH, in_shell_words, say, tell
 
 
@@ -66,6 +67,19 @@ class _Found(click.Path):
         return path
 
 
+class _Data(click.Path):
+    """A file of arrays; another kind is refused before a model is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, if it is a file of arrays."""
+        path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]
+        check_kind(path)
+        return path
+
+
 class _New(click.Path):
     """A file to be written, in a folder that exists: a long run shall not end in that error."""
 
@@ -87,6 +101,8 @@ class _New(click.Path):
         return path
 
 
+# Where the context keeps what `--code` names.
+_CODES = "kqat.codes"
 _FILE = _Found()
 _MODEL = _Found(KERAS)
 _BLOB = _Found(TFLITE)
@@ -121,20 +137,30 @@ _LAYERS = click.option(
 )
 _DATA = click.option(
     "--data",
-    type=_FILE,
+    type=_Data(),
     required=True,
     help="Some hundred typical inputs: a .npy file, or a .npz file with an array for each input.",
 )
-_CALIBRATION = click.option(
-    "--calibration",
-    type=click.Choice(["auto", "minmax", "percentile", "mse", "entropy"]),
-    help="How ranges are found; by default 'auto', the best of several on these data.",
-)
+_CALIBRATIONS = ("auto", "minmax", "percentile", "mse", "entropy")
+_ALGORITHMS = ("adaround", "awq", "correct_biases", "equalize", "gptq", "smooth_quant")
+_HOW_RANGES = "How ranges are found; by default 'auto', the best of several on these data."
+_CALIBRATION = click.option("--calibration", type=click.Choice(_CALIBRATIONS), help=_HOW_RANGES)
 _IO_TYPES = click.Choice(["int8", "int16", "uint8", "float32"])
 _INPUT_TYPE = click.option(
     "--input-type", type=_IO_TYPES, help="Type of the inputs; by default the plan's."
 )
 _OUTPUT_TYPE = click.option("--output-type", type=_IO_TYPES, help="The same for outputs.")
+_CODE = click.option(
+    "--code",
+    "codes",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    expose_value=False,
+    callback=lambda ctx, _, paths: ctx.meta.__setitem__(_CODES, paths),
+    help="A Python file that defines layers or functions of the model that Keras does not have. "
+    "It is run. Can be given repeatedly.",
+)
 _JSON = click.option(
     "--json",
     "json_path",
@@ -219,6 +245,7 @@ def run() -> None:
 @_POLICY
 @_LAYERS
 @_TARGET
+@_CODE
 @_JSON
 @click.option(
     "--input-shape",
@@ -251,7 +278,9 @@ def plan(
     if picture is not None:
         found.draw(picture)
     if not terminal.write_json(json_path, found.to_json()):
-        click.echo(found.text(WIDTH))
+        click.echo(found.table(WIDTH))
+        for line in found.notes():
+            say(in_shell_words(line))
     if any(misfit.blocking for misfit in found.misfits):
         sys.exit(1)
 
@@ -260,6 +289,7 @@ def plan(
 @click.argument("model", type=_MODEL)
 @_target(required=True)
 @_output("The adapted .keras file.")
+@_CODE
 @_JSON
 def adapt(model: Path, target: str, output: Path, json_path: Path | None) -> None:
     """Replace activations of MODEL that a device does not run fast, keeping the weights."""
@@ -275,6 +305,7 @@ def adapt(model: Path, target: str, output: Path, json_path: Path | None) -> Non
 @_POLICY
 @_LAYERS
 @_CALIBRATION
+@_CODE
 @_JSON
 def quantize(
     model: Path,
@@ -302,6 +333,7 @@ def quantize(
 @_TARGET
 @_INPUT_TYPE
 @_OUTPUT_TYPE
+@_CODE
 @_JSON
 def ptq(
     model: Path,
@@ -358,6 +390,7 @@ def ptq(
     type=click.Choice(["packed", "unpacked"]),
     help="How weights of few bits are stored; by default packed where that costs no time.",
 )
+@_CODE
 @_JSON
 def convert(
     qat: Path,
@@ -391,10 +424,11 @@ def convert(
 @click.argument("paths", nargs=-1, required=True, type=_FILE, metavar="[QAT] FILE")
 @click.option(
     "--data",
-    type=_FILE,
+    type=_Data(),
     help="Inputs as the float model takes them, .npy or .npz; random if QAT is not given.",
 )
 @click.option("--html", type=_NEW, help="Write the report to this file as one HTML page.")
+@_CODE
 @_JSON
 @click.option(
     "--samples",
@@ -461,11 +495,12 @@ def verify(
 @click.argument("qat", type=_MODEL)
 @click.option(
     "--data",
-    type=_FILE,
+    type=_Data(),
     required=True,
     help="Inputs as the device sees them, .npy or .npz, that calibration did not see.",
 )
 @click.option("--html", type=_NEW, help="Write the diagnosis to this file as one HTML page.")
+@_CODE
 @_JSON
 @click.option("--remedies/--no-remedies", default=True, help="Whether to try what could help.")
 def diagnose(
@@ -479,18 +514,53 @@ def diagnose(
     """Show where QAT, made of the float MODEL, loses, why, and what helps.
 
     Give --data as the device sees it, held out: ranges fit the calibration data, so on these a
-    fault of calibration cannot show. What is tried is printed as Python code, in which `model` and
-    `qat` are the loaded files and `data` is such an array; rules of a policy are also those of
-    `kqat quantize --layer NAME=PRESET`.
+    fault of calibration cannot show. What helps is printed as the command that does it, or as
+    Python where none does.
     """
     whole, quantized = _load(model), _load(qat)
     given = _data_for(whole, data)
     with terminal.progress():
         found = kqat.diagnose(whole, quantized, given, remedies=remedies)
+    files = {"MODEL": str(model), "QAT": str(qat), "DATA": str(data)}
     if html is not None:
         found.save_html(html)
     if not terminal.write_json(json_path, found.to_json()):
-        terminal.show_text(str(found))
+        terminal.show_text(found.text(files))
+
+
+@main.command(short_help="Calibrate a QAT model again, or improve it untrained.")
+@click.argument("qat", type=_MODEL)
+@_DATA
+@_output("The new QAT model, a .keras file.")
+@click.option("--calibration", type=click.Choice(_CALIBRATIONS), help=_HOW_RANGES)
+@click.option(
+    "--algorithm",
+    type=click.Choice(_ALGORITHMS),
+    help="Apply one of kqat's algorithms instead, as `kqat diagnose` advises.",
+)
+@_CODE
+@_JSON
+def calibrate(
+    qat: Path,
+    data: Path,
+    output: Path,
+    calibration: str | None,
+    algorithm: str | None,
+    json_path: Path | None,
+) -> None:
+    """Find the ranges of QAT, a QAT model, anew on --data, or improve it by an algorithm."""
+    if calibration and algorithm:
+        raise click.UsageError("Expected --calibration or --algorithm. Received: both.")
+    _check_keras_name(output)
+    _check_apart(output, qat, data)
+    loaded = _load(qat)
+    given = _data_for(loaded, data)
+    with terminal.progress():
+        if algorithm:
+            loaded = getattr(kqat.algorithms, algorithm)(loaded, given)
+        else:
+            kqat.calibrate(loaded, given, **({"method": calibration} if calibration else {}))
+    _save_keras(loaded, output, json_path)
 
 
 @main.command(short_help="Choose a preset for each layer, within a budget.")
@@ -520,6 +590,7 @@ def diagnose(
 @_compress("As of `kqat convert`: encoded weights take as many bits as they need.")
 @_output("The policy, a .json file for --policy of the other commands.")
 @_TARGET
+@_CODE
 @_JSON
 def search(
     model: Path,
@@ -611,14 +682,16 @@ def inspect(file: Path, target: str | None, json_path: Path | None) -> None:
 )
 @click.option("--name", help="Name of the model in C++; by default FILE's name.")
 @click.option(
-    "--data", type=_FILE, help="Inputs of the golden vectors in the file's types, .npy or .npz."
+    "--data",
+    type=_Data(),
+    help="Inputs of the golden vectors, as the model or as the file takes them, .npy or .npz.",
 )
 @click.option(
     "--samples",
     default=2,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Number of random inputs without --data.",
+    help="So many inputs: the first ones of --data, or random ones.",
 )
 @click.option(
     "--layout",
@@ -647,13 +720,18 @@ def to_c(
     import numpy as np
 
     blob = file.read_bytes()
-    given: Any = None if data is None else _data_of_file(blob, data)
+    given: Any = None
+    if data is not None:
+        read = _data_of_file(blob, data)
+        batch = tflite_export.inspect(blob).inputs[0].shape[:1]
+        first = slice(samples * max(1, *batch))
+        given = [array[first] for array in ([read] if isinstance(read, np.ndarray) else read)]
     with terminal.doing("running on TFLite Micro"):
         source = tflite_export.to_c(
             blob,
             output,
             name=name or file.stem,
-            inputs=[given] if isinstance(given, np.ndarray) else given,
+            inputs=given,
             samples=samples,
             layout=layout,
         )
@@ -687,8 +765,32 @@ def completion(shell: str) -> None:
 
 def _load(path: Path) -> Any:
     """The model of a file, of Keras 3 or older."""
+    meta = click.get_current_context().meta
     with terminal.doing(f"loading {path.name}"):
-        return kqat.load_model(path)
+        if not isinstance(found := meta.get(_CODES, ()), dict):
+            found = meta[_CODES] = _defined_in(found)
+        return kqat.load_model(path, custom_objects=found)
+
+
+def _defined_in(paths: Sequence[Path]) -> dict[str, Any]:
+    """The classes and functions of Python files, by name. Running them registers others."""
+    import runpy
+
+    found: dict[str, Any] = {}
+    for path in paths:
+        # As for a script of its own, so that it can import its neighbours.
+        sys.path.insert(0, str(path.parent.resolve()))
+        try:
+            names = runpy.run_path(str(path), run_name=path.stem)
+        except Exception as error:
+            raise ModelError(
+                f"Expected Python in '{path}' that runs. Received: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            sys.path.pop(0)
+        own = (name for name, value in names.items() if callable(value))
+        found |= {name: names[name] for name in own if names[name].__module__ == path.stem}
+    return found
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -840,8 +942,10 @@ def _tensor_words(tensor: Any) -> str:
 
 
 def _arena_words(blob: bytes) -> str:
-    from tflite_export.runtimes import tflite_micro_arena_bytes
+    from tflite_export.runtimes import supports, tflite_micro_arena_bytes
 
+    if not supports("tflite_micro"):
+        return "arena not measured: TFLite Micro is not installed (pip install 'kqat[tflm]')"
     try:
         return f"arena {tflite_micro_arena_bytes(blob):,} bytes (TFLite Micro, 64-bit host)"
     except KqatError as error:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # The kinds that the command takes, in words.
 TFLITE, KERAS, HDF5 = "a TFLite file", "a Keras model", "an HDF5 file"
 ARRAY, ARRAYS = "a NumPy array", "an archive of NumPy arrays"
+_WANTED = "Expected data as a .npy or .npz file."
 _FIRST_BYTES = {
     b"\x93NUMPY": ARRAY,
     b"\x89HDF": HDF5,
@@ -54,6 +55,19 @@ def _kind_of_archive(path: Path) -> str:
     return ARRAYS if arrays else "an archive without a model or arrays"
 
 
+def check_kind(path: Path) -> None:
+    """Checks by its first bytes that a file holds arrays.
+
+    Raises:
+        CalibrationError: if it is of another kind; says of which and what to do.
+    """
+    kind = kind_of(path)
+    if kind not in (ARRAY, ARRAYS):
+        damaged = kind in ("a damaged archive", "an empty file")
+        remedy = "Write it again." if damaged else _how_to_convert(path, kind)
+        raise CalibrationError(f"{_WANTED} Received: '{path}', {kind}. {remedy}")
+
+
 def read_data(path: Path) -> Any:
     """The array of a .npy file, or the arrays of a .npz file by their names.
 
@@ -62,12 +76,8 @@ def read_data(path: Path) -> Any:
     """
     import numpy as np
 
-    kind = kind_of(path)
-    wanted = "Expected data as a .npy or .npz file."
-    if kind not in (ARRAY, ARRAYS):
-        damaged = kind in ("a damaged archive", "an empty file")
-        remedy = "Write it again." if damaged else _how_to_convert(path, kind)
-        raise CalibrationError(f"{wanted} Received: '{path}', {kind}. {remedy}")
+    check_kind(path)
+    wanted = _WANTED
     try:
         loaded = np.load(path, allow_pickle=False)
         found = loaded if isinstance(loaded, np.ndarray) else dict(loaded)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -40,6 +41,10 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "SyncBatchNormalization": ("BatchNormalization", {"synchronized": True}),
     "ThresholdedReLU": ("ReLU", {}),
 }
+# What Keras says of a class of tfmot.
+_WRAPPED = re.compile(
+    "locate class '(Quantize(?:Layer|Wrapper|WrapperV2|Annotate)|PruneLowMagnitude|ClusterWeights)'"
+)
 _FIRST_BYTES = {b"\x89HDF": "h5", b"PK\x03\x04": "zip"}
 _DESERIALIZE: dict[str, Callable[[Any], Any]] = {
     "initializer": keras.initializers.get,
@@ -136,10 +141,17 @@ def _told(what: str) -> Iterator[None]:
         while (deeper := cause.__cause__ or cause.__context__) is not None:
             cause = deeper
         text = str(cause)
+        if found := _WRAPPED.search(text):
+            raise ModelError(
+                f"Expected a model without tfmot's wrappers. Received: {what}, with a {found[1]}. "
+                "Save it in the Keras that wrote it: the float model from before quantize_model or "
+                "quantize_apply, or what strip_pruning or strip_clustering return."
+            ) from error
         if "Exception encountered:" in text:  # Keras quotes the whole config between the two.
             begin, _, end = text.partition("Exception encountered:")
             text = f"{begin.split('using config=')[0]} {end}"
-        words = " ".join(text.split("config={")[0].split())[:300]
+        text = text.split("config={")[0].split("Full object config:")[0]
+        words = " ".join(text.split())[:300]
         stop = "" if words.endswith((".", "!", "?")) else "."
         raise ModelError(
             f"Expected a model that Keras 3 can read. Received: {what}: {words}{stop} Give classes "

@@ -57,11 +57,12 @@ def quiet_libraries() -> Iterator[None]:
 # from their argument by more than dashes have a row of their own.
 _OPTIONS = "target|compress|float_weights|weights|batch_size|measure|layout|samples|budget"
 _IN_SHELL = (
+    (r"the argument (\w+)= of tflite_export\.(\w+)", r"the option --\1 of `kqat \2`"),
     (r"policy=\{'([^']+)': None\}", r"--layer \1=float"),
     (r"kqat\.quantize_model(\([^)]*\))? or kqat\.plan\b", "`kqat plan`"),
     (r"kqat\.quantize_model\(…, preserve='sparsity'\) or 'clusters'", r"\g<0> in Python"),
     (r"kqat\.quantize_model\b(\((?!…)[^)]*\))?", "`kqat quantize`"),
-    (r"kqat\.(plan|adapt|diagnose|search)\b(\([^)]*\))?", r"`kqat \1`"),
+    (r"kqat\.(plan|adapt|calibrate|diagnose|search)\b(\([^)]*\))?", r"`kqat \1`"),
     (r"tflite_export\.(convert|verify|inspect)\b(\([^)]*\))?", r"`kqat \1`"),
     (r"tflite_export\.to_c\b(\([^)]*\))?", "`kqat to-c`"),
     (r"\binput_shapes=\(([\d, ]+?),?\)", r"--input-shape \1"),
@@ -71,7 +72,11 @@ _IN_SHELL = (
     (rf"\b({_OPTIONS})=None", r"no --\1"),
     (rf"\b({_OPTIONS})='?([\w.]+)'?", r"--\1 \2"),
     (rf"\b([Ll]eave) ({_OPTIONS}) out\b", r"\1 --\2 out"),
-    (r"\bas custom_objects\b", "as custom_objects of kqat.load_model, in Python"),
+    (
+        r"Give classes and functions of its own as custom_objects\b",
+        "Give the Python file that defines its own classes and functions as --code FILE",
+    ),
+    (r"\bGive them as custom_objects\b", "Give the Python file that defines them as --code FILE"),
 )
 
 

@@ -1,12 +1,12 @@
-"""What wins back the accuracy that few bits lose? Eight methods on six widths of weights.
+"""What wins back the accuracy that few bits lose? Nine methods on six widths of weights.
 
     python -m recipes.recovery --network resnet20 --out out/recovery_resnet20
     python -m recipes.recovery --network mobilenetv2 --out out/recovery_mobilenetv2
 
-All cells of a table start from the same float weights and get the same images, steps and learning
-rate: those of `kqat.finetune_callbacks`. All layers have the width of the column, the first and the
-last too; activations have 8 bits. Images are CIFAR-10 after JPEG: compare these accuracies with
-each other only.
+All cells of a table start from the same float weights and get the same images and steps. Learning
+rates are those of `kqat.finetune`, by the bits of the weights; float and tfmot get that of 8 bits.
+All layers have the width of the column, the first and the last too; activations have 8 bits. Images
+are CIFAR-10 after JPEG: compare these accuracies with each other only.
 
 resnet20     a pretrained network, adapted to such images in float.
 mobilenetv2  the lab's network, trained in float first.
@@ -22,6 +22,10 @@ import dataclasses
 import functools
 import gc
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +51,7 @@ CALIBRATION_SAMPLES = 256
 # The cells of the first seed whose file is verified, and on how many images.
 VERIFIED, VERIFIED_SAMPLES = "lsq_plus", 2
 WIDTH, SMOKE_WIDTH = 0.35, 0.1
+FLOAT_RATE = 3e-4
 SMOKE_IMAGES = 32
 RESNET20 = "cifar_resnet_keras/resnet20"
 
@@ -82,6 +87,7 @@ average       QAT, weights as in minmax, activations by a moving average
 LSQ           QAT, learned steps (ternary: TTQ), activations by moving average
 LSQ+, PACT    LSQ, with activations by LSQ+ or PACT (binary: XNOR weights)
 distillation  LSQ (binary: XNOR), the float network as teacher
+tfmot         its 8-bit QAT in Keras 2, with the same weights, batches and rates
 falling       LSQ; a quarter of the steps with 8 bits, one with 6 (or both parts
               with 8), the rest with the column's; nothing is frozen before that
 within        whether the best gap is within the bound that was set for it
@@ -101,8 +107,12 @@ class _Task:
     model: keras.Model
     train: Samples
     test: Samples
-    scale: Callable[[np.ndarray], np.ndarray]
+    scaled_as: str | None  # the pretrained model that sees pixels so; else `training.scaled`
     kind: str  # of the outputs, as `kqat.Distiller` names it
+
+    def scale(self, images: np.ndarray) -> np.ndarray:
+        """Images in 0..255 as the network takes them."""
+        return _scaled(self.scaled_as, images)
 
     def calibration(self, seed: int) -> np.ndarray:
         chosen = np.random.default_rng(seed).permutation(len(self.train[1]))
@@ -251,7 +261,36 @@ def _falling(run: _Run) -> keras.Model:
     return qat
 
 
-METHODS: dict[str, tuple[str, Callable[[_Run], keras.Model]]] = {
+def _tfmot(run: _Run) -> bytes:
+    """The file that tfmot makes, in a child process."""
+    if run.width != "w8a8":
+        raise _Refused("tfmot quantizes to 8 bits only.")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_model(run.task.model, folder / "float.keras")
+        np.savez(folder / "samples.npz", images=run.task.train[0], labels=run.task.train[1])
+        request = {
+            "model": str(folder / "float.keras"),
+            "samples": str(folder / "samples.npz"),
+            "tflite": str(folder / "model.tflite"),
+            "scaled_as": run.task.scaled_as,
+            "from_logits": run.task.kind == "logits",
+            "batch_size": BATCH_SIZE,
+            "parts": PARTS,
+            "epochs": run.options.epochs * PARTS,
+            "learning_rate": run.options.learning_rate or FLOAT_RATE,
+            "seed": run.seed,
+        }
+        write_file(folder / "request.json", json.dumps(request, indent=1).encode())
+        subprocess.run(
+            [sys.executable, "-m", "recipes.tfmot_recovery", "--request", folder / "request.json"],
+            env={**os.environ, "TF_USE_LEGACY_KERAS": "1"},
+            check=True,
+        )
+        return (folder / "model.tflite").read_bytes()
+
+
+METHODS: dict[str, tuple[str, Callable[[_Run], keras.Model | bytes]]] = {
     "ptq_minmax": ("PTQ, minmax", _ptq_minmax),
     "ptq_best": ("PTQ, best", _ptq_best),
     "average": ("QAT, average", _average),
@@ -260,6 +299,7 @@ METHODS: dict[str, tuple[str, Callable[[_Run], keras.Model]]] = {
     "pact": ("QAT, PACT", _pact),
     "distillation": ("QAT, distillation", _distillation),
     "falling": ("QAT, falling bits", _falling),
+    "tfmot": ("QAT, tfmot", _tfmot),
 }
 
 
@@ -285,12 +325,14 @@ def _fit(
     """Trains by the recipe of `kqat.finetune`; a float model by its rates alone."""
     epochs = options.epochs * PARTS
     source = training.Epochs(_batches(task, seed, options))
-    rate = options.learning_rate
+    rate = options.learning_rate or FLOAT_RATE
     steps = len(source) * epochs
     schedule: Any = rate
     recipe: list[keras.callbacks.Callback] = []
     if quantized:
-        recipe = kqat.finetune_callbacks(epochs, learning_rate=rate, freeze_at=freeze_at)
+        recipe = kqat.finetune_callbacks(
+            epochs, learning_rate=options.learning_rate, freeze_at=freeze_at
+        )
     else:
         warm = max(steps // 10, 1)
         schedule = keras.optimizers.schedules.CosineDecay(
@@ -327,13 +369,15 @@ def _measured(
     """Accuracy of the file of a cell; of some also how far its operators are from the model."""
     keras.utils.set_random_seed(seed)
     try:
-        qat = METHODS[method][1](_Run(task, width, seed, options))
+        made = METHODS[method][1](_Run(task, width, seed, options))
+    except _Refused as error:
+        return {"refused": str(error)}
     except kqat.KqatError as error:
         return {"refused": f"{type(error).__name__}: {error}"}
-    blob = tflite_export.convert(qat, target="litert")
+    blob = made if isinstance(made, bytes) else tflite_export.convert(made, target="litert")
     found: dict[str, Any] = {"accuracy": _file_accuracy(blob, task), "file_bytes": len(blob)}
     if seed == options.seed and method == VERIFIED:
-        report = tflite_export.verify(qat, blob, task.test[0], samples=VERIFIED_SAMPLES)
+        report = tflite_export.verify(made, blob, task.test[0], samples=VERIFIED_SAMPLES)
         found["lockstep_steps"] = {
             part.runtime: part.max_steps for part in report.runtimes if part.problem is None
         }
@@ -450,22 +494,19 @@ def _resnet20(options: argparse.Namespace) -> _Task:
     else:
         model = data.pretrained(RESNET20)
 
-    def scale(images: np.ndarray) -> np.ndarray:
-        return data.model_input(RESNET20, images)
-
-    return _trained_task(options, model, scale, "logits", options.learning_rate)
+    return _trained_task(options, model, RESNET20, "logits", FLOAT_RATE)
 
 
 def _mobilenetv2(options: argparse.Namespace) -> _Task:
     width = SMOKE_WIDTH if options.smoke else WIDTH
     model = mobilenet_v2(**lab.network(width, smoke=options.smoke))
-    return _trained_task(options, model, training.scaled, "probabilities", lab.LEARNING_RATE)
+    return _trained_task(options, model, None, "probabilities", lab.LEARNING_RATE)
 
 
 def _trained_task(
     options: argparse.Namespace,
     model: keras.Model,
-    scale: Callable[[np.ndarray], np.ndarray],
+    scaled_as: str | None,
     kind: str,
     learning_rate: float,
 ) -> _Task:
@@ -473,6 +514,7 @@ def _trained_task(
     wanted = argparse.Namespace(**vars(options))
     wanted.train_images = options.float_images
     train, test = lab.samples(wanted)
+    scale = functools.partial(_scaled, scaled_as)
     path = options.out / "float.keras"
     if not path.exists():
         print("float: training", flush=True)
@@ -493,8 +535,17 @@ def _trained_task(
     images, labels = (array[: options.train_images] for array in train)
     x_test, y_test = (array[: options.test_images] for array in test)
     return _Task(
-        model=model, train=(images, labels), test=(scale(x_test), y_test), scale=scale, kind=kind
+        model=model,
+        train=(images, labels),
+        test=(scale(x_test), y_test),
+        scaled_as=scaled_as,
+        kind=kind,
     )
+
+
+def _scaled(scaled_as: str | None, images: np.ndarray) -> np.ndarray:
+    """Images in 0..255 as the pretrained model of that name takes them, or the lab's network."""
+    return data.model_input(scaled_as, images) if scaled_as else training.scaled(images)
 
 
 NETWORKS = {"resnet20": _resnet20, "mobilenetv2": _mobilenetv2}
@@ -511,7 +562,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--float-epochs", type=int, default=1, help="in float (default 1)")
     parser.add_argument("--float-images", type=int, default=50_000, help="in float")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, help="of every cell (default: see above)")
     parser.add_argument("--iterations", type=int, default=1000, help="of AdaRound")
     options = parser.parse_args(argv)
     if options.smoke:

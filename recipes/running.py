@@ -309,7 +309,8 @@ def _arena_bytes(blob: bytes) -> int | None:
 
 def _to_integers(x: np.ndarray, tensor: Any) -> np.ndarray:
     dtype = flatbuffer.tensor_dtype(tensor)
-    if dtype.kind == "f" or x.dtype.kind in "iu":  # Token numbers are integers already.
+    # Token numbers are integers already, and masks truth values.
+    if dtype.kind in "fb" or x.dtype.kind in "iu":
         return np.asarray(x, dtype)
     limits = np.iinfo(dtype)
     scale, zero_point = tensor.quantization.scale[0], int(tensor.quantization.zeroPoint[0])

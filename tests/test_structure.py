@@ -29,7 +29,7 @@ SUBPACKAGES = {
 TOP = {
     "kqat": (
         "api", "annotate", "old_operations", "old_files", "device_model", "policy_search",
-        "__init__", "terminal", "input_files", "cli",
+        "__init__", "terminal", "input_files", "cli", "__main__",
     ),
     "tflite_export": ("exporter", "__init__"),
 }  # fmt: skip

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import os
+import shlex
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -174,12 +175,21 @@ class Diagnosis:
         write_file(path, render(self).encode())
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, files: Mapping[str, str] | None = None) -> str:
+        """All of it in lines of 80 characters.
+
+        Args:
+            files: what `MODEL`, `QAT` and `DATA` are called, to print what helps as commands of a
+                shell; by default it is printed as Python code.
+        """
         lines = [f"diagnosis of {self.model_name} on {self.samples} samples, as SQNR in dB"]
         lines += [f"{number:>10}  {words}" for number, words in self.headline()]
         lines += _filled(self.explanation(), "")
         for note in self.notes:
             lines += _filled(f"note: {note}", "")
-        lines += ["", *self._table(), "", *self._why(), *self._tried()]
+        lines += ["", *self._table(), "", *self._why(), *self._tried(files)]
         return "\n".join(lines)
 
     def _table(self) -> Iterator[str]:
@@ -215,18 +225,21 @@ class Diagnosis:
             return "There is nothing to try for it."
         return "Nothing that was tried for it helps, see below."
 
-    def _tried(self) -> Iterator[str]:
+    def _tried(self, files: Mapping[str, str] | None) -> Iterator[str]:
         if not self.remedies:
             return
         yield ""
-        yield from _filled(
-            "tried, without training, on samples apart from those measured; in the code, model, "
-            "qat and data are what diagnose was given",
-            "",
-        )
+        words = "tried, without training, on samples apart from those measured"
+        if files is None:
+            words += "; in the code, model, qat and data are what diagnose was given"
+        yield from _filled(words, "")
         for remedy in self.remedies:
             yield from _filled(f"- {remedy.name} {remedy.verdict()}", "  ")
-            if remedy.helps:
+            if remedy.helps and files is not None and remedy.command:
+                yield from _command_lines([files.get(word, word) for word in remedy.command])
+            elif remedy.helps:
+                if files is not None:
+                    yield "in Python, with the loaded files as model, qat and data:"
                 yield from remedy.code.splitlines()
 
 
@@ -485,6 +498,23 @@ def _quoted(names: Sequence[str]) -> str:
 
 def _percent(share: float) -> str:
     return "<0.01 %" if 0.0 < share < 1e-4 else f"{100 * share:.2g} %"
+
+
+def _command_lines(words: Sequence[str]) -> list[str]:
+    """A command for a shell, in lines that can be pasted; options stand beside their values."""
+    lines, parts = [""], list[str]()
+    for word in map(shlex.quote, words):
+        if parts and parts[-1].startswith("-") and " " not in parts[-1]:
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    for word in parts:
+        if lines[-1] and len(lines[-1]) + len(word) + 3 > _WIDTH:
+            lines[-1] += " \\"
+            lines.append(f"    {word}")
+        else:
+            lines[-1] += f" {word}" if lines[-1] else word
+    return lines
 
 
 def _filled(words: str, indent: str) -> list[str]:

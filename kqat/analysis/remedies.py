@@ -14,6 +14,7 @@ from kqat.analysis.causes import Cause, Finding
 from kqat.analysis.policies import (
     call_text,
     config_of,
+    config_text,
     policy_lines,
     policy_of,
     users_names,
@@ -73,6 +74,8 @@ class Remedy:
         name: what was tried, in words.
         code: the same in Python, as it was run: `model`, `qat` and `data` are what `diagnose` was
             given; what comes out is `mended`, or `qat` itself where `kqat.calibrate` changes it.
+        command: the same as words of a shell, where a command of kqat does it, with `MODEL`, `QAT`
+            and `DATA` for their files; empty otherwise.
         sqnr_db: of the outputs with it; `None` where it does not apply.
         gain_db: over the QAT model as it is.
         data_db: what calibrating again on the same data, by the default method, gains alone;
@@ -86,6 +89,7 @@ class Remedy:
 
     name: str
     code: str
+    command: tuple[str, ...]
     sqnr_db: float | None
     gain_db: float
     data_db: float | None
@@ -133,6 +137,7 @@ class _Trial:
 
     name: str
     code: str
+    command: tuple[str, ...]
     run: Callable[[Any], keras.Model]
     recalibrates: bool
     against: tuple[str, ...] = ()
@@ -166,12 +171,12 @@ def tried(
         again = decibels(_noise_against(replay, _calibrated(qat, tuning, DEFAULT_METHOD), tensors))
     found = [_by_data(again, before, findings)]
     for trial in _trials(model, qat, replay.graph, findings):
-        name, code, against = trial.name, trial.code, trial.against
+        what, against = (trial.name, trial.code, trial.command), trial.against
         try:
             with _quiet():
                 made = trial.run(tuning)
         except KqatError as error:
-            found.append(Remedy(name, code, None, 0.0, None, 0.0, False, str(error), against))
+            found.append(Remedy(*what, None, 0.0, None, 0.0, False, str(error), against))
             continue
         after = decibels(_noise_against(replay, made, tensors))
         gain = after - before
@@ -180,7 +185,7 @@ def tried(
         if not fitted:
             counts = min(counts, gain)
         helps = counts >= HELPS_DB
-        found.append(Remedy(name, code, after, gain, data_db, counts, helps, trial.note, against))
+        found.append(Remedy(*what, after, gain, data_db, counts, helps, trial.note, against))
     return sorted(found, key=lambda r: (r.sqnr_db is None, not r.helps, -r.gain_db))
 
 
@@ -199,7 +204,26 @@ def _by_data(again: float, before: float, findings: Sequence[Finding]) -> Remedy
             "was more, or the very samples that are measured"
         )
     keys = _keys(f for f in findings if f.cause in (Cause.CLIPPING, Cause.STARVED_GRID))
-    return Remedy("calibrate again", AGAIN, again, gain, gain, gain, helps, note, keys)
+    what = ("calibrate again", AGAIN, _on_qat())
+    return Remedy(*what, again, gain, gain, gain, helps, note, keys)
+
+
+def _on_qat(*options: str) -> tuple[str, ...]:
+    """The command that calibrates a QAT model again, or applies an algorithm to it."""
+    return ("kqat", "calibrate", "QAT", "--data", "DATA", *options, "-o", "mended.keras")
+
+
+def _from_model(policy: QuantizePolicy) -> tuple[str, ...]:
+    """The command that quantizes the float model under a policy; empty if it takes more."""
+    words = []
+    for key, config in (("", policy.default), *policy.rules):
+        name = "float" if config is None else config_text(config).strip("'")
+        if not isinstance(key, str) or (config is not None and name not in PRESETS):
+            return ()
+        words += ["--layer", f"{key}={name}"] if key else ["--policy", name]
+    if words[:2] == ["--policy", "int8"]:
+        del words[:2]
+    return ("kqat", "quantize", "MODEL", "--data", "DATA", *words, "-o", "mended.keras")
 
 
 def _trials(
@@ -210,6 +234,7 @@ def _trials(
         yield _Trial(
             name,
             call_text("mended", f"kqat.algorithms.{name}", [["qat"], ["data"]]),
+            _on_qat("--algorithm", name),
             functools.partial(getattr(algorithms, name), qat),
             name in _RECALIBRATE,
             against,
@@ -220,6 +245,7 @@ def _trials(
         yield _Trial(
             f"calibrate by {method}",
             call_text("", "kqat.calibrate", [["qat"], ["data"], [f"method={method!r}"]]),
+            _on_qat("--calibration", method),
             functools.partial(_calibrated, qat, method=method),
             True,
             ranges,
@@ -278,7 +304,8 @@ class _Policies:
     def __init__(self, model: keras.Model, qat: keras.Model, graph: Graph) -> None:
         self.qat, self.graph = qat, graph
         self.model, self.word = model, "model"
-        if not _has_same_weights(trace(model), graph):
+        self.model_is_given = _has_same_weights(trace(model), graph)
+        if not self.model_is_given:
             self.model, self.word = strip(qat), "kqat.strip(qat)"
         self.float_graph = trace(self.model)
         self.policy = policy_of(self.float_graph, qat)
@@ -308,6 +335,7 @@ class _Policies:
             yield _Trial(
                 "another preset for the layers named above",
                 "",
+                (),
                 _cannot_tell,
                 True,
                 _keys(findings),
@@ -353,9 +381,11 @@ class _Policies:
         arguments = [[self.word], policy_lines(policy), ["calibration_data=data"]]
         if self.kept:
             arguments.append([f"preserve={self.kept}"])
+        as_command = self.model_is_given and not self.kept
         yield _Trial(
             f"{what} for {_listed(rules)}",
             call_text("mended", "kqat.quantize_model", arguments),
+            _from_model(policy) if as_command else (),
             functools.partial(self._quantized, policy),
             True,
             _keys(findings),

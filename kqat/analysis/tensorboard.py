@@ -209,7 +209,7 @@ def _compiled(function: Callable[[], Any]) -> Callable[[], Any]:
         return function
     import tensorflow as tf
 
-    return tf.function(function)
+    return tf.function(function, autograph=False)
 
 
 class _Measurement:

@@ -12,6 +12,7 @@ from kqat.base.errors import (
     RuntimeUnavailableError,
     SpecError,
     TargetError,
+    TrainerWarning,
     UnsupportedLayerError,
 )
 from kqat.base.keras_registration import register_with_keras
@@ -32,6 +33,7 @@ __all__ = [
     "SpecError",
     "TargetError",
     "TextEnum",
+    "TrainerWarning",
     "UnsupportedLayerError",
     "counted",
     "lazy_face",

@@ -58,3 +58,7 @@ class TargetError(ExportError):
 
 class RuntimeUnavailableError(ExportError):
     """A runtime is not installed, or it refused the file."""
+
+
+class TrainerWarning(UserWarning):
+    """The model's own training step, or what it does with a mask, is not part of the QAT model."""

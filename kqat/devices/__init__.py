@@ -31,6 +31,7 @@ from kqat.devices.targets import (
     Target,
     TargetWarning,
     misfit,
+    misfit_lines,
     stored_bits,
     target_named,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "TargetWarning",
     "edge_tpu_shapes",
     "misfit",
+    "misfit_lines",
     "most_axes",
     "ops_at",
     "runtimes_with",

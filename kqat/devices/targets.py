@@ -245,6 +245,21 @@ class Misfit:
         return f"layer '{self.layer}' ({', '.join(self.operators)}) {self.reason}: {self.remedy}"
 
 
+def misfit_lines(misfits: Sequence[Misfit]) -> list[str]:
+    """Reports about layers in sentences, one for all that do not fit in the same way."""
+    alike: dict[tuple[str, str], list[Misfit]] = {}
+    for one in misfits:
+        alike.setdefault((one.reason, one.remedy), []).append(one)
+    lines = []
+    for (reason, remedy), same in alike.items():
+        if len(same) == 1:
+            lines.append(str(same[0]))
+            continue
+        names = ", ".join(f"'{one.layer}' ({', '.join(one.operators)})" for one in same)
+        lines.append(f"layers {names}: each {reason}: {remedy}")
+    return lines
+
+
 @dataclasses.dataclass(frozen=True)
 class Replacement:
     """An activation function that may replace a layer's, and the operators that it needs.

@@ -8,7 +8,7 @@ from kqat.freezing.freezer import freeze
 from kqat.freezing.frozen_model import FrozenModel, NodeFacts
 from kqat.freezing.frozen_weight import FrozenConstant, FrozenWeight
 from kqat.freezing.stripper import strip
-from kqat.graph import Graph, Node, Ref
+from kqat.graph import Graph, Node, Ref, call_signature
 from kqat.parts import (
     GATES,
     ByteInput,
@@ -39,6 +39,7 @@ __all__ = [
     "Ref",
     "Requantize",
     "Tabulated",
+    "call_signature",
     "freeze",
     "is_marker",
     "strip",

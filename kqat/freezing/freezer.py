@@ -28,6 +28,8 @@ from kqat.training import (
     ActivationQuantizer,
     QuantizedRecurrence,
     QuantizeWrapper,
+    all_layers,
+    rounded_once,
     warn_of_drift,
 )
 
@@ -53,7 +55,9 @@ def freeze(qat: keras.Model) -> FrozenModel:
         )
     warn_of_drift(qat, stacklevel=2)
     parts = FrozenParts(graph)
-    model = rebuild(graph, _GraphFreezer(graph, parts).call, qat.name)
+    wrappers = [layer for layer in all_layers(qat) if isinstance(layer, QuantizeWrapper)]
+    with rounded_once(wrappers):
+        model = rebuild(graph, _GraphFreezer(graph, parts).call, qat.name)
     return FrozenModel(
         model=model,
         sites=tuple(parts.sites),

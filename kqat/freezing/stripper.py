@@ -22,7 +22,7 @@ def strip(qat: keras.Model) -> keras.Model:
     """
     graph = checked_graph(qat)
     stripper = _Stripper(graph)
-    return rebuild(graph, stripper.call, qat.name, graph.output_names)
+    return rebuild(graph, stripper.call, qat.name, graph.output_names, graph.output_masks)
 
 
 def checked_graph(qat: Any) -> Graph:
@@ -45,7 +45,10 @@ def _is_plumbing(node: Node, output_names: tuple[str, ...]) -> bool:
 
 
 class _Stripper:
-    """The working state of `strip`: the layer that makes an output bears the output's name."""
+    """The working state of `strip`: the layer that makes an output bears the output's name.
+
+    Where an output bears a mask, what hands the mask on bears the name.
+    """
 
     def __init__(self, graph: Graph):
         self.output_names = graph.output_names
@@ -53,7 +56,11 @@ class _Stripper:
         self.names: dict[Ref, str] = {}
         self.copies: dict[tuple[int, int], list[Any]] = {}
         producers = graph.producers()
-        for ref, name in zip(graph.outputs, graph.output_names, strict=True):
+        for ref, name, mask in zip(
+            graph.outputs, graph.output_names, graph.output_masks, strict=True
+        ):
+            if mask is not None:
+                continue
             while ref in producers and _is_plumbing(producers[ref], self.output_names):
                 ref = producers[ref].inputs[0]
             self.names.setdefault(ref, name)

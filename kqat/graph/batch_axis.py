@@ -108,7 +108,7 @@ class BatchFirst:
         if id(value) in self.known:
             return self.known[id(value)][0]
         value = self.weights.get(id(value), value)
-        if is_array(value) and value.shape and value.shape[0] == self.batch:
+        if is_array(value) and len(value.shape) and value.shape[0] == self.batch:
             return self._beside(value, len(value.shape), FIRST)
         return value
 
@@ -322,8 +322,8 @@ def _einsum(mover: BatchFirst, call: Any) -> Made:
     def ours(term: str) -> str:
         return BATCH + term.replace(letter, beside) if letter in term else term
 
-    # Keras foresees the shapes of an equation of small letters only.
-    free = iter(c for c in string.ascii_letters if c not in inputs)
+    # Keras knows lower-case letters only where an operand lacks an axis of the output.
+    free = iter(c for c in string.ascii_lowercase if c not in inputs)
     equation = f"{','.join(ours(term) for term in terms)}->{ours(output)}"
     for special in (BATCH, OUTER, INNER):
         equation = equation.replace(special, next(free))

@@ -33,7 +33,10 @@ class Part:
         self._take_over = take_over
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(*args, **kwargs)
+        if not self._pending:
+            return self.layer(*args, **kwargs)
+        with _initialized_by_zeros(self.layer):
+            output = self.layer(*args, **kwargs)
         if self._pending:
             weights, self._pending = self._pending, ()
             if self._take_over is not None:
@@ -42,6 +45,25 @@ class Part:
                 self.layer.set_weights(weights)
                 finalize(self.layer)
         return output
+
+
+@contextlib.contextmanager
+def _initialized_by_zeros(layer: keras.layers.Layer) -> Iterator[None]:
+    """Inside, layers that are built draw no random numbers for weights that they take over."""
+    kept = [
+        (part, key, value)
+        for part in parts_of(layer)
+        for key, value in vars(part).items()
+        if key.endswith("_initializer") and isinstance(value, keras.initializers.Initializer)
+    ]
+    zeros = keras.initializers.Zeros()
+    try:
+        for part, key, _ in kept:
+            object.__setattr__(part, key, zeros)
+        yield
+    finally:
+        for part, key, value in kept:
+            object.__setattr__(part, key, value)
 
 
 def finalize(layer: Any) -> None:
@@ -85,10 +107,18 @@ def _nameless_functions() -> Iterator[None]:
         yield
 
 
+def _serialized(function: Any) -> Any:
+    """An activation as a config holds it; `None` for what none can, as a `functools.partial`."""
+    try:
+        with _nameless_functions():
+            return keras.activations.serialize(function)
+    except TypeError:
+        return None
+
+
 def activation_name(function: Any) -> str | None:
     """The name of an activation that Keras knows by name; `None` for the user's own."""
-    with _nameless_functions():
-        name = keras.activations.serialize(function)
+    name = _serialized(function)
     if not isinstance(name, str):
         return None
     # A function of the user's own may bear the name of one of Keras.
@@ -144,14 +174,15 @@ def _made_anew(layer: Any, changes: dict[str, Any]) -> keras.layers.Layer:
 def config_of(layer: Any) -> dict[str, Any]:
     """The config of a layer, whatever objects of the user's own it holds.
 
-    Regularizers and constraints of the user's own stand in it themselves. His initializers are
-    replaced by zeros, as weights are copied anyway.
+    Regularizers, constraints and activations of the user's own stand in it themselves. His
+    initializers are replaced by zeros, as weights are copied anyway.
     """
     own = _own_objects(layer)
     kept = [(part, key, vars(part)[key]) for part in parts_of(layer) for key in _own_objects(part)]
     try:
         for part, key, _ in kept:
-            object.__setattr__(part, key, None)
+            stand_in = keras.activations.linear if key.endswith("activation") else None
+            object.__setattr__(part, key, stand_in)
         with _nameless_functions():
             config = dict(layer.get_config())
     finally:
@@ -165,9 +196,14 @@ _ENDINGS = ("_initializer", "_regularizer", "_constraint")
 
 
 def _own_objects(layer: Any) -> dict[str, Any]:
-    """Attributes of a layer that hold the user's own regularizers, constraints, initializers."""
+    """Attributes of a layer that hold objects of the user's own that its config cannot name.
+
+    These are regularizers, constraints, initializers, and activations.
+    """
     found = {}
     for key, value in vars(layer).items():
+        if key.endswith("activation") and _is_nameless(value, layer):
+            found[key] = value
         if value is None or not key.endswith(_ENDINGS):
             continue
         own = type(value) if isinstance(value, (*_KINDS, keras.initializers.Initializer)) else value
@@ -175,6 +211,15 @@ def _own_objects(layer: Any) -> dict[str, Any]:
             initial = key.endswith("_initializer")
             found[key] = keras.initializers.Zeros() if initial else value
     return found
+
+
+def _is_nameless(activation: Any, layer: Any) -> bool:
+    """Whether an activation of `layer` is a function that Keras would not find by its config."""
+    if not callable(activation) or isinstance(activation, layers.Layer):
+        return False
+    if type(layer).__module__.startswith("keras."):
+        return activation_name(activation) is None
+    return _serialized(activation) is None  # A user's own class may know its functions by name.
 
 
 def duplicate(layer: Any, name: str | None = None, **changes: Any) -> Callable[..., Any]:

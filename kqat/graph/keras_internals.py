@@ -16,12 +16,15 @@ import re
 import sys
 import textwrap
 import traceback
+import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
 from kqat.base import ModelError
 from kqat.graph.batch_axis import BatchFirst
@@ -37,7 +40,8 @@ class Opened:
     it computes from them. `batch` is the number that stood for the batch size. `owners` says by
     which path a layer inside is reached. `fresh` says that its operations were made just now, and
     will bear other names the next time. `sequence` says that it is a Sequential: what `training`
-    stands in its calls is not the user's, but that of the call in which it was built.
+    stands in its calls is not the user's, but that of the call in which it was built. `masks` are
+    those that inputs bear, by the identity of the input.
     """
 
     function: Any
@@ -49,6 +53,7 @@ class Opened:
     owners: Mapping[int, str] = dataclasses.field(default_factory=dict)
     fresh: bool = False
     sequence: bool = False
+    masks: Mapping[int, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_model(model: Any) -> Opened:
@@ -74,20 +79,36 @@ def open_model(model: Any) -> Opened:
         if moves_batch(function):
             return open_call(model, (function.input,), {})
         return opened_function(function, model)
-    shape = (model.get_build_config() or {}).get("input_shape")
-    if shape is None:
+    inputs = input_struct(model)
+    if isinstance(inputs, tuple) and not inputs:
         raise ModelError(
             f"Expected a subclassed model that was called on data of one argument. Received: "
             f"'{model.name}' of type {type(model).__name__}, of whose input Keras recorded no "
             f"shape{_control_flow(model)}. Call it once on data, or use keras.Model(x, "
             "model.call(x)) with x = keras.Input(shape)."
         )
-    return open_call(model, (_inputs_of_shape(shape),), {})
+    wanted = _required_arguments(model)
+    if len(wanted) > 1:
+        names = ", ".join(wanted)
+        raise ModelError(
+            "Expected a subclassed model whose call takes one argument, which may be a list or "
+            f"dict. Received: '{model.name}' of type {type(model).__name__}, whose call takes "
+            f"{names}. Use keras.Model([{names}], model({names})) with a keras.Input for each."
+        )
+    return open_call(model, (inputs,), {})
+
+
+def _required_arguments(model: Any) -> list[str]:
+    """The arguments that a call of `model` must be given, but for what Keras hands over."""
+    parameters = inspect.signature(model.call).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p.name for p in parameters if p.kind in named and p.default is p.empty]
+    return [name for name in required if name not in ("training", "mask")]
 
 
 def input_struct(model: Any) -> Any:
     """A model's inputs, as symbolic tensors in the structure that it takes; `()` if unknown."""
-    function = inner_function(model)
+    function = _functional(model)
     if function is not None:
         return function.input
     shape = (model.get_build_config() or {}).get("input_shape")
@@ -125,8 +146,17 @@ def _inputs_of_shape(shape: Any) -> Any:
     return keras.Input(shape[1:], name="input")
 
 
+def borne_mask(tensor: Any) -> Any:
+    """The mask that a tensor, symbolic or not, bears as Keras sees it; `None` for none."""
+    return get_keras_mask(tensor)
+
+
 def open_call(
-    layer: Any, args: Any, kwargs: Any, inlined: Callable[[Any], bool] = lambda layer: False
+    layer: Any,
+    args: Any,
+    kwargs: Any,
+    inlined: Callable[[Any], bool] = lambda layer: False,
+    mask_of: Callable[[Any], Any] = borne_mask,
 ) -> Opened:
     """What `layer` computes from symbolic arguments, without the layer.
 
@@ -140,16 +170,22 @@ def open_call(
         args: of the call, symbolic tensors among them.
         kwargs: of the call. Variables in either are weights of what is opened.
         inlined: which layers inside are opened as well.
+        mask_of: gives the mask that an argument bears, which layers inside may read; it is an input
+            of what is opened, after the arguments.
 
     Raises:
         ModelError: if it does not compute on them; quotes the line that does not.
     """
-    given = {id(t): t for t in _tensors((args, kwargs))}
+    bearers = _tensors((args, kwargs))
+    given = {id(t): t for t in with_masks(bearers, mask_of)}
     batch = _batch_size(layer, list(given.values()))
     fresh = {
         key: keras.Input(batch_shape=_of_batch(t, batch), dtype=t.dtype, name=name)
         for (key, t), name in zip(given.items(), _input_names(given.values()), strict=True)
     }
+    masks = {id(fresh[id(t)]): fresh[id(m)] for t in bearers if (m := mask_of(t)) is not None}
+    for tensor in fresh.values():
+        set_keras_mask(tensor, masks.get(id(tensor)))
     args, kwargs = keras.tree.map_structure(lambda x: fresh.get(id(x), x), (args, kwargs))
     inside = [part for part in parts_of(layer) if part is layer or inlined(part)]
     tensors = list(fresh.values())
@@ -165,6 +201,13 @@ def open_call(
         inside = [*inside, *owners]
         function, output, weights, _ = _called(layer, args, kwargs, tensors, inside, given_weights)
     if _is_moved(function, batch, weights):
+        if _reads_masks(function, masks):
+            raise ModelError(
+                f"Expected the batch on the first axis of all values in '{layer.name}' of type "
+                f"{type(layer).__name__}, in which layers read a mask. Received: values with the "
+                "batch elsewhere. Undo what moves it, or stop the mask before the layer: "
+                "keras.layers.Reshape hands none on."
+            )
         function, output, weights = _with_batch_first(
             layer, function, output, tensors, weights, batch
         )
@@ -178,7 +221,15 @@ def open_call(
         batch,
         owners_by_path,
         True,
+        masks=masks,
     )
+
+
+def with_masks(tensors: Iterable[Any], mask_of: Callable[[Any], Any] = borne_mask) -> list[Any]:
+    """Symbolic tensors, each once, and after them the masks that they bear."""
+    given = list({id(t): t for t in tensors}.values())
+    found = [m for t in given if (m := mask_of(t)) is not None]
+    return list({id(t): t for t in [*given, *found]}.values())
 
 
 def _check_untouched(layer: Any, tensors: Iterable[Any]) -> None:
@@ -255,6 +306,20 @@ def _batch_size(layer: Any, tensors: list[Any]) -> int:
     return next(p for p in primes if p > 12 and all(s % p for s in sizes))
 
 
+_SIGNATURES: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def call_signature(operation: Any) -> inspect.Signature:
+    """The signature of `operation.call`; found once for all operations of a class."""
+    method = operation.call
+    function = getattr(method, "__func__", None)
+    if function is None:  # An object's own, not its class's.
+        return inspect.signature(method)
+    if function not in _SIGNATURES:
+        _SIGNATURES[function] = inspect.signature(method)
+    return _SIGNATURES[function]
+
+
 def parts_of(layer: Any) -> list[Any]:
     """`layer` and all layers inside it, in an order that copies share."""
     return list({id(part): part for part in layer._flatten_layers()}.values())
@@ -293,10 +358,12 @@ def _called(
     weights: dict[int, tuple[Any, Any]] = dict(given)
     try:
         with (
+            _masks_told(),
             _as_inputs(inside, weights),
             _calls_inlined(layer, inside),
             _shapes_told(layer),
             _keys_of_tensors(),
+            _sizes_known(),
             tensorflow_traced(),
         ):
             # Keras hands it down to every layer inside that does not say otherwise.
@@ -371,7 +438,10 @@ def _as_inputs(owners: list[Any], made: dict[int, tuple[Any, Any]]) -> Iterator[
                 made[id(value)] = tensor, value
             return made[id(value)][0]
         if isinstance(value, list | tuple) and any(isinstance(v, keras.Variable) for v in value):
-            return type(value)(swapped(v, owner) for v in value)
+            # TensorFlow keeps a tuple of a layer in a proxy, which is no class to make one of.
+            new = [swapped(v, owner) for v in value]
+            make = getattr(value, "_make", tuple if isinstance(value, tuple) else type(value))
+            return make(new)
         if isinstance(value, dict) and any(isinstance(v, keras.Variable) for v in value.values()):
             return {key: swapped(v, owner) for key, v in value.items()}
         return value
@@ -398,9 +468,13 @@ def _calls_inlined(layer: Any, inside: list[Any]) -> Iterator[None]:
     """Lets a call of `layer`, and of those of `inside`, show what it does in place of itself.
 
     Keras does the rest of a call as ever: it builds, hands on masks and `training`. It only records
-    no call of theirs, which may return anything.
+    no call of theirs, which may return anything. What a user's subclass of a stock layer calls of
+    that layer is recorded as a stock layer.
     """
     opened = {id(part): part for part in inside if part is layer or not _is_stock(part)}
+    twins = {key: _stock_twin(part) for key, part in opened.items()}
+    stock = {type(twin) for twin in twins.values() if twin is not None}
+    calls = {cls: cls.call for cls in stock}
     home: Any = sys.modules[keras.layers.Layer.__module__]
     record = home.Node
 
@@ -414,11 +488,92 @@ def _calls_inlined(layer: Any, inside: list[Any]) -> Iterator[None]:
         home.Node = recorded
         for part in opened.values():
             object.__setattr__(part, "symbolic_call", called_through(part))
+        for cls, call in calls.items():
+            cls.call = _to_twins(call, twins)
         yield
     finally:
         home.Node = record
         for part in opened.values():
             object.__delattr__(part, "symbolic_call")
+        for cls, call in calls.items():
+            cls.call = call
+
+
+def _to_twins(call: Any, twins: Mapping[int, Any]) -> Callable[..., Any]:
+    """`call` of a stock class, by which a layer that has a twin calls the twin."""
+
+    @functools.wraps(call)
+    def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        twin = twins.get(id(layer))
+        return call(layer, *args, **kwargs) if twin is None else twin(*args, **kwargs)
+
+    return called
+
+
+# What a subclass of a stock layer may write anew without changing what the stock `call` computes.
+_FREE_TO_CHANGE = frozenset(
+    "call build get_config from_config get_build_config build_from_config compute_output_shape "
+    "compute_output_spec compute_mask add_weight".split()
+)
+
+
+def _stock_twin(layer: Any) -> Any:
+    """The stock layer that a user's subclass of one is beside its own `call`, with its variables.
+
+    `None` where the stock `call` may compute something else for the subclass.
+    """
+    mro = type(layer).__mro__
+    place = next((i for i, cls in enumerate(mro) if cls.__module__.startswith("keras.")), 0)
+    stock, own = mro[place], mro[:place]
+    if not own or getattr(keras.layers, stock.__name__, None) is not stock or not layer.weights:
+        return None
+    if not layer.built or "call" not in {name for cls in own for name in vars(cls)}:
+        return None
+    changed = {name for cls in own for name in vars(cls) if not name.startswith("__")}
+    if any(hasattr(stock, name) for name in changed - _FREE_TO_CHANGE):
+        return None
+    fresh = stock.__new__(stock)
+    keras.layers.Layer.__init__(fresh)
+    twin = object.__new__(stock)
+    told = {name: value for name, value in vars(fresh).items() if "call" in name}
+    nodes: dict[str, Any] = {"_inbound_nodes": [], "_outbound_nodes": []}
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", stock.__name__).lower()
+    vars(twin).update({**vars(layer), **told, **nodes, "name": name})
+    return twin
+
+
+@contextlib.contextmanager
+def _masks_told() -> Iterator[None]:
+    """Leaves out what Keras told the user when the model was built: which layer drops a mask."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not support masking")
+        yield
+
+
+def unmasked(values: Any) -> Any:
+    """The same values, which bear no masks any more."""
+    for value in keras.tree.flatten(values):
+        if borne_mask(value) is not None:
+            set_keras_mask(value, None)
+    return values
+
+
+@contextlib.contextmanager
+def bearing(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    """Lets values bear masks meanwhile.
+
+    Args:
+        pairs: a value and its mask.
+    """
+    before = [(value, borne_mask(value)) for value, _ in pairs]
+    try:
+        for value, mask in pairs:
+            set_keras_mask(value, mask)
+        with _masks_told():
+            yield
+    finally:
+        for value, mask in before:
+            set_keras_mask(value, mask)
 
 
 @contextlib.contextmanager
@@ -441,6 +596,56 @@ def _keys_of_tensors() -> Iterator[None]:
         yield
     finally:
         home.__getitem__ = index
+
+
+class _Shape(tuple[Any, ...]):
+    """A shape that also answers as TensorFlow's does, for which `call` may have been written."""
+
+    @property
+    def rank(self) -> int:
+        return len(self)
+
+    @property
+    def ndims(self) -> int:
+        return len(self)
+
+    @property
+    def dims(self) -> list[Any]:
+        return list(self)
+
+    def as_list(self) -> list[Any]:
+        return list(self)
+
+    def num_elements(self) -> int:
+        return math.prod(self)
+
+    def is_fully_defined(self) -> bool:
+        return None not in self
+
+    def __getitem__(self, key: Any) -> Any:
+        part = super().__getitem__(key)
+        return _Shape(part) if isinstance(key, slice) else part
+
+
+@contextlib.contextmanager
+def _sizes_known() -> Iterator[None]:
+    """Lets shapes, and `keras.ops.ndim` and `size`, be those of the tensors of a backend.
+
+    Keras makes symbolic numbers of the latter, by which Python can neither branch nor count.
+    """
+    functions: Any = sys.modules[keras.ops.ndim.__module__]
+    home: Any = keras.KerasTensor
+    shape, symbolic_call = home.shape, functions.Operation.symbolic_call
+    try:
+        functions.Ndim.symbolic_call = lambda operation, x: len(x.shape)
+        functions.Size.symbolic_call = lambda operation, x: math.prod(x.shape)
+        home.shape = property(lambda tensor: _Shape(shape.fget(tensor)), shape.fset)
+        home.get_shape = lambda tensor: tensor.shape
+        yield
+    finally:
+        functions.Ndim.symbolic_call = functions.Size.symbolic_call = symbolic_call
+        home.shape = shape
+        del home.get_shape
 
 
 def _plain_key(part: Any) -> Any:
@@ -606,11 +811,13 @@ def _where(error: Exception) -> str:
     """The last line of the user's own code that led to `error`."""
     inside = {str(Path(str(module.__file__)).parent) for module in (keras, np)}
     inside |= {str(Path(__file__).parent)}
+    library = Path(inspect.__file__).parent  # Packages may lie in a folder of it.
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not any(frame.filename.startswith(folder) for folder in inside)
         and "tensorflow" not in frame.filename
+        and Path(frame.filename).parent != library
     ]
     if not frames:
         return "Keras says"
@@ -619,35 +826,73 @@ def _where(error: Exception) -> str:
     )
 
 
-def calls_in_order(function: Any, known: Collection[int]) -> Iterator[tuple[Any, dict[str, Any]]]:
+def calls_in_order(
+    function: Any, known: Collection[int], masks: Mapping[int, Any]
+) -> Iterator[tuple[Any, dict[str, Any], dict[int, Any]]]:
     """The calls of `function`, each after those whose tensors or masks it reads.
 
-    Beside each stand the masks that Keras hands to it though it records none.
+    Beside each stand the masks that Keras hands to it though it records none, and those that its
+    arguments bear, by their identity, where layers inside it read them.
 
     Args:
         function: a Functional model or a `keras.Function`.
         known: identities of tensors, to which the caller adds a call's outputs before the next.
+        masks: those that inputs of `function` bear.
 
     Raises:
-        ModelError: if a mask comes out of a model inside the model.
+        ModelError: if a mask cannot be followed to what it is computed from.
     """
     calls = _calls(function)
-    masks, _ = _masks_read(calls)
-    given = [t for found in masks.values() for t in _tensors(found)]
-    if given:
+    read = _masks_read(calls, masks)
+    inputs = [*function.inputs, *masks.values()]
+    if wanted := read.tensors():
         # What computes a mask leads to no output.
-        calls = _calls(_reaching(function, given))
+        calls = _calls_between(inputs, [*function.outputs, *wanted])
+    calls = _needed(calls, function.outputs, read)
+    _check_followed(calls, read, {id(t) for t in inputs})
     while calls:
         waiting = []
         for call in calls:
-            found = masks.get(id(call), {})
-            arguments = (call.arguments.args, call.arguments.kwargs, found)
-            if all(id(t) in known for t in _tensors(arguments)):
-                yield call, found
+            if all(id(t) in known for t in read.by(call)):
+                yield call, read.given.get(id(call), {}), read.borne.get(id(call), {})
             else:
                 waiting.append(call)
         assert len(waiting) < len(calls), "a mask that depends on its own reader"
         calls = waiting
+
+
+def _needed(calls: list[Any], outputs: Sequence[Any], read: "_MasksRead") -> list[Any]:
+    """Those of `calls` that lead to outputs or to a mask that is read.
+
+    The others made a mask when the model was built, in whose place another stands.
+    """
+    makers = {id(t): call for call in calls for t in call.outputs}
+    waiting, needed = list(outputs), set()
+    while waiting:
+        call = makers.get(id(waiting.pop()))
+        if call is not None and id(call) not in needed:
+            needed.add(id(call))
+            waiting += read.by(call)
+    return [call for call in calls if id(call) in needed]
+
+
+def _check_followed(calls: list[Any], read: "_MasksRead", inputs: Collection[int]) -> None:
+    """Checks that all masks come from the inputs.
+
+    Raises:
+        ModelError: if one does not; names what makes it and what reads it.
+    """
+    for call in calls:
+        for tensor in read.by(call):
+            if hasattr(tensor, "mask_maker") and id(tensor) not in inputs:
+                raise ModelError(
+                    f"Expected masks that are computed from a model's own inputs. Received: one "
+                    f"that comes out of a custom layer or a model inside the model, "
+                    f"'{tensor.mask_maker}', and cannot be followed there; "
+                    f"'{call.operation.name}' reads it. Call the layer that makes the mask "
+                    "(mask_zero, Masking) in the outer model, make it of the layer's inputs alone, "
+                    "or stop it behind that layer: keras.layers.Reshape hands none on."
+                )
 
 
 def _calls(function: Any) -> list[Any]:
@@ -656,20 +901,9 @@ def _calls(function: Any) -> list[Any]:
     return [call for call in ordered if not call.is_input]
 
 
-def _reaching(function: Any, masks: list[Any]) -> Any:
-    try:
-        return keras.Function(function.inputs, [*function.outputs, *masks])
-    except ValueError as error:
-        raise ModelError(
-            "Expected masks that are computed from a model's own inputs. Received: one that comes "
-            "out of a custom layer or a model inside the model. Call the layer that makes the mask "
-            "(mask_zero, Masking) in the outer model, or leave it out."
-        ) from error
-
-
 def masks_of(function: Any, tensors: Sequence[Any]) -> list[Any]:
     """The masks that tensors inside a function bear when it runs, symbolic; `None` for none."""
-    _, live = _masks_read(_calls(function))
+    live = _masks_read(_calls(function), {}).live
     return [live.get(id(tensor)) for tensor in tensors]
 
 
@@ -687,13 +921,14 @@ def mask_function(inputs: Sequence[Any], mask: Any) -> Any:
 
 def _remade(inputs: Sequence[Any], mask: Any, given: Sequence[Any]) -> Any:
     """A symbolic mask of `inputs`, made of `given` instead; `None` as for `mask_function`."""
-    try:
-        calls = _calls(keras.Function(list(inputs), mask))
-    except ValueError:
-        return None
-    if any(isinstance(call.operation, keras.layers.Layer) for call in calls):
-        return None
+    calls = _calls_between(inputs, mask)
     known = {id(t): new for t, new in zip(inputs, given, strict=True)}
+    made_here = {id(t) for call in calls for t in call.outputs}
+    read = _tensors([mask, *((c.arguments.args, c.arguments.kwargs) for c in calls)])
+    if any(isinstance(call.operation, keras.layers.Layer) for call in calls) or not all(
+        id(t) in known or id(t) in made_here for t in read
+    ):
+        return None
     for call in calls:
         arguments = call.arguments.args, call.arguments.kwargs
         args, kwargs = keras.tree.map_structure(lambda t: known.get(id(t), t), arguments)
@@ -702,17 +937,45 @@ def _remade(inputs: Sequence[Any], mask: Any, given: Sequence[Any]) -> Any:
     return known[id(mask)]
 
 
-def _masks_read(calls: list[Any]) -> tuple[dict[int, dict[str, Any]], dict[int, Any]]:
-    """Call -> the masks that tensors bring along: of one tensor `mask`, of several `x_mask`.
+@dataclasses.dataclass(frozen=True)
+class _MasksRead:
+    """The masks of a function's calls.
 
-    The second dict has the mask that each tensor bears, by its identity.
+    Attributes:
+        given: call -> the masks that tensors bring along: of one tensor `mask`, of several
+            `x_mask`.
+        borne: call -> the masks that layers inside it take off its arguments, by these.
+        live: the mask that each tensor bears in the end.
+    """
+
+    given: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    borne: dict[int, dict[int, Any]] = dataclasses.field(default_factory=dict)
+    live: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+    def by(self, call: Any) -> list[Any]:
+        """The symbolic tensors that a call reads, masks among them."""
+        arguments = {**call.arguments.kwargs, **self.given.get(id(call), {})}
+        borne = self.borne.get(id(call), {})
+        return _tensors([call.arguments.args, arguments, list(borne.values())])
+
+    def tensors(self) -> list[Any]:
+        """All masks that are read."""
+        return _tensors([list(found.values()) for found in self.given.values()]) + [
+            mask for found in self.borne.values() for mask in found.values()
+        ]
+
+
+def _masks_read(calls: list[Any], masks: Mapping[int, Any]) -> _MasksRead:
+    """The masks of calls, the first of which read tensors with `masks`.
 
     Keras does this when a model runs, call by call: MultiHeadAttention takes the masks off the
     tensors that it reads, so that those who come later see none. What symbolic tensors bear is
     what they had before any call ran.
     """
-    live: dict[int, Any] = {}
-    masks: dict[int, dict[str, Any]] = {}
+    result = _MasksRead(live=dict(masks))
+    live = result.live
+    # Tensors whose mask, as it was made when the model was built, hides nothing.
+    unhidden: set[int] = set()
 
     def mask_of(tensor: Any) -> Any:
         return live.get(id(tensor))
@@ -722,111 +985,306 @@ def _masks_read(calls: list[Any]) -> tuple[dict[int, dict[str, Any]], dict[int, 
         if not isinstance(layer, keras.layers.Layer):
             continue
         given = _given(call)
-        tensors = {k: v for k, v in given.items() if _tensors(v)}
-        if _tensors(keras.tree.map_structure(mask_of, list(tensors.values()))):
-            _check_reads_no_mask(layer)
-        parameters = inspect.signature(layer.call).parameters
+        named = {"mask", *(f"{key}_mask" for key in given)}
+        tensors = {k: v for k, v in given.items() if k not in named and _tensors(v)}
+        parameters = call_signature(layer).parameters
         found = {}
         for key, value in tensors.items():
             name = "mask" if len(tensors) == 1 else f"{key}_mask"
             mask = keras.tree.map_structure(mask_of, value)
-            if name in parameters and given.get(name) is None and _tensors(mask):
+            # What was there when the model was built is recorded, made as Keras makes it.
+            recorded = given.get(name)
+            implicit = recorded is None or recorded is borne_mask(value)
+            if name in parameters and implicit and (_tensors(mask) or id(value) in unhidden):
                 found[name] = mask
-        masks[id(call)] = found
-        first = next(iter(given.values()), None)
+        result.given[id(call)] = found
+        first: Any = next(iter(given.values()), None)
         before = keras.tree.map_structure(mask_of, first)
         read = _tensors(list(given.values()))
+        borne = {id(t): m for t in read if (m := mask_of(t)) is not None}
         if inner_function(layer) is not None:
-            after = _masks_of_inner(inner_function(layer), read)
-        elif type(layer) is keras.layers.Concatenate and layer.axis in (-1, 2):
-            after = [_mask_of_joined(before)]
-        elif _may_hand_out_mask(layer):
-            after = _unknown_masks(call)
-        elif all(mask_of(t) is getattr(t, "_keras_mask", None) for t in read):
-            after = [getattr(t, "_keras_mask", None) for t in call.outputs]
-        elif layer.supports_masking:
-            after = keras.tree.flatten(layer.compute_mask(first, before))
+            masks_given = keras.tree.flatten(given.get("mask"))
+            if _tensors(masks_given):
+                pairs = zip(_tensors(first), masks_given, strict=True)
+                borne = {id(t): m for t, m in pairs if m is not None}
+            inside = _masks_of_inner(layer, _given_inside(layer, first), borne)
+        elif _is_of_users(layer) and (borne or _makes_masks(layer)):
+            inside = _masks_inside(call, found, mask_of)
         else:
-            after = []
+            inside = None
+        if inside is not None:
+            after = inside.after
+            if inside.reads and borne:
+                result.borne[id(call)] = borne
+            live.update((id(t), None) for t in inside.taken)
+        elif type(layer) is keras.layers.Concatenate and _are_steps(first, before):
+            after = [_mask_of_joined(first, before, layer.axis)]
+            unhidden |= {id(call.outputs[0])} if after == [None] else set()
+        else:
+            after = _masks_by_layer(call, first, before, mask_of)
         live.update((id(t), m) for t, m in zip(call.outputs, after, strict=False))
         if isinstance(layer, keras.layers.MultiHeadAttention):
             live.update((id(t), None) for t in _tensors(list(tensors.values())))
-    return masks, live
+    return result
 
 
-def _masks_of_inner(function: Any, given: list[Any]) -> list[Any]:
-    """The masks of the outputs of a model inside, made of what it is called on.
+def _masks_by_layer(call: Any, first: Any, before: Any, mask_of: Callable[[Any], Any]) -> list[Any]:
+    """The masks of a call's outputs that the layer's `compute_mask` makes.
 
-    The symbolic outputs of its call bear none. What it bears when it runs is what its layers made.
-    Where a layer makes a mask, there is a stand-in, as for `_unknown_masks`.
+    Args:
+        call: of the layer.
+        first: its first argument.
+        before: the masks of that.
+        mask_of: gives the mask that a tensor bears.
     """
-    after = []
-    for mask in masks_of(function, keras.tree.flatten(function.outputs)):
-        made = None if mask is None else _remade(function.inputs, mask, given)
-        after.append(_stand_in(mask) if made is None and mask is not None else made)
-    return after
+    read = _tensors(list(_given(call).values()))
+    if all(mask_of(t) is borne_mask(t) for t in read):
+        return [borne_mask(t) for t in call.outputs]
+    if call.operation.supports_masking:
+        return keras.tree.flatten(call.operation.compute_mask(first, before))
+    return []
 
 
-def _stand_in(mask: Any) -> Any:
-    """A mask that no input leads to: who reads it is refused."""
-    return keras.Input(mask.shape[1:], dtype="bool")
+@dataclasses.dataclass(frozen=True)
+class _Inside:
+    """What a custom layer, or a model inside, does with masks.
 
-
-def _mask_of_joined(masks: Any) -> Any:
-    """The mask of sequences that are joined along their features, as Keras's, of masks alone.
-
-    A step counts where it counts in any; it always does where a sequence has no mask.
+    Attributes:
+        after: the masks of the outputs.
+        reads: whether a layer inside reads a mask of its arguments.
+        taken: arguments that bear none any more.
     """
-    known = [mask for mask in keras.tree.flatten(masks) if mask is not None]
-    if len(known) < len(masks):
-        return None
-    return functools.reduce(keras.ops.logical_or, known)
+
+    after: list[Any]
+    reads: bool
+    taken: list[Any] = dataclasses.field(default_factory=list)
 
 
-def _may_hand_out_mask(layer: Any) -> bool:
-    """Whether a custom layer, of which Keras knows no mask, has a layer inside that makes one."""
-    if _is_stock(layer) or layer.supports_masking:
-        return False
-    return any(
-        isinstance(part, keras.layers.Masking) or getattr(part, "mask_zero", False)
-        for part in parts_of(layer)
+def _masks_of_inner(layer: Any, given: list[Any], borne: Mapping[int, Any]) -> _Inside:
+    """What a Functional model inside does with masks; the symbolic outputs of its call bear none.
+
+    Args:
+        layer: the model.
+        given: what it is called on.
+        borne: the masks of that.
+    """
+    function = inner_function(layer)
+    if len(given) != len(function.inputs):  # It is refused later, by name.
+        return _Inside([], False)
+    masks = {
+        id(i): _input_like(borne[id(t)])
+        for i, t in zip(function.inputs, given, strict=True)
+        if id(t) in borne
+    }
+    read = _masks_read(_calls(function), masks)
+    pairs = list(zip(function.inputs, given, strict=True))
+    inner = [*function.inputs, *masks.values()]
+    outer = [*given, *(borne[id(t)] for i, t in pairs if id(i) in masks)]
+    return _Inside(
+        _handed_on(read, function.outputs, inner, outer, layer, None),
+        True,
+        [t for i, t in pairs if id(i) in masks and read.live[id(i)] is None],
     )
 
 
-def _unknown_masks(call: Any) -> list[Any]:
-    """Stand-ins for the masks that layers inside a custom layer make."""
-    try:
-        opened = open_call(call.operation, call.arguments.args, call.arguments.kwargs)
-    except ModelError:  # It is refused later, by name, or stays float.
-        return []
-    masks = masks_of(opened.function, keras.tree.flatten(opened.output))
-    return [None if mask is None else _stand_in(mask) for mask in masks]
+def _given_inside(model: Any, first: Any) -> list[Any]:
+    """What a Functional model inside is called on, in the order of its inputs.
 
-
-def _check_reads_no_mask(layer: Any) -> None:
-    """Refuses a custom layer that takes masks off its inputs itself.
-
-    Raises:
-        ModelError: if its own code does that.
+    Args:
+        model: the model.
+        first: argument of its call.
     """
-    if _is_stock(layer):
-        return
+    function = inner_function(model)
+    if isinstance(first, dict):
+        named = isinstance(function.input, dict)
+        keys = sorted(function.input) if named else [t.name for t in function.inputs]
+        if set(keys) <= set(first):
+            return _tensors([first[key] for key in keys])
+    return _tensors(first)
+
+
+def _input_like(mask: Any) -> Any:
+    return keras.Input(mask.shape[1:], dtype=mask.dtype)
+
+
+def _masks_inside(call: Any, found: Mapping[str, Any], mask_of: Callable[[Any], Any]) -> _Inside:
+    """What a custom layer does with masks: layers inside it may read and make them.
+
+    Args:
+        call: of the layer.
+        found: the masks that Keras hands to it.
+        mask_of: gives the mask that a tensor bears.
+    """
+    layer, args = call.operation, call.arguments.args
+    kwargs = {**call.arguments.kwargs, **found}
+    outer = with_masks(_tensors((args, kwargs)), mask_of)
+    try:
+        opened = open_call(layer, args, kwargs, mask_of=mask_of)
+    except ModelError:  # It is refused later, by name, or stays float.
+        inside = _masks_when_run(layer, args, kwargs, outer, mask_of)
+    else:
+        read = _masks_read(_calls(opened.function), opened.masks)
+        outputs = keras.tree.flatten(opened.output)
+        pairs = zip(opened.tensors, outer, strict=True)
+        inside = _Inside(
+            _handed_on(read, outputs, opened.tensors, outer, layer, opened.batch),
+            _reads_masks(opened.function, opened.masks),
+            [t for i, t in pairs if id(i) in opened.masks and read.live[id(i)] is None],
+        )
+    if not layer.supports_masking or all(mask is not None for mask in inside.after):
+        return inside
+    first = next(iter(_given(call).values()), None)
+    made = _masks_by_layer(call, first, keras.tree.map_structure(mask_of, first), mask_of)
+    made += [None] * len(inside.after)
+    after = [b if a is None else a for a, b in zip(inside.after, made, strict=False)]
+    return dataclasses.replace(inside, after=after)
+
+
+def _handed_on(
+    read: _MasksRead,
+    outputs: Sequence[Any],
+    inner: Sequence[Any],
+    outer: Sequence[Any],
+    layer: Any,
+    batch: int | None,
+) -> list[Any]:
+    """The masks of a layer's outputs, made of what it is called on.
+
+    Where that cannot be there is one that no input leads to: who reads it is refused.
+
+    Args:
+        read: the masks inside.
+        outputs: inside.
+        inner: the inputs inside, masks among them.
+        outer: what stands for them outside.
+        layer: whose outputs they are.
+        batch: the number that stands for the batch size inside.
+    """
+    after = []
+    for mask in (read.live.get(id(t)) for t in outputs):
+        made = None if mask is None else _remade(inner, mask, outer)
+        if mask is not None and (made is None or (batch and made.shape[0] == batch)):
+            made = _input_like(mask)
+            made.mask_maker = layer.name
+        after.append(made)
+    return after
+
+
+def _reads_masks(function: Any, masks: Mapping[int, Any]) -> bool:
+    """Whether masks of a function's inputs lead to its outputs."""
+    if not masks:
+        return False
+    wanted = _masks_read(_calls(function), masks).tensors()
+    calls = _calls_between(function.inputs, [*function.outputs, *wanted])
+    read = _tensors([wanted, *((c.arguments.args, c.arguments.kwargs) for c in calls)])
+    return bool({id(t) for t in read} & {id(mask) for mask in masks.values()})
+
+
+def _masks_when_run(
+    layer: Any, args: Any, kwargs: Any, given: list[Any], mask_of: Callable[[Any], Any]
+) -> _Inside:
+    """As `_masks_inside`, of a layer that cannot be traced: it runs on two samples.
+
+    Args:
+        layer: the layer.
+        args: of its call.
+        kwargs: of its call.
+        given: the tensors among them.
+        mask_of: gives the mask that a tensor bears.
+    """
+    generator = np.random.default_rng(0)
+
+    def run(shown: bool) -> list[Any]:
+        values = {}
+        for tensor in given:
+            shape = [size or 2 for size in tensor.shape]
+            number: Any = generator.normal(size=shape)
+            if not keras.backend.is_float_dtype(tensor.dtype):
+                number = number > 0
+            values[id(tensor)] = keras.ops.convert_to_tensor(number, tensor.dtype)
+        masked = [t for t in given if mask_of(t) is not None]
+        pairs = [(values[id(t)], keras.ops.equal(values[id(mask_of(t))], 1)) for t in masked]
+        if shown:
+            pairs = [(value, keras.ops.ones_like(mask)) for value, mask in pairs]
+        filled = keras.tree.map_structure(lambda x: values.get(id(x), x), (args, kwargs))
+        with keras.StatelessScope(), bearing(pairs):
+            return keras.tree.flatten(layer(*filled[0], **filled[1]))
+
+    try:
+        outputs = run(shown=False)
+        generator = np.random.default_rng(0)
+        alike = all(np.array_equal(*pair) for pair in zip(outputs, run(shown=True), strict=True))
+    except Exception:  # Whatever a user's own class raises.
+        return _Inside([], True)
+    after = []
+    for output in outputs:
+        mask = borne_mask(output)
+        if mask is not None:
+            mask = _input_like(mask)
+            mask.mask_maker = layer.name
+        after.append(mask)
+    return _Inside(after, not alike)
+
+
+def _are_steps(values: Any, masks: Any) -> bool:
+    """Whether values have masks that say nothing about their last axis, or none."""
+    return isinstance(values, list | tuple) and all(
+        mask is None or len(mask.shape) == len(value.shape) - 1
+        for value, mask in zip(values, masks, strict=True)
+    )
+
+
+def _mask_of_joined(values: Sequence[Any], masks: Sequence[Any], axis: int) -> Any:
+    """The mask of sequences that are joined, as Keras's, of masks alone.
+
+    Along the features, a step counts where it counts in any; it always does where a sequence has no
+    mask. Along the steps, all steps of such a sequence count.
+    """
+    known = [mask for mask in masks if mask is not None]
+    axis %= len(values[0].shape)
+    if not known:
+        return None
+    if axis == len(values[0].shape) - 1:
+        return functools.reduce(keras.ops.logical_or, known) if len(known) == len(masks) else None
+    pairs = zip(values, masks, strict=True)
+    parts = [_all_true(value.shape, known[0], axis) if m is None else m for value, m in pairs]
+    return keras.ops.concatenate(parts, axis=axis)
+
+
+def _all_true(shape: Sequence[int | None], mask: Any, axis: int) -> Any:
+    """A mask of values of a shape, of which all steps count.
+
+    Args:
+        shape: of the values.
+        mask: another, whose shape differs along `axis` at most.
+        axis: along which the masks are joined.
+    """
+    if mask.shape[axis] != shape[axis]:
+        column = mask[(slice(None),) * axis + (slice(0, 1),)]
+        mask = keras.ops.concatenate([column] * (shape[axis] or 1), axis=axis)
+    return keras.ops.logical_or(mask, keras.ops.logical_not(mask))
+
+
+def _is_of_users(layer: Any) -> bool:
+    """Whether a layer's class is neither Keras's nor kqat's."""
+    return not type(layer).__module__.startswith(("keras.", "kqat.")) and not _is_stock(layer)
+
+
+def _makes_masks(layer: Any) -> bool:
+    """Whether a custom layer may give its outputs a mask of its own making."""
+    if any(
+        isinstance(part, keras.layers.Masking) or getattr(part, "mask_zero", False)
+        for part in parts_of(layer)
+    ):
+        return True
     own = [cls for cls in type(layer).__mro__ if not cls.__module__.startswith("keras.")]
-    functions = [f for cls in own for f in vars(cls).values() if inspect.isfunction(f)]
-    for function in functions:
-        code = function.__code__
-        if {"_keras_mask", "get_keras_mask"} & {*code.co_names, *map(str, code.co_consts)}:
-            raise ModelError(
-                f"Expected masks as arguments. Received: layer '{layer.name}' of type "
-                f"{type(layer).__name__}, whose {function.__name__} takes the mask off its "
-                "input, where no one sees it. Let call have an argument `mask`: Keras hands it "
-                f"over. Or leave the layer float with policy={{'{layer.name}': None}}."
-            )
+    codes = [f.__code__ for cls in own for f in vars(cls).values() if inspect.isfunction(f)]
+    return any({"_keras_mask", "set_keras_mask"} & set(code.co_names) for code in codes)
 
 
 def _given(call: Any) -> dict[str, Any]:
     """The arguments of a call by name."""
-    signature = inspect.signature(call.operation.call)
+    signature = call_signature(call.operation)
     # Keras lets a caller hand `training` to a layer that takes none.
     kwargs = {k: v for k, v in call.arguments.kwargs.items() if k != "training"}
     return signature.bind_partial(*call.arguments.args, **kwargs).arguments
@@ -834,7 +1292,7 @@ def _given(call: Any) -> dict[str, Any]:
 
 def attach_masks(layer: Any, args: Any, kwargs: Any) -> None:
     """Gives values the masks that stand beside them; Keras's MultiHeadAttention reads no others."""
-    given = inspect.signature(layer.call).bind_partial(*args, **kwargs).arguments
+    given = call_signature(layer).bind_partial(*args, **kwargs).arguments
     for name, value in given.items():
         if (mask := given.get(f"{name}_mask")) is not None:
             value._keras_mask = mask
@@ -845,7 +1303,7 @@ def passes_mask_by(layer: Any) -> bool:
     if isinstance(layer, keras.layers.Lambda):
         return "mask" not in inspect.signature(layer.function).parameters
     if isinstance(layer, keras.layers.TimeDistributed):
-        return "mask" not in inspect.signature(layer.layer.call).parameters
+        return "mask" not in call_signature(layer.layer).parameters
     return False
 
 
@@ -854,7 +1312,7 @@ def _tensors(structure: Any) -> list[Any]:
 
 
 def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
-    """Inputs with their types: what only an Embedding reads holds indexes, and so is int32."""
+    """Inputs with their types: what only an Embedding reads holds indexes, int32 or bool."""
     readers: dict[int, list[Any]] = {id(t): [] for t in opened.tensors}
     for operation in opened.function.operations:
         for call in operation._inbound_nodes:
@@ -866,7 +1324,7 @@ def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
         indexes = operations and all(isinstance(o, keras.layers.Embedding) for o in operations)
         # TFLite has no float64 inputs; numbers of that type are converted as Keras does.
         floats = "float32" if tensor.dtype == "float64" else str(tensor.dtype)
-        typed.append((tensor, "int32" if indexes else floats))
+        typed.append((tensor, "int32" if indexes and floats != "bool" else floats))
     return typed
 
 
@@ -960,7 +1418,9 @@ def values_between(
         args, kwargs = keras.tree.map_structure(
             lambda x: known.get(id(x), x), (call.arguments.args, call.arguments.kwargs)
         )
-        results = keras.tree.flatten(call.operation(*args, **kwargs))
+        if isinstance(call.operation, keras.layers.MultiHeadAttention):
+            attach_masks(call.operation, args, kwargs)
+        results = keras.tree.flatten(unmasked(call.operation(*args, **kwargs)))
         known.update((id(t), y) for t, y in zip(call.outputs, results, strict=True))
     return [known[id(t)] for t in outputs]
 
@@ -995,7 +1455,15 @@ def _makers(tensors: Iterable[Any], given: Collection[int]) -> list[Any]:
 
 
 def inner_function(layer: Any) -> Any:
-    """The Functional inside a Sequential, or a Functional itself; `None` for anything else."""
+    """The Functional inside a Sequential, or a Functional itself; `None` for anything else.
+
+    It is `None` as well for a user's subclass of either whose `call` is his own.
+    """
+    function = _functional(layer)
+    return None if function is None or _has_own_call(layer) else function
+
+
+def _functional(layer: Any) -> Any:
     function = getattr(layer, "_functional", None) or layer
     return function if hasattr(function, "_nodes_by_depth") else None
 
@@ -1026,6 +1494,12 @@ def _is_merged(call: Any, made: Any) -> bool:
         and None not in given[1:]
         and (math.prod(made.shape[1:]) != math.prod(given[1:]))
     )
+
+
+def _has_own_call(model: Any) -> bool:
+    """Whether the `call` of a model is that of a user's class."""
+    owner = next(cls for cls in type(model).__mro__ if "call" in vars(cls))
+    return not owner.__module__.startswith("keras.")
 
 
 # The module that files of Keras 3 name for a Functional model, a class that has no public name.

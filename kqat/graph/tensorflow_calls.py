@@ -161,6 +161,8 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "reverse": lambda tensor, axis: ops.flip(tensor, axis),
     "cast": lambda x, dtype: ops.cast(x, keras.backend.standardize_dtype(dtype)),
     "shape": lambda input, out_type=None: ops.shape(input),
+    "rank": lambda input: len(input.shape),
+    "size": lambda input, out_type=None: ops.size(input),
     "pad": _pad,
     "matmul": _matmul,
     "einsum": lambda equation, inputs: ops.einsum(equation, *inputs),

@@ -31,7 +31,7 @@ def through_graph(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         a, k = keras.tree.pack_sequence_as((args, kwargs), filled)
         return function(*a, **k)
 
-    specs = [tf.TensorSpec(x.shape, x.dtype) for x in tensors]
+    specs = [tf.TensorSpec(tuple(x.shape), x.dtype) for x in tensors]
     traced = tf.function(call, autograph=False).get_concrete_function(*specs)
     graph = traced.graph
     values: dict[str, Any] = {

@@ -8,7 +8,6 @@ it and to compare it with a runtime.
 import contextlib
 import copy
 import dataclasses
-import inspect
 import itertools
 import sys
 from collections import Counter
@@ -21,6 +20,9 @@ import numpy as np
 from kqat.base import ModelError
 from kqat.graph.keras_internals import (
     Opened,
+    bearing,
+    borne_mask,
+    call_signature,
     calls_in_order,
     give_readers,
     inner_function,
@@ -56,7 +58,8 @@ class Node:
     """One call of one layer; `name` is unique in the graph.
 
     `args` and `kwargs` are those of the call, with a `Ref` in place of each tensor; `inputs`
-    lists these refs in order.
+    lists these refs in order. `masks` are those that values bear in the call, each behind its
+    value, where layers inside the layer read them.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Node:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[Ref, ...]
+    masks: tuple[tuple[Ref, Ref], ...] = ()
 
     @property
     def inputs(self) -> tuple[Ref, ...]:
@@ -121,7 +125,8 @@ class Graph:
         values: dict[Ref, Any] = dict(zip(self.inputs, inputs, strict=True))
         for node in self.nodes:
             args, kwargs = fill((node.args, node.kwargs), values.__getitem__)
-            results = keras.tree.flatten(call(node, *args, **kwargs))
+            with bearing([(values[ref], values[mask]) for ref, mask in node.masks]):
+                results = keras.tree.flatten(call(node, *args, **kwargs))
             values.update(zip(node.outputs, results, strict=True))
         return fill(self.output_struct, values.__getitem__)
 
@@ -226,7 +231,8 @@ def rebuild(
         output_names: names of the new model's outputs; no layer that `call` makes may bear one,
             save the layer that makes that output. Where empty, outputs bear the names of the
             layers that make them.
-        output_masks: as those of a graph, for outputs that are to bear masks; needs their names.
+        output_masks: as those of a graph, for outputs that are to bear masks; needs their names. An
+            output that bears a mask as its layer makes it stays as it is.
     """
     fresh = {
         ref: keras.Input(ref.shape[1:], dtype=ref.dtype, name=input_name)
@@ -236,11 +242,11 @@ def rebuild(
     if output_names:
         flat = keras.tree.flatten(outputs)
         named = [
-            tensor
+            MaskedOutput(mask, name=output_name, dtype=tensor.dtype)([tensor, *fresh.values()])
+            if mask is not None and borne_mask(tensor) is None
+            else tensor
             if maker_name(tensor) == output_name
             else keras.layers.Identity(name=output_name, dtype=tensor.dtype)(tensor)
-            if mask is None
-            else MaskedOutput(mask, name=output_name, dtype=tensor.dtype)([tensor, *fresh.values()])
             for tensor, output_name, mask in zip(
                 flat, output_names, output_masks or [None] * len(flat), strict=True
             )
@@ -290,22 +296,12 @@ def _check_input(tensor: Any, model_name: str) -> None:
         raise _wrong_type(tensor.name, tensor.dtype, model_name)
 
 
-def check_no_booleans(graph: Graph, model_name: str) -> None:
-    """Refuses the graph of a user's model with boolean inputs, which only a step inside may have.
-
-    Raises:
-        ModelError: if there are any.
-    """
-    for ref, name in zip(graph.inputs, graph.input_names, strict=True):
-        if ref.dtype == "bool":
-            raise _wrong_type(name, ref.dtype, model_name)
-
-
 def _wrong_type(name: str, dtype: str, model_name: str) -> ModelError:
     return ModelError(
-        "Expected float inputs, uint8 inputs that hold quantities (pixels), or int32 inputs "
-        f"that hold indexes (token ids), in model '{model_name}'. Received: input '{name}' of "
-        f"dtype {dtype}. Declare indexes int32, pixels uint8 and other quantities float32."
+        "Expected float inputs, uint8 inputs that hold quantities (pixels), int32 inputs that hold "
+        f"indexes (token ids), or bool inputs (masks), in model '{model_name}'. Received: input "
+        f"'{name}' of dtype {dtype}. Declare indexes int32, pixels uint8, masks bool and other "
+        "quantities float32."
     )
 
 
@@ -359,7 +355,7 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
     Weights stand as variables in the place of refs.
     """
     refs.update(opened.weights)
-    for call, masks in calls_in_order(opened.function, refs):
+    for call, masks, borne in calls_in_order(opened.function, refs, opened.masks):
         if all(id(t) in refs for t in call.outputs):  # It computes with weights alone.
             continue
         layer = call.operation
@@ -368,21 +364,42 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             kwargs.pop("training", None)
         args, kwargs = _map_tensors((call.arguments.args, kwargs), refs)
         args, kwargs = _call_options(layer, args, kwargs)
-        inner = _inner_model(layer, args, kwargs)
+        bearers = {
+            refs[id(t)]: refs[id(borne[id(t)])]
+            for t in call.input_tensors
+            if id(t) in borne and isinstance(refs[id(t)], Ref)
+        }
+        inner = _inner_model(layer, args, kwargs, bearers)
         if inner is None:
             if opened.batch is not None:
                 layer, args, kwargs = _of_any_batch(call, opened.batch, args, kwargs)
             outputs = [Ref(_shape(t, opened.batch), str(t.dtype)) for t in call.outputs]
             name = unique_name(walk.name_of(layer, opened), walk.names, "_call{}")
-            walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs)))
+            given_masks = tuple(bearers.items())
+            walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs), given_masks))
         else:
-            given = _values_in(_named_inputs(inner, args, kwargs))
+            if inner.fresh:
+                read = refs_in(_named_inputs(inner, args, kwargs))
+                masked = [bearers[r] for r in read if r in bearers]
+                given: tuple[Any, ...] = tuple(dict.fromkeys([*read, *masked]))
+            else:
+                kwargs.pop("mask", None)  # Its inputs bear it.
+                given = _values_in(_named_inputs(inner, args, kwargs))
             if len(given) != len(inner.tensors):
                 raise ModelError(
                     f"Expected a call of model '{layer.name}' on its {len(inner.tensors)} inputs. "
                     f"Received: {len(given)} tensors. Give it those that it names and no others."
                 )
             inner_refs = {id(t): r for t, r in zip(inner.tensors, given, strict=True)}
+            if not inner.fresh:
+                pairs = list(zip(inner.tensors, given, strict=True))
+                borne_inside = {id(t): bearers[r] for t, r in pairs if r in bearers}
+                made_masks = {
+                    key: keras.Input(ref.shape[1:], dtype=ref.dtype)
+                    for key, ref in borne_inside.items()
+                }
+                inner = dataclasses.replace(inner, masks=made_masks)
+                inner_refs |= {id(mask): borne_inside[key] for key, mask in made_masks.items()}
             path = opened.owners.get(id(layer), "")
             wraps = layer.name == walk.shell
             prefix = "" if wraps else f"{walk.prefix}{path}{layer.name}_"
@@ -434,26 +451,18 @@ def _of_any_batch(call: Any, batch: int, args: Any, kwargs: Any) -> tuple[Any, A
     return operation, args, kwargs
 
 
-def _inner_model(layer: Any, args: Any, kwargs: Any) -> Opened | None:
-    """A model inside a model, opened; `None` for a layer.
-
-    Raises:
-        ModelError: if a mask would have to go on inside.
-    """
+def _inner_model(layer: Any, args: Any, kwargs: Any, masks: Mapping[Ref, Ref]) -> Opened | None:
+    """A model inside a model, opened; `None` for a layer. `masks` are those of its arguments."""
     function = inner_function(layer)
-    if isinstance(layer, keras.Model) and refs_in(kwargs.get("mask")):
-        raise ModelError(
-            f"Expected a model inside a model to begin without a mask. Received: a mask for "
-            f"'{layer.name}'. Call its layers in the outer model, or leave mask_zero out."
-        )
     if function is not None and not moves_batch(function):
         return opened_function(function, layer)
     if not isinstance(layer, keras.Model):
         return None
-    fresh = {
-        id(r): keras.Input(batch_shape=r.shape, dtype=r.dtype) for r in refs_in((args, kwargs))
-    }
-    return open_call(layer, *fill((args, kwargs), lambda ref: fresh[id(ref)]))
+    refs = dict.fromkeys([*refs_in((args, kwargs)), *masks.values()])
+    fresh = {r: keras.Input(batch_shape=r.shape, dtype=r.dtype) for r in refs}
+    filled = fill((args, kwargs), fresh.__getitem__)
+    with bearing([(fresh[ref], fresh[mask]) for ref, mask in masks.items()]):
+        return open_call(layer, *filled)
 
 
 def _call_options(
@@ -466,7 +475,7 @@ def _call_options(
     Raises:
         ModelError: if that is `training=True`.
     """
-    parameters = inspect.signature(layer.call).parameters
+    parameters = call_signature(layer).parameters
     # Keras records the default of its preprocessing layers, which is True.
     default = parameters["training"].default if "training" in parameters else None
     if "training" in parameters and kwargs.get("training") and not default:
@@ -474,7 +483,7 @@ def _call_options(
             f"Expected layers that compute as inference does when they ship. Received: "
             f"training=True in the call of '{layer.name}'. Call it without `training`."
         )
-    said = {k: v for k, v in kwargs.items() if k != "training" and (k, v) != ("mask", None)}
+    said = {k: v for k, v in kwargs.items() if k != "training" and not (k == "mask" and v is None)}
     if "mask" in said and passes_mask_by(layer):
         del said["mask"]
     first = next(iter(parameters), None)

@@ -36,10 +36,16 @@ class Elementwise(keras.layers.Layer):
 
     @classmethod
     def of(cls, function: Callable[[Any], Any], **kwargs: Any) -> "Elementwise":
-        """The layer of a Python function of one tensor, made of `keras.ops` or of TensorFlow's."""
+        """The layer of a Python function of one tensor, made of `keras.ops`.
+
+        Raises:
+            ValueError: if it is none of one number, as where a constant has one for each channel.
+        """
         x = keras.Input((1,), name="x")
         with tensorflow_traced():
             y = function(x)
+        if not isinstance(y, keras.KerasTensor) or tuple(y.shape) != (None, 1):
+            raise ValueError(f"Expected one number for each number. Received: {y!r}.")
         return cls(keras.Model(x, y, name="function"), **kwargs)
 
     def call(self, x: Any) -> Any:

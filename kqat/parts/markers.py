@@ -127,9 +127,18 @@ class Tabulated(keras.layers.Layer):
         super().__init__(dtype="float32", **kwargs)
         self.layer, self.index, self.bits = layer, index, bits
 
+    def build(self, input_shape: Any) -> None:
+        """Builds the layer inside."""
+        if not self.layer.built:
+            self.layer.build(input_shape)
+
     def call(self, x: Any) -> Any:
         """The layer's output; any shape."""
         return self.layer(x)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
 
     def lookup(self, source: Site, result: Site) -> np.ndarray:
         """The table: the integer of `result` for each integer of `source`, the lowest first.

@@ -168,6 +168,21 @@ class Reduce(layers.Layer):
         """The reduced tensor."""
         return getattr(ops, self.kind)(x, axis=tuple(self.axes), keepdims=self.keepdims)
 
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape, with the axes of size 1 or left out."""
+        axes = {axis % len(input_shape) for axis in self.axes}
+        sizes = enumerate(input_shape)
+        if self.keepdims:
+            return tuple(1 if axis in axes else size for axis, size in sizes)
+        return tuple(size for axis, size in sizes if axis not in axes)
+
+    def compute_output_spec(self, x: Any) -> Any:
+        """A float stays of its type; of other types Keras's function knows what becomes."""
+        if keras.backend.is_float_dtype(x.dtype):
+            return keras.KerasTensor(self.compute_output_shape(x.shape), dtype=x.dtype)
+        made = self.call(x)
+        return keras.KerasTensor(made.shape, dtype=made.dtype)
+
     def get_config(self) -> dict[str, Any]:
         """The config of every layer, with the arguments above."""
         own = {"kind": self.kind.value, "axes": self.axes, "keepdims": self.keepdims}
@@ -188,7 +203,26 @@ def stacked(values: Sequence[Any], axis: int, name: str) -> Any:
     if len(values) == 1:
         return layers.Reshape(shape, name=name)(values[0])
     rows = [layers.Reshape(shape, name=f"{name}_row_{i}")(x) for i, x in enumerate(values)]
-    return layers.Concatenate(axis=axis, name=name)(rows)
+    return joined(rows, axis, name)
+
+
+def joined(values: Sequence[Any], axis: int, name: str) -> Any:
+    """Values side by side along an axis; those without a scale keep their type.
+
+    Truth values are joined as integers, for TFLite Micro's kernel takes no others.
+    """
+    if any(keras.backend.is_float_dtype(value.dtype) for value in values):
+        return layers.Concatenate(axis=axis, name=name)(values)
+    together = {"axis": axis}
+    if any(value.dtype != "bool" for value in values):
+        return IndexOperation(IndexKind.CONCATENATE, together, name=name)(values)
+    one = {"x2": 1}
+    numbers = {id(value): value for value in values}
+    for i, (key, value) in enumerate(numbers.items()):
+        numbers[key] = IndexOperation(IndexKind.MULTIPLY, one, name=f"{name}_number_{i}")(value)
+    values = [numbers[id(value)] for value in values]
+    whole = IndexOperation(IndexKind.CONCATENATE, together, name=f"{name}_numbers")(values)
+    return IndexOperation(IndexKind.NOT_EQUAL, {"x2": 0}, name=name)(whole)
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -299,7 +333,9 @@ class IndexOperation(layers.Layer):
         if self.kind is IndexKind.ADD and len({t.dtype for t in tensors}) < len(tensors):
             # Keras takes an index of one sample for a bias, whose sum TFLite does not convert.
             return tensors[0] + tensors[1]
-        result = getattr(ops, self.kind)(*tensors, **self.options)
+        options = dict(self.options)
+        first = [options.pop("x1")] if "x1" in options else []
+        result = getattr(ops, self.kind)(*first, *tensors, **options)
         return (
             ops.cast(result, "int32")
             if self.kind in (IndexKind.ARGMAX, IndexKind.ARGMIN)
@@ -401,6 +437,14 @@ class Matmul(layers.Layer):
         a, b = inputs
         return ops.matmul(a, b)
 
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The shape of the products; those of the batches broadcast."""
+        (*a_batch, rows, _), (*b_batch, _, columns) = input_shape
+        length = max(len(a_batch), len(b_batch))
+        padded = [[1] * (length - len(batch)) + batch for batch in (a_batch, b_batch)]
+        batch = [b if a == 1 else a for a, b in zip(*padded, strict=True)]
+        return (*batch, rows, columns)
+
 
 @keras.saving.register_keras_serializable("kqat")
 class ReciprocalSquareRoot(layers.Layer):
@@ -413,6 +457,10 @@ class ReciprocalSquareRoot(layers.Layer):
     def call(self, x: Any) -> Any:
         """`1 / sqrt(x + epsilon)`; an `x` that rounding put below zero is taken as zero."""
         return ops.rsqrt(ops.maximum(x, 0.0) + self.epsilon)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
 
     def get_config(self) -> dict[str, Any]:
         """The config of every layer, with `epsilon`."""

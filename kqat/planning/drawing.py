@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from kqat.base import KqatError
+from kqat.devices import misfit_lines
 from kqat.planning.layered_layout import Layout, layered
 from kqat.planning.plan import LayerPlan, Plan, Role, output_scale, weights_text
 
@@ -104,7 +105,7 @@ def picture(plan: Plan) -> Picture:
         for group in plan.groups
         if (number := shared.get(group.name))
     ]
-    notes += [f"target {plan.target}: {misfit}" for misfit in plan.misfits]
+    notes += [f"target {plan.target}: {text}" for text in misfit_lines(plan.misfits)]
     return Picture(plan.model_name, _in_order(boxes, edges), edges, tuple(notes))
 
 

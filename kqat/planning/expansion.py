@@ -5,19 +5,22 @@ up by tracing their own `call`.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from kqat.base import ModelError, UnsupportedLayerError
+from kqat.base import ModelError, TrainerWarning, UnsupportedLayerError
 from kqat.graph import (
     Graph,
     Node,
     Part,
     Ref,
     attach_masks,
+    bearing,
+    borne_mask,
     check_apart,
     duplicate,
     fill,
@@ -29,7 +32,9 @@ from kqat.graph import (
     trace,
     trace_call,
     unique_name,
+    unmasked,
     values_between,
+    with_masks,
 )
 from kqat.parts import Elementwise, Learned, Matmul, Select, TensorFlowFunction, is_elementwise
 from kqat.registry import as_layers, is_custom, rule_for
@@ -144,8 +149,7 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
 
     def call(*args: Any, **kwargs: Any) -> Any:
         outputs = made(*args, **kwargs)
-        given = [t for t in keras.tree.flatten((args, kwargs)) if is_tensor(t)]
-        tensors = list({id(t): t for t in given}.values())
+        tensors = with_masks(t for t in keras.tree.flatten((args, kwargs)) if is_tensor(t))
         values = {id(t): _trial_values(t, seed) for seed, t in enumerate(tensors)}
         args, kwargs = keras.tree.map_structure(lambda x: values.get(id(x), x), (args, kwargs))
         if isinstance(operation, keras.layers.MultiHeadAttention):
@@ -154,18 +158,20 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
             args = keras.tree.map_structure(_for_two_samples, args)
         # Models inside may keep the `training` of the call that built them.
         inference = {"training": False} if isinstance(operation, keras.layers.Layer) else {}
-        with keras.StatelessScope():  # A state stays as it was.
+        masked = [t for t in tensors if borne_mask(t) is not None]
+        pairs = [(values[id(t)], values[id(borne_mask(t))]) for t in masked]
+        with keras.StatelessScope(), bearing(pairs):  # A state stays as it was.
             expected = operation(*args, **inference | kwargs)
         found = keras.tree.flatten(outputs)
         computed_now = [y for y in found if is_tensor(y)]
         results = values_between(tensors, computed_now, list(values.values()))
         by_tensor = dict(zip(map(id, computed_now), results, strict=True))
         found = [by_tensor.get(id(y), y) for y in found]
-        pairs: Any = zip(keras.tree.flatten(expected), found, strict=True)
+        both: Any = zip(keras.tree.flatten(expected), found, strict=True)
         if type(operation).__name__ in ("Where", "Pad"):
             # A score far below all others is hidden, by whichever number.
-            pairs = [[keras.ops.maximum(x, FAR_BELOW) for x in pair] for pair in pairs]
-        if not all(_alike(a, b) for a, b in pairs):
+            both = [[keras.ops.maximum(x, FAR_BELOW) for x in pair] for pair in both]
+        if not all(_alike(a, b) for a, b in both):
             raise _other_values(operation, name)
         return outputs
 
@@ -256,9 +262,8 @@ def _opened_function(node: Node, origin: str, copies: Copies) -> Callable[..., A
             f"'{origin}' of type {type(layer).__name__}, which is neither. {error} To do that use "
             f"policy={{'{origin}': None}}."
         ) from error
-    if elementwise and len(graph.nodes) > 1:
-        return Elementwise.of(layer.call, name=name)
-    return _inlined(graph, name, copies)
+    table = _table_of_parts(layer, name) if elementwise and len(graph.nodes) > 1 else None
+    return table or _inlined(graph, name, copies)
 
 
 def _opened_layer(node: Node, origin: str, copies: Copies) -> Callable[..., Any]:
@@ -266,7 +271,7 @@ def _opened_layer(node: Node, origin: str, copies: Copies) -> Callable[..., Any]
     layer, name = node.layer, node.name
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not layer.weights and len(node.inputs) == 1 and not kwargs:
+        if not layer.weights and len(node.inputs) == 1 and not kwargs and not node.masks:
             table = _table(layer, args[0], name)
             if table is not None:
                 return table(*args)
@@ -298,15 +303,35 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         return None
     try:
         graph = trace_call(layer, (x,), {}, name, is_custom)
-        return Elementwise.of(layer.call, name=name) if len(graph.nodes) > 2 else None
+        return _table_of_parts(layer, name) if len(graph.nodes) > 2 else None
     except ModelError:
         if keras.backend.backend() != "tensorflow":
             return None
         try:
             function = TensorFlowFunction.of(layer.call, name="graph")
+            return Elementwise.of(function, name=name)
         except Exception:  # It branches on a value: opening it tells where.
             return None
-        return Elementwise.of(function, name=name)
+
+
+def _table_of_parts(layer: Any, name: str) -> Elementwise | None:
+    """A function of each number alone as one table of what `layer` computes it with.
+
+    `None` where it is not written for one number: it names axes, or it holds weights, or a constant
+    of equal numbers for all channels. Its parts ship then, one by one.
+    """
+
+    def parts(x: Any) -> Any:
+        graph = trace_call(layer, (x,), {}, name, is_custom)
+        given = [v for node in graph.nodes for v in keras.tree.flatten((node.args, node.kwargs))]
+        if any(node.has_weights for node in graph.nodes) or any(map(is_weight, given)):
+            raise ValueError("Expected a function without weights. Received: some.")
+        return graph.run([x], lambda node, *args, **kwargs: duplicate(node.layer)(*args, **kwargs))
+
+    try:
+        return Elementwise.of(parts, name=name)
+    except Exception:  # Whatever a user's own function raises.
+        return None
 
 
 def _symbolic(ref: Ref) -> Any:
@@ -334,12 +359,14 @@ def _inlined(
             return _tried(node.layer, as_layers(node.layer, part), part)(*args, **kwargs)
         if id(node.layer) not in copies:
             copies[id(node.layer)] = duplicate(node.layer, part, **_told_shape(node))
-        return copies[id(node.layer)](*args, **kwargs)
+        return unmasked(copies[id(node.layer)](*args, **kwargs))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         given = keras.tree.flatten((args, kwargs))
-        tensors = list({id(t): t for t in given if is_tensor(t)}.values())
-        outputs = graph.run(tensors, call)
+        tensors = with_masks(t for t in given if is_tensor(t))[: len(graph.inputs)]
+        # The graph says which call reads which mask.
+        with bearing([(t, None) for t in tensors]):
+            outputs = graph.run(tensors, call)
         values = keras.tree.flatten(outputs)
         names = [name, *(f"{name}_{i}" for i in range(1, len(values)))]
         wanted = batched or [True] * len(values)
@@ -384,7 +411,7 @@ def _expand_once(
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         user = users.get(getattr(node.layer, "name", node.name), node.name)
-        given = args, kwargs
+        given: Any = args, kwargs
         seen.extend(t for t in keras.tree.flatten(given) if is_tensor(t) and not seen)
         likes = [learned[id(t)][1] for t in keras.tree.flatten(given) if id(t) in learned]
         args, kwargs = _read(node, args, kwargs, learned)
@@ -393,9 +420,10 @@ def _expand_once(
             likes = likes or seen[:1]
             outputs = _of_weights(node, args, kwargs, likes[0])
         else:
-            outputs = made(node, user, args, kwargs)
+            outputs = unmasked(made(node, user, args, kwargs))
         _check_outputs(node, graph, outputs)
-        for operation in operations_between((given, likes), outputs):
+        given = with_masks(t for t in keras.tree.flatten((given, likes)) if is_tensor(t))
+        for operation in operations_between(given, outputs):
             new = id(operation) not in known and operation is not node.layer
             if new and operation.name != node.name:
                 operation.name = unique_name(operation.name, taken)
@@ -491,19 +519,41 @@ def _reads_masks(layer: Any, origin: str) -> bool:
     return rule.masks or rule.opens
 
 
+def _of_all_steps(node: Node, origin: str) -> Callable[..., Any]:
+    """A copy of a BatchNormalization, which takes no mask: only its statistics leave steps out."""
+    if refs_in(node.kwargs.get("mask")) and node.layer.trainable:
+        warnings.warn(
+            f"Layer '{origin}' of type BatchNormalization leaves masked steps out of the "
+            "statistics that it gathers in training. The QAT model counts them. To keep the "
+            f"statistics as they are, set model.get_layer('{origin}').trainable = False.",
+            TrainerWarning,
+            stacklevel=2,
+        )
+    copy = duplicate(node.layer, node.name)
+
+    def call(x: Any, mask: Any = None) -> Any:
+        del mask
+        return copy(x)
+
+    return call
+
+
 def _simplify(
     node: Node, origin: str, keep: bool, fused: Collection[str], copies: Copies
 ) -> Callable[..., Any]:
+    if isinstance(node.layer, keras.layers.BatchNormalization):
+        return _of_all_steps(node, origin)
     simpler = None if keep else _simpler(node, origin, fused, copies)
-    if refs_in(node.kwargs.get("mask")) and (keep or not _reads_masks(node.layer, origin)):
+    masked = refs_in(node.kwargs.get("mask"))
+    if (keep and node.masks) or (masked and (keep or not _reads_masks(node.layer, origin))):
+        kind, stays = type(node.layer).__name__, ", which stays as it is" if keep else ""
         raise ModelError(
             f"Expected masks for {_MASKED} that ship as integers. Received: a mask for layer "
-            f"'{origin}' of type {type(node.layer).__name__}{', which stays float' if keep else ''}"
-            ". Pad to a fixed length, and leave mask_zero and Masking out, or stop the mask before "
-            "the layer: keras.layers.Reshape hands none on."
+            f"'{origin}' of type {kind}{stays}. Pad to a fixed length, and leave mask_zero and "
+            "Masking out, or stop the mask before the layer: keras.layers.Reshape hands none on."
         )
     if simpler is not None:
         return simpler
     # Who reads its mask reads it as a tensor of the graph.
-    unmasked = {"mask_zero": False} if getattr(node.layer, "mask_zero", False) else {}
-    return duplicate(node.layer, node.name, **unmasked)
+    options = {"mask_zero": False} if getattr(node.layer, "mask_zero", False) else {}
+    return duplicate(node.layer, node.name, **options)

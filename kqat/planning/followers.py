@@ -56,8 +56,8 @@ class _Followers:
             return False
         if rule is None:
             return type(node.layer).__name__ in _MOVING_OPERATIONS
-        simple = rule.decompose is None or rule.decompose(node.layer, node.name) is None
-        same = rule.output is Output.SAME and not rule.rounds and simple
+        same = rule.output is Output.SAME and not rule.rounds
+        same = same and (rule.decompose is None or rule.decompose(node.layer, node.name) is None)
         return rule.output is Output.VANISHES or (same and _MOVES.issuperset(rule.ops))
 
     def _neighbour(self, node: Node) -> QuantizeConfig | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kqat.base import TextEnum, write_file
-from kqat.devices import TARGETS, Misfit
+from kqat.devices import TARGETS, Misfit, misfit_lines
 from kqat.grids import (
     Clamp,
     Fixed,
@@ -201,8 +201,11 @@ class Plan:
         its output. That is `own`, found from data; a range that is given, or that the kernel
         demands; `as input`; or `shared` with the values that are listed below the table.
         """
-        shared = [group for group in self.groups if group.sites > 1]
-        numbers = {group.name: number for number, group in enumerate(shared, 1)}
+        return "\n".join([self.table(width), *(_filled(note, width) for note in self.notes())])
+
+    def table(self, width: int = 80) -> str:
+        """The table of `text` alone."""
+        numbers = {group.name: number for number, group in enumerate(self._shared(), 1)}
         groups = {group.name: group for group in self.groups}
         names = [layer.name for layer in self.layers]
         rows = [tuple(_Cell(column) for column in _COLUMNS)] + [
@@ -215,10 +218,13 @@ class Plan:
             )
             for layer, above in zip(self.layers, ["", *names], strict=False)
         ]
-        lines = [f"plan of {self.model_name}", *_table(rows, width)]
+        return "\n".join([f"plan of {self.model_name}", *_table(rows, width)])
+
+    def notes(self) -> list[str]:
+        """What is to be known beside the table, in sentences."""
         notes = [
-            f"shared {numbers[group.name]}: one scale for {', '.join(group.sources)}"
-            for group in shared
+            f"shared {number}: one scale for {', '.join(group.sources)}"
+            for number, group in enumerate(self._shared(), 1)
         ]
         few = [x for x in self.layers if any(spec.bits <= 4 for spec in x.weights.values())]
         if few:
@@ -229,13 +235,17 @@ class Plan:
         if self.target is None and any(slow.intersection(layer.ops) for layer in few):
             notes.append(
                 "LiteRT takes 3.5 to 5 times as long for packed convolutions: target 'litert' "
-                "stores them as int8, and convert(weights='packed' or 'unpacked') decides otherwise"
+                "stores them as int8, and the argument weights= of tflite_export.convert decides "
+                "otherwise"
             )
         notes += [f"rule decides nothing: {rule}" for rule in self.unused_rules]
         if self.target is not None and not self.misfits:
             notes.append(f"target {self.target}: every layer fits")
-        notes += [f"target {self.target}: {misfit}" for misfit in self.misfits]
-        return "\n".join(lines + [_filled(note, width) for note in notes])
+        notes += [f"target {self.target}: {text}" for text in misfit_lines(self.misfits)]
+        return notes
+
+    def _shared(self) -> list[Group]:
+        return [group for group in self.groups if group.sites > 1]
 
 
 @dataclasses.dataclass(frozen=True)

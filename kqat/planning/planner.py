@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.devices import ops_at
-from kqat.graph import Graph, Node, check_no_booleans, trace
+from kqat.graph import Graph, Node, trace
 from kqat.grids import MaxAbs, QuantSpec
 from kqat.parts import Recurrence, Requantize
 from kqat.planning.additive_masks import check_hidden_values, hide_added_masks
@@ -48,9 +48,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     Raises:
         UnsupportedLayerError: if a layer that is to be quantized has no integer form.
         PolicyError: if the policy asks for what cannot ship.
-        ModelError: if it has boolean inputs.
     """
-    check_no_booleans(graph, model_name)
     configs, input_configs, unused = assign_configs(graph, policy, model_name)
     configs = follow_neighbours(graph, configs)
     graph, configs = read_bytes(graph, configs, input_configs)

@@ -103,7 +103,7 @@ def with_replacements(graph: Graph, found: Sequence[Misfit], name: str) -> keras
             copies[id(node.layer)] = _replaced(node, chosen.get(node.name))
         return copies[id(node.layer)](*args, **kwargs)
 
-    return rebuild(graph, call, name, graph.output_names)
+    return rebuild(graph, call, name, graph.output_names, graph.output_masks)
 
 
 def _replaced(node: Node, activation: str | None) -> Any:

@@ -328,7 +328,7 @@ LAYERS: dict[type, LayerRule] = {
         time_and_depth.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU", **_POOL
     ),
     layers.Masking: _composite(step_masks.masking),
-    layers.TimeDistributed: _composite(time_and_depth.time_distributed, *_STEPS),
+    layers.TimeDistributed: _composite(time_and_depth.time_distributed, *_STEPS, **_MASKS),
     **dict.fromkeys((layers.SimpleRNN, layers.GRU), _RECURRENT),
     **dict.fromkeys((layers.LSTM, layers.RNN), _LSTM),
     layers.Bidirectional: _composite(

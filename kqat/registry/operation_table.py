@@ -13,7 +13,7 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import holds_indexes, is_tensor
-from kqat.parts import Matmul
+from kqat.parts import IndexKind, IndexOperation, Matmul
 from kqat.registry.refusals import OPERATION_REASONS, reason
 from kqat.rewrites import (
     BINARY,
@@ -170,14 +170,20 @@ def _cast(operation: Any, name: str) -> Callable[..., Any]:
         if operation.dtype is None:  # Of `convert_to_tensor`, which keeps the type.
             return layers.Identity(name=name, dtype=x.dtype)(x)
         to_float = str(operation.dtype).startswith(("float", "bfloat"))
-        if to_float and x.dtype == "bool":
+        if to_float and holds_indexes(x):
+            # Of integers, a mask of zeros and ones; calibration refuses data that hold others.
             return truth(x, (0.0, 1.0), x.shape[1:], name)
-        if holds_indexes(x) == to_float:
+        if not to_float and not holds_indexes(x):
             raise UnsupportedLayerError(
                 f"Expected a cast from float to float, or from integer to integer, in operation "
-                f"'{name}'. Received: {x.dtype} -> {operation.dtype}. An index is no quantity; "
-                "use one_hot or an Embedding."
+                f"'{name}'. Received: {x.dtype} -> {operation.dtype}. A quantity is no index; "
+                "compare it, or compute indexes with argmax."
             )
+        to_bool, from_bool = operation.dtype == "bool", x.dtype == "bool"
+        if to_bool and not from_bool:
+            return IndexOperation(IndexKind.NOT_EQUAL, {"x2": 0}, name=name)(x)
+        if from_bool and not to_bool:
+            return IndexOperation(IndexKind.MULTIPLY, {"x2": 1}, name=name)(x)
         return layers.Identity(name=name)(x)
 
     return call

@@ -40,7 +40,7 @@ from kqat.training.schedules.oscillations import (
 from kqat.training.schedules.stochastic_rounding import StochasticRounding
 from kqat.training.unlike_joins import with_unlike_members_apart
 from kqat.training.unrounded import call_unrounded, call_with, rounded_as
-from kqat.training.weight_wrapper import QuantizeWrapper, uncorrected
+from kqat.training.weight_wrapper import QuantizeWrapper, rounded_once, uncorrected
 
 __all__ = [
     "DEFAULT_METHOD",
@@ -88,6 +88,7 @@ __all__ = [
     "prune",
     "reestimate_batchnorm",
     "rounded_as",
+    "rounded_once",
     "some_samples",
     "uncorrected",
     "warn_of_drift",

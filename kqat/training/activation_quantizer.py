@@ -59,7 +59,7 @@ class SiteRange:
 
     def no_narrower(self, width: float) -> "SiteRange":
         """The same with a range at least that wide, which then counts as seen."""
-        low, high = (float(x) for x in arithmetic.no_narrower(self.low, self.high, width))
+        low, high = arithmetic.no_narrower_number(self.low, self.high, width)
         if (low, high) == (self.low, self.high):
             return self
         return dataclasses.replace(
@@ -161,7 +161,6 @@ class ActivationQuantizer(keras.layers.Layer):
         self.seeds = None
         if gradient is not None and gradient.ADDS_NOISE:
             self.seeds = keras.random.SeedGenerator()
-        self.supports_masking = True
         self._sources = _Sources()
 
     def build(self, input_shape: Any) -> None:
@@ -388,6 +387,17 @@ class ActivationQuantizer(keras.layers.Layer):
         known = _largest(self.count.value) > 0.0
         return ops.stop_gradient(ops.where(known, (high - low) / levels, 0.0))
 
+    def scale_now(self) -> np.float32:
+        """`scale()` as a number, by `range()`: without a dozen operators each time."""
+        if not self.is_calibrated():
+            return np.float32(0.0)
+        levels = float(self.spec.qmax - self.spec.qmin)
+        if isinstance(self.range_method, Fixed):
+            low, high = self.fixed_range()
+            return np.float32((high - low) / levels)
+        ends = np.asarray(self.range(), np.float32)
+        return np.float32((ends[1] - ends[0]) / np.float32(levels))
+
     def bounds(self) -> tuple[Any, Any]:
         """Low and high of the grid now, two float32 scalars; see `known`."""
         if isinstance(self.range_method, Fixed):
@@ -403,18 +413,24 @@ class ActivationQuantizer(keras.layers.Layer):
         return ops.cast(_largest(self.count.value) > 0.0, "float32")
 
     def least_width(
-        self, site: int, scale_of: Callable[["ActivationQuantizer"], Any] | None = None
+        self, site: int, scale_of: Callable[["ActivationQuantizer"], float] | None = None
     ) -> Any:
         """The least width of the range of a call site, a float32 scalar; `None` without one.
 
-        `scale_of` gives the scale of the quantizer of an input, where that is not the one of now.
+        `scale_of` gives the scale of the quantizer of an input, a number, where that is not the one
+        of now; the width then is a number too.
         """
         sources = self._sources.get(site)
         if not sources or isinstance(self.range_method, Fixed):
             return None
-        scale_of = scale_of or ActivationQuantizer.scale
-        finest = [scale_of(source) * share for source, share in sources]
-        return functools.reduce(ops.maximum, finest) * float(self.spec.qmax - self.spec.qmin)
+        levels = float(self.spec.qmax - self.spec.qmin)
+        if scale_of is not None:
+            finest = [scale_of(source) * share for source, share in sources]
+            # As tensors would have it: a product of Python's where there is nothing to compare.
+            one = finest[0] if len(finest) == 1 else max(map(np.float32, finest))
+            return np.float32(one * levels)
+        finest = [source.scale() * share for source, share in sources]
+        return functools.reduce(ops.maximum, finest) * levels
 
     def union_of(self, lows: Sequence[float], highs: Sequence[float]) -> tuple[Any, Any]:
         """As `union`, of numbers: the same float32, without a dozen operators each time."""
@@ -493,19 +509,19 @@ class ActivationQuantizer(keras.layers.Layer):
             noise = keras.random.uniform(ops.shape(x), -0.5, 0.5, seed=self.seeds)
             width = (high - low) * (1.0 / levels)
             return ops.minimum(ops.maximum(x, low), high) + noise * width
+        moves = step is not None and training
+        if gradient is None and moves:
+            return arithmetic.fake_quantize_moving(x, low, high, step, spec)
         if gradient is None:
-            rounded = arithmetic.fake_quantize(x, low, high, spec)
-        else:
-            rounded = arithmetic.fake_quantize(ops.stop_gradient(x), low, high, spec)
-            rounded = rounded + estimated(gradient, x, rounded, low, high)
-        if step is None or not training:
-            return rounded
-        # Inside the grid, a wider step moves a value by its rounding error.
-        fixed = ops.stop_gradient(step)
-        first = ops.stop_gradient(-ops.floor(0.5 - low / fixed) * fixed)
-        clipped = ops.minimum(ops.maximum(x, first), first + levels * fixed)
-        error = ops.stop_gradient((rounded - clipped) / fixed)
-        return rounded + error * (step - fixed)
+            return arithmetic.fake_quantize(x, low, high, spec)
+        # The estimator says what reaches the values; range and step have theirs without them.
+        still = ops.stop_gradient(x)
+        rounded = (
+            arithmetic.fake_quantize_moving(still, low, high, step, spec)
+            if moves
+            else arithmetic.fake_quantize(still, low, high, spec)
+        )
+        return rounded + estimated(gradient, x, ops.stop_gradient(rounded), low, high)
 
     def _observed(self, x: Any, site: int) -> tuple[Any, Any]:
         """Updates the site's range by `x`; returns all sites' ranges."""
@@ -573,6 +589,9 @@ class ActivationQuantizer(keras.layers.Layer):
     def compute_output_shape(self, input_shape: Any, **kwargs: Any) -> Any:
         """The input's shape."""
         return input_shape
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
+        """None: who reads a mask in a QAT model reads it as a tensor of the graph."""
 
     def compute_output_spec(
         self,

@@ -9,14 +9,15 @@ import keras
 import numpy as np
 
 from kqat.base import CalibrationError, ModelError, tracked
-from kqat.graph import Graph, fits, has_open_sizes, input_shapes, trace, with_input_shapes
+from kqat.graph import Graph, Ref, fits, has_open_sizes, input_shapes, trace, with_input_shapes
 from kqat.grids import CalibrationMethod, Fixed, calibration_method
+from kqat.parts import ConstantRows, IndexOperation
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers, is_quantized
 from kqat.training.method_choice import CANDIDATES, Choice, KeptSamples, best
 from kqat.training.observation import Observer
 from kqat.training.range_checks import as_text, concerns
-from kqat.training.weight_wrapper import QuantizeWrapper, uncorrected
+from kqat.training.weight_wrapper import QuantizeWrapper, rounded_once, uncorrected
 
 BATCH_SIZE = 32
 DEFAULT_METHOD = "auto"
@@ -159,14 +160,8 @@ def _unchanging_weights(model: keras.Model, corrects: bool) -> Iterator[None]:
     Where `corrects` says that means will be corrected, the former correction takes no part.
     """
     wrappers = _wrappers(model)
-    for wrapper in wrappers:
-        wrapper.keep_rounded(True)
-    try:
-        with uncorrected(wrappers if corrects else ()):
-            yield
-    finally:
-        for wrapper in wrappers:
-            wrapper.keep_rounded(False)
+    with rounded_once(wrappers), uncorrected(wrappers if corrects else ()):
+        yield
 
 
 def check_method(method: Any) -> None:
@@ -437,12 +432,45 @@ def _array(x: Any, shape: tuple[int | None, ...], name: str) -> np.ndarray:
     return array
 
 
-def _whole(array: np.ndarray, name: str) -> np.ndarray:
+def _indexes(array: np.ndarray, name: str, tables: list[Any]) -> np.ndarray:
+    """An input of indexes, all of which the tables that it is looked up in have a row for.
+
+    Raises:
+        CalibrationError: if they have not. A runtime reads beside the table, or stops.
+    """
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
         raise CalibrationError(
             f"Expected whole numbers for input '{name}'. Received: fractions. Give indexes."
         )
+    for table in tables:
+        outside = array[(array < 0) | (array >= table.input_dim)]
+        if outside.size and isinstance(table, ConstantRows):
+            raise CalibrationError(
+                f"Expected 0 to {table.input_dim - 1} in input '{name}', which '{table.name}' "
+                f"turns into quantities. Received: {outside.flat[0]}. Give the input a float type, "
+                "or look its numbers up in an Embedding."
+            )
+        if outside.size:
+            raise CalibrationError(
+                f"Expected 0 to {table.input_dim - 1} in input '{name}', as layer '{table.name}' "
+                f"has {table.input_dim} rows. Received: {outside.flat[0]}. Give the Embedding an "
+                "input_dim above the largest index."
+            )
     return array
+
+
+def _tables(graph: Graph, ref: Ref) -> list[Any]:
+    """The layers that look up rows at the very integers of `ref`."""
+    found: list[Any] = []
+    waiting, consumers = [ref], graph.consumers()
+    while waiting:
+        for node in consumers[waiting.pop()]:
+            layer = getattr(node.layer, "layer", node.layer)  # of a QuantizeWrapper
+            if isinstance(layer, keras.layers.Embedding):
+                found.append(layer)
+            elif not isinstance(layer, IndexOperation):
+                waiting += [output for output in node.outputs if output.holds_indexes]
+    return found
 
 
 def as_tensors(
@@ -453,12 +481,13 @@ def as_tensors(
     `before` is the number of samples in the batches before it.
 
     Raises:
-        CalibrationError: if it holds what is no finite float32.
+        CalibrationError: if it holds what is no finite float32, or an index that a table lacks.
     """
     tensors = []
     for array, ref, name in zip(batch, graph.inputs, graph.input_keys, strict=True):
         if ref.holds_indexes:
-            tensors.append(keras.ops.convert_to_tensor(_whole(array, name), ref.dtype))
+            indexes = _indexes(array, name, _tables(graph, ref))
+            tensors.append(keras.ops.convert_to_tensor(indexes, ref.dtype))
             continue
         with np.errstate(over="ignore"):
             floats = array.astype(np.float16 if ref.dtype == "float16" else np.float32)

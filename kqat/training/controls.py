@@ -20,9 +20,11 @@ class Controls:
             at random, up or down with the probability that keeps the mean, 0 to the nearest.
         seeds: where that noise comes from.
         dampening: the weight of the oscillation penalty in the loss.
+        still: whether weights are rounded as in inference, without noise, in training too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, still: bool = False) -> None:
+        self.still = still
         self.frozen: keras.Variable | None = None
         self.rounds: keras.Variable | None = None
         self.random: keras.Variable | None = None

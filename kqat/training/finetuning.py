@@ -7,19 +7,44 @@ from typing import Any
 import keras
 
 from kqat.base import ModelError
-from kqat.training.build import is_quantized
+from kqat.graph import parts_of
+from kqat.training.build import all_layers, is_quantized
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers, QatCallback
+from kqat.training.distiller import Distiller
+from kqat.training.weight_wrapper import QuantizeWrapper
 
 LEARNING_RATE = 3e-4
+# Of weights of so few bits. The fewer integers there are, the farther weights lie from the value
+# at which they become the next one, and with Adam the rate decides how far they come.
+RATES_OF_FEW_BITS = {3: 1e-3, 2: 2e-3, 1: 2e-3}
 WARM_UP = 0.1
 FREEZE_AT = 0.5
+
+
+def recommended_rate(qat: keras.Model) -> float:
+    """The highest learning rate of Adam that `finetune` takes for a QAT model.
+
+    It is 3e-4, 1e-3 for weights of 3 bits, and 2e-3 for those of fewer; where widths are mixed, as
+    the width of most weights has it.
+
+    Args:
+        qat: a QAT model, or a model with one inside, as a `Distiller`.
+    """
+    counts: dict[int, int] = {}
+    for layer in all_layers(qat):
+        if isinstance(layer, QuantizeWrapper):
+            for name, spec in layer.weight_specs.items():
+                size = math.prod(getattr(layer.layer, name).shape)
+                counts[spec.bits] = counts.get(spec.bits, 0) + size
+    bits = max(counts, key=lambda width: (counts[width], width), default=8)
+    return RATES_OF_FEW_BITS.get(bits, LEARNING_RATE)
 
 
 class WarmUpCosine(QatCallback):
     """The learning rate rises from zero along a line, and falls to zero along half a cosine.
 
     Args:
-        peak: the highest rate.
+        peak: the highest rate; that of `recommended_rate` if it is left out.
         warm_up: the share of all steps of `fit` in which it rises.
 
     Raises:
@@ -29,20 +54,22 @@ class WarmUpCosine(QatCallback):
     restarts; Goyal et al. 2017, section 2.2 (https://arxiv.org/abs/1706.02677).
     """
 
-    def __init__(self, peak: float = LEARNING_RATE, *, warm_up: float = WARM_UP):
+    def __init__(self, peak: float | None = None, *, warm_up: float = WARM_UP):
         super().__init__()
-        if not 0.0 < peak < math.inf:
+        if peak is not None and not 0.0 < peak < math.inf:
             raise ModelError(
                 f"Expected a rate above zero. Received: {peak!r}. Use {LEARNING_RATE}."
             )
         if not 0.0 <= warm_up < 1.0:
             raise ModelError(f"Expected a share inside [0, 1). Received: warm_up={warm_up!r}.")
         self.peak, self.warm_up = peak, warm_up
+        self._highest = LEARNING_RATE if peak is None else peak
         self._epoch, self._epochs, self._steps = 0, 1, 1
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Finds how many steps there are."""
+        """Finds how many steps there are, and the highest rate."""
         super().on_train_begin(logs)
+        self._highest = recommended_rate(self.model) if self.peak is None else self.peak
         self._epochs, self._steps = self.params.get("epochs") or 1, self.params.get("steps") or 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -62,15 +89,15 @@ class WarmUpCosine(QatCallback):
     def rate(self, share: float) -> float:
         """The rate when `share` of all steps are done."""
         if share < self.warm_up:
-            return self.peak * share / self.warm_up
+            return self._highest * share / self.warm_up
         falling = (share - self.warm_up) / (1.0 - self.warm_up)
-        return self.peak * (0.5 + 0.5 * math.cos(math.pi * min(falling, 1.0)))
+        return self._highest * (0.5 + 0.5 * math.cos(math.pi * min(falling, 1.0)))
 
 
 def finetune_callbacks(
     epochs: int,
     *,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float | None = None,
     warm_up: float = WARM_UP,
     freeze_at: float | None = FREEZE_AT,
 ) -> list[keras.callbacks.Callback]:
@@ -78,7 +105,8 @@ def finetune_callbacks(
 
     Args:
         epochs: of the `fit`.
-        learning_rate: the highest one. That of the optimizer is overwritten.
+        learning_rate: the highest one; by the bits of the weights (`recommended_rate`) if it is
+            left out. That of the optimizer is overwritten.
         warm_up: the share of all steps in which the rate rises.
         freeze_at: the share of the epochs after which BatchNormalization statistics and ranges stay
             as they are; `None` for never.
@@ -106,7 +134,9 @@ def finetune(
     *,
     loss: Any = None,
     metrics: Sequence[Any] = (),
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float | None = None,
+    teacher: keras.Model | None = None,
+    kind: str | None = None,
     callbacks: Iterable[keras.callbacks.Callback] = (),
     **options: Any,
 ) -> keras.callbacks.History:
@@ -114,10 +144,13 @@ def finetune(
 
     Adam, a rate that rises over the first tenth of the steps to `learning_rate` and falls to zero
     along a cosine; statistics of BatchNormalization and ranges stay as they are in the second half
-    of the epochs, so that it trains with the numbers that ship. `benchmarks/finetune.md` has what
-    was measured so far, one seed on small data: of 1e-4 and 3e-4 the latter was better for a
-    trained ResNet-8, and a constant 1e-3 ruined it. Freezing made no difference there, and lost
-    accuracy on a small network that was not trained out;
+    of the epochs, so that it trains with the numbers that ship. With fewer than 8 bits give the
+    float model as `teacher`: of ResNet-20 on CIFAR-10 it won back most of what 4 and 3 bits lose
+    (`recipes/RESULTS.md`, where the rates for few bits were measured too).
+
+    `benchmarks/finetune.md` has the first measurements, one seed on small data: of 1e-4 and 3e-4
+    the latter was better for a trained ResNet-8 of 4 bits, and a constant 1e-3 ruined it. Freezing
+    made no difference there, and lost accuracy on a small network that was not trained out;
     `finetune_callbacks(freeze_at=None)` leaves it out.
 
     Args:
@@ -127,17 +160,27 @@ def finetune(
         epochs: of training.
         loss, metrics: as for `compile`; where `loss` is left out, those with which `qat` was
             compiled.
-        learning_rate: the highest one.
+        learning_rate: the highest one; if it is left out, 3e-4, and for weights of 3 bits 1e-3, of
+            fewer 2e-3.
+        teacher: the float model, if its answers are to be learned too, as by `kqat.Distiller`.
+        kind: of the outputs, as for `kqat.Distiller`: `"logits"`, `"probabilities"` or `"values"`.
         callbacks: further ones.
         **options: further arguments of `fit`, as `validation_data`, `batch_size`, `verbose`.
 
     Raises:
-        ModelError: if `qat` is no QAT model, has no loss, or a number is not in its range.
+        ModelError: if `qat` is no QAT model, has no loss, or a number is not in its range; if there
+            is a teacher and no kind, or a kind and no teacher.
     """
     if not is_quantized(qat):
         raise ModelError(
             f"Expected a QAT model. Received: '{qat.name}', which is float. Use "
             "kqat.quantize_model first."
+        )
+    if (teacher is None) != (kind is None):
+        raise ModelError(
+            "Expected a teacher and the kind of its outputs, or neither. Received: "
+            f"{'no teacher' if teacher is None else 'a teacher'} and kind={kind!r}. Use "
+            "teacher=model with kind='logits', 'probabilities' (behind a softmax) or 'values'."
         )
     recipe = finetune_callbacks(epochs, learning_rate=learning_rate)
     if loss is None:
@@ -149,6 +192,17 @@ def finetune(
         given = qat.get_compile_config()
         restore = keras.saving.deserialize_keras_object
         loss, metrics = restore(given["loss"]), metrics or restore(given["metrics"]) or ()
-    qat.compile(keras.optimizers.Adam(learning_rate), loss, metrics=list(metrics))
+    qat.compile(keras.optimizers.Adam(), loss, metrics=list(metrics))
     arrays = (data[0], data[1]) if isinstance(data, tuple) and len(data) == 2 else (data,)
-    return qat.fit(*arrays, epochs=epochs, callbacks=[*recipe, *callbacks], **options)
+    options = {"epochs": epochs, "callbacks": [*recipe, *callbacks], **options}
+    if teacher is None or kind is None:
+        return qat.fit(*arrays, **options)
+    trained = [(part, part.trainable) for part in parts_of(teacher)]
+    try:
+        distiller = Distiller(qat, teacher, kind=kind)
+        distiller.compile(keras.optimizers.Adam(), loss, metrics=list(metrics))
+        return distiller.fit(*arrays, **options)
+    finally:
+        # The distiller froze all of it. A flag reaches what is inside, which comes later here.
+        for part, flag in trained:
+            part.trainable = flag

@@ -73,7 +73,9 @@ def with_unlike_members_apart(
         scaled[join] = found.factors
         each = np.repeat(found.factors, [ref.shape[-1] or 1 for ref in join.inputs])
         factors |= dict.fromkeys(readers[join.outputs[0]], each)
-    return rebuild(graph, _Copies(scaled, factors).call, name, graph.output_names)
+    return rebuild(
+        graph, _Copies(scaled, factors).call, name, graph.output_names, graph.output_masks
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,15 +160,17 @@ def _outputs_apart(graph: Graph, parts: Mapping[Node, _Join]) -> tuple[Graph, di
     rest = {join: found for join, found in parts.items() if join.outputs[0] not in split}
     if not split:
         return graph, rest
-    output_names = []
-    for ref, name in zip(graph.outputs, graph.output_names, strict=True):
+    output_names, output_masks = [], []
+    for ref, name, mask in zip(graph.outputs, graph.output_names, graph.output_masks, strict=True):
         output_names += names.get(ref, [name])
+        output_masks += [mask] * len(names.get(ref, [name]))
     return Graph(
         nodes=tuple(nodes),
         input_struct=graph.input_struct,
         output_struct=_spliced(graph.output_struct, split, names),
         input_names=graph.input_names,
         output_names=tuple(output_names),
+        output_masks=tuple(output_masks),
     ), rest
 
 

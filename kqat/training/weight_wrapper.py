@@ -6,7 +6,6 @@ group. Both are ordinary Keras layers, saved and loaded without a custom-object 
 
 import contextlib
 import dataclasses
-import inspect
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from kqat.graph import activation_name, finalize, layer_behind
+from kqat.graph import activation_name, call_signature, finalize, layer_behind
 from kqat.grids import (
     GradientEstimator,
     LearnedMethod,
@@ -78,6 +77,19 @@ class _Quantizers:
 
     def of(self, branch: int) -> list[ActivationQuantizer]:
         return [self.by_name[name] for name in self.names.get(branch, ())]
+
+
+@contextlib.contextmanager
+def rounded_once(wrappers: Iterable["QuantizeWrapper"]) -> Iterator[None]:
+    """Inside, weights do not change, and eager calls round each of them once."""
+    kept = list(wrappers)
+    for wrapper in kept:
+        wrapper.keep_rounded(True)
+    try:
+        yield
+    finally:
+        for wrapper in kept:
+            wrapper.keep_rounded(False)
 
 
 @contextlib.contextmanager
@@ -158,7 +170,7 @@ class QuantizeWrapper(keras.layers.Layer):
         self.freeze_statistics = freeze_statistics
         self.between, self.branches = list(between), list(branches)
         self.facts = facts or stock_facts(layer) or LayerFacts(output=Output.OWN)
-        self._takes_training = "training" in inspect.signature(layer.call).parameters
+        self._takes_training = "training" in call_signature(layer).parameters
         self._quantizers = _Quantizers()
         self.gradient = gradient
         self.controls = Controls()
@@ -480,9 +492,9 @@ class QuantizeWrapper(keras.layers.Layer):
             return None
         (quantizer,) = quantizers
         if self._is_affine:
-            return np.asarray(self._affine_as_shipped(quantizer.scale())[1])
+            return np.asarray(self._affine_as_shipped(quantizer.scale_now())[1])
         numbers = self._numbers("kernel", branch)
-        return np.asarray(self._as_shipped(quantizer.scale(), branch, numbers)[1])
+        return np.asarray(self._as_shipped(quantizer.scale_now(), branch, numbers)[1])
 
     def _call_as_shipped(
         self, input_scale: Any, branch: int, trains: bool, /, *args: Any, **kwargs: Any
@@ -632,7 +644,7 @@ class QuantizeWrapper(keras.layers.Layer):
         controls, shaken = self.controls, folded
         if controls.random is not None:
             shaken = controls.shaken(folded, self._grid_scale(step, spec))
-        if self.seeds is not None:
+        if self.seeds is not None and not controls.still:
             return controls.if_rounding(self._with_noise(folded, step, spec), folded)
         return controls.if_rounding(self._rounded_by(shaken, step, spec), folded)
 

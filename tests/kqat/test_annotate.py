@@ -43,6 +43,40 @@ def test_an_annotated_layer_computes_what_the_layer_computes() -> None:
     assert np.all(layer.moving_mean.numpy() != before)
 
 
+def test_layers_are_annotated_by_cloning_as_in_tfmot() -> None:
+    """Layers whose calls take a mask too: Keras hands it to the clones by name."""
+    x = keras.Input((6, 6, 3), name="image")
+    y = layers.ReLU(name="relu")(layers.BatchNormalization(name="norm")(conv("conv")(x)))
+    y = layers.Add(name="sum")([y, layers.Softmax(name="softmax")(y)])
+    model = keras.Model(x, layers.Dense(2, name="head")(layers.Flatten(name="flat")(y)))
+    marked = keras.models.clone_model(model, clone_function=quantize_annotate_layer)
+    marked.set_weights(model.get_weights())
+    qat = quantize_apply(marked, calibration_data=IMAGES)
+    whole = kqat.quantize_model(model, calibration_data=IMAGES)
+    np.testing.assert_array_equal(qat(IMAGES), whole(IMAGES))
+
+
+def test_an_annotated_layer_reads_and_hands_on_a_mask() -> None:
+    """Padded steps are left out, as they are without annotations."""
+    tokens = np.random.default_rng(0).integers(1, 9, (16, 5))
+    tokens[:, 3:] = 0
+
+    def model(mark: Any) -> keras.Model:
+        keras.utils.set_random_seed(0)
+        x = keras.Input((5,), dtype="int32", name="tokens")
+        y = mark(layers.Embedding(9, 4, mask_zero=True, name="embed"))(x)
+        y = mark(layers.Dense(4, name="dense"))(y)
+        y = mark(layers.LSTM(3, return_sequences=True, name="lstm"))(y)
+        y = mark(layers.GlobalAveragePooling1D(name="mean"))(y)
+        return keras.Model(x, y, name="model")
+
+    plain, marked = model(lambda layer: layer), model(quantize_annotate_layer)
+    np.testing.assert_array_equal(plain(tokens), marked(tokens))
+    qat = quantize_apply(marked, calibration_data=tokens)
+    whole = kqat.quantize_model(plain, calibration_data=tokens)
+    np.testing.assert_array_equal(qat(tokens), whole(tokens))
+
+
 @pytest.mark.filterwarnings("error", "ignore:Layers of 'model' stay float:kqat.PolicyWarning")
 def test_only_annotated_layers_are_quantized() -> None:
     model = annotated()

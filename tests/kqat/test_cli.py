@@ -1,7 +1,10 @@
 """The command: the road in five steps, what it prints, and how it fails."""
 
 import dataclasses
+import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from keras import layers as L
 
 import kqat
 import tflite_export
+from kqat import __main__ as command
+from kqat import cli
 from kqat.cli import main
 
 RUNTIMES_RIGHT = ["litert_reference", "litert", "tflite_micro"]
@@ -168,6 +173,81 @@ def test_a_gap_is_diagnosed(folder: Path, blob: Path) -> None:
     assert (folder / "d.html").read_text().startswith("<!doctype html>")
 
 
+def test_layers_of_ones_own_come_from_code(tmp_path: Path) -> None:
+    """Classes that were registered are found as well as those that were not."""
+    (tmp_path / "neighbour.py").write_text("FACTOR = 2.0\n")
+    code = (
+        "import keras, neighbour\n"
+        "def twice(x):\n    return neighbour.FACTOR * x\n"
+        "class Plain(keras.layers.Layer):\n"
+        "    def call(self, x):\n        return twice(x)\n"
+        "@keras.saving.register_keras_serializable('mine')\n"
+        "class Known(Plain):\n    pass\n"
+    )
+    (tmp_path / "own.py").write_text(code)
+    names: dict[str, Any] = {"__name__": "own"}
+    sys.path.insert(0, str(tmp_path))
+    try:
+        exec(code, names)
+    finally:
+        sys.path.remove(str(tmp_path))
+    own = [names["Plain"](name="plain"), names["Known"](name="known")]
+    model = keras.Sequential([keras.Input((4,)), L.Dense(3, name="d"), *own])
+    model.save(tmp_path / "own.keras")
+    del keras.saving.get_custom_objects()["mine>Known"]
+    plan = ("plan", tmp_path / "own.keras")
+    failed = " ".join(run(*plan, code=2).output.split())
+    assert "Could not locate" in failed and "as --code FILE" in failed and "{" not in failed
+    shown = run(*plan, "--code", tmp_path / "own.py").stdout
+    assert "plain" in shown and "known" in shown
+    (tmp_path / "broken.py").write_text("import nosuchmodule\n")
+    failed = run(*plan, "--code", tmp_path / "broken.py", code=2).output
+    assert "ModuleNotFoundError: No module named 'nosuchmodule'" in " ".join(failed.split())
+
+
+def test_what_a_diagnosis_advises_is_a_command(folder: Path, blob: Path, tmp_path: Path) -> None:
+    assert blob.parent == folder
+    qat, x = folder / "qat.keras", folder / "x.npy"
+    for option in (("--algorithm", "correct_biases"), ("--calibration", "percentile"), ()):
+        run("calibrate", qat, "--data", x, *option, "-o", tmp_path / "mended.keras")
+        mended, was = kqat.load_model(tmp_path / "mended.keras"), kqat.load_model(qat)
+        pairs = zip(mended.get_weights(), was.get_weights(), strict=True)
+        assert any(np.any(a != b) for a, b in pairs) == bool(option)
+    both = ("--algorithm", "awq", "--calibration", "mse", "-o", tmp_path / "no.keras")
+    assert "Received: both" in run("calibrate", qat, "--data", x, *both, code=2).output
+    assert set(cli._ALGORITHMS) == set(kqat.algorithms.__all__)
+
+
+def test_a_runtime_that_is_not_installed_is_no_fault_of_the_file(
+    folder: Path, blob: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if "micro" in name else found(name, *a)
+    )
+    for paths in ((folder / "qat.keras", blob), (blob,)):
+        options = ("--data", folder / "x.npy", "--samples", 2) if len(paths) == 2 else ()
+        shown = run("verify", *paths, *options, "--html", folder / "n.html").stdout
+        assert "tflite_micro: not run. Expected TFLite Micro to be installed." in shown
+    assert "tflite_micro did not run" not in (folder / "n.html").read_text()
+    assert "arena not measured: TFLite Micro is not installed" in run("inspect", blob).stdout
+
+
+def test_ctrl_c_while_modules_are_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "kqat.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "kqat.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        command.run()
+    assert end.value.code == 130 and "Interrupted" in capsys.readouterr().err
+
+
 def test_weights_are_encoded_for_tflite_micro(folder: Path, blob: Path) -> None:
     file, target = folder / "encoded.tflite", ("--target", "tflite_micro")
     encode = ("convert", folder / "qat.keras", "-o", file, "--compress", "smallest")
@@ -212,6 +292,13 @@ def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
     assert "net_main.cc" in said.stdout and "arena" in said.stdout
     assert len(list((folder / "c").iterdir())) == 7
     run("to-c", blob, "-o", folder / "project", "--samples", 1, "--layout", "cmake")
+    sizes = {}
+    for samples in (1, 3):
+        out = folder / f"golden{samples}"
+        run("to-c", blob, "-o", out, "--samples", samples, "--data", folder / "x.npy")
+        (golden,) = out.glob("*_golden.cc")
+        sizes[samples] = len(re.findall(r"-?\d+,", golden.read_text()))
+    assert 2.5 < sizes[3] / sizes[1] < 3.5
     assert (folder / "project" / "CMakeLists.txt").exists()
 
 
@@ -240,6 +327,7 @@ def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
             ],
             "Expected --choice to be one of int8, int16x8",
         ),
+        (["plan", "float.keras", "--code", "absent.py"], "does not exist"),
         (["ptq", "float.keras", "--data", "text.keras", "-o", "a.tflite"], "'text.keras', text"),
         (["ptq", "float.keras", "--data", "xy.npz", "-o", "a.tflite"], "np.savez('inputs.npz', x="),
         (["ptq", "float.keras", "--data", "x.npy", "-o", "no/a.tflite"], "'no', which is none"),

@@ -129,6 +129,16 @@ def test_a_saved_model_of_keras_2_is_brought(tmp_path: Path) -> None:
     np.testing.assert_allclose(loaded(data), np.asarray(old(data)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("wrapper", ["QuantizeWrapperV2", "QuantizeLayer", "PruneLowMagnitude"])
+def test_wrappers_of_tfmot_are_told(wrapper: str, tmp_path: Path) -> None:
+    """As a file holds them; tfmot is not asked, which may not be installed."""
+    made = type(wrapper, (L.Layer,), {"call": lambda self, x: x})
+    keras.Sequential([keras.Input((2,)), made()]).save(tmp_path / "m.keras")
+    text = f"m.keras', with a {wrapper}. Save it in the Keras that wrote it: the float model"
+    with pytest.raises(ModelError, match=text):
+        kqat.load_model(tmp_path / "m.keras")
+
+
 def test_a_function_that_is_not_known_is_named() -> None:
     x = tf_keras.Input((4,))
     model = tf_keras.Model(x, tf_keras.layers.Dense(2)(tf.sort(x)))

@@ -48,6 +48,16 @@ def test_libraries_are_quiet_and_messages_are_not() -> None:
         ("Received: calibration='mse'", "Received: --calibration mse"),
         ("inference_input_type is 'int4'", "--input-type is 'int4'"),
         ("tflite_export.to_c(blob) of kqat.diagnose", "`kqat to-c` of `kqat diagnose`"),
+        (
+            "the argument weights= of tflite_export.convert decides",
+            "the option --weights of `kqat convert` decides",
+        ),
+        ("unless kqat.calibrate(qat, data) helps", "unless `kqat calibrate` helps"),
+        (
+            "Give classes and functions of its own as custom_objects, or load it",
+            "Give the Python file that defines its own classes and functions as --code FILE, or "
+            "load it",
+        ),
         ("describe it with kqat.register_layer.", "describe it with kqat.register_layer."),
     ],
 )

@@ -79,6 +79,10 @@ def test_cells_are_made_once_and_the_run_goes_on(tmp_path: Path) -> None:
         assert (tmp_path / "cells" / name).stat().st_mtime_ns == when
     assert first["cells"].items() <= again["cells"].items()
     assert "narrower than 8 bits" in first["cells"]["w8a8_falling_0"]["refused"]
+    recovery.main([*options, "--methods", "tfmot", "--widths", "w8a8", "w4a8"])
+    ours = [json.loads(p.read_text()) for p in sorted((tmp_path / "cells").glob("*tfmot_0.json"))]
+    assert ours[0]["refused"] == "tfmot quantizes to 8 bits only."
+    assert ours[1]["file_bytes"] > 1000
     assert "bits=1" in again["cells"]["binary_lsq_0"]["refused"]
     assert max(again["cells"]["w4a8_lsq_plus_0"]["lockstep_steps"].values()) <= 1
     with pytest.raises(SystemExit, match="Use another --out"):

@@ -19,7 +19,7 @@ from kqat.base import ExportError, RuntimeUnavailableError, write_files
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import DECODE, ModelT, TensorT
 from tflite_export.kernels import OP_TABLE
-from tflite_export.runtimes import has_grid, random_inputs, run, tflite_micro_arena_bytes
+from tflite_export.runtimes import as_type, has_grid, random_inputs, run, tflite_micro_arena_bytes
 
 TEMPLATES = ("model.h", "model.cc", "ops.h", "golden.h", "golden.cc", "main.cc", "io.h")
 _PLAIN = {template: f"{{name}}_{template}" for template in TEMPLATES}
@@ -136,7 +136,8 @@ def to_c(
             model and a program on the host; `"zephyr"`: a Zephyr module; `"arduino"`: an Arduino
             library with a sketch. The last two have a function `NAME_check()` for `main`.
         inputs: golden inputs, as for `tflite_export.runtimes.run`; one array (samples, …) per model
-            input, in its dtype. Without, random ones.
+            input, in its dtype, or in floats, which are rounded to the input's grid. Without,
+            random ones.
         samples: how many random ones; so many batches for a file whose batch is larger than one.
         seed: of the random ones.
 
@@ -152,7 +153,7 @@ def to_c(
     _check_types(model)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ExportError(f"Expected at least 1 golden sample. Received: samples={samples!r}.")
-    feeds = random_inputs(model, samples, seed) if inputs is None else list(inputs)
+    feeds = random_inputs(model, samples, seed) if inputs is None else _in_types(model, inputs)
     outputs = run(blob, feeds, runtime="tflite_micro").outputs
     arena_bytes = _least_arena_bytes(blob)
     if layout not in LAYOUTS:
@@ -186,6 +187,18 @@ def to_c(
         path.parent.mkdir(parents=True, exist_ok=True)
     write_files(files)
     return CSource(files=tuple(files), operators=operators, arena_bytes=arena_bytes)
+
+
+def _in_types(model: flatbuffer.ModelT, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Arrays with their floats on the grids of the file's inputs; `run` checks the rest."""
+    tensors = [model.subgraphs[0].tensors[index] for index in model.subgraphs[0].inputs]
+    feeds = [np.asarray(x) for x in inputs]
+    if len(feeds) != len(tensors):
+        return feeds
+    return [
+        as_type(x.astype(np.float32), tensor) if x.dtype.kind == "f" and has_grid(tensor) else x
+        for x, tensor in zip(feeds, tensors, strict=True)
+    ]
 
 
 def c_identifier(name: str, taken: set[str]) -> str:

@@ -7,7 +7,6 @@ more time than the conversion itself.
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +21,11 @@ from kqat.freezing import (
     FrozenModel,
     IndexOperation,
     Marker,
+    MarkerKind,
     Node,
     Tabulated,
+    call_signature,
+    is_marker,
 )
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
@@ -101,6 +103,8 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
 
     A marker stands where a function ships as a table, or an LSTM as one operator.
     """
+    import tensorflow as tf
+
     lstms = [id(layer) for layer in frozen.lstms]
     inputs = zip(frozen.graph.inputs, frozen.input_names, strict=True)
     byte_inputs = {ref for ref, name in inputs if name in frozen.byte_inputs}
@@ -122,7 +126,12 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
             if id(layer) not in plain:  # Calls of one layer stay those of one layer.
                 plain[id(layer)] = _Plain(layer, name=frozen.unused_name(f"{layer.name}_plain"))
             layer = plain[id(layer)]
-        if "training" in inspect.signature(layer.call).parameters:
+        if is_marker(layer, MarkerKind.SITE):
+            # Half of the layers of a frozen model: Keras would look each time for what to convert,
+            # build and mask. Other markers leave names in the file, which are those of Keras.
+            with tf.name_scope(layer.name):
+                return layer.call(*args)
+        if "training" in call_signature(layer).parameters:
             kwargs["training"] = False  # The default of Keras's augmenting layers is True.
         return layer(*args, **kwargs)
 
@@ -243,13 +252,10 @@ class _Plain(keras.layers.Layer):
 
 
 def _convert(concrete: Any, name: str) -> bytes:
-    import tensorflow as tf
 
     try:
         given = concrete.inputs[: len(concrete.structured_input_signature[0])]
-        converter = tf.compat.v1.lite.TFLiteConverter(
-            _without_captures(concrete), given, concrete.outputs
-        )
+        converter = _converter_class()(_without_captures(concrete), given, concrete.outputs)
         # It tells how TensorFlow optimized, and costs reading and writing the file once more.
         converter.exclude_conversion_metadata = True
         return converter.convert()
@@ -258,6 +264,23 @@ def _convert(concrete: Any, name: str) -> bytes:
             f"Expected '{name}' to convert. Received from the TensorFlow converter: "
             f"{str(error).strip()[:2000]}"
         ) from error
+
+
+@functools.cache
+def _converter_class() -> Any:
+    """TensorFlow's converter, without what it does to a file of floats afterwards.
+
+    It would read the file into Python twice and write it again, to store equal constants once, as
+    `flatbuffer.share_constants` does. Where a release of TensorFlow has no such method, this one is
+    never called.
+    """
+    import tensorflow as tf
+
+    class Converter(tf.compat.v1.lite.TFLiteConverter):
+        def _optimize_tflite_model(self, model: bytes, *_: Any, **__: Any) -> bytes:
+            return model
+
+    return Converter
 
 
 def _without_captures(concrete: Any) -> Any:

@@ -77,7 +77,7 @@ def render(report: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["counted"] = counted
-    environment.filters["percent"] = lambda share: f"{100 * share:.2f}".rstrip("0").rstrip(".")
+    environment.filters["percent"] = _percent
     layers = report.layers
     page = environment.get_template("report.html.j2")
     text = page.render(
@@ -97,6 +97,13 @@ def render(report: Any) -> str:
     return text + "\n"
 
 
+def _percent(share: float) -> str:
+    """A share in percent; one that is not zero does not read as zero."""
+    if 0.0 < share < 0.0001:
+        return "< 0.01"
+    return f"{100 * share:.2f}".rstrip("0").rstrip(".")
+
+
 def _verdicts(report: Any) -> list[tuple[bool, str]]:
     """Pairs of whether a result is good, and the result in words."""
     found = [
@@ -108,6 +115,8 @@ def _verdicts(report: Any) -> list[tuple[bool, str]]:
         )
     ]
     for part in report.runtimes:
+        if not part.installed:
+            continue
         if part.problem is not None:
             lacks = f": it has no kernel for {', '.join(part.lacks)}" if part.lacks else ""
             found.append((bool(part.lacks), f"{part.runtime} did not run it{lacks}"))
@@ -159,7 +168,10 @@ def _comparisons(report: Any) -> list[Comparison]:
     for name in dict.fromkeys(output.name for part in parts for output in part.outputs):
         outputs = [next((o for o in part.outputs if o.name == name), None) for part in parts]
         agree = [o.top1_agreement for o in outputs if o and o.top1_agreement is not None]
-        note = f"same class in {100 * min(agree):.1f} % or more" if agree else ""
+        note = ""
+        if agree:
+            least = " or more" if min(agree) < max(agree) else ""
+            note = f"same class in {_percent(min(agree))} %{least}"
         ends = tuple(o and (o.max_steps, 1 - o.equal_fraction) for o in outputs)
         rows.append(Comparison(f"end to end: {name}", "", ends, note))
     return rows

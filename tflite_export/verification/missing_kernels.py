@@ -1,11 +1,21 @@
-"""Finds the operators of a file for which a runtime has no kernel."""
+"""Why a runtime did not run a file: it is not installed, or has no kernel for an operator."""
 
 from ai_edge_litert import schema_py_generated as schema
 
+from kqat.base import RuntimeUnavailableError
 from kqat.devices import runtimes_with
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 from tflite_export.kernels import OP_TABLE
+from tflite_export.runtimes import supports
+from tflite_export.verification.report import RuntimeReport
+
+
+def did_not_run(runtime: str, model: ModelT, error: RuntimeUnavailableError) -> RuntimeReport:
+    """The report of a runtime that raised `error` instead of running a file."""
+    installed = supports(runtime)
+    lacks = lacking_kernels(model, runtime) if installed else ()
+    return RuntimeReport(runtime=runtime, problem=str(error), lacks=lacks, installed=installed)
 
 
 def lacking_kernels(model: ModelT, runtime: str) -> tuple[str, ...]:

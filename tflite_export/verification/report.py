@@ -85,12 +85,13 @@ class RuntimeReport:
     """What one runtime did with the file; if it did not run, `problem` says why.
 
     `exact` is `None` without lockstep. `lacks` names the operators for which the runtime has no
-    kernel, if that is the problem.
+    kernel, if that is the problem; `installed` is false if the runtime itself is not there.
     """
 
     runtime: str
     problem: str | None = None
     lacks: tuple[str, ...] = ()
+    installed: bool = True
     sites: tuple[SiteDifference, ...] = ()
     unmatched: tuple[str, ...] = ()
     outputs: tuple[OutputAgreement, ...] = ()
@@ -104,9 +105,13 @@ class RuntimeReport:
 
     @property
     def is_right(self) -> bool:
-        """Whether it ran the file with no more steps than allowed, or only lacks a kernel."""
+        """Whether it ran the file with no more steps than allowed, or the file is not to blame.
+
+        A runtime that is not installed, or that has no kernel for an operator, says nothing of the
+        file.
+        """
         if self.problem is not None:
-            return bool(self.lacks)
+            return bool(self.lacks) or not self.installed
         return all(site.max_steps <= site.allowed_steps for site in self.sites)
 
     def by_operator(self) -> dict[str, SiteDifference]:
@@ -262,6 +267,8 @@ def _sum(a: SiteDifference, b: SiteDifference) -> SiteDifference:
 
 
 def _runtime_lines(part: RuntimeReport) -> list[str]:
+    if not part.installed:
+        return _wrapped(f"{part.runtime}: not run. {part.problem}", "  ")
     if part.problem is not None:
         lacks = f": has no kernel for {', '.join(part.lacks)}" if part.lacks else ""
         return [f"  {part.runtime}: did not run{lacks}", *_wrapped(part.problem, "    ")]

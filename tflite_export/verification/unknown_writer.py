@@ -21,7 +21,7 @@ from tflite_export.runtimes import (
     supports,
 )
 from tflite_export.verification.end_to_end import agreement_of_runtimes
-from tflite_export.verification.missing_kernels import lacking_kernels
+from tflite_export.verification.missing_kernels import did_not_run
 from tflite_export.verification.report import RuntimeReport
 
 # For all runtimes together; each has an equal part of what those before it left.
@@ -57,8 +57,7 @@ def compare_runtimes(
         try:
             outputs, arena = _run(blob, feeds, runtime, seconds)
         except RuntimeUnavailableError as error:
-            lacks = lacking_kernels(model, runtime)
-            reports.append(RuntimeReport(runtime=runtime, problem=str(error), lacks=lacks))
+            reports.append(did_not_run(runtime, model, error))
             continue
         agreements = () if first is None else agreement_of_runtimes(model, first, outputs)
         first = first or outputs

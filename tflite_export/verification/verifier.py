@@ -22,7 +22,7 @@ from tflite_export.verification.layer_profile import (
     work_of,
 )
 from tflite_export.verification.lockstep import compare
-from tflite_export.verification.missing_kernels import lacking_kernels
+from tflite_export.verification.missing_kernels import did_not_run
 from tflite_export.verification.report import LayerReport, Report, RuntimeReport
 from tflite_export.verification.site_tensors import SiteTensors
 from tflite_export.verification.unknown_writer import compare_runtimes
@@ -139,8 +139,7 @@ def _verify_on(
     try:
         result = run(blob, tensors.feeds(inputs), runtime=runtime, tensors="all")
     except RuntimeUnavailableError as error:
-        lacks = lacking_kernels(model, runtime)
-        return RuntimeReport(runtime=runtime, problem=str(error), lacks=lacks), ()
+        return did_not_run(runtime, model, error), ()
     found = compare(frozen, tensors, result.tensors, runtime, inputs)
     part = RuntimeReport(
         runtime=runtime,

@@ -15,7 +15,8 @@ class Ternary:
     """Integers −1, 0, 1: zero where `|w| <= 0.7 * mean|w|`; the step is the mean `|w|` of the rest.
 
     Both means are taken over the weights that share a scale. The gradient is straight-through.
-    Reference: Li et al. 2016, section 2 (https://arxiv.org/abs/1605.04711).
+    Reference: Li et al. 2016, section 2 (https://arxiv.org/abs/1605.04711), whose later versions
+    round the factor to 0.75.
     """
 
     def check(self, spec: QuantSpec) -> None:
@@ -24,7 +25,7 @@ class Ternary:
 
     def step(self, weight: Any, spec: QuantSpec) -> Any:
         """The step of `weight`, in its shape with size 1 along axes that share a step."""
-        kept = ops.cast(self._kept(weight, spec), "float32")
+        kept = ops.cast(kept_by_mean(weight, spec), "float32")
         axes = arithmetic.shared_axes(weight, spec)
         count = ops.maximum(ops.sum(kept, axis=axes, keepdims=True), 1.0)
         total = ops.sum(ops.abs(weight) * kept, axis=axes, keepdims=True)
@@ -33,8 +34,10 @@ class Ternary:
 
     def fake_quantize(self, weight: Any, step: Any, spec: QuantSpec) -> Any:
         """`-step`, 0 or `step` for each weight; the gradient passes unchanged."""
-        integers = ops.sign(weight) * ops.cast(self._kept(weight, spec), "float32")
+        integers = ops.sign(weight) * ops.cast(kept_by_mean(weight, spec), "float32")
         return arithmetic.straight_through(integers * step, weight)
 
-    def _kept(self, weight: Any, spec: QuantSpec) -> Any:
-        return ops.abs(weight) > 0.7 * arithmetic.mean_magnitude(weight, spec)
+
+def kept_by_mean(weight: Any, spec: QuantSpec) -> Any:
+    """Which weights do not become zero, boolean: those above 0.7 times the mean magnitude."""
+    return ops.abs(weight) > 0.7 * arithmetic.mean_magnitude(weight, spec)

@@ -144,6 +144,11 @@ def masked_softmax(layer: Any, name: str) -> Decomposed:
     return call
 
 
+def hidden_scores(scores: Any, mask: Any, name: str) -> Any:
+    """Scores, below all others where a mask that broadcasts with them is false."""
+    return _hidden(scores, mask, [*range(1, len(scores.shape))], name)[0]
+
+
 def _hidden(
     scores: Any, mask: Any, order: list[int], name: str
 ) -> tuple[Any, Callable[[Any, str], Any] | None]:

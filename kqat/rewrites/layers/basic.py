@@ -24,7 +24,7 @@ def split_activation(layer: Any, name: str) -> Decomposed | None:
     if layer.activation is keras.activations.linear:
         return None
     changes = {"activation": "linear", "activity_regularizer": None}
-    return activated(layer, name, Part(clone(layer, name, **changes), layer.get_weights()))
+    return activated(layer, name, Part(clone(layer, name, **changes), own_weights(layer)))
 
 
 def dense(layer: Any, name: str) -> Decomposed | None:
@@ -53,18 +53,20 @@ def activated(layer: Any, name: str, linear: Decomposed) -> Decomposed:
     return lambda *args, **kwargs: activation(linear(*args, **kwargs))
 
 
-def _activation(layer: Any, name: str) -> keras.layers.Layer:
+def own_weights(layer: Any) -> list[np.ndarray]:
+    """The weights of a layer without those of its activation, which may be a layer with some."""
+    others = {id(v) for v in getattr(layer.activation, "weights", ())}
+    return [np.asarray(v) for v in layer.weights if id(v) not in others]
+
+
+def _activation(layer: Any, name: str) -> Decomposed:
     return activation_layer(layer.activation, name, layer.activity_regularizer)
 
 
-def activation_layer(function: Any, name: str, regularizer: Any = None) -> keras.layers.Layer:
-    """The activation `function` of layer `name` as a layer of its own.
-
-    Raises:
-        UnsupportedLayerError: if it is neither a built-in function nor a layer.
-    """
+def activation_layer(function: Any, name: str, regularizer: Any = None) -> Decomposed:
+    """The activation `function` of layer `name`, a function or a layer, as a layer of its own."""
     if isinstance(function, keras.layers.Layer):
-        return clone(function, name=f"{name}_{function.name}")
+        return duplicate(function, name=f"{name}_{function.name}")
     kind = activation_name(function)
     options = {"activity_regularizer": regularizer}
     if kind is None:
@@ -100,7 +102,7 @@ def separable(layer: Any, name: str) -> Decomposed:
         name=name,
         **shared,
     )
-    weights = layer.get_weights()
+    weights = own_weights(layer)
     first, second = Part(depthwise, weights[:1]), Part(pointwise, weights[1:])
     return activated(layer, name, lambda x: second(first(x)))
 

@@ -250,13 +250,11 @@ class Builder:
         return self._dense(name, kernel, bias, gates, signs, options)(h)
 
     def regularizers(self, kernel: str, recurrent: str | None = None) -> dict[str, Any]:
-        """The cell's regularizers of these names, serialized, as arguments of a part."""
+        """The cell's regularizers of these names, as arguments of a part."""
         copies = {"kernel_regularizer": kernel, "bias_regularizer": "bias_regularizer"}
         if recurrent is not None:
             copies["recurrent_regularizer"] = recurrent
-        serialize = keras.saving.serialize_keras_object
-        given = {key: getattr(self.cell, name) for key, name in copies.items()}
-        return {key: None if value is None else serialize(value) for key, value in given.items()}
+        return {key: getattr(self.cell, name) for key, name in copies.items()}
 
     def _dense(
         self,

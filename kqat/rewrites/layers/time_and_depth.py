@@ -7,10 +7,10 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part, clone, config_of
+from kqat.graph import Part, clone, config_of, is_tensor
 from kqat.parts import sliced, stacked
 from kqat.rewrites.layers import matrix_products
-from kqat.rewrites.layers.basic import Decomposed, activated
+from kqat.rewrites.layers.basic import Decomposed, activated, own_weights
 
 # Layers that work along the last axis only: one call computes all steps.
 POINTWISE = (
@@ -39,11 +39,11 @@ def time_distributed(layer: Any, name: str) -> Decomposed:
     """The inner layer on each step, or on all steps at once if it works along the last axis."""
     inner = layer.layer
 
-    def call(x: Any, **options: Any) -> Any:
-        if options.get("mask") is not None:
+    def call(x: Any, mask: Any = None, **_: Any) -> Any:
+        if isinstance(inner, keras.Sequential) and mask is not None:
             raise UnsupportedLayerError(
-                f"Expected layer '{name}' without a mask. Received: one. Pad its input to a fixed "
-                "length and leave the mask out."
+                f"Expected TimeDistributed layer '{name}' of a Sequential without a mask. "
+                "Received: one. Put each layer of the Sequential in a TimeDistributed of its own."
             )
         if isinstance(inner, keras.Sequential):
             for one in inner.layers:
@@ -61,14 +61,34 @@ def time_distributed(layer: Any, name: str) -> Decomposed:
         if type(inner) in POINTWISE and getattr(inner, "axis", -1) in (-1, [-1]):
             return Part(clone(inner, name), inner.get_weights())(x)
         part = Part(clone(inner, f"{name}_{inner.name}"), inner.get_weights())
+        shown = [{}] * x.shape[1] if mask is None else _masks_of_steps(mask, name)
         steps, rows = [], _rows(x, name)
         for i in range(x.shape[1]):
             step = _steps(rows, i, 1, f"{name}_step_{i}")
             step = layers.Reshape(x.shape[2:], name=f"{name}_input_{i}")(step)
-            steps.append(part(step))
+            steps.append(part(step, **shown[i]))
         return stacked(steps, 1, name)
 
     return call
+
+
+def _masks_of_steps(mask: Any, name: str) -> list[dict[str, Any]]:
+    """The argument `mask` of the inner layer for each step.
+
+    Raises:
+        UnsupportedLayerError: if the mask says nothing about what is inside a step.
+    """
+    if not is_tensor(mask) or len(mask.shape) != 3:
+        raise UnsupportedLayerError(
+            f"Expected a mask of shape (batch, steps, inner steps) in TimeDistributed layer "
+            f"'{name}', whose inner layer reads it. Received: one of shape {tuple(mask.shape)}. "
+            "Stop it before the layer: keras.layers.Reshape hands none on."
+        )
+    found = []
+    for i in range(mask.shape[1]):
+        row = _steps(mask, i, 1, f"{name}_mask_{i}")
+        found.append({"mask": layers.Reshape(mask.shape[2:], name=f"{name}_mask_of_{i}")(row)})
+    return found
 
 
 def conv_3d(layer: Any, name: str) -> Decomposed:
@@ -97,7 +117,7 @@ def conv_3d(layer: Any, name: str) -> Decomposed:
         name=f"{name}_frame",
         **{key: config[key] for key in kept},
     )
-    part = Part(conv, [kernel, *layer.get_weights()[1:]])
+    part = Part(conv, [kernel, *own_weights(layer)[1:]])
 
     def call(x: Any) -> Any:
         if config["padding"] == "same":
@@ -143,7 +163,7 @@ def conv_1d_transpose(layer: Any, name: str) -> Decomposed:
         name=f"{name}_row",
         **{key: config[key] for key in kept},
     )
-    kernel, *bias = layer.get_weights()
+    kernel, *bias = own_weights(layer)
     part = Part(conv, [kernel[np.newaxis], *bias])
 
     def call(x: Any) -> Any:

@@ -9,8 +9,9 @@ from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, is_tensor, option
+from kqat.parts import Take
 from kqat.rewrites.layers import matrix_products
-from kqat.rewrites.layers.attention_masks import Keep, attended, causal
+from kqat.rewrites.layers.attention_masks import Keep, attended, causal, hidden_scores
 from kqat.rewrites.operations.binary import Row
 from kqat.rewrites.operations.patches import extract_patches
 from kqat.rewrites.operations.reductions import axis_of
@@ -204,19 +205,41 @@ def _normalize(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _dot_product_attention(operation: Any, name: str) -> Callable[..., Any]:
-    def call(query: Any, key: Any, value: Any, scale: Any = None, **options: Any) -> Any:
-        options.pop("flash_attention", None)  # a faster way to compute the same
-        cap = option(operation, "attn_logits_soft_cap", options.pop("attn_logits_soft_cap", None))
-        if any(given not in (None, False) for given in (cap, *options.values())):
+    def shared(x: Any, heads: int, part: str) -> Any:
+        """Keys or values, those of one head for a group of the queries' heads."""
+        if x.shape[2] == heads:
+            return x
+        indices = np.repeat(np.arange(x.shape[2]), heads // x.shape[2]).tolist()
+        return Take(indices, 2, name=f"{name}_{part}_shared")(x)
+
+    def call(
+        query: Any,
+        key: Any,
+        value: Any,
+        bias: Any = None,
+        mask: Any = None,
+        scale: Any = None,
+        **options: Any,
+    ) -> Any:
+        cap = option(operation, "attn_logits_soft_cap", options.get("attn_logits_soft_cap"))
+        if cap is not None:
             raise UnsupportedLayerError(
-                f"Expected no bias, cap or mask in operation '{name}'. Received: one of them. Use "
-                "is_causal=True, or MultiHeadAttention, whose masks have an integer form."
+                f"Expected no cap of the scores in operation '{name}'. Received: "
+                f"attn_logits_soft_cap={cap}, which Keras computes on JAX alone. Compute the "
+                "scores with einsum and tanh."
             )
         scale = scale or 1.0 / float(np.sqrt(query.shape[-1]))
+        key, value = (
+            shared(x, query.shape[2], part) for x, part in ((key, "key"), (value, "value"))
+        )
         scores = matrix_products.einsum("bqhd,bkhd->bhqk", query, key, f"{name}_scores")
+        scores = ops.multiply(scores, scale)
+        if bias is not None:
+            scores = ops.add(scores, bias)
+        if mask is not None:
+            scores = hidden_scores(scores, mask, name)
         pairs = [causal(query.shape[1], key.shape[1])] if operation.is_causal else []
-        keep = Keep.of(name, pairs=pairs)
-        weights = attended(ops.multiply(scores, scale), keep, name, zeros=False)
+        weights = attended(scores, Keep.of(name, pairs=pairs), name, zeros=False)
         return matrix_products.einsum("bhqk,bkhd->bqhd", weights, value, name)
 
     return call

@@ -20,6 +20,7 @@ from kqat.parts import (
     PaddingKind,
     SpaceToDepth,
     Take,
+    joined,
     sliced,
     stacked,
 )
@@ -86,7 +87,7 @@ def _concatenate(operation: Any, name: str) -> Callable[..., Any]:
                 "of a layer, or an input."
             )
         axis = axis_of(operation.axis, len(tensors[0].shape), name)
-        return layers.Concatenate(axis=axis, name=name)(tensors)
+        return joined(tensors, axis, name)
 
     return call
 
@@ -98,9 +99,9 @@ def _stack(operation: Any, name: str) -> Callable[..., Any]:
         if axis == len(shape) or len(tensors) == 1:
             return stacked(tensors, axis, name)
         # Joined along the axis that follows, which is then parted: one reshape for all of them.
-        joined = layers.Concatenate(axis=axis, name=f"{name}_joined")(tensors)
+        together = joined(tensors, axis, f"{name}_joined")
         parted = (*shape[1:axis], len(tensors), *shape[axis:])
-        return layers.Reshape(parted, name=name)(joined)
+        return layers.Reshape(parted, name=name)(together)
 
     return call
 
@@ -256,7 +257,7 @@ def _triangle(keep: Callable[..., np.ndarray]) -> Row:
 
 
 def _joined(axis: int) -> Row:
-    return lambda operation, name: layers.Concatenate(axis=axis, name=name)
+    return lambda operation, name: lambda tensors: joined(tensors, axis, name)
 
 
 def _pad(operation: Any, name: str) -> Callable[..., Any]:
@@ -344,7 +345,7 @@ def _beside(x: Any, axis: int, widths: tuple[int, int], number: float, name: str
             side = np.full(shape, number, np.float32)
             around = emitted(side, x, len(shape), f"{name}_{'behind' if place else 'before'}")
             parts.insert(place, around)
-    return layers.Concatenate(axis=axis, name=name)(parts)
+    return joined(parts, axis, name)
 
 
 def _zeros_around(spatial: list[tuple[int, int]], name: str) -> Any:

@@ -28,6 +28,7 @@ TAKE_WEIGHTS = frozenset(
         "Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum", "Where",
         "FFT2",
         "Matmul", "Einsum", "Tensordot", "Dot", "Inner", "Take", "Conv", "DepthwiseConv",
+        "DotProductAttention",
     )
 )  # fmt: skip
 # Those among them whose operands all have the batch's size.

@@ -10,6 +10,7 @@ from kqat.graph import Node, trace
 from kqat.training import calibration
 from kqat.training.build import is_quantized
 from kqat.training.callbacks import QatCallback
+from kqat.training.controls import Controls
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 
@@ -48,7 +49,7 @@ def reestimate_batchnorm(qat: keras.Model, data: Any) -> None:
             "are no statistics to estimate."
         )
     counts = {id(norm): _Count(norm) for norm in norms}
-    settings = [(w, w.freeze_statistics, w.between) for w in wrappers]
+    settings = [(w, w.freeze_statistics, w.between, w.controls) for w in wrappers]
     trainable = [(norm, norm.trainable) for norm in norms]
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
@@ -66,14 +67,17 @@ def reestimate_batchnorm(qat: keras.Model, data: Any) -> None:
         for wrapper in wrappers:
             # What stands between the two changes nothing in inference; in training it drops values.
             wrapper.freeze_statistics, wrapper.between = False, []
+            # Those of the last fit may have frozen the statistics, or shake the weights.
+            wrapper.controls = Controls(still=True)
         for norm in norms:
             norm.trainable = True
         calibration.run_batches(graph, calibration.batches(data, graph), call)
     finally:
         for norm, kept in trainable:
             norm.trainable = kept
-        for wrapper, frozen, between in settings:
+        for wrapper, frozen, between, controls in settings:
             wrapper.freeze_statistics, wrapper.between = frozen, between
+            wrapper.controls = controls
         for count in counts.values():
             count.norm.momentum = count.momentum
 

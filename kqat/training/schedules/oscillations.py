@@ -111,7 +111,7 @@ class FreezeOscillations(QatCallback):
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
-            self._step = tf.function(self._follow)
+            self._step = tf.function(self._follow, autograph=False)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes the epoch."""
@@ -156,7 +156,7 @@ class Oscillations:
         direction: the sign of each weight's last change.
         frequency: the moving average of oscillating.
 
-    Reference: Nagel et al. 2022, section 2.1, equations 3 and 4 (https://arxiv.org/abs/2203.11086).
+    Reference: Nagel et al. 2022, section 4.1 (https://arxiv.org/abs/2203.11086).
     """
 
     def __init__(self, integers: Any) -> None:

@@ -15,6 +15,8 @@ from keras import layers
 import kqat
 from kqat.analysis import Cause, Diagnosis
 from kqat.analysis.grid_use import rounded_tensors
+from kqat.analysis.remedies import Remedy, _from_model, _on_qat
+from kqat.config import QuantizePolicy
 from kqat.graph import trace
 
 
@@ -257,6 +259,33 @@ def test_the_output_has_a_row_and_the_numbers_are_explained() -> None:
     assert found.sum_db == pytest.approx(-10.0 * np.log10(sum(alone)))
     assert f"{found.sum_db:.1f} dB  if the roundings below" in text
     assert found.trained_db > 100.0
+
+
+def test_on_the_command_line_what_helps_is_a_command() -> None:
+    def remedy(name: str, code: str, command: tuple[str, ...]) -> Remedy:
+        return Remedy(name, code, command, 40.0, 9.0, None, 9.0, True, "", ())
+
+    policy = QuantizePolicy.of({"a [[]x]": "int16x8", "b": None, "c" * 50: "w4a8"})
+    own = QuantizePolicy.of({"a": kqat.QuantizeConfig(weight_step="lsq")})
+    assert _from_model(own) == () and _from_model(QuantizePolicy.of({layers.Dense: None})) == ()
+    assert _from_model(QuantizePolicy.of("w4a8"))[5:7] == ("--policy", "w4a8")
+    tried = (
+        remedy("gptq", "mended = kqat.algorithms.gptq(qat, data)", _on_qat("--algorithm", "gptq")),
+        remedy("16 bits", "mended = kqat.quantize_model(…)", _from_model(policy)),
+        remedy("a range over all values", "mended = kqat.quantize_model(own)", _from_model(own)),
+    )
+    found = Diagnosis("net", 4, 30.0, 30.0, 30.0, 90.0, (), None, (), (), tried, ())
+    assert "kqat.algorithms.gptq(qat, data)" in str(found) and "kqat calibrate" not in str(found)
+    text = found.text({"MODEL": "my net.keras", "QAT": "qat.keras", "DATA": "x.npy"})
+    assert "kqat calibrate qat.keras --data x.npy --algorithm gptq -o mended.keras" in text
+    joined = text.replace(" \\\n    ", " ")
+    assert (
+        "kqat quantize 'my net.keras' --data x.npy --layer 'a [[]x]=int16x8' --layer b=float "
+        f"--layer {'c' * 50}=w4a8 -o mended.keras\n"
+    ) in joined
+    assert max(map(len, text.splitlines())) <= 80
+    assert not re.search(r"(-o|--\w+) \\$", text, re.MULTILINE)
+    assert text.count("kqat.") == 1 and "in Python, with the loaded files as model" in text
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What `TensorBoardQuantization` writes, read from its file; and that training is not disturbed."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import tensorflow as tf
 from keras import layers as L
 
 import kqat
+from kqat.analysis.tensorboard import _compiled
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 8, 8, 2)).astype(np.float32)
@@ -139,6 +141,31 @@ def test_grids_that_fall_during_training_are_followed(tmp_path: Path, first: boo
     steps = events(tmp_path)["steps/hidden/kernel"]
     assert steps[0] < steps[1] / 8
     assert events(tmp_path)["oscillating/all"][1] == 0.0
+
+
+def test_tensorflow_has_nothing_to_say_of_what_is_compiled() -> None:
+    """AutoGraph warns of an annotated variable behind an early return."""
+
+    def counted() -> Any:
+        if X is None:
+            return 0.0
+        found: dict[str, Any] = {}
+
+        def note(value: Any) -> None:
+            found.setdefault("a", []).append(value)
+
+        note(keras.ops.ones(2))
+        return found["a"][0]
+
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    tf.get_logger().addHandler(handler)
+    try:
+        assert np.sum(_compiled(counted)()) == 2.0
+    finally:
+        tf.get_logger().removeHandler(handler)
+    assert records == []
 
 
 def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers, ops
 
 import kqat
@@ -74,16 +75,17 @@ def one_by_one(own: Any, x: Any) -> Any:
     return ops.reshape(own.parts[0](ops.reshape(x, (-1, 3, 8))), (-1, 6, 8))
 
 
+def equation_beside_a_weight(own: Any, x: Any) -> Any:
+    """Heads merged into the batch, an equation of which the weight lacks axes, a scalar beside."""
+    y = ops.reshape(ops.transpose(ops.reshape(x, (-1, 6, 2, 4)), (0, 2, 1, 3)), (-1, 6, 4))
+    y = ops.einsum("bnc,kc->bnk", y, own.matrix[:, :4]) * tf.constant(0.5)
+    return ops.reshape(y, (-1, 2, 6, 8))
+
+
 CALLS = (
-    queries_in_front,
-    picked_in_front,
-    windows,
-    windows_outside,
-    steps_first,
-    one_by_one,
-    summed_over_windows,
-    nearest,
-)
+    queries_in_front, picked_in_front, windows, windows_outside, steps_first, one_by_one,
+    equation_beside_a_weight, summed_over_windows, nearest,
+)  # fmt: skip
 
 
 def _own(call: Callable[[Any, Any], Any]) -> Own:

@@ -8,7 +8,7 @@ import pytest
 from keras import layers as L
 
 import kqat
-from kqat.graph.copies import clone
+from kqat.graph.copies import clone, duplicate
 
 
 class Block(L.Layer):
@@ -52,3 +52,29 @@ def test_the_error_quotes_no_config() -> None:
     ) as e:
         clone(Stubborn(3, 1, name="odd"))
     assert "config=" not in str(e.value) and "'units'" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (L.Dense(3, bias_initializer="random_normal"), (4,)),
+        (L.GRU(3), (5, 4)),
+        (L.Bidirectional(L.LSTM(2)), (5, 4)),
+    ],
+)
+def test_weights_that_are_taken_over_are_not_drawn_first(
+    layer: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.ones((2, *shape), np.float32)
+    want = np.asarray(layer(x))
+    copy = duplicate(layer)
+
+    def draws(*_: Any, **__: Any) -> None:
+        raise AssertionError("random numbers that nobody reads")
+
+    for kind in (keras.initializers.GlorotUniform, keras.initializers.Orthogonal):
+        monkeypatch.setattr(kind, "__call__", draws)
+    copy(keras.Input(shape))
+    assert np.array_equal(copy(x), want)
+    # They are what a config says.
+    assert copy.layer.get_config() == {**layer.get_config(), "name": copy.layer.name}

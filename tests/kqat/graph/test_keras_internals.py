@@ -1,5 +1,6 @@
 """Subclassed models, custom layers and functions: opened up by tracing, or refused by line."""
 
+import inspect
 from typing import Any
 
 import keras
@@ -9,7 +10,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 import kqat
-from kqat.graph import operations_between, values_between
+from kqat.graph import call_signature, operations_between, values_between
 from kqat.graph.tracer import rebuild, trace
 from kqat.planning.expansion import expand
 from tests.coverage.cases import inputs_of
@@ -98,29 +99,6 @@ def test_tokens_are_whole_numbers() -> None:
         kqat.quantize_model(model, calibration_data=np.full((4, 6), 0.5))
 
 
-class TakesMask(layers.Layer):
-    """A layer that looks for the mask on its input."""
-
-    supports_masking = True
-
-    def call(self, x: Any) -> Any:
-        """The mean of what the mask shows."""
-        mask = getattr(x, "_keras_mask", None)
-        return x if mask is None else x * ops.cast(mask, x.dtype)[:, :, None]
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_a_layer_that_takes_a_mask_off_its_input_is_named(masked: bool) -> None:
-    x = keras.Input((6,), dtype="int32", name="tokens")
-    y = TakesMask(name="own")(layers.Embedding(10, 3, mask_zero=masked)(x))
-    model = keras.Model(x, layers.Dense(2)(y))
-    if not masked:
-        kqat.plan(model)
-        return
-    with pytest.raises(kqat.ModelError, match=r"layer 'own' of type TakesMask, whose call takes"):
-        kqat.plan(model)
-
-
 def test_what_lies_between_tensors_inside_a_model() -> None:
     """As a `keras.Function` of inner tensors has it, which Keras before 3.15 refuses to make."""
     x = keras.Input((4,))
@@ -136,3 +114,14 @@ def test_what_lies_between_tensors_inside_a_model() -> None:
     (found,) = values_between([before], [y], [value])
     expected = dense(np.maximum(value, 0.0)) + value
     np.testing.assert_array_equal(found, expected)
+
+
+def test_signatures_are_those_of_each_class_and_object() -> None:
+    class Doubled(keras.layers.Dense):
+        def call(self, x: Any, factor: float = 2.0) -> Any:
+            return super().call(x) * factor
+
+    plain, doubled, own = keras.layers.Dense(2), Doubled(2), keras.layers.Dense(2)
+    object.__setattr__(own, "call", lambda x, mask=None: x)
+    for layer in (plain, doubled, own, doubled, keras.layers.Dense(3), keras.layers.Dropout(0.5)):
+        assert call_signature(layer) == inspect.signature(layer.call)

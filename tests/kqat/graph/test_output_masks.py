@@ -10,6 +10,7 @@ from keras import layers
 
 import kqat
 import tflite_export
+from kqat.graph.output_masks import MaskedOutput
 from kqat.graph.tracer import trace
 
 STEPS, WORDS, TAGS = 5, 9, 3
@@ -70,7 +71,36 @@ def test_a_loss_leaves_masked_steps_out(tmp_path: Path) -> None:
     assert graph.output_names == ("tags",) and len(graph.output_masks) == 1
     assert not any(type(node.layer).__name__ == "MaskedOutput" for node in graph.nodes)
     assert kqat.freeze(loaded).output_names == ("tags",)
-    assert kqat.strip(loaded).output_names == ["tags"]
+    # So has the float model, which can go the same road again.
+    stripped = kqat.strip(loaded)
+    assert stripped.output_names == ["tags"]
+    assert abs(_loss(stripped, words, tags) - _by_hand(stripped, words, tags)) < 1e-5
+    again = kqat.quantize_model(stripped, calibration_data=words)
+    assert abs(_loss(again, words, tags) - _by_hand(again, words, tags)) < 1e-5
+
+
+def _with_a_mask_of_ours(annotated: bool = False) -> keras.Model:
+    """A float model as `strip` makes it: what bears the output's name hands the mask on."""
+    x = keras.Input((STEPS,), dtype="int32", name="words")
+    (mask,) = trace(_tagger()).output_masks
+    dense = layers.Dense(TAGS, "softmax", name="own")
+    y = layers.Embedding(WORDS, 4)(x)
+    y = (kqat.quantize_annotate_layer(dense) if annotated else dense)(y)
+    return keras.Model(x, MaskedOutput(mask, name="tags")([y, x]), name="net")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Layers of 'net' stay float")
+def test_copies_keep_the_masks_of_outputs() -> None:
+    words, tags = _data()
+    model, annotated = _with_a_mask_of_ours(), _with_a_mask_of_ours(annotated=True)
+    for copy in (
+        kqat.adapt(model, "tflite_micro"),
+        kqat.adapt(model, calibration_data=words),
+        kqat.quantize_apply(annotated, calibration_data=words),
+    ):
+        assert copy.output_names == ["tags"]
+        assert abs(_loss(copy, words, tags) - _by_hand(copy, words, tags)) < 1e-5
 
 
 @pytest.mark.slow

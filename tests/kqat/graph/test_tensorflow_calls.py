@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras import layers
+from keras import layers, ops
 
 import kqat
 from tests.kqat.graph.test_tracing_of_calls import ROWS, Own, _model, _parts
@@ -78,9 +78,27 @@ def test_a_function_of_each_number_is_one_part(call: Any) -> None:
     assert [part.name for part in parts.layers] == ["x", "act", "head"]
 
 
-@pytest.mark.parametrize(
-    "call", [in_sizes_that_are_tensors, attention, of_a_weight, of_images, of_statistics]
-)
+def shapes(own: Any, x: Any) -> Any:
+    """Shapes as TensorFlow's tensors have them."""
+    _, steps, features = x.shape.as_list()
+    known = x.shape[1:].is_fully_defined() and x.get_shape().dims[-1] == features
+    y = x * 2.0 if x.shape.rank == x.shape.ndims == 3 and known else x
+    y = tf.reshape(y, [-1, steps * features]) / tf.cast(tf.rank(y), tf.float32)
+    return y * tf.cast(tf.size(y[0]), y.dtype) / float(x.shape[1:].num_elements())
+
+
+def counts(own: Any, x: Any) -> Any:
+    """Numbers of axes and of entries as `keras.ops` counts them."""
+    y = x * 2.0 if ops.ndim(x) == 3 else x
+    return y / ops.cast(ops.size(y[0]), "float32")
+
+
+CALLS = (
+    in_sizes_that_are_tensors, attention, of_a_weight, of_images, of_statistics, shapes, counts,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_parts_compute_what_tensorflow_computes(call: Any) -> None:
     model = _model(Own(call))
     np.testing.assert_allclose(_parts(model)(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)
@@ -90,6 +108,9 @@ def test_tensorflow_takes_no_symbolic_tensor_elsewhere() -> None:
     _parts(_model(Own(of_a_weight)))
     with pytest.raises(ValueError, match="KerasTensor cannot be used"):
         tf.nn.relu(keras.Input((3,)))
+    assert type(keras.Input((3,)).shape) is tuple
+    assert keras.ops.is_tensor(keras.ops.ndim(np.ones(3))) is False
+    assert isinstance(keras.ops.ndim(keras.Input((3,))), keras.KerasTensor)
 
 
 def test_what_no_operation_of_keras_computes_is_named() -> None:

@@ -354,3 +354,12 @@ def test_broken_weights_show_in_the_scale(value: float) -> None:
     spec = QuantSpec(symmetric=True, narrow_range=True, axis=-1)
     scale = arithmetic.weight_scale(tf.constant(weight), spec).numpy()
     np.testing.assert_array_equal(np.isfinite(scale), [[True, False, True]])
+
+
+def test_a_range_of_numbers_is_widened_as_one_of_tensors() -> None:
+    generator = np.random.default_rng(0)
+    sizes = np.float32(10.0) ** generator.uniform(-6, 4, (400, 3)).astype(np.float32)
+    sizes[:100, 0], sizes[50:150, 1] = 0.0, 0.0
+    for low, high, width in sizes.tolist():
+        want = tuple(float(x) for x in arithmetic.no_narrower(-low, high, width))
+        assert arithmetic.no_narrower_number(-low, high, width) == want

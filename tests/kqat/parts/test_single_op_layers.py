@@ -7,7 +7,16 @@ import keras
 import pytest
 from keras import ops
 
-from kqat.parts.single_op_layers import DepthToSpace, Slice, SpaceToDepth, Take
+from kqat.parts import Tabulated
+from kqat.parts.single_op_layers import (
+    DepthToSpace,
+    Matmul,
+    ReciprocalSquareRoot,
+    Reduce,
+    Slice,
+    SpaceToDepth,
+    Take,
+)
 
 SLICE, TAKE = (lambda: Slice([1], [3], [1]), (4,)), (lambda: Take([0, 2], 1), (4,))
 
@@ -30,3 +39,27 @@ def test_a_move_foresees_the_type_that_it_gives(
         keras.backend.standardize_dtype(given.dtype),
         tuple(given.shape[1:]),
     )
+
+
+@pytest.mark.parametrize(
+    ("layer", "shapes", "dtype"),
+    [
+        (Reduce("mean", [1, -1]), [(3, 4, 5)], "float32"),
+        (Reduce("max", [2], keepdims=False), [(3, 4, 5)], "float32"),
+        (Reduce("max", [1]), [(3,)], "int32"),
+        (Reduce("mean", [1]), [(3,)], "int32"),
+        (Matmul(), [(2, 3, 4), (2, 4, 5)], "float32"),
+        (Matmul(), [(2, 3, 4), (1, 4, 5)], "float32"),
+        (Matmul(dtype="mixed_float16"), [(3, 4), (4, 5)], "float32"),
+        (ReciprocalSquareRoot(), [(3, 4)], "float32"),
+        (Tabulated(keras.layers.Activation("tanh"), 0), [(3, 4)], "float32"),
+    ],
+)
+def test_a_layer_foresees_what_it_makes(
+    layer: Any, shapes: list[tuple[int, ...]], dtype: str
+) -> None:
+    symbolic = [keras.Input(shape, dtype=dtype) for shape in shapes]
+    values = [ops.ones((6, *shape), dtype) for shape in shapes]
+    foreseen, made = (layer(x if len(x) > 1 else x[0]) for x in (symbolic, values))
+    assert foreseen.shape == (None, *made.shape[1:])
+    assert foreseen.dtype == keras.backend.standardize_dtype(made.dtype)

@@ -252,7 +252,7 @@ def test_slices_are_numpys(key: Any, shape: tuple[int, ...]) -> None:
         (lambda x, y: ops.einsum("bijc,...c,c->bij", x, y, MATRIX[0]), "a letter for each axis"),
         (lambda x, y: ops.image.rgb_to_hsv(x), "a hue that jumps from 1 to 0"),
         (lambda x, y: ops.image.sobel_edges(x), "a DepthwiseConv2D with that kernel"),
-        (lambda x, y: ops.cast(x, "int32"), "An index is no quantity"),
+        (lambda x, y: ops.cast(x, "int32"), "A quantity is no index"),
         (lambda x, y: ops.norm(x, ord=1, axis=1), "the Euclidean norm"),
         (lambda x, y: ops.pad(x, [[1, 0], [1, 1], [0, 0], [0, 0]]), "axes other than the batch"),
         (lambda x, y: ops.depth_to_space(ops.tile(x, (1, 1, 1, 4)), 2, "channels_first"), "last"),

@@ -163,18 +163,7 @@ def test_truth_values_become_quantities() -> None:
     assert all(r.problem is None and r.max_steps <= 1 for r in report.runtimes)
 
 
-def _nested(x: Any) -> Any:
-    inner = keras.Input((STEPS, FEATURES))
-    return keras.Model(inner, _heads()(inner), name="inner")(x)
-
-
 REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
-    "normalization": (
-        layers.BatchNormalization(name="norm"),
-        kqat.ModelError,
-        "a mask for layer 'norm' of type BatchNormalization.*leave mask_zero",
-    ),
-    "model": (_nested, kqat.ModelError, "begin without a mask. Received: a mask for 'inner'"),
     "quantities": (
         lambda x: layers.MultiHeadAttention(2, 4, name="mha")(
             x, x, attention_mask=layers.Dense(STEPS)(x)

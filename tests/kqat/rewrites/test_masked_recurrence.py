@@ -163,6 +163,16 @@ def test_masking_finds_steps_of_zeros() -> None:
             lambda x: layers.LSTM(UNITS, name="rnn")(x, mask=keras.ops.max(x, axis=-1)),
             "Expected a boolean mask of shape (batch, steps) in layer 'rnn'",
         ),
+        (
+            lambda x: layers.LSTM(UNITS, name="rnn")(x, mask=np.ones((1, STEPS), bool)),
+            "Expected a boolean mask of shape (batch, steps) in layer 'rnn'",
+        ),
+        (
+            lambda x: layers.TimeDistributed(layers.LSTM(UNITS), name="each")(
+                layers.Reshape((STEPS, 2, 2))(x), mask=keras.ops.greater(x[:, :, 0], 0.0)
+            ),
+            "Expected a mask of shape (batch, steps, inner steps) in TimeDistributed layer 'each'",
+        ),
     ],
 )
 def test_what_cannot_ship_is_refused(make: Make, message: str) -> None:
@@ -184,7 +194,7 @@ def test_a_fused_lstm_has_no_mask() -> None:
 
 def test_a_masked_layer_that_stays_float_is_refused() -> None:
     model = _of_words(lambda x: layers.Dense(2)(layers.LSTM(UNITS, name="rnn")(x)))
-    with pytest.raises(kqat.ModelError, match=r"layer 'rnn' of type LSTM, which stays float\."):
+    with pytest.raises(kqat.ModelError, match=r"layer 'rnn' of type LSTM, which stays as it is\."):
         kqat.plan(model, {"rnn": None})
 
 
@@ -301,23 +311,77 @@ def test_a_mask_comes_out_of_a_model_inside(sequential: bool) -> None:
     np.testing.assert_allclose(_expanded(model)(words), model(words), rtol=1e-4, atol=1e-5)
 
 
-class Tokens(layers.Layer):
-    """A custom layer whose output bears the mask of a layer inside."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.table = layers.Embedding(WORDS, WIDTH, mask_zero=True)
-
-    def call(self, x: Any) -> Any:
-        return self.table(x)
+def _beside(other: Any, axis: int) -> Make:
+    return lambda x: layers.LSTM(UNITS)(layers.Concatenate(axis=axis)([x, other(x)]))
 
 
-@pytest.mark.filterwarnings("ignore:Layer 'flatten'")
-def test_a_mask_that_a_custom_layer_makes_is_refused_where_it_is_read() -> None:
-    x = keras.Input((STEPS,), dtype="int32")
-    with pytest.raises(kqat.ModelError, match="out of a custom layer or a model inside"):
-        kqat.plan(keras.Model(x, layers.LSTM(UNITS)(Tokens()(x))))
-    kqat.plan(keras.Model(x, layers.Dense(2)(layers.Flatten()(Tokens()(x)))))
+# Each mask is made anew where Keras's own reads the numbers as well.
+JOINED: dict[str, Make] = {
+    "steps": _beside(layers.Activation("tanh"), 1),
+    "steps of two layers": lambda x: layers.Bidirectional(layers.GRU(2))(
+        layers.Concatenate(axis=1)([layers.Activation("tanh")(x), x, layers.ReLU()(x)])
+    ),
+    "steps that all count": _beside(layers.Reshape((STEPS, WIDTH)), 1),
+    "more steps that all count": _beside(lambda x: layers.Reshape((STEPS, WIDTH))(x)[:, :3], -2),
+    "features": _beside(layers.Activation("tanh"), -1),
+    "features that all count": _beside(layers.Reshape((STEPS, WIDTH)), 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Layer 'reshape.* does not support masking")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if "of two" in n else []) for n in JOINED],
+)
+def test_masks_of_joined_sequences(name: str) -> None:
+    model, words = _of_words(JOINED[name]), _words()
+    np.testing.assert_allclose(_expanded(model)(words), model(words), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Layer 'reshape.* does not support masking")
+def test_the_file_of_joined_sequences_is_right() -> None:
+    model, words = _of_words(JOINED["more steps that all count"]), _words()
+    qat = kqat.quantize_model(model, calibration_data=words)
+    runtimes = ["litert_reference", "litert", "tflite_micro"]
+    _check_lockstep(qat, tflite_export.convert(qat), words, runtimes)
+
+
+def _of_sentences(inner: Any) -> keras.Model:
+    x = keras.Input((STEPS * 2,), dtype="int32", name="words")
+    y = layers.Embedding(WORDS, WIDTH, mask_zero=True)(layers.Reshape((2, STEPS))(x))
+    y = layers.Flatten()(layers.TimeDistributed(inner, name="each")(y))
+    return _filled(keras.Model(x, layers.Dense(2)(y), name="net"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Layer 'flatten.* does not support masking")
+def test_each_step_of_a_sequence_of_sequences_has_its_mask() -> None:
+    words = _words(24).reshape(12, -1)
+    model = _of_sentences(layers.GRU(UNITS))
+    np.testing.assert_allclose(_expanded(model)(words), model(words), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Layer 'flatten.* does not support masking")
+def test_the_file_of_a_sequence_of_sequences_is_right() -> None:
+    words = _words(24).reshape(12, -1)
+    qat = kqat.quantize_model(_of_sentences(layers.LSTM(UNITS)), calibration_data=words)
+    runtimes = ["litert_reference", "litert", "tflite_micro"]
+    _check_lockstep(qat, tflite_export.convert(qat), words, runtimes)
+
+
+def test_a_normalization_computes_the_same_without_its_mask() -> None:
+    """Only its statistics leave steps out, which is said."""
+    model, words = (
+        _of_words(lambda x: layers.GRU(UNITS)(layers.BatchNormalization(name="norm")(x))),
+        _words(),
+    )
+    with pytest.warns(kqat.TrainerWarning, match="Layer 'norm' of type BatchNormalization leaves"):
+        expanded = _expanded(model)
+    np.testing.assert_allclose(expanded(words), model(words), rtol=1e-4, atol=1e-5)
+    model.get_layer("norm").trainable = False
+    kqat.plan(model)
 
 
 def test_what_a_mask_puts_in_place_of_outputs_is_no_guess() -> None:

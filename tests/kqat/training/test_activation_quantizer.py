@@ -15,11 +15,12 @@ from kqat.base.errors import FreezeError
 from kqat.grids import arithmetic
 from kqat.grids.methods import RangeMethod
 from kqat.grids.ranges.fixed import Fixed
+from kqat.grids.ranges.learned_range import LearnedRange
 from kqat.grids.ranges.minmax import MinMax
 from kqat.grids.ranges.moving_average import MovingAverage
 from kqat.grids.spec import QuantSpec
 from kqat.parts.markers import PrecisionBoundary
-from kqat.training.activation_quantizer import ActivationQuantizer
+from kqat.training.activation_quantizer import ActivationQuantizer, SiteRange
 
 INT8 = QuantSpec()
 CLAMPS = (None, "relu", "relu6")
@@ -305,3 +306,21 @@ def test_boundary_computes_nothing() -> None:
     np.testing.assert_array_equal(PrecisionBoundary()(x), x)
     assert PrecisionBoundary().compute_output_shape((None, 4)) == (None, 4)
     assert quantizer().compute_output_shape((None, 4)) == (None, 4)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ActivationQuantizer(QuantSpec(), MovingAverage()),
+        ActivationQuantizer(QuantSpec(bits=16, symmetric=True), MovingAverage(), sites=2),
+        ActivationQuantizer(QuantSpec(), Fixed(0.0, 0.1)),
+        ActivationQuantizer(QuantSpec(bits=4), LearnedRange()),
+    ],
+)
+def test_the_scale_as_a_number_is_the_scale(layer: ActivationQuantizer) -> None:
+    layer.build((None, 3))
+    if not isinstance(layer.range_method, Fixed):
+        assert layer.scale_now() == 0.0
+    found = SiteRange(-0.3, 0.7, -0.4, 0.9, (0.0, 0.0), 3)
+    layer.start(dict.fromkeys(range(layer.sites), found))
+    assert np.asarray(layer.scale(), np.float32) == layer.scale_now()

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import kqat
 from kqat.base.errors import ModelError
+from kqat.training.finetuning import recommended_rate
 from tests.kqat.training.schedules.models import EachStep, X, Y, network, quantized, wrapper
 
 
@@ -31,6 +32,59 @@ def test_the_rate_rises_and_falls_over_all_steps() -> None:
     # The second half trained with numbers that stay.
     assert wrapper(qat, "hidden").freeze_statistics
     assert all(la.is_frozen for la in qat.layers if isinstance(la, kqat.ActivationQuantizer))
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("int8", 3e-4),
+        ("w4a8", 3e-4),
+        ("w3a8", 1e-3),
+        ("ternary", 2e-3),
+        ("binary", 2e-3),
+        ({"head": "ternary", "*": "w4a8"}, 3e-4),
+        ({"head": "w4a8", "*": "ternary"}, 2e-3),
+    ],
+    ids=str,
+)
+def test_the_rate_is_that_of_most_weights(policy: Any, expected: float) -> None:
+    qat = kqat.quantize_model(network(), policy, calibration_data=X)
+    assert recommended_rate(qat) == expected
+    distiller = kqat.Distiller(qat, network(), kind="values")
+    (callback, *_) = kqat.finetune_callbacks(2)
+    assert isinstance(callback, kqat.WarmUpCosine)
+    callback.set_model(distiller)
+    callback.set_params({"epochs": 2, "steps": 10})
+    callback.on_train_begin()
+    assert callback.rate(0.1) == pytest.approx(expected)
+
+
+def test_a_teacher_is_learned_from_and_stays_as_it_was() -> None:
+    keras.utils.set_random_seed(0)
+    chain = [keras.layers.Dense(16, activation="relu"), keras.layers.Dense(4, name="head")]
+    teacher = keras.Sequential([keras.Input((6,)), *chain])
+    chain[1].trainable = False
+    flags = [layer.trainable for layer in teacher.layers]
+    before = teacher.get_weights()
+    qat = kqat.quantize_model(teacher, "ternary", calibration_data=X)
+    start = float(np.mean(np.square(qat.predict(X, verbose=0) - teacher.predict(X, verbose=0))))
+    # Labels that say nothing: what is learned is the teacher's.
+    kqat.finetune(
+        qat, (X, np.zeros_like(Y)), 8, loss=lambda y, z: 0.0 * z, teacher=teacher, kind="values",
+        learning_rate=0.01, batch_size=8, verbose=0, metrics=["mae"],
+    )  # fmt: skip
+    end = float(np.mean(np.square(qat.predict(X, verbose=0) - teacher.predict(X, verbose=0))))
+    assert end < 0.5 * start
+    assert [layer.trainable for layer in teacher.layers] == flags
+    for ours, theirs in zip(teacher.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{"teacher": network}, {"kind": "logits"}], ids=str)
+def test_a_teacher_without_a_kind_is_refused(options: Any) -> None:
+    given = {key: value() if callable(value) else value for key, value in options.items()}
+    with pytest.raises(ModelError, match=r"Expected a teacher and the kind .* Use teacher=model"):
+        kqat.finetune(quantized(), (X, Y), **given)
 
 
 @pytest.mark.slow

@@ -252,7 +252,23 @@ def test_golden_outputs_are_those_of_the_interpreter(
     numbers = [int(n) for n in re.findall(r"(?m)^    (.*),$", text) for n in n.split(",")]
     np.testing.assert_array_equal(numbers, [*x.ravel(), *expected.ravel()])
     with pytest.raises(ExportError, match="Expected dtype=int8"):
-        tflite_export.to_c(blob, tmp_path, inputs=[x.astype(np.float32)])
+        tflite_export.to_c(blob, tmp_path, inputs=[x.astype(np.int32)])
+
+
+def test_golden_inputs_may_be_floats(net: tuple[bytes, np.ndarray], tmp_path: Path) -> None:
+    """They are rounded to the input's grid, and beyond it clipped."""
+    blob, x = net
+    grid = tflite_export.inspect(blob).inputs[0]
+    real = np.concatenate([x[:1], 100.0 * x[1:2]]).astype(np.float64)
+    on_grid = np.clip(
+        np.floor(real.astype(np.float32) / grid.scale + 0.5) + grid.zero_point, -128, 127
+    )
+    given = [real, on_grid.astype(np.int8)]
+    texts = [
+        tflite_export.to_c(blob, tmp_path / str(i), inputs=[one]).files[4].read_text()
+        for i, one in enumerate(given)
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_the_arena_is_enough_and_hardly_more(source: tflite_export.CSource, net: Any) -> None:

@@ -12,7 +12,7 @@ import kqat
 import tflite_export
 from tests.tflite_export.small_models import operators
 from tflite_export import flatbuffer
-from tflite_export.lowering import lower
+from tflite_export.lowering import converter, lower
 from tflite_export.lowering.converter import with_whole_pairs
 
 
@@ -163,3 +163,10 @@ def test_a_pair_without_its_dequantize_is_made_whole(units: int) -> None:
     assert [flatbuffer.op_name(marked, o) for o in graph.operators] == whole
     written = {int(t) for o in graph.operators for t in o.outputs}
     assert len(written) == len(graph.operators)
+
+
+def test_tensorflow_does_not_read_the_file_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the method that is replaced; where it has not, a conversion only takes longer."""
+    base = tf.compat.v1.lite.TFLiteConverter
+    assert callable(base._optimize_tflite_model)
+    assert converter._converter_class()._optimize_tflite_model(None, b"file", None) == b"file"

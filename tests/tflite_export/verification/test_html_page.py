@@ -92,7 +92,7 @@ def test_the_page_is_whole_and_alone(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in text
     assert seen.count("svg") == 4 and seen.count("rect") == 4 * 3
     for words in (
-        "1,234,567", "3 of 4 (75 %)", "same class in 50.0 % or more", "of these 50 % halfway",
+        "1,234,567", "3 of 4 (75 %)", "same class in 50 %", "of these 50 % halfway",
         "Halfway: exactly between two steps", "<small>CONV_2D</small>", "</i> below 30 dB",
     ):  # fmt: skip
         assert words in text
@@ -125,6 +125,20 @@ def verdicts(found: Report) -> list[tuple[str, str]]:
     rows = re.findall(r'<li class="(\w+)">(.) (.*)</li>', head)
     assert all(marks[kind] == mark for kind, mark, _ in rows)
     return [(kind, words) for kind, _, words in rows]
+
+
+def test_a_share_that_is_not_zero_does_not_read_as_zero() -> None:
+    shares = (0.0, 2e-5, 1e-4, 0.5, 1.0)
+    assert [html_page._percent(share) for share in shares] == ["0", "< 0.01", "0.01", "50", "100"]
+
+
+def test_a_runtime_that_is_not_installed_has_no_verdict() -> None:
+    absent = RuntimeReport(runtime="tflite_micro", problem="not installed", installed=False)
+    lacking = RuntimeReport(runtime="litert", problem="no kernel", lacks=("ELU",))
+    shown = dataclasses.replace(report(), runtimes=(absent, lacking))
+    assert absent.is_right and lacking.is_right
+    assert not any("tflite_micro" in words for _, words in verdicts(shown))
+    assert any("litert did not run it" in words for _, words in verdicts(shown))
 
 
 def test_a_verdict_is_good_for_a_good_file_only() -> None:

@@ -1,5 +1,7 @@
 """Statistics of BatchNormalization from data: plain means, and nothing else changes."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -45,6 +47,39 @@ def test_frozen_and_dropped_layers_are_left_as_they_are() -> None:
         assert one.freeze_statistics is frozen and len(one.between) == 1
         assert one.normalization is not None
         found.append(np.asarray(one.normalization.moving_variance))
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [lambda: kqat.FreezeBatchNorm(0), kqat.StochasticRounding, lambda: kqat.QuantizeAfter(99)],
+    ids=["frozen", "random", "delayed"],
+)
+def test_what_callbacks_of_the_last_fit_left_does_not_matter(callback: Any) -> None:
+    """A frozen flag would keep the statistics, and noise or floats would shift them."""
+    qat = quantized()
+    fit(qat, callback())
+    fresh = keras.models.clone_model(qat)
+    fresh.set_weights(qat.get_weights())
+    found = []
+    for model in (qat, fresh):
+        wrapper(model, "hidden").freeze_statistics = False
+        kqat.reestimate_batchnorm(model, X)
+        norm = wrapper(model, "hidden").normalization
+        assert norm is not None
+        found.append(np.stack([norm.moving_mean, norm.moving_variance]))
+    np.testing.assert_array_equal(*found)
+
+
+def test_noise_in_the_place_of_rounding_does_not_reach_the_statistics() -> None:
+    found = []
+    for gradient in ("noise", "identity"):
+        keras.utils.set_random_seed(0)
+        qat = quantized(kqat.QuantizeConfig(weight_gradient=gradient))
+        kqat.reestimate_batchnorm(qat, X)
+        norm = wrapper(qat, "hidden").normalization
+        assert norm is not None
+        found.append(np.asarray(norm.moving_variance))
     np.testing.assert_array_equal(*found)
 
 

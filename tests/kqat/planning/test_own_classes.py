@@ -1,0 +1,192 @@
+"""A user's own classes and functions in the place of Keras's: subclasses, models, activations."""
+
+import functools
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+
+from kqat.base import ModelError
+from kqat.graph import trace
+from tests.kqat.graph.test_tracing_of_calls import ROWS, _parts
+
+IMAGES = np.random.default_rng(0).normal(size=(4, 6, 6, 4)).astype(np.float32)
+
+
+def _twice(kind: Any) -> Any:
+    """A subclass whose `call` doubles what the stock `call` computes."""
+
+    def call(self: Any, x: Any) -> Any:
+        return 2.0 * kind.call(self, x)
+
+    return type(f"Twice{kind.__name__}", (kind,), {"call": call})
+
+
+SUBCLASSES = {
+    "batch_normalization": (_twice(layers.BatchNormalization), (), IMAGES),
+    "layer_normalization": (_twice(layers.LayerNormalization), (), ROWS),
+    "separable": (_twice(layers.SeparableConv2D), (3, 3), IMAGES),
+    "transposed": (_twice(layers.Conv2DTranspose), (3, 3), IMAGES),
+    "time_distributed": (_twice(layers.TimeDistributed), (layers.Dense(3),), ROWS),
+    "rescaling": (_twice(layers.Rescaling), (0.5,), IMAGES),
+}
+
+
+def _same(model: Any, data: np.ndarray) -> Any:
+    """Checks that the parts of a model compute what it computes; returns them."""
+    parts = _parts(model)
+    np.testing.assert_allclose(parts(data), model(data), rtol=1e-4, atol=1e-4)
+    return parts
+
+
+@pytest.mark.parametrize("name", SUBCLASSES)
+def test_a_subclass_calls_the_stock_layer(name: str) -> None:
+    kind, args, data = SUBCLASSES[name]
+    model = keras.Sequential([keras.Input(data.shape[1:]), kind(*args, name="own")])
+    if name == "batch_normalization":
+        model.layers[0].moving_mean.assign([0.1, 0.2, 0.3, 0.4])
+    parts = _same(model, data)
+    if name == "batch_normalization":  # It trains its averages, as the user's layer does.
+        assert any(type(part) is layers.BatchNormalization for part in parts.layers)
+
+
+class OtherKernel(layers.Dense):
+    """A method that the stock call uses, written anew: it is no stock layer beside its call."""
+
+    def call(self, x: Any) -> Any:
+        return super().call(x) + 1.0
+
+    def quantized_call(self, x: Any) -> Any:
+        raise AssertionError
+
+    @property
+    def kernel(self) -> Any:
+        return self._kernel * 3.0
+
+
+def test_a_subclass_that_changes_what_the_stock_call_reads_is_traced() -> None:
+    _same(keras.Sequential([keras.Input(ROWS.shape[1:]), OtherKernel(3)]), ROWS)
+
+
+class DoubledSequential(keras.Sequential):
+    """A Sequential whose call is not that of a Sequential."""
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        return 2.0 * super().call(inputs, training=training, mask=mask)
+
+
+class DoubledFunctional(keras.Model):
+    """A Functional model whose call is not that of a Functional model."""
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        return 2.0 * super().call(inputs, training=training, mask=mask)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", [DoubledSequential, DoubledFunctional])
+def test_a_model_with_a_call_of_its_own(kind: Any, inside: bool) -> None:
+    if kind is DoubledSequential:
+        model = kind([keras.Input(ROWS.shape[1:]), layers.Dense(3)])
+    else:
+        x = keras.Input(ROWS.shape[1:])
+        model = kind(x, layers.Dense(3)(x))
+    if inside:
+        x = keras.Input(ROWS.shape[1:])
+        model = keras.Model(x, model(layers.Activation("relu")(x)))
+    _same(model, ROWS)
+
+
+class TwoArguments(keras.Model):
+    """A model that is called on two arguments."""
+
+    def call(self, left: Any, right: Any) -> Any:
+        return left + right
+
+
+def test_a_model_of_two_arguments_is_named_with_them() -> None:
+    model = TwoArguments()
+    model(ROWS, ROWS)
+    with pytest.raises(ModelError, match=r"TwoArguments, whose call takes left, right\. Use"):
+        trace(model)
+
+
+class Sharp:
+    """A callable that no config can name."""
+
+    def __call__(self, x: Any) -> Any:
+        return ops.relu(x) * 2.0
+
+
+class Beta(layers.Layer):
+    """An activation with a weight."""
+
+    def build(self, shape: Any) -> None:
+        self.beta = self.add_weight(shape=(), initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        return x * ops.sigmoid(self.beta * x)
+
+
+ACTIVATIONS = {
+    "mish_of_tensorflow": lambda x: x * tf.math.tanh(tf.math.softplus(x)),
+    "capped_of_tensorflow": lambda x: tf.minimum(tf.maximum(x, -0.5), 0.5) * 2.0,
+    "squeezed": lambda x: ops.squeeze(ops.expand_dims(ops.tanh(x), -1), -1) * 2.0,
+    "moved": lambda x: ops.moveaxis(ops.moveaxis(x, -1, 1) * 2.0, 1, -1) + 1.0,
+    "constants": lambda x: ops.abs(x) * np.full(4, 2.0, np.float32) + 1.0,
+    "partial": functools.partial(ops.leaky_relu, negative_slope=0.3),
+    "object": Sharp(),
+    "prelu": layers.PReLU(alpha_initializer="ones"),
+    "own_layer": Beta(),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name, function in ACTIVATIONS.items()
+        for kind in ("Activation", "Dense", "Lambda")
+        if kind != "Lambda" or not isinstance(function, layers.Layer)  # Lambdas have no weights.
+    ],
+)
+def test_an_own_function_is_the_activation(name: str, kind: str) -> None:
+    function = ACTIVATIONS[name]
+    if isinstance(function, layers.Layer):
+        function = type(function).from_config(function.get_config())
+    layer: Any = {
+        "Activation": lambda: layers.Activation(function),
+        "Dense": lambda: layers.Dense(4, activation=function),
+        "Lambda": lambda: layers.Lambda(function),
+    }[kind]()
+    _same(keras.Sequential([keras.Input(IMAGES.shape[1:]), layer, layers.Dense(2)]), IMAGES)
+
+
+class Pair(layers.Layer):
+    """Weights in a tuple, which TensorFlow keeps in a proxy."""
+
+    def build(self, shape: Any) -> None:
+        options = {"shape": shape[-1:], "initializer": "random_normal"}
+        self.pair = (self.add_weight(**options), self.add_weight(**options))
+
+    def call(self, x: Any) -> Any:
+        return x * self.pair[0] + self.pair[1]
+
+
+def test_weights_in_a_tuple() -> None:
+    _same(keras.Sequential([keras.Input(ROWS.shape[1:]), Pair()]), ROWS)
+
+
+def gentle(weights: Any) -> Any:
+    """A regularizer that is a function."""
+    return 1e-3 * ops.sum(ops.square(weights))
+
+
+@pytest.mark.parametrize("regularizer", [gentle, lambda w: 1e-3 * ops.sum(w**2)])
+def test_a_recurrent_layer_keeps_a_regularizer_that_is_a_function(regularizer: Any) -> None:
+    layer = layers.GRU(3, kernel_regularizer=regularizer, recurrent_regularizer=regularizer)
+    model = keras.Sequential([keras.Input(ROWS.shape[1:]), layer])
+    parts = _same(model, ROWS)
+    np.testing.assert_allclose(sum(parts.losses), sum(model.losses), rtol=1e-5)

@@ -1,0 +1,96 @@
+"""`keras.ops.cast` between quantities, indexes and truth values."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import kqat
+import tflite_export
+from kqat.graph.tracer import rebuild, trace
+from kqat.planning.expansion import expand
+from recipes import running
+
+STEPS = 6
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(32, STEPS, 8)).astype(np.float32)
+SHOWN = (np.arange(STEPS) < RNG.integers(2, STEPS + 1, (32, 1))).astype(np.int32)
+
+
+def hidden_scores(x: Any, shown: Any) -> Any:
+    """The mask that everybody writes by hand."""
+    scores = ops.matmul(x, ops.transpose(x, (0, 2, 1))) * 0.3
+    return ops.softmax(scores + (1.0 - ops.cast(shown, "float32"))[:, None, :] * -1e9)
+
+
+def mean_of_shown(x: Any, shown: Any) -> Any:
+    """A mean over the steps that are shown."""
+    weights = ops.cast(shown, x.dtype)[..., None]
+    return ops.sum(x * weights, axis=1) / ops.maximum(ops.sum(weights, axis=1), 1.0)
+
+
+def truth_and_back(x: Any, shown: Any) -> Any:
+    """Integers as truth values, those as integers, and those as quantities."""
+    whole = ops.cast(ops.logical_not(ops.cast(shown, "bool")), "int32")
+    return x * ops.cast(whole, "float32")[..., None]
+
+
+def constant_first(x: Any, shown: Any) -> Any:
+    """A constant mask before a tensor."""
+    both = ops.logical_and(np.arange(STEPS) > 0, ops.cast(shown, "bool"))
+    return x * ops.cast(both, x.dtype)[..., None]
+
+
+CALLS = (hidden_scores, mean_of_shown, truth_and_back, constant_first)
+
+
+def _model(call: Callable[[Any, Any], Any], mask: str = "int32") -> keras.Model:
+    x = keras.Input((STEPS, 8), name="x")
+    shown = keras.Input((STEPS,), dtype=mask, name="shown")
+    return keras.Model([x, shown], call(x, shown))
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_parts_compute_what_the_casts_compute(call: Callable[[Any, Any], Any]) -> None:
+    model = _model(call)
+    graph, _ = expand(trace(model), lambda node: False, "expanded")
+    parts = rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "layers")
+    np.testing.assert_allclose(parts([X, SHOWN]), model([X, SHOWN]), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["int32", "bool"])
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_casts_ship(call: Callable[[Any, Any], Any], mask: str) -> None:
+    model, data = _model(call, mask), [X, SHOWN.astype(mask)]
+    qat = kqat.quantize_model(model, calibration_data=data)
+    blob = tflite_export.convert(qat)
+    assert tflite_export.inspect(blob).inputs[1].dtype == mask
+    report = tflite_export.verify(qat, blob, data, samples=4)
+    assert report.is_full_integer
+    assert all(part.is_right and not part.unmatched for part in report.runtimes)
+    expected = np.asarray(model(data))
+    noise = np.mean(np.square(expected - np.asarray(qat(data))))
+    assert noise < 10**-2.5 * np.mean(np.square(expected))
+    exact = tflite_export.integer_model(blob).predict(data, verbose=0)
+    np.testing.assert_array_equal(exact, running.predict(blob, data, runtime="litert")[0])
+
+
+def test_other_integers_than_zero_and_one_are_refused_in_calibration() -> None:
+    with pytest.raises(kqat.CalibrationError, match=r"0 to 1 in input 'shown'.*Received: 5\."):
+        kqat.quantize_model(_model(mean_of_shown), calibration_data=[X, 5 * SHOWN])
+
+
+@pytest.mark.parametrize("wrong", [-1, 10])
+def test_an_index_without_a_row_is_refused_in_calibration(wrong: int) -> None:
+    tokens = keras.Input((STEPS,), dtype="int32", name="tokens")
+    rows = layers.Embedding(10, 8, name="words")(ops.reshape(tokens, (-1, 2, 3)))
+    model = keras.Model(tokens, layers.Dense(2)(rows))
+    data = np.full((8, STEPS), 3)
+    data[5, 2] = wrong
+    message = rf"0 to 9 in input 'tokens', as layer 'words'.*Received: {wrong}\."
+    with pytest.raises(kqat.CalibrationError, match=message):
+        kqat.quantize_model(model, calibration_data=data)
