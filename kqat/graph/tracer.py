@@ -392,7 +392,7 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
                 )
             inner_refs = {id(t): r for t, r in zip(inner.tensors, given, strict=True)}
             if not inner.fresh:
-                pairs = list(zip(inner.tensors, given, strict=True))
+                pairs = [p for p in zip(inner.tensors, given, strict=True) if isinstance(p[1], Ref)]
                 borne_inside = {id(t): bearers[r] for t, r in pairs if r in bearers}
                 made_masks = {
                     key: keras.Input(ref.shape[1:], dtype=ref.dtype)

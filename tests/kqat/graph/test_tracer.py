@@ -313,7 +313,7 @@ class Queries(keras.Model):
 
 def test_a_model_inside_may_be_called_on_a_weight() -> None:
     x = keras.Input((4, 6))
-    model = keras.Model(x, Queries()(x))
+    model = keras.Model(x, Queries()(layers.Dense(6)(x)))
     graph, _ = expand(trace(model), lambda node: False, "expanded")
     parts = rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "parts")
     data = RNG.normal(size=(3, 4, 6)).astype(np.float32)
