@@ -11,6 +11,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from benchmarks import written_models
+
 IMAGE = (64, 64, 3)
 TOKENS, VOCABULARY = 16, 100
 TRANSFORMER = {"num_layers": 2, "num_heads": 2, "hidden_dim": 32, "intermediate_dim": 64}
@@ -163,6 +165,16 @@ def _medical(name: str, **options: Any) -> Build:
     return lambda: getattr(importlib.import_module("medicai.models"), name)(
         input_shape=(32, 32, 3), num_classes=4, **options
     )
+
+
+def _keras_vision(name: str, **options: Any) -> Build:
+    def build() -> keras.Model:
+        made = getattr(importlib.import_module(f"keras_vision.{name}"), f"build_{name}")
+        model = made(pretrained=False, input_shape=IMAGE, num_classes=10, **options)
+        x = keras.Input(IMAGE, name="image")
+        return keras.Model(x, model(x), name=name.lower())
+
+    return build
 
 
 def _tcn() -> keras.Model:
@@ -472,4 +484,9 @@ MODELS: dict[str, dict[str, Build]] = {
         "UNet": _medical("UNet", encoder_name="resnet18", decoder_filters=(32, 16, 16, 8, 8)),
         "SegFormer B0": _medical("SegFormer", encoder_name="mit_b0"),
     },
+    "keras_vision": {
+        "MobileViT v1": _keras_vision("MobileViT_v1", model_type="XXS"),
+        "MobileViT v2": _keras_vision("MobileViT_v2", width_multiplier=0.5),
+    },
+    "written by hand": written_models.MODELS,
 }  # fmt: skip

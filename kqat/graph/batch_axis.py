@@ -425,6 +425,27 @@ def _reduced(name: str) -> Callable[[BatchFirst, Any], Made]:
     return rule
 
 
+def _index_of(name: str) -> Callable[[BatchFirst, Any], Made]:
+    def rule(mover: BatchFirst, call: Any) -> Made:
+        x, place, rank = mover.tensor(call)
+        axis, keep = call.operation.axis, call.operation.keepdims
+        if axis is None:
+            raise mover.mixed(call)
+        ours = mover.axis(call, axis, place, rank)
+        fewer = 0 if keep else int(axis % rank < place.axis)
+        new = dataclasses.replace(place, axis=place.axis - fewer)
+        return [(getattr(ops, name)(x, axis=ours, keepdims=keep), new)]
+
+    return rule
+
+
+def _one_hot(mover: BatchFirst, call: Any) -> Made:
+    x, place, rank = mover.tensor(call)
+    if call.operation.axis % (rank + 1) != rank:
+        raise mover.mixed(call)
+    return [(call.operation(x), place)]
+
+
 def _take(mover: BatchFirst, call: Any) -> Made:
     indices = mover.flat(call)[1]
     if np.ndim(indices) > 1:
@@ -477,6 +498,9 @@ _RULES: dict[str, Callable[[BatchFirst, Any], Made]] = {
     "GetItem": _get_item,
     "Take": _take,
     "Roll": _roll,
+    "Argmax": _index_of("argmax"),
+    "Argmin": _index_of("argmin"),
+    "OneHot": _one_hot,
     "Pad": _pad,
     **{name.capitalize(): _reduced(name) for name in ("mean", "sum", "max", "min", "var", "prod")},
 }  # fmt: skip

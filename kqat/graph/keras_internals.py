@@ -76,6 +76,8 @@ def open_model(model: Any) -> Opened:
         )
     function = inner_function(model)
     if function is not None:
+        if moves_batch(function):
+            return open_call(model, (function.input,), {})
         return opened_function(function, model)
     inputs = input_struct(model)
     if isinstance(inputs, tuple) and not inputs:
@@ -1471,6 +1473,34 @@ def inner_function(layer: Any) -> Any:
 def _functional(layer: Any) -> Any:
     function = getattr(layer, "_functional", None) or layer
     return function if hasattr(function, "_nodes_by_depth") else None
+
+
+def moves_batch(function: Any) -> bool:
+    """Whether operations of a Functional put something else than the batch on its first axis.
+
+    Window partitions do, where they are written outside of a layer: `(batch, windows, …)` becomes
+    `(batch * windows, …)`. Only a batch of fixed size tells where it went.
+    """
+    if any(None in t.shape[1:] for t in function.inputs):
+        return False
+    return any(
+        None in t.shape[1:] or _is_merged(call, t)
+        for call in _calls(function)
+        if not isinstance(call.operation, keras.layers.Layer)
+        for t in call.outputs
+    )
+
+
+def _is_merged(call: Any, made: Any) -> bool:
+    """Whether a reshaping changes how many numbers a sample has."""
+    if type(call.operation).__name__ != "Reshape" or len(call.input_tensors) != 1:
+        return False
+    given = call.input_tensors[0].shape
+    return (
+        made.shape[:1] == given[:1] == (None,)
+        and None not in given[1:]
+        and (math.prod(made.shape[1:]) != math.prod(given[1:]))
+    )
 
 
 def _has_own_call(model: Any) -> bool:

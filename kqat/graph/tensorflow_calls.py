@@ -137,7 +137,7 @@ def _shape(x: Any) -> Any:
 
 
 def _sizes(shape: Any) -> Any:
-    """A shape of plain numbers, however TensorFlow's functions made it."""
+    """A shape, or axes, of plain numbers, however TensorFlow's functions made it."""
     if isinstance(shape, list | tuple):
         return tuple(size if size is None else int(size) for size in shape)
     return tuple(np.reshape(np.asarray(shape), -1).tolist())
@@ -191,7 +191,9 @@ def _of_two(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 _TABLE: dict[str, Callable[..., Any]] = {
     "gather": _gather,
     "reshape": lambda tensor, shape: ops.reshape(tensor, _sizes(shape)),
-    "transpose": lambda a, perm=None, conjugate=False: ops.transpose(a, perm),
+    "transpose": lambda a, perm=None, conjugate=False: ops.transpose(
+        a, None if perm is None else _sizes(perm)
+    ),
     "concat": lambda values, axis: ops.concatenate(values, axis=axis),
     "stack": lambda values, axis=0: ops.stack(values, axis=axis),
     "unstack": lambda value, num=None, axis=0: ops.unstack(value, num, axis),
@@ -199,7 +201,6 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "expand_dims": lambda input, axis: ops.expand_dims(input, axis),
     "squeeze": lambda input, axis=None: ops.squeeze(input, axis),
     "tile": lambda input, multiples: ops.tile(input, _sizes(multiples)),
-    "reduce_logsumexp": _reduced(ops.logsumexp),
     "roll": lambda input, shift, axis: ops.roll(input, shift, axis),
     "reverse": lambda tensor, axis: ops.flip(tensor, axis),
     "convert_to_tensor": lambda value, dtype=None, dtype_hint=None: (
@@ -236,6 +237,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
         f"reduce_{name}": _reduced(getattr(ops, name))
         for name in ("mean", "sum", "max", "min", "prod")
     },
+    "reduce_logsumexp": _reduced(ops.logsumexp),
     **{
         name: _of_two(getattr(ops, name))
         for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum")

@@ -124,7 +124,12 @@ def _is(option: Any, name: str, expected: Any) -> None:
 
 
 def _last(option: Any) -> None:
-    _is(option, "data_format", b"NHWC")
+    if (found := option("data_format")) not in (b"NHWC", b"NDHWC"):
+        raise UnknownOperationError(f"data_format={found!r} of an operation of TensorFlow")
+
+
+def _spatial(option: Any, name: str) -> tuple[int, ...]:
+    return tuple(option(name)[1:-1])
 
 
 def _padding(option: Any) -> str:
@@ -137,20 +142,61 @@ def _padding(option: Any) -> str:
 def _conv(function: Callable[..., Any]) -> Row:
     def call(option: Any, x: Any, kernel: Any) -> Any:
         _last(option)
-        strides, dilation = option("strides")[1:3], option("dilations")[1:3]
-        options = {"data_format": "channels_last", "dilation_rate": tuple(dilation)}
-        return function(x, kernel, tuple(strides), _padding(option), **options)
+        if option("padding") == b"EXPLICIT":
+            x = ops.pad(x, np.reshape(option("explicit_paddings"), (-1, 2)).tolist())
+            padding = "valid"
+        else:
+            padding = _padding(option)
+        options = {"data_format": "channels_last", "dilation_rate": _spatial(option, "dilations")}
+        return function(x, kernel, _spatial(option, "strides"), padding, **options)
 
     return call
+
+
+def _conv_transpose(option: Any, sizes: Any, kernel: Any, x: Any) -> Any:
+    _last(option)
+    strides, expected = _spatial(option, "strides"), tuple(_sizes(sizes))
+    made = ops.conv_transpose(x, kernel, strides, _padding(option), data_format="channels_last")
+    if tuple(made.shape) != expected:
+        raise UnknownOperationError(
+            f"a transposed convolution to {expected}; known is what its strides give, "
+            f"{tuple(made.shape)}"
+        )
+    return made
 
 
 def _pool(function: Callable[..., Any]) -> Row:
     def call(option: Any, x: Any) -> Any:
         _last(option)
-        size, strides = tuple(option("ksize")[1:3]), tuple(option("strides")[1:3])
+        size, strides = _spatial(option, "ksize"), _spatial(option, "strides")
         return function(x, size, strides, _padding(option), data_format="channels_last")
 
     return call
+
+
+def _patches(option: Any, x: Any) -> Any:
+    sizes, strides = _spatial(option, "ksizes"), _spatial(option, "strides")
+    return ops.image.extract_patches(
+        x, sizes, None if strides == sizes else strides, padding=_padding(option),
+        dilation_rate=_spatial(option, "rates"), data_format="channels_last",
+    )  # fmt: skip
+
+
+def _batch_normalization(
+    option: Any, x: Any, scale: Any, offset: Any, mean: Any, variance: Any
+) -> Any:
+    _last(option)
+    _is(option, "is_training", False)
+    made = ops.batch_normalization(x, mean, variance, -1, offset, scale, option("epsilon"))
+    return [made, *[None] * 5]  # The others are for training.
+
+
+def _local_response(option: Any, x: Any) -> Any:
+    """A channel over a power of the squares around it, whose sums are a matrix product."""
+    places = np.arange(x.shape[-1])
+    near = np.abs(np.subtract.outer(places, places)) <= option("depth_radius")
+    sums = ops.matmul(ops.square(x), near.astype(np.float32))
+    return x * ops.power(sums * option("alpha") + option("bias"), -option("beta"))
 
 
 def _resize(kind: str) -> Row:
@@ -208,8 +254,14 @@ def _slice(option: Any, x: Any, begin: Any, size: Any) -> Any:
 
 
 def _gather(option: Any, x: Any, indices: Any, axis: Any) -> Any:
-    _is(option, "batch_dims", 0)
-    return ops.take(x, indices, axis=_axis(axis))
+    along, batch = _axis(axis), option("batch_dims")
+    if not batch:
+        return ops.take(x, indices, axis=along)
+    _is(option, "batch_dims", along)
+    rest = int(np.prod(indices.shape[batch:]))
+    flat = (*indices.shape[:batch], rest, *(1,) * (len(x.shape) - along - 1))
+    found = ops.take_along_axis(x, ops.reshape(indices, flat), along)
+    return ops.reshape(found, (*indices.shape, *x.shape[along + 1 :]))
 
 
 def _cumsum(option: Any, x: Any, axis: Any) -> Any:
@@ -351,9 +403,16 @@ _TABLE: dict[str, Row] = {
     "BatchMatMulV2": _matmul("adj_x", "adj_y"),
     "BatchMatMulV3": _matmul("adj_x", "adj_y"),
     "Conv2D": _conv(ops.conv),
+    "Conv3D": _conv(ops.conv),
+    "Conv2DBackpropInput": _conv_transpose,
     "DepthwiseConv2dNative": _conv(ops.depthwise_conv),
     "MaxPool": _pool(ops.max_pool),
+    "MaxPool3D": _pool(ops.max_pool),
     "AvgPool": _pool(ops.average_pool),
+    "AvgPool3D": _pool(ops.average_pool),
+    "ExtractImagePatches": _patches,
+    "FusedBatchNormV3": _batch_normalization,
+    "LRN": _local_response,
     "ResizeBilinear": _resize("bilinear"),
     "ResizeNearestNeighbor": _resize("nearest"),
     "SpaceToDepth": _blocks("space_to_depth"),

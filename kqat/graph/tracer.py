@@ -26,6 +26,7 @@ from kqat.graph.keras_internals import (
     give_readers,
     inner_function,
     maker_name,
+    moves_batch,
     open_call,
     open_model,
     opened_function,
@@ -381,11 +382,13 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             given_masks = tuple(bearers.items())
             walk.nodes.append(Node(name, layer, args, kwargs, tuple(outputs), given_masks))
         else:
-            if not inner.fresh:
-                kwargs.pop("mask", None)  # Its inputs bear it.
-            given = refs_in(_named_inputs(inner, args, kwargs))
             if inner.fresh:
-                given = tuple(dict.fromkeys([*given, *(bearers[r] for r in given if r in bearers)]))
+                read = refs_in(_named_inputs(inner, args, kwargs))
+                masked = [bearers[r] for r in read if r in bearers]
+                given: tuple[Any, ...] = tuple(dict.fromkeys([*read, *masked]))
+            else:
+                kwargs.pop("mask", None)  # Its inputs bear it.
+                given = _values_in(_named_inputs(inner, args, kwargs))
             if len(given) != len(inner.tensors):
                 raise ModelError(
                     f"Expected a call of model '{layer.name}' on its {len(inner.tensors)} inputs. "
@@ -393,7 +396,7 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
                 )
             inner_refs = {id(t): r for t, r in zip(inner.tensors, given, strict=True)}
             if not inner.fresh:
-                pairs = list(zip(inner.tensors, given, strict=True))
+                pairs = [p for p in zip(inner.tensors, given, strict=True) if isinstance(p[1], Ref)]
                 borne_inside = {id(t): bearers[r] for t, r in pairs if r in bearers}
                 made_masks = {
                     key: keras.Input(ref.shape[1:], dtype=ref.dtype)
@@ -405,7 +408,7 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             wraps = layer.name == walk.shell
             prefix = "" if wraps else f"{walk.prefix}{path}{layer.name}_"
             deeper = _Walk(prefix, walk.nodes, walk.names)
-            outputs = list(refs_in(_inline(inner, inner_refs, deeper)))
+            outputs = list(_values_in(_inline(inner, inner_refs, deeper)))
         refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
     return _map_tensors(opened.output, refs)
 
@@ -457,7 +460,7 @@ def _of_any_batch(call: Any, batch: int, args: Any, kwargs: Any) -> tuple[Any, A
 def _inner_model(layer: Any, args: Any, kwargs: Any, masks: Mapping[Ref, Ref]) -> Opened | None:
     """A model inside a model, opened; `None` for a layer. `masks` are those of its arguments."""
     function = inner_function(layer)
-    if function is not None:
+    if function is not None and not moves_batch(function):
         return opened_function(function, layer)
     if not isinstance(layer, keras.Model):
         return None
@@ -533,6 +536,16 @@ def _map_tensors(structure: Any, refs: dict[int, Ref]) -> Any:
 def fill(structure: Any, function: Callable[[Ref], Any]) -> Any:
     """`structure` with `function(ref)` in place of each ref."""
     return keras.tree.map_structure(lambda x: function(x) if isinstance(x, Ref) else x, structure)
+
+
+def _values_in(structure: Any) -> tuple[Any, ...]:
+    """The refs of a structure, and the weights and constants that stand in the place of refs."""
+    leaves = keras.tree.flatten(structure)
+    return tuple(
+        x
+        for x in leaves
+        if isinstance(x, Ref | keras.Variable | np.ndarray) or keras.ops.is_tensor(x)
+    )
 
 
 def refs_in(structure: Any) -> tuple[Ref, ...]:

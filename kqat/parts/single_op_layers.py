@@ -74,6 +74,8 @@ def sliced(x: Any, key: Any, name: str) -> Any:
     rest = list(axes)
     triples += [(0, size, 1) for size in rest]
     shape += rest
+    if len(triples) == 1:  # Samples of one number each: there are only axes to add.
+        return layers.Reshape(shape[1:], name=name)(x)
     begin, end, steps = (list(v) for v in zip(*triples[1:], strict=True))
     plain = len(shape) == len(x.shape) and all(isinstance(k, slice) for k in keys)
     whole = [(0, size, 1) for size in x.shape[1:]]

@@ -141,7 +141,7 @@ OPERATION_REASONS: dict[str, str] = {
         "batch_normalization layer_normalization rms_normalization separable_conv".split(), _LAYER
     ),
     **dict.fromkeys(
-        "bincount corrcoef correlate digitize histogram moments".split(), _STATISTIC
+        "bincount corrcoef correlate digitize histogram".split(), _STATISTIC
     ),
     **dict.fromkeys(
         "hsv_to_rgb rgb_to_hsv".split(),

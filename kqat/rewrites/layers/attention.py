@@ -4,6 +4,8 @@ Every intermediate value gets its own quantizer, and so its own range. Matrix pr
 FULLY_CONNECTED where one factor is constant, and BATCH_MATMUL elsewhere.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,63 @@ def multi_head_attention(layer: Any, name: str) -> Decomposed:
     section 3.2 (https://arxiv.org/abs/1706.03762).
     """
     config = config_of(layer)
-    if config["attention_axes"] not in (None, [1], (1,), 1):
-        raise UnsupportedLayerError(
-            f"Expected attention over one axis in layer '{name}'. Received: "
-            f"attention_axes={config['attention_axes']}. Reshape its inputs to (steps, features)."
+    axes = config["attention_axes"]
+    if axes in (None, [1], (1,), 1) and _query_rank(layer) == 3:
+        return _multi_head(layer, name, config["key_dim"], 1)
+    inside = _multi_head(layer, f"{name}_output", config["key_dim"], 1)
+    return _over_axes(inside, (axes,) if isinstance(axes, int) else axes, name)
+
+
+def _query_rank(layer: Any) -> int:
+    """The rank of the queries that a built layer takes, its batch among the axes."""
+    return int(layer.query_dense.equation.index(","))
+
+
+def _over_axes(inside: Decomposed, axes: Sequence[int] | None, name: str) -> Decomposed:
+    """Attention over some axes of many, by attention over one axis of `(others, steps, features)`.
+
+    Each step of the axes that are not attended to attends by itself. `axes` of `None` are all but
+    the batch and the features.
+    """
+
+    def call(query: Any, value: Any, key: Any = None, **options: Any) -> Any:
+        masks = sorted(
+            k for k, v in options.items() if "mask" in k and v is not None and v is not False
         )
-    return _multi_head(layer, name, config["key_dim"], 1)
+        if masks:
+            raise UnsupportedLayerError(
+                f"Expected no masks in attention layer '{name}', whose query has shape "
+                f"{tuple(query.shape)}: masks are known for (batch, steps, features). Received: "
+                f"{', '.join(masks)}. Reshape its inputs to (steps, features)."
+            )
+        middle = range(1, len(query.shape) - 1)
+        attended_to = sorted(axes or middle)
+        others = [axis for axis in middle if axis not in attended_to]
+        order = [*others, *attended_to, len(query.shape) - 1]
+
+        def folded(x: Any, part: str) -> Any:
+            if order != sorted(order):
+                x = layers.Permute(order, name=f"{name}_{part}_ordered")(x)
+            sizes = x.shape[1:-1]
+            kept = [math.prod(sizes[: len(others)])] if others else []
+            steps = math.prod(sizes[len(others) :])
+            shape = (*kept, steps, x.shape[-1])
+            if tuple(x.shape[1:]) == shape:
+                return x
+            return layers.Reshape(shape, name=f"{name}_{part}_steps")(x)
+
+        given = {"value": folded(value, "value")}
+        if key is not None and key is not value:
+            given["key"] = folded(key, "key")
+        steps = given["value"] if query is value else folded(query, "query")
+        y = inside(steps, **given, **options)
+        sizes = [query.shape[axis] for axis in order[:-1]]
+        if order == sorted(order):
+            return layers.Reshape((*sizes, y.shape[-1]), name=name)(y)
+        y = layers.Reshape((*sizes, y.shape[-1]), name=f"{name}_unfolded")(y)
+        return layers.Permute([order.index(axis) + 1 for axis in sorted(order)], name=name)(y)
+
+    return call
 
 
 def group_query_attention(layer: Any, name: str) -> Decomposed:
@@ -57,7 +110,12 @@ def _multi_head(layer: Any, name: str, size: int, sharing: int) -> Decomposed:
     def heads(part: str, x: Any) -> Any:
         # Keys go straight to (heads, features, steps), so the product needs no second transpose.
         order = (2, 3, 1) if part == "key" else (2, 1, 3)
-        y = layers.Permute(order, name=f"{name}_{part}_heads")(made[part](x))
+        y = made[part](x)
+        if len(x.shape) == 4:  # Attention of each row by itself: a head for each row and head.
+            y = layers.Permute((1, *(o + 1 for o in order)), name=f"{name}_{part}_rows")(y)
+            shape = (y.shape[1] * y.shape[2], *y.shape[3:])
+            return layers.Reshape(shape, name=f"{name}_{part}_heads")(y)
+        y = layers.Permute(order, name=f"{name}_{part}_heads")(y)
         if sharing == 1 or part == "query":
             return y
         indices = np.repeat(np.arange(y.shape[1]), sharing).tolist()
@@ -94,7 +152,11 @@ def _multi_head(layer: Any, name: str, size: int, sharing: int) -> Decomposed:
         # whose keys are all masked: weights of zero, or equal weights.
         weights = attended(scores, keep, name, zeros=layer.dropout > 0.0)
         mixed = _mixed(layer, weights, heads("value", value), name, f"{name}_mixed")
-        steps = layers.Permute((2, 1, 3), name=f"{name}_steps")(mixed)
+        order: tuple[int, ...] = (2, 1, 3)
+        if len(query.shape) == 4:
+            rows = (query.shape[1], mixed.shape[1] // query.shape[1], *mixed.shape[2:])
+            mixed, order = layers.Reshape(rows, name=f"{name}_rows")(mixed), (1, 3, 2, 4)
+        steps = layers.Permute(order, name=f"{name}_steps")(mixed)
         return output(gated(steps, query))
 
     return call

@@ -153,7 +153,8 @@ def _with_constant(kind: ConstantKind, x: Any, value: Any, name: str) -> Any:
     if array.ndim > len(x.shape) or (array.ndim == len(x.shape) and array.shape[0] != 1):
         raise UnsupportedLayerError(
             f"Expected a constant without the batch axis in operation '{name}'. Received: shape "
-            f"{array.shape} beside {tuple(x.shape)}. Make it an input of the model."
+            f"{array.shape} beside {tuple(x.shape)}. Make it an input of the model; if "
+            "it is drawn at random, as a variational autoencoder samples, leave that out."
         )
     layer = WithConstant(kind, list(array.shape), name=name, trainable=trained)
     return Part(layer, [array])(x)

@@ -101,6 +101,20 @@ def variance(root: bool) -> Row:
     return row
 
 
+def _moments(operation: Any, name: str) -> Callable[..., Any]:
+    """`moments`: the mean, and the mean of the squared distance to it."""
+
+    def call(x: Any) -> Any:
+        axes = axes_of(operation.axes, len(x.shape), name)
+        mean = Reduce(ReduceKind.MEAN, axes, True, name=f"{name}_mean")(x)
+        centered = layers.Subtract(name=f"{name}_centered")([x, mean])
+        square = layers.Multiply(name=f"{name}_square")([centered, centered])
+        spread = Reduce(ReduceKind.MEAN, axes, operation.keepdims, name=f"{name}_variance")(square)
+        return (mean if operation.keepdims else ops.squeeze(mean, axes)), spread
+
+    return call
+
+
 def index_of(kind: IndexKind) -> Row:
     """`argmax` and `argmin`, over one axis."""
 
@@ -206,5 +220,6 @@ REDUCING: dict[str, Row] = {
     "Average": _average,
     "Cumsum": _cumsum,
     "Logsumexp": _logsumexp,
+    "Moments": _moments,
     "Norm": _norm,
 }

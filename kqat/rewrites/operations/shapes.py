@@ -297,7 +297,7 @@ def _joined(axis: int) -> Row:
 
 def _pad(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any, constant_values: Any = None) -> Any:
-        widths, mode = [tuple(pair) for pair in operation.pad_width], operation.mode
+        widths, mode = [tuple(pair) for pair in operation.pad_width], operation.mode.lower()
         value = 0.0 if constant_values is None else constant_values
         if widths[0] != (0, 0) or len(widths) < 2 or not (mode != "constant" or is_number(value)):
             raise UnsupportedLayerError(

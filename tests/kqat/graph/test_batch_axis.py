@@ -55,6 +55,21 @@ def steps_first(own: Any, x: Any) -> Any:
     return ops.transpose(ops.stack([y, y], axis=2), (1, 0, 2, 3))
 
 
+def summed_over_windows(own: Any, x: Any) -> Any:
+    """An equation of a weight and windows, whose shape Keras foresees by its letters."""
+    y = ops.transpose(ops.reshape(x, (-1, 3, 2, 8)), (1, 0, 2, 3))
+    y = ops.einsum("nm,mbtf->nbtf", np.tri(3, dtype=np.float32), y)
+    return ops.transpose(y, (1, 0, 2, 3))
+
+
+def nearest(own: Any, x: Any) -> Any:
+    """The nearest row of a table for each step, as vector quantization looks them up."""
+    flat, table = ops.reshape(x, (-1, 8)), np.eye(8, dtype=np.float32)[::-1].copy()
+    found = ops.argmin(ops.matmul(flat, table), axis=1)
+    rows = ops.matmul(ops.one_hot(found, 8), table.T.copy())
+    return ops.reshape(rows, ops.shape(x))
+
+
 def one_by_one(own: Any, x: Any) -> Any:
     """A layer of fixed rank, called for each window."""
     return ops.reshape(own.parts[0](ops.reshape(x, (-1, 3, 8))), (-1, 6, 8))
@@ -69,7 +84,7 @@ def equation_beside_a_weight(own: Any, x: Any) -> Any:
 
 CALLS = (
     queries_in_front, picked_in_front, windows, windows_outside, steps_first, one_by_one,
-    equation_beside_a_weight,
+    equation_beside_a_weight, summed_over_windows, nearest,
 )  # fmt: skip
 
 
@@ -88,6 +103,22 @@ def test_parts_compute_the_same_with_the_batch_first(call: Callable[[Any, Any], 
     assert all(
         t.shape[0] is None for layer in parts.layers for t in keras.tree.flatten(layer.output)
     )
+
+
+def test_windows_outside_of_a_layer_are_moved_too() -> None:
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 8), name="x")
+    y = ops.reshape(x, (-1, 3, 8))
+    y = layers.LayerNormalization(name="norm")(layers.Dense(8, name="dense")(y))
+    y = layers.MultiHeadAttention(2, 4, name="attention")(y, y)
+    y = layers.Flatten(name="flat")(ops.reshape(y, (-1, 6, 8)))
+    inside = keras.Model(x, layers.Dense(3, name="head")(y), name="inside")
+    z = keras.Input((6, 8), name="z")
+    for model in (inside, keras.Model(z, inside(z))):
+        parts = _parts(model)
+        np.testing.assert_allclose(parts(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)
+    names = {layer.name for layer in kqat.quantize_model(inside, calibration_data=ROWS).layers}
+    assert any("head" in name for name in names)
 
 
 def next_sample(own: Any, x: Any) -> Any:

@@ -45,7 +45,7 @@ def test_names_are_the_same_each_time() -> None:
 
 class Foreign(layers.Layer):
     def call(self, x: Any) -> Any:
-        return tf.cumsum(x, axis=1)
+        return tf.math.cumulative_logsumexp(x, axis=1)
 
 
 class Takes(layers.Layer):
@@ -63,7 +63,7 @@ class Takes(layers.Layer):
     [
         (
             Foreign(name="own"),
-            r"line \d+ of test_keras_internals.py, `return tf.cumsum\(x, axis=1\)`",
+            r"line \d+ of test_keras_internals.py, `return tf.math.cumulative_logsumexp\(x",
         ),
     ],
 )

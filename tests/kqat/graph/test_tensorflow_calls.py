@@ -6,8 +6,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras import ops
+from keras import layers, ops
 
+import kqat
 from kqat.base import UnsupportedLayerError
 from tests.kqat.graph.test_tracing_of_calls import ROWS, Own, _model, _parts
 
@@ -59,6 +60,54 @@ def of_each_number(own: Any, x: Any) -> Any:
     return tf.nn.log_softmax(tf.math.squared_difference(y, tf.nn.swish(x)))
 
 
+def of_patches(own: Any, x: Any) -> Any:
+    """What image models call, of which only TensorFlow's graph tells what it computes."""
+    image = tf.tile(x[:, :, :, tf.newaxis], [1, 1, 1, 2])
+    patches = tf.image.extract_patches(image, [1, 2, 2, 1], [1, 2, 2, 1], [1, 1, 1, 1], "SAME")
+    mixed = tf.nn.conv2d(image, tf.ones((3, 3, 2, 4)) / 9, 2, [[0, 0], [1, 1], [0, 1], [0, 0]])
+    pooled = tf.nn.max_pool2d(mixed, 2, 1, "SAME") - tf.nn.avg_pool2d(mixed, 2, 1, "SAME")
+    large = tf.image.resize(pooled, [6, 8])
+    cut = tf.image.crop_to_bounding_box(tf.image.flip_left_right(large), 0, 2, 3, 4)
+    normal = tf.nn.local_response_normalization(cut, depth_radius=1)
+    return tf.concat([normal, patches, tf.repeat(patches, 2, axis=-1)], -1)
+
+
+def of_statistics(own: Any, x: Any) -> Any:
+    """Functions of many operations, and those that a table by name would have to list."""
+    mean, variance = tf.nn.moments(x, [1], keepdims=True)
+    y = tf.math.l2_normalize(x - mean, axis=-1) / tf.sqrt(variance + 1.0)
+    y += tf.nn.swish(x) + tf.nn.log_softmax(x) + tf.math.squared_difference(x, tf.pow(x, 2))
+    y = tf.tensordot(y, tf.ones((8, 8)) / 8, axes=1) + tf.slice(x, [0, 0, 0], [-1, 6, 8])
+    y = tf.where(tf.greater(y, 0.1), y, -tf.ones_like(y)) + tf.linalg.matrix_transpose(
+        tf.linalg.matrix_transpose(x)
+    )
+    framed = tf.signal.frame(y, 4, 2, axis=-1)
+    return framed + tf.norm(framed, axis=-1, keepdims=True)
+
+
+def in_sizes_that_are_tensors(own: Any, x: Any) -> Any:
+    """Sizes as TensorFlow's own code hands them on: in tensors."""
+    size = tf.shape(x)[0]
+    y = tf.transpose(tf.reshape(x, tf.stack([size, 6, 2, 4])), tf.constant([0, 1, 3, 2]))
+    return tf.tile(tf.reshape(y, tf.stack([size, 6, 8])), tf.constant([1, 2, 1]))
+
+
+def hard_swish(own: Any, x: Any) -> Any:
+    """A function of each number, which becomes one table."""
+    return x * tf.nn.relu6(x + 3.0) / 6.0
+
+
+def mish(own: Any, x: Any) -> Any:
+    return x * tf.math.tanh(tf.math.softplus(x))
+
+
+@pytest.mark.parametrize("call", [hard_swish, mish])
+def test_a_function_of_each_number_is_one_part(call: Any) -> None:
+    layer = layers.Lambda(lambda x: call(None, x), name="act")
+    parts = _parts(_model(layer))
+    assert [part.name for part in parts.layers] == ["x", "act", "head"]
+
+
 def shapes(own: Any, x: Any) -> Any:
     """Shapes as TensorFlow's tensors have them."""
     _, steps, features = x.shape.as_list()
@@ -74,9 +123,13 @@ def counts(own: Any, x: Any) -> Any:
     return y / ops.cast(ops.size(y[0]), "float32")
 
 
-@pytest.mark.parametrize(
-    "call", [attention, of_a_weight, of_a_table, of_images, of_each_number, shapes, counts]
-)
+CALLS = (
+    in_sizes_that_are_tensors, attention, of_a_weight, of_a_table, of_images, of_each_number,
+    of_patches, of_statistics, shapes, counts,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_parts_compute_what_tensorflow_computes(call: Any) -> None:
     model = _model(Own(call))
     np.testing.assert_allclose(_parts(model)(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)
@@ -102,3 +155,11 @@ def test_tensorflow_takes_no_symbolic_tensor_elsewhere() -> None:
     assert type(keras.Input((3,)).shape) is tuple
     assert keras.ops.is_tensor(keras.ops.ndim(np.ones(3))) is False
     assert isinstance(keras.ops.ndim(keras.Input((3,))), keras.KerasTensor)
+
+
+def test_what_no_operation_of_keras_computes_is_named() -> None:
+    def spectrum(own: Any, x: Any) -> Any:
+        return tf.abs(tf.signal.stft(x[:, 0], 4, 2))
+
+    with pytest.raises(kqat.UnsupportedLayerError, match=r"stft takes TensorFlow.s operation RFFT"):
+        kqat.plan(_model(Own(spectrum)))

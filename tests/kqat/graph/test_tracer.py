@@ -290,3 +290,31 @@ def test_a_model_inside_takes_what_it_names_of_a_dict(structure: Any) -> None:
     graph = trace(outer)
     dense = next(node for node in graph.nodes if node.name == "inner_dense")
     assert dense.inputs == (graph.inputs[1],)
+
+
+class Queries(keras.Model):
+    """A Functional model inside, called on a weight beside a tensor, as the Perceiver's blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(name="queries")
+        latent, data = keras.Input((2, 6), name="latent"), keras.Input((4, 6), name="data")
+        mixed = layers.Attention()([layers.Dense(6)(latent), data])
+        self.block = keras.Model({"latent": latent, "data": data}, layers.Add()([mixed, latent]))
+
+    def build(self, shape: Any) -> None:
+        self.latent = self.add_weight(shape=(2, 6), initializer="random_normal")
+
+    def call(self, x: Any) -> Any:
+        latent = keras.ops.expand_dims(self.latent, 0)
+        for _ in range(2):
+            latent = self.block({"latent": latent, "data": x})
+        return latent
+
+
+def test_a_model_inside_may_be_called_on_a_weight() -> None:
+    x = keras.Input((4, 6))
+    model = keras.Model(x, Queries()(layers.Dense(6)(x)))
+    graph, _ = expand(trace(model), lambda node: False, "expanded")
+    parts = rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "parts")
+    data = RNG.normal(size=(3, 4, 6)).astype(np.float32)
+    np.testing.assert_allclose(parts(data), model(data), rtol=1e-4, atol=1e-5)

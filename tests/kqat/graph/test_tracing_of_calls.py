@@ -127,6 +127,7 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "an integer of NumPy": lambda own, x: x[:, np.int64(1) :] + own.position[np.int64(1)],
     "rows by truth values": lambda own, x: x[:, :3] + own.position[np.arange(6) % 2 == 0],
     "a selection": lambda own, x: ops.where(x > 0.0, x, own.bias),
+    "a mode of padding in capitals": lambda own, x: ops.pad(x, ((0, 0), (1, 1), (0, 0)), "REFLECT"),
 }
 
 

@@ -88,6 +88,7 @@ CASES: dict[str, Callable[[Any, Any], Any]] = {
     "Amin": lambda x, y: ops.amin(x, axis=1),
     "Var": lambda x, y: ops.var(x, axis=2),
     "Std": lambda x, y: ops.std(x, axis=(1, 2), keepdims=True),
+    "Moments": lambda x, y: ops.multiply(*ops.moments(x, axes=(1, 2), keepdims=True)),
     "Average": lambda x, y: ops.average(x, axis=1),
     "Logsumexp": lambda x, y: (
         needs_keras("3.11", "logsumexp over one axis") or ops.logsumexp(x, axis=-1)

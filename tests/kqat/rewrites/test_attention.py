@@ -68,6 +68,30 @@ def test_parts_compute_what_the_layer_computes(layer: Callable[[], Any], calls: 
 
 
 @pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((4, 6, 8), None), ((4, 6, 8), 2), ((4, 6, 8), (1,)), ((2, 3, 4, 8), (1, 3))],
+)
+def test_attention_over_any_axes_computes_what_the_layer_computes(shape: Any, axes: Any) -> None:
+    inputs = keras.Input(shape)
+    layer = layers.MultiHeadAttention(2, 4, attention_axes=axes, name="attention")
+    model = keras.Model(inputs, layer(inputs, inputs[..., ::-1]))
+    _randomized(layer)
+    parts = _expanded(model)
+    x = np.random.default_rng(0).normal(size=(5, *shape)).astype(np.float32)
+    np.testing.assert_allclose(parts(x), model(x), rtol=2e-4, atol=2e-5)
+    assert "attention" in [part.name for part in parts.layers]
+
+
+def test_masks_over_many_axes_are_refused_by_name() -> None:
+    inputs = keras.Input((4, 6, 8))
+    layer = layers.MultiHeadAttention(2, 4, attention_axes=2, name="rows")
+    mask = np.ones((1, 4, 6, 6), bool)
+    model = keras.Model(inputs, layer(inputs, inputs, attention_mask=mask))
+    with pytest.raises(kqat.UnsupportedLayerError, match="no masks in attention layer 'rows'"):
+        kqat.plan(model)
+
+
+@pytest.mark.parametrize(
     ("layer", "calls", "message"),
     [
         (layers.LayerNormalization(axis=1), 1, "over the last axis in layer 'layer_normalization"),
