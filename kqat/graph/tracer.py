@@ -220,6 +220,7 @@ def rebuild(
     name: str,
     output_names: Sequence[str] = (),
     output_masks: Sequence[keras.Model | None] = (),
+    given: Callable[[Any], Any] | None = None,
 ) -> keras.Model:
     """A new functional model: fresh inputs of the same names, `call` for every node.
 
@@ -232,11 +233,15 @@ def rebuild(
             layers that make them.
         output_masks: as those of a graph, for outputs that are to bear masks; needs their names. An
             output that bears a mask as its layer makes it stays as it is.
+        given: is called with each fresh input, before any node.
     """
     fresh = {
         ref: keras.Input(ref.shape[1:], dtype=ref.dtype, name=input_name)
         for ref, input_name in zip(graph.inputs, graph.input_names, strict=True)
     }
+    if given is not None:
+        for tensor in fresh.values():
+            given(tensor)
     outputs = graph.run(list(fresh.values()), call)
     if output_names:
         flat = keras.tree.flatten(outputs)

@@ -410,10 +410,14 @@ class WithConstant(layers.Layer):
 
     def call(self, x: Any) -> Any:
         """The sum or product."""
-        # The value first: Keras has ways of its own to add a vector that comes second.
         if self.kind is ConstantKind.HIDE:
             return _shown(self.value, x)
-        return getattr(ops, self.kind)(self.value, x)
+        # The value first: Keras has ways of its own to add a vector that comes second. One sample
+        # may be such a vector; what it returns then has no more axes than the first.
+        value, missing = self.value, len(x.shape) - len(self.shape)
+        if missing > 0 and sum(size != 1 for size in x.shape) < 2:
+            value = ops.reshape(value, (*(1,) * missing, *self.shape))
+        return getattr(ops, self.kind)(value, x)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The shape after broadcasting."""

@@ -420,7 +420,6 @@ def _expand_once(
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         user = users.get(getattr(node.layer, "name", node.name), node.name)
         given: Any = args, kwargs
-        seen.extend(t for t in keras.tree.flatten(given) if is_tensor(t) and not seen)
         likes = [learned[id(t)][1] for t in keras.tree.flatten(given) if id(t) in learned]
         args, kwargs = _read(node, args, kwargs, learned)
         flat = keras.tree.flatten((args, kwargs))
@@ -458,7 +457,7 @@ def _expand_once(
             copies[key] = _simplify(node, user, node.name in kept, fused, copies)
         return copies[key](*args, **kwargs)
 
-    return trace(rebuild(graph, call, name)), origins
+    return trace(rebuild(graph, call, name, given=seen.append)), origins
 
 
 def _check_outputs(node: Node, graph: Graph, outputs: Any) -> None:

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import keras
+import numpy as np
 
 from kqat.freezing import Node, Ref, is_marker
 from kqat.grids import Site
 from tflite_export import flatbuffer
-from tflite_export.flatbuffer import ModelT, OperatorT
+from tflite_export.flatbuffer import ModelT, OperatorT, SubGraphT
 from tflite_export.integer_pass.draft import Draft
 
 _MOVES = ("RESHAPE", "TRANSPOSE")  # the converter may carry markers across these
@@ -33,12 +34,18 @@ def name_tensors(draft: Draft) -> None:
     made_by = draft.frozen.graph.producers()
     for index, named in draft.labels.named.items():
         tensor, turns, later = index, _ANY, named[-1]
+        known: tuple[Site, int] | None = None
         for site in reversed(named):
             turns += _turns_between(markers[site], markers[later], made_by)
             found, left = _back_to(model, tensor, site, turns, producers)
             later = site
             if found is None:
                 continue
+            if known is not None:
+                ours = _order_between(markers[site], markers[known[0]], made_by, graph)
+                if not np.array_equal(ours, _order_in_file(model, found, known[1], producers)):
+                    continue  # Two transpositions of the model are one of the file.
+            known = site, found
             graph.tensors[found].name = site.name.encode()
             before = _before_move(model, found, producers)
             if before is None:
@@ -56,6 +63,44 @@ def _turns_between(earlier: Node, later: Node, made_by: Mapping[Ref, Node]) -> i
             turns += _reorders([0, *node.layer.dims], shape)
         node = made_by.get(node.inputs[0]) if node.inputs else None
     return turns
+
+
+def _order_between(
+    earlier: Node, later: Node, made_by: Mapping[Ref, Node], graph: SubGraphT
+) -> np.ndarray:
+    """Where each value of `later` stood in `earlier`, by the moves that the model has between."""
+    moves: list[Node] = []
+    node = made_by.get(later.inputs[0])
+    while node is not None and node is not earlier:
+        moves.append(node)
+        node = made_by.get(node.inputs[0]) if node.inputs else None
+    batch = flatbuffer.tensor_shape(graph.tensors[int(graph.inputs[0])])[0]
+    shape = (batch, *(int(size or 1) for size in earlier.outputs[0].shape[1:]))
+    order: np.ndarray = np.arange(math.prod(shape)).reshape(shape)
+    for move in reversed(moves):
+        if isinstance(move.layer, keras.layers.Permute):
+            order = order.transpose(0, *move.layer.dims)
+        order = order.reshape(batch, *(int(size or 1) for size in move.outputs[0].shape[1:]))
+    return order.reshape(-1)
+
+
+def _order_in_file(
+    model: ModelT, earlier: int, later: int, producers: dict[int, OperatorT]
+) -> np.ndarray:
+    """Where each value of a tensor stood in an earlier one, by the moves between them."""
+    tensors, moves, current = model.subgraphs[0].tensors, list[OperatorT](), later
+    while current != earlier:
+        moves.append(producers[current])
+        current = int(producers[current].inputs[0])
+    shape = flatbuffer.tensor_shape(tensors[earlier])
+    order: np.ndarray = np.arange(math.prod(shape)).reshape(shape)
+    for move in reversed(moves):
+        axes = None
+        if flatbuffer.op_name(model, move) == "TRANSPOSE":
+            axes = flatbuffer.tensor_data(model, tensors[int(move.inputs[1])])
+        order = order if axes is None else order.transpose([int(axis) for axis in axes])
+        order = order.reshape(flatbuffer.tensor_shape(tensors[int(move.outputs[0])]))
+    return order.reshape(-1)
 
 
 def _back_to(

@@ -7,7 +7,7 @@ import keras
 import pytest
 from keras import ops
 
-from kqat.parts import Tabulated
+from kqat.parts import ConstantKind, Tabulated, WithConstant
 from kqat.parts.single_op_layers import (
     DepthToSpace,
     Matmul,
@@ -64,3 +64,13 @@ def test_a_layer_foresees_what_it_makes(
     foreseen, made = (layer(x if len(x) > 1 else x[0]) for x in (symbolic, values))
     assert foreseen.shape == (None, *made.shape[1:])
     assert foreseen.dtype == keras.backend.standardize_dtype(made.dtype)
+
+
+@pytest.mark.parametrize("kind", [ConstantKind.ADD, ConstantKind.MULTIPLY])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_vector_beside_a_matrix_keeps_its_axes(kind: ConstantKind, samples: int) -> None:
+    """Distances to centers; Keras takes one sample for a bias, and drops its axes."""
+    layer = WithConstant(kind, [8, 4])
+    expected = layer(keras.Input((1, 4))).shape[1:]
+    found = layer(ops.ones((samples, 1, 4))).shape
+    assert tuple(found) == (samples, *expected) == (samples, 8, 4)

@@ -129,3 +129,23 @@ def test_a_product_with_what_is_computed_of_weights_ends() -> None:
     x = keras.Input((6, 8), name="x")
     model = keras.Model(x, Relative(name="own")(x))
     np.testing.assert_allclose(_parts(model)(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)
+
+
+class Learned(layers.Layer):
+    """A learned query, which is computed before any input is read."""
+
+    def build(self, shape: Any) -> None:
+        """Creates the query."""
+        self.query = self.add_weight(name="query", shape=(3, 8), initializer="random_normal")
+
+    def call(self, x: Any) -> Any:
+        """What each query finds."""
+        scores = ops.matmul(ops.tanh(self.query) * 2.0, ops.swapaxes(x, 1, 2))
+        return ops.matmul(ops.softmax(scores), x)
+
+
+def test_what_is_computed_of_weights_may_come_first() -> None:
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 8), name="x")
+    model = keras.Model(x, Learned(name="own")(x))
+    np.testing.assert_allclose(_parts(model)(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)

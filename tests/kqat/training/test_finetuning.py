@@ -80,7 +80,9 @@ def test_a_teacher_is_learned_from_and_stays_as_it_was() -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [{"teacher": network}, {"kind": "logits"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"teacher": network}, {"kind": "logits"}], ids=["a teacher", "a kind"]
+)
 def test_a_teacher_without_a_kind_is_refused(options: Any) -> None:
     given = {key: value() if callable(value) else value for key, value in options.items()}
     with pytest.raises(ModelError, match=r"Expected a teacher and the kind .* Use teacher=model"):

@@ -23,3 +23,18 @@ def test_a_site_behind_a_transposition_is_not_the_tensor_before_it() -> None:
     for part in report.runtimes:
         assert part.max_steps <= 1
         assert not part.unmatched
+
+
+def test_two_transpositions_that_the_file_has_as_one_name_no_tensor_between_them() -> None:
+    """As heads of keys: there are as many of them as steps, so that a shape says nothing."""
+    keras.utils.set_random_seed(0)
+    x = keras.Input((16, 4), name="x")
+    heads = layers.Reshape((4, 4, 4), name="heads")(layers.Dense(4, name="dense")(x))
+    query = layers.Permute((2, 1, 3), name="query")(heads)
+    keys = layers.Permute((2, 1, 3), name="keys")(layers.Reshape((4, 4, 4), name="of_keys")(x))
+    keys = layers.Permute((1, 3, 2), name="turned")(keys)
+    model = keras.Model(x, keras.ops.matmul(query, keys))
+    qat = kqat.quantize_model(model, calibration_data=ROWS)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), ROWS)
+    for part in report.runtimes:
+        assert part.problem is None and part.max_steps <= 1
