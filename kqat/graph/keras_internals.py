@@ -77,7 +77,9 @@ def open_model(model: Any) -> Opened:
     function = inner_function(model)
     if function is not None:
         if moves_batch(function):
-            return open_call(model, (function.input,), {})
+            # Where that fails, the row of the operation says what it takes.
+            with contextlib.suppress(ModelError):
+                return open_call(model, (function.input,), {})
         return opened_function(function, model)
     inputs = input_struct(model)
     if isinstance(inputs, tuple) and not inputs:
@@ -1335,20 +1337,27 @@ def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
     return typed
 
 
-def frozen_function(function: Any, shape: tuple[int | None, ...]) -> tuple[bytes, str, str]:
-    """What TensorFlow traces of a function of one float32 tensor, its variables made constants.
+def with_constants(function: Any, *specs: Any) -> Any:
+    """The `ConcreteFunction` that TensorFlow traces of a function, its variables made constants.
 
-    The serialized `GraphDef`, and the names of its input and output tensors. TensorFlow has no
-    public function for the constants of a `ConcreteFunction`.
+    TensorFlow has no public function for that.
     """
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     # Without AutoGraph, which would take a branch on all numbers for one on each.
     whole = tf.function(function, autograph=False)
-    fixed = convert_variables_to_constants_v2(
-        whole.get_concrete_function(tf.TensorSpec(shape, tf.float32))
-    )
+    return convert_variables_to_constants_v2(whole.get_concrete_function(*specs))
+
+
+def frozen_function(function: Any, shape: tuple[int | None, ...]) -> tuple[bytes, str, str]:
+    """The serialized `GraphDef` of a function of one float32 tensor; its input's and output's name.
+
+    Its variables are made constants.
+    """
+    import tensorflow as tf
+
+    fixed = with_constants(function, tf.TensorSpec(shape, tf.float32))
     graph = fixed.graph.as_graph_def().SerializeToString()
     return graph, fixed.inputs[0].name, fixed.outputs[0].name
 

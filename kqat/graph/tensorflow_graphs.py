@@ -23,7 +23,9 @@ def computed(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         UnknownOperationError: if it takes an operation that the table lacks, or options of one.
     """
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    # Inside, as what runs users' calls imports the table of functions.
+    from kqat.graph.keras_internals import with_constants
 
     flat = keras.tree.flatten((args, kwargs))
     given = list({id(t): t for t in flat if isinstance(t, keras.KerasTensor)}.values())
@@ -37,9 +39,7 @@ def computed(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return keras.tree.flatten(result)
 
     specs = [tf.TensorSpec(t.shape, t.dtype) for t in given]
-    # Without AutoGraph, which would take a branch on all numbers for one on each.
-    whole = tf.function(traced, autograph=False).get_concrete_function(*specs)
-    fixed = convert_variables_to_constants_v2(whole)
+    fixed = with_constants(traced, *specs)
     values: dict[str, Any] = {t.name: x for t, x in zip(fixed.inputs, given, strict=True)}
     for operation in _needed(fixed.outputs):
         if operation.outputs[0].name not in values:

@@ -518,7 +518,7 @@ def _factor(layer: Any) -> float | None:
 def _addend(node: Node) -> np.ndarray | None:
     """The constant that a layer adds, if it does only that."""
     layer = node.layer
-    if layer.trainable:
+    if getattr(layer, "trainable", False):  # An operation that stays as it is has no such thing.
         return None
     if isinstance(layer, WithConstant) and layer.kind is ConstantKind.ADD:
         return np.asarray(layer.value, np.float32)

@@ -78,6 +78,13 @@ MOVES = _many(
     lambda x: ops.append(x, x * 3.0, axis=1),
     lambda x: ops.copy(ops.stop_gradient(ops.cast(x, "float32"))) * 6.0,
 )
+# Functions of which an operation is made of several.
+MADE_OF_OTHERS = _many(
+    IMAGE,
+    lambda x: ops.rot90(x * 2.0, axes=(1, 2)),
+    lambda x: ops.moments(x, axes=(1, 2))[0] * 2.0,
+    lambda x: ops.moments(x, axes=(1, 2))[1] * 2.0,
+)
 REDUCTIONS = _many(
     ROWS,
     lambda x: ops.sum(x, 1),
@@ -156,6 +163,16 @@ CASES: tuple[Case, ...] = (
         PAD=1,
         RESHAPE=6,
         STRIDED_SLICE=6,
+        TRANSPOSE=1,
+    ),
+    _case(
+        "made_of_others",
+        MADE_OF_OTHERS,
+        GATHER=1,
+        MEAN=2,
+        MUL=4,
+        RESHAPE=1,
+        SUB=1,
         TRANSPOSE=1,
     ),
     _case(

@@ -89,7 +89,6 @@ CASES = (
         FULLY_CONNECTED=8,
         LOGISTIC=3,
         MUL=6,
-        RESHAPE=2,
         STRIDED_SLICE=7,
         SUB=4,
         TANH=3,

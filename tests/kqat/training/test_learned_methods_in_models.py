@@ -128,10 +128,12 @@ def test_ttq_has_two_magnitudes_in_a_channel_of_the_file() -> None:
     qat.fit(IMAGES, TARGETS, batch_size=16, epochs=2, verbose=0)
     (head,) = (w for w in kqat.freeze(qat).weights if w.name == "head/kernel")
     for channel in head.integers.T:
-        assert 127 in np.abs(channel)
+        # A magnitude that no weight has may be the larger one, which fills the grid.
+        assert 127 in np.abs(channel) or not (channel.min() < 0 < channel.max())
         assert len(np.unique(channel[channel > 0])) <= 1 >= len(np.unique(channel[channel < 0]))
     magnitudes = {tuple(np.unique(np.abs(channel))) for channel in head.integers.T}
     assert any(len(some) > 2 or 0 not in some for some in magnitudes)
+    assert any(127 in some for some in magnitudes)
 
 
 @pytest.mark.parametrize("method", ["lsq_plus", "pact", "tqt"])
