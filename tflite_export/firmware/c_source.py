@@ -196,9 +196,28 @@ def _in_types(model: flatbuffer.ModelT, inputs: Sequence[np.ndarray]) -> list[np
     if len(feeds) != len(tensors):
         return feeds
     return [
-        as_type(x.astype(np.float32), tensor) if x.dtype.kind == "f" and has_grid(tensor) else x
+        _rounded(x.astype(np.float32), tensor) if x.dtype.kind == "f" and has_grid(tensor) else x
         for x, tensor in zip(feeds, tensors, strict=True)
     ]
+
+
+def _rounded(x: np.ndarray, tensor: TensorT) -> np.ndarray:
+    """Floats on the grid of an input.
+
+    Raises:
+        ExportError: if they are far outside of it, as integers are that somebody saved as floats.
+    """
+    limits = np.iinfo(flatbuffer.tensor_dtype(tensor))
+    scale, zero_point = float(tensor.quantization.scale[0]), int(tensor.quantization.zeroPoint[0])
+    low, high = (scale * (end - zero_point) for end in (limits.min, limits.max))
+    width = high - low
+    if x.size and (x.max() > high + width or x.min() < low - width):
+        raise ExportError(
+            f"Expected floats of about {low:.4g} to {high:.4g} in golden input "
+            f"'{flatbuffer.tensor_name(tensor)}'. Received: {x.min():.4g} to {x.max():.4g}. Give "
+            f"integers of the grid as {limits.dtype}."
+        )
+    return as_type(x, tensor)
 
 
 def c_identifier(name: str, taken: set[str]) -> str:

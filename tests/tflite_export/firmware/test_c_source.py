@@ -259,7 +259,7 @@ def test_golden_inputs_may_be_floats(net: tuple[bytes, np.ndarray], tmp_path: Pa
     """They are rounded to the input's grid, and beyond it clipped."""
     blob, x = net
     grid = tflite_export.inspect(blob).inputs[0]
-    real = np.concatenate([x[:1], 100.0 * x[1:2]]).astype(np.float64)
+    real = np.concatenate([x[:1], 1.5 * x[1:2]]).astype(np.float64)
     on_grid = np.clip(
         np.floor(real.astype(np.float32) / grid.scale + 0.5) + grid.zero_point, -128, 127
     )
@@ -269,6 +269,8 @@ def test_golden_inputs_may_be_floats(net: tuple[bytes, np.ndarray], tmp_path: Pa
         for i, one in enumerate(given)
     ]
     assert texts[0] == texts[1]
+    with pytest.raises(kqat.ExportError, match=r"golden input .*integers of the grid as int8"):
+        tflite_export.to_c(blob, tmp_path / "2", inputs=[on_grid.astype(np.float32)])
 
 
 def test_the_arena_is_enough_and_hardly_more(source: tflite_export.CSource, net: Any) -> None:
