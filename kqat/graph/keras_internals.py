@@ -1320,8 +1320,14 @@ def _tensors(structure: Any) -> list[Any]:
     return [t for t in keras.tree.flatten(structure) if isinstance(t, keras.KerasTensor)]
 
 
+_IN_32_BITS = {"float64": "float32", "int64": "int32"}
+
+
 def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
-    """Inputs with their types: what only an Embedding reads holds indexes, int32 or bool."""
+    """Inputs with their types: what only an Embedding reads holds indexes, int32 or bool.
+
+    Numbers of 64 bits are taken in 32, as kernels for indexes and Keras's float32 have them.
+    """
     readers: dict[int, list[Any]] = {id(t): [] for t in opened.tensors}
     for operation in opened.function.operations:
         for call in operation._inbound_nodes:
@@ -1331,9 +1337,8 @@ def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
     for tensor in opened.tensors:
         operations = readers[id(tensor)]
         indexes = operations and all(isinstance(o, keras.layers.Embedding) for o in operations)
-        # TFLite has no float64 inputs; numbers of that type are converted as Keras does.
-        floats = "float32" if tensor.dtype == "float64" else str(tensor.dtype)
-        typed.append((tensor, "int32" if indexes and floats != "bool" else floats))
+        given = _IN_32_BITS.get(str(tensor.dtype), str(tensor.dtype))
+        typed.append((tensor, "int32" if indexes and given != "bool" else given))
     return typed
 
 

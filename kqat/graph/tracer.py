@@ -296,7 +296,7 @@ def _check_input(tensor: Any, model_name: str) -> None:
                 f"which is {kind}; a file has no such tensors. Build it with keras.Input(shape), "
                 "and give dense data: tf.sparse.to_dense(x), or x.to_tensor(shape=...)."
             )
-    if not str(tensor.dtype).startswith(("float", "bfloat", "int32", "uint8", "bool")):
+    if not str(tensor.dtype).startswith(("float", "bfloat", "int32", "int64", "uint8", "bool")):
         raise _wrong_type(tensor.name, tensor.dtype, model_name)
 
 

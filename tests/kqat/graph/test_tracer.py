@@ -318,3 +318,13 @@ def test_a_model_inside_may_be_called_on_a_weight() -> None:
     parts = rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "parts")
     data = RNG.normal(size=(3, 4, 6)).astype(np.float32)
     np.testing.assert_allclose(parts(data), model(data), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("given", "taken"), [("int64", "int32"), ("float64", "float32")])
+def test_inputs_of_64_bits_are_taken_in_32(given: str, taken: str) -> None:
+    """Tokenizers return int64, and operators of indexes take int32 on all runtimes."""
+    x = keras.Input((6,), dtype=given)
+    more = keras.layers.Embedding(9, 4)(x) if given == "int64" else keras.layers.Dense(4)(x)
+    assert [ref.dtype for ref in trace(keras.Model(x, more)).inputs] == [taken]
+    counted = keras.ops.cast(x > 3, "float32")
+    assert [ref.dtype for ref in trace(keras.Model(x, counted)).inputs] == [taken]
