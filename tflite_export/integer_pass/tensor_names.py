@@ -53,15 +53,27 @@ def name_tensors(draft: Draft) -> None:
             tensor, turns = before, left - _is_turn(model, producers[found])
 
 
+def _moves_between(earlier: Node, later: Node, made_by: Mapping[Ref, Node]) -> list[Node]:
+    """The nodes that hand a value on from one marker to another, in order.
+
+    There are none between markers of which neither is behind the other, as those of a slice that
+    the model takes twice and the file once: both stand on one value.
+    """
+    moves: list[Node] = []
+    node = None if later is earlier else made_by.get(later.inputs[0])
+    while node is not None and node is not earlier:
+        moves.insert(0, node)
+        node = made_by.get(node.inputs[0]) if node.inputs else None
+    return moves if node is earlier else []
+
+
 def _turns_between(earlier: Node, later: Node, made_by: Mapping[Ref, Node]) -> int:
     """How many transpositions the model has between two markers."""
     turns = 0
-    node = None if later is earlier else made_by.get(later.inputs[0])
-    while node is not None and node is not earlier:
+    for node in _moves_between(earlier, later, made_by):
         if isinstance(node.layer, keras.layers.Permute):
             shape = [size or 1 for size in node.inputs[0].shape]
             turns += _reorders([0, *node.layer.dims], shape)
-        node = made_by.get(node.inputs[0]) if node.inputs else None
     return turns
 
 
@@ -69,15 +81,10 @@ def _order_between(
     earlier: Node, later: Node, made_by: Mapping[Ref, Node], graph: SubGraphT
 ) -> np.ndarray:
     """Where each value of `later` stood in `earlier`, by the moves that the model has between."""
-    moves: list[Node] = []
-    node = made_by.get(later.inputs[0])
-    while node is not None and node is not earlier:
-        moves.append(node)
-        node = made_by.get(node.inputs[0]) if node.inputs else None
     batch = flatbuffer.tensor_shape(graph.tensors[int(graph.inputs[0])])[0]
     shape = (batch, *(int(size or 1) for size in earlier.outputs[0].shape[1:]))
     order: np.ndarray = np.arange(math.prod(shape)).reshape(shape)
-    for move in reversed(moves):
+    for move in _moves_between(earlier, later, made_by):
         if isinstance(move.layer, keras.layers.Permute):
             order = order.transpose(0, *move.layer.dims)
         order = order.reshape(batch, *(int(size or 1) for size in move.outputs[0].shape[1:]))

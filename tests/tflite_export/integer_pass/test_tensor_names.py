@@ -38,3 +38,16 @@ def test_two_transpositions_that_the_file_has_as_one_name_no_tensor_between_them
     report = tflite_export.verify(qat, tflite_export.convert(qat), ROWS)
     for part in report.runtimes:
         assert part.problem is None and part.max_steps <= 1
+
+
+def test_a_move_that_the_model_has_twice_and_the_file_once() -> None:
+    keras.utils.set_random_seed(0)
+    x = keras.Input((16, 4), name="x")
+    first = [layers.Dense(3, name=f"head_{i}")(x[:, 0]) for i in range(2)]
+    pooled = [layers.Dense(2, name=f"pool_{i}")(layers.MaxPooling1D(4)(x)) for i in range(2)]
+    turned = [layers.Permute((2, 1), name=f"turn_{i}")(x[:, :4]) for i in range(2)]
+    model = keras.Model(x, [*first, *pooled, keras.ops.matmul(*turned)])
+    qat = kqat.quantize_model(model, calibration_data=ROWS)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), ROWS)
+    for part in report.runtimes:
+        assert part.problem is None and part.max_steps <= 1
