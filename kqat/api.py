@@ -24,7 +24,7 @@ from kqat.graph import (
     with_input_shapes,
 )
 from kqat.grids import CalibrationMethod
-from kqat.planning import Plan, make_plan, misfits, with_replacements
+from kqat.planning import Plan, check_computes, make_plan, misfits, with_replacements
 from kqat.tfmot import translate_policy
 from kqat.training import (
     DEFAULT_METHOD,
@@ -272,6 +272,7 @@ def _checked_graph(model: Any) -> Graph:
             "it on with fit, or start from the float model."
         )
     check_apart(graph, model.trainable_variables, f"model '{model.name}'")
+    check_computes(graph, model)
     return graph
 
 

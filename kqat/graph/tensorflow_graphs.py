@@ -69,6 +69,10 @@ def _results(operation: Any, values: list[Any]) -> list[Any]:
     if operation.outputs and all(c is not None for c in constants):
         return constants
     if not any(isinstance(v, keras.KerasTensor) for v in values):
+        if operation.op_def.is_stateful:
+            raise UnknownOperationError(
+                f"TensorFlow's operation {operation.type}, whose result changes with each call"
+            )
         return _evaluated(operation)
     row = _TABLE.get(operation.type)
     if row is None:

@@ -92,6 +92,8 @@ class Graph:
     output_masks: tuple[keras.Model | None, ...] = ()
     # Whether an output bears a mask that is not among them, as layers make it.
     loses_masks: bool = False
+    # Whether some of it is what a `call` of the user's was seen to do.
+    was_run: bool = False
 
     @property
     def inputs(self) -> tuple[Ref, ...]:
@@ -163,7 +165,8 @@ def trace(model: Any) -> Graph:
     nodes: list[Node] = []
     kinds = [isinstance(o, keras.layers.InputLayer) for o in opened.function.operations]
     shell = model.name if kinds.count(False) == 1 else ""
-    output_struct = _inline(opened, dict(by_tensor), _Walk("", nodes, set(), shell))
+    walk = _Walk("", nodes, set(), shell)
+    output_struct = _inline(opened, dict(by_tensor), walk)
     _check_sizes(nodes, model.name)
     if set(inputs) & set(refs_in(output_struct)):
         raise ModelError(
@@ -186,6 +189,7 @@ def trace(model: Any) -> Graph:
         output_names=tuple(unique_name(name, taken) for name in output_names),
         output_masks=output_masks,
         loses_masks=loses_masks,
+        was_run=bool(walk.seen),
     )
 
 
@@ -337,6 +341,7 @@ class _Walk:
     nodes: list[Node]
     names: set[str]
     shell: str = ""
+    seen: list[Opened] = dataclasses.field(default_factory=list)  # what was opened by running it
 
     def name_of(self, layer: Any, opened: Opened) -> str:
         """A name for a call, which is the same each time that a model is traced."""
@@ -359,6 +364,7 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
     Weights stand as variables in the place of refs.
     """
     refs.update(opened.weights)
+    walk.seen.extend([opened] if opened.fresh else [])
     for call, masks, borne, maker in calls_in_order(opened.function, refs, opened.masks):
         if all(id(t) in refs for t in call.outputs):  # It computes with weights alone.
             continue
@@ -412,7 +418,7 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             path = opened.owners.get(id(layer), "")
             wraps = layer.name == walk.shell
             prefix = "" if wraps else f"{walk.prefix}{path}{layer.name}_"
-            deeper = _Walk(prefix, walk.nodes, walk.names)
+            deeper = _Walk(prefix, walk.nodes, walk.names, seen=walk.seen)
             outputs = list(_values_in(_inline(inner, inner_refs, deeper)))
         refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
     return _map_tensors(opened.output, refs)

@@ -1,5 +1,6 @@
 """Graph and policy to `Plan`: every decision, before a weight is touched."""
 
+from kqat.planning.expansion import check_computes
 from kqat.planning.plan import Group, LayerPlan, Plan, Role, Rounding
 from kqat.planning.planner import make_plan
 from kqat.planning.target_fit import activation_of, misfits, replacements, with_replacements
@@ -11,6 +12,7 @@ __all__ = [
     "Role",
     "Rounding",
     "activation_of",
+    "check_computes",
     "make_plan",
     "misfits",
     "replacements",

@@ -21,6 +21,7 @@ from kqat.graph import (
     attach_masks,
     bearing,
     borne_mask,
+    call_signature,
     check_apart,
     duplicate,
     fill,
@@ -179,13 +180,47 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
     return call
 
 
+def check_computes(graph: Graph, model: keras.Model) -> None:
+    """Checks that a graph computes what the model does, where a `call` was run to find it.
+
+    A custom layer is tried alone, when it is opened; a subclassed model and a model inside are not.
+
+    Raises:
+        ModelError: if it does not.
+    """
+    if not graph.was_run:
+        return
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        is_layer = isinstance(node.layer, keras.layers.Layer)
+        inference = is_layer and "training" in call_signature(node.layer).parameters
+        return node.layer(*args, **kwargs, **({"training": False} if inference else {}))
+
+    values = {ref: _trial_values(ref, seed) for seed, ref in enumerate(graph.inputs)}
+    with keras.StatelessScope():  # A state stays as it was.
+        expected = model(fill(graph.input_struct, values.__getitem__), training=False)
+        found = graph.run(list(values.values()), call)
+    pairs = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
+    if not all(_alike(a, b) for a, b in pairs):
+        raise ModelError(
+            f"Expected model '{model.name}' to compute what its call was seen to do. Received: "
+            f"other values on random inputs, {_WHY_OTHER}. Use keras.ops.where, and means in place "
+            "of sums that are divided by a size."
+        )
+
+
+_WHY_OTHER = (
+    "as where Python branches on a value or a size, the number of samples is a factor, random "
+    "numbers are drawn, or a state changes with each call"
+)
+
+
 def _other_values(operation: Any, name: str) -> UnsupportedLayerError:
     if is_custom(operation):
         return UnsupportedLayerError(
             f"Expected layer '{name}' of type {type(operation).__name__} to compute what its call "
-            "was seen to do. Received: other values on random inputs, as where Python branches on "
-            "a value, or a state changes with each call. Use keras.ops.where, or leave it float "
-            f"with policy={{'{name}': None}}."
+            f"was seen to do. Received: other values on random inputs, {_WHY_OTHER}. Use "
+            f"keras.ops.where, or leave it float with policy={{'{name}': None}}."
         )
     return UnsupportedLayerError(
         f"Expected '{name}' of type {type(operation).__name__} to compute what its integer "

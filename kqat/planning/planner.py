@@ -13,11 +13,14 @@ the graph's edges and the rows of the registry, each by a module of its own:
 import dataclasses
 from collections.abc import Mapping
 
+import keras
+
+from kqat.base import UnsupportedLayerError
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.devices import ops_at
 from kqat.graph import Graph, Node, trace
 from kqat.grids import MaxAbs, QuantSpec
-from kqat.parts import Recurrence, Requantize
+from kqat.parts import Recurrence, Requantize, Select
 from kqat.planning.additive_masks import check_hidden_values, hide_added_masks
 from kqat.planning.biases import join_biases
 from kqat.planning.byte_inputs import read_bytes
@@ -105,6 +108,7 @@ def _decide(
         states: of the graph of one step, each before and after it; see `PlannedGraph`.
     """
     planned = planned_graph(graph, origins, configs, input_configs or {}, states)
+    _check_quantities(planned)
     steps = {
         node: _step_plan(node.layer, planned.user_names[node], config)
         for node, config in planned.configs.items()
@@ -131,6 +135,32 @@ def _decide(
         steps={node.name: plan for node, plan in steps.items()},
         rules={node.name: rule for node, rule in planned.rules.items() if rule is not None},
     )
+
+
+def _check_quantities(planned: PlannedGraph) -> None:
+    """Checks that layers which compute with quantities read no integers without a scale.
+
+    Raises:
+        UnsupportedLayerError: if one does; Keras would cast them to float for it.
+    """
+    for node, rule in planned.rules.items():
+        read = [ref for ref in node.inputs if ref.holds_indexes and ref.dtype != "uint8"]
+        if rule is None or not read or stays_whole(node.layer, planned.configs[node]):
+            continue
+        takes_them = isinstance(node.layer, keras.layers.Embedding) or rule.output in (
+            Output.INDEX,
+            Output.INSIDE,
+        )
+        same = rule.output in (Output.SAME, Output.VANISHES) and not rule.rounds
+        hands_on = same and node.outputs[0].holds_indexes
+        selects = isinstance(node.layer, Select) and set(read) == {node.inputs[0]}
+        if not (takes_them or hands_on or selects):
+            raise UnsupportedLayerError(
+                f"Expected '{planned.user_names[node]}' of type {type(node.layer).__name__} to "
+                f"read quantities. Received: {read[0].dtype}, indexes or truth values, which have "
+                "no scale. Cast truth values to float first (keras.ops.cast), look indexes up in "
+                "an Embedding, or make them a float input of the model."
+            )
 
 
 def _layer_plan(

@@ -24,6 +24,7 @@ from kqat.rewrites import (
     function,
     is_number,
     matrix_products,
+    may_be_truth,
     scaled,
     truth,
 )
@@ -171,7 +172,13 @@ def _cast(operation: Any, name: str) -> Callable[..., Any]:
             return layers.Identity(name=name, dtype=x.dtype)(x)
         to_float = str(operation.dtype).startswith(("float", "bfloat"))
         if to_float and holds_indexes(x):
-            # Of integers, a mask of zeros and ones; calibration refuses data that hold others.
+            if not may_be_truth(x):
+                raise UnsupportedLayerError(
+                    f"Expected truth values, or integers of 0 and 1, in operation '{name}', a cast "
+                    f"to {operation.dtype}. Received: {x.dtype}, which other integers are computed "
+                    "of. An index is no quantity; use one_hot or an Embedding, or cast before the "
+                    "arithmetic."
+                )
             return truth(x, (0.0, 1.0), x.shape[1:], name)
         if not to_float and not holds_indexes(x):
             raise UnsupportedLayerError(

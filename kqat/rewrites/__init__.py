@@ -15,7 +15,7 @@ from kqat.rewrites.layers import (
     time_and_depth,
 )
 from kqat.rewrites.layers.basic import Decomposed
-from kqat.rewrites.layers.one_hot import truth
+from kqat.rewrites.layers.one_hot import may_be_truth, truth
 from kqat.rewrites.layers.recurrent import Builder, bidirectional, rnn
 from kqat.rewrites.operations.binary import BINARY, FAR_BELOW, Row, function, is_number, scaled
 from kqat.rewrites.operations.nn import NETWORKS
@@ -43,6 +43,7 @@ __all__ = [
     "is_number",
     "is_weight",
     "matrix_products",
+    "may_be_truth",
     "normalization",
     "one_hot",
     "recurrent",

@@ -157,7 +157,7 @@ CASES: tuple[Case, ...] = (
             "GATHER": 2,
             "LOGICAL_AND": 1,
             "NOT_EQUAL": 1,
-            "RESHAPE": 8,
+            "RESHAPE": 7,
             "SOFTMAX": 1,
             "TRANSPOSE": 4,
         },
@@ -208,7 +208,6 @@ CASES: tuple[Case, ...] = (
         STEPS,
         lambda x: L.TimeDistributed(L.Dense(3))(x),
         FULLY_CONNECTED=1,
-        RESHAPE=1,
     ),
     _one(
         "time_distributed_conv",
@@ -227,7 +226,7 @@ CASES: tuple[Case, ...] = (
         )(x),
         CONCATENATION=1,
         FULLY_CONNECTED=2,
-        RESHAPE=2,
+        RESHAPE=1,
         STRIDED_SLICE=3,
     ),
     _one("center_crop", IMAGE, lambda x: L.CenterCrop(5, 6)(x), STRIDED_SLICE=1),
@@ -275,7 +274,6 @@ CASES: tuple[Case, ...] = (
         lambda x: L.EinsumDense("abc,bd->adc", (5, 4), bias_axes="d")(x),
         ADD=1,
         FULLY_CONNECTED=1,
-        RESHAPE=1,
         TRANSPOSE=2,
     ),
 )

@@ -89,7 +89,13 @@ CASES: tuple[Case, ...] = (
         policy="w4a8",
     ),
     _tokens("reversible_embedding", lambda x: L.ReversibleEmbedding(INDEXES, 4)(x), GATHER=1),
-    _tokens("positions", _positions, ADD=1, FULLY_CONNECTED=1, GATHER=1, RESHAPE=1),
+    _tokens(
+        "positions",
+        _positions,
+        ADD=1,
+        FULLY_CONNECTED=1,
+        GATHER=1,
+    ),
     _tokens("codes", _codes, FULLY_CONNECTED=1, GATHER=4, MEAN=1, MUL=1, REDUCE_MAX=1),
     _tokens(
         "shifted_tokens", _shifted, ADD=1, EQUAL=1, GATHER=3, MUL=1, RESHAPE=2, SELECT_V2=1, SUB=1
@@ -115,7 +121,6 @@ CASES: tuple[Case, ...] = (
         lambda x: (lambda y: [y, ops.argmax(y, axis=-1)])(L.Dense(5)(x)),
         ARG_MAX=1,
         FULLY_CONNECTED=1,
-        RESHAPE=1,
     ),
     _values(
         "argmin",

@@ -25,11 +25,9 @@ def _conv(x: Any, filters: int = 3) -> Any:
 
 WEIGHTED = (
     _one("dense", VECTOR, lambda x: L.Dense(4)(x), FULLY_CONNECTED=1),
-    _one("dense_3d", (5, 8), lambda x: L.Dense(4, "relu")(x), FULLY_CONNECTED=1, RESHAPE=1),
-    _one(
-        "dense_4d", (3, 5, 8), lambda x: L.Dense(4, use_bias=False)(x), FULLY_CONNECTED=1, RESHAPE=1
-    ),
-    _one("dense_5d", VOLUME, lambda x: L.Dense(4, "relu")(x), FULLY_CONNECTED=1, RESHAPE=1),
+    _one("dense_3d", (5, 8), lambda x: L.Dense(4, "relu")(x), FULLY_CONNECTED=1),
+    _one("dense_4d", (3, 5, 8), lambda x: L.Dense(4, use_bias=False)(x), FULLY_CONNECTED=1),
+    _one("dense_5d", VOLUME, lambda x: L.Dense(4, "relu")(x), FULLY_CONNECTED=1),
     _one("dense_bn", VECTOR, lambda x: _bn(L.Dense(4)(x)), FULLY_CONNECTED=1),
     _one(
         "dense_relu_bn",
@@ -226,7 +224,6 @@ ACTIVATION = (
         (4, 8),
         lambda x: L.Softmax()(L.Dense(8)(x)),
         FULLY_CONNECTED=1,
-        RESHAPE=1,
         SOFTMAX=1,
     ),
 )
@@ -384,7 +381,6 @@ COMPOSITE = (
         (5, 8),
         lambda x: L.EinsumDense("abc,cd->abd", (5, 4), "relu", "d")(x),
         FULLY_CONNECTED=1,
-        RESHAPE=1,
     ),
     _one(
         "attention",

@@ -232,6 +232,8 @@ def _where(operation: Any, name: str) -> Callable[..., Any]:
                 f"Where. Received: {[_text(v) for v in (condition, a, b)]}. Multiply by the "
                 "condition instead, or write it as one function of each number, in a Lambda."
             )
+        if any(is_tensor(v) and holds_indexes(v) for v in (a, b)):
+            return _where_of_indexes(condition, a, b, name)
         like = a if is_tensor(a) else b
         rank = len(like.shape)
         values = [
@@ -241,6 +243,36 @@ def _where(operation: Any, name: str) -> Callable[..., Any]:
         return Select(name=name)([condition, *values])
 
     return call
+
+
+def _where_of_indexes(condition: Any, a: Any, b: Any, name: str) -> Any:
+    """A selection of integers, as `b + condition * (a - b)`: a SELECT would give them a scale.
+
+    Raises:
+        UnsupportedLayerError: if they are truth values, or quantities stand beside them.
+    """
+    tensors = [v for v in (a, b) if is_tensor(v)]
+    if any(v.dtype == "bool" or not holds_indexes(v) for v in tensors) or not all(
+        is_tensor(v) or np.asarray(v).dtype.kind in "iu" for v in (a, b)
+    ):
+        raise UnsupportedLayerError(
+            f"Expected quantities, or integers, to select from in operation '{name}' of type "
+            f"Where. Received: {[_text(v) for v in (a, b)]}. Use logical_and and logical_or of "
+            "truth values, and cast integers to float before."
+        )
+
+    def combined(kind: IndexKind, x: Any, y: Any, label: str) -> Any:
+        options = {f"x{i}": np.asarray(v).tolist() for i, v in ((1, x), (2, y)) if not is_tensor(v)}
+        read = [v for v in (x, y) if is_tensor(v)]
+        return IndexOperation(kind, options, name=label)(read if len(read) > 1 else read[0])
+
+    if condition.dtype != "bool":
+        condition = combined(IndexKind.NOT_EQUAL, condition, 0, f"{name}_true")
+    ones = combined(IndexKind.MULTIPLY, condition, 1, f"{name}_ones")
+    away = combined(IndexKind.SUBTRACT, a, b, f"{name}_difference")
+    return combined(
+        IndexKind.ADD, combined(IndexKind.MULTIPLY, ones, away, f"{name}_added"), b, name
+    )
 
 
 def _is_far_below(value: Any, shape: tuple[int | None, ...]) -> bool:
