@@ -779,7 +779,8 @@ def _defined_in(paths: Sequence[Path]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in paths:
         # As for a script of its own, so that it can import its neighbours.
-        sys.path.insert(0, str(path.parent.resolve()))
+        folder = str(path.parent.resolve())
+        sys.path.insert(0, folder)
         try:
             names = runpy.run_path(str(path), run_name=path.stem)
         except Exception as error:
@@ -787,7 +788,9 @@ def _defined_in(paths: Sequence[Path]) -> dict[str, Any]:
                 f"Expected Python in '{path}' that runs. Received: {type(error).__name__}: {error}"
             ) from error
         finally:
-            sys.path.pop(0)
+            # The file may have changed the list as well.
+            if folder in sys.path:
+                sys.path.remove(folder)
         own = (name for name, value in names.items() if callable(value))
         found |= {name: names[name] for name in own if names[name].__module__ == path.stem}
     return found

@@ -7,6 +7,7 @@ its `call` (not `__call__`) on symbolic tensors.
 import ast
 import contextlib
 import dataclasses
+import dis
 import functools
 import inspect
 import itertools
@@ -15,6 +16,7 @@ import operator
 import re
 import sys
 import textwrap
+import threading
 import traceback
 import warnings
 import weakref
@@ -281,8 +283,9 @@ def _with_batch_first(
             )
     output = keras.tree.map_structure(lambda t: made.get(id(t), t), output)
     held = {id(t): t for t in _tensors(output) if id(t) in weights}
-    with _names_apart(layer, output):
-        function = _function([*tensors, *held.values()], keras.tree.flatten(output))
+    inputs = [*tensors, *held.values()]
+    with _names_apart(layer, inputs, output):
+        function = _function(inputs, keras.tree.flatten(output))
     return function, output, {key: weights[key] for key in held}
 
 
@@ -359,17 +362,21 @@ def _called(
     """
     weights: dict[int, tuple[Any, Any]] = dict(given)
     try:
-        with (
-            _masks_told(),
-            _as_inputs(inside, weights),
-            _calls_inlined(layer, inside),
-            _shapes_told(layer),
-            _keys_of_tensors(),
-            _sizes_known(),
-            tensorflow_traced(),
-        ):
-            # Keras hands it down to every layer inside that does not say otherwise.
-            output = layer(*args, **{"training": False, **kwargs})
+        with PATCHING:
+            opened = [p for p in inside if p is layer or not _is_stock(p)]
+            # Before symbolic tensors stand for the variables that they hold.
+            twins = {id(part): _stock_twin(part) for part in opened}
+            with (
+                _masks_told(),
+                _as_inputs(inside, weights),
+                _calls_inlined(opened, twins),
+                _shapes_told(layer),
+                _keys_of_tensors(),
+                _sizes_known(),
+                tensorflow_traced(),
+            ):
+                # Keras hands it down to every layer inside that does not say otherwise.
+                output = layer(*args, **{"training": False, **kwargs})
     except Exception as error:  # Whatever a user's own class raises.
         raise ModelError(
             f"Expected a call made of layers and keras.ops that runs on symbolic tensors. "
@@ -382,7 +389,7 @@ def _called(
     output = keras.tree.map_structure(lambda t: _symbolic_output(t, layer, weights), output)
     variables = {id(tensor): variable for tensor, variable in weights.values()}
     inputs = [*tensors, *(tensor for tensor, _ in weights.values())]
-    with _names_apart(layer, output):
+    with _names_apart(layer, inputs, output):
         function = _function(inputs, keras.tree.flatten(output))
     values = _weight_values(function, {id(t) for t in tensors}, variables)
     shown = {id(v) for operation in function.operations for v in _variables(operation)}
@@ -422,6 +429,39 @@ def _symbolic_output(value: Any, layer: Any, weights: dict[int, tuple[Any, Any]]
     return tensor
 
 
+# Held while attributes of Keras's classes, or limits of Python, are other than they are: by one
+# thread at a time.
+PATCHING = threading.RLock()
+_MISSING = object()
+
+
+@contextlib.contextmanager
+def _patched(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Sets attributes meanwhile, and leaves exactly what it found; so it may be nested.
+
+    Args:
+        changes: a class, module or layer, the name of an attribute of its own, and the value.
+    """
+    kept: list[tuple[Any, str, Any]] = []
+    try:
+        for owner, name, value in changes:
+            kept.append((owner, name, vars(owner).get(name, _MISSING)))
+            _set(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(kept):
+            _set(owner, name, value)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    """Sets or deletes an attribute; a layer does not track what it is given so."""
+    home: Any = type(owner) if inspect.isclass(owner) or inspect.ismodule(owner) else object
+    if value is _MISSING:
+        home.__delattr__(owner, name)
+    else:
+        home.__setattr__(owner, name, value)
+
+
 @contextlib.contextmanager
 def _as_inputs(owners: list[Any], made: dict[int, tuple[Any, Any]]) -> Iterator[None]:
     """Lets symbolic tensors stand for the float variables of `owners` meanwhile.
@@ -448,66 +488,68 @@ def _as_inputs(owners: list[Any], made: dict[int, tuple[Any, Any]]) -> Iterator[
             return {key: swapped(v, owner) for key, v in value.items()}
         return value
 
-    kept: list[tuple[Any, str, Any]] = []
     internal = {"_trainable_variables", "_non_trainable_variables", "_metrics", "_layers"}
-    try:
-        for owner in owners:
-            for name, value in list(vars(owner).items()):
-                if name in internal:
-                    continue
-                new = swapped(value, owner)
-                if new is not value:
-                    kept.append((owner, name, value))
-                    object.__setattr__(owner, name, new)
+    changes = [
+        (owner, name, new)
+        for owner in owners
+        for name, value in vars(owner).items()
+        if name not in internal and (new := swapped(value, owner)) is not value
+    ]
+    with _patched(*changes):
         yield
-    finally:
-        for owner, name, value in kept:
-            object.__setattr__(owner, name, value)
 
 
 @contextlib.contextmanager
-def _calls_inlined(layer: Any, inside: list[Any]) -> Iterator[None]:
-    """Lets a call of `layer`, and of those of `inside`, show what it does in place of itself.
+def _calls_inlined(opened: Sequence[Any], twins: Mapping[int, Any]) -> Iterator[None]:
+    """Lets calls of layers show what they do in place of themselves.
 
     Keras does the rest of a call as ever: it builds, hands on masks and `training`. It only records
     no call of theirs, which may return anything. What a user's subclass of a stock layer calls of
     that layer is recorded as a stock layer.
+
+    Args:
+        opened: the layers.
+        twins: the stock layer that each is beside its own `call`, or `None`, by its identity.
     """
-    opened = {id(part): part for part in inside if part is layer or not _is_stock(part)}
-    twins = {key: _stock_twin(part) for key, part in opened.items()}
+    keys = {id(part) for part in opened}
     stock = {type(twin) for twin in twins.values() if twin is not None}
-    calls = {cls: cls.call for cls in stock}
+    held = [(part, twins[id(part)]) for part in opened]
+    states = {id(part): _state(part, twin) for part, twin in held if twin is not None}
     home: Any = sys.modules[keras.layers.Layer.__module__]
     record = home.Node
 
     def recorded(operation: Any, **call: Any) -> Any:
-        return None if id(operation) in opened else record(operation=operation, **call)
+        return None if id(operation) in keys else record(operation=operation, **call)
 
     def called_through(part: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: part.call(*args, **kwargs)
 
-    try:
-        home.Node = recorded
-        for part in opened.values():
-            object.__setattr__(part, "symbolic_call", called_through(part))
-        for cls, call in calls.items():
-            cls.call = _to_twins(call, twins)
+    with _patched(
+        (home, "Node", recorded),
+        *((part, "symbolic_call", called_through(part)) for part in opened),
+        *((cls, "call", _to_twins(cls.call, twins, states)) for cls in stock),
+    ):
         yield
-    finally:
-        home.Node = record
-        for part in opened.values():
-            object.__delattr__(part, "symbolic_call")
-        for cls, call in calls.items():
-            cls.call = call
 
 
-def _to_twins(call: Any, twins: Mapping[int, Any]) -> Callable[..., Any]:
-    """`call` of a stock class, by which a layer that has a twin calls the twin."""
+def _to_twins(
+    call: Any, twins: Mapping[int, Any], states: Mapping[int, Mapping[str, Any]]
+) -> Callable[..., Any]:
+    """`call` of a stock class, by which a layer that has a twin calls the twin.
+
+    It does not where the user's `call` has set what the stock one reads; `states` has what that
+    was.
+    """
 
     @functools.wraps(call)
     def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
         twin = twins.get(id(layer))
-        return call(layer, *args, **kwargs) if twin is None else twin(*args, **kwargs)
+        if twin is None:
+            return call(layer, *args, **kwargs)
+        before, now = states[id(layer)], _state(layer, twin)
+        if now.keys() != before.keys() or any(now[key] is not before[key] for key in now):
+            return call(layer, *args, **kwargs)
+        return twin(*args, **kwargs)
 
     return called
 
@@ -534,14 +576,46 @@ def _stock_twin(layer: Any) -> Any:
     changed = {name for cls in own for name in vars(cls) if not name.startswith("__")}
     if any(hasattr(stock, name) for name in changed - _FREE_TO_CHANGE):
         return None
+    if any("build" not in _names_in(vars(cls)["build"]) for cls in own if "build" in vars(cls)):
+        return None  # Its weights are not those that the stock class makes of its config.
     fresh = stock.__new__(stock)
     keras.layers.Layer.__init__(fresh)
     twin = object.__new__(stock)
     told = {name: value for name, value in vars(fresh).items() if "call" in name}
     nodes: dict[str, Any] = {"_inbound_nodes": [], "_outbound_nodes": []}
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", stock.__name__).lower()
-    vars(twin).update({**vars(layer), **told, **nodes, "name": name})
+    # What the subclass holds besides is read by its own `call` alone.
+    held = {id(value) for value in keras.tree.flatten(list(_state(layer, twin).values()))}
+    tracked = {key: [v for v in vars(layer)[key] if id(v) in held] for key in _TRACKED}
+    vars(twin).update({**vars(layer), **told, **nodes, **tracked, "name": name})
     return twin
+
+
+# Where a layer lists what it holds.
+_TRACKED = ("_trainable_variables", "_non_trainable_variables", "_layers", "_seed_generators")
+
+
+def _state(layer: Any, twin: Any) -> dict[str, Any]:
+    """What a layer keeps in the attributes of its stock class."""
+    stock: Any = type(twin)
+    names = _attributes(stock)
+    return {key: value for key, value in vars(layer).items() if key in names}
+
+
+@functools.cache
+def _attributes(stock: Any) -> frozenset[str]:
+    """The attributes in which a stock class keeps its own state: all that its methods set."""
+    mro = stock.__mro__
+    own = mro[: mro.index(keras.layers.Layer)]
+    methods = (getattr(f, "fset", f) for cls in own for f in vars(cls).values())
+    codes = [inspect.unwrap(f).__code__ for f in methods if inspect.isfunction(f)]
+    steps = (step for code in codes for step in dis.get_instructions(code))
+    return frozenset(str(step.argval) for step in steps if step.opname == "STORE_ATTR")
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    """The global names and attributes that a function reads; none of what is no function."""
+    return getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
 
 
 @contextlib.contextmanager
@@ -593,11 +667,8 @@ def _keys_of_tensors() -> Iterator[None]:
         parts = tuple(key) if isinstance(key, list | tuple) else (key,)
         return index(tensor, tuple(_plain_key(part) for part in parts))
 
-    try:
-        home.__getitem__ = indexed
+    with _patched((home, "__getitem__", indexed)):
         yield
-    finally:
-        home.__getitem__ = index
 
 
 class _Shape(tuple[Any, ...]):
@@ -637,17 +708,14 @@ def _sizes_known() -> Iterator[None]:
     """
     functions: Any = sys.modules[keras.ops.ndim.__module__]
     home: Any = keras.KerasTensor
-    shape, symbolic_call = home.shape, functions.Operation.symbolic_call
-    try:
-        functions.Ndim.symbolic_call = lambda operation, x: len(x.shape)
-        functions.Size.symbolic_call = lambda operation, x: math.prod(x.shape)
-        home.shape = property(lambda tensor: _Shape(shape.fget(tensor)), shape.fset)
-        home.get_shape = lambda tensor: tensor.shape
+    shape = home.shape
+    with _patched(
+        (functions.Ndim, "symbolic_call", lambda operation, x: len(x.shape)),
+        (functions.Size, "symbolic_call", lambda operation, x: math.prod(x.shape)),
+        (home, "shape", property(lambda tensor: _Shape(shape.fget(tensor)), shape.fset)),
+        (home, "get_shape", lambda tensor: tensor.shape),
+    ):
         yield
-    finally:
-        functions.Ndim.symbolic_call = functions.Size.symbolic_call = symbolic_call
-        home.shape = shape
-        del home.get_shape
 
 
 def _plain_key(part: Any) -> Any:
@@ -678,31 +746,26 @@ def _shapes_told(layer: Any) -> Iterator[None]:
 
         return shape
 
-    try:
-        for part in parts:
-            object.__setattr__(part, "compute_output_shape", told(part))
+    with _patched(*((part, "compute_output_shape", told(part)) for part in parts)):
         yield
-    finally:
-        for part in parts:
-            object.__delattr__(part, "compute_output_shape")
 
 
 @contextlib.contextmanager
-def _names_apart(layer: Any, outputs: Any) -> Iterator[None]:
+def _names_apart(layer: Any, inputs: Iterable[Any], outputs: Any) -> Iterator[None]:
     """Gives all that computes `outputs` names of its own meanwhile, as Keras demands of a function.
 
     These are the layers inside `layer`, and those that its call makes: one that is called for each
-    block may make a layer of the same name each time.
+    block may make a layer of the same name each time. Keras numbers names of inputs anew in each
+    thread, and after `keras.backend.clear_session()`.
     """
-    parts = {id(part): part for part in (*parts_of(layer), *operations_between((), outputs))}
-    names = [(part, part.name) for part in parts.values()]
-    try:
-        for index, (part, name) in enumerate(names):
-            object.__setattr__(part, "name", f"kqat_{index}_{name}")
+    makers = [tensor._keras_history.operation for tensor in inputs]
+    every = (*parts_of(layer), *makers, *operations_between((), outputs))
+    parts = {id(part): part for part in every}
+    changes = [
+        (part, "name", f"kqat_{index}_{part.name}") for index, part in enumerate(parts.values())
+    ]
+    with _patched(*changes):
         yield
-    finally:
-        for part, name in names:
-            object.__setattr__(part, "name", name)
 
 
 def _is_stock(layer: Any) -> bool:

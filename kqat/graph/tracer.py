@@ -18,6 +18,7 @@ import numpy as np
 
 from kqat.base import ModelError
 from kqat.graph.keras_internals import (
+    PATCHING,
     Opened,
     bearing,
     borne_mask,
@@ -268,12 +269,13 @@ def rebuild(
 @contextlib.contextmanager
 def _deep_recursion() -> Iterator[None]:
     """Lets Keras, which walks a model by recursion, walk a recurrence of many steps."""
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, DEEPEST_MODEL))
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(limit)
+    with PATCHING:
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(max(limit, DEEPEST_MODEL))
+        try:
+            yield
+        finally:
+            sys.setrecursionlimit(limit)
 
 
 def non_finite_variable(model: keras.Model) -> str | None:

@@ -110,7 +110,10 @@ def _of_site(record: SiteRecord, found: SiteRange, name: str) -> Iterator[Concer
         return
     apart, halves = _halves_apart(record)
     if apart > UNLIKE_HALVES:
-        text = f"'{name}' spreads {apart:.1f} times as far in {halves} of the data as in the other"
+        where = f"in one half of the samples ({halves})"
+        text = f"'{name}' spreads {apart:.1f} times as far {where} as in the other"
+        if math.isinf(apart):
+            text = f"'{name}' is constant {where}"
         yield Concern("halves", name, apart, text)
     yield from _clipped(record, seen, found, name)
 
@@ -120,7 +123,7 @@ def _halves_apart(record: SiteRecord) -> tuple[float, str]:
     ratios = []
     if record.odd.total:
         widths = [half.high - half.low for half in (record.even, record.odd)]
-        ratios.append((_ratio(*widths), "every other sample"))
+        ratios.append((_ratio(*widths), "every other one"))
     extremes = record.extremes
     if len(extremes) > 1:
         middle = len(extremes) // 2
@@ -128,7 +131,7 @@ def _halves_apart(record: SiteRecord) -> tuple[float, str]:
             max(h for _, h in part) - min(low for low, _ in part)
             for part in (extremes[:middle], extremes[middle:])
         )
-        ratios.append((_ratio(first, second), "one half (the first or the last)"))
+        ratios.append((_ratio(first, second), "the first or the last"))
     return max(ratios, default=(1.0, ""))
 
 

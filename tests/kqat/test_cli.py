@@ -200,6 +200,11 @@ def test_layers_of_ones_own_come_from_code(tmp_path: Path) -> None:
     assert "Could not locate" in failed and "as --code FILE" in failed and "{" not in failed
     shown = run(*plan, "--code", tmp_path / "own.py").stdout
     assert "plain" in shown and "known" in shown
+    (tmp_path / "changes.py").write_text(f"import sys\nsys.path.insert(0, 'mine')\n{code}")
+    before = list(sys.path)
+    run(*plan, "--code", tmp_path / "changes.py")
+    assert sys.path == ["mine", *before]
+    sys.path.remove("mine")
     (tmp_path / "broken.py").write_text("import nosuchmodule\n")
     failed = run(*plan, "--code", tmp_path / "broken.py", code=2).output
     assert "ModuleNotFoundError: No module named 'nosuchmodule'" in " ".join(failed.split())

@@ -228,7 +228,8 @@ def _dot_product_attention(operation: Any, name: str) -> Callable[..., Any]:
                 f"attn_logits_soft_cap={cap}, which Keras computes on JAX alone. Compute the "
                 "scores with einsum and tanh."
             )
-        scale = scale or 1.0 / float(np.sqrt(query.shape[-1]))
+        if scale is None:
+            scale = 1.0 / float(np.sqrt(query.shape[-1]))
         key, value = (
             shared(x, query.shape[2], part) for x, part in ((key, "key"), (value, "value"))
         )

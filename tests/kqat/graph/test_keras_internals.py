@@ -1,6 +1,10 @@
 """Subclassed models, custom layers and functions: opened up by tracing, or refused by line."""
 
+import contextlib
 import inspect
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -10,7 +14,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 import kqat
-from kqat.graph import call_signature, operations_between, values_between
+from kqat.graph import call_signature, keras_internals, operations_between, values_between
 from kqat.graph.tracer import rebuild, trace
 from kqat.planning.expansion import expand
 from tests.coverage.cases import inputs_of
@@ -125,3 +129,104 @@ def test_signatures_are_those_of_each_class_and_object() -> None:
     object.__setattr__(own, "call", lambda x, mask=None: x)
     for layer in (plain, doubled, own, doubled, keras.layers.Dense(3), keras.layers.Dropout(0.5)):
         assert call_signature(layer) == inspect.signature(layer.call)
+
+
+class Residual(layers.Layer):
+    """A layer whose call branches on shapes as TensorFlow's code does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.dense = layers.Dense(4)
+        self.norm = layers.EinsumDense("ab,bc->ac", 4)
+
+    def build(self, shape: Any) -> None:
+        self.gain = self.add_weight(shape=(4,), name="gain", initializer="ones")
+        self.dense.build(shape)
+        self.norm.build(shape)
+
+    def call(self, x: Any) -> Any:
+        assert x.get_shape().rank == ops.ndim(x) == 2
+        return x[...] + self.norm(ops.relu(self.dense(x) * self.gain))
+
+
+class Doubled(layers.Dense):
+    def call(self, x: Any) -> Any:
+        return 2.0 * super().call(x)
+
+
+# What is changed while a call is traced, as Keras has it.
+_HOMES = (
+    keras.KerasTensor,
+    layers.Layer,
+    layers.Dense,
+    sys.modules[layers.Layer.__module__],
+    sys.modules[ops.ndim.__module__].Ndim,
+    sys.modules[ops.ndim.__module__].Size,
+)
+
+
+def _found(*more: Any) -> list[dict[str, int]]:
+    """The attributes of all that is changed, by the identity of what they hold."""
+    homes = (*_HOMES, *more)
+    return [{name: id(value) for name, value in vars(home).items()} for home in homes]
+
+
+def _patches() -> dict[str, tuple[Callable[[], Any], list[Any]]]:
+    """Each patch, and the layers that it changes."""
+    model = keras.Sequential([keras.Input((4,)), Residual(), Doubled(4)])
+    own, stock = model.layers
+    twins = {id(own): None, id(stock): keras_internals._stock_twin(stock)}
+    return {
+        "sizes": (keras_internals._sizes_known, []),
+        "keys": (keras_internals._keys_of_tensors, []),
+        "calls": (lambda: keras_internals._calls_inlined([own, stock], twins), [own, stock]),
+        "inputs": (lambda: keras_internals._as_inputs([own, stock], {}), [own, stock]),
+        "shapes": (lambda: keras_internals._shapes_told(own), [own.norm]),
+        "names": (lambda: keras_internals._names_apart(own, [], []), [own, own.dense]),
+    }
+
+
+@pytest.mark.parametrize("name", ["sizes", "keys", "calls", "inputs", "shapes", "names"])
+def test_patches_of_keras_restore_what_they_found(name: str) -> None:
+    patch, changed = _patches()[name]
+    before = _found(*changed)
+    with patch():
+        inside = _found(*changed)
+        assert inside != before
+        with contextlib.suppress(KeyError), patch():
+            raise KeyError
+        assert _found(*changed) == inside
+    assert _found(*changed) == before
+
+
+def test_names_of_inputs_may_begin_anew() -> None:
+    keras.utils.clear_session(free_memory=False)
+    model = keras.Sequential([keras.Input((4,)), Residual()])
+    assert model.inputs[0]._keras_history.operation.name == "input_layer"
+    keras.utils.clear_session(free_memory=False)
+    _expanded(model)
+
+
+@pytest.mark.slow
+def test_threads_quantize_at_once() -> None:
+    data = np.random.default_rng(0).normal(size=(128, 4)).astype(np.float32)
+    models = [
+        keras.Sequential([keras.Input((4,)), Residual(), Doubled(4), Residual(), layers.Dense(2)])
+        for _ in range(4)
+    ]
+    before, limit, errors = _found(), sys.getrecursionlimit(), []
+
+    def quantize(model: Any) -> None:
+        try:
+            kqat.quantize_model(model, calibration_data=data)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=quantize, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert _found() == before
+    assert sys.getrecursionlimit() == limit

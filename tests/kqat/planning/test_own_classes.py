@@ -11,11 +11,13 @@ import tensorflow as tf
 from keras import layers, ops
 
 import kqat
+import tflite_export
 from kqat.base import ModelError, UnsupportedLayerError
 from kqat.graph import trace
 from kqat.training import CalibrationWarning
 from tests.kqat.graph.test_tracing_of_calls import ROWS, _parts
 
+FRAMES = np.random.default_rng(1).normal(size=(4, 5, 6, 4)).astype(np.float32)
 IMAGES = np.random.default_rng(0).normal(size=(4, 6, 6, 4)).astype(np.float32)
 
 
@@ -72,6 +74,105 @@ class OtherKernel(layers.Dense):
 
 def test_a_subclass_that_changes_what_the_stock_call_reads_is_traced() -> None:
     _same(keras.Sequential([keras.Input(ROWS.shape[1:]), OtherKernel(3)]), ROWS)
+
+
+class Gained(layers.Dense):
+    """A subclass with a weight of its own, made before those of the stock layer."""
+
+    def __init__(self, units: int, trains: bool = True, **options: Any) -> None:
+        super().__init__(units, **options)
+        self.trains = trains
+
+    def build(self, shape: Any) -> None:
+        self.gain = self.add_weight(
+            shape=(self.units,), name="gain", trainable=self.trains, initializer="random_normal"
+        )
+        super().build(shape)
+
+    def call(self, x: Any) -> Any:
+        return super().call(x) * self.gain
+
+
+class Normalized(layers.Conv2D):
+    """A subclass with a layer of its own."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.norm = layers.BatchNormalization()
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        return ops.relu(self.norm(super().call(x), training=training))
+
+
+class Scaled(layers.TimeDistributed):
+    """A subclass of a layer that holds another, with a weight and a layer of its own."""
+
+    def build(self, shape: Any) -> None:
+        super().build(shape)
+        self.more = layers.Dense(3)
+        self.more.build(shape)
+        self.gain = self.add_weight(shape=(), name="gain", initializer="ones")
+
+    def call(self, x: Any, training: Any = None, mask: Any = None) -> Any:
+        return super().call(x, training=training) * self.gain + self.more(x)
+
+
+# With the stock layers that its parts have.
+HOLDING_MORE = {
+    "weight": (lambda: Gained(3), ROWS, [layers.Dense]),
+    "constant": (lambda: Gained(3, trains=False), ROWS, [layers.Dense]),
+    "layer": (lambda: Normalized(3, 3), IMAGES, [layers.Conv2D, layers.BatchNormalization]),
+    "both": (lambda: Scaled(layers.Conv1D(3, 1)), FRAMES, [layers.Conv1D, layers.Dense]),
+}
+
+
+@pytest.mark.parametrize("name", HOLDING_MORE)
+def test_a_subclass_holds_weights_and_layers_besides_those_of_the_stock_layer(name: str) -> None:
+    make, data, kinds = HOLDING_MORE[name]
+    parts = _same(keras.Sequential([keras.Input(data.shape[1:]), make()]), data)
+    for kind in kinds:
+        assert sum(type(part) is kind for part in parts.layers) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOLDING_MORE)
+def test_a_subclass_with_more_ships(name: str) -> None:
+    make, data, _ = HOLDING_MORE[name]
+    data = np.tile(data, (16, *(1,) * (data.ndim - 1)))
+    model = keras.Sequential([keras.Input(data.shape[1:]), make()])
+    qat = kqat.quantize_model(model, calibration_data=data)
+    blob = tflite_export.convert(qat)
+    report = tflite_export.verify(qat, blob, data)
+    assert all(part.problem is None for part in report.runtimes)
+    assert report.is_full_integer
+
+
+class SetsKernel(layers.Dense):
+    """A call that gives the stock call another kernel."""
+
+    def call(self, x: Any) -> Any:
+        kernel = self._kernel
+        self._kernel = kernel / ops.norm(kernel, axis=0, keepdims=True)
+        try:
+            return super().call(x)
+        finally:
+            self._kernel = kernel
+
+
+class BuildsItself(layers.Dense):
+    """A build that makes other weights than the stock one."""
+
+    def build(self, shape: Any) -> None:
+        self._kernel = self.add_weight(shape=(shape[-1], self.units), name="kernel")
+        self.bias = None
+
+    def call(self, x: Any) -> Any:
+        return super().call(x) * 2.0
+
+
+@pytest.mark.parametrize("kind", [SetsKernel, BuildsItself])
+def test_a_stock_call_that_reads_other_weights_is_traced(kind: Any) -> None:
+    _same(keras.Sequential([keras.Input(ROWS.shape[1:]), kind(3)]), ROWS)
 
 
 class DoubledSequential(keras.Sequential):

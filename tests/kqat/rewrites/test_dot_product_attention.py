@@ -59,6 +59,7 @@ CASES: dict[str, tuple[Options, int]] = {
     "constant": (lambda layer, shown: {"mask": EARLIER}, HEADS),
     "a bias": (lambda layer, shown: {"bias": layer.bias}, HEADS),
     "a constant bias": (lambda layer, shown: {"bias": np.where(EARLIER, 0.0, -1e9)}, HEADS),
+    "a scale of zero": (lambda layer, shown: {"scale": 0.0}, HEADS),
     "all": (everything, HEADS),
     "shared heads": (everything, 2),
 }

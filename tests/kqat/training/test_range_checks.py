@@ -60,11 +60,16 @@ def test_few_samples() -> None:
 
 def test_halves_that_disagree() -> None:
     louder = np.concatenate([X[:64] * 0.1, X[64:]])
-    assert "'image' spreads 10.0 times as far in one half (the first or the last)" in said(
-        small(), louder
+    assert (
+        "'image' spreads 10.0 times as far in one half of the samples (the first or the last)"
+        in said(small(), louder)
     )
     uneven = X * np.where(np.arange(128) % 2, 1.0, 0.1)[:, None, None, None]
-    assert "'image' spreads 10.0 times as far in every other sample" in said(small(), uneven)
+    assert "10.0 times as far in one half of the samples (every other one)" in said(small(), uneven)
+    still = X * (np.arange(128) % 2)[:, None, None, None]
+    text = said(small(), still)
+    assert "'image' is constant in one half of the samples (every other one)" in text
+    assert "inf " not in text
 
 
 def test_zero_inputs_and_dead_values() -> None:
