@@ -99,7 +99,63 @@ def open_model(model: Any) -> Opened:
             f"dict. Received: '{model.name}' of type {type(model).__name__}, whose call takes "
             f"{names}. Use keras.Model([{names}], model({names})) with a keras.Input for each."
         )
-    return open_call(model, (inputs,), {})
+    opened = open_call(model, (inputs,), {})
+    # Of the data that such a model was called on, Keras recorded no type.
+    indexes = _looked_up(opened.function, {id(t): frozenset({id(t)}) for t in opened.tensors})
+    if not indexes:
+        return opened
+    found = {id(t) for t in opened.tensors if id(t) in indexes}
+    pairs = zip(keras.tree.flatten(inputs), opened.tensors, strict=True)
+    typed = [
+        keras.Input(t.shape[1:], dtype="int32", name=maker_name(t)) if id(i) in found else t
+        for t, i in pairs
+    ]
+    return open_call(model, (keras.tree.pack_sequence_as(inputs, typed),), {})
+
+
+def _looked_up(function: Any, inputs: Mapping[int, frozenset[int]]) -> frozenset[int]:
+    """Which inputs an Embedding reads as indexes: as they are, or what operations make of them.
+
+    Args:
+        function: a Functional model or a `keras.Function`.
+        inputs: what stands for each of its inputs, by the identity of the input.
+    """
+    known = dict(inputs)
+    none: frozenset[int] = frozenset()
+    found = none
+    for call in _calls(function):
+        layer = call.operation
+        read = none.union(*(known.get(id(t), none) for t in call.input_tensors))
+        if not read:
+            continue
+        if isinstance(layer, keras.layers.Embedding):
+            found |= read
+        elif not isinstance(layer, keras.layers.Layer):
+            # Comparisons and later casts tell nothing about what they are made of.
+            cast = type(layer).__name__ == "Cast" and id(call.input_tensors[0]) in inputs
+            made = [t for t in call.outputs if cast or keras.backend.is_float_dtype(t.dtype)]
+            known.update((id(t), read) for t in made)
+        elif any(isinstance(part, keras.layers.Embedding) for part in parts_of(layer)):
+            found |= _looked_up_inside(call, known)
+    return found
+
+
+def _looked_up_inside(call: Any, known: Mapping[int, frozenset[int]]) -> frozenset[int]:
+    """As `_looked_up`, of a layer or a model inside; `known` is by tensors outside."""
+    layer = call.operation
+    function = inner_function(layer)
+    if function is not None:
+        first = next(iter(_given(call).values()), None)
+        inner, outer = list(function.inputs), _given_inside(layer, first)
+    else:
+        try:
+            opened = open_call(layer, call.arguments.args, call.arguments.kwargs)
+        except ModelError:  # It is refused later, by name, or stays float.
+            return frozenset()
+        function, inner = opened.function, list(opened.tensors)
+        outer = with_masks(_tensors((call.arguments.args, call.arguments.kwargs)))
+    pairs = zip(inner, outer, strict=False)
+    return _looked_up(function, {id(i): known[id(o)] for i, o in pairs if id(o) in known})
 
 
 def _required_arguments(model: Any) -> list[str]:
@@ -1077,7 +1133,7 @@ def _masks_read(calls: list[Any], masks: Mapping[int, Any]) -> _MasksRead:
                 pairs = zip(_tensors(first), masks_given, strict=True)
                 borne = {id(t): m for t, m in pairs if m is not None}
             inside = _masks_of_inner(layer, _given_inside(layer, first), borne)
-        elif _is_of_users(layer) and (borne or _makes_masks(layer)):
+        elif _opens_for_masks(layer, borne):
             inside = _masks_inside(call, found, mask_of)
         else:
             inside = None
@@ -1342,6 +1398,23 @@ def _is_of_users(layer: Any) -> bool:
     return not type(layer).__module__.startswith(("keras.", "kqat.")) and not _is_stock(layer)
 
 
+def _opens_for_masks(layer: Any, borne: Mapping[int, Any]) -> bool:
+    """Whether what a layer does with masks shows in its call alone; `borne` are its arguments'."""
+    if _is_of_users(layer):
+        return bool(borne) or _makes_masks(layer)
+    return bool(borne) and takes_masks_off(layer)
+
+
+def takes_masks_off(layer: Any) -> bool:
+    """Whether the call of a stock layer that merges takes the masks off the values that it merges.
+
+    Keras's Multiply, Maximum and Minimum pass over the steps of an input that its mask hides.
+    MultiHeadAttention, which does so too, has parameters for what it takes.
+    """
+    merges = keras.layers.Multiply | keras.layers.Maximum | keras.layers.Minimum
+    return isinstance(layer, merges)
+
+
 def _makes_masks(layer: Any) -> bool:
     """Whether a custom layer may give its outputs a mask of its own making."""
     if any(
@@ -1383,13 +1456,15 @@ def _tensors(structure: Any) -> list[Any]:
     return [t for t in keras.tree.flatten(structure) if isinstance(t, keras.KerasTensor)]
 
 
+_COMPARISONS = ("Equal", "Greater", "GreaterEqual", "Less", "LessEqual", "NotEqual")
 _IN_32_BITS = {"float64": "float32", "int64": "int32"}
 
 
 def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
-    """Inputs with their types: what only an Embedding reads holds indexes, int32 or bool.
+    """Inputs with their types: what an Embedding reads holds indexes, int32 or bool.
 
-    Numbers of 64 bits are taken in 32, as kernels for indexes and Keras's float32 have them.
+    Beside Embeddings, only comparisons may read it, as an Embedding's own mask is one. Numbers of
+    64 bits are taken in 32, as kernels for indexes and Keras's float32 have them.
     """
     readers: dict[int, list[Any]] = {id(t): [] for t in opened.tensors}
     for operation in opened.function.operations:
@@ -1398,8 +1473,11 @@ def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
                 readers.get(id(tensor), []).append(operation)
     typed = []
     for tensor in opened.tensors:
-        operations = readers[id(tensor)]
-        indexes = operations and all(isinstance(o, keras.layers.Embedding) for o in operations)
+        kinds = [
+            "Embedding" if isinstance(o, keras.layers.Embedding) else type(o).__name__
+            for o in readers[id(tensor)]
+        ]
+        indexes = "Embedding" in kinds and {"Embedding", *_COMPARISONS}.issuperset(kinds)
         given = _IN_32_BITS.get(str(tensor.dtype), str(tensor.dtype))
         typed.append((tensor, "int32" if indexes and given != "bool" else given))
     return typed

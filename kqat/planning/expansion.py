@@ -4,6 +4,7 @@ Fused activations are split off, composite layers decomposed, functions and cust
 up by tracing their own `call`.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,7 @@ from kqat.graph import (
     operations_between,
     rebuild,
     refs_in,
+    takes_masks_off,
     trace,
     trace_call,
     unique_name,
@@ -45,7 +47,7 @@ from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight
 Copies = dict[int, Callable[..., Any]]
 # Rounds in which composite layers become simpler ones; few need more than ten.
 MOST_ROUNDS = 50
-_MASKED = "attention, recurrent layers, Softmax and GlobalAveragePooling1D"
+_MASKED = "attention, recurrent layers, merges, Softmax and GlobalAveragePooling1D"
 # Layers that read a weight as a constant of the file, on the grid that they hand on.
 READS_LEARNED = (keras.layers.Concatenate, Matmul, Select, Learned)
 
@@ -57,6 +59,8 @@ MERGES: Mapping[type, Callable[[Any, Any], Any]] = {
     keras.layers.Maximum: keras.ops.maximum,
     keras.layers.Minimum: keras.ops.minimum,
 }
+# Layers that compute with all of their inputs.
+_QUANTITIES_ALONE = (*MERGES, keras.layers.Concatenate, keras.layers.Dense)
 
 
 def expand(
@@ -97,7 +101,42 @@ def expand(
         layer_names = {node.name: node.layer.name for node in expanded.nodes}
         origins = {part: origins[layer_names[node]] for part, node in parts.items()}
         expanded = further
+    _check_indexes(expanded, origins, kept)
     return expanded, origins
+
+
+def _check_indexes(graph: Graph, origins: Mapping[str, str], kept: Collection[str]) -> None:
+    """Refuses Embeddings that read quantities, and indexes that are merged with quantities.
+
+    The integers of a quantity stand on a grid, those of an index do not.
+
+    Raises:
+        ModelError: if there is one; names what makes its input.
+    """
+    makers = {ref: f"'{origins[n.layer.name]}'" for n in graph.nodes for ref in n.outputs}
+    inputs = zip(graph.inputs, graph.input_names, strict=True)
+    makers |= {ref: f"input '{name}'" for ref, name in inputs}
+    for node in graph.nodes:
+        origin, kind = origins[node.layer.name], type(node.layer).__name__
+        indexes = [ref for ref in node.inputs if ref.holds_indexes]
+        if origin in kept:
+            continue
+        if isinstance(node.layer, keras.layers.Embedding) and not indexes:
+            raise ModelError(
+                f"Expected indexes, integers all the way to the table, for layer '{origin}' of "
+                f"type {kind}. Received: a quantity, of {makers[node.inputs[0]]}. Give the model "
+                'an input for indexes, keras.Input(shape, dtype="int32"), and compute them before '
+                "the model, or with slices, concatenate, +, -, *, maximum, minimum, comparisons "
+                "and argmax alone (clip, sum and where compute quantities)."
+            )
+        if isinstance(node.layer, _QUANTITIES_ALONE) and indexes:
+            if not node.outputs[0].holds_indexes:
+                raise ModelError(
+                    f"Expected quantities alone for '{origin}' of type {kind}. Received: indexes "
+                    f"or truth values among them, {indexes[0].dtype} of {makers[indexes[0]]}. "
+                    "Give the model one more input, float32, for numbers that are quantities; look "
+                    "indexes up in an Embedding, or cast truth values to float32 before."
+                )
 
 
 def _unfinished(
@@ -129,6 +168,8 @@ def _simpler(
     if not isinstance(layer, keras.layers.Layer):
         return _tried(layer, as_layers(layer, node.name), node.name)
     rule = rule_for(layer, origin)
+    if node.masks and takes_masks_off(layer):
+        return _opened_layer(node, origin, copies)
     if rule.opens:
         opened = _opened_function if rule.table else _opened_layer
         return opened(node, origin, copies)
@@ -400,6 +441,9 @@ def _inlined(
         args, kwargs = as_values(node.layer, args, kwargs, part)
         if not isinstance(node.layer, keras.layers.Layer):
             return _tried(node.layer, as_layers(node.layer, part), part)(*args, **kwargs)
+        if node.masks and takes_masks_off(node.layer):  # While its arguments bear them.
+            opened = _opened_layer(dataclasses.replace(node, name=part), part, copies)
+            return unmasked(opened(*args, **kwargs))
         if id(node.layer) not in copies:
             copies[id(node.layer)] = duplicate(node.layer, part, **_told_shape(node))
         return unmasked(copies[id(node.layer)](*args, **kwargs))

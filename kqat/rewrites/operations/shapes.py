@@ -201,6 +201,10 @@ def _broadcast(operation: Any, name: str) -> Callable[..., Any]:
                 f"Received: a tensor of shape {tuple(x.shape)} for the shape {shape}. Reshape it "
                 "before, so that the batch stays the first axis."
             )
+        if x.dtype == "bool" and shape[1:] != tuple(x.shape[1:]):
+            # GATHER takes no truth values on TFLite Micro.
+            none = np.zeros((1, *shape[1:]), bool).tolist()
+            return IndexOperation(IndexKind.LOGICAL_OR, {"x2": none}, name=name)(x)
         sizes = zip(shape[1:], x.shape[1:], strict=True)
         return _tiled(x, [1, *(wanted // size for wanted, size in sizes)], name)
 

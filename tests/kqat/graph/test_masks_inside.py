@@ -208,6 +208,66 @@ def test_a_layer_that_stays_as_it_is_hands_its_mask_on() -> None:
     np.testing.assert_allclose(qat(_words()), model(_words()), atol=0.05)
 
 
+def _gated(x: Any) -> Any:
+    """What squeeze-and-excitation makes of a sequence."""
+    gate = layers.Dense(WIDTH, activation="sigmoid")(layers.GlobalAveragePooling1D()(x))
+    return layers.Multiply(name="gated")([x, layers.Reshape((1, WIDTH))(gate)])
+
+
+def _merged(kind: type, *masked: bool) -> keras.Model:
+    """Sequences with masks of their own, or none, that are merged; their mean reads a mask."""
+    x = keras.Input((STEPS,), dtype="int32", name="words")
+    orders = (x, ops.maximum(x - 3, 0), ops.maximum(5 - x, 0))
+    tables = [layers.Embedding(WORDS, WIDTH, mask_zero=m) for m in masked]
+    merged = kind(name="merge")([t(o) for t, o in zip(tables, orders, strict=False)])
+    model = keras.Model(x, layers.GlobalAveragePooling1D()(merged), name="net")
+    for table in tables:  # Far from what stands in for a masked step.
+        table.embeddings.assign(table.embeddings * 40)
+    return model
+
+
+MERGES = (layers.Multiply, layers.Maximum, layers.Minimum)
+MERGED: dict[str, Callable[[], keras.Model]] = {
+    "gate": lambda: _model(_gated),
+    "gate in a layer": lambda: _model(Whole([layers.Multiply()], lambda x, m: m([x, x[:, :1]]))),
+    "merge in a model": lambda: _model(lambda x: _nested(Whole([layers.Maximum()], _of_two))(x)),
+    **{f"{kind.__name__} of two": lambda k=kind: _merged(k, True, True) for kind in MERGES},
+    "Maximum of first": lambda: _merged(layers.Maximum, True, False),
+    "Minimum of last": lambda: _merged(layers.Minimum, False, True),
+    "Multiply of three": lambda: _merged(layers.Multiply, True, False, True),
+    "Maximum of three": lambda: _merged(layers.Maximum, True, True, True),
+}
+
+
+def _of_two(x: Any, merge: Any) -> Any:
+    return merge([ops.flip(x, 1) * 2.0, x])
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merges_pass_over_what_masks_hide(name: str) -> None:
+    """Keras's Multiply, Maximum and Minimum take masks off the values that they merge."""
+    _check(MERGED[name]())
+
+
+def test_a_merge_that_stays_as_it_is_and_reads_a_mask_is_refused() -> None:
+    """And not one without masks."""
+    with pytest.raises(kqat.ModelError, match="a mask for layer 'merge' of type Maximum, which"):
+        kqat.plan(_merged(layers.Maximum, True, True), {"merge": None})
+    plan = kqat.plan(_merged(layers.Maximum, False, False), {"merge": None})
+    assert plan.float_layers() == ("merge",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gate", "Multiply of three", "Minimum of two"])
+def test_the_file_of_masked_merges_is_right(name: str) -> None:
+    model = MERGED[name]()
+    qat = kqat.quantize_model(model, calibration_data=_words())
+    noise = np.asarray(qat(_words()) - model(_words()))
+    assert np.std(noise) < 0.04 * np.std(np.asarray(model(_words())))
+    report = tflite_export.verify(qat, tflite_export.convert(qat), _words())
+    assert all(r.is_right and r.exact and r.exact.is_exact for r in report.runtimes), report
+
+
 def test_a_layer_that_stays_as_it_is_and_reads_a_mask_is_refused() -> None:
     """Not one that leaves it alone."""
     with pytest.raises(kqat.ModelError, match="a mask for layer 'own' of type Recurs, which stays"):
