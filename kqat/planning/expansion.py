@@ -59,8 +59,6 @@ MERGES: Mapping[type, Callable[[Any, Any], Any]] = {
     keras.layers.Maximum: keras.ops.maximum,
     keras.layers.Minimum: keras.ops.minimum,
 }
-# Layers that compute with all of their inputs.
-_QUANTITIES_ALONE = (*MERGES, keras.layers.Concatenate, keras.layers.Dense)
 
 
 def expand(
@@ -106,9 +104,7 @@ def expand(
 
 
 def _check_indexes(graph: Graph, origins: Mapping[str, str], kept: Collection[str]) -> None:
-    """Refuses Embeddings that read quantities, and indexes that are merged with quantities.
-
-    The integers of a quantity stand on a grid, those of an index do not.
+    """Refuses Embeddings that read quantities, whose integers stand on a grid.
 
     Raises:
         ModelError: if there is one; names what makes its input.
@@ -127,16 +123,8 @@ def _check_indexes(graph: Graph, origins: Mapping[str, str], kept: Collection[st
                 f"type {kind}. Received: a quantity, of {makers[node.inputs[0]]}. Give the model "
                 'an input for indexes, keras.Input(shape, dtype="int32"), and compute them before '
                 "the model, or with slices, concatenate, +, -, *, maximum, minimum, comparisons "
-                "and argmax alone (clip, sum and where compute quantities)."
+                "where and argmax alone (clip and sum compute quantities)."
             )
-        if isinstance(node.layer, _QUANTITIES_ALONE) and indexes:
-            if not node.outputs[0].holds_indexes:
-                raise ModelError(
-                    f"Expected quantities alone for '{origin}' of type {kind}. Received: indexes "
-                    f"or truth values among them, {indexes[0].dtype} of {makers[indexes[0]]}. "
-                    "Give the model one more input, float32, for numbers that are quantities; look "
-                    "indexes up in an Embedding, or cast truth values to float32 before."
-                )
 
 
 def _unfinished(

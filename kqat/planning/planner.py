@@ -143,6 +143,9 @@ def _check_quantities(planned: PlannedGraph) -> None:
     Raises:
         UnsupportedLayerError: if one does; Keras would cast them to float for it.
     """
+    makers = {ref: f"'{planned.user_names[n]}'" for n in planned.rules for ref in n.outputs}
+    inputs = zip(planned.graph.inputs, planned.graph.input_names, strict=False)
+    makers |= {ref: f"input '{name}'" for ref, name in inputs}
     for node, rule in planned.rules.items():
         read = [ref for ref in node.inputs if ref.holds_indexes and ref.dtype != "uint8"]
         if rule is None or not read or stays_whole(node.layer, planned.configs[node]):
@@ -157,9 +160,10 @@ def _check_quantities(planned: PlannedGraph) -> None:
         if not (takes_them or hands_on or selects):
             raise UnsupportedLayerError(
                 f"Expected '{planned.user_names[node]}' of type {type(node.layer).__name__} to "
-                f"read quantities. Received: {read[0].dtype}, indexes or truth values, which have "
-                "no scale. Cast truth values to float first (keras.ops.cast), look indexes up in "
-                "an Embedding, or make them a float input of the model."
+                f"read quantities. Received: {read[0].dtype} of {makers[read[0]]}, indexes or "
+                "truth values, which have no scale. Cast truth values to float first "
+                "(keras.ops.cast), look indexes up in an Embedding, or give the model one more "
+                "input, float32, for numbers that are quantities."
             )
 
 
