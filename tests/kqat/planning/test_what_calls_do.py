@@ -113,5 +113,5 @@ def test_integers_are_selected_as_integers(function: Any) -> None:
     ],
 )
 def test_integers_that_are_quantities_are_refused(function: Any, message: str) -> None:
-    with pytest.raises(kqat.ModelError, match=message):
+    with pytest.raises(kqat.KqatError, match=message):
         kqat.plan(_of_integers(function))
