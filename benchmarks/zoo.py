@@ -48,8 +48,8 @@ LEGEND = """\
 outcome    "integer": no float operator and at most 1 step in lockstep; else what stopped it
 operators  in our file, and in that of TensorFlow's converter (post-training, int8)
 bytes      likewise
-SQNR       of the outputs against the float model's, in dB: ours, the converter's; below 15 dB
-           the mean of 4 draws of the random weights, with the smallest and the largest
+SQNR       of the outputs against the float model's, in dB: ours, the converter's; with a spread
+           in parentheses, the mean of 4 draws of the random weights, the smallest, the largest
 seconds    of the processor: quantize_model, convert"""
 
 
