@@ -143,7 +143,9 @@ def hide_added_masks(
                 outputs = hiding.hide(outputs, masks, new("masked"))
             else:
                 pending[node.outputs[0]] = masks
-        elif carried and not isinstance(node.layer, Learned):
+        elif carried and not (
+            isinstance(node.layer, Learned) or search.only_chooses(node, node.inputs[0])
+        ):
             hidden = {
                 id(values[ref]): hiding.hide(values[ref], pending[ref], new("masked"))
                 for ref in dict.fromkeys(node.inputs)
@@ -343,8 +345,36 @@ class _Search:
         if not readers or ref in self.outputs:
             return 0.0
         # A maximum beside the rest, as in `exp(x - max(x))`, passes over what is hidden.
-        gains = [self._gain_through(n, ref) for n in readers if not _finds_largest(n.layer)]
+        gains = [
+            self._gain_through(node, ref)
+            for node in readers
+            if not (_finds_largest(node.layer) or self.only_chooses(node, ref))
+        ]
         return min(gains, default=0.0)
+
+    def only_chooses(self, node: Node, ref: Ref) -> bool:
+        """Whether a node compares scores to choose between functions of the same scores alone.
+
+        What is hidden is so in both, whatever it chooses.
+        """
+        if not isinstance(node.layer, IndexOperation) or node.inputs != (ref,):
+            return False
+        readers = self.consumers[node.outputs[0]]
+        return bool(readers) and all(
+            isinstance(reader.layer, Select)
+            and reader.inputs[0] == node.outputs[0]
+            and all(self._is_of(value, ref) for value in reader.inputs[1:])
+            for reader in readers
+        )
+
+    def _is_of(self, value: Ref, ref: Ref) -> bool:
+        """Whether a value is a function of `ref` and nothing else, layer by layer."""
+        while value != ref:
+            node = self.producers.get(value)
+            if node is None or len(node.inputs) != 1:
+                return False
+            value = node.inputs[0]
+        return True
 
     def _gain_through(self, node: Node, ref: Ref) -> float:
         layer = node.layer
