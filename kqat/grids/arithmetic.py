@@ -190,42 +190,13 @@ def fake_quantize_moving(x: Any, low: Any, high: Any, step: Any, spec: QuantSpec
         x, low, high, spec: as for `fake_quantize`.
         step: float32 scalar, the scale of the grid over `[low, high]`.
     """
-    if keras.backend.backend() == "tensorflow":
-        return _fused_moving(x, low, high, step, spec)
-    return _moving_ops(x, low, high, step, spec)
-
-
-def _moving_ops(x: Any, low: Any, high: Any, step: Any, spec: QuantSpec) -> Any:
-    rounded = _fake_quantize_ops(x, low, high, spec)
+    rounded = fake_quantize(x, low, high, spec)
     fixed = ops.stop_gradient(step)
     levels = float(spec.qmax - spec.qmin)
     first = ops.stop_gradient(-ops.floor(0.5 - low / fixed) * fixed)
     clipped = ops.minimum(ops.maximum(x, first), first + levels * fixed)
     error = ops.stop_gradient((rounded - clipped) / fixed)
     return rounded + error * (step - fixed)
-
-
-def _fused_moving(x: Any, low: Any, high: Any, step: Any, spec: QuantSpec) -> Any:
-    """With TensorFlow's fused kernels: nothing is added to the forward pass."""
-    import tensorflow as tf
-
-    grid = {"num_bits": spec.bits, "narrow_range": spec.narrow_range}
-
-    @tf.custom_gradient
-    def rounded(x: Any, low: Any, high: Any, step: Any) -> Any:
-        y = tf.quantization.fake_quant_with_min_max_vars(x, low, high, **grid)
-
-        def gradients(upstream: Any) -> tuple[Any, Any, Any, Any]:
-            # The kernel's gradient of x is zero outside, also of an infinite x.
-            to_x, to_low, to_high = tf.raw_ops.FakeQuantWithMinMaxVarsGradient(
-                gradients=upstream, inputs=x, min=low, max=high, **grid
-            )
-            moved = tf.reduce_sum(tf.math.multiply_no_nan(y - x, to_x))
-            return to_x, to_low, to_high, moved / step
-
-        return y, gradients
-
-    return rounded(x, low, high, step)
 
 
 def _fake_quantize_ops(x: Any, low: Any, high: Any, spec: QuantSpec) -> Any:

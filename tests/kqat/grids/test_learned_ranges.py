@@ -66,25 +66,6 @@ def test_lsq_plus_is_the_papers() -> None:
     assert np.count_nonzero(by_offset) > 10
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("low", "high"), [(-1.5, 2.0), (0.0, 1.5)])
-def test_fused_kernels_and_the_formula_of_other_backends_agree(
-    low: float, high: float, bits: int
-) -> None:
-    spec = QuantSpec(bits=bits)
-    found = []
-    for function in (arithmetic.fake_quantize_moving, arithmetic._moving_ops):
-        variables = [
-            tf.Variable(np.float32(v))
-            for v in (X, low, high, (high - low) / (spec.qmax - spec.qmin))
-        ]
-        with tf.GradientTape() as tape:
-            rounded = function(*(v + 0.0 for v in variables), spec)
-        found.append([rounded, *tape.gradient(rounded, variables, UPSTREAM)])
-    for ours, theirs in zip(*found, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
 def test_an_infinite_value_spoils_no_gradient() -> None:
     x = X.copy()
     x[0, :2] = np.inf, -np.inf
