@@ -62,15 +62,6 @@ def _task(name: str, backbone: str, options: dict[str, Any], **more: Any) -> Bui
     return _fixed(lambda: _hub(name, backbone=_hub(backbone, **options), **more))
 
 
-def _siglip_vision() -> keras.Model:
-    module = importlib.import_module("keras_hub.src.models.siglip.siglip_vision_encoder")
-    encoder = module.SigLIPVisionEncoder(
-        patch_size=16, hidden_dim=32, num_layers=2, num_heads=2, intermediate_dim=64,
-        image_shape=IMAGE,
-    )  # fmt: skip
-    return _fixed(lambda: encoder)()
-
-
 def _efficientnet() -> keras.Model:
     return _hub(
         "EfficientNetBackbone", stackwise_kernel_sizes=[3, 3], stackwise_num_repeats=[1, 2],
@@ -200,14 +191,19 @@ def _yolo(name: str) -> Build:
     return build
 
 
-def _clip_vision() -> keras.Model:
-    module = importlib.import_module("keras_hub.src.models.clip.clip_vision_encoder")
-    encoder = module.CLIPVisionEncoder(
-        patch_size=16, hidden_dim=32, num_layers=2, num_heads=2, intermediate_dim=64,
-        image_shape=IMAGE,
-    )  # fmt: skip
-    x = keras.Input(IMAGE, name="images")
-    return keras.Model(x, _first(encoder({"images": x})), name="clip_vision")
+def _image_side(module: str, name: str) -> Build:
+    """The image encoder of a model of images and texts, which KerasHub does not export."""
+
+    def build() -> keras.Model:
+        made = getattr(importlib.import_module(f"keras_hub.src.models.{module}"), name)
+        encoder = made(
+            patch_size=16, hidden_dim=32, num_layers=2, num_heads=2, intermediate_dim=64,
+            image_shape=IMAGE,
+        )  # fmt: skip
+        x = keras.Input(IMAGE, name="images")
+        return keras.Model(x, _first(encoder({"images": x})), name=name.lower())
+
+    return build
 
 
 def _whisper_encoder() -> keras.Model:
@@ -348,8 +344,8 @@ MODELS: dict[str, dict[str, Build]] = {
             "DeepLabV3Backbone", spatial_pyramid_pooling_key="P4", upsampling_size=4,
             dilation_rates=[2, 4], low_level_feature_key="P2", projection_filters=8,
         ),
-        "CLIP vision": _clip_vision,
-        "SigLIP vision": _siglip_vision,
+        "CLIP vision": _image_side("clip.clip_vision_encoder", "CLIPVisionEncoder"),
+        "SigLIP vision": _image_side("siglip.siglip_vision_encoder", "SigLIPVisionEncoder"),
         "EfficientNet": _efficientnet,
         "ViTDet": _vision(
             "ViTDetBackbone", hidden_size=32, num_layers=2, intermediate_dim=64, num_heads=2,

@@ -1,6 +1,5 @@
 """RESHAPEs around FULLY_CONNECTED: gone where it does their work itself, and only there."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -59,19 +58,23 @@ def test_every_runtime_computes_the_same_without(
     call: Callable[[Any], Any], policy: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qat, x = quantized(IMAGE, call, policy)
+    without, whole = same_without(drop_flattening, qat, x[:8], batch_size, monkeypatch)
+    assert "RESHAPE" in before_dense(whole) and "RESHAPE" not in before_dense(without)
+
+
+def same_without(
+    dropping: Any, qat: Any, x: np.ndarray, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[bytes, bytes]:
+    """A model's file, and that in which a pass drops no RESHAPE.
+
+    They compute the same integers on every runtime, and the first is the frozen model.
+    """
     frozen = kqat.freeze(qat)
     without = tflite_export.convert(frozen, batch_size=batch_size)
-    others = tuple(step for step in pipeline.PASSES if step.run is not drop_flattening)
+    others = tuple(step for step in pipeline.PASSES if step.run is not dropping)
+    assert len(others) == len(pipeline.PASSES) - 1
     monkeypatch.setattr(pipeline, "PASSES", others)
     whole = tflite_export.convert(frozen, batch_size=batch_size)
-    assert "RESHAPE" in before_dense(whole) and "RESHAPE" not in before_dense(without)
-    assert_the_same_on_every_runtime(frozen, without, whole, x[:8])
-
-
-def assert_the_same_on_every_runtime(
-    frozen: kqat.FrozenModel, without: bytes, whole: bytes, x: np.ndarray
-) -> None:
-    """The two files compute the same integers, and the first is the frozen model."""
     dtype = np.dtype(tflite_export.inspect(whole).inputs[0].dtype)
     feed = [np.random.default_rng(0).integers(-128, 128, x.shape).astype(dtype)]
     for runtime in RUNTIMES:
@@ -80,6 +83,7 @@ def assert_the_same_on_every_runtime(
     report = tflite_export.verify(frozen, without, x, samples=len(x), runtimes=RUNTIMES)
     for part in report.runtimes:
         assert part.problem is None and part.unmatched == () and part.max_steps <= 1
+    return without, whole
 
 
 def before_dense(blob: bytes) -> set[str]:
@@ -179,18 +183,10 @@ def test_rows_keep_their_axes_on_every_runtime(
     call: Callable[[Any], Any], policy: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qat, x = quantized(IMAGE, call, policy)
-    frozen = kqat.freeze(qat)
-    without = tflite_export.convert(frozen, batch_size=batch_size)
-    others = tuple(
-        dataclasses.replace(step, run=lambda draft: None) if step.run is keep_axes else step
-        for step in pipeline.PASSES
-    )
-    monkeypatch.setattr(pipeline, "PASSES", others)
-    whole = tflite_export.convert(frozen, batch_size=batch_size)
+    without, whole = same_without(keep_axes, qat, x[:8], batch_size, monkeypatch)
     products = operators(flatbuffer.read(without)).count("FULLY_CONNECTED")
     reshapes = [operators(flatbuffer.read(blob)).count("RESHAPE") for blob in (whole, without)]
     assert products and reshapes[0] - reshapes[1] == products
-    assert_the_same_on_every_runtime(frozen, without, whole, x[:8])
 
 
 @pytest.mark.parametrize("reason", ["other shape", "other reader", "output", "columns"])
