@@ -387,9 +387,8 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
                 layer, args, kwargs = _of_any_batch(call, opened.batch, args, kwargs)
             outputs = [Ref(_shape(t, opened.batch), str(t.dtype)) for t in call.outputs]
             wanted = walk.name_of(layer, opened)
-            if (
-                maker is not None
-            ):  # Users know the layer, not the comparison that Keras makes of it.
+            if maker is not None:
+                # Users know the layer, not the comparison that Keras makes of it.
                 wanted = f"{walk.prefix}{maker}_{type(layer).__name__.lower()}"
             name = unique_name(wanted, walk.names, "_call{}")
             given_masks = tuple(bearers.items())

@@ -99,32 +99,7 @@ def expand(
         layer_names = {node.name: node.layer.name for node in expanded.nodes}
         origins = {part: origins[layer_names[node]] for part, node in parts.items()}
         expanded = further
-    _check_indexes(expanded, origins, kept)
     return expanded, origins
-
-
-def _check_indexes(graph: Graph, origins: Mapping[str, str], kept: Collection[str]) -> None:
-    """Refuses Embeddings that read quantities, whose integers stand on a grid.
-
-    Raises:
-        ModelError: if there is one; names what makes its input.
-    """
-    makers = {ref: f"'{origins[n.layer.name]}'" for n in graph.nodes for ref in n.outputs}
-    inputs = zip(graph.inputs, graph.input_names, strict=True)
-    makers |= {ref: f"input '{name}'" for ref, name in inputs}
-    for node in graph.nodes:
-        origin, kind = origins[node.layer.name], type(node.layer).__name__
-        indexes = [ref for ref in node.inputs if ref.holds_indexes]
-        if origin in kept:
-            continue
-        if isinstance(node.layer, keras.layers.Embedding) and not indexes:
-            raise ModelError(
-                f"Expected indexes, integers all the way to the table, for layer '{origin}' of "
-                f"type {kind}. Received: a quantity, of {makers[node.inputs[0]]}. Give the model "
-                'an input for indexes, keras.Input(shape, dtype="int32"), and compute them before '
-                "the model, or with slices, concatenate, +, -, *, maximum, minimum, comparisons "
-                "where and argmax alone (clip and sum compute quantities)."
-            )
 
 
 def _unfinished(

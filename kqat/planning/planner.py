@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import keras
 
-from kqat.base import UnsupportedLayerError
+from kqat.base import ModelError, UnsupportedLayerError
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.devices import ops_at
 from kqat.graph import Graph, Node, trace
@@ -138,22 +138,36 @@ def _decide(
 
 
 def _check_quantities(planned: PlannedGraph) -> None:
-    """Checks that layers which compute with quantities read no integers without a scale.
+    """Checks that layers read integers without a scale where they are indexes, and only there.
 
     Raises:
-        UnsupportedLayerError: if one does; Keras would cast them to float for it.
+        ModelError: if an Embedding reads quantities, whose integers stand on a grid.
+        UnsupportedLayerError: if a layer that computes with quantities reads indexes; Keras would
+            cast them to float for it.
     """
     makers = {ref: f"'{planned.user_names[n]}'" for n in planned.rules for ref in n.outputs}
     inputs = zip(planned.graph.inputs, planned.graph.input_names, strict=False)
     makers |= {ref: f"input '{name}'" for ref, name in inputs}
-    for node, rule in planned.rules.items():
+    computed = [
+        (node, rule)
+        for node, rule in planned.rules.items()
+        if rule is not None and not stays_whole(node.layer, planned.configs[node])
+    ]
+    for node, _ in computed:  # First, as a table says best what was meant.
+        if _looks_up(node) and not any(ref.holds_indexes for ref in node.inputs):
+            raise ModelError(
+                "Expected indexes, integers all the way to the table, for layer "
+                f"'{planned.user_names[node]}' of type {type(node.layer).__name__}. Received: a "
+                f"quantity, of {makers[node.inputs[0]]}. Give the model an input for indexes, "
+                'keras.Input(shape, dtype="int32"), and compute them before the model, or with '
+                "slices, concatenate, +, -, *, maximum, minimum, comparisons, where and argmax "
+                "alone (clip and sum compute quantities)."
+            )
+    for node, rule in computed:
         read = [ref for ref in node.inputs if ref.holds_indexes and ref.dtype != "uint8"]
-        if rule is None or not read or stays_whole(node.layer, planned.configs[node]):
+        if not read:
             continue
-        takes_them = isinstance(node.layer, keras.layers.Embedding) or rule.output in (
-            Output.INDEX,
-            Output.INSIDE,
-        )
+        takes_them = _looks_up(node) or rule.output in (Output.INDEX, Output.INSIDE)
         same = rule.output in (Output.SAME, Output.VANISHES) and not rule.rounds
         hands_on = same and node.outputs[0].holds_indexes
         selects = isinstance(node.layer, Select) and set(read) == {node.inputs[0]}
@@ -165,6 +179,10 @@ def _check_quantities(planned: PlannedGraph) -> None:
                 "(keras.ops.cast), look indexes up in an Embedding, or give the model one more "
                 "input, float32, for numbers that are quantities."
             )
+
+
+def _looks_up(node: Node) -> bool:
+    return isinstance(node.layer, keras.layers.Embedding)
 
 
 def _layer_plan(
