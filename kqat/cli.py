@@ -724,7 +724,7 @@ def to_c(
     if data is not None:
         read = _data_of_file(blob, data)
         batch = tflite_export.inspect(blob).inputs[0].shape[:1]
-        first = slice(samples * max(1, *batch))
+        first = slice(samples * max((1, *batch)))
         given = [array[first] for array in ([read] if isinstance(read, np.ndarray) else read)]
     with terminal.doing("running on TFLite Micro"):
         source = tflite_export.to_c(
@@ -792,7 +792,11 @@ def _defined_in(paths: Sequence[Path]) -> dict[str, Any]:
             if folder in sys.path:
                 sys.path.remove(folder)
         own = (name for name, value in names.items() if callable(value))
-        found |= {name: names[name] for name in own if names[name].__module__ == path.stem}
+        found |= {
+            name: names[name]
+            for name in own
+            if getattr(names[name], "__module__", None) == path.stem
+        }
     return found
 
 

@@ -221,7 +221,13 @@ def _dot_product_attention(operation: Any, name: str) -> Callable[..., Any]:
         scale: Any = None,
         **options: Any,
     ) -> Any:
-        cap = option(operation, "attn_logits_soft_cap", options.get("attn_logits_soft_cap"))
+        options.pop("flash_attention", None)  # a faster way to compute the same
+        cap = option(operation, "attn_logits_soft_cap", options.pop("attn_logits_soft_cap", None))
+        if unknown := sorted(k for k, v in options.items() if v not in (None, False)):
+            raise UnsupportedLayerError(
+                f"Expected a bias, a mask and a scale as options of operation '{name}'. Received: "
+                f"{unknown} too. Leave them out."
+            )
         if cap is not None:
             raise UnsupportedLayerError(
                 f"Expected no cap of the scores in operation '{name}'. Received: "
