@@ -146,10 +146,9 @@ def finetune(
     along a cosine; statistics of BatchNormalization and ranges stay as they are in the second half
     of the epochs, so that it trains with the numbers that ship. With fewer than 8 bits give the
     float model as `teacher`: of ResNet-20 on CIFAR-10 it won back most of what 4 and 3 bits lose
-    (`recipes/RESULTS.md`). The rates for few bits were measured there: ternary weights without a
-    teacher had 62.4 % after 624 steps at 3e-4, and 76.9 % at 2e-3; 3 bits with a teacher had as
-    much after half of the steps at 1e-3 as after all at 3e-4 (`recipes.recovery --learning-rate`).
-    Falling bits did not help within so few steps.
+    (`recipes/RESULTS.md`). The rates for few bits were found there too, with the option
+    `--learning-rate` of `python -m recipes.recovery`: ternary weights without a teacher, and 3 bits
+    with one, were better than at 3e-4. Falling bits did not help within so few steps.
 
     `benchmarks/finetune.md` has the first measurements, one seed on small data: of 1e-4 and 3e-4
     the latter was better for a trained ResNet-8 of 4 bits, and a constant 1e-3 ruined it. Freezing

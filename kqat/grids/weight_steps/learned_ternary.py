@@ -39,8 +39,7 @@ class LearnedTernary(LearnedMethod):
             rule of `Ternary`, 0.7 times the mean magnitude, and starts from the same three values
             as that method. The paper's 0.05 is a share of the largest weight of a whole layer. Of
             the largest in each channel it leaves so few zeros that the weights start as all but
-            binary: it loses 0.29 of the energy of the weights of a trained ResNet-20, the rule of
-            `Ternary` 0.21.
+            binary.
 
     Raises:
         SpecError: if `threshold` is neither `None` nor inside [0, 1).

@@ -91,4 +91,5 @@ def test_the_file_attends_so_too(case: str) -> None:
     assert all(part.is_right and not part.unmatched for part in report.runtimes)
     expected = np.asarray(model([X, SHOWN]))
     noise = np.mean(np.square(expected - np.asarray(qat([X, SHOWN]))))
+    # Eight bits leave 31 to 34 dB here; a mask or bias that is lost leaves less than 10.
     assert noise < 10**-2.8 * np.mean(np.square(expected))
