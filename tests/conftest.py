@@ -1,8 +1,11 @@
 """What every test starts from: a quiet TensorFlow, the same seed, float32, and the shared data."""
 
+import functools
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Both are read once, when TensorFlow is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -10,6 +13,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 import hypothesis
 import keras
+import numpy as np
 import pytest
 
 from recipes import data
@@ -29,6 +33,20 @@ def _same_start() -> None:
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(0)
+    for generator, state in _generators_of_modules():
+        generator.bit_generator.state = state
+
+
+@functools.cache
+def _generators_of_modules() -> list[tuple[np.random.Generator, dict[str, Any]]]:
+    """The generators that test modules share between their tests, as they were after collection.
+
+    What a test draws must not depend on which tests ran before it in the same process.
+    """
+    modules = [module for name, module in sys.modules.items() if name.startswith("tests.")]
+    values = [value for module in modules for value in vars(module).values()]
+    generators = {id(v): v for v in values if isinstance(v, np.random.Generator)}
+    return [(g, dict(g.bit_generator.state)) for g in generators.values()]
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,6 @@ CASES: tuple[Case, ...] = (
         ROWS,
         lambda x: L.Dense(3)(L.Lambda(lambda t: t)(x)),
         FULLY_CONNECTED=1,
-        RESHAPE=1,
     ),
     _case(
         "lambda_centered",
@@ -213,14 +212,13 @@ CASES: tuple[Case, ...] = (
         IMAGE,
         lambda x: ops.image.rgb_to_grayscale(x),
         FULLY_CONNECTED=1,
-        RESHAPE=1,
     ),
-    _case("fourier", ROWS, lambda x: Mixing()(x), FULLY_CONNECTED=4, RESHAPE=4, SUB=1, TRANSPOSE=4),
+    _case("fourier", ROWS, lambda x: Mixing()(x), FULLY_CONNECTED=4, SUB=1, TRANSPOSE=4),
     _case("class_token", ROWS, lambda x: ClassToken()(x), CONCATENATION=1),
     Case(
         name="tokens_and_positions",
         build=lambda: functional((6,), lambda x: L.Dense(3)(TokensAndPositions()(x)), "int32"),
-        ops={"ADD": 1, "FULLY_CONNECTED": 1, "GATHER": 1, "RESHAPE": 1},
+        ops={"ADD": 1, "FULLY_CONNECTED": 1, "GATHER": 1},
     ),
     Case(
         name="subclassed",

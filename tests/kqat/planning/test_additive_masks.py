@@ -206,10 +206,12 @@ _ELSE: dict[str, How] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", _ELSE)
 def test_masks_of_a_part_of_the_scores(case: str) -> None:
+    """Lost masks cost every sample; a score within a step of the threshold costs its own sample."""
     keras.utils.set_random_seed(0)
     model, data = _padding(_ELSE[case])
     qat = kqat.quantize_model(model, calibration_data=data)
-    assert _noise_db(model, qat, data) > 25
+    each = [_noise_db(model, qat, data[i : i + 1]) for i in range(len(data))]
+    assert np.median(each) > 25
     report = tflite_export.verify(qat, tflite_export.convert(qat), data, samples=8)
     assert all(part.is_right and not part.unmatched for part in report.runtimes)
 
