@@ -1076,12 +1076,15 @@ class _MasksRead:
     borne: dict[int, dict[int, Any]] = dataclasses.field(default_factory=dict)
     live: dict[int, Any] = dataclasses.field(default_factory=dict)
     makers: dict[int, str] = dataclasses.field(default_factory=dict)
+    _by: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
 
     def by(self, call: Any) -> list[Any]:
-        """The symbolic tensors that a call reads, masks among them."""
-        arguments = {**call.arguments.kwargs, **self.given.get(id(call), {})}
-        borne = self.borne.get(id(call), {})
-        return _tensors([call.arguments.args, arguments, list(borne.values())])
+        """The symbolic tensors that a call reads, masks among them; asked when all are known."""
+        if id(call) not in self._by:
+            arguments = {**call.arguments.kwargs, **self.given.get(id(call), {})}
+            borne = self.borne.get(id(call), {})
+            self._by[id(call)] = _tensors([call.arguments.args, arguments, list(borne.values())])
+        return self._by[id(call)]
 
     def tensors(self) -> list[Any]:
         """All masks that are read."""
