@@ -99,9 +99,7 @@ class _Choices:
     def _reads_constant(self, node: Node, ref: Ref) -> bool:
         """Whether a constant is among what a node computes of `ref`."""
         read = [self.producers[one] for one in node.inputs if one != ref]
-        return any(
-            isinstance(one.layer, Learned) or self._reads_constant(one, ref) for one in read
-        )
+        return any(isinstance(one.layer, Learned) or self._reads_constant(one, ref) for one in read)
 
     def _value(self, ref: Ref, of: Ref) -> _Value | None:
         """`ref` as a function of `of`, number by number; `None` where it is none."""
