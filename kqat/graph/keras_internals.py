@@ -327,7 +327,8 @@ def _with_batch_first(
 ) -> tuple[Any, Any, dict[int, Any]]:
     """The function, its output structure and the weights among its outputs, the batch first."""
     runs = BatchFirst(batch, weights, f"{layer.name}' of type '{type(layer).__name__}")
-    runs.run(_calls(function), tensors)
+    with PATCHING, _shapes_told(layer):
+        runs.run(_calls(function), tensors)
     made = {key: tensor for key, (tensor, _) in runs.known.items()}
     for tensor in _tensors(output):
         if id(tensor) in made and tensor.shape[0] != batch:
