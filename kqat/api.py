@@ -18,7 +18,6 @@ from kqat.config import QuantizePolicy
 from kqat.devices import target_named
 from kqat.graph import (
     Graph,
-    check_apart,
     non_finite_variable,
     trace,
     with_input_shapes,
@@ -271,7 +270,6 @@ def _checked_graph(model: Any) -> Graph:
             f"Expected a float model. Received: '{model.name}', which is quantized already. Train "
             "it on with fit, or start from the float model."
         )
-    check_apart(graph, model.trainable_variables, f"model '{model.name}'")
     check_computes(graph, model)
     return graph
 

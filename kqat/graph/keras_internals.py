@@ -889,7 +889,8 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             sources = list({id(v): v for v in computed[key]}.values())
             name = "_".join(v.name for v in sources[:1]) or "constant"
             trained = any(v.trainable for v in sources)
-            found[key] = keras.Variable(np.asarray(value), trainable=trained, name=name)
+            made = keras.Variable(np.asarray(value), trainable=trained, name=name)
+            found[key] = _made_of(sources, made)
     return {**dict.fromkeys(computed), **found}
 
 
@@ -904,7 +905,19 @@ def _first_of_batch(variable: Any, batch: int, layer: Any) -> Any:
             f"{type(layer).__name__}. Received: {variable.name} of shape {tuple(variable.shape)}, "
             "which was computed with the batch size."
         )
-    return keras.Variable(array, trainable=variable.trainable, name=variable.name)
+    made = keras.Variable(array, trainable=variable.trainable, name=variable.name)
+    return _made_of([variable], made)
+
+
+def _made_of(sources: Iterable[Any], variable: Any) -> Any:
+    """A variable that holds what a call computes of others; see `sources_of`."""
+    variable._kqat_sources = [source for v in sources for source in sources_of(v)]
+    return variable
+
+
+def sources_of(variable: Any) -> list[Any]:
+    """The user's variables of which the value of one was computed: for one of his, itself."""
+    return list(getattr(variable, "_kqat_sources", [variable]))
 
 
 def without_batch(array: np.ndarray, batch: int) -> np.ndarray | None:

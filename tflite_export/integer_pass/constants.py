@@ -42,9 +42,14 @@ def quantize_constants(draft: Draft) -> None:
 
 
 def pack_weights(draft: Draft) -> None:
-    """Packs weights of few bits into the fewest bits that all the runtimes take."""
+    """Packs weights of few bits into the fewest bits that all the runtimes take.
+
+    A weight that GATHER reads too stays as it is: its rows are values of eight bits, and the file
+    has it once.
+    """
+    tables = _tables(draft)
     for operator, weights in draft.weights:
-        if weights.bits > PACKED_BITS:
+        if weights.bits > PACKED_BITS or weights.integers.tobytes() in tables:
             continue
         name, rule = draft.op_name(operator), draft.rule(operator)
         if (name, draft.bits(operator)) in draft.whole_bytes:
@@ -58,6 +63,18 @@ def pack_weights(draft: Draft) -> None:
         elif name in PACKS_AS and draft.bits(operator) == 8:
             if OP_TABLE[PACKS_AS[name]].packs(PACKED_BITS, single, draft.runtimes):
                 draft.unpacked.append(operator)
+
+
+def _tables(draft: Draft) -> set[bytes]:
+    """The integers of the tables of which GATHER reads rows."""
+    found = set()
+    for operator in draft.integer_operators:
+        if draft.op_name(operator) == "GATHER":
+            tensor = draft.graph.tensors[int(operator.inputs[0])]
+            data = flatbuffer.tensor_data(draft.model, tensor)
+            if data is not None:
+                found.add(data.tobytes())
+    return found
 
 
 def _packed_bits(draft: Draft, operator: OperatorT, weights: Weights) -> int | None:
