@@ -101,6 +101,11 @@ class _FrozenWeights:
         for weight in weights:
             self.by_bytes.setdefault(weight.values.tobytes(), []).append(weight)
 
+    def name_of(self, data: np.ndarray) -> str | None:
+        """The name of the weight of these bytes, which the converter forgot; `None` for none."""
+        found = self.by_bytes.get((data + np.float32(0)).tobytes(), ())
+        return found[0].name if data.size > 1 and found else None
+
     def find(self, keras_order: np.ndarray, tensor: TensorT, channels: int) -> FrozenWeight:
         """The frozen weight of these very bytes, with one scale or one per channel.
 
@@ -139,6 +144,8 @@ def _quantize_operands(
         integers = integers.astype(ACTIVATION_DTYPES[draft.bits(operator)])
         index = _add(draft, tensor, integers, np.reshape(scale, -1), 0, zero)
         operator.inputs[position] = index
+        if (name := frozen.name_of(data)) is not None:
+            draft.graph.tensors[index].name = name.encode()
 
 
 def _quantize_weights(
