@@ -23,7 +23,7 @@ from kqat.graph.keras_internals import (
     values_between,
     with_masks,
 )
-from kqat.graph.sharing import SharedWeight, WeightReads, holders, varies
+from kqat.graph.sharing import SharedWeight, WeightReads, holders
 from kqat.graph.tensorflow_calls import tensorflow_traced
 from kqat.graph.tracer import (
     Graph,
@@ -81,7 +81,6 @@ __all__ = [
     "unique_name",
     "unmasked",
     "values_between",
-    "varies",
     "with_input_shapes",
     "with_masks",
 ]

@@ -1,6 +1,7 @@
 """Weights that a model reads in more than one place: copies of them would train apart."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from kqat.graph.keras_internals import sources_of
 from kqat.graph.tracer import Graph
+from kqat.graph.values import fingerprint, varies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +39,10 @@ class SharedWeight:
 
     @property
     def readers(self) -> str:
-        """Who reads it, for messages: `"'a' and 'b'"`."""
+        """Who reads it, for messages: `"'a' and 'b' read"`."""
         names = list(dict.fromkeys(read.name for read in self.reads))
-        return " and ".join(map(repr, names[:3])) + (" twice" if len(names) == 1 else "")
+        both = len(names) > 1
+        return f"{' and '.join(map(repr, names[:3]))} {'read' if both else 'reads twice'}"
 
 
 class WeightReads:
@@ -53,6 +56,7 @@ class WeightReads:
         self._reads: dict[int, tuple[Any, list[Read]]] = {}
         self._calls: dict[int, tuple[Any, int]] = {}
         self._merged: set[int] = set()
+        self._constants: list[tuple[str, Any]] = []
         self._alive: list[Any] = []  # Two objects that live at the same time have two ids.
 
     def note_model(self, graph: Graph, is_float: Callable[[Any], bool | None]) -> None:
@@ -91,6 +95,8 @@ class WeightReads:
                 for source in sources_of(value):
                     whole = value is source or fingerprint(value) == fingerprint(source)
                     self._add(source, Read(place, name, whole, is_float))
+            elif isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
+                self._constants.append((name, value))
 
     def _add(self, variable: Any, read: Read) -> None:
         if variable.trainable:
@@ -113,23 +119,31 @@ class WeightReads:
                 found.append(SharedWeight(variable, tuple(places.values())))
         return found
 
+    def copied(self) -> tuple[Any, str] | None:
+        """A trained weight whose numbers stand as a constant elsewhere, and in which layer."""
+        sizes = {int(np.size(value)) for _, value in self._constants} - {0, 1}
+        known = [v for v, _ in self._reads.values() if int(np.prod(v.shape)) in sizes]
+        trained = {fingerprint(v): v for v in known if varies(v)}
+        found = ((trained.get(fingerprint(value)), name) for name, value in self._constants)
+        return next(((v, name) for v, name in found if v is not None), None) if trained else None
+
+    def are_told_apart(self) -> bool:
+        """Whether copies of each shared weight are known by their numbers.
+
+        They are not where all its numbers are equal, or another weight has the same ones.
+        """
+        found = self.shared()
+        sizes = {int(np.prod(shared.variable.shape)) for shared in found}
+        every = [v for v, _ in self._reads.values() if int(np.prod(v.shape)) in sizes]
+        counts = Counter(map(fingerprint, every))
+        return all(
+            varies(shared.variable) and counts[fingerprint(shared.variable)] == 1
+            for shared in found
+        )
+
     def _place(self, place: tuple[int, ...]) -> tuple[int, ...]:
         one = len(place) == 3 and place[0] in self._merged
         return (place[0], 0, place[2]) if one else place
-
-
-def fingerprint(weight: Any) -> tuple[int, int]:
-    """A number that weights of the same numbers have in common, in whatever order they stand."""
-    bits = np.asarray(weight, np.float32).reshape(-1).view(np.uint32).astype(np.uint64)
-    bits = (bits + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits.size, int((bits ^ (bits >> np.uint64(31))).sum(dtype=np.uint64))
-
-
-def varies(weight: Any) -> bool:
-    """Whether a weight is told from others by its numbers."""
-    array = np.asarray(weight)
-    return array.size > 1 and bool(array.min() != array.max())
 
 
 def holders(graph: Graph, weight: Any) -> Iterator[tuple[Any, Any]]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from kqat.base import ModelError, UnsupportedLayerError
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.devices import ops_at
-from kqat.graph import Graph, Node, WeightReads, trace
+from kqat.graph import Graph, Node, trace
 from kqat.grids import MaxAbs, QuantSpec
 from kqat.parts import Recurrence, Requantize, Select, reads_rows
 from kqat.planning.additive_masks import check_hidden_values, hide_added_masks
@@ -39,7 +39,7 @@ from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
 from kqat.planning.rank_limits import fit_ranks
 from kqat.planning.shared_scales import share_scales
-from kqat.planning.tied_weights import tie_weights
+from kqat.planning.tied_weights import expand_tied
 from kqat.planning.width_changes import match_widths
 from kqat.registry import Output
 
@@ -56,9 +56,9 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     graph, configs = read_bytes(graph, configs, input_configs)
     whole = {n.name for n in graph.nodes if stays_whole(n.layer, configs[n.name])}
     fused = fused_nodes(graph, configs)
-    reads, calls = WeightReads(), _calls(graph)
-    simple, origins = expand(graph, lambda node: node.name in whole, model_name, fused, reads)
-    simple, origins = tie_weights(simple, origins, reads, configs, model_name, calls)
+    simple, origins = expand_tied(
+        graph, lambda node: node.name in whole, model_name, configs, fused
+    )
     simple, origins = hide_added_masks(simple, origins, whole, model_name)
     check_hidden_values(simple, origins)
     simple, origins = split_hard_sigmoids(simple, origins, configs, model_name)
@@ -79,20 +79,9 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     )
 
 
-def _calls(graph: Graph) -> dict[int, list[str]]:
-    """The names of the calls of each layer, by its identity."""
-    found: dict[int, list[str]] = {}
-    for node in graph.nodes:
-        found.setdefault(id(node.layer), []).append(node.name)
-    return found
-
-
 def _step_plan(recurrence: Recurrence, origin: str, config: QuantizeConfig) -> Plan:
     """The plan of one step: its inputs come rounded, and a state keeps its scale."""
-    graph, reads, name = trace(recurrence.step), WeightReads(), recurrence.step.name
-    simple, parts = expand(graph, lambda node: False, name, reads=reads)
-    every = dict.fromkeys((node.name for node in graph.nodes), config)
-    simple, parts = tie_weights(simple, parts, reads, every, name, _calls(graph))
+    simple, parts = expand(trace(recurrence.step), lambda node: False, recurrence.step.name)
     before = simple.inputs[recurrence.sequences :]
     states = tuple(zip(before, simple.outputs, strict=True))
     origins = dict.fromkeys(parts, origin)

@@ -5,8 +5,9 @@ different things with it (a table's rows, and products with the table transposed
 takes their place. So both uses train the one variable, and one grid serves both in the file.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -25,40 +26,105 @@ from kqat.graph import (
     holders,
     rebuild,
     trace,
-    varies,
 )
 from kqat.parts import ConstantKind, TiedWeight, WeightUse, WithConstant
+from kqat.planning.expansion import expand
 
 Configs = Mapping[str, QuantizeConfig | None]
 
 
-def tie_weights(
+def expand_tied(
     graph: Graph,
-    origins: Mapping[str, str],
-    reads: WeightReads,
-    configs: Configs,
+    keep: Callable[[Node], bool],
     name: str,
-    calls: Mapping[int, list[str]],
+    configs: Configs,
+    fused: Collection[str] = (),
 ) -> tuple[Graph, dict[str, str]]:
-    """`graph` in which each trained variable of the user's is held by one layer.
+    """As `expand`, with each trained variable of the user's held by one layer.
 
     Args:
-        graph: of simple layers.
-        origins: name of each of its layers -> name of the user's layer.
-        reads: where the user's layers read their weights.
-        configs: of the user's layers, by name.
+        graph: of the user's model.
+        keep: whether a node stays as it is.
         name: of the model.
-        calls: the names of a user's layer's calls, by its identity.
+        configs: of the user's layers, by name.
+        fused: names of the nodes that ship as a fused operator of their kind.
 
     Returns:
-        The graph, and the origins of its layers.
+        The expanded graph, and for each of its layers' names the name of the original node.
 
     Raises:
         ModelError: if a weight is read in two ways that no grid serves, or in a part only.
+        UnsupportedLayerError: if the registry has no row for a layer.
     """
-    graph, origins = _calls_merged(graph, dict(origins), reads, name, calls)
-    for shared in reads.shared():
-        graph, origins = _tied(graph, origins, shared, configs, name)
+
+    def expanded() -> tuple[Graph, dict[str, str], WeightReads]:
+        reads = WeightReads()
+        simple, origins = expand(graph, keep, name, fused, reads)
+        return *_calls_merged(simple, origins, reads, graph, name), reads
+
+    simple, origins, reads = expanded()
+    if (copied := reads.copied()) is not None:
+        variable, reader = copied
+        raise ModelError(
+            f"Expected trained weights of '{name}' that are read as variables. Received: "
+            f"'{variable.path}', of which '{reader}' holds a copy, as where Python computes with "
+            "it when the model is built: it would not be trained. Compute with it in the call of a "
+            "layer that holds its owner as an attribute, or freeze it by trainable = False."
+        )
+    if not reads.shared():
+        return simple, origins
+    if reads.are_told_apart():
+        return _all_tied(simple, origins, reads, configs, name)
+    variables = [shared.variable for shared in reads.shared()]
+    with _other_numbers(variables) as restored:
+        simple, origins, reads = expanded()
+        simple, origins = _all_tied(simple, origins, reads, configs, name)
+        restored(simple)
+    return simple, origins
+
+
+@contextlib.contextmanager
+def _other_numbers(variables: Sequence[Any]) -> Iterator[Callable[[Graph], None]]:
+    """Gives variables numbers, none of them twice, by which copies are known again.
+
+    Afterwards they are as they were. What is yielded gives the layers of a graph that hold copies
+    the numbers of before.
+    """
+    before = [np.array(variable) for variable in variables]
+    scale = 2.0 ** -np.ceil(np.log2(sum(array.size for array in before) + 1))
+    ends = np.cumsum([array.size for array in before])
+    order = np.random.default_rng(0).permutation(ends[-1]) + 1.0
+    given = [
+        np.float32(part * scale).reshape(array.shape)
+        for part, array in zip(np.split(order, ends[:-1]), before, strict=True)
+    ]
+
+    def restored(graph: Graph) -> None:
+        for old, new in zip(before, given, strict=True):
+            for _, held in list(holders(graph, new)):
+                values = np.empty(new.size, np.float32)
+                # Axes may have moved.
+                values[np.argsort(held, axis=None)] = old.reshape(-1)[np.argsort(new, axis=None)]
+                held.assign(values.reshape(held.shape))
+
+    try:
+        for variable, numbers in zip(variables, given, strict=True):
+            variable.assign(numbers)
+        yield restored
+    finally:
+        for variable, old in zip(variables, before, strict=True):
+            variable.assign(old)
+
+
+def _all_tied(
+    graph: Graph, origins: dict[str, str], reads: WeightReads, configs: Configs, name: str
+) -> tuple[Graph, dict[str, str]]:
+    """The graph in which one layer holds each weight that is read in more than one place."""
+    found = reads.shared()
+    for shared in found:
+        _check(shared, graph, origins, configs, name)
+    for shared in found:
+        graph, origins = _tied(graph, origins, shared, name)
     return graph, origins
 
 
@@ -77,25 +143,28 @@ def _rebuilt(
 
 
 def _calls_merged(
-    graph: Graph,
-    origins: dict[str, str],
-    reads: WeightReads,
-    name: str,
-    calls: Mapping[int, list[str]],
+    graph: Graph, origins: dict[str, str], reads: WeightReads, user: Graph, name: str
 ) -> tuple[Graph, dict[str, str]]:
-    """The graph in which the parts of an opened layer serve all calls of that layer."""
+    """The graph in which the parts of an opened layer serve all calls of that layer.
+
+    `user` is the graph of the user's model.
+    """
     counts = graph.calls()
+    calls: dict[int, list[str]] = {}
+    for node in user.nodes:
+        calls.setdefault(id(node.layer), []).append(node.name)
     parts: dict[str, dict[int, Any]] = {}
     for node in graph.nodes:
         if node.has_weights and counts[id(node.layer)] == 1:
             parts.setdefault(origins[node.layer.name], {})[id(node.layer)] = node.layer
     made: dict[int, Callable[..., Any]] = {}
     for layer in reads.opened_again():
-        first, *others = (list(parts.get(call, {}).values()) for call in calls.get(id(layer), []))
-        if all(_are_alike(first, other) for other in others):
+        found = [list(parts.get(call, {}).values()) for call in calls.get(id(layer), [])]
+        first, others = found[:1], found[1:]
+        if others and all(_are_alike(first[0], other) for other in others):
             reads.merged(layer)
             for other in others:
-                made |= {id(b): a for a, b in zip(first, other, strict=True)}
+                made |= {id(b): a for a, b in zip(first[0], other, strict=True)}
     return _rebuilt(graph, origins, name, made) if made else (graph, origins)
 
 
@@ -114,23 +183,21 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def _tied(
-    graph: Graph, origins: dict[str, str], shared: SharedWeight, configs: Configs, name: str
+    graph: Graph, origins: dict[str, str], shared: SharedWeight, name: str
 ) -> tuple[Graph, dict[str, str]]:
     """The graph in which one layer holds a weight."""
-    _check_reads(shared, graph, name)
     found = list(holders(graph, shared.variable))
-    if len({id(layer) for layer, _ in found}) < len(shared.reads):
-        raise _refused(
-            shared, name, "of which one splits it, or computes with it before a kernel reads it"
-        )
-    _check_configs(shared, [origins[layer.name] for layer, _ in found], configs, name)
     first, others = found[0][0], [layer for layer, _ in found[1:]]
     if all(_is_same(first, other) for other in others):
-        return _rebuilt(graph, origins, name, {id(other): first for other in others})
+        made = {id(other): first for other in others}
+        return _rebuilt(graph, origins, name, made) if made else (graph, origins)
     return _rebuilt(graph, origins, name, _together(shared, found, name))
 
 
-def _check_reads(shared: SharedWeight, graph: Graph, name: str) -> None:
+def _check(
+    shared: SharedWeight, graph: Graph, origins: Mapping[str, str], configs: Configs, name: str
+) -> None:
+    """Checks that the layers that read a weight hold the whole of it, on one grid."""
     floats = [read.name for read in shared.reads if read.is_float]
     if floats:
         raise _refused(shared, name, f"of which '{floats[0]}' stays float", _SAME_CONFIG)
@@ -139,23 +206,16 @@ def _check_reads(shared: SharedWeight, graph: Graph, name: str) -> None:
         raise _refused(
             shared, name, f"of which '{parts[0]}' reads a part, or what is computed from it"
         )
-    if not varies(shared.variable):
+    held_by = {id(layer): layer for layer, _ in holders(graph, shared.variable)}
+    if len(held_by) < len(shared.reads):
         raise _refused(
-            shared,
-            name,
-            "and whose numbers are all equal, by which it cannot be followed",
-            "Load trained weights first, or initialize it at random.",
+            shared, name, "of which one splits it, or computes with it before a kernel reads it"
         )
-
-
-def _check_configs(
-    shared: SharedWeight, names: list[str], configs: Configs, model_name: str
-) -> None:
-    config = configs[names[0]]
-    for name in names[1:]:
-        if configs[name] != config:
-            found = f"for which the policy has other configs: {config} and {configs[name]}"
-            raise _refused(shared, model_name, found, _SAME_CONFIG)
+    first, *others = (origins[layer.name] for layer in held_by.values())
+    for other in others:
+        if configs[other] != configs[first]:
+            found = f"for which the policy has two configs ('{first}' and '{other}')"
+            raise _refused(shared, name, found, _SAME_CONFIG)
 
 
 _SAME_CONFIG = "Give all layers that read it one config: the weight has one grid in the file."
@@ -168,7 +228,7 @@ _APART = (
 def _refused(shared: SharedWeight, name: str, why: str, help: str = _APART) -> ModelError:
     return ModelError(
         f"Expected trained weights of '{name}' that one layer of the file can hold. Received: "
-        f"'{shared.variable.path}', which {shared.readers} read, {why}: each would train a copy of "
+        f"'{shared.variable.path}', which {shared.readers}, {why}: each would train a copy of "
         f"its own. {help}"
     )
 
