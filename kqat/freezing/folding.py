@@ -10,7 +10,7 @@ from keras import layers
 from kqat.base import FreezeError, UnsupportedLayerError, array_of
 from kqat.freezing.frozen_weight import EMPTY_SCALE, FrozenWeight
 from kqat.graph import Part, clone
-from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState
+from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState, TiedWeight
 from kqat.training import QuantizeWrapper
 
 
@@ -48,6 +48,11 @@ def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[Frozen
             rounded if v is layer.bias else value
             for v, value in zip(layer.weights, values, strict=True)
         ]
+    if isinstance(layer, TiedWeight) and len(layer.shape) == 2:
+        # The one is its kernel in products, the other in products with it transposed.
+        frozen = [*frozen, *(one.transposed() for one in frozen)]
+    if isinstance(layer, TiedWeight):
+        values = [values[0], *wrapper.tied_biases_on_grid()]
     if branch:
         changes["name"] = f"{layer.name}_branch_{branch}"
     return frozen, Part(clone(layer, **changes), values)

@@ -589,7 +589,9 @@ class ActivationQuantizer(keras.layers.Layer):
         """The input's shape and dtype."""
         if observe and resolution:
             found = [(layer_behind(x, name), share) for name, share in resolution.items()]
-            self._sources.by_site[site] = [(q, s) for q, s in found if q is not None]
+            # Rows of a tied weight have no quantizer; those of the other inputs say enough.
+            found = [(q, s) for q, s in found if isinstance(q, ActivationQuantizer)]
+            self._sources.by_site[site] = found
         return keras.KerasTensor(x.shape, dtype=x.dtype)
 
     def get_config(self) -> dict[str, Any]:

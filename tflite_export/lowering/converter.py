@@ -24,7 +24,10 @@ from kqat.freezing import (
     MarkerKind,
     Node,
     Tabulated,
+    TiedWeight,
+    WeightUse,
     call_signature,
+    reads_rows,
 )
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
@@ -120,7 +123,8 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
                 lstms.index(id(layer)),
                 name=frozen.unused_name(f"{layer.name}_stand_in"),
             )
-        elif isinstance(layer, _TRANSLATED) or _is_dilated(layer):
+        elif isinstance(layer, _TRANSLATED) or _is_dilated(layer) or reads_rows(layer, kwargs):
+            kwargs.pop("use", None)
             if id(layer) not in plain:  # Calls of one layer stay those of one layer.
                 plain[id(layer)] = _Plain(layer, name=frozen.unused_name(f"{layer.name}_plain"))
             layer = plain[id(layer)]
@@ -245,10 +249,10 @@ class _Plain(keras.layers.Layer):
             return _dilated(layer, x)
         if isinstance(layer, keras.layers.Add):
             return functools.reduce(tf.add, x)
-        if isinstance(layer, keras.layers.Embedding):
-            return tf.gather(
-                layer.embeddings.value, tf.cast(x, "int32") if x.dtype == "bool" else x
-            )
+        if isinstance(layer, keras.layers.Embedding | TiedWeight):
+            tied = isinstance(layer, TiedWeight)
+            table = layer.kernel if tied else layer.embeddings
+            return tf.gather(table.value, tf.cast(x, "int32") if x.dtype == "bool" else x)
         if isinstance(layer, keras.layers.UnitNormalization):
             return tf.math.l2_normalize(x, layer.axis)
         if layer.kind not in ("argmax", "argmin"):
@@ -258,7 +262,8 @@ class _Plain(keras.layers.Layer):
         return tf.expand_dims(index, axis) if layer.options["keepdims"] else index
 
     def compute_output_spec(self, x: Any) -> Any:
-        return self.layer.compute_output_spec(x)
+        rows = {"use": WeightUse.ROWS} if isinstance(self.layer, TiedWeight) else {}
+        return self.layer.compute_output_spec(x, **rows)
 
 
 def _convert(concrete: Any, name: str) -> bytes:
