@@ -24,13 +24,17 @@ from kqat.grids import CalibrationMethod, Fixed, calibration_method
 from kqat.parts import ConstantRows, IndexOperation, reads_rows
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers, is_quantized
-from kqat.training.method_choice import CANDIDATES, Choice, KeptSamples, best
+from kqat.training.method_choice import CANDIDATES, Choice, KeptSamples, best, first_with_noise
 from kqat.training.observation import Observer
-from kqat.training.range_checks import as_text, concerns
+from kqat.training.range_checks import Concern, ValueNames, as_text, concerns, lost_output
 from kqat.training.weight_wrapper import QuantizeWrapper, rounded_once, uncorrected
 
 BATCH_SIZE = 32
 DEFAULT_METHOD = "auto"
+# Power of the errors of rounding over that of an output: 10 dB.
+LARGEST_NOISE = 0.1
+# With fewer bits of the weights, any network loses as much until it is trained.
+FEWEST_BITS = 4
 # Of the width of what was seen: sums of another batch size differ by less.
 BEYOND = 1e-4
 
@@ -98,10 +102,28 @@ def calibrate_for(
         observer, kept = observed(graph, data)
         tensors = as_tensors(kept.batch(), graph)
         choice = best(graph, observer, tensors, methods, corrects=corrects)
+        lost = list(_lost(graph, tensors, choice, corrects))
     take_over(model, choice, corrects=corrects)
-    doubtful = concerns(graph, observer, choice.ranges)
+    doubtful = [*concerns(graph, observer, choice.ranges), *lost]
     if doubtful:
         warnings.warn(as_text(model.name, doubtful), CalibrationWarning, stacklevel=stacklevel)
+
+
+def _lost(
+    graph: Graph, tensors: Sequence[Any], choice: Choice, corrects: bool
+) -> Iterator[Concern]:
+    """Outputs of which rounding left little; nothing of weights with so few bits that it must."""
+    wrappers = [n.layer for n in graph.nodes if isinstance(n.layer, QuantizeWrapper)]
+    bits = [spec.bits for wrapper in wrappers for spec in wrapper.weight_specs.values()]
+    noisy = {ref: noise for ref, noise in choice.noise.items() if noise > LARGEST_NOISE}
+    if not noisy or min(bits, default=8) < FEWEST_BITS:
+        return
+    first = first_with_noise(graph, tensors, choice, LARGEST_NOISE, corrects=corrects)
+    names = ValueNames(graph)
+    for ref, noise in noisy.items():
+        name = graph.output_names[graph.outputs.index(ref)]
+        place = "" if first is None else names.of(first.layer, first.kwargs.get("site", 0))
+        yield lost_output(name, noise, place)
 
 
 def take_over(model: keras.Model, choice: Choice, *, corrects: bool) -> None:

@@ -63,10 +63,13 @@ class Choice:
         ranges: of each call site, by quantizer.
         corrections: what moves the mean of each layer's output to where it is without rounding, by
             layer; none where weights are not those of the float model.
+        noise: power of the errors of rounding over that of the values, by output of the graph; none
+            where nothing was tried.
     """
 
     ranges: dict[ActivationQuantizer, dict[int, SiteRange]]
     corrections: dict[QuantizeWrapper, np.ndarray]
+    noise: Mapping[Ref, float]
 
 
 def best(
@@ -110,13 +113,32 @@ def best(
             continue
         met.append(ranges)
         if not want:
-            return Choice(ranges, {})
+            return Choice(ranges, {}, {})
         got, corrections = pass_.rounded(ranges, means)
         noise = math.sqrt(_noise_at(ends, want, got) * _noise_at(outputs, want, got))
         if chosen is None or noise < least * 10.0 ** (-MARGIN_DB / 10.0):
-            chosen, least = Choice(ranges, corrections), noise
+            each = {ref: _noise(want[ref], got[ref]) for ref in outputs}
+            chosen, least = Choice(ranges, corrections, each), noise
     assert chosen is not None, "there is a method to try"
     return chosen
+
+
+def first_with_noise(
+    graph: Graph, tensors: Sequence[Any], choice: Choice, least: float, *, corrects: bool
+) -> Node | None:
+    """The first rounding in the graph behind which the noise is more than `least` of the values.
+
+    Args:
+        graph, tensors, corrects: as of `best`.
+        choice: what it found.
+        least: a ratio of powers.
+    """
+    roundings = [n for n in graph.nodes if isinstance(n.layer, ActivationQuantizer)]
+    pass_ = _Pass(graph, tensors, {node.outputs[0] for node in roundings})
+    want, means = pass_.unrounded() if corrects else (pass_.with_weights_rounded(), None)
+    got, _ = pass_.rounded(choice.ranges, means)
+    noisy = (n for n in roundings if _noise(want[n.outputs[0]], got[n.outputs[0]]) > least)
+    return next(noisy, None)
 
 
 def _noise_at(

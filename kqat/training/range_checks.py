@@ -100,12 +100,28 @@ _ADVICE = {
     "unlike": "kqat.adapt(model, calibration_data=…) makes separate outputs, or scales the members "
     "alike before they meet",
     "drowned": "Scale them alike before they are added",
+    "lost": "kqat.diagnose(model, qat, data) shows which roundings cost it and tries what helps; "
+    "training may win it back",
 }
 # What helps besides where a tensor has 8 bits.
 _WIDER = {
     "unlike": "; or give that layer 'int16x8'",
     "drowned": ", or give that layer 'int16x8'",
 }
+
+
+def lost_output(name: str, noise: float, first: str) -> Concern:
+    """An output of which rounding left little.
+
+    Args:
+        name: of the output.
+        noise: power of the errors over that of the values, on samples of calibration.
+        first: the first value that lost so much.
+    """
+    left = -10.0 * math.log10(noise)
+    place = f"; '{first}' is the first value below 10 dB" if first else ""
+    text = f"output '{name}' has an SQNR of {left:.1f} dB{place}"
+    return Concern("lost", name, noise, text)
 
 
 def _of_site(record: SiteRecord, found: SiteRange, name: str) -> Iterator[Concern]:

@@ -137,3 +137,20 @@ def test_calibration_needs_data_and_a_name() -> None:
         kqat.quantize_model(small(), calibration="mse")
     with pytest.raises(kqat.CalibrationError, match=r"Expected 'auto' or one of .* Received: 'm'"):
         kqat.quantize_model(small(), calibration_data=X, calibration="m")
+
+
+def test_an_output_of_which_little_is_left() -> None:
+    """Nothing was clipped, drowned or uneven, and the file was useless, in silence."""
+    x = keras.Input((16,), name="x")
+    y = layers.Dense(8, kernel_initializer=keras.initializers.RandomNormal(seed=0), name="dense")(x)
+    far = np.random.default_rng(0).normal(1000.0, 0.1, (128, 16)).astype(np.float32)
+    less = layers.LayerNormalization(name="norm", center=False, scale=False)(x)
+    text = said(keras.Model(x, [y, less], name="two"), far)
+    assert "output 'norm' has an SQNR of" in text
+    assert "'norm_centered' is the first value below 10 dB" in text
+    assert "output 'dense'" not in text
+    assert "kqat.diagnose" in text
+
+
+def test_few_bits_lose_as_much_before_training() -> None:
+    assert said(small(), X, "ternary") == ""
