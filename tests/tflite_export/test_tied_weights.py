@@ -134,6 +134,7 @@ def test_a_table_read_both_ways_is_one_tensor(language_model: Trained) -> None:
     qat, blob, _, ratio = language_model
     model = flatbuffer.read(blob)
     (rows,) = read_by(model, "GATHER", 0)
+    assert not read_by(model, "QUANTIZE", 0)  # Rows are read as they are.
     assert rows == read_by(model, "FULLY_CONNECTED", 1)[-1]
     tensor = model.subgraphs[0].tensors[rows]
     assert flatbuffer.tensor_name(tensor).endswith("/kernel")
