@@ -34,6 +34,7 @@ from kqat.parts import (
     Recurrence,
     Reduce,
     ReduceKind,
+    Remainder,
     Requantize,
     Select,
     Slice,
@@ -375,6 +376,9 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (Padding, PaddingKind.REFLECT): _same("MIRROR_PAD"),
     (Padding, PaddingKind.SYMMETRIC): _same("MIRROR_PAD"),
     (Reduce, ReduceKind.MEAN): _own("MEAN", "FULLY_CONNECTED", **_MEAN),
+    (Remainder, ReduceKind.MEAN): _own(
+        "MEAN", "FULLY_CONNECTED", resolution=rule.resolution_of_remainder
+    ),
     (Reduce, ReduceKind.MAX): _same("REDUCE_MAX"),
     (Reduce, ReduceKind.MIN): _same("REDUCE_MIN"),
     (Reduce, ReduceKind.PROD): _own("REDUCE_PROD", refuse=rule.few_factors),
