@@ -73,6 +73,10 @@ def test_it_joins_at_all_calls_of_a_layer_or_none() -> None:
     assert not any(layer.kind == "ChannelAffine" for layer in plan.layers)
     plan = kqat.plan(keras.Model(x, dense(both)))  # One more call, without the sum.
     assert sum(layer.kind == "ChannelAffine" for layer in plan.layers) == 2
+    first, second = L.Dense(4), L.Dense(4)
+    sums = [shift(first(x)), shift(second(x)), first(L.ReLU()(x)), second(L.ReLU()(x))]
+    plan = kqat.plan(keras.Model(x, sums))  # Half the calls of either have it behind them.
+    assert sum(layer.kind == "ChannelAffine" for layer in plan.layers) == 2
 
 
 @pytest.mark.parametrize(
