@@ -20,7 +20,7 @@ from kqat.freezing.node_facts import find_node_facts
 from kqat.freezing.recurrences import fused, unrolled
 from kqat.freezing.stripper import checked_graph
 from kqat.freezing.unplanned import check_planned
-from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild, trace
+from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild
 from kqat.grids import Site, arithmetic
 from kqat.parts import (
     ByteInput,
@@ -66,7 +66,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
     wrappers = [layer for layer in all_layers(qat) if isinstance(layer, QuantizeWrapper)]
     with rounded_once(wrappers):
         model = rebuild(graph, _GraphFreezer(graph, parts).call, qat.name)
-    return FrozenModel(
+    frozen = FrozenModel(
         model=model,
         sites=tuple(parts.sites),
         weights=tuple(parts.weights),
@@ -75,8 +75,8 @@ def freeze(qat: keras.Model) -> FrozenModel:
         constants=tuple(parts.constants),
         input_names=graph.input_keys,
         output_names=graph.output_keys,
-        node_facts=find_node_facts(trace(model), parts.sites, parts.carried),
     )
+    return frozen.with_facts(find_node_facts(frozen.graph, parts.sites, parts.carried))
 
 
 class _GraphFreezer:

@@ -365,7 +365,8 @@ def _with_batch_first(
 ) -> tuple[Any, Any, dict[int, Any]]:
     """The function, its output structure and the weights among its outputs, the batch first."""
     runs = BatchFirst(batch, weights, f"{layer.name}' of type '{type(layer).__name__}")
-    runs.run(_calls(function), tensors)
+    with PATCHING, _shapes_told(layer):
+        runs.run(_calls(function), tensors)
     made = {key: tensor for key, (tensor, _) in runs.known.items()}
     for tensor in _tensors(output):
         if id(tensor) in made and tensor.shape[0] != batch:
@@ -1127,12 +1128,15 @@ class _MasksRead:
     borne: dict[int, dict[int, Any]] = dataclasses.field(default_factory=dict)
     live: dict[int, Any] = dataclasses.field(default_factory=dict)
     makers: dict[int, str] = dataclasses.field(default_factory=dict)
+    _by: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
 
     def by(self, call: Any) -> list[Any]:
-        """The symbolic tensors that a call reads, masks among them."""
-        arguments = {**call.arguments.kwargs, **self.given.get(id(call), {})}
-        borne = self.borne.get(id(call), {})
-        return _tensors([call.arguments.args, arguments, list(borne.values())])
+        """The symbolic tensors that a call reads, masks among them; asked when all are known."""
+        if id(call) not in self._by:
+            arguments = {**call.arguments.kwargs, **self.given.get(id(call), {})}
+            borne = self.borne.get(id(call), {})
+            self._by[id(call)] = _tensors([call.arguments.args, arguments, list(borne.values())])
+        return self._by[id(call)]
 
     def tensors(self) -> list[Any]:
         """All masks that are read."""

@@ -426,6 +426,9 @@ class WithConstant(layers.Layer):
         value, missing = self.value, len(x.shape) - len(self.shape)
         if missing > 0 and sum(size != 1 for size in x.shape) < 2:
             value = ops.reshape(value, (*(1,) * missing, *self.shape))
+        if all(size == 1 for size in x.shape[1:]) and sum(size != 1 for size in self.shape) > 1:
+            # One number for each sample is a vector as well: as many as the value has rows.
+            value, x = x, value
         return getattr(ops, self.kind)(value, x)
 
     def compute_output_shape(self, input_shape: Any) -> Any:

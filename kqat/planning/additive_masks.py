@@ -45,6 +45,7 @@ from kqat.parts import (
     Take,
     WithConstant,
 )
+from kqat.planning.chosen_functions import join_choices
 from kqat.planning.mask_biases import (
     Beside,
     Chosen,
@@ -104,6 +105,8 @@ def hide_added_masks(
     Returns:
         The new graph and origins; those given where there is no such sum.
     """
+    if any(map(_holds_far_numbers, graph.nodes)):
+        graph = join_choices(graph, origins, kept, name)
     search = _Search(graph, {n.name for n in graph.nodes if origins[n.layer.name] in kept})
     sums = {node.name: found for node in graph.nodes if (found := search.masked(node))}
     if not any(found.changes for found in sums.values()) and not any(
@@ -371,7 +374,7 @@ class _Search:
         """Whether a value is a function of `ref` and nothing else, layer by layer."""
         while value != ref:
             node = self.producers.get(value)
-            if node is None or len(node.inputs) != 1:
+            if node is None or len(node.inputs) != 1 or isinstance(node.layer, Learned):
                 return False
             value = node.inputs[0]
         return True

@@ -40,6 +40,7 @@ from kqat.graph import (
     with_masks,
 )
 from kqat.parts import Elementwise, Learned, Matmul, Select, TensorFlowFunction, is_elementwise
+from kqat.planning.shared_weights import with_values_of_weights
 from kqat.registry import as_layers, is_custom, rule_for
 from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight
 
@@ -190,7 +191,7 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
         masked = [t for t in tensors if borne_mask(t) is not None]
         pairs = [(values[id(t)], values[id(borne_mask(t))]) for t in masked]
         with keras.StatelessScope(), bearing(pairs):  # A state stays as it was.
-            expected = _for_trial(operation)(*args, **inference | kwargs)
+            expected = _trial(operation, args, inference | kwargs)
         found = keras.tree.flatten(outputs)
         computed_now = [y for y in found if is_tensor(y)]
         results = values_between(tensors, computed_now, list(values.values()))
@@ -221,7 +222,7 @@ def check_computes(graph: Graph, model: keras.Model) -> None:
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         is_layer = isinstance(node.layer, keras.layers.Layer)
         inference = is_layer and "training" in call_signature(node.layer).parameters
-        return node.layer(*args, **kwargs, **({"training": False} if inference else {}))
+        return _trial(node.layer, args, kwargs | ({"training": False} if inference else {}))
 
     values = {ref: _trial_values(ref, seed) for seed, ref in enumerate(graph.inputs)}
     with keras.StatelessScope():  # A state stays as it was.
@@ -262,6 +263,22 @@ def _for_trial(operation: Any) -> Any:
     if type(operation).__name__ != "BroadcastTo":
         return operation
     return type(operation)((2, *operation.shape[1:]))
+
+
+def _trial(operation: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation computes of two samples, beside weights that were tiled to a batch of one.
+
+    Most broadcast such a weight; an attention, of which it is the query, does not.
+    """
+    operation = _for_trial(operation)
+    try:
+        return operation(*args, **kwargs)
+    except Exception:  # Whatever Keras or a user's own class raises of shapes that do not fit.
+        whole = keras.tree.map_structure(_for_two_samples, (args, kwargs))
+        if not any(map(is_weight, keras.tree.flatten((args, kwargs)))):
+            raise
+    args, kwargs = whole
+    return operation(*args, **kwargs)
 
 
 def _for_two_samples(value: Any) -> Any:
@@ -359,6 +376,7 @@ def _opened_layer(
                 f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
                 f"describe it with kqat.register_layer. {error}"
             ) from error
+        graph = with_values_of_weights(graph)
         if reads is not None:
             reads.note_opened(graph, layer, origin)
         batched = [ref.shape[:1] == (None,) for ref in node.outputs]

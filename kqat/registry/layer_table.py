@@ -306,7 +306,9 @@ LAYERS: dict[type, LayerRule] = {
         ),
     ),
     layers.GroupNormalization: _composite(normalization.group_normalization, *_NORMALIZING),
-    layers.UnitNormalization: _fixed("L2_NORMALIZATION", refuse=rule.last_axis),
+    layers.UnitNormalization: dataclasses.replace(
+        _fixed("L2_NORMALIZATION"), decompose=normalization.unit_normalization
+    ),
     layers.GroupQueryAttention: _composite(
         attention.group_query_attention, *_ATTENDING, "FULLY_CONNECTED", **_MASKS
     ),

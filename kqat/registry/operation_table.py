@@ -8,12 +8,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import holds_indexes, is_tensor
-from kqat.parts import IndexKind, IndexOperation, Matmul
+from kqat.parts import Elementwise, IndexKind, IndexOperation, Matmul
 from kqat.registry.refusals import OPERATION_REASONS, reason
 from kqat.rewrites import (
     BINARY,
@@ -24,9 +25,8 @@ from kqat.rewrites import (
     function,
     is_number,
     matrix_products,
-    may_be_truth,
     scaled,
-    truth,
+    whole_numbers,
 )
 
 
@@ -43,7 +43,44 @@ def as_layers(operation: Any, name: str) -> Callable[..., Any]:
             f"{kind}. Leave it float with policy={{'{name}': None}}, or write it with others."
             f"{reason(_function_name(kind), OPERATION_REASONS)}"
         )
-    return OPERATIONS[kind](operation, name)
+    row = OPERATIONS[kind](operation, name)
+    if kind not in _PROMOTING | _OF_QUANTITIES:
+        return row
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first = 1 if kind == "Where" else 0  # Behind its condition.
+        numbers = args[first:]
+        if any(map(whole_numbers.is_whole, numbers)) and (
+            kind in _OF_QUANTITIES or any(map(_is_float, numbers))
+        ):
+            args = (*args[:first], *whole_numbers.promoted(numbers, name))
+        return row(*args, **kwargs)
+
+    return call
+
+
+# Operations whose result is of floats if any argument is, and those whose result always is.
+_PROMOTING = frozenset(
+    (
+        "Add", "Subtract", "Multiply", "Maximum", "Minimum", "Where", "Matmul", "Einsum",
+        "Tensordot", "Dot", "Inner", "Power",
+    )
+)  # fmt: skip
+_OF_QUANTITIES = frozenset(
+    (
+        "Divide", "TrueDivide", "DivideNoNan", "Mean", "Average", "Std", "Var", "Reciprocal",
+        "Sqrt", "Rsqrt", "Log", "Log10", "Log1p", "Log2", "Exp", "Sin", "Cos", "Tanh", "Sigmoid",
+    )
+)  # fmt: skip
+
+
+def _is_float(value: Any) -> bool:
+    """Whether an argument is of floats: a tensor, a weight, an array or a number."""
+    if value is None:
+        return False
+    if hasattr(value, "dtype"):
+        return keras.backend.is_float_dtype(keras.backend.standardize_dtype(value.dtype))
+    return bool(np.asarray(value).dtype.kind == "f")
 
 
 def _function_name(kind: str) -> str:
@@ -69,7 +106,43 @@ def _activation(function: str) -> Row:
 def _clip(operation: Any, name: str) -> Callable[..., Any]:
     if (operation.x_min, operation.x_max) == (0, 6):
         return layers.Activation("relu6", name=name)
-    return function(operation, name)
+    return _of_integers(operation, name)
+
+
+def _of_integers(operation: Any, name: str) -> Callable[..., Any]:
+    """Functions of quantities as tables; those of integers that stay integers, by arithmetic."""
+
+    def call(x: Any, *args: Any) -> Any:
+        if not whole_numbers.is_whole(x):
+            return function(operation, name)(x, *args)
+        whole = whole_numbers.as_integers(x, name)
+        if type(operation).__name__ == "Clip":
+            # Of integers Keras makes the ends integers too.
+            ends = [
+                int(np.clip(end, -(2**31), 2**31 - 1)) for end in (operation.x_min, operation.x_max)
+            ]
+            above = IndexOperation(IndexKind.MAXIMUM, {"x2": ends[0]}, name=f"{name}_above")(whole)
+            return IndexOperation(IndexKind.MINIMUM, {"x2": ends[1]}, name=name)(above)
+        negative = IndexOperation(IndexKind.SUBTRACT, {"x1": 0}, name=f"{name}_negative")(whole)
+        return IndexOperation(IndexKind.MAXIMUM, name=name)([whole, negative])
+
+    return call
+
+
+def _divide_no_nan(operation: Any, name: str) -> Callable[..., Any]:
+    """A quotient, zero where the divisor is: a product with the divisor's inverse, by a table."""
+
+    def inverse(x: Any) -> Any:
+        none = ops.equal(x, 0.0)
+        return ops.where(none, 0.0, 1.0 / ops.where(none, 1.0, x))
+
+    def call(a: Any, b: Any) -> Any:
+        if not is_tensor(b):
+            b = np.asarray(b, np.float32)
+            return ops.multiply(a, np.divide(1.0, b, out=np.zeros_like(b), where=b != 0))
+        return ops.multiply(a, Elementwise.of(inverse, name=f"{name}_inverse")(b))
+
+    return call
 
 
 def _rectified(operation: Any, name: str) -> Callable[..., Any]:
@@ -172,14 +245,7 @@ def _cast(operation: Any, name: str) -> Callable[..., Any]:
             return layers.Identity(name=name, dtype=x.dtype)(x)
         to_float = str(operation.dtype).startswith(("float", "bfloat"))
         if to_float and holds_indexes(x):
-            if not may_be_truth(x):
-                raise UnsupportedLayerError(
-                    f"Expected truth values, or integers of 0 and 1, in operation '{name}', a cast "
-                    f"to {operation.dtype}. Received: {x.dtype}, which other integers are computed "
-                    "of. An index is no quantity; use one_hot or an Embedding, or cast before the "
-                    "arithmetic."
-                )
-            return truth(x, (0.0, 1.0), x.shape[1:], name)
+            return whole_numbers.quantity(x, name)
         if not to_float and not holds_indexes(x):
             raise UnsupportedLayerError(
                 f"Expected a cast from float to float, or from integer to integer, in operation "
@@ -216,6 +282,8 @@ OPERATIONS: dict[str, Row] = {
     "Square": _square,
     "Power": _power,
     "Clip": _clip,
+    "Absolute": _of_integers,
+    "DivideNoNan": _divide_no_nan,
     **{operation: _activation(name) for operation, name in _ACTIVATIONS.items()},
     "ReLU": _rectified,
     "Elu": _elu,

@@ -131,7 +131,7 @@ OPERATION_REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "cdist conv_transpose cross cumprod diag diagflat diagonal diff divide_no_nan "
+            "cdist conv_transpose cross cumprod diag diagflat diagonal diff "
             "extract_sequences fold heaviside hypot isclose isin kron ldexp nextafter outer "
             "ptp rearrange select sparsemax trace trapezoid unfold"
         ).split(),
@@ -160,10 +160,6 @@ OPERATION_REASONS: dict[str, str] = {
     **dict.fromkeys(
         "extract_patches_3d gaussian_blur sobel_edges".split(),
         "is a convolution with a fixed kernel; use a DepthwiseConv2D with that kernel",
-    ),
-    **dict.fromkeys(
-        "count_nonzero".split(),
-        "reduces booleans, for which TFLite Micro has no kernel; reduce numbers with max or sum",
     ),
     **dict.fromkeys(
         "empty_like".split(),

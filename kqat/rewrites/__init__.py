@@ -13,9 +13,10 @@ from kqat.rewrites.layers import (
     recurrent,
     step_masks,
     time_and_depth,
+    whole_numbers,
 )
 from kqat.rewrites.layers.basic import Decomposed
-from kqat.rewrites.layers.one_hot import may_be_truth, truth
+from kqat.rewrites.layers.one_hot import truth
 from kqat.rewrites.layers.recurrent import Builder, bidirectional, rnn
 from kqat.rewrites.operations.binary import BINARY, FAR_BELOW, Row, function, is_number, scaled
 from kqat.rewrites.operations.nn import NETWORKS
@@ -43,7 +44,6 @@ __all__ = [
     "is_number",
     "is_weight",
     "matrix_products",
-    "may_be_truth",
     "normalization",
     "one_hot",
     "recurrent",
@@ -52,5 +52,6 @@ __all__ = [
     "step_masks",
     "time_and_depth",
     "truth",
+    "whole_numbers",
     "zeros_around",
 ]

@@ -9,7 +9,17 @@ import keras
 import numpy as np
 
 from kqat.base import CalibrationError, ModelError, tracked
-from kqat.graph import Graph, Ref, fits, has_open_sizes, input_shapes, trace, with_input_shapes
+from kqat.graph import (
+    Graph,
+    Node,
+    Ref,
+    fill,
+    fits,
+    has_open_sizes,
+    input_shapes,
+    trace,
+    with_input_shapes,
+)
 from kqat.grids import CalibrationMethod, Fixed, calibration_method
 from kqat.parts import ConstantRows, IndexOperation, reads_rows
 from kqat.training.activation_quantizer import ActivationQuantizer
@@ -473,6 +483,47 @@ def _tables(graph: Graph, ref: Ref) -> list[Any]:
     return found
 
 
+def _check_computed(graph: Graph, tensors: list[Any], before: int) -> None:
+    """Checks that tables have a row for the integers that are computed of the model's inputs.
+
+    Raises:
+        CalibrationError: if they have not.
+    """
+    whole = {ref for ref in graph.inputs if ref.holds_indexes}
+    steps: list[Node] = []
+    tables: list[Node] = []
+    for node in graph.nodes if whole else ():
+        if not whole.issuperset(node.inputs):
+            continue
+        layer = getattr(node.layer, "layer", node.layer)  # of a QuantizeWrapper
+        if isinstance(layer, keras.layers.Embedding):
+            tables.append(node)
+        elif all(ref.holds_indexes for ref in node.outputs):
+            steps.append(node)
+            whole.update(node.outputs)
+    tables = [node for node in tables if node.inputs[0] not in graph.inputs]
+    if not tables:
+        return
+    known = dict(zip(graph.inputs, tensors, strict=True))
+    for node in steps:
+        args, kwargs = fill((node.args, node.kwargs), known.__getitem__)
+        known.update(
+            zip(node.outputs, keras.tree.flatten(node.layer(*args, **kwargs)), strict=True)
+        )
+    for node in tables:
+        layer = getattr(node.layer, "layer", node.layer)
+        indexes = np.asarray(keras.ops.convert_to_numpy(known[node.inputs[0]]))
+        outside = np.argwhere((indexes < 0) | (indexes >= layer.input_dim))
+        if outside.size:
+            wrong, sample = indexes[tuple(outside[0])], before + int(outside[0][0])
+            raise CalibrationError(
+                f"Expected integers from 0 to {layer.input_dim - 1} for '{layer.name}', which has "
+                f"{layer.input_dim} rows. Received: {wrong}, computed of the model's inputs in "
+                f"sample {sample} (counted from 0). Give data in their range, or clip the integers "
+                "in the model."
+            )
+
+
 def as_tensors(
     batch: list[np.ndarray], graph: Graph, real: int | None = None, before: int = 0
 ) -> list[Any]:
@@ -500,4 +551,5 @@ def as_tensors(
                 f"{ref.dtype}, first in sample {sample} (counted from 0). Clean the data."
             )
         tensors.append(keras.ops.convert_to_tensor(floats, ref.dtype))
+    _check_computed(graph, tensors, before)
     return tensors

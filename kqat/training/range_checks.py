@@ -7,13 +7,14 @@ first, each with the name of its tensor and the way out.
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from keras import layers
 
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import Fixed, Histogram
-from kqat.parts import Learned, Reduce, ReduceKind
+from kqat.parts import ConstantKind, Learned, Reduce, ReduceKind, WithConstant
 from kqat.training.activation_quantizer import ActivationQuantizer, SiteRange
 from kqat.training.observation import CUT_STEPS, Cut, Observer, SiteRecord
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -228,7 +229,7 @@ def _drowned(
     """Sums of which one addend is less than two steps of the result; but for `means`."""
     readers = graph.consumers()
     for node in graph.nodes:
-        if not isinstance(node.layer, layers.Add | layers.Subtract):
+        if not _adds(node.layer):
             continue
         result = next(
             (r for r in readers[node.outputs[0]] if isinstance(r.layer, ActivationQuantizer)), None
@@ -250,6 +251,14 @@ def _drowned(
                     f"{whole:.4g} and loses {lost:.1f} of its {bits} bits"
                 )
                 yield Concern("drowned", name, lost, text, bits == 16)
+
+
+def _adds(layer: Any) -> bool:
+    """Whether a layer adds: values, or a constant to them."""
+    layer = layer.layer if isinstance(layer, QuantizeWrapper) else layer
+    if isinstance(layer, WithConstant):
+        return layer.kind is ConstantKind.ADD
+    return isinstance(layer, layers.Add | layers.Subtract)
 
 
 def _width_of(quantizer: ActivationQuantizer, site: int, found: Found) -> float:

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from kqat.base import array_of
 from kqat.graph import activation_name, call_signature, finalize, layer_behind
 from kqat.grids import (
     GradientEstimator,
@@ -280,7 +281,7 @@ class QuantizeWrapper(keras.layers.Layer):
         return self.is_corrected and self._corrected_checksum() == self._checksum()
 
     def _corrected_checksum(self) -> int:
-        return 0 if self.corrected is None else int(np.asarray(self.corrected.value))
+        return 0 if self.corrected is None else int(array_of(self.corrected))
 
     def _checksum(self) -> int:
         """Of all weights, never zero."""
@@ -549,7 +550,7 @@ class QuantizeWrapper(keras.layers.Layer):
         kernel, scale = numbers
         if self.normalization is not None:
             factor = normalization_factor(self.normalizations[branch])
-            fold = ops.reshape(factor, self._channel_shape(name))
+            fold = ops.reshape(factor, self.channel_shape(name))
             if self.folds_before(name):
                 kernel = ops.where(fold == 0.0, 0.0, kernel)
                 unfolded = self._unfolded(numbers[0], name, branch)
@@ -606,7 +607,8 @@ class QuantizeWrapper(keras.layers.Layer):
             return bias
         return on_bias_grid(bias, step)
 
-    def _channel_shape(self, name: str) -> list[int]:
+    def channel_shape(self, name: str) -> list[int]:
+        """The shape in which one number per output channel broadcasts over weight `name`."""
         shape = self._variable(name).shape
         axes = {a % len(shape) for a in self.facts.channel_axes.get(name) or ()}
         return [s if i in axes else 1 for i, s in enumerate(shape)]
@@ -761,7 +763,7 @@ class QuantizeWrapper(keras.layers.Layer):
         """
         factor = normalization_factor(self.normalizations[branch])
         factor = ops.where(factor == 0.0, ops.ones_like(factor), factor)
-        return ops.reshape(factor, self._channel_shape(name))
+        return ops.reshape(factor, self.channel_shape(name))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """That of the layer."""

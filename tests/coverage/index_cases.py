@@ -69,6 +69,13 @@ def _truths(x: Any) -> Any:
     return y * some + ops.cast(ops.all(y > 0.0, axis=-1, keepdims=True), "float32")
 
 
+def _counted(x: Any) -> list[Any]:
+    places = ops.cumsum(ops.cast(ops.not_equal(x, 0), "int32"), axis=1)
+    length = ops.expand_dims(ops.count_nonzero(x, axis=1), 1)
+    mean = ops.divide_no_nan(ops.sum(rows_of(x), axis=1), length)
+    return [mean, rows_of(ops.clip(places, 1, INDEXES) - 1)]
+
+
 CASES: tuple[Case, ...] = (
     _tokens(
         "embedding",
@@ -101,6 +108,22 @@ CASES: tuple[Case, ...] = (
         "shifted_tokens", _shifted, ADD=1, EQUAL=1, GATHER=3, MUL=1, RESHAPE=2, SELECT_V2=1, SUB=1
     ),
     _tokens("truth", _shown, CAST=1, GATHER=2, MUL=1, NOT_EQUAL=1, REDUCE_MAX=1),
+    _tokens(
+        "counts",
+        _counted,
+        ADD=7,
+        CAST=2,
+        CONCATENATION=3,
+        GATHER=4,
+        MAXIMUM=1,
+        MEAN=1,
+        MINIMUM=1,
+        MUL=5,
+        NOT_EQUAL=1,
+        RESHAPE=1,
+        STRIDED_SLICE=11,
+        SUB=1,
+    ),
     _values(
         "truths",
         (6,),

@@ -4,6 +4,7 @@ Every intermediate value gets its own quantizer, and so its own range. The recip
 becomes a lookup table.
 """
 
+import math
 from typing import Any
 
 import keras
@@ -100,6 +101,39 @@ def _check_last_axis(layer: Any, name: str) -> None:
             f"Expected normalization over the last axis in layer '{name}'. Received: "
             f"axis={layer.axis}. Permute the input."
         )
+
+
+def unit_normalization(layer: Any, name: str) -> Decomposed | None:
+    """`UnitNormalization` over other axes than the last, which is all that the kernel takes."""
+    axes = list(layer.axis) if isinstance(layer.axis, list | tuple) else [layer.axis]
+    if axes == [-1]:
+        return None
+
+    def call(x: Any) -> Any:
+        rank = len(x.shape)
+        gone = sorted({axis % rank for axis in axes})
+        if 0 in gone:
+            raise UnsupportedLayerError(
+                f"Expected normalization within each sample in layer '{name}'. Received: "
+                f"axis={layer.axis}, which has the batch."
+            )
+        if gone == [rank - 1]:
+            return layers.UnitNormalization(name=name)(x)
+        kept = [axis for axis in range(1, rank) if axis not in gone]
+        order = [*kept, *gone]
+        moves = order != [*range(1, rank)]
+        y = layers.Permute(order, name=f"{name}_moved")(x) if moves else x
+        moved = y.shape[1:]
+        if len(gone) > 1:
+            shape = (*moved[: len(kept)], math.prod(moved[len(kept) :]))
+            y = layers.Reshape(shape, name=f"{name}_rows")(y)
+        y = layers.UnitNormalization(name=f"{name}_unit")(y)
+        if len(gone) > 1:
+            y = layers.Reshape(moved, name=f"{name}_shaped" if moves else name)(y)
+        back = [order.index(axis) + 1 for axis in range(1, rank)]
+        return layers.Permute(back, name=name)(y) if moves else y
+
+    return call
 
 
 def group_normalization(layer: Any, name: str) -> Decomposed:

@@ -7,17 +7,8 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part, maker_of
-from kqat.parts import (
-    ConstantRows,
-    IndexKind,
-    IndexOperation,
-    Reduce,
-    ReduceKind,
-    Slice,
-    Take,
-    total,
-)
+from kqat.graph import Part
+from kqat.parts import ConstantRows, Reduce, ReduceKind, total
 from kqat.rewrites.layers.basic import Decomposed
 
 
@@ -31,52 +22,6 @@ def truth(x: Any, values: tuple[float, float], shape: Sequence[int], name: str) 
     """Quantities of `shape`: `values[0]` where `x` is false and `values[1]` where it is true."""
     table = np.array([[v] for v in values], np.float32)
     return layers.Reshape(tuple(shape), name=name)(rows(table, x, f"{name}_rows", False))
-
-
-_COMPARISONS = frozenset(
-    (
-        IndexKind.EQUAL, IndexKind.NOT_EQUAL, IndexKind.GREATER, IndexKind.GREATER_EQUAL,
-        IndexKind.LESS, IndexKind.LESS_EQUAL, IndexKind.LOGICAL_AND, IndexKind.LOGICAL_OR,
-        IndexKind.LOGICAL_NOT,
-    )
-)  # fmt: skip
-_MOVING = (
-    layers.Reshape, layers.Permute, layers.Flatten, layers.Identity, layers.RepeatVector,
-    layers.Cropping1D, layers.Cropping2D, layers.Cropping3D, Slice, Take,
-)  # fmt: skip
-_MOVING_OPERATIONS = frozenset(
-    (
-        "Reshape", "ExpandDims", "Squeeze", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Take",
-        "Flip", "Roll", "Repeat", "Tile", "Stack", "Concatenate", "Split", "Unstack", "Identity",
-        "BroadcastTo",
-    )
-)  # fmt: skip
-_KEEPING = frozenset((IndexKind.MULTIPLY, IndexKind.MAXIMUM, IndexKind.MINIMUM))
-
-
-def may_be_truth(x: Any) -> bool:
-    """Whether integers are zeros and ones as far as the graph tells.
-
-    An input's may be: calibration looks at its data (`kqat.calibrate`).
-    """
-    maker, read = maker_of(x)
-    if x.dtype == "bool" or maker is None or isinstance(maker, layers.InputLayer):
-        return True
-    if isinstance(maker, IndexOperation):
-        constants = list(maker.options.values())
-        if maker.kind in _COMPARISONS:
-            return True
-        if maker.kind in _KEEPING:
-            kept = all(np.isin(constant, (0, 1)).all() for constant in constants)
-            return kept and all(may_be_truth(tensor) for tensor in read)
-        if maker.kind is IndexKind.SUBTRACT and maker.options.get("x1") == 1:
-            return may_be_truth(read[0])
-        moves = maker.kind is IndexKind.CONCATENATE
-    elif isinstance(maker, layers.Layer):
-        moves = isinstance(maker, _MOVING)
-    else:
-        moves = type(maker).__name__ in _MOVING_OPERATIONS
-    return moves and all(may_be_truth(tensor) for tensor in read)
 
 
 def one_hot(indices: Any, classes: int, name: str) -> Any:

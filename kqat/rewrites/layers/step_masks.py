@@ -7,9 +7,10 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import holds_indexes, is_tensor
-from kqat.parts import Hold, IndexKind, IndexOperation, Matmul, Slice
+from kqat.parts import Hold, IndexKind, IndexOperation, Matmul
 from kqat.rewrites.layers.basic import Decomposed
 from kqat.rewrites.layers.one_hot import rows
+from kqat.rewrites.layers.whole_numbers import folded
 
 # Counts below this times the least of a group have their inverses on one grid: the least inverse is
 # then 64 of 255 steps of an 8-bit grid, and so at most 0.8 % off.
@@ -71,7 +72,7 @@ def mean_of_shown(layer: Any, name: str) -> Decomposed:
             )
         steps, width = x.shape[1:]
         ones = _index(IndexKind.MULTIPLY, shown, 1, f"{name}_ones")
-        count = _sum(ones, f"{name}_count")
+        count = folded(IndexKind.ADD, ones, [1], True, f"{name}_count")
         least = [_GROUP**group for group in range(steps.bit_length()) if _GROUP**group <= steps]
         # One more step of zeros for each group, whose weight is the group's largest: so the range
         # of the weights is right though calibration may see no row of so few steps.
@@ -103,21 +104,3 @@ def mean_of_shown(layer: Any, name: str) -> Decomposed:
 
 def _index(kind: IndexKind, x: Any, other: Any, name: str) -> Any:
     return IndexOperation(kind, {"x2": other}, name=name)(x)
-
-
-def _sum(x: Any, name: str) -> Any:
-    """The sum of indexes along the steps, `(batch, steps)` to `(batch, 1)`, by halves."""
-    parts = []
-    while (steps := x.shape[1]) > 1:
-        half = steps // 2
-        halves = [_columns(x, i * half, half, f"{name}_{steps}_{i}") for i in range(2)]
-        if steps % 2:
-            parts.append(_columns(x, steps - 1, 1, f"{name}_{steps}_rest"))
-        x = IndexOperation(IndexKind.ADD, name=f"{name}_{steps}")(halves)
-    for i, part in enumerate(parts):
-        x = IndexOperation(IndexKind.ADD, name=f"{name}_rest_{i}")([x, part])
-    return x
-
-
-def _columns(x: Any, begin: int, size: int, name: str) -> Any:
-    return Slice([begin], [begin + size], [1], name=name)(x)

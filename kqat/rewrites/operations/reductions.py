@@ -8,7 +8,7 @@ from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.parts import IndexKind, IndexOperation, Reduce, ReduceKind, total
-from kqat.rewrites.layers import matrix_products
+from kqat.rewrites.layers import matrix_products, whole_numbers
 from kqat.rewrites.layers.one_hot import truth
 from kqat.rewrites.operations.binary import Row
 
@@ -62,6 +62,10 @@ def reduction(kind: ReduceKind | None) -> Row:
         def call(x: Any) -> Any:
             rank = len(x.shape)
             axes, keepdims = axes_of(operation.axis, rank, name), operation.keepdims
+            if (whole := _FOLDS.get(kind)) and whole_numbers.is_whole(x):
+                _check_plain(operation, ("initial",), name)
+                _check_integers(operation, name)
+                return whole_numbers.folded(whole, x, axes, keepdims, name)
             _check_plain(operation, ("initial", "dtype"), name)
             if kind is None:
                 return total(x, axes, keepdims, name)
@@ -72,6 +76,35 @@ def reduction(kind: ReduceKind | None) -> Row:
         return call
 
     return row
+
+
+# What reduces integers, two by two.
+_FOLDS = {
+    None: IndexKind.ADD,
+    ReduceKind.MAX: IndexKind.MAXIMUM,
+    ReduceKind.MIN: IndexKind.MINIMUM,
+}
+
+
+def _check_integers(operation: Any, name: str) -> None:
+    asked = getattr(operation, "dtype", None)
+    if asked is not None and not str(asked).startswith("int"):
+        raise UnsupportedLayerError(
+            f"Expected operation '{name}' of integers to make integers. Received: dtype={asked}. "
+            "Cast its result (keras.ops.cast)."
+        )
+
+
+def _count(operation: Any, name: str) -> Callable[..., Any]:
+    """`count_nonzero`: the sum of truth values."""
+
+    def call(x: Any) -> Any:
+        axes = axes_of(operation.axis, len(x.shape), name)
+        if x.dtype != "bool":
+            x = ops.not_equal(x, 0)
+        return whole_numbers.folded(IndexKind.ADD, x, axes, False, name)
+
+    return call
 
 
 def _check_plain(operation: Any, options: tuple[str, ...], name: str) -> None:
@@ -163,6 +196,9 @@ def _cumsum(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
         rank = len(x.shape)
         axis = axis_of(operation.axis, rank, name)
+        if whole_numbers.is_whole(x):
+            _check_integers(operation, name)
+            return whole_numbers.running_sum(x, axis, name)
         _check_plain(operation, ("dtype",), name)
         letters = "abcdefgh"[:rank]
         ones = np.triu(np.ones((x.shape[axis],) * 2, np.float32))
@@ -218,6 +254,7 @@ REDUCING: dict[str, Row] = {
     "Argmax": index_of(IndexKind.ARGMAX),
     "Argmin": index_of(IndexKind.ARGMIN),
     "Average": _average,
+    "CountNonzero": _count,
     "Cumsum": _cumsum,
     "Logsumexp": _logsumexp,
     "Moments": _moments,

@@ -140,3 +140,28 @@ def test_who_mixes_samples_is_named(call: Callable[[Any, Any], Any]) -> None:
 def test_a_weight_beside_moved_axes_is_trained() -> None:
     qat = kqat.quantize_model(_model(_own(windows)), calibration_data=ROWS)
     assert {v.name for v in qat.trainable_variables} >= {"kernel", "bias", "value"}
+
+
+class Heads(layers.Layer):
+    """Heads of an equation that was built for steps of no size, beside a mask's own batch axis."""
+
+    def __init__(self) -> None:
+        super().__init__(name="heads")
+        self.split = layers.EinsumDense("bqm,mnh->bqnh", (None, 2, 4))
+        self.split.build((None, None, 8))
+
+    def call(self, x: Any) -> Any:
+        """Attention whose scores get a bias of places, which are computed with the batch behind."""
+        y = self.split(x)
+        places = ops.cumsum(ops.cast(x[..., 0] > 0, "int32"), axis=-1)[:, None, :]
+        slopes = ops.convert_to_tensor([[0.5], [0.25]])
+        bias = ops.expand_dims(slopes * ops.cast(places, "float32"), 0)
+        scores = ops.einsum("bqnh,bknh->bnqk", y, y) + ops.transpose(bias, [1, 2, 0, 3])
+        return ops.einsum("bnqk,bknh->bqnh", ops.softmax(scores), y)
+
+
+def test_equations_beside_a_moved_batch_know_the_sizes() -> None:
+    """EinsumDense told the shape that it was built for: the next equation failed on a size None."""
+    x = keras.Input((6, 8))
+    plan = kqat.plan(keras.Model(x, layers.Dense(3)(Heads()(x))))
+    assert plan.float_layers() == ()

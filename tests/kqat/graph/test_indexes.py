@@ -95,10 +95,10 @@ def test_the_files_of_subclassed_text_models_are_right(name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "maker"),
     [
-        (lambda x: ops.clip(x, 0, 4), "clip"),
-        (lambda x: ops.sum(x, axis=1, keepdims=True), "sum"),
+        (lambda x: ops.multiply(x, 0.5), "multiply"),
+        (lambda x: ops.mean(x, axis=1, keepdims=True), "mean"),
     ],
-    ids=["clip", "sum"],
+    ids=["multiply", "mean"],
 )
 @pytest.mark.parametrize("subclassed", [True, False])
 def test_what_computes_quantities_for_a_table_is_refused(

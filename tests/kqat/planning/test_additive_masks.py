@@ -143,12 +143,16 @@ BETWEEN: dict[str, How] = {
     "the lower of two": lambda s: ops.minimum(s, 0.5 * s),
     "the higher of two": lambda s: ops.maximum(s, 0.5 * s),
     "one of two, then a bias": lambda s: ops.where(s > 0, s, 0.5 * s) + _BIAS,
+    # A function written as a choice by a comparison, beside a constant.
+    "a minimum by hand, then a bias": lambda s: ops.where(s > 2, 2.0, s) + _BIAS,
     # What these make of a hidden score is no low number.
+    "relu by hand, then a bias": lambda s: ops.where(s > 0, s, 0.0) + _BIAS,
+    "a maximum by hand, then a bias": lambda s: ops.where(s < -1, -1.0, s) + _BIAS,
     "clip that lifts it": lambda s: ops.clip(s, -5.0, 5.0),
     "relu": ops.relu,
     "tanh, then a bias": lambda s: 3.0 * ops.tanh(s) + _BIAS,
 }
-_ALWAYS = ("joined, then a bias", "beside a sink", "clip, then a bias")
+_ALWAYS = ("joined, then a bias", "beside a sink", "a minimum by hand, then a bias")
 
 
 def _in_between(how: How) -> How:
@@ -199,6 +203,9 @@ _ELSE: dict[str, How] = {
         s + (1.0 - _floats(m)) * -1e9, 0.5 * s + (1 - _EARLIER) * -1e9
     ),
     "constants that a clip lifts": lambda s, m: ops.clip(s + (1 - _EARLIER) * -1e9, -5.0, 50.0),
+    "a band of zeros by hand": _in_between(
+        lambda s: ops.where(ops.logical_and(s > -1, ops.abs(s) < 1), 0.0, s) + _BIAS
+    ),
     "where, lifted by a relu": lambda s, m: ops.relu6(ops.where(m[:, None], s, -1e9)),
 }
 
@@ -225,9 +232,32 @@ def test_scores_that_a_clip_lifts_are_not_hidden(bounds: Any) -> None:
     assert any("lowest" in layer.name for layer in plan.layers)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda s: ops.where(s < 0, _BIAS, s),
+        lambda s: ops.where(s < _BIAS, 0.0, s) + _BIAS,
+        lambda s: s * ops.cast(s > 0, "float32") + _BIAS,
+    ],
+)
+def test_masks_that_cannot_pass_are_told_before_training(how: How) -> None:
+    """What a comparison of masked scores chooses of many constants keeps the mask's number."""
+    model, data = _padding(_in_between(how))
+    with pytest.warns(kqat.CalibrationWarning, match="adds values of unlike size: 'attention_true"):
+        kqat.quantize_model(model, calibration_data=data)
+
+
+def test_a_constant_that_drowns_what_it_is_added_to_is_told() -> None:
+    """The warning knew of sums of two values only."""
+    x = keras.Input((6, 8))
+    model = keras.Model(x, layers.Dense(2)(x) + (1 - _EARLIER[:, 3:4]) * -1e4)
+    with pytest.warns(kqat.CalibrationWarning, match="adds values of unlike size: 'dense"):
+        kqat.quantize_model(model, calibration_data=_ROWS)
+
+
 def test_hidden_units_before_a_function_need_no_softmax() -> None:
     x = keras.Input((6, 8))
-    added = x + (1 - _EARLIER[:, :1]) * -1e9
+    added = x + (1 - _EARLIER[:, 3:4]) * -1e9
     model = keras.Model(x, layers.Dense(2)(ops.relu(added)))
     qat = kqat.quantize_model(model, calibration_data=_ROWS)
     assert _noise_db(model, qat, _ROWS) > 25
@@ -297,9 +327,9 @@ def test_the_file_hides_them_too(case: str) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda x: x + (1 - _EARLIER[:, :1]) * -1e4,  # no softmax reads it
-        lambda x: [x + (1 - _EARLIER[:, :1]) * -1e4, ops.softmax(x)],
-        lambda x: ops.softmax(x + (1 - _EARLIER[:, :1]) * -5.0),  # a bias as others
+        lambda x: x + (1 - _EARLIER[:, 3:4]) * -1e4,  # no softmax reads it
+        lambda x: [x + (1 - _EARLIER[:, 3:4]) * -1e4, ops.softmax(x)],
+        lambda x: ops.softmax(x + (1 - _EARLIER[:, 3:4]) * -5.0),  # a bias as others
     ],
 )
 def test_other_sums_stay_sums(call: Any) -> None:

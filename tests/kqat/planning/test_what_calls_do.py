@@ -88,6 +88,11 @@ def _rows(x: Any) -> Any:
         lambda x: _rows(ops.where(x > 2, 3, x)),
         lambda x: _rows(ops.where(x > 2, x - 1, x)),
         lambda x: _rows(ops.where(x > 2, x, 0)),
+        lambda x: _rows(ops.clip(x - 2, 0, 4)),
+        lambda x: _rows(ops.cumsum(ops.cast(x > 2, "int32"), axis=1)),
+        lambda x: _rows(ops.sum(ops.cast(x > 2, "int32"), axis=1, keepdims=True)),
+        lambda x: _rows(ops.count_nonzero(x, axis=1)),
+        lambda x: _rows(ops.max(ops.abs(x - 4), axis=1)),
     ],
 )
 def test_integers_are_selected_as_integers(function: Any) -> None:
@@ -101,17 +106,46 @@ def test_integers_are_selected_as_integers(function: Any) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: ops.cast(ops.where(x > 2, 3, x), "float32"), "truth values, or integers of 0"),
-        (
-            lambda x: ops.cast(ops.cast(x > 2, "int32") + ops.cast(x > 4, "int32"), "float32"),
-            "truth values, or integers of 0",
-        ),
-        (lambda x: ops.cast(ops.sum(x, 1, keepdims=True), "float32"), "to read quantities"),
-        (lambda x: ops.one_hot(x, 7)[:, :, 0] * x, "to read quantities.*int32"),
+        (lambda x: ops.cast(x * 5000, "float32"), "few values in 'cast.*0 to 5000"),
         (lambda x: layers.Dense(2)(x > 2), "to read quantities.*bool"),
-        (lambda x: _rows(ops.cumsum(x, 1)), "integers all the way to the table.* of 'cumsum'"),
+        (lambda x: _rows(ops.mean(x, 1)), "integers all the way to the table.* of 'mean'"),
     ],
 )
 def test_integers_that_are_quantities_are_refused(function: Any, message: str) -> None:
     with pytest.raises(kqat.KqatError, match=message):
         kqat.plan(_of_integers(function))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: ops.cast(ops.where(x > 2, 3, x), "float32"),
+        lambda x: ops.cast(ops.cast(x > 2, "int32") + ops.cast(x > 4, "int32"), "float32"),
+        lambda x: ops.cast(ops.sum(ops.cast(x > 2, "int32"), 1, keepdims=True), "float32"),
+        lambda x: _rows(x) * ops.cumsum(ops.cast(x > 2, "int32"), 1)[..., None],
+        lambda x: ops.sum(_rows(x), 1) / ops.maximum(ops.sum(x > 2, 1, keepdims=True), 1),
+        lambda x: ops.divide_no_nan(ops.sum(_rows(x), 1), ops.count_nonzero(x > 5, 1)[:, None]),
+    ],
+)
+def test_integers_of_few_values_become_quantities(function: Any) -> None:
+    """Counts and places were refused; the file has them exactly, by a table of all they may be."""
+    model, data = _of_integers(function), np.arange(112).reshape(16, 7) * 5 % 8
+    qat = kqat.quantize_model(model, calibration_data=data)
+    noise = np.mean(np.square(np.asarray(qat(data)) - np.asarray(model(data))))
+    assert noise < 3e-3 * np.mean(np.square(model(data)))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: ops.cast(ops.sum(x, 1, keepdims=True), "float32"), "from 0 to 7 for 'cast"),
+        (lambda x: _rows(x + 3), r"from 0 to 9 for 'embedding.*Received: 10, .* in sample 1 "),
+        (lambda x: ops.one_hot(x, 8)[:, :, 0] * x, "0 to 1 in input 'x', which 'multiply"),
+    ],
+)
+def test_integers_without_a_row_are_refused_in_calibration(function: Any, message: str) -> None:
+    """Those that the model computes were looked up beside the table, in silence."""
+    with pytest.raises(kqat.CalibrationError, match=message):
+        kqat.quantize_model(
+            _of_integers(function), calibration_data=np.arange(56).reshape(8, 7) % 8
+        )

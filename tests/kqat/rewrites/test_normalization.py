@@ -74,3 +74,25 @@ def test_rows_of_unlike_means_lose_little() -> None:
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(64, 16, 32)) + rng.normal(0, 10, (64, 16, 1))).astype(np.float32)
     assert sqnr(in_one, x) > sqnr(centered_first, x) + 2.0
+
+
+@pytest.mark.parametrize(
+    ("shape", "call"),
+    [
+        ((8,), lambda x: ops.normalize(x, axis=1)),
+        ((8,), L.UnitNormalization(axis=1)),
+        ((4, 8), L.UnitNormalization(axis=1)),
+        ((4, 6, 3), L.UnitNormalization(axis=[1, 2, 3])),
+        ((4, 6, 3), L.UnitNormalization(axis=(-3, -2))),
+    ],
+)
+def test_rows_of_length_one_over_any_axes(shape: tuple[int, ...], call: Any) -> None:
+    """The last axis by its number, as in SimCLR, was refused as not the last."""
+    x = np.random.default_rng(0).normal(size=(64, *shape)).astype(np.float32)
+    assert sqnr(call, x) > 28
+
+
+def test_normalization_over_samples_is_refused() -> None:
+    x = keras.Input((4,))
+    with pytest.raises(kqat.UnsupportedLayerError, match="within each sample in layer 'norm'"):
+        kqat.plan(keras.Model(x, L.UnitNormalization(axis=0, name="norm")(x)))

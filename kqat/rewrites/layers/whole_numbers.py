@@ -1,0 +1,210 @@
+"""Arithmetic of integers without a scale: their bounds, their sums, and quantities of them.
+
+Counts of steps and places of words are such integers. They are added in int32, which is exact, and
+become quantities by a table with one row for each integer that they may be.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import layers
+
+from kqat.base import UnsupportedLayerError
+from kqat.graph import holds_indexes, is_tensor, maker_of
+from kqat.parts import IndexKind, IndexOperation, Slice, Take
+from kqat.rewrites.layers.one_hot import rows
+
+# A table of more rows would be larger than the weights of many layers.
+MOST_ROWS = 4096
+
+_COMPARISONS = frozenset(
+    (
+        IndexKind.EQUAL, IndexKind.NOT_EQUAL, IndexKind.GREATER, IndexKind.GREATER_EQUAL,
+        IndexKind.LESS, IndexKind.LESS_EQUAL, IndexKind.LOGICAL_AND, IndexKind.LOGICAL_OR,
+        IndexKind.LOGICAL_NOT,
+    )
+)  # fmt: skip
+_MOVING = (
+    layers.Reshape, layers.Permute, layers.Flatten, layers.Identity, layers.RepeatVector,
+    layers.Cropping1D, layers.Cropping2D, layers.Cropping3D, Slice, Take,
+)  # fmt: skip
+_MOVING_OPERATIONS = frozenset(
+    (
+        "Reshape", "ExpandDims", "Squeeze", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Take",
+        "Flip", "Roll", "Repeat", "Tile", "Stack", "Concatenate", "Split", "Unstack", "Identity",
+        "BroadcastTo",
+    )
+)  # fmt: skip
+_ARITHMETIC = {
+    IndexKind.ADD: np.add,
+    IndexKind.SUBTRACT: np.subtract,
+    IndexKind.MULTIPLY: np.multiply,
+    IndexKind.MAXIMUM: np.maximum,
+    IndexKind.MINIMUM: np.minimum,
+}
+Bounds = tuple[int, int]
+
+
+def bounds(x: Any) -> Bounds | None:
+    """The least and the largest that integers may be, as far as the graph tells.
+
+    An input is taken for zeros and ones, as a mask is: calibration looks at its data.
+    """
+    return _Bounds().of(x)
+
+
+class _Bounds:
+    """Finds bounds, those of each tensor once."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[Any, Bounds | None]] = {}
+
+    def of(self, x: Any) -> Bounds | None:
+        """See `bounds`."""
+        if id(x) not in self.found:
+            self.found[id(x)] = (x, self._of(x))
+        return self.found[id(x)][1]
+
+    def _of(self, x: Any) -> Bounds | None:
+        maker, read = maker_of(x)
+        if x.dtype == "bool" or maker is None or isinstance(maker, layers.InputLayer):
+            return 0, 1
+        if isinstance(maker, IndexOperation) and maker.kind is not IndexKind.CONCATENATE:
+            return self._computed(maker, read)
+        if isinstance(maker, IndexOperation):
+            moves = True
+        elif isinstance(maker, layers.Layer):
+            moves = isinstance(maker, _MOVING)
+        else:
+            moves = type(maker).__name__ in _MOVING_OPERATIONS
+        parts = [self.of(tensor) for tensor in read]
+        known = [part for part in parts if part is not None]
+        if not moves or len(known) < len(parts) or not known:
+            return None
+        return min(low for low, _ in known), max(high for _, high in known)
+
+    def _computed(self, maker: IndexOperation, read: list[Any]) -> Bounds | None:
+        if maker.kind in _COMPARISONS:
+            return 0, 1
+        if maker.kind not in _ARITHMETIC:  # The place of the largest or least.
+            size = read[0].shape[maker.options["axis"]]
+            return None if size is None else (0, size - 1)
+        operands: list[Bounds | None] = [self.of(tensor) for tensor in read]
+        for key in ("x1", "x2"):
+            if key in maker.options:
+                numbers = np.asarray(maker.options[key])
+                if numbers.dtype.kind not in "iub":
+                    return None
+                operands.insert(int(key == "x2"), (int(numbers.min()), int(numbers.max())))
+        if len(operands) != 2 or operands[0] is None or operands[1] is None:
+            return None
+        if maker.kind is IndexKind.MULTIPLY and len(read) == 2 and read[0] is read[1]:
+            return (0 if operands[0][0] <= 0 else operands[0][0] ** 2), max(
+                abs(end) for end in operands[0]
+            ) ** 2
+        ends = [int(_ARITHMETIC[maker.kind](a, b)) for a in operands[0] for b in operands[1]]
+        return min(ends), max(ends)
+
+
+def quantity(x: Any, name: str) -> Any:
+    """Integers or truth values as quantities, by a table of all that they may be.
+
+    Raises:
+        UnsupportedLayerError: if the graph does not tell what they may be, or the table is large.
+    """
+    found = bounds(x)
+    if found is None or found[1] - found[0] >= MOST_ROWS:
+        said = "no bounds that the graph tells" if found is None else f"{found[0]} to {found[1]}"
+        raise UnsupportedLayerError(
+            f"Expected integers of few values in '{name}', which makes quantities of {x.dtype}. "
+            f"Received: {said}. An index is no quantity: use one_hot or an Embedding, clip the "
+            f"integers to a range of less than {MOST_ROWS}, or give the model one more input, "
+            "float32."
+        )
+    low, high = found
+    if low:
+        x = IndexOperation(IndexKind.SUBTRACT, {"x2": low}, name=f"{name}_row")(x)
+    table = np.arange(low, high + 1, dtype=np.float32)[:, None]
+    return layers.Reshape(x.shape[1:], name=name)(rows(table, x, f"{name}_rows", False))
+
+
+def as_integers(x: Any, name: str) -> Any:
+    """Truth values as zeros and ones; integers as they are."""
+    if x.dtype != "bool":
+        return x
+    return IndexOperation(IndexKind.MULTIPLY, {"x2": 1}, name=f"{name}_ones")(x)
+
+
+def folded(kind: IndexKind, x: Any, axes: Sequence[int], keepdims: bool, name: str) -> Any:
+    """The sum, largest or least of integers over axes, by halves.
+
+    Args:
+        kind: `ADD`, `MAXIMUM` or `MINIMUM`.
+        x: integers or truth values, `(batch, …)`.
+        axes: without the batch.
+        keepdims: as Keras has it.
+        name: that the layers' names begin with.
+    """
+    x = as_integers(x, name)
+    kept = [
+        1 if axis in axes else size
+        for axis, size in enumerate(x.shape)
+        if axis and (keepdims or axis not in axes)
+    ]
+    # The last operation bears the name; an axis of one is summed by none.
+    final = max((axis for axis in axes if x.shape[axis] > 1), default=None)
+    moves = len(kept) + 1 < len(x.shape) or final is None
+    for axis in sorted(axes):
+        rests = []
+        while (size := x.shape[axis]) > 1:
+            half, part = size // 2, f"{name}_{axis}_{size}"
+            halves = [cut(x, axis, i * half, half, f"{part}_{i}") for i in range(2)]
+            rests += [cut(x, axis, size - 1, 1, f"{part}_rest")] if size % 2 else []
+            last = half == 1 and not rests and axis == final and not moves
+            x = IndexOperation(kind, name=name if last else part)(halves)
+        for i, rest in enumerate(rests, 1):
+            last = i == len(rests) and axis == final and not moves
+            x = IndexOperation(kind, name=name if last else f"{name}_{axis}_and_{i}")([x, rest])
+    return layers.Reshape(tuple(kept), name=name)(x) if moves else x
+
+
+def running_sum(x: Any, axis: int, name: str) -> Any:
+    """The sum of integers up to each, along an axis: distances of 1, 2, 4 … are added in turn."""
+    x = as_integers(x, name)
+    size, far = x.shape[axis], 1
+    while far < size:
+        first = cut(x, axis, 0, far, f"{name}_first_{far}")
+        none = IndexOperation(IndexKind.MULTIPLY, {"x2": 0}, name=f"{name}_none_{far}")(first)
+        rest = cut(x, axis, 0, size - far, f"{name}_earlier_{far}")
+        moved = IndexOperation(IndexKind.CONCATENATE, {"axis": axis}, name=f"{name}_moved_{far}")
+        far *= 2
+        last = name if far >= size else f"{name}_{far}"
+        x = IndexOperation(IndexKind.ADD, name=last)([x, moved([none, rest])])
+    return x
+
+
+def cut(x: Any, axis: int, begin: int, size: int, name: str) -> Any:
+    """Some positions along one axis."""
+    behind = range(1, len(x.shape))
+    starts = [begin if one == axis else 0 for one in behind]
+    ends = [begin + size if one == axis else x.shape[one] for one in behind]
+    return Slice(starts, ends, [1] * len(starts), name=name)(x)
+
+
+def promoted(args: Any, name: str) -> Any:
+    """Arguments of an operation of quantities, with its integers made quantities, as Keras does."""
+    made: dict[int, Any] = {}
+
+    def one(x: Any) -> Any:
+        if id(x) not in made:
+            label = f"{name}_quantity_{len(made)}" if made else f"{name}_quantity"
+            made[id(x)] = quantity(x, label)
+        return made[id(x)]
+
+    return tuple(one(x) if is_whole(x) else x for x in args)
+
+
+def is_whole(x: Any) -> bool:
+    """Whether a value is a tensor of integers or truth values; bytes of a camera are none."""
+    return is_tensor(x) and holds_indexes(x) and x.dtype != "uint8"
