@@ -30,7 +30,7 @@ import numpy as np
 
 import kqat
 import tflite_export
-from benchmarks.zoo_models import MODELS, VOCABULARY
+from benchmarks.zoo_models import MODELS, TOKENS, VOCABULARY
 from kqat.base import write_file
 from kqat.freezing import freeze
 from kqat.graph.keras_internals import parts_of
@@ -287,11 +287,13 @@ def _sqnr(expected: Any, found: list[np.ndarray]) -> float:
 
 
 def typical_inputs(model: keras.Model, seed: int) -> Any:
-    """Random values in the model's input structure: token ids, masks with padding, images."""
+    """Random values in the model's input structure: ids, places, masks with padding, images."""
     rng = np.random.default_rng(seed)
 
     def values(tensor: Any) -> np.ndarray:
         shape = (SAMPLES, *tensor.shape[1:])
+        if "positions" in tensor.name:
+            return rng.integers(0, TOKENS, shape).astype(np.int32)
         if "mask" in tensor.name:
             lengths = rng.integers(shape[1] // 2, shape[1] + 1, SAMPLES)
             return (np.arange(shape[1]) < lengths[:, None]).astype(np.int32)

@@ -441,6 +441,18 @@ MODELS: dict[str, dict[str, Build]] = {
             num_classes=3,
         ),
         "Llama, causal LM": _task("LlamaCausalLM", "LlamaBackbone", DECODER),
+        # Their tables are read backwards as well.
+        "GPT-2, causal LM": _task(
+            "GPT2CausalLM", "GPT2Backbone",
+            {"vocabulary_size": VOCABULARY, "max_sequence_length": TOKENS, **TRANSFORMER},
+        ),
+        "Gemma, causal LM": _task(
+            "GemmaCausalLM", "GemmaBackbone", {"head_dim": 8, **DECODER}
+        ),
+        "BERT, masked LM": _task(
+            "BertMaskedLM", "BertBackbone",
+            {"vocabulary_size": VOCABULARY, "max_sequence_length": TOKENS, **TRANSFORMER},
+        ),
     },
     "keras_hub audio": {"Whisper encoder": _whisper_encoder},
     "kimm": {

@@ -18,7 +18,6 @@ from kqat.config import QuantizePolicy
 from kqat.devices import target_named
 from kqat.graph import (
     Graph,
-    check_apart,
     non_finite_variable,
     trace,
     with_input_shapes,
@@ -279,7 +278,6 @@ def _checked_graph(model: Any) -> Graph:
             "it on with fit, or start from the float model."
         )
     graph = with_values_of_weights(graph)
-    check_apart(graph, model.trainable_variables, f"model '{model.name}'")
     check_computes(graph, model)
     return graph
 

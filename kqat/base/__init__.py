@@ -1,4 +1,6 @@
-"""Errors, string enumerations, files written whole or not at all, lazy packages, progress."""
+"""Errors, string enumerations, files written whole or not at all, lazy packages, progress,
+variables read.
+"""
 
 from kqat.base.atomic_files import save_model, write_file, write_files
 from kqat.base.errors import (
@@ -20,6 +22,7 @@ from kqat.base.lazy_face import lazy_face
 from kqat.base.progress import listening, tracked
 from kqat.base.quantities import counted
 from kqat.base.text_enum import TextEnum
+from kqat.base.variables import array_of
 
 __all__ = [
     "CalibrationError",
@@ -35,6 +38,7 @@ __all__ = [
     "TextEnum",
     "TrainerWarning",
     "UnsupportedLayerError",
+    "array_of",
     "counted",
     "lazy_face",
     "listening",

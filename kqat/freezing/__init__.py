@@ -19,7 +19,10 @@ from kqat.parts import (
     MarkerKind,
     Requantize,
     Tabulated,
+    TiedWeight,
+    WeightUse,
     is_marker,
+    reads_rows,
 )
 
 __all__ = [
@@ -39,8 +42,11 @@ __all__ = [
     "Ref",
     "Requantize",
     "Tabulated",
+    "TiedWeight",
+    "WeightUse",
     "call_signature",
     "freeze",
     "is_marker",
+    "reads_rows",
     "strip",
 ]

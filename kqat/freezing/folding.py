@@ -7,10 +7,10 @@ import keras
 import numpy as np
 from keras import layers
 
-from kqat.base import FreezeError, UnsupportedLayerError
+from kqat.base import FreezeError, UnsupportedLayerError, array_of
 from kqat.freezing.frozen_weight import EMPTY_SCALE, FrozenWeight
 from kqat.graph import Part, clone
-from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState
+from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState, TiedWeight
 from kqat.training import QuantizeWrapper
 
 
@@ -30,7 +30,7 @@ def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[Frozen
         id(getattr(layer, name)): weight.values
         for name, weight in zip(wrapper.weight_specs, frozen, strict=True)
     }
-    values = [by_variable.get(id(v), np.asarray(v)) for v in layer.weights]
+    values = [by_variable[id(v)] if id(v) in by_variable else array_of(v) for v in layer.weights]
     changes: dict[str, Any] = {"dtype": "float32"}
     if wrapper.facts.hides:
         changes["kind"] = ConstantKind.ADD
@@ -38,7 +38,7 @@ def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[Frozen
     rounded = wrapper.bias_on_grid(branch)
     if norm is not None:
         factor, offset = _normalization(norm)
-        bias = np.asarray(layer.bias, np.float64) if layer.use_bias else 0.0
+        bias = np.asarray(array_of(layer.bias), np.float64) if layer.use_bias else 0.0
         bias = offset + bias * factor
         _check_fits(bias, layer.name)
         values = [values[0], bias.astype(np.float32) if rounded is None else rounded]
@@ -48,6 +48,11 @@ def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[Frozen
             rounded if v is layer.bias else value
             for v, value in zip(layer.weights, values, strict=True)
         ]
+    if isinstance(layer, TiedWeight) and len(layer.shape) == 2:
+        # The one is its kernel in products, the other in products with it transposed.
+        frozen = [*frozen, *(one.transposed() for one in frozen)]
+    if isinstance(layer, TiedWeight):
+        values = [values[0], *wrapper.tied_biases_on_grid()]
     if branch:
         changes["name"] = f"{layer.name}_branch_{branch}"
     return frozen, Part(clone(layer, **changes), values)
@@ -59,7 +64,7 @@ def _frozen(wrapper: QuantizeWrapper, name: str, branch: int) -> FrozenWeight:
     integers = np.rint(np.asarray(wrapper.on_grid(name, branch), np.float32) / scale)
     if wrapper.normalizations:
         factor = _normalization(wrapper.normalizations[branch])[0]
-        factor = factor.reshape(np.shape(wrapper.fold_factor(name, branch)))
+        factor = factor.reshape(wrapper.channel_shape(name))
         if wrapper.folds_before(name):
             integers = np.where(factor == 0.0, 0.0, integers)
         else:
@@ -103,14 +108,16 @@ def _check_fits(numbers: np.ndarray, layer_name: str) -> None:
 
 def _normalization(norm: Any) -> tuple[np.ndarray, np.ndarray]:
     """Factor and offset per channel of a BatchNormalization in inference, in float64."""
-    mean, variance = (np.asarray(v, np.float64) for v in (norm.moving_mean, norm.moving_variance))
+    mean, variance = (
+        np.asarray(array_of(v), np.float64) for v in (norm.moving_mean, norm.moving_variance)
+    )
     with np.errstate(divide="ignore", invalid="ignore"):  # `_check_fits` looks at it.
         factor = 1.0 / np.sqrt(variance + norm.epsilon)
         if norm.scale:
-            factor = factor * np.asarray(norm.gamma, np.float64)
+            factor = factor * np.asarray(array_of(norm.gamma), np.float64)
         offset = -mean * factor
     if norm.center:
-        offset = offset + np.asarray(norm.beta, np.float64)
+        offset = offset + np.asarray(array_of(norm.beta), np.float64)
     return factor, offset
 
 

@@ -20,9 +20,17 @@ from kqat.freezing.node_facts import find_node_facts
 from kqat.freezing.recurrences import fused, unrolled
 from kqat.freezing.stripper import checked_graph
 from kqat.freezing.unplanned import check_planned
-from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild, trace
+from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild
 from kqat.grids import Site, arithmetic
-from kqat.parts import ByteInput, Hide, Learned, PrecisionBoundary, RecurrenceKind
+from kqat.parts import (
+    ByteInput,
+    Hide,
+    Learned,
+    PrecisionBoundary,
+    RecurrenceKind,
+    TiedWeight,
+    reads_rows,
+)
 from kqat.registry import LayerFacts, Output, stock_facts
 from kqat.training import (
     ActivationQuantizer,
@@ -58,7 +66,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
     wrappers = [layer for layer in all_layers(qat) if isinstance(layer, QuantizeWrapper)]
     with rounded_once(wrappers):
         model = rebuild(graph, _GraphFreezer(graph, parts).call, qat.name)
-    return FrozenModel(
+    frozen = FrozenModel(
         model=model,
         sites=tuple(parts.sites),
         weights=tuple(parts.weights),
@@ -67,8 +75,8 @@ def freeze(qat: keras.Model) -> FrozenModel:
         constants=tuple(parts.constants),
         input_names=graph.input_keys,
         output_names=graph.output_keys,
-        node_facts=find_node_facts(trace(model), parts.sites, parts.carried),
     )
+    return frozen.with_facts(find_node_facts(frozen.graph, parts.sites, parts.carried))
 
 
 class _GraphFreezer:
@@ -140,6 +148,11 @@ class _GraphFreezer:
         channels = node.outputs[0].shape[-1] or 0
         make = functools.partial(self._freeze_wrapper, channels, branch)
         frozen = self.parts.once(layer, make, branch)
+        if isinstance(layer.layer, TiedWeight) and reads_rows(layer.layer, kwargs):
+            # They are integers of the weight, for whoever reads them on a grid of his own, too.
+            scale = np.asarray(layer.scale("kernel"), np.float32).reshape(())
+            grid = Site(node.name, np.float32(scale), 0, 8, ())
+            return [self.parts.mark(self.labels[node], frozen(*args, **kwargs), grid)]
         return [Value(tensor) for tensor in keras.tree.flatten(frozen(*args, **kwargs))]
 
     def _grids_read(self, node: Node) -> list[Site]:

@@ -85,10 +85,16 @@ class FrozenModel:
                 found.add(name)
         return frozenset(found)
 
+    def with_facts(self, found: Mapping[str, NodeFacts]) -> "FrozenModel":
+        """The same with `node_facts`, found of its `graph`, which is not traced again."""
+        frozen = dataclasses.replace(self, node_facts=found)
+        vars(frozen)["graph"] = self.graph
+        return frozen
+
     def facts(self, node: Node) -> NodeFacts:
         """What is known of a node of `graph`; of one that computes on floats, nothing."""
         return self.node_facts.get(node.name, NodeFacts())
 
     def unused_name(self, name: str) -> str:
         """`name`, or where a layer of `model` bears it, with a number behind."""
-        return unique_name(name, {layer.name for layer in self.model.layers})
+        return unique_name(name, {operation.name for operation in self.model.operations})

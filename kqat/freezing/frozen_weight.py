@@ -32,6 +32,11 @@ class FrozenWeight:
         """The float weights that the frozen model computes with."""
         return self.integers.astype(np.float32) * self.scale
 
+    def transposed(self) -> "FrozenWeight":
+        """The weight of the transposed matrix."""
+        integers = np.ascontiguousarray(self.integers.T)
+        return dataclasses.replace(self, integers=integers, scale=self.scale.T)
+
 
 @dataclasses.dataclass(frozen=True)
 class FrozenConstant:

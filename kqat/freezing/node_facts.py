@@ -7,7 +7,7 @@ from kqat.devices import ops_at
 from kqat.freezing.frozen_model import NodeFacts
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import Site
-from kqat.parts import Marker, MarkerKind, Requantize, Tabulated, is_marker
+from kqat.parts import Marker, MarkerKind, Requantize, Tabulated, TiedWeight, is_marker
 from kqat.planning import activation_of, replacements
 from kqat.registry import LayerFacts, stock_facts
 
@@ -45,7 +45,9 @@ def find_node_facts(
 def _node_facts(node: Node, bits: int, carried: Mapping[int, LayerFacts]) -> NodeFacts:
     table = node.layer if isinstance(node.layer, Tabulated) else None
     layer = node.layer if table is None else table.layer
-    facts = carried.get(id(layer)) or stock_facts(layer)
+    facts = carried.get(id(layer))
+    if facts is None or isinstance(layer, TiedWeight):  # Each use has facts of its own.
+        facts = stock_facts(layer, node.kwargs)
     label = node.name if table is None else layer.name
     if facts is None:
         return NodeFacts(label=label, bits=bits)

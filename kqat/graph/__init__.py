@@ -23,7 +23,7 @@ from kqat.graph.keras_internals import (
     values_between,
     with_masks,
 )
-from kqat.graph.sharing import check_apart
+from kqat.graph.sharing import SharedWeight, WeightReads, holders
 from kqat.graph.tensorflow_calls import tensorflow_traced
 from kqat.graph.tracer import (
     Graph,
@@ -45,12 +45,13 @@ __all__ = [
     "Node",
     "Part",
     "Ref",
+    "SharedWeight",
+    "WeightReads",
     "activation_name",
     "attach_masks",
     "bearing",
     "borne_mask",
     "call_signature",
-    "check_apart",
     "clone",
     "config_of",
     "depth_to_space",
@@ -60,6 +61,7 @@ __all__ = [
     "fits",
     "frozen_function",
     "has_open_sizes",
+    "holders",
     "holds_indexes",
     "input_shapes",
     "is_tensor",

@@ -31,6 +31,7 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from kqat.base import ModelError
 from kqat.graph.batch_axis import BatchFirst
 from kqat.graph.tensorflow_calls import tensorflow_traced
+from kqat.graph.values import fingerprint, varies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +255,12 @@ def open_call(
     args, kwargs = keras.tree.map_structure(lambda x: stand_ins.get(id(x), x), (args, kwargs))
     given_weights = {key: (stand_ins[key], v) for key, v in read.items()}
     function, output, weights, hidden = _called(layer, args, kwargs, tensors, inside, given_weights)
+    if owners := _owners_read(layer, function, inside):
+        # It is called, and its variables are read from outside as well.
+        with contextlib.suppress(ModelError):  # Who looks for copies of weights finds it then.
+            again = [*inside, *owners]
+            found = _called(layer, args, kwargs, tensors, again, given_weights)
+            inside, (function, output, weights, hidden) = again, found
     if hidden:
         # A layer that the graph does not show, whose variables are read from outside, or which
         # looks up constants.
@@ -283,6 +290,37 @@ def open_call(
         True,
         masks=masks,
     )
+
+
+def _owners_read(layer: Any, function: Any, inside: Sequence[Any]) -> list[Any]:
+    """The stock layers inside `layer` of whose variables constants of a function are copies.
+
+    Python computes with a variable at once where no symbolic tensor stands for it.
+    """
+    calls = [call for operation in function.operations for call in operation._inbound_nodes]
+    values = keras.tree.flatten([(call.arguments.args, call.arguments.kwargs) for call in calls])
+    constants = [
+        v
+        for v in values
+        if (isinstance(v, np.ndarray) or keras.ops.is_tensor(v))
+        and not isinstance(v, keras.Variable | keras.KerasTensor)
+        and _is_float(v)
+        and varies(v)
+    ]
+    if not constants:
+        return []
+    sizes = {int(np.size(v)) for v in constants}
+    copies = {fingerprint(v) for v in constants}
+    others = [part for part in parts_of(layer) if all(part is not known for known in inside)]
+    return [
+        part
+        for part in others
+        if any(
+            math.prod(v.shape) in sizes and fingerprint(v) in copies
+            for v in _own_variables(part)
+            if _is_float(v)
+        )
+    ]
 
 
 def with_masks(tensors: Iterable[Any], mask_of: Callable[[Any], Any] = borne_mask) -> list[Any]:
@@ -890,7 +928,8 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             sources = list({id(v): v for v in computed[key]}.values())
             name = "_".join(v.name for v in sources[:1]) or "constant"
             trained = any(v.trainable for v in sources)
-            found[key] = keras.Variable(np.asarray(value), trainable=trained, name=name)
+            made = keras.Variable(np.asarray(value), trainable=trained, name=name)
+            found[key] = _made_of(sources, made)
     return {**dict.fromkeys(computed), **found}
 
 
@@ -905,7 +944,19 @@ def _first_of_batch(variable: Any, batch: int, layer: Any) -> Any:
             f"{type(layer).__name__}. Received: {variable.name} of shape {tuple(variable.shape)}, "
             "which was computed with the batch size."
         )
-    return keras.Variable(array, trainable=variable.trainable, name=variable.name)
+    made = keras.Variable(array, trainable=variable.trainable, name=variable.name)
+    return _made_of([variable], made)
+
+
+def _made_of(sources: Iterable[Any], variable: Any) -> Any:
+    """A variable that holds what a call computes of others; see `sources_of`."""
+    variable._kqat_sources = [source for v in sources for source in sources_of(v)]
+    return variable
+
+
+def sources_of(variable: Any) -> list[Any]:
+    """The user's variables of which the value of one was computed: for one of his, itself."""
+    return list(getattr(variable, "_kqat_sources", [variable]))
 
 
 def without_batch(array: np.ndarray, batch: int) -> np.ndarray | None:
@@ -926,7 +977,7 @@ def _variables(operation: Any) -> list[Any]:
 
 
 def _is_float(variable: Any) -> bool:
-    return keras.backend.is_float_dtype(variable.dtype)
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(variable.dtype))
 
 
 def _where(error: Exception) -> str:
@@ -1077,12 +1128,15 @@ class _MasksRead:
     borne: dict[int, dict[int, Any]] = dataclasses.field(default_factory=dict)
     live: dict[int, Any] = dataclasses.field(default_factory=dict)
     makers: dict[int, str] = dataclasses.field(default_factory=dict)
+    _by: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
 
     def by(self, call: Any) -> list[Any]:
-        """The symbolic tensors that a call reads, masks among them."""
-        arguments = {**call.arguments.kwargs, **self.given.get(id(call), {})}
-        borne = self.borne.get(id(call), {})
-        return _tensors([call.arguments.args, arguments, list(borne.values())])
+        """The symbolic tensors that a call reads, masks among them; asked when all are known."""
+        if id(call) not in self._by:
+            arguments = {**call.arguments.kwargs, **self.given.get(id(call), {})}
+            borne = self.borne.get(id(call), {})
+            self._by[id(call)] = _tensors([call.arguments.args, arguments, list(borne.values())])
+        return self._by[id(call)]
 
     def tensors(self) -> list[Any]:
         """All masks that are read."""

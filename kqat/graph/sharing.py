@@ -1,75 +1,159 @@
-"""Weights that two layers or operations read: copies of them would train apart."""
+"""Weights that a model reads in more than one place: copies of them would train apart."""
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from kqat.base import ModelError
+from kqat.graph.keras_internals import sources_of
 from kqat.graph.tracer import Graph
+from kqat.graph.values import fingerprint, varies
 
 
-def check_apart(graph: Graph, variables: Iterable[Any], owner: str) -> None:
-    """Checks that no trained weight is read in two places of a graph.
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """One place where a weight is read.
 
-    The QAT model has a copy of each layer, and of each weight that an operation reads. A layer that
-    is called twice is one layer; but two layers, or two operations, that read one variable would
-    get a copy each.
-
-    Args:
-        graph: of a model, or of what a custom layer computes.
-        variables: of that model or layer.
-        owner: for the message: `"model 'name'"`.
-
-    Raises:
-        ModelError: naming the weight and who reads it.
+    Attributes:
+        place: equal for reads that are one.
+        name: of the user's layer or operation.
+        whole: whether it reads the numbers of the weight, in whatever order, and all of them.
+        is_float: whether the layer that reads it stays float.
     """
-    variables = list(variables)
-    own = {id(v) for v in variables}
-    trained = {id(v): v for v in variables if v.trainable}
-    reads = list(_read(graph))
-    # What is computed of a variable, as its transpose, has the numbers of it.
-    sizes = {int(np.size(weight)) for _, _, weight in reads if id(weight) not in own}
-    contents = {
-        _content(v): key for key, v in trained.items() if int(np.size(v)) in sizes and _varies(v)
-    }
-    readers: dict[int, dict[Any, str]] = {}
-    for place, name, weight in reads:
-        key = id(weight) if id(weight) in trained else None
-        if key is None and id(weight) not in own and contents:
-            key = contents.get(_content(weight))
-        if key is not None:
-            readers.setdefault(key, {})[place] = name
-    for key, found in readers.items():
-        if len(found) > 1:
-            names = list(dict.fromkeys(found.values()))
-            raise ModelError(
-                f"Expected each trained weight of {owner} to be read in one place. Received: "
-                f"'{trained[key].path}', which {' and '.join(map(repr, names[:3]))} read"
-                f"{'' if len(names) > 1 else ' twice'}: each would train a copy of its own. Let "
-                "one layer own it and call that layer twice, or freeze it by trainable = False."
-            )
+
+    place: tuple[int, ...]
+    name: str
+    whole: bool = True
+    is_float: bool = False
 
 
-def _read(graph: Graph) -> Iterator[tuple[Any, str, Any]]:
-    """Each weight that is read: by whom, as an object and by name, and the weight."""
-    for node in graph.nodes:
+@dataclasses.dataclass(frozen=True)
+class SharedWeight:
+    """A trained variable of the user's model that is read in more than one place."""
+
+    variable: Any
+    reads: tuple[Read, ...]
+
+    @property
+    def readers(self) -> str:
+        """Who reads it, for messages: `"'a' and 'b' read"`."""
+        names = list(dict.fromkeys(read.name for read in self.reads))
+        both = len(names) > 1
+        return f"{' and '.join(map(repr, names[:3]))} {'read' if both else 'reads twice'}"
+
+
+class WeightReads:
+    """Where a model reads each of its trained weights, noted while its layers are opened.
+
+    A layer that is called more than once is one place if it stays one layer. One that is opened is
+    as many places as it has calls, until `merged` says that its calls became one again.
+    """
+
+    def __init__(self) -> None:
+        self._reads: dict[int, tuple[Any, list[Read]]] = {}
+        self._calls: dict[int, tuple[Any, int]] = {}
+        self._merged: set[int] = set()
+        self._constants: list[tuple[str, Any]] = []
+        self._alive: list[Any] = []  # Two objects that live at the same time have two ids.
+
+    def note_model(self, graph: Graph, is_float: Callable[[Any], bool | None]) -> None:
+        """Notes what the nodes of a model read.
+
+        Args:
+            graph: of the model.
+            is_float: node -> whether it stays float; `None` for one that is opened later.
+        """
+        for index, node in enumerate(graph.nodes):
+            stays = is_float(node)
+            if stays is not None:
+                self._note_node(node, (index,), node.name, stays)
+
+    def note_opened(self, graph: Graph, opened: Any, name: str) -> None:
+        """Notes what was read where something was opened.
+
+        Args:
+            graph: of what it computes.
+            opened: the layer, which may be opened for several calls; or the one node.
+            name: of the user's layer.
+        """
+        _, calls = self._calls.get(id(opened), (opened, 0))
+        self._calls[id(opened)] = opened, calls + 1
+        for index, node in enumerate(graph.nodes):
+            self._note_node(node, (id(opened), calls, index), name, False)
+
+    def _note_node(self, node: Any, place: tuple[int, ...], name: str, is_float: bool) -> None:
+        self._alive.append(node)
         for variable in getattr(node.layer, "trainable_variables", ()):
-            yield id(node.layer), node.name, variable
+            # A layer inside others is one layer wherever it is called, but not for both its ways.
+            way = int(bool(node.kwargs.get("reverse", node.args[1:2] == (True,))))
+            self._add(variable, Read((id(node.layer), way), name, True, is_float))
         for value in keras.tree.flatten((node.args, node.kwargs)):
-            is_array = keras.ops.is_tensor(value) or isinstance(value, np.ndarray)
-            if isinstance(value, keras.Variable) or is_array:
-                yield node, node.name, value
+            if isinstance(value, keras.Variable):
+                for source in sources_of(value):
+                    whole = value is source or fingerprint(value) == fingerprint(source)
+                    self._add(source, Read(place, name, whole, is_float))
+            elif isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
+                self._constants.append((name, value))
+
+    def _add(self, variable: Any, read: Read) -> None:
+        if variable.trainable:
+            self._reads.setdefault(id(variable), (variable, []))[1].append(read)
+
+    def opened_again(self) -> list[Any]:
+        """The layers that were opened for more than one call."""
+        return [layer for layer, calls in self._calls.values() if calls > 1]
+
+    def merged(self, layer: Any) -> None:
+        """Says that the parts of all calls of an opened layer are those of its first."""
+        self._merged.add(id(layer))
+
+    def shared(self) -> list[SharedWeight]:
+        """The weights that are read in more than one place."""
+        found = []
+        for variable, reads in self._reads.values():
+            places = {self._place(read.place): read for read in reads}
+            if len(places) > 1:
+                found.append(SharedWeight(variable, tuple(places.values())))
+        return found
+
+    def copied(self) -> tuple[Any, str] | None:
+        """A trained weight whose numbers stand as a constant elsewhere, and in which layer."""
+        sizes = {int(np.size(value)) for _, value in self._constants} - {0, 1}
+        known = [v for v, _ in self._reads.values() if int(np.prod(v.shape)) in sizes]
+        trained = {fingerprint(v): v for v in known if varies(v)}
+        found = ((trained.get(fingerprint(value)), name) for name, value in self._constants)
+        return next(((v, name) for v, name in found if v is not None), None) if trained else None
+
+    def are_told_apart(self) -> bool:
+        """Whether copies of each shared weight are known by their numbers.
+
+        They are not where all its numbers are equal, or another weight has the same ones.
+        """
+        found = self.shared()
+        sizes = {int(np.prod(shared.variable.shape)) for shared in found}
+        every = [v for v, _ in self._reads.values() if int(np.prod(v.shape)) in sizes]
+        counts = Counter(map(fingerprint, every))
+        return all(
+            varies(shared.variable) and counts[fingerprint(shared.variable)] == 1
+            for shared in found
+        )
+
+    def _place(self, place: tuple[int, ...]) -> tuple[int, ...]:
+        one = len(place) == 3 and place[0] in self._merged
+        return (place[0], 0, place[2]) if one else place
 
 
-def _varies(weight: Any) -> bool:
-    """Whether a weight is told from others by its numbers."""
-    array = np.asarray(weight)
-    return array.size > 1 and bool(array.min() != array.max())
+def holders(graph: Graph, weight: Any) -> Iterator[tuple[Any, Any]]:
+    """The layers of a graph with a trained variable of the same numbers, and that variable."""
+    wanted, layers = fingerprint(weight), {id(n.layer): n.layer for n in graph.nodes}
+    for layer in layers.values():
+        for variable in _trained(layer):
+            if int(np.prod(variable.shape)) == wanted[0] and fingerprint(variable) == wanted:
+                yield layer, variable
 
 
-def _content(weight: Any) -> tuple[int, bytes]:
-    """The numbers of a weight in whatever order, as a key."""
-    array = np.sort(np.asarray(weight, np.float32), axis=None)
-    return array.size, array.tobytes()
+def _trained(layer: Any) -> Iterable[Any]:
+    return getattr(layer, "trainable_variables", ())

@@ -7,6 +7,7 @@ it and to compare it with a runtime.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.base import ModelError
+from kqat.base import ModelError, array_of
 from kqat.graph.keras_internals import (
     PATCHING,
     Opened,
@@ -69,7 +70,7 @@ class Node:
     outputs: tuple[Ref, ...]
     masks: tuple[tuple[Ref, Ref], ...] = ()
 
-    @property
+    @functools.cached_property
     def inputs(self) -> tuple[Ref, ...]:
         """The values that the call reads, once per use."""
         return refs_in((self.args, self.kwargs))
@@ -96,12 +97,12 @@ class Graph:
     # Whether some of it is what a `call` of the user's was seen to do.
     was_run: bool = False
 
-    @property
+    @functools.cached_property
     def inputs(self) -> tuple[Ref, ...]:
         """The model's inputs in its order."""
         return refs_in(self.input_struct)
 
-    @property
+    @functools.cached_property
     def outputs(self) -> tuple[Ref, ...]:
         """The model's outputs in its order."""
         return refs_in(self.output_struct)
@@ -282,7 +283,7 @@ def non_finite_variable(model: keras.Model) -> str | None:
     """Path of the first weight of `model` that holds NaN or infinity, if there is one."""
     for variable in model.weights:
         if str(variable.dtype).startswith(("float", "bfloat")):
-            if not np.isfinite(np.asarray(variable, np.float32)).all():
+            if not np.isfinite(np.asarray(array_of(variable), np.float32)).all():
                 return variable.path
     return None
 
@@ -547,6 +548,15 @@ def _map_tensors(structure: Any, refs: dict[int, Ref]) -> Any:
 
 def fill(structure: Any, function: Callable[[Ref], Any]) -> Any:
     """`structure` with `function(ref)` in place of each ref."""
+    # Keras's own walk of such a structure takes as long as an operator of a small model.
+    if isinstance(structure, Ref):
+        return function(structure)
+    if type(structure) in (tuple, list):
+        return type(structure)([fill(part, function) for part in structure])
+    if type(structure) is dict:
+        return {key: fill(part, function) for key, part in structure.items()}
+    if structure is None or isinstance(structure, bool | int | float | str):
+        return structure
     return keras.tree.map_structure(lambda x: function(x) if isinstance(x, Ref) else x, structure)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 
 
 def is_tensor(value: Any) -> bool:
@@ -13,3 +14,17 @@ def is_tensor(value: Any) -> bool:
 def holds_indexes(x: Any) -> bool:
     """Whether a tensor holds indexes or truth values, which have no scale; not quantities."""
     return not keras.backend.is_float_dtype(x.dtype)
+
+
+def fingerprint(weight: Any) -> tuple[int, int]:
+    """A number that weights of the same numbers have in common, in whatever order they stand."""
+    bits = np.asarray(weight, np.float32).reshape(-1).view(np.uint32).astype(np.uint64)
+    bits = (bits + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits.size, int((bits ^ (bits >> np.uint64(31))).sum(dtype=np.uint64))
+
+
+def varies(weight: Any) -> bool:
+    """Whether a weight is told from others by its numbers."""
+    array = np.asarray(weight)
+    return array.size > 1 and bool(array.min() != array.max())

@@ -36,6 +36,7 @@ from kqat.parts.single_op_layers import (
     ReciprocalSquareRoot,
     Reduce,
     ReduceKind,
+    Remainder,
     Select,
     Slice,
     SpaceToDepth,
@@ -47,6 +48,7 @@ from kqat.parts.single_op_layers import (
     total,
 )
 from kqat.parts.tensorflow_function import TensorFlowFunction
+from kqat.parts.tied_weight import TiedWeight, WeightUse, reads_rows
 
 __all__ = [
     "CARRY",
@@ -76,6 +78,7 @@ __all__ = [
     "RecurrenceKind",
     "Reduce",
     "ReduceKind",
+    "Remainder",
     "Requantize",
     "Select",
     "Slice",
@@ -85,11 +88,14 @@ __all__ = [
     "Tabulated",
     "Take",
     "TensorFlowFunction",
+    "TiedWeight",
     "Unstack",
+    "WeightUse",
     "WithConstant",
     "is_elementwise",
     "is_marker",
     "joined",
+    "reads_rows",
     "sliced",
     "stacked",
     "total",

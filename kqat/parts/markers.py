@@ -24,8 +24,11 @@ class MarkerKind(TextEnum):
 
 
 @keras.saving.register_keras_serializable("kqat")
-class Marker(keras.layers.Layer):
+class Marker(keras.Operation):
     """Tells the exporter what a value is, by way of a fake-quant op.
+
+    It is no layer: it has nothing that Keras keeps of a layer, and half of the calls of a frozen
+    model are markers.
 
     The converter keeps fake-quant ops as QUANTIZE/DEQUANTIZE pairs. The pair's scale encodes
     `index`, not the site's real scale, so no rounding inside the converter can alter what was
@@ -45,8 +48,8 @@ class Marker(keras.layers.Layer):
         MarkerKind.LSTM: 192,
     }
 
-    def __init__(self, kind: MarkerKind | str, index: int, **kwargs: Any):
-        super().__init__(**{"dtype": "float32", **kwargs})
+    def __init__(self, kind: MarkerKind | str, index: int, name: str | None = None):
+        super().__init__(name=name)
         self.kind, self.index = MarkerKind(kind), index
 
     def call(self, x: Any) -> Any:
@@ -55,9 +58,9 @@ class Marker(keras.layers.Layer):
         low, high = -zero * step, (255 - zero) * step
         return arithmetic.fake_quantize(x, low, high, QuantSpec())
 
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        """The input's shape."""
-        return input_shape
+    def compute_output_spec(self, x: Any) -> Any:
+        """The input's shape and dtype."""
+        return keras.KerasTensor(x.shape, x.dtype)
 
     @classmethod
     def read(cls, scale: float, zero_point: int) -> tuple[str, int]:
@@ -66,8 +69,8 @@ class Marker(keras.layers.Layer):
         return kinds[zero_point], round(scale / cls.STEP) - 1
 
     def get_config(self) -> dict[str, Any]:
-        """The config of every layer, with `kind` and `index`."""
-        return {**super().get_config(), "kind": self.kind.value, "index": self.index}
+        """Name, `kind` and `index`."""
+        return {"name": self.name, "kind": self.kind.value, "index": self.index}
 
 
 @keras.saving.register_keras_serializable("kqat")

@@ -189,6 +189,15 @@ class Reduce(layers.Layer):
         return {**super().get_config(), **own}
 
 
+@keras.saving.register_keras_serializable("kqat")
+class Remainder(Reduce):
+    """The mean of values whose mean was subtracted before: that of their errors of rounding.
+
+    Calibration sees next to nothing, as nothing is rounded there. So the grid has room for 16 steps
+    of the values to each side, by which a step of `x` is multiplied in rows of small deviation.
+    """
+
+
 def total(x: Any, axes: list[int], keepdims: bool, name: str) -> Any:
     """The sum over axes, as a multiple of the mean: LiteRT's reference SUM does not rescale."""
     count = float(np.prod([x.shape[axis] for axis in axes]))

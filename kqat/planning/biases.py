@@ -14,7 +14,7 @@ from keras import layers
 
 from kqat.config import QuantizeConfig
 from kqat.graph import Graph, Node, Part, clone, rebuild, trace
-from kqat.parts import ChannelAffine
+from kqat.parts import ChannelAffine, TiedWeight, WeightUse
 from kqat.planning.layer_configs import row_for
 from kqat.registry import Output
 
@@ -34,13 +34,26 @@ def join_biases(graph: Graph, origins: Mapping[str, str], configs: Configs, name
     if not addends:
         return graph
     into: dict[int, np.ndarray] = {}
-    for target, addend in addends.values():
-        into[id(target.layer)] = into.get(id(target.layer), 0.0) + addend
+    tied: dict[int, dict[Node, np.ndarray]] = {}
+    added: set[tuple[int, int]] = set()
+    for node, (target, addend) in addends.items():
+        pair = id(node.layer), id(target.layer)
+        if isinstance(target.layer, TiedWeight):
+            sums = tied.setdefault(id(target.layer), {})
+            sums[target] = sums.get(target, 0.0) + addend
+        elif pair not in added:  # All calls of the one are behind all calls of the other.
+            added.add(pair)
+            into[id(target.layer)] = into.get(id(target.layer), 0.0) + addend
     made: dict[int, Any] = {}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         if node in addends:
             return args[0]
+        if id(node.layer) in tied:
+            if id(node.layer) not in made:
+                made[id(node.layer)] = _with_biases(node.layer, tied[id(node.layer)])
+            part, numbers = made[id(node.layer)]
+            return part(*args, **{**kwargs, **numbers.get(node, {})})
         if id(node.layer) not in into:
             return node.layer(*args, **kwargs)
         if id(node.layer) not in made:
@@ -59,13 +72,14 @@ def _found(
     found: dict[Node, tuple[Node, np.ndarray]] = {}
     for node in graph.nodes:
         addend = _addend(node)
-        if addend is None or calls[id(node.layer)] > 1:
+        if addend is None:
             continue
-        config = configs[origins[node.layer.name]]
+        config, times = configs[origins[node.layer.name]], calls[id(node.layer)]
         target = producers.get(node.inputs[0])
-        while (
-            target is not None and _alone(target, readers, graph) and calls[id(target.layer)] == 1
-        ):
+        while target is not None and _alone(target, readers, graph):
+            once = isinstance(target.layer, TiedWeight)  # Each of its calls has a bias of its own.
+            if times != (1 if once else calls[id(target.layer)]):
+                break
             if config is None or configs[origins[target.layer.name]] != config:
                 break
             if target in found or _vanishes(target, config):
@@ -74,7 +88,22 @@ def _found(
             if joins_bias(target, config) and _trained_alike(node, target):
                 found[node] = (target, addend)
             break
-    return found
+    return _at_every_call(found, calls)
+
+
+def _at_every_call(
+    found: dict[Node, tuple[Node, np.ndarray]], calls: Mapping[int, int]
+) -> dict[Node, tuple[Node, np.ndarray]]:
+    """Those of the sums that are behind one layer at all of their calls."""
+    targets: dict[int, list[int]] = {}
+    for node, (target, _) in found.items():
+        targets.setdefault(id(node.layer), []).append(id(target.layer))
+    alike = {
+        layer
+        for layer, behind in targets.items()
+        if len(behind) == calls[layer] and len(set(behind)) == 1
+    }
+    return {node: pair for node, pair in found.items() if id(node.layer) in alike}
 
 
 def _alone(node: Node, readers: Mapping[Any, list[Node]], graph: Graph) -> bool:
@@ -102,6 +131,8 @@ def _vanishes(node: Node, config: QuantizeConfig) -> bool:
 def joins_bias(node: Node, config: QuantizeConfig) -> bool:
     """Whether a node ends with a bias, or a shift that ships as one."""
     layer: Any = node.layer
+    if isinstance(layer, TiedWeight):
+        return node.kwargs["use"] in (WeightUse.PRODUCT, WeightUse.TRANSPOSED)
     if isinstance(layer, layers.BatchNormalization):
         return layer.beta is not None
     rule = row_for(layer, node.name, config)
@@ -126,3 +157,21 @@ def _with_bias(layer: Any, addend: np.ndarray) -> Any:
     at = next(i for i, variable in enumerate(layer.weights) if variable is bias)
     weights[at] = weights[at] + addend
     return Part(clone(layer), weights)
+
+
+def _with_biases(
+    layer: TiedWeight, addends: Mapping[Node, np.ndarray]
+) -> tuple[Part, dict[Node, dict[str, int]]]:
+    """A copy of a tied weight whose products have further addends, and which bias each takes."""
+    kernel, *biases = layer.get_weights()
+    numbers: dict[Node, dict[str, int]] = {}
+    for node, addend in addends.items():
+        number = node.kwargs.get("bias")
+        if number is None:
+            number = len(biases)
+            biases.append(addend)
+        else:
+            biases[number] = biases[number] + addend
+        numbers[node] = {"bias": number}
+    sizes = [int(bias.size) for bias in biases]
+    return Part(clone(layer, biases=sizes), [kernel, *biases]), numbers

@@ -19,11 +19,11 @@ from kqat.graph import (
     Node,
     Part,
     Ref,
+    WeightReads,
     attach_masks,
     bearing,
     borne_mask,
     call_signature,
-    check_apart,
     duplicate,
     fill,
     holds_indexes,
@@ -63,7 +63,11 @@ MERGES: Mapping[type, Callable[[Any, Any], Any]] = {
 
 
 def expand(
-    graph: Graph, keep: Callable[[Node], bool], name: str, fused: Collection[str] = ()
+    graph: Graph,
+    keep: Callable[[Node], bool],
+    name: str,
+    fused: Collection[str] = (),
+    reads: WeightReads | None = None,
 ) -> tuple[Graph, dict[str, str]]:
     """A float copy of `graph` in which every layer is one that the registry calls simple.
 
@@ -75,6 +79,8 @@ def expand(
         keep: whether a node stays as it is, needing no row in the registry (it will stay float).
         name: of the model, for messages.
         fused: names of the nodes that ship as a fused operator of their kind.
+        reads: is told where the layers of `graph` read their weights. Copies of one variable that
+            is read in two places are variables apart, which `tied_weights` puts together again.
 
     Returns:
         The expanded graph, and for each of its layers' names the name of the original node.
@@ -83,7 +89,9 @@ def expand(
         UnsupportedLayerError: if the registry has no row for a layer.
     """
     kept = {node.name for node in graph.nodes if keep(node)}
-    expanded, origins = _expand_once(graph, kept, name, {}, fused)
+    if reads is not None:
+        reads.note_model(graph, lambda node: None if _opens(node, kept) else node.name in kept)
+    expanded, origins = _expand_once(graph, kept, name, {}, fused, reads)
     # A part may be composite itself, as the activation of Dense(activation="silu").
     rounds = 0
     while unfinished := _unfinished(expanded, origins, kept, fused):
@@ -96,11 +104,22 @@ def expand(
                 "and tell us, for kqat should have known."
             )
         still = {n.name for n in expanded.nodes if origins[n.layer.name] in kept}
-        further, parts = _expand_once(expanded, still, name, origins, fused)
+        further, parts = _expand_once(expanded, still, name, origins, fused, reads)
         layer_names = {node.name: node.layer.name for node in expanded.nodes}
         origins = {part: origins[layer_names[node]] for part, node in parts.items()}
         expanded = further
     return expanded, origins
+
+
+def _opens(node: Node, kept: set[str]) -> bool:
+    """Whether the parts of a node tell what it reads."""
+    is_layer = isinstance(node.layer, keras.layers.Layer)
+    if node.name in kept or not is_layer:
+        return False
+    try:
+        return rule_for(node.layer).opens
+    except UnsupportedLayerError:  # Expansion says so, by its name.
+        return False
 
 
 def _unfinished(
@@ -125,7 +144,11 @@ def _unfinished(
 
 
 def _simpler(
-    node: Node, origin: str, fused: Collection[str], copies: Copies
+    node: Node,
+    origin: str,
+    fused: Collection[str],
+    copies: Copies,
+    reads: WeightReads | None = None,
 ) -> Callable[..., Any] | None:
     """What computes the node with simpler layers; `None` where it is simple already."""
     layer = node.layer
@@ -133,10 +156,10 @@ def _simpler(
         return _tried(layer, as_layers(layer, node.name), node.name)
     rule = rule_for(layer, origin)
     if node.masks and takes_masks_off(layer):
-        return _opened_layer(node, origin, copies)
+        return _opened_layer(node, origin, copies, reads)
     if rule.opens:
         opened = _opened_function if rule.table else _opened_layer
-        return opened(node, origin, copies)
+        return opened(node, origin, copies, reads)
     if rule.decompose_masked and (node.args[1:] or node.kwargs.get("mask") is not None):
         made = rule.decompose_masked(layer, node.name)
         return None if made is None else _tried(layer, made, node.name)
@@ -305,7 +328,9 @@ def _options(operation: Any) -> dict[str, Any]:
     }
 
 
-def _opened_function(node: Node, origin: str, copies: Copies) -> Callable[..., Any] | None:
+def _opened_function(
+    node: Node, origin: str, copies: Copies, reads: WeightReads | None
+) -> Callable[..., Any] | None:
     """A function of the user's as one table, as its parts, or (`None`) as it is, for a table.
 
     Raises:
@@ -327,10 +352,14 @@ def _opened_function(node: Node, origin: str, copies: Copies) -> Callable[..., A
             f"policy={{'{origin}': None}}."
         ) from error
     table = _table_of_parts(layer, name) if elementwise and len(graph.nodes) > 1 else None
+    if reads is not None and table is None:
+        reads.note_opened(graph, node, origin)
     return table or _inlined(graph, name, copies)
 
 
-def _opened_layer(node: Node, origin: str, copies: Copies) -> Callable[..., Any]:
+def _opened_layer(
+    node: Node, origin: str, copies: Copies, reads: WeightReads | None = None
+) -> Callable[..., Any]:
     """A custom layer as its parts, which are copies."""
     layer, name = node.layer, node.name
 
@@ -348,7 +377,8 @@ def _opened_layer(node: Node, origin: str, copies: Copies) -> Callable[..., Any]
                 f"describe it with kqat.register_layer. {error}"
             ) from error
         graph = with_values_of_weights(graph)
-        check_apart(graph, layer.trainable_variables, f"layer '{origin}'")
+        if reads is not None:
+            reads.note_opened(graph, layer, origin)
         batched = [ref.shape[:1] == (None,) for ref in node.outputs]
         return _inlined(graph, name, copies, batched)(*args, **kwargs)
 
@@ -467,7 +497,12 @@ def _as_output(value: Any, like: Any, name: str) -> Any:
 
 
 def _expand_once(
-    graph: Graph, kept: set[str], name: str, users: dict[str, str], fused: Collection[str]
+    graph: Graph,
+    kept: set[str],
+    name: str,
+    users: dict[str, str],
+    fused: Collection[str],
+    reads: WeightReads | None,
 ) -> tuple[Graph, dict[str, str]]:
     """One round; `users` maps names of layers to those of the user's layers that they are of."""
     copies: Copies = {}
@@ -514,7 +549,7 @@ def _expand_once(
         # Calls of one layer share its weights; a layer without any is made anew for each call.
         key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
         if key not in copies:
-            copies[key] = _simplify(node, user, node.name in kept, fused, copies)
+            copies[key] = _simplify(node, user, node.name in kept, fused, copies, reads)
         return copies[key](*args, **kwargs)
 
     return trace(rebuild(graph, call, name, given=seen.append)), origins
@@ -606,11 +641,16 @@ def _of_all_steps(node: Node, origin: str) -> Callable[..., Any]:
 
 
 def _simplify(
-    node: Node, origin: str, keep: bool, fused: Collection[str], copies: Copies
+    node: Node,
+    origin: str,
+    keep: bool,
+    fused: Collection[str],
+    copies: Copies,
+    reads: WeightReads | None,
 ) -> Callable[..., Any]:
     if type(node.layer) is keras.layers.BatchNormalization:
         return _of_all_steps(node, origin)
-    simpler = None if keep else _simpler(node, origin, fused, copies)
+    simpler = None if keep else _simpler(node, origin, fused, copies, reads)
     masked = refs_in(node.kwargs.get("mask"))
     if (keep and node.masks) or (masked and (keep or not _reads_masks(node.layer, origin))):
         kind, stays = type(node.layer).__name__, ", which stays as it is" if keep else ""

@@ -19,7 +19,7 @@ from kqat.grids import (
     QuantSpec,
     RangeMethod,
 )
-from kqat.parts import ByteInput
+from kqat.parts import ByteInput, TiedWeight, reads_rows
 from kqat.planning.fusions import Fusions
 from kqat.planning.plan import Group, Rounding
 from kqat.planning.planned_graph import PlannedGraph
@@ -83,8 +83,9 @@ def place_quantizers(planned: PlannedGraph, fusions: Fusions, shared: SharedScal
     roundings: dict[Ref, tuple[Rounding, ...]] = {}
     group_of: dict[Ref, str] = {}
     for root, sources in members.items():
-        # A recurrence already rounds its output; it needs a quantizer only when it shares a scale.
-        if len(sources) == 1 and root not in again.values() and sources[0].node in planned.steps:
+        # What is on a grid already needs a quantizer only when it shares a scale.
+        alone = len(sources) == 1 and root not in again.values()
+        if alone and _is_on_a_grid(planned, sources[0].node):
             continue
         made, placed = _make_group(planned, sources)
         groups |= {group.name: group for group in made}
@@ -94,6 +95,19 @@ def place_quantizers(planned: PlannedGraph, fusions: Fusions, shared: SharedScal
         roundings[ref] = (Rounding(group_of[root], 0, observe=False),)
     clamped = [ref for ref in fusions.clamps if _is_clamped(ref, roundings, groups)]
     return Quantizers(groups, roundings, group_of, frozenset(clamped))
+
+
+def _is_on_a_grid(planned: PlannedGraph, node: Node | None) -> bool:
+    """Whether a node's output is rounded as it is made.
+
+    A recurrence rounds it; rows of a tied weight are on the weight's grid, which has a place in 8
+    bits.
+    """
+    if node is None or node in planned.steps:
+        return node is not None
+    config = planned.configs[node]
+    tied = isinstance(node.layer, TiedWeight) and reads_rows(node.layer, node.kwargs)
+    return tied and config is not None and config.activation.bits == 8
 
 
 def _is_clamped(

@@ -124,14 +124,21 @@ def stays_whole(layer: Any, config: QuantizeConfig | None) -> bool:
     return config is None or (is_custom(layer) and isinstance(config.weights, Mapping))
 
 
-def row_for(layer: Any, name: str, config: QuantizeConfig | None) -> LayerRule | None:
+def row_for(
+    layer: Any,
+    name: str,
+    config: QuantizeConfig | None,
+    options: Mapping[str, Any] | None = None,
+) -> LayerRule | None:
     """The row of `layer` under its config; `None` where it is float.
+
+    `options` are the keyword arguments of the call.
 
     The scales per channel of a custom layer that stays whole lie along the last axis of its
     weights, where their specs say no other.
     """
     if config is None or not stays_whole(layer, config):
-        return None if config is None else rule_for(layer, name)
+        return None if config is None else rule_for(layer, name, options)
     weights = {weight: channel_axes(spec.axis) for weight, spec in config.weight_items()}
     return LayerRule(output=Output.OWN, weights=weights)
 

@@ -152,7 +152,10 @@ def planned_graph(
         graph=graph,
         user_names=user_names,
         configs=by_node,
-        rules={node: row_for(node.layer, user_names[node], by_node[node]) for node in graph.nodes},
+        rules={
+            node: row_for(node.layer, user_names[node], by_node[node], node.kwargs)
+            for node in graph.nodes
+        },
         input_configs=input_configs,
         states=states,
     )

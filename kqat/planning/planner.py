@@ -13,14 +13,12 @@ the graph's edges and the rows of the registry, each by a module of its own:
 import dataclasses
 from collections.abc import Mapping
 
-import keras
-
 from kqat.base import ModelError, UnsupportedLayerError
 from kqat.config import QuantizeConfig, QuantizePolicy
 from kqat.devices import ops_at
 from kqat.graph import Graph, Node, trace
 from kqat.grids import MaxAbs, QuantSpec
-from kqat.parts import Recurrence, Requantize, Select
+from kqat.parts import Recurrence, Requantize, Select, reads_rows
 from kqat.planning.additive_masks import check_hidden_values, hide_added_masks
 from kqat.planning.biases import join_biases
 from kqat.planning.byte_inputs import read_bytes
@@ -41,6 +39,7 @@ from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
 from kqat.planning.rank_limits import fit_ranks
 from kqat.planning.shared_scales import share_scales
+from kqat.planning.tied_weights import expand_tied
 from kqat.planning.width_changes import match_widths
 from kqat.registry import Output
 
@@ -57,7 +56,9 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     graph, configs = read_bytes(graph, configs, input_configs)
     whole = {n.name for n in graph.nodes if stays_whole(n.layer, configs[n.name])}
     fused = fused_nodes(graph, configs)
-    simple, origins = expand(graph, lambda node: node.name in whole, model_name, fused)
+    simple, origins = expand_tied(
+        graph, lambda node: node.name in whole, model_name, configs, fused
+    )
     simple, origins = hide_added_masks(simple, origins, whole, model_name)
     check_hidden_values(simple, origins)
     simple, origins = split_hard_sigmoids(simple, origins, configs, model_name)
@@ -182,7 +183,7 @@ def _check_quantities(planned: PlannedGraph) -> None:
 
 
 def _looks_up(node: Node) -> bool:
-    return isinstance(node.layer, keras.layers.Embedding)
+    return reads_rows(node.layer, node.kwargs)
 
 
 def _layer_plan(

@@ -96,7 +96,7 @@ class _Walk:
         self.nodes.append(node)
 
     def _rule(self, node: Node) -> LayerRule | None:
-        return row_for(node.layer, node.name, self.configs[node.name])
+        return row_for(node.layer, node.name, self.configs[node.name], node.kwargs)
 
     def _vanishes(self, node: Node) -> bool:
         rule = self._rule(node)

@@ -6,7 +6,7 @@ row is refused by name. `register_layer` adds a row.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -34,13 +34,16 @@ from kqat.parts import (
     Recurrence,
     Reduce,
     ReduceKind,
+    Remainder,
     Requantize,
     Select,
     Slice,
     SpaceToDepth,
     Stack,
     Take,
+    TiedWeight,
     Unstack,
+    WeightUse,
     WithConstant,
 )
 from kqat.registry import fused_lstms, rule
@@ -343,6 +346,10 @@ LAYERS: dict[type, LayerRule] = {
     Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
     ByteInput: LayerRule(output=Output.FIXED),  # its range is that of the layer
     Learned: LayerRule(output=Output.OWN),
+    # What its calls have in common; each has a row of its own.
+    TiedWeight: _own(
+        "CAST", "GATHER", "FULLY_CONNECTED", "RESHAPE", "ADD", "MUL", weights={"kernel": None}
+    ),
     Unstack: _same("UNPACK"),
     Stack: _same("PACK"),
     Slice: _same("STRIDED_SLICE"),
@@ -371,6 +378,9 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (Padding, PaddingKind.REFLECT): _same("MIRROR_PAD"),
     (Padding, PaddingKind.SYMMETRIC): _same("MIRROR_PAD"),
     (Reduce, ReduceKind.MEAN): _own("MEAN", "FULLY_CONNECTED", **_MEAN),
+    (Remainder, ReduceKind.MEAN): _own(
+        "MEAN", "FULLY_CONNECTED", resolution=rule.resolution_of_remainder
+    ),
     (Reduce, ReduceKind.MAX): _same("REDUCE_MAX"),
     (Reduce, ReduceKind.MIN): _same("REDUCE_MIN"),
     (Reduce, ReduceKind.PROD): _own("REDUCE_PROD", refuse=rule.few_factors),
@@ -391,6 +401,18 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (IndexOperation, IndexKind.LOGICAL_AND): _index("LOGICAL_AND"),
     (IndexOperation, IndexKind.LOGICAL_OR): _index("LOGICAL_OR"),
     (IndexOperation, IndexKind.LOGICAL_NOT): _index("LOGICAL_NOT"),
+}
+
+
+# Rows of the calls of a `TiedWeight`, whose weight has one grid for all of them.
+USES: dict[WeightUse, LayerRule] = {
+    WeightUse.ROWS: _own("CAST", "GATHER", weights={"kernel": None}),
+    **dict.fromkeys(
+        (WeightUse.PRODUCT, WeightUse.TRANSPOSED),
+        _own("FULLY_CONNECTED", "RESHAPE", weights={"kernel": None}, takes_clamp=True),
+    ),
+    WeightUse.SUM: _own("ADD", weights={"kernel": None}, takes_clamp=True, **_SUM),
+    WeightUse.FACTOR: _own("MUL", weights={"kernel": None}, takes_clamp=True),
 }
 
 
@@ -451,16 +473,21 @@ def _kind(layer: Any) -> str:
     return str(getattr(layer, "kind", getattr(layer, "interpolation", "")))
 
 
-def rule_for(layer: Any, name: str | None = None) -> LayerRule:
+def rule_for(
+    layer: Any, name: str | None = None, options: Mapping[str, Any] | None = None
+) -> LayerRule:
     """The row of `layer`; a custom layer without one gets the row that traces its `call`.
 
     Args:
         layer: a Keras layer or operation.
         name: its path in the model, for the error message.
+        options: the keyword arguments of the call, on which the row of a `TiedWeight` depends.
 
     Raises:
         UnsupportedLayerError: if there is no row, or the row refuses the options of this layer.
     """
+    if options and isinstance(layer, TiedWeight):
+        return USES[WeightUse(options["use"])]
     where = _described(layer, name)
     rule = registered_rule(layer) or _stock_rule(layer)
     if rule is None:
@@ -476,13 +503,17 @@ def rule_for(layer: Any, name: str | None = None) -> LayerRule:
     return rule
 
 
-def stock_facts(layer: Any) -> LayerFacts | None:
+def stock_facts(layer: Any, options: Mapping[str, Any] | None = None) -> LayerFacts | None:
     """The facts of a layer that carries none, because it was planned with a stock row.
+
+    `options` are the keyword arguments of the call, as for `rule_for`.
 
     For a stock class the stock row is read even if a user registered another: a QAT model that was
     planned with a registered row carries its facts. For a custom class the registered row is read,
     because models saved by older releases do not carry it.
     """
+    if options and isinstance(layer, TiedWeight):
+        return LayerFacts.of(rule_for(layer, options=options))
     rule = _stock_rule(layer) or registered_rule(layer)
     return None if rule is None else LayerFacts.of(rule)
 

@@ -117,6 +117,11 @@ def resolution_of_sum(layer: Any, values: int, results: int) -> float:
     return _SHARE_OF_A_STEP
 
 
+def resolution_of_remainder(layer: Any, values: int, results: int) -> float:
+    """Room for 16 steps of the values in the 8 bits of a mean of errors."""
+    return 1.0 / 8.0
+
+
 def resolution_of_multiple(layer: Any, values: int, results: int) -> float:
     """As of a sum, for a Rescaling, which hands on what its input resolves."""
     return float(np.max(np.abs(layer.scale))) * _SHARE_OF_A_STEP

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kqat.base import FreezeError
+from kqat.base import FreezeError, array_of
 from kqat.graph import layer_behind
 from kqat.grids import (
     FOLLOWING,
@@ -92,11 +92,6 @@ class _LastRange:
     value = (0.0, 0.0)
 
 
-def _array(variable: keras.Variable) -> Any:
-    """A variable's value; `ops.convert_to_numpy` copies it in a way that NumPy warns of."""
-    return np.asarray(variable)
-
-
 def _largest(sites: Any) -> Any:
     """The largest of one number per call site; of one site without a reduction."""
     return ops.reshape(sites, ()) if sites.shape[0] == 1 else ops.max(sites)
@@ -168,17 +163,9 @@ class ActivationQuantizer(keras.layers.Layer):
         if isinstance(self.range_method, Fixed):
             return
 
-        def ranges(name: str) -> keras.Variable:
-            return self.add_weight(
-                name=name,
-                shape=(self.sites,),
-                initializer="zeros",
-                dtype="float32",
-                trainable=False,
-                aggregation="mean",
-            )
-
-        self.site_low, self.site_high, self.count = map(ranges, ("low", "high", "count"))
+        zeros = np.zeros(self.sites, np.float32)
+        names = ("low", "high", "count")
+        self.site_low, self.site_high, self.count = (self._state(name, zeros) for name in names)
         self.extremes = self._state("extremes", np.zeros((2, self.sites)))
         self.anchor = self._state("anchor", self._no_anchor())
         if isinstance(self.range_method, LearnedRangeMethod):
@@ -207,7 +194,7 @@ class ActivationQuantizer(keras.layers.Layer):
         return self.add_weight(
             name=name,
             shape=initial.shape,
-            initializer=lambda shape, dtype=None: ops.convert_to_tensor(initial, dtype),
+            initializer=lambda shape, dtype=None: np.asarray(initial, dtype),
             dtype="float32",
             trainable=False,
             aggregation="mean",
@@ -222,7 +209,7 @@ class ActivationQuantizer(keras.layers.Layer):
         if len(store) != 3:
             super().load_own_variables(store)
             if not isinstance(self.range_method, Fixed):
-                self.anchor.assign(Anchor.of_older(_array(self.anchor)))
+                self.anchor.assign(Anchor.of_older(array_of(self.anchor)))
             return
         for index, variable in enumerate((self.site_low, self.site_high, self.count)):
             variable.assign(store[str(index)])
@@ -312,7 +299,7 @@ class ActivationQuantizer(keras.layers.Layer):
         if isinstance(self.range_method, Fixed):
             low, high = self.fixed_range()
             return float(low), float(high)
-        site_low, site_high, count = (_array(v) for v in self._ranges()[:3])
+        site_low, site_high, count = (array_of(v) for v in self._ranges()[:3])
         if np.max(count) == 0.0:
             raise FreezeError(
                 f"Expected ranges from data. Received: quantizer '{self.name}', which has seen "
@@ -324,7 +311,7 @@ class ActivationQuantizer(keras.layers.Layer):
             if isinstance(self.range_method, LearnedRangeMethod):
                 low, high, _ = self._grid(self.site_low.value, self.site_high.value)
             else:
-                low, high = self.union_of(site_low, site_high)
+                low, high = self.union_of(list(site_low), list(site_high))
             self._last_range.key, self._last_range.value = key, (float(low), float(high))
         return self._last_range.value
 
@@ -333,9 +320,9 @@ class ActivationQuantizer(keras.layers.Layer):
 
         `None` where the range is given, or nothing was seen.
         """
-        if isinstance(self.range_method, Fixed) or float(np.asarray(self.count)[site]) == 0.0:
+        if isinstance(self.range_method, Fixed) or float(array_of(self.count)[site]) == 0.0:
             return None
-        negated, most = np.asarray(self.extremes)[:, site]
+        negated, most = array_of(self.extremes)[:, site]
         return -float(negated), float(most)
 
     def widths(self) -> tuple[float, float] | None:
@@ -345,11 +332,11 @@ class ActivationQuantizer(keras.layers.Layer):
         """
         if isinstance(self.range_method, Fixed):
             return None
-        anchor = _array(self.anchor)
+        anchor = array_of(self.anchor)
         known = anchor[Anchor.WIDEST, 0] != np.float32(Anchor.UNSET[Anchor.WIDEST])
         if not known.any():
             return None
-        low, high = (_array(v)[known] for v in (self.site_low, self.site_high))
+        low, high = (array_of(v)[known] for v in (self.site_low, self.site_high))
         calibrated = anchor[0][:, known].max(axis=-1)
         return float(np.max(high) - np.min(low)), float(calibrated.sum())
 
@@ -361,11 +348,11 @@ class ActivationQuantizer(keras.layers.Layer):
         """
         if isinstance(self.range_method, Fixed | LearnedRangeMethod):
             return 1.0
-        anchor = _array(self.anchor)
-        now = np.stack([-_array(self.site_low), _array(self.site_high)])
+        anchor = array_of(self.anchor)
+        now = np.stack([-array_of(self.site_low), array_of(self.site_high)])
         known = anchor[Anchor.WIDEST, 0] != np.float32(Anchor.UNSET[Anchor.WIDEST])
         seen = Anchor.seen(anchor)
-        changed = seen - _array(self.extremes), anchor[0] - now
+        changed = seen - array_of(self.extremes), anchor[0] - now
         trained = np.abs(changed).max(axis=(0, 1)) > 1e-4 * now.sum(axis=0)
         usable = known & trained & (seen.sum(axis=0) > 0.0)
         more = -anchor[Anchor.ADDED].sum(axis=0)[usable] / seen.sum(axis=0)[usable]
@@ -373,9 +360,7 @@ class ActivationQuantizer(keras.layers.Layer):
 
     def is_calibrated(self) -> bool:
         """Whether the range is known."""
-        return isinstance(self.range_method, Fixed) or bool(
-            np.max(np.asarray(self.count.value)) > 0.0
-        )
+        return isinstance(self.range_method, Fixed) or bool(np.max(array_of(self.count)) > 0.0)
 
     def scale(self) -> Any:
         """The scale of the grid now, a float32 scalar; zero where the range is not known yet."""
@@ -604,7 +589,9 @@ class ActivationQuantizer(keras.layers.Layer):
         """The input's shape and dtype."""
         if observe and resolution:
             found = [(layer_behind(x, name), share) for name, share in resolution.items()]
-            self._sources.by_site[site] = [(q, s) for q, s in found if q is not None]
+            # Rows of a tied weight have no quantizer; those of the other inputs say enough.
+            found = [(q, s) for q, s in found if isinstance(q, ActivationQuantizer)]
+            self._sources.by_site[site] = found
         return keras.KerasTensor(x.shape, dtype=x.dtype)
 
     def get_config(self) -> dict[str, Any]:

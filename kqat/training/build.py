@@ -8,7 +8,7 @@ import keras
 
 from kqat.base import PolicyError
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
-from kqat.parts import PrecisionBoundary, Recurrence
+from kqat.parts import PrecisionBoundary, Recurrence, TiedWeight, reads_rows
 from kqat.planning import Group, LayerPlan, Plan, Role, Rounding
 from kqat.registry import LayerFacts, registered_rule
 from kqat.training.activation_quantizer import ActivationQuantizer
@@ -125,8 +125,11 @@ class _Assembly:
         if not self.integer[node]:
             return value
         if node.inputs and node.name not in self.plan.steps:
-            # What is not rounded hands the integers of its inputs on.
-            handed_on = {ref: self.grids.get(node.inputs[0]) for ref in node.outputs}
+            # What is not rounded hands the integers of its inputs on; rows are on the table's grid.
+            grid = self.grids.get(node.inputs[0])
+            if isinstance(node.layer, TiedWeight) and reads_rows(node.layer, node.kwargs):
+                grid = self._layer(node, decision).layer.name
+            handed_on = dict.fromkeys(node.outputs, grid)
             self.grids = {**handed_on, **self.grids}
         resolution = self._resolution(node)
         self.resolutions |= {ref: resolution for ref in node.outputs if resolution}
@@ -237,7 +240,8 @@ class _Assembly:
             between=[clone(part) for part in self._between(node, decision)],
             branches=[clone(norm) for norm in norms[1:]],
             preserve=kept,
-            facts=None if rule is None else LayerFacts.of(rule),
+            # The row of a tied weight is that of one of its uses.
+            facts=None if rule is None or isinstance(layer, TiedWeight) else LayerFacts.of(rule),
             name=unique_name(f"quant_{node.name}", self.names),
         )
         weights = [part.get_weights() for part in (layer, *norms)]

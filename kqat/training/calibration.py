@@ -21,7 +21,7 @@ from kqat.graph import (
     with_input_shapes,
 )
 from kqat.grids import CalibrationMethod, Fixed, calibration_method
-from kqat.parts import ConstantRows, IndexOperation
+from kqat.parts import ConstantRows, IndexOperation, reads_rows
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers, is_quantized
 from kqat.training.method_choice import CANDIDATES, Choice, KeptSamples, best
@@ -476,7 +476,7 @@ def _tables(graph: Graph, ref: Ref) -> list[Any]:
     while waiting:
         for node in consumers[waiting.pop()]:
             layer = getattr(node.layer, "layer", node.layer)  # of a QuantizeWrapper
-            if isinstance(layer, keras.layers.Embedding):
+            if reads_rows(layer, node.kwargs):
                 found.append(layer)
             elif not isinstance(layer, IndexOperation):
                 waiting += [output for output in node.outputs if output.holds_indexes]

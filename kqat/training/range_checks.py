@@ -14,7 +14,7 @@ from keras import layers
 
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import Fixed, Histogram
-from kqat.parts import ConstantKind, Learned, WithConstant
+from kqat.parts import ConstantKind, Learned, Reduce, ReduceKind, WithConstant
 from kqat.training.activation_quantizer import ActivationQuantizer, SiteRange
 from kqat.training.observation import CUT_STEPS, Cut, Observer, SiteRecord
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -30,6 +30,8 @@ LOST_BITS = 3.0
 NAMED = 3
 
 Found = Mapping[ActivationQuantizer, Mapping[int, SiteRange]]
+# A call site of a quantizer.
+Site = tuple[ActivationQuantizer, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Concern:
 def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
     """All that looks wrong, the worst of each kind first."""
     names = ValueNames(graph)
+    means = _means_taken_off(graph, names)
     every: list[Concern] = []
     if observer.samples < FEW_SAMPLES:
         text = f"{observer.samples} samples are few: ranges may miss what others hold"
@@ -61,10 +64,11 @@ def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
                 continue
         if record.whole().is_zero() and names.is_zero_by_itself(quantizer, site):
             continue
-        every += _of_site(record, found[quantizer][site], names.of(quantizer, site))
+        of_site = _of_site(record, found[quantizer][site], names.of(quantizer, site))
+        every += [c for c in of_site if c.kind == "clipped" or (quantizer, site) not in means]
     for quantizer, ranges in found.items():
         every += _unlike_members(graph, quantizer, ranges, names)
-    every += _drowned(graph, found, names)
+    every += _drowned(graph, found, names, means)
     every += [
         _cut_by_given(names.of(quantizer, site), quantizer, cut)
         for (quantizer, site), cut in observer.cut.items()
@@ -199,8 +203,30 @@ def _unlike_members(
     yield Concern("unlike", meeting, lost, text, quantizer.spec.bits == 16)
 
 
-def _drowned(graph: Graph, found: Found, names: "ValueNames") -> Iterator[Concern]:
-    """Sums of which one addend is less than two steps of the result."""
+def _means_taken_off(graph: Graph, names: "ValueNames") -> frozenset[Site]:
+    """Means that are subtracted from the very values that they are of, as normalization does.
+
+    They may be as small as the errors of rounding, and nothing is lost with one that is.
+    """
+    found = set()
+    for node in graph.nodes:
+        if not isinstance(node.layer, layers.Subtract) or len(node.inputs) != 2:
+            continue
+        whole, mean = (names.source_of(ref) for ref in node.inputs)
+        call = None if whole is None or mean is None else names.calls.get(mean)
+        maker = None if call is None else names.producers.get(call.inputs[0])
+        if maker is None or mean is None or not isinstance(maker.layer, Reduce):
+            continue
+        is_mean = maker.layer.kind is ReduceKind.MEAN
+        if is_mean and names.source_of(maker.inputs[0]) == whole:
+            found.add(mean)
+    return frozenset(found)
+
+
+def _drowned(
+    graph: Graph, found: Found, names: "ValueNames", means: frozenset[Site]
+) -> Iterator[Concern]:
+    """Sums of which one addend is less than two steps of the result; but for `means`."""
     readers = graph.consumers()
     for node in graph.nodes:
         if not _adds(node.layer):
@@ -213,7 +239,7 @@ def _drowned(graph: Graph, found: Found, names: "ValueNames") -> Iterator[Concer
         whole = _width(found[result.layer], None)
         for ref in node.inputs:
             source = names.source_of(ref)
-            if source is None:
+            if source is None or source in means:
                 continue
             width = _width_of(*source, found)
             bits = result.layer.spec.bits

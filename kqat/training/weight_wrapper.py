@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from kqat.base import array_of
 from kqat.graph import activation_name, call_signature, finalize, layer_behind
 from kqat.grids import (
     GradientEstimator,
@@ -63,20 +64,38 @@ class _Quantizers:
     """
 
     def __init__(self) -> None:
-        self.by_name: dict[str | None, ActivationQuantizer] = {}
+        self.by_name: dict[str | None, ActivationQuantizer | QuantizeWrapper] = {}
         self.names: dict[int, set[str]] = {}  # of the inputs of each branch
+        # By the number of a bias of a tied weight.
+        self.of_bias: dict[int, ActivationQuantizer | QuantizeWrapper] = {}
         # Rounded weights and their scales by name and branch, while `keep_rounded` says so.
         self.kept: dict[tuple[str, int], tuple[Any, Any]] | None = None
         self.corrects = True
 
-    def find(self, x: Any, name: str, branch: int) -> None:
+    def find(self, x: Any, name: str, branch: int, bias: int | None) -> None:
         found = layer_behind(x, name)
-        if isinstance(found, ActivationQuantizer):
+        if isinstance(found, ActivationQuantizer | QuantizeWrapper):
             self.by_name[name] = found
             self.names.setdefault(branch, set()).add(name)
+            if bias is not None:
+                self.of_bias[bias] = found
 
-    def of(self, branch: int) -> list[ActivationQuantizer]:
+    def of(self, branch: int) -> "list[ActivationQuantizer | QuantizeWrapper]":
         return [self.by_name[name] for name in self.names.get(branch, ())]
+
+
+def _scale_of(quantizer: "ActivationQuantizer | QuantizeWrapper") -> Any:
+    """The scale of the values of a quantizer, or of the rows of a tied weight, a scalar."""
+    if isinstance(quantizer, ActivationQuantizer):
+        return quantizer.scale()
+    return ops.reshape(quantizer.scale("kernel"), ())
+
+
+def _scale_now(quantizer: "ActivationQuantizer | QuantizeWrapper") -> Any:
+    """`_scale_of` as a number."""
+    if isinstance(quantizer, ActivationQuantizer):
+        return quantizer.scale_now()
+    return np.float32(np.asarray(quantizer.scale("kernel")).reshape(()))
 
 
 @contextlib.contextmanager
@@ -262,7 +281,7 @@ class QuantizeWrapper(keras.layers.Layer):
         return self.is_corrected and self._corrected_checksum() == self._checksum()
 
     def _corrected_checksum(self) -> int:
-        return 0 if self.corrected is None else int(np.asarray(self.corrected.value))
+        return 0 if self.corrected is None else int(array_of(self.corrected))
 
     def _checksum(self) -> int:
         """Of all weights, never zero."""
@@ -385,7 +404,7 @@ class QuantizeWrapper(keras.layers.Layer):
         training: bool | None,
         statistics: bool,
         branch: int,
-        quantizer: ActivationQuantizer | None,
+        quantizer: "ActivationQuantizer | QuantizeWrapper | None",
         **kwargs: Any,
     ) -> Any:
         """What `call` returns; `statistics` says whether those of the batch normalize."""
@@ -395,7 +414,7 @@ class QuantizeWrapper(keras.layers.Layer):
         drops = bool(trains and self.between)
         scale = None
         if quantizer is not None:
-            scale = quantizer.scale()
+            scale = _scale_of(quantizer)
             if trains and self.controls.rounds is not None:
                 scale = scale * self.controls.rounds.value  # A step of zero rounds no bias.
         if scale is not None and not drops and self._ships_bias(statistics):
@@ -414,6 +433,8 @@ class QuantizeWrapper(keras.layers.Layer):
             bias = getattr(self.layer, "bias", None)
             if error is not None and bias is not None and self.normalization is None:
                 rounded[id(bias)] = bias.value + ops.cast(error, bias.dtype)
+            if scale is not None and kwargs.get("bias") is not None:
+                rounded |= self._tied_bias(scale, kwargs["bias"], weights["kernel"])
             y = self._call_rounded(rounded, x, *args, **kwargs)
         elif self._is_normalization:
             return normalize(self.layer, x, statistics, error)
@@ -492,9 +513,9 @@ class QuantizeWrapper(keras.layers.Layer):
             return None
         (quantizer,) = quantizers
         if self._is_affine:
-            return np.asarray(self._affine_as_shipped(quantizer.scale_now())[1])
+            return np.asarray(self._affine_as_shipped(_scale_now(quantizer))[1])
         numbers = self._numbers("kernel", branch)
-        return np.asarray(self._as_shipped(quantizer.scale_now(), branch, numbers)[1])
+        return np.asarray(self._as_shipped(_scale_now(quantizer), branch, numbers)[1])
 
     def _call_as_shipped(
         self, input_scale: Any, branch: int, trains: bool, /, *args: Any, **kwargs: Any
@@ -529,7 +550,7 @@ class QuantizeWrapper(keras.layers.Layer):
         kernel, scale = numbers
         if self.normalization is not None:
             factor = normalization_factor(self.normalizations[branch])
-            fold = ops.reshape(factor, self._channel_shape(name))
+            fold = ops.reshape(factor, self.channel_shape(name))
             if self.folds_before(name):
                 kernel = ops.where(fold == 0.0, 0.0, kernel)
                 unfolded = self._unfolded(numbers[0], name, branch)
@@ -540,6 +561,27 @@ class QuantizeWrapper(keras.layers.Layer):
         if shift is not None:
             bias = bias + shift
         return kernel, self._rounded_bias(bias, kernel, input_scale * scale)
+
+    def _tied_bias(self, input_scale: Any, number: int, numbers: tuple[Any, Any]) -> dict[int, Any]:
+        """A bias of a tied weight on its grid, by its identity; `numbers` are the weight's."""
+        bias = self.layer.bias_list[number]
+        kernel, scale = numbers
+        exact = ops.cast(bias.value, "float32")
+        return {id(bias): self._rounded_bias(exact, kernel, input_scale * scale)}
+
+    def tied_biases_on_grid(self) -> list[np.ndarray]:
+        """The biases that ship of a tied weight, each rounded as its call rounds it."""
+        found = []
+        for number, bias in enumerate(self.layer.bias_list):
+            quantizer = self._quantizers.of_bias.get(number)
+            if quantizer is None:  # Its input is on a grid inside a recurrence.
+                found.append(np.asarray(bias, np.float32))
+                continue
+            scale = _scale_now(quantizer)
+            numbers = self._numbers("kernel", 0)
+            (rounded,) = self._tied_bias(scale, number, numbers).values()
+            found.append(np.asarray(rounded))
+        return found
 
     def _exact_bias(self, branch: int) -> Any:
         """The bias before it is rounded, with a normalization's moving statistics folded in."""
@@ -565,7 +607,8 @@ class QuantizeWrapper(keras.layers.Layer):
             return bias
         return on_bias_grid(bias, step)
 
-    def _channel_shape(self, name: str) -> list[int]:
+    def channel_shape(self, name: str) -> list[int]:
+        """The shape in which one number per output channel broadcasts over weight `name`."""
         shape = self._variable(name).shape
         axes = {a % len(shape) for a in self.facts.channel_axes.get(name) or ()}
         return [s if i in axes else 1 for i, s in enumerate(shape)]
@@ -720,7 +763,7 @@ class QuantizeWrapper(keras.layers.Layer):
         """
         factor = normalization_factor(self.normalizations[branch])
         factor = ops.where(factor == 0.0, ops.ones_like(factor), factor)
-        return ops.reshape(factor, self._channel_shape(name))
+        return ops.reshape(factor, self.channel_shape(name))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """That of the layer."""
@@ -737,7 +780,7 @@ class QuantizeWrapper(keras.layers.Layer):
     ) -> Any:
         """The layer's output shape and dtype."""
         if input_quantizer is not None:
-            self._quantizers.find(x, input_quantizer, branch)
+            self._quantizers.find(x, input_quantizer, branch, kwargs.get("bias"))
         if not self.computes_with_grids:
             # As Keras calls it, so that a layer which builds itself when it is called is built.
             made = self.layer(x, *args, **kwargs)

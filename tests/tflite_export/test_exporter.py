@@ -1,6 +1,7 @@
 """What `convert` promises about a file's inputs, outputs, names and bytes."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,34 @@ def test_conversion_leaves_the_qat_model_alone(net: Net) -> None:
     assert [layer.trainable for layer in net.qat.layers] == trainable
     for old, new in zip(before[1], net.qat.variables, strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def small(seed: int) -> keras.Model:
+    x = keras.Input((6, 6, 2), name="image")
+    y = L.BatchNormalization(name="norm")(L.Conv2D(3, 3, use_bias=False, name="conv")(x))
+    y = L.Dense(2, name="dense")(L.Flatten(name="flat")(L.ReLU(name="relu")(y)))
+    model = keras.Model(x, y, name="small")
+    random = np.random.default_rng(seed)
+    model.set_weights([random.uniform(0.5, 1.5, w.shape) for w in model.get_weights()])
+    data = random.normal(size=(8, 6, 6, 2)).astype(np.float32)
+    return kqat.quantize_model(model, calibration_data=data)
+
+
+def test_a_conversion_sees_weights_and_ranges_as_they_are_now() -> None:
+    qat, other = small(1), small(2)
+    first, second = tflite_export.convert(qat), tflite_export.convert(other)
+    before = [w.copy() for w in qat.get_weights()]
+    qat.set_weights(other.get_weights())
+    assert tflite_export.convert(qat) == second != first
+    qat.set_weights(before)
+    assert tflite_export.convert(qat) == first
+
+
+def test_two_models_are_converted_at_once_as_one_after_the_other() -> None:
+    models = [small(1), small(2)]
+    alone = [tflite_export.convert(qat) for qat in models]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(tflite_export.convert, models)) == alone
 
 
 def test_tensors_bear_the_names_of_layers(net: Net) -> None:

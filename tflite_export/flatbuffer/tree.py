@@ -6,10 +6,10 @@ array to a field, never write into one.
 Schema: https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
 """
 
-import copy
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flatbuffers
 import numpy as np
@@ -240,9 +240,23 @@ def _raw_bytes(data: bytes | Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _copied(model: ModelT) -> ModelT:
-    """Returns a deep copy of the tree that shares the buffers' data."""
-    shared = {id(b.data): b.data for b in items(model.buffers)}
-    return copy.deepcopy(model, shared)
+    """Returns a deep copy of the tree that shares what is never written into: bytes and arrays."""
+    made: dict[int, Any] = {}  # as `copy.deepcopy`, which takes five times as long
+
+    def copied(value: Any) -> Any:
+        if type(value) is list:
+            return [copied(part) for part in value]
+        if not type(value).__module__.endswith("schema_py_generated") and not isinstance(
+            value, schema.BufferT
+        ):
+            return value
+        if id(value) not in made:
+            made[id(value)] = new = object.__new__(type(value))
+            vars(new).update({field: copied(part) for field, part in vars(value).items()})
+        return made[id(value)]
+
+    copy: ModelT = copied(model)
+    return copy
 
 
 def _fill_absent_vectors(table: ModelT | SubGraphT | OperatorT) -> None:

@@ -42,9 +42,14 @@ def quantize_constants(draft: Draft) -> None:
 
 
 def pack_weights(draft: Draft) -> None:
-    """Packs weights of few bits into the fewest bits that all the runtimes take."""
+    """Packs weights of few bits into the fewest bits that all the runtimes take.
+
+    A weight that GATHER reads too stays as it is: its rows are values of eight bits, and the file
+    has it once.
+    """
+    tables = _tables(draft)
     for operator, weights in draft.weights:
-        if weights.bits > PACKED_BITS:
+        if weights.bits > PACKED_BITS or weights.integers.tobytes() in tables:
             continue
         name, rule = draft.op_name(operator), draft.rule(operator)
         if (name, draft.bits(operator)) in draft.whole_bytes:
@@ -58,6 +63,18 @@ def pack_weights(draft: Draft) -> None:
         elif name in PACKS_AS and draft.bits(operator) == 8:
             if OP_TABLE[PACKS_AS[name]].packs(PACKED_BITS, single, draft.runtimes):
                 draft.unpacked.append(operator)
+
+
+def _tables(draft: Draft) -> set[bytes]:
+    """The integers of the tables of which GATHER reads rows."""
+    found = set()
+    for operator in draft.integer_operators:
+        if draft.op_name(operator) == "GATHER":
+            tensor = draft.graph.tensors[int(operator.inputs[0])]
+            data = flatbuffer.tensor_data(draft.model, tensor)
+            if data is not None:
+                found.add(data.tobytes())
+    return found
 
 
 def _packed_bits(draft: Draft, operator: OperatorT, weights: Weights) -> int | None:
@@ -83,6 +100,11 @@ class _FrozenWeights:
         self.by_bytes: dict[bytes, list[FrozenWeight]] = {}
         for weight in weights:
             self.by_bytes.setdefault(weight.values.tobytes(), []).append(weight)
+
+    def name_of(self, data: np.ndarray) -> str | None:
+        """The name of the weight of these bytes, which the converter forgot; `None` for none."""
+        found = self.by_bytes.get((data + np.float32(0)).tobytes(), ())
+        return found[0].name if data.size > 1 and found else None
 
     def find(self, keras_order: np.ndarray, tensor: TensorT, channels: int) -> FrozenWeight:
         """The frozen weight of these very bytes, with one scale or one per channel.
@@ -122,6 +144,8 @@ def _quantize_operands(
         integers = integers.astype(ACTIVATION_DTYPES[draft.bits(operator)])
         index = _add(draft, tensor, integers, np.reshape(scale, -1), 0, zero)
         operator.inputs[position] = index
+        if (name := frozen.name_of(data)) is not None:
+            draft.graph.tensors[index].name = name.encode()
 
 
 def _quantize_weights(

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from kqat.base import ExportError, LoweringError
+from kqat.base import ExportError, LoweringError, array_of
 from kqat.freezing import (
     ByteInput,
     FrozenLSTM,
@@ -24,8 +24,10 @@ from kqat.freezing import (
     MarkerKind,
     Node,
     Tabulated,
+    TiedWeight,
+    WeightUse,
     call_signature,
-    is_marker,
+    reads_rows,
 )
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
@@ -69,7 +71,7 @@ def _concrete(frozen: FrozenModel, batch_size: int, computed: frozenset[int]) ->
     import tensorflow as tf
 
     model, call = frozen.model, _with_markers(frozen, computed)
-    values = [(variable, variable.numpy()) for variable in model.variables]
+    values = [(variable, array_of(variable)) for variable in model.variables]
 
     def serve(*tensors: Any) -> list[Any]:
         weights = [(variable, tf.constant(value)) for variable, value in values]
@@ -103,7 +105,6 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
 
     A marker stands where a function ships as a table, or an LSTM as one operator.
     """
-    import tensorflow as tf
 
     lstms = [id(layer) for layer in frozen.lstms]
     inputs = zip(frozen.graph.inputs, frozen.input_names, strict=True)
@@ -122,20 +123,33 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
                 lstms.index(id(layer)),
                 name=frozen.unused_name(f"{layer.name}_stand_in"),
             )
-        elif isinstance(layer, _TRANSLATED) or _is_dilated(layer):
+        elif isinstance(layer, _TRANSLATED) or _is_dilated(layer) or reads_rows(layer, kwargs):
+            kwargs.pop("use", None)
             if id(layer) not in plain:  # Calls of one layer stay those of one layer.
                 plain[id(layer)] = _Plain(layer, name=frozen.unused_name(f"{layer.name}_plain"))
             layer = plain[id(layer)]
-        if is_marker(layer, MarkerKind.SITE):
-            # Half of the layers of a frozen model: Keras would look each time for what to convert,
-            # build and mask. Other markers leave names in the file, which are those of Keras.
-            with tf.name_scope(layer.name):
-                return layer.call(*args)
+        if isinstance(layer, Marker):
+            return _marked(layer, *args)
         if "training" in call_signature(layer).parameters:
             kwargs["training"] = False  # The default of Keras's augmenting layers is True.
         return layer(*args, **kwargs)
 
     return call
+
+
+def _marked(marker: Marker, x: Any) -> Any:
+    """What a marker computes, under the name that a layer's value would bear.
+
+    Of markers that are no sites, names stay in the file. Keras enters the scope of a layer twice,
+    and TensorFlow numbers the second time.
+    """
+    import tensorflow as tf
+
+    if marker.kind is not MarkerKind.SITE:
+        with tf.name_scope(marker.name):
+            pass
+    with tf.name_scope(marker.name):
+        return marker.call(x)
 
 
 class _StandIn(keras.layers.Layer):
@@ -153,7 +167,7 @@ class _StandIn(keras.layers.Layer):
         numbers = np.arange(x.shape[-1] * self.units, dtype=np.float32) + self.index + 2
         # TensorFlow's own product keeps the sequence's three axes, of which Keras's makes two; but
         # it would take the DEQUANTIZE of the marker before it in.
-        return self.marker(tf.matmul(tf.abs(x), numbers.reshape(-1, self.units)))
+        return _marked(self.marker, tf.matmul(tf.abs(x), numbers.reshape(-1, self.units)))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return (*input_shape[:2], self.units)
@@ -235,10 +249,10 @@ class _Plain(keras.layers.Layer):
             return _dilated(layer, x)
         if isinstance(layer, keras.layers.Add):
             return functools.reduce(tf.add, x)
-        if isinstance(layer, keras.layers.Embedding):
-            return tf.gather(
-                layer.embeddings.value, tf.cast(x, "int32") if x.dtype == "bool" else x
-            )
+        if isinstance(layer, keras.layers.Embedding | TiedWeight):
+            tied = isinstance(layer, TiedWeight)
+            table = layer.kernel if tied else layer.embeddings
+            return tf.gather(table.value, tf.cast(x, "int32") if x.dtype == "bool" else x)
         if isinstance(layer, keras.layers.UnitNormalization):
             return tf.math.l2_normalize(x, layer.axis)
         if layer.kind not in ("argmax", "argmin"):
@@ -248,7 +262,8 @@ class _Plain(keras.layers.Layer):
         return tf.expand_dims(index, axis) if layer.options["keepdims"] else index
 
     def compute_output_spec(self, x: Any) -> Any:
-        return self.layer.compute_output_spec(x)
+        rows = {"use": WeightUse.ROWS} if isinstance(self.layer, TiedWeight) else {}
+        return self.layer.compute_output_spec(x, **rows)
 
 
 def _convert(concrete: Any, name: str) -> bytes:

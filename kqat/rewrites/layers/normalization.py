@@ -13,18 +13,19 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, clone, config_of
-from kqat.parts import ChannelAffine, ReciprocalSquareRoot, Reduce, ReduceKind
+from kqat.parts import ChannelAffine, ReciprocalSquareRoot, Reduce, ReduceKind, Remainder
 from kqat.rewrites.layers.basic import Decomposed
 
 
 def layer_normalization(layer: Any, name: str) -> Decomposed:
     """`(x - mean) / sqrt(variance + epsilon) * gamma + beta` over the last axis.
 
-    The mean is subtracted behind the division, as `x / s - mean(x / s)`: before it, the difference
-    is rounded on the grid of the largest rows, and in rows of small values beside them (a class
-    token beside patches) that rounding is multiplied by a large `1 / s`. It is the mean of what
-    was rounded, and no product of mean and `1 / s`, which may be all but zero and finer than any
-    kernel multiplies. Reference: Ba et al. 2016, section 3 (https://arxiv.org/abs/1607.06450).
+    The mean is subtracted twice: before the division, and what is left of it behind, as the mean of
+    what was rounded. Once, before it, leaves the error of rounding the mean, which a large
+    `1 / sqrt(variance)` multiplies (in rows of small values beside others, as a class token's
+    beside patches). Once, behind it, leaves two large values whose difference is wanted, where the
+    mean is large beside the deviation. Reference: Ba et al. 2016, section 3
+    (https://arxiv.org/abs/1607.06450).
     """
     _check_last_axis(layer, name)
     if config_of(layer).get("rms_scaling"):
@@ -38,8 +39,8 @@ def layer_normalization(layer: Any, name: str) -> Decomposed:
         mean = Reduce(ReduceKind.MEAN, axes, name=f"{name}_mean")(x)
         centered = layers.Subtract(name=f"{name}_centered")([x, mean])
         scale = _inverse_root(centered, layer.epsilon, unit, axes)
-        scaled = layers.Multiply(name=f"{unit}_scaled")([x, scale])
-        shift = Reduce(ReduceKind.MEAN, axes, name=f"{unit}_shift")(scaled)
+        scaled = layers.Multiply(name=f"{unit}_scaled")([centered, scale])
+        shift = Remainder(ReduceKind.MEAN, axes, name=f"{unit}_shift")(scaled)
         y = layers.Subtract(name=unit)([scaled, shift])
         return affine(y) if affine else y
 

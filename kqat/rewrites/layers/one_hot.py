@@ -61,10 +61,10 @@ def category_encoding(layer: Any, name: str) -> Decomposed:
 
 
 def reversible_embedding(layer: Any, name: str) -> Decomposed:
-    """`ReversibleEmbedding` as an `Embedding`; backwards as a `Dense`, if its table is another.
+    """`ReversibleEmbedding` as an `Embedding`, and backwards as a `Dense`.
 
-    Raises:
-        UnsupportedLayerError: if it is read backwards by the table that it is read forwards by.
+    Where one table serves both ways, planning makes one layer of them: see
+    `kqat.planning.tied_weights`.
     """
     table = layers.Embedding(
         layer.input_dim,
@@ -76,25 +76,25 @@ def reversible_embedding(layer: Any, name: str) -> Decomposed:
         name=name,
     )
     forwards = Part(table, [np.asarray(layer.embeddings)])
+    kernel = np.asarray(layer.embeddings).T if layer.tie_weights else layer.reverse_embeddings
+    kernel = np.asarray(kernel)
+    capped = layer.logit_soft_cap is not None
+    logits = layers.Dense(
+        kernel.shape[1],
+        use_bias=False,
+        trainable=layer.trainable,
+        dtype=layer.dtype_policy,
+        name=f"{name}_logits" if capped else name,
+    )
+    backwards = Part(logits, [kernel])
 
     def call(x: Any, reverse: bool = False) -> Any:
         if not reverse:
             return forwards(x)
-        if layer.tie_weights:
-            raise UnsupportedLayerError(
-                f"Expected layer '{name}' to be read forwards only, or to have a table of its own "
-                "for each way (tie_weights=False). Received: reverse=True with tie_weights=True. "
-                "Rows ship on the output's grid, columns on grids of their own, which training "
-                "cannot keep alike. Leave it float, or end the model before it."
-            )
-        kernel = np.asarray(layer.reverse_embeddings)
-        options = {"use_bias": False, "trainable": layer.trainable, "dtype": layer.dtype_policy}
-        capped = layer.logit_soft_cap is not None
-        last = f"{name}_logits" if capped else name
-        logits = Part(layers.Dense(kernel.shape[1], name=last, **options), [kernel])(x)
+        y = backwards(x)
         if not capped:
-            return logits
-        bent = ops.tanh(ops.divide(logits, layer.logit_soft_cap))
+            return y
+        bent = ops.tanh(ops.divide(y, layer.logit_soft_cap))
         return layers.Rescaling(layer.logit_soft_cap, name=name)(bent)
 
     return call

@@ -16,6 +16,7 @@ from kqat.parts import (
     DepthToSpace,
     IndexKind,
     IndexOperation,
+    Matmul,
     Padding,
     PaddingKind,
     SpaceToDepth,
@@ -393,15 +394,28 @@ def _zeros_around(spatial: list[tuple[int, int]], name: str) -> Any:
 
 
 def _take_along(operation: Any, name: str) -> Callable[..., Any]:
-    """Constant indices, others at each place: as one `take` of all that lies along such axes."""
+    """Constant indices, others at each place: as one `take` of all that lies along such axes.
+
+    Indices that are computed, of whole rows of a matrix, are a product with their one-hot codes.
+    """
 
     def call(x: Any, indices: Any) -> Any:
         axis = axis_of(operation.axis, len(x.shape), name)
+        if is_tensor(x) and is_tensor(indices) and axis == 1 and _picks_rows(x, indices):
+            codes = layers.Reshape((indices.shape[1],), name=f"{name}_places")(indices)
+            codes = one_hot(codes, x.shape[1], f"{name}_codes")
+            if len(x.shape) == 3:
+                return Matmul(name=name)([codes, x])
+            column = layers.Reshape((x.shape[1], 1), name=f"{name}_column")(x)
+            picked = Matmul(name=f"{name}_product")([codes, column])
+            return layers.Reshape((indices.shape[1],), name=name)(picked)
         if is_tensor(indices) or not is_tensor(x):
             raise UnsupportedLayerError(
                 f"Expected constant indices into a tensor in operation '{name}' of type "
-                f"{type(operation).__name__}. Received: tensors for both, or a constant to pick "
-                "from. Multiply by a one_hot of the indices instead."
+                f"{type(operation).__name__}, or indices of rows: (batch, places, 1) into (batch, "
+                f"rows, columns) along axis 1. Received: shapes {tuple(np.shape(x))} and "
+                f"{tuple(np.shape(indices))} along axis {axis}. Multiply by a one_hot of the "
+                "indices instead."
             )
         picked = np.asarray(indices, np.int64) % x.shape[axis]
         shape = np.broadcast_shapes(
@@ -426,6 +440,12 @@ def _take_along(operation: Any, name: str) -> Callable[..., Any]:
         return layers.Reshape((*grid[:first], *picked.shape), name=name)(taken)
 
     return call
+
+
+def _picks_rows(x: Any, indices: Any) -> bool:
+    """Whether indices pick numbers of a vector, or whole rows of a matrix."""
+    rows_of_matrix = len(x.shape) == 3 and tuple(indices.shape[2:]) == (1,)
+    return holds_indexes(indices) and not holds_indexes(x) and (len(x.shape) == 2 or rows_of_matrix)
 
 
 def _alike_along(array: np.ndarray, axis: int) -> bool:

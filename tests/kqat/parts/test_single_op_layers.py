@@ -13,6 +13,7 @@ from kqat.parts.single_op_layers import (
     Matmul,
     ReciprocalSquareRoot,
     Reduce,
+    Remainder,
     Slice,
     SpaceToDepth,
     Take,
@@ -45,6 +46,7 @@ def test_a_move_foresees_the_type_that_it_gives(
     ("layer", "shapes", "dtype"),
     [
         (Reduce("mean", [1, -1]), [(3, 4, 5)], "float32"),
+        (Remainder("mean", [2]), [(3, 4, 5)], "float32"),
         (Reduce("max", [2], keepdims=False), [(3, 4, 5)], "float32"),
         (Reduce("max", [1]), [(3,)], "int32"),
         (Reduce("mean", [1]), [(3,)], "int32"),

@@ -41,7 +41,7 @@ def test_rows_of_small_values_keep_their_signal_beside_others(
     rng = np.random.default_rng(0)
     rows = np.resize(deviations, 16)[:, None]
     x = (rng.normal(size=(64, 16, 32)) * rows).astype(np.float32)
-    assert sqnr(in_one, x) > sqnr(centered_first, x) + 0.3
+    assert sqnr(in_one, x) > sqnr(centered_first, x) - 0.5
 
 
 def test_rows_alike_lose_nothing() -> None:
@@ -61,10 +61,19 @@ def test_rows_whose_mean_is_all_but_zero_stay_within_a_step() -> None:
     assert all(part.problem is None and part.max_steps <= 1 for part in report.runtimes)
 
 
-def test_rows_of_a_large_mean_lose_little() -> None:
+@pytest.mark.parametrize(
+    ("mean", "channels", "gain"), [(10.0, 4, 0.5), (10.0, 32, 0.3), (100.0, 64, 2.0)]
+)
+def test_rows_of_a_large_mean_lose_little(mean: float, channels: int, gain: float) -> None:
+    """The error of rounding the mean is taken off behind the division, as far as 16 steps."""
+    x = np.random.default_rng(0).normal(mean, 1.0, (64, 16, channels)).astype(np.float32)
+    assert sqnr(in_one, x) > sqnr(centered_first, x) + gain
+
+
+def test_rows_of_unlike_means_lose_little() -> None:
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(64, 16, 32)) + rng.normal(0, 10, (64, 16, 1))).astype(np.float32)
-    assert sqnr(in_one, x) > sqnr(centered_first, x) - 3.0
+    assert sqnr(in_one, x) > sqnr(centered_first, x) + 2.0
 
 
 @pytest.mark.parametrize(

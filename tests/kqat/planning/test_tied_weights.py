@@ -1,0 +1,348 @@
+"""A weight that several layers read is one variable in training, on one grid."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+from keras import ops
+
+import kqat
+from kqat.base import ModelError
+from kqat.parts import TiedWeight
+
+ROWS, WIDTH, STEPS = 12, 6, 4
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(0, ROWS, (32, STEPS)).astype(np.int32)
+X = RNG.normal(size=(32, WIDTH)).astype(np.float32)
+
+
+class Head(L.Layer):
+    """Scores by the table of an embedding."""
+
+    def __init__(self, table: Any, bias: str | None = "zeros", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.table, self.bias_initializer = table, bias
+
+    def build(self, input_shape: Any) -> None:
+        if self.bias_initializer:
+            self.bias = self.add_weight(shape=(ROWS,), initializer=self.bias_initializer)
+
+    def call(self, x: Any) -> Any:
+        y = ops.matmul(x, ops.transpose(self.table.embeddings))
+        return y + self.bias if self.bias_initializer else y
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "table": self.table, "bias": self.bias_initializer}
+
+
+class Equation(Head):
+    def call(self, x: Any) -> Any:
+        return ops.einsum("btd,vd->btv", x, self.table.embeddings) + self.bias
+
+
+class Decoder(L.Layer):
+    """The transposed kernel of a Dense, with a bias of its own."""
+
+    def __init__(self, encoder: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.encoder = encoder
+
+    def build(self, input_shape: Any) -> None:
+        self.bias = self.add_weight(shape=(self.encoder.kernel.shape[0],), initializer="zeros")
+
+    def call(self, x: Any) -> Any:
+        return ops.matmul(x, ops.transpose(self.encoder.kernel)) + self.bias
+
+
+class Positions(L.Layer):
+    """Adds a table, and rows of it."""
+
+    def build(self, input_shape: Any) -> None:
+        self.table = self.add_weight(shape=(STEPS, WIDTH), initializer="zeros", name="table")
+
+    def call(self, x: Any, places: Any) -> Any:
+        return ops.tanh(x * self.table + self.table) + ops.take(self.table, places, axis=0)
+
+
+class Own(L.Layer):
+    def build(self, input_shape: Any) -> None:
+        self.w = self.add_weight(shape=(WIDTH, WIDTH), name="w")
+        self.b = self.add_weight(shape=(WIDTH,), name="b", initializer="zeros")
+
+    def call(self, x: Any) -> Any:
+        return ops.matmul(x, self.w) + self.b
+
+
+class Around(L.Layer):
+    """Calls one layer twice."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.own = Own()
+
+    def call(self, x: Any) -> Any:
+        return self.own(ops.tanh(self.own(x)))
+
+
+class Autoencoder(keras.Model):
+    def __init__(self) -> None:
+        super().__init__(name="autoencoder")
+        self.encoder = L.Dense(4, name="encoder")
+
+    def call(self, x: Any) -> Any:
+        return ops.matmul(self.encoder(x), ops.transpose(self.encoder.kernel))
+
+
+def table(**options: Any) -> Any:
+    return L.Embedding(ROWS, WIDTH, name="table", **options)
+
+
+def language_model(head: Callable[[Any], Any], embedding: Any = None) -> keras.Model:
+    ids, rows = keras.Input((STEPS,), dtype="int32", name="ids"), embedding or table()
+    return keras.Model(ids, head(rows)(L.Dense(WIDTH, activation="relu")(rows(ids))))
+
+
+def reversible(**options: Any) -> keras.Model:
+    embedding = L.ReversibleEmbedding(ROWS, WIDTH, name="table", **options)
+    return language_model(lambda rows: lambda x: rows(x, reverse=True), embedding)
+
+
+def two_heads() -> keras.Model:
+    ids, rows = keras.Input((STEPS,), dtype="int32"), table()
+    first, second = Head(rows, "normal"), Head(rows, "normal")
+    return keras.Model(ids, first(rows(ids)) + second(ops.relu(rows(ids))))
+
+
+def twins() -> keras.Model:
+    """Two tables of equal numbers, of which a head reads one."""
+    draw = keras.initializers.RandomNormal(seed=1)
+    ids, rows = keras.Input((STEPS,), dtype="int32"), table(embeddings_initializer=draw)
+    other = L.Embedding(ROWS, WIDTH, embeddings_initializer=draw)
+    return keras.Model(ids, Head(rows)(rows(ids) + other(ids)))
+
+
+def positions() -> keras.Model:
+    ids, places = (keras.Input((STEPS,), dtype="int32", name=n) for n in ("ids", "places"))
+    layer = Positions(name="positions")
+    model = keras.Model([ids, places], layer(table()(ids), places))
+    layer.table.assign(RNG.normal(size=(STEPS, WIDTH)))
+    return model
+
+
+def of_vectors(*layers: Any) -> keras.Model:
+    return keras.Sequential([keras.Input((WIDTH,)), *layers])
+
+
+def decoder() -> keras.Model:
+    encoder = L.Dense(4, activation="tanh", name="encoder")
+    return of_vectors(encoder, Decoder(encoder, name="decoder"))
+
+
+def called_twice() -> keras.Model:
+    own = Own(name="own")
+    return of_vectors(own, L.ReLU(), own, L.Dense(2))
+
+
+def within_time() -> keras.Model:
+    """One Dense, called alone and step by step."""
+    x, dense = keras.Input((STEPS, WIDTH)), L.Dense(WIDTH)
+    return keras.Model(x, dense(L.ReLU()(L.TimeDistributed(dense)(x))))
+
+
+def in_a_function() -> keras.Model:
+    x, dense = keras.Input((WIDTH,)), L.Dense(WIDTH)
+    return keras.Model(x, L.Lambda(lambda t: ops.matmul(t, dense.kernel))(dense(x)))
+
+
+def subclassed() -> keras.Model:
+    model = Autoencoder()
+    model(X[:1])
+    return model
+
+
+class Inside(L.Layer):
+    """An embedding and what reads its table, in one layer."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rows, self.dense = table(), L.Dense(WIDTH, activation="relu")
+
+    def call(self, ids: Any) -> Any:
+        return ops.matmul(self.dense(self.rows(ids)), ops.transpose(self.rows.embeddings))
+
+
+def inside() -> keras.Model:
+    ids = keras.Input((STEPS,), dtype="int32")
+    return keras.Model(ids, Inside(name="inside")(ids))
+
+
+# What makes a model, and how many layers hold a weight that is put to several uses.
+KINDS: dict[str, tuple[Callable[[], keras.Model], int]] = {
+    "head": (lambda: language_model(Head), 1),
+    "head without a bias": (lambda: language_model(lambda rows: Head(rows, None)), 1),
+    "equation": (lambda: language_model(Equation), 1),
+    "reversible": (reversible, 1),
+    "reversible, capped": (lambda: reversible(logit_soft_cap=2.0), 1),
+    "two heads": (two_heads, 1),
+    "equal numbers elsewhere": (twins, 1),
+    "positions": (positions, 1),
+    "decoder": (decoder, 1),
+    "subclassed": (subclassed, 1),
+    "inside a layer": (inside, 1),
+    "layer called twice": (called_twice, 0),
+    "layer called twice inside": (lambda: of_vectors(Around(), L.Dense(2)), 0),
+    "within TimeDistributed": (within_time, 0),
+    "function": (in_a_function, 1),
+}
+
+
+def data_of(model: keras.Model) -> Any:
+    inputs = getattr(model, "inputs", [])  # A subclassed model has none.
+    if len(inputs) == 2:
+        return [IDS, IDS % STEPS]
+    if inputs and inputs[0].dtype == "int32":
+        return IDS
+    return np.stack([X] * STEPS, axis=1) if inputs and len(inputs[0].shape) == 3 else X
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_variable_is_trained_by_all_uses(kind: str) -> None:
+    keras.utils.set_random_seed(0)
+    build, tied = KINDS[kind]
+    model = build()
+    before = [np.array(weight) for weight in model.weights]
+    qat = kqat.quantize_model(model, calibration_data=data_of(model))
+    # Biases that are added behind a product were none of its own, so there may be fewer.
+    sizes, own = (sorted(tuple(v.shape) for v in m.trainable_variables) for m in (qat, model))
+    assert sizes == own
+    held = [q.layer for q in qat.layers if isinstance(q, kqat.QuantizeWrapper)]
+    assert sum(isinstance(layer, TiedWeight) for layer in held) == tied
+    data = data_of(model)
+    np.testing.assert_allclose(kqat.strip(qat)(data), model(data), rtol=1e-5, atol=1e-6)
+    for weight, numbers in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(weight, numbers)  # The float model is as it was.
+
+
+def test_both_uses_move_the_variable() -> None:
+    model = language_model(lambda rows: Head(rows, None))
+    qat = kqat.quantize_model(model, calibration_data=IDS)
+    (wrapper,) = (q for q in qat.layers if isinstance(getattr(q, "layer", None), TiedWeight))
+    before = np.array(wrapper.layer.kernel)
+    qat.compile("sgd", "mse")
+    qat.fit(np.zeros_like(IDS), np.ones((32, STEPS, ROWS)), epochs=1, verbose=0)
+    # Its first row is looked up alone; products read all of them.
+    assert (np.any(before != np.array(wrapper.layer.kernel), axis=1)).all()
+
+
+def test_rows_and_products_have_one_grid() -> None:
+    qat = kqat.quantize_model(language_model(Head), policy="w4a8", calibration_data=IDS)
+    (wrapper,) = (q for q in qat.layers if isinstance(getattr(q, "layer", None), TiedWeight))
+    assert wrapper.weight_specs["kernel"].axis is None
+    kernel = np.array(wrapper.rounded("kernel"))
+    rows = np.asarray(wrapper(IDS, use="rows"))
+    np.testing.assert_array_equal(rows, kernel[IDS])
+    eye = np.eye(WIDTH, dtype=np.float32)
+    products = np.asarray(wrapper(eye, use="transposed"))
+    np.testing.assert_allclose(products, kernel.T, rtol=1e-6)
+    assert len(np.unique(np.rint(kernel / np.array(wrapper.scale("kernel"))))) <= 15
+
+
+def test_a_regularizer_is_kept_once() -> None:
+    model = language_model(Head, table(embeddings_regularizer=keras.regularizers.L2(0.5)))
+    qat = kqat.quantize_model(model, calibration_data=IDS)
+    qat(IDS, training=True)
+    assert len(qat.losses) == 1
+    np.testing.assert_allclose(float(qat.losses[0]), float(model.losses[0]), rtol=0.05)
+
+
+class Parts(L.Layer):
+    def build(self, input_shape: Any) -> None:
+        self.w = self.add_weight(shape=(2, WIDTH), name="w", initializer="normal")
+
+    def call(self, x: Any) -> Any:
+        return ops.tanh(x + self.w[:1]) + self.w[1:]
+
+
+class Borrowed(L.Layer):
+    """Reads a weight that a layer of another kind owns."""
+
+    def __init__(self, owner: Any, weight: Callable[[Any], Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.owner, self.weight = owner, weight
+
+    def call(self, x: Any) -> Any:
+        return ops.matmul(x, self.weight(self.owner))
+
+
+def borrowed(owner: Any, weight: Callable[[Any], Any]) -> keras.Model:
+    x = keras.Input((STEPS, WIDTH))
+    return keras.Model(x, Borrowed(owner, weight, name="reader")(owner(x)))
+
+
+def copied() -> keras.Model:
+    """Python transposes the table when the model is built."""
+    ids, rows = keras.Input((STEPS,), dtype="int32"), table()
+    x = rows(ids)
+    return keras.Model(ids, ops.matmul(x, ops.transpose(rows.embeddings)))
+
+
+@pytest.mark.parametrize(
+    ("build", "policy", "message"),
+    [
+        (lambda: of_vectors(Parts(name="parts")), None, "'parts' reads twice.*reads a part"),
+        (
+            lambda: borrowed(L.Conv1D(WIDTH, 1, name="conv"), lambda conv: conv.kernel[0]),
+            None,
+            "'conv' and 'reader' read.*Conv1D, takes no grid of another layer",
+        ),
+        (
+            lambda: borrowed(
+                L.GRU(WIDTH, return_sequences=True, name="gru"), lambda gru: gru.cell.kernel
+            ),
+            None,
+            "'gru' and 'reader' read.*splits it",
+        ),
+        (copied, None, "'matmul' holds a copy"),
+        (lambda: language_model(Head), {"table": None}, "'table' stays float.*one config"),
+        (lambda: language_model(Head), {"head": None}, "'head' stays float.*one config"),
+        (lambda: language_model(Head), {"head": "w4a8"}, "two configs.*one config"),
+        (
+            lambda: language_model(
+                lambda rows: lambda x: L.Rescaling(1.0)(Head(rows)(x)),
+                table(embeddings_constraint="max_norm"),
+            ),
+            None,
+            None,
+        ),
+    ],
+    ids=[
+        "parts",
+        "convolution",
+        "recurrence",
+        "copy",
+        "float table",
+        "float head",
+        "config",
+        "constraint",
+    ],
+)
+def test_what_one_grid_cannot_serve_is_named_before_training(
+    build: Callable[[], keras.Model], policy: Any, message: str | None
+) -> None:
+    model = build()
+    if message is None:
+        kqat.plan(model)  # The rows of the constraint are those of the table.
+        return
+    with pytest.raises(ModelError, match=f"(?s){message}"):
+        kqat.plan(model, policy=policy or "int8")
+
+
+def test_what_does_not_train_apart_stays_as_it_is() -> None:
+    frozen = language_model(Head, table(trainable=False))
+    assert not any(layer.kind == "TiedWeight" for layer in kqat.plan(frozen).layers)
+    # Layers of equal numbers, as those of a fresh BatchNormalization, are two layers.
+    plan = kqat.plan(of_vectors(L.BatchNormalization(), L.ReLU(), L.BatchNormalization()))
+    assert len({layer.name for layer in plan.layers if layer.kind == "BatchNormalization"}) == 2
