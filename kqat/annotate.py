@@ -71,6 +71,20 @@ class QuantizeAnnotate(keras.layers.Wrapper):
         return cls(layer, wish, **config)
 
 
+def _check_scheme(scheme: Any) -> None:
+    kind = type(scheme).__name__
+    per_tensor = getattr(scheme, "__dict__", {}).get("_disable_per_axis", False)
+    if scheme is None or (kind == "Default8BitQuantizeScheme" and not per_tensor):
+        return
+    asked = f"{kind}(disable_per_axis=True)" if per_tensor else repr(scheme)
+    raise PolicyError(
+        "Expected scheme=None or tfmot's Default8BitQuantizeScheme(), which is what annotated "
+        f"layers get. Received: {asked}. Say in quantize_annotate_layer(layer, config=…) what a "
+        "layer is to have, a preset such as 'w4a8' or a kqat.QuantizeConfig: weights per tensor "
+        "are QuantizeConfig(weights=QuantSpec(symmetric=True, narrow_range=True))."
+    )
+
+
 def _takes(layer: Any, argument: str) -> bool:
     """Whether the layer's call has an argument of this name."""
     return argument in inspect.signature(layer.call).parameters
@@ -107,19 +121,25 @@ def quantize_annotate_layer(
     return QuantizeAnnotate(layer, config)
 
 
-def quantize_apply(model: keras.Model, *, calibration_data: Any = None) -> keras.Model:
+def quantize_apply(
+    model: keras.Model, scheme: Any = None, *, calibration_data: Any = None
+) -> keras.Model:
     """A QAT copy of `model` in which the annotated layers are quantized and the rest is float.
 
     Args:
         model: a built model, some of whose layers went through `quantize_annotate_layer`.
+        scheme: `None`, or tfmot's `Default8BitQuantizeScheme`, which asks for what annotated layers
+            get by default: 8 bits, weights per channel.
         calibration_data: as for `kqat.quantize_model`.
 
     Raises:
+        PolicyError: if `scheme` is anything else.
         ModelError: if no layer is annotated; other errors are those of `kqat.quantize_model`.
 
     Warns:
         kqat.PolicyWarning: of the layers that stay float, if any do.
     """
+    _check_scheme(scheme)
     graph = trace(model)
     copies: dict[int, Any] = {}
     taken: set[str] = set()

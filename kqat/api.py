@@ -23,14 +23,7 @@ from kqat.graph import (
     with_input_shapes,
 )
 from kqat.grids import CalibrationMethod
-from kqat.planning import (
-    Plan,
-    check_computes,
-    make_plan,
-    misfits,
-    with_replacements,
-    with_values_of_weights,
-)
+from kqat.planning import Plan, check_computes, make_plan, misfits, with_replacements
 from kqat.tfmot import translate_policy
 from kqat.training import (
     DEFAULT_METHOD,
@@ -277,7 +270,6 @@ def _checked_graph(model: Any) -> Graph:
             f"Expected a float model. Received: '{model.name}', which is quantized already. Train "
             "it on with fit, or start from the float model."
         )
-    graph = with_values_of_weights(graph)
     check_computes(graph, model)
     return graph
 

@@ -20,6 +20,7 @@ from kqat.devices.kernels import (
     TABLE_OPS,
     FixedScale,
     most_axes,
+    moves_integers,
     ops_at,
     runtimes_with,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "misfit",
     "misfit_lines",
     "most_axes",
+    "moves_integers",
     "ops_at",
     "runtimes_with",
     "shape_limit",

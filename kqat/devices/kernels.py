@@ -140,6 +140,16 @@ def most_axes(op: str, runtime: str) -> float:
     return MOST_AXES.get(op, (math.inf, math.inf))[runtime not in LITERT]
 
 
+# Operators whose kernel of TFLite Micro takes quantities alone: what they move there is no integer
+# without a scale, and no truth value (each says so where the file is loaded).
+OF_QUANTITIES = frozenset(("GATHER", "TRANSPOSE"))
+
+
+def moves_integers(op: str, runtime: str) -> bool:
+    """Whether the operator's kernel takes integers without a scale, and truth values."""
+    return runtime in LITERT or op not in OF_QUANTITIES
+
+
 # (Operator, bits) -> the steps by which its kernel may be off, if more than one. These kernels
 # interpolate in tables of 513 entries, and SOFTMAX also rounds differences of its inputs to
 # 10/65535. TANH and LOGISTIC are off by 3 and 2 steps of 1/32768 on some grids (the test of

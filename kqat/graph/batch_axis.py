@@ -371,7 +371,24 @@ def _concatenate(mover: BatchFirst, call: Any) -> Made:
     given = mover.flat(call)
     values, place = mover.aligned(call, given)
     axis = mover.axis(call, call.operation.axis, place, len(given[0].shape))
-    return [(ops.concatenate(values, axis), place)]
+    return [(ops.concatenate(_of_one_size(values, axis), axis), place)]
+
+
+def _of_one_size(values: Sequence[Any], axis: int | None = None) -> list[Any]:
+    """Values to be joined, of which weights have the sizes of the others, save along `axis`."""
+    like = next(v for v in values if isinstance(v, keras.KerasTensor))
+    if axis is not None:
+        like = ops.take(like, np.array([0]), axis=axis)
+
+    def whole(value: Any) -> Any:
+        sizes = [size for i, size in enumerate(value.shape) if i != axis]
+        if isinstance(value, keras.KerasTensor) or sizes == [
+            size for i, size in enumerate(like.shape) if i != axis
+        ]:
+            return value
+        return ops.add(ops.subtract(like, like), value)
+
+    return [whole(value) for value in values]
 
 
 def _unstack(mover: BatchFirst, call: Any) -> Made:
@@ -386,7 +403,7 @@ def _stack(mover: BatchFirst, call: Any) -> Made:
     rank = len(call.outputs[0].shape)
     axis = call.operation.axis % rank
     new = dataclasses.replace(place, axis=place.axis + (axis <= place.axis))
-    return [(ops.stack(values, new.axes(rank)[axis][0]), new)]
+    return [(ops.stack(_of_one_size(values), new.axes(rank)[axis][0]), new)]
 
 
 def _get_item(mover: BatchFirst, call: Any) -> Made:

@@ -3,7 +3,6 @@
 from kqat.planning.expansion import check_computes
 from kqat.planning.plan import Group, LayerPlan, Plan, Role, Rounding
 from kqat.planning.planner import make_plan
-from kqat.planning.shared_weights import with_values_of_weights
 from kqat.planning.target_fit import activation_of, misfits, replacements, with_replacements
 
 __all__ = [
@@ -18,5 +17,4 @@ __all__ = [
     "misfits",
     "replacements",
     "with_replacements",
-    "with_values_of_weights",
 ]

@@ -40,7 +40,6 @@ from kqat.graph import (
     with_masks,
 )
 from kqat.parts import Elementwise, Learned, Matmul, Select, TensorFlowFunction, is_elementwise
-from kqat.planning.shared_weights import with_values_of_weights
 from kqat.registry import as_layers, is_custom, rule_for
 from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight
 
@@ -376,7 +375,6 @@ def _opened_layer(
                 f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
                 f"describe it with kqat.register_layer. {error}"
             ) from error
-        graph = with_values_of_weights(graph)
         if reads is not None:
             reads.note_opened(graph, layer, origin)
         batched = [ref.shape[:1] == (None,) for ref in node.outputs]

@@ -20,6 +20,7 @@ from kqat.devices import (
     edge_tpu_shapes,
     misfit,
     most_axes,
+    moves_integers,
     ops_at,
 )
 from kqat.graph import Graph, Node, activation_name, duplicate, rebuild
@@ -51,6 +52,7 @@ def misfits(graph: Graph, plan: Plan, target: Target) -> tuple[Misfit, ...]:
             slow.append(misfit(origin, ops, function, replacements(function, bits), target, bits))
     more = [m for part in parts for m in _unpacked(part, target)]
     more += _with_too_many_axes(plan, target)
+    more += _moving_integers(plan, target)
     if target.name == "edge_tpu":
         more += _limited(plan)
     return (*slow, *dict.fromkeys(more))
@@ -137,6 +139,26 @@ def _with_too_many_axes(plan: Plan, target: Target) -> Iterator[Misfit]:
             )
     for step in plan.steps.values():
         yield from _with_too_many_axes(step, target)
+
+
+def _moving_integers(plan: Plan, target: Target) -> Iterator[Misfit]:
+    """What to say about indexes and truth values that a kernel does not move."""
+    nodes = {node.name: node for node in plan.graph.nodes}
+    for part in plan.layers:
+        node = nodes.get(part.name)
+        if node is None or part.role is Role.FLOAT or not node.outputs[0].holds_indexes:
+            continue
+        beyond = tuple(op for op in part.ops if not moves_integers(op, target.runtime))
+        if beyond and all(ref.holds_indexes for ref in node.inputs):
+            yield Misfit(
+                layer=part.origin,
+                operators=beyond,
+                blocking=True,
+                reason=f"does not move {node.outputs[0].dtype} there, indexes or truth values",
+                replacement=None,
+                remedy="move what is looked up or computed of them, use slices and concatenate, or "
+                "compute them before the model",
+            )
 
 
 def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:

@@ -200,3 +200,29 @@ def test_annotations_are_not_passed_over(call: Any) -> None:
 def test_a_class_of_configs_is_no_config() -> None:
     with pytest.raises(kqat.PolicyError, match=r"the class QuantizeConfig.*QuantizeConfig\(\)"):
         kqat.quantize_annotate_layer(layers.Dense(3), kqat.QuantizeConfig)
+
+
+class Default8BitQuantizeScheme:
+    """Stands for tfmot's class of that name."""
+
+    def __init__(self, disable_per_axis: bool = False) -> None:
+        vars(self)["_disable_per_axis"] = disable_per_axis
+
+
+def test_the_default_scheme_of_tfmot_is_taken() -> None:
+    qat = quantize_apply(annotated(), Default8BitQuantizeScheme(), calibration_data=IMAGES)
+    assert any(isinstance(layer, QuantizeWrapper) for layer in qat.layers)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (Default8BitQuantizeScheme(True), r"Received: .*\(disable_per_axis=True\)"),
+        ("int8", "Received: 'int8'"),
+        ({"bits": 4}, "Received: {'bits': 4}"),
+    ],
+)
+def test_other_schemes_are_refused(scheme: Any, message: str) -> None:
+    """They got Python's own TypeError, as there was no such argument."""
+    with pytest.raises(PolicyError, match=message):
+        quantize_apply(annotated(), scheme=scheme)

@@ -11,6 +11,8 @@ from keras import ops
 
 import kqat
 import tflite_export
+from kqat.graph import trace
+from kqat.parts import TiedWeight
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer.tree import ModelT
 
@@ -134,6 +136,7 @@ def test_a_table_read_both_ways_is_one_tensor(language_model: Trained) -> None:
     qat, blob, _, ratio = language_model
     model = flatbuffer.read(blob)
     (rows,) = read_by(model, "GATHER", 0)
+    assert not read_by(model, "QUANTIZE", 0)  # Rows are read as they are.
     assert rows == read_by(model, "FULLY_CONNECTED", 1)[-1]
     tensor = model.subgraphs[0].tensors[rows]
     assert flatbuffer.tensor_name(tensor).endswith("/kernel")
@@ -145,6 +148,27 @@ def test_a_table_read_both_ways_is_one_tensor(language_model: Trained) -> None:
     integers = np.rint(np.array(wrapper.on_grid("kernel")) / np.array(wrapper.scale("kernel")))
     np.testing.assert_array_equal(table, integers)
     assert ratio > 25.0
+
+
+def test_biases_train_on_their_grids(language_model: Trained) -> None:
+    qat, blob, _, _ = language_model
+    (call,) = (node for node in trace(qat).nodes if "bias" in node.kwargs)
+    wrapper = call.layer
+    (shipped,) = wrapper.tied_biases_on_grid()
+    model = flatbuffer.read(blob)
+    tensor = model.subgraphs[0].tensors[read_by(model, "FULLY_CONNECTED", 2)[-1]]
+    integers = flatbuffer.tensor_data(model, tensor)
+    assert integers is not None
+    np.testing.assert_allclose(shipped, integers * tensor.quantization.scale, rtol=1e-6)
+    trained_bias = np.asarray(wrapper.layer.bias_list[0])
+    assert not np.array_equal(shipped, trained_bias)
+    zeros = np.zeros((1, STEPS, WIDTH), np.float32)
+    np.testing.assert_array_equal(wrapper(zeros, **call.kwargs)[0, 0], shipped)
+    (frozen,) = (q for q in kqat.freeze(qat).model.layers if isinstance(q, TiedWeight))
+    np.testing.assert_array_equal(frozen.bias_list[0], shipped)
+    # A layer that reads rows knows the grid that they are on.
+    (dense,) = (q for q in qat.layers if isinstance(getattr(q, "layer", None), L.Dense))
+    assert dense.bias_on_grid() is not None
 
 
 def test_what_trains_ships(language_model: Trained) -> None:

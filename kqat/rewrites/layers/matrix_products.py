@@ -170,10 +170,10 @@ def _with_value(letters: tuple[str, str, str], x: Any, constant: Any, name: str)
 
 
 def with_weight(x: Any, weight: Any, name: str, *, weight_first: bool) -> Any:
-    """`matmul` of a tensor and a weight, which broadcasts against the tensor's leading axes.
+    """`matmul` of a tensor and a weight, whose leading axes broadcast against each other.
 
     Raises:
-        UnsupportedLayerError: if the tensor would be broadcast, or the weight has the batch's size.
+        UnsupportedLayerError: if they do not, or the weight has more axes or the batch's size.
     """
     letters = _LETTERS[: len(x.shape)]
     lead, outer, inner = letters[:-2], letters[-2], letters[-1]
@@ -181,16 +181,26 @@ def with_weight(x: Any, weight: Any, name: str, *, weight_first: bool) -> Any:
         outer, inner = inner, outer
     theirs = lead[len(lead) - (len(weight.shape) - 2) :] if len(weight.shape) > 2 else ""
     sizes = dict(zip(letters, x.shape, strict=True))
-    wrong = [c for c, n in zip(theirs, weight.shape, strict=False) if n not in (sizes[c] or 1,)]
+    # Axes of one that the weight repeats: they become axes of the weight alone.
+    alone = [c for c, n in zip(theirs, weight.shape, strict=False) if n != 1 and sizes[c] == 1]
+    wrong = [
+        c
+        for c, n in zip(theirs, weight.shape, strict=False)
+        if c not in alone and n not in (sizes[c] or 1,)
+    ]
     if len(weight.shape) > len(x.shape) or wrong:
         raise UnsupportedLayerError(
             f"Expected a weight whose leading axes are those of the tensor in operation '{name}'. "
             f"Received: a weight of shape {tuple(weight.shape)} and a tensor of shape "
             f"{tuple(x.shape)}. Reshape so that they are equal."
         )
+    if alone:
+        shape = [n for c, n in zip(letters[1:], x.shape[1:], strict=True) if c not in alone]
+        x = layers.Reshape(tuple(shape), name=f"{name}_without_ones")(x)
     mine = f"{theirs}z{inner}" if weight_first else f"{theirs}{inner}z"
     made = f"{lead}z{outer}" if weight_first else f"{lead}{outer}z"
-    return einsum(f"{letters},{mine}->{made}", x, weight, name)
+    given = "".join(c for c in letters if c not in alone)
+    return einsum(f"{given},{mine}->{made}", x, weight, name)
 
 
 def _no_product(subscripts: str, name: str) -> UnsupportedLayerError:

@@ -82,9 +82,20 @@ def equation_beside_a_weight(own: Any, x: Any) -> Any:
     return ops.reshape(y, (-1, 2, 6, 8))
 
 
+def tokens_of_windows(own: Any, x: Any) -> Any:
+    """A weight that is joined to each window and stacked beside it, without and with a batch."""
+    y = ops.reshape(x, (-1, 3, 8))
+    token = ops.tile(own.bias[None, None], (ops.shape(y)[0], 1, 1))
+    y = ops.concatenate([token, y, own.token + 0 * y[:, :1]], axis=1)
+    beside = ops.broadcast_to(own.position[:5, :1], (ops.shape(y)[0], 5, 1))
+    y = ops.concatenate([y, beside], axis=-1)[..., 1:]
+    y = ops.sum(ops.stack([y, ops.broadcast_to(own.matrix[:5], ops.shape(y))], axis=2), axis=2)
+    return ops.reshape(y, (-1, 10, 8))
+
+
 CALLS = (
     queries_in_front, picked_in_front, windows, windows_outside, steps_first, one_by_one,
-    equation_beside_a_weight, summed_over_windows, nearest,
+    equation_beside_a_weight, summed_over_windows, nearest, tokens_of_windows,
 )  # fmt: skip
 
 

@@ -66,6 +66,19 @@ def test_it_joins_the_bias(kind: str) -> None:
     assert report.runtimes[0].is_right and not report.runtimes[0].unmatched
 
 
+def test_it_joins_at_all_calls_of_a_layer_or_none() -> None:
+    x, dense, shift = keras.Input((4,)), L.Dense(4, use_bias=False), Shift()
+    both = shift(dense(L.ReLU()(shift(dense(x)))))
+    plan = kqat.plan(keras.Model(x, both))
+    assert not any(layer.kind == "ChannelAffine" for layer in plan.layers)
+    plan = kqat.plan(keras.Model(x, dense(both)))  # One more call, without the sum.
+    assert sum(layer.kind == "ChannelAffine" for layer in plan.layers) == 2
+    first, second = L.Dense(4), L.Dense(4)
+    sums = [shift(first(x)), shift(second(x)), first(L.ReLU()(x)), second(L.ReLU()(x))]
+    plan = kqat.plan(keras.Model(x, sums))  # Half the calls of either have it behind them.
+    assert sum(layer.kind == "ChannelAffine" for layer in plan.layers) == 2
+
+
 @pytest.mark.parametrize(
     ("build", "policy"),
     [

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers as L
+from keras import ops
 
 import kqat
 from kqat.base.errors import TargetError
@@ -220,6 +221,26 @@ def test_values_of_too_many_axes_are_named(call: Any, target: str, operator: str
     found = kqat.plan(model, target=target).misfits
     assert [misfit.operators for misfit in found] == ([(operator,)] if operator else [])
     assert all(misfit.blocking and "5 axes" in misfit.reason for misfit in found)
+
+
+@pytest.mark.parametrize(
+    ("call", "operator"),
+    [
+        (lambda x: ops.flip(x, axis=1), "GATHER"),
+        (lambda x: ops.cast(ops.repeat(x > 1, 2, axis=1), "int32"), "GATHER"),
+        (lambda x: ops.transpose(ops.reshape(x, (-1, 2, 3)), (0, 2, 1)), "TRANSPOSE"),
+        (lambda x: ops.stack([x[:, 3:], x[:, :3]], axis=1), None),
+    ],
+)
+def test_indexes_that_a_kernel_does_not_move_are_named(call: Any, operator: str | None) -> None:
+    """TFLite Micro's kernels of these take quantities alone; the file did not load there."""
+    x = keras.Input((6,), dtype="int32")
+    rows = L.Embedding(8, 4)(call(x))
+    model = keras.Model(x, L.Dense(2)(L.Flatten()(rows)))
+    found = kqat.plan(model, target="tflite_micro").misfits
+    assert [misfit.operators for misfit in found] == ([(operator,)] if operator else [])
+    assert all(misfit.blocking for misfit in found)
+    assert kqat.plan(model, target="litert").misfits == ()
 
 
 def test_the_price_of_packed_convolutions_is_told() -> None:

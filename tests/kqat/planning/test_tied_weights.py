@@ -146,6 +146,21 @@ def called_twice() -> keras.Model:
     return of_vectors(own, L.ReLU(), own, L.Dense(2))
 
 
+class Bent(L.Layer):
+    """A product with what is computed from a weight."""
+
+    def build(self, input_shape: Any) -> None:
+        self.w = self.add_weight(shape=(WIDTH, WIDTH), initializer="normal")
+
+    def call(self, x: Any) -> Any:
+        return ops.matmul(x, ops.tanh(self.w))
+
+
+def computed_twice() -> keras.Model:
+    bent = Bent()
+    return of_vectors(bent, L.ReLU(), bent)
+
+
 def within_time() -> keras.Model:
     """One Dense, called alone and step by step."""
     x, dense = keras.Input((STEPS, WIDTH)), L.Dense(WIDTH)
@@ -193,6 +208,7 @@ KINDS: dict[str, tuple[Callable[[], keras.Model], int]] = {
     "subclassed": (subclassed, 1),
     "inside a layer": (inside, 1),
     "layer called twice": (called_twice, 0),
+    "computed weight, called twice": (computed_twice, 0),
     "layer called twice inside": (lambda: of_vectors(Around(), L.Dense(2)), 0),
     "within TimeDistributed": (within_time, 0),
     "function": (in_a_function, 1),

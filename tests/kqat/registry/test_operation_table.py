@@ -94,6 +94,8 @@ CASES: dict[str, Callable[[Any, Any], Any]] = {
         needs_keras("3.11", "logsumexp over one axis") or ops.logsumexp(x, axis=-1)
     ),
     "Norm": lambda x, y: ops.norm(x, axis=2),
+    "CountNonzero": lambda x, y: [x * 2.0, ops.count_nonzero(x > 0.5, axis=(1, 3))],
+    "DivideNoNan": lambda x, y: ops.divide_no_nan(x, ops.relu(y - 0.5)),
     "Cumsum": lambda x, y: ops.cumsum(x, axis=1),
     "Argmax": lambda x, y: [x * 2.0, ops.argmax(x, axis=2)],
     "Argmin": lambda x, y: [x * 2.0, ops.argmin(x, axis=1, keepdims=True)],

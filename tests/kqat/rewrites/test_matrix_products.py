@@ -9,6 +9,7 @@ from keras import layers, ops
 
 import kqat
 import tflite_export
+from kqat.rewrites.layers import matrix_products
 
 _IMAGES = np.random.default_rng(0).normal(size=(32, 2, 6, 4)).astype(np.float32)
 
@@ -63,7 +64,24 @@ def test_weights_of_any_rank_are_trained(shape: tuple[int, ...], how: Any) -> No
     assert np.any(weight.numpy() != before)
 
 
-def test_a_weight_that_broadcasts_the_tensor_is_named() -> None:
-    x = keras.Input((1, 6, 4))
-    with pytest.raises(kqat.UnsupportedLayerError, match=r"shape \(3, 5, 6\).*Reshape"):
-        kqat.plan(keras.Model(x, _Product((3, 5, 6), lambda x, w: ops.matmul(w, x))(x)))
+@pytest.mark.parametrize(
+    ("inputs", "shape", "how"),
+    [
+        ((1, 6, 4), (3, 5, 6), lambda x, w: ops.matmul(w, x)),
+        ((2, 1, 6, 4), (1, 2, 3, 4, 5), ops.matmul),  # capsules: a matrix for each pair
+    ],
+)
+def test_a_weight_that_repeats_the_tensor_ships(inputs: Any, shape: Any, how: Any) -> None:
+    keras.utils.set_random_seed(0)
+    x = keras.Input(inputs)
+    model = keras.Model(x, _Product(shape, how)(x))
+    data = np.random.default_rng(0).normal(size=(32, *inputs)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    expected, found = np.asarray(model(data)), np.asarray(qat(data))
+    assert np.mean(np.square(expected - found)) < 10**-3 * np.mean(np.square(expected))
+
+
+def test_a_weight_with_more_axes_than_the_tensor_is_named() -> None:
+    weight = np.ones((2, 1, 5, 6), np.float32)
+    with pytest.raises(kqat.UnsupportedLayerError, match=r"shape \(2, 1, 5, 6\).*Reshape"):
+        matrix_products.with_weight(keras.Input((6, 4)), weight, "product", weight_first=True)

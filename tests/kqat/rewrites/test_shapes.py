@@ -95,6 +95,20 @@ def test_what_no_layer_computes_is_named(call: Callable[[Any], Any], message: st
         kqat.plan(_model(call))
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5,)], ids=["rows", "numbers"])
+def test_rows_are_picked_at_computed_places(shape: tuple[int, ...]) -> None:
+    """As the heads of masked language models do."""
+    x, places = keras.Input(shape), keras.Input((2,), dtype="int32", name="places")
+    indices = ops.expand_dims(places, -1) if len(shape) == 2 else places
+    model = keras.Model([x, places], ops.take_along_axis(x, indices, axis=1))
+    data = [RNG.normal(size=(32, *shape)).astype(np.float32), RNG.integers(0, 5, (32, 2))]
+    data[1] = data[1].astype(np.int32)
+    np.testing.assert_allclose(_parts(model)(data), model(data), rtol=1e-6)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    outputs = np.asarray(qat(data))
+    np.testing.assert_allclose(outputs, model(data), atol=0.02 * np.abs(data[0]).max())
+
+
 def test_paddings_ship_as_one_operator() -> None:
     names = ("the lowest number", "mirrored", "a number", "other indexes at each place")
     model = _model(*(CALLS[name] for name in names))

@@ -66,7 +66,7 @@ def _subclassed(once: bool) -> keras.Model:
     ],
 )
 def test_readers_of_one_value(build: Callable[[], keras.Model]) -> None:
-    """They were refused, as each would train a copy, or the trial of the model crashed."""
+    """They were refused, or the trial of the model crashed; one variable serves all readers."""
     keras.utils.set_random_seed(0)
     model = build()
     qat = kqat.quantize_model(model, calibration_data=X)
