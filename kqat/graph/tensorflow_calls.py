@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kqat.graph.tensorflow_graphs import UnknownOperationError, computed
+from kqat.graph.tensorflow_graphs import UnknownOperationError, computed, flipped
 
 _tracing = 0
 # Whether functions of TensorFlow are asked about that others call.
@@ -202,7 +202,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "squeeze": lambda input, axis=None: ops.squeeze(input, axis),
     "tile": lambda input, multiples: ops.tile(input, _sizes(multiples)),
     "roll": lambda input, shift, axis: ops.roll(input, shift, axis),
-    "reverse": lambda tensor, axis: ops.flip(tensor, axis),
+    "reverse": lambda tensor, axis: flipped(tensor, _sizes(axis)),
     "convert_to_tensor": lambda value, dtype=None, dtype_hint=None: (
         value if dtype is None else ops.cast(value, keras.backend.standardize_dtype(dtype))
     ),

@@ -109,6 +109,13 @@ def _sizes(value: Any) -> list[Any]:
     return np.reshape(np.asarray(value), -1).tolist()
 
 
+def flipped(x: Any, axes: Sequence[int]) -> Any:
+    """`x` reversed along axes, one after the other: Keras before 3.13 takes no list of them."""
+    for axis in axes:
+        x = ops.flip(x, axis=int(axis))
+    return x
+
+
 def _axes(value: Any) -> Any:
     return tuple(_sizes(value))
 
@@ -362,7 +369,7 @@ _TABLE: dict[str, Row] = {
             "Reshape": lambda x, shape: ops.reshape(x, tuple(_sizes(shape))),
             "Tile": lambda x, multiples: ops.tile(x, tuple(_sizes(multiples))),
             "Transpose": lambda x, axes: ops.transpose(x, _axes(axes)),
-            "ReverseV2": lambda x, axes: ops.flip(x, _axes(axes)),
+            "ReverseV2": lambda x, axes: flipped(x, _axes(axes)),
             "ExpandDims": lambda x, axis: ops.expand_dims(x, _axis(axis)),
             "ArgMax": lambda x, axis: ops.argmax(x, _axis(axis)),
             "ArgMin": lambda x, axis: ops.argmin(x, _axis(axis)),

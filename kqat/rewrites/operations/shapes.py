@@ -222,7 +222,10 @@ def _rot90(operation: Any, name: str) -> Callable[..., Any]:
             return ops.swapaxes(ops.flip(x, axis=second), first, second)
         if turns == 3:
             return ops.flip(ops.swapaxes(x, first, second), axis=second)
-        return ops.flip(x, axis=(first, second)) if turns else layers.Identity(name=name)(x)
+        if turns == 0:
+            return layers.Identity(name=name)(x)
+        # One after the other: Keras before 3.13 takes no list of axes.
+        return ops.flip(ops.flip(x, axis=first), axis=second)
 
     return call
 

@@ -16,6 +16,7 @@ from kqat.base import ModelError, UnsupportedLayerError
 from kqat.graph import trace
 from kqat.training import CalibrationWarning
 from tests.kqat.graph.test_tracing_of_calls import ROWS, _parts
+from tests.newer_keras import needs_keras
 
 FRAMES = np.random.default_rng(1).normal(size=(4, 5, 6, 4)).astype(np.float32)
 IMAGES = np.random.default_rng(0).normal(size=(4, 6, 6, 4)).astype(np.float32)
@@ -290,6 +291,7 @@ def gentle(weights: Any) -> Any:
 
 @pytest.mark.parametrize("regularizer", [gentle, lambda w: 1e-3 * ops.sum(w**2)])
 def test_a_recurrent_layer_keeps_a_regularizer_that_is_a_function(regularizer: Any) -> None:
+    needs_keras("3.13", "a regularizer that is a function")
     layer = layers.GRU(3, kernel_regularizer=regularizer, recurrent_regularizer=regularizer)
     model = keras.Sequential([keras.Input(ROWS.shape[1:]), layer])
     parts = _same(model, ROWS)

@@ -28,7 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 def test_patches_are_copies(case: str) -> None:
     options, operator = CASES[case]
     if "strides" in options:
-        needs_keras("3.12", "extract_patches with strides")
+        needs_keras("3.13", "extract_patches with strides")
     if case == "volumes":
         needs_keras("3.14", "extract_patches of volumes")
     data = _VOLUMES if case == "volumes" else _IMAGES

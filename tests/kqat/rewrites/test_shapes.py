@@ -27,7 +27,7 @@ def _model(*outputs: Callable[[Any], Any]) -> keras.Model:
 
 
 def _patches(x: Any, *args: Any, **options: Any) -> Any:
-    needs_keras("3.12", "extract_patches with strides")
+    needs_keras("3.13", "extract_patches with strides")
     return ops.image.extract_patches(x, *args, **options)
 
 
