@@ -76,6 +76,11 @@ def _counted(x: Any) -> list[Any]:
     return [mean, rows_of(ops.clip(places, 1, INDEXES) - 1)]
 
 
+def _read_both_ways(x: Any) -> Any:
+    table = L.ReversibleEmbedding(INDEXES, 4)
+    return table(L.Dense(4)(table(x)), reverse=True)
+
+
 CASES: tuple[Case, ...] = (
     _tokens(
         "embedding",
@@ -96,6 +101,7 @@ CASES: tuple[Case, ...] = (
         policy="w4a8",
     ),
     _tokens("reversible_embedding", lambda x: L.ReversibleEmbedding(INDEXES, 4)(x), GATHER=1),
+    _tokens("table_read_both_ways", _read_both_ways, FULLY_CONNECTED=2, GATHER=1, RESHAPE=1),
     _tokens(
         "positions",
         _positions,

@@ -24,6 +24,7 @@ from kqat.parts.learned import Learned
 from kqat.parts.markers import Requantize
 from kqat.parts.recurrence import Recurrence
 from kqat.parts.single_op_layers import ConstantRows, Hide, Hold
+from kqat.parts.tied_weight import TiedWeight
 from kqat.registry.layer_table import ACTIVATIONS, AUGMENTING, LAYERS, rule_for
 from kqat.registry.operation_table import OPERATIONS
 from kqat.training.build import all_layers
@@ -379,10 +380,11 @@ def test_every_row_has_a_case() -> None:
     # `test_walk` tries image augmentation, which is slow, layer by layer. A plan puts Requantize
     # where widths meet (`tests/kqat/planning/test_width_changes.py`) and ByteInput behind uint8
     # inputs (`test_byte_inputs.py` there), attention puts Hide where a mask is, and tracing puts
-    # Learned where a weight is a value: the case "class_token". One-hot codes are ConstantRows.
+    # Learned where a weight is a value: the case "class_token". One-hot codes are ConstantRows. A
+    # weight that is read in two ways is a TiedWeight: the case "table_read_both_ways".
     # Masks of recurrent layers are tried in `tests/kqat/rewrites/test_masked_recurrence.py`.
     tried = {*(type(layer) for layer in nodes), *AUGMENTING, Requantize, ByteInput, Hide, Learned}
-    tried |= {ConstantRows, Hold, keras.layers.Masking}
+    tried |= {ConstantRows, Hold, TiedWeight, keras.layers.Masking}
     assert set(LAYERS) - tried == set()
     kinds = [
         keras.activations.serialize(layer.activation)
