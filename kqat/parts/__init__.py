@@ -1,7 +1,7 @@
 """Layers that Keras lacks: each becomes one TFLite operator, or marks a value for the exporter."""
 
 from kqat.parts.byte_input import ByteInput
-from kqat.parts.elementwise import Elementwise, is_elementwise, within_domain
+from kqat.parts.elementwise import Elementwise, inverts, is_elementwise, within_domain
 from kqat.parts.learned import Learned
 from kqat.parts.lstm_step import (
     CARRY,
@@ -92,6 +92,7 @@ __all__ = [
     "Unstack",
     "WeightUse",
     "WithConstant",
+    "inverts",
     "is_elementwise",
     "is_marker",
     "joined",

@@ -153,3 +153,14 @@ def within_domain(operation: Any, x: Any) -> Any:
     """`x` where the function `operation` of one number, and its gradient, is finite."""
     guard = DOMAINS.get(type(operation).__name__)
     return guard(x) if guard else x
+
+
+def inverts(functions: Sequence[Callable[[Any], Any]]) -> bool:
+    """Whether functions of each number, one after another, make a multiple of its inverse."""
+    numbers = np.geomspace(0.05, 500.0, 30, dtype=np.float32)
+    values = numbers[:, None]
+    for function in functions:
+        values = np.asarray(function(values))
+    products = values[:, 0] * numbers
+    spread = np.ptp(products)
+    return bool(functions) and bool(np.isfinite(spread) and spread < 1e-3 * abs(products[0]))

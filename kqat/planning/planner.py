@@ -23,6 +23,7 @@ from kqat.planning.additive_masks import check_hidden_values, hide_added_masks
 from kqat.planning.biases import join_biases
 from kqat.planning.byte_inputs import read_bytes
 from kqat.planning.chained_functions import join_functions
+from kqat.planning.counted_sums import scale_sums
 from kqat.planning.expansion import expand
 from kqat.planning.followers import follow_neighbours
 from kqat.planning.fusions import Fusions, find_fusions
@@ -59,6 +60,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     simple, origins = expand_tied(
         graph, lambda node: node.name in whole, model_name, configs, fused
     )
+    simple, origins = scale_sums(simple, origins, configs, model_name)
     simple, origins = hide_added_masks(simple, origins, whole, model_name)
     check_hidden_values(simple, origins)
     simple, origins = split_hard_sigmoids(simple, origins, configs, model_name)

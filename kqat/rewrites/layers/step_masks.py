@@ -1,5 +1,6 @@
 """Rewrites layers that make masks of steps, or leave masked steps out of a mean."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from kqat.rewrites.layers.basic import Decomposed
 from kqat.rewrites.layers.one_hot import rows
 from kqat.rewrites.layers.whole_numbers import folded
 
-# Counts below this times the least of a group have their inverses on one grid: the least inverse is
-# then 64 of 255 steps of an 8-bit grid, and so at most 0.8 % off.
+# Factors above the largest of a group over this lie on one grid: the least is then 64 of 255 steps
+# of an 8-bit grid, and so at most 0.8 % off.
 _GROUP = 4
 
 
@@ -59,9 +60,7 @@ def truth_of_steps(mask: Any, name: str) -> Any:
 def mean_of_shown(layer: Any, name: str) -> Decomposed:
     """`GlobalAveragePooling1D` with a mask: products with the inverse of the count of steps.
 
-    Inverses of all counts would be too coarse on one grid, so counts come in groups, each with a
-    product of its own, and the count chooses between the means. A row without steps has mean zero,
-    where Keras has NaN.
+    A row without steps has mean zero, where Keras has NaN.
     """
 
     def call(x: Any, mask: Any = None) -> Any:
@@ -73,33 +72,72 @@ def mean_of_shown(layer: Any, name: str) -> Decomposed:
         steps, width = x.shape[1:]
         ones = _index(IndexKind.MULTIPLY, shown, 1, f"{name}_ones")
         count = folded(IndexKind.ADD, ones, [1], True, f"{name}_count")
-        least = [_GROUP**group for group in range(steps.bit_length()) if _GROUP**group <= steps]
-        # One more step of zeros for each group, whose weight is the group's largest: so the range
-        # of the weights is right though calibration may see no row of so few steps.
-        none = _index(IndexKind.MULTIPLY, count, 0, f"{name}_none")
-        counts = [
-            IndexOperation(IndexKind.MULTIPLY, name=f"{name}_counts")([ones, count]),
-            _index(IndexKind.ADD, none, least, f"{name}_least"),
-        ]
-        together = {"axis": -1}
-        counts = IndexOperation(IndexKind.CONCATENATE, together, name=f"{name}_all_counts")(counts)
-        x = layers.ZeroPadding1D((0, len(least)), name=f"{name}_padded")(x)
-        mean = None
-        for first in least:
-            part = f"{name}_from_{first}"
-            inverse = [[1 / n if first <= n < first * _GROUP else 0.0] for n in range(steps + 1)]
-            weights = rows(np.array(inverse, np.float32), counts, f"{part}_weights", False)
-            weights = layers.Reshape((1, weights.shape[1]), name=f"{part}_row")(weights)
-            product = Matmul(name=f"{part}_mean")([weights, x])
-            last = first == least[-1] and not layer.keepdims
-            here = layers.Reshape((width,), name=name if last and mean is None else part)(product)
-            if mean is not None:
-                reaches = _index(IndexKind.GREATER_EQUAL, count, first, f"{part}_reached")
-                here = Hold(name=name if last else f"{part}_chosen")([reaches, here, mean])
-            mean = here
-        return layers.Reshape((1, width), name=name)(mean) if layer.keepdims else mean
+        inverses = np.array([0.0, *(1.0 / n for n in range(1, steps + 1))])
+        shape = (1, width) if layer.keepdims else (width,)
+        return scaled_sum(x, ones, count, inverses, name, shape)
 
     return call
+
+
+def scaled_sum(
+    x: Any, shown: Any, count: Any, factors: np.ndarray, name: str, shape: Sequence[int]
+) -> Any:
+    """The sum over steps times a factor that depends on a count, such as the count's inverse.
+
+    Factors of all counts would be too coarse on one grid, and so would the sums; so counts come in
+    groups, each with a product of its own, and the count chooses between the results.
+
+    Args:
+        x: quantities `(batch, steps, width)`, or `(batch, rows, steps, width)` with a count of each
+            row.
+        shown: zeros and ones, `(batch, …, steps)`; `None` if all steps count. Where it is given,
+            `factors[0]` is zero.
+        count: integers `(batch, …, 1)`.
+        factors: one for each count from zero on. From the first that is not zero on they are
+            positive and do not grow.
+        name: of the last layer; those of the others begin with it.
+        shape: of the result, without the batch.
+    """
+    *outer, steps, width = x.shape[1:]
+    least = first_of_groups(factors)
+    # One more step of zeros for each group, whose weight is the group's largest: so the range of
+    # the weights is right though calibration may see no row of so few steps.
+    none = _index(IndexKind.MULTIPLY, count, 0, f"{name}_none")
+    if shown is None:
+        each = _index(IndexKind.MULTIPLY, count, [1] * steps, f"{name}_counts")
+    else:
+        each = IndexOperation(IndexKind.MULTIPLY, name=f"{name}_counts")([shown, count])
+    # Keras takes a vector that is added behind rows for a bias of the rows.
+    larger = IndexKind.MAXIMUM if outer else IndexKind.ADD
+    counts = [each, _index(larger, none, least, f"{name}_least")]
+    counts = IndexOperation(IndexKind.CONCATENATE, {"axis": -1}, name=f"{name}_all_counts")(counts)
+    if outer:
+        x = layers.ZeroPadding2D(((0, 0), (0, len(least))), name=f"{name}_padded")(x)
+    else:
+        x = layers.ZeroPadding1D((0, len(least)), name=f"{name}_padded")(x)
+    flat, chosen = (*outer, width), None
+    for first, end in zip(least, [*least[1:], len(factors)], strict=True):
+        part = f"{name}_from_{first}"
+        table = [[factors[n] if first <= n < end else 0.0] for n in range(len(factors))]
+        weights = rows(np.array(table, np.float32), counts, f"{part}_weights", False)
+        weights = layers.Reshape((*outer, 1, steps + len(least)), name=f"{part}_row")(weights)
+        product = Matmul(name=f"{part}_mean")([weights, x])
+        last = first == least[-1] and tuple(shape) == flat
+        here = layers.Reshape(flat, name=name if last and chosen is None else part)(product)
+        if chosen is not None:
+            reaches = _index(IndexKind.GREATER_EQUAL, count, first, f"{part}_reached")
+            here = Hold(name=name if last else f"{part}_chosen")([reaches, here, chosen])
+        chosen = here
+    return chosen if tuple(shape) == flat else layers.Reshape(tuple(shape), name=name)(chosen)
+
+
+def first_of_groups(factors: np.ndarray) -> list[int]:
+    """The least count of each group whose factors one grid serves."""
+    least: list[int] = []
+    for count, factor in enumerate(factors):
+        if factor and (not least or factor * _GROUP <= factors[least[-1]]):
+            least.append(count)
+    return least
 
 
 def _index(kind: IndexKind, x: Any, other: Any, name: str) -> Any:

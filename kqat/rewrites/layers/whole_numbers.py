@@ -90,6 +90,8 @@ class _Bounds:
         if maker.kind not in _ARITHMETIC:  # The place of the largest or least.
             size = read[0].shape[maker.options["axis"]]
             return None if size is None else (0, size - 1)
+        if (clipped := self._clipped(maker, read)) is not None:
+            return clipped
         operands: list[Bounds | None] = [self.of(tensor) for tensor in read]
         for key in ("x1", "x2"):
             if key in maker.options:
@@ -105,6 +107,35 @@ class _Bounds:
             ) ** 2
         ends = [int(_ARITHMETIC[maker.kind](a, b)) for a in operands[0] for b in operands[1]]
         return min(ends), max(ends)
+
+    def _clipped(self, maker: IndexOperation, read: list[Any]) -> Bounds | None:
+        """The ends that integers are clipped to, where nothing else tells what they are."""
+        inner, before = maker_of(read[0])
+        kinds = {maker.kind, getattr(inner, "kind", None)}
+        if kinds != {IndexKind.MAXIMUM, IndexKind.MINIMUM} or len(read) != 1 or len(before) != 1:
+            return None
+        if not _rests_on_input(before[0]):
+            return None
+        ends = {one.kind: [*one.options.values()] for one in (maker, inner)}
+        low, high = (np.asarray(ends[kind]) for kind in (IndexKind.MAXIMUM, IndexKind.MINIMUM))
+        if low.dtype.kind not in "iu" or high.dtype.kind not in "iu":
+            return None
+        return min(int(low.min()), int(high.min())), int(high.max())
+
+
+def _rests_on_input(x: Any) -> bool:
+    """Whether integers are computed of an input's that are no truth values."""
+    rest, seen = [x], set()
+    while rest:
+        one = rest.pop()
+        maker, read = maker_of(one)
+        if id(one) in seen or one.dtype == "bool":
+            continue
+        if isinstance(maker, layers.InputLayer):
+            return True
+        seen.add(id(one))
+        rest += read
+    return False
 
 
 def quantity(x: Any, name: str) -> Any:
