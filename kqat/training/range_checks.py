@@ -14,7 +14,15 @@ from keras import layers
 
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import Fixed, Histogram
-from kqat.parts import ConstantKind, Learned, Reduce, ReduceKind, WithConstant
+from kqat.parts import (
+    ConstantKind,
+    Elementwise,
+    Learned,
+    Reduce,
+    ReduceKind,
+    WithConstant,
+    inverts,
+)
 from kqat.training.activation_quantizer import ActivationQuantizer, SiteRange
 from kqat.training.observation import CUT_STEPS, Cut, Observer, SiteRecord
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -26,6 +34,8 @@ UNLIKE_HALVES = 2.0
 CLIPPING_OVER_ROUNDING = 10.0
 # Bits that a member of a group with one scale may lose.
 LOST_BITS = 3.0
+# Half of all inverses lie below so many steps: they are some 10 % off.
+SMALL_STEPS, SMALL_SHARE = 4.0, 0.5
 # How many tensors are named for one reason.
 NAMED = 3
 
@@ -66,6 +76,8 @@ def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
             continue
         of_site = _of_site(record, found[quantizer][site], names.of(quantizer, site))
         every += [c for c in of_site if c.kind == "clipped" or (quantizer, site) not in means]
+        if names.holds_inverses(quantizer, site):
+            every += _small_inverses(record, found[quantizer][site], names.of(quantizer, site))
     for quantizer, ranges in found.items():
         every += _unlike_members(graph, quantizer, ranges, names)
     every += _drowned(graph, found, names, means)
@@ -100,6 +112,7 @@ _ADVICE = {
     "unlike": "kqat.adapt(model, calibration_data=…) makes separate outputs, or scales the members "
     "alike before they meet",
     "drowned": "Scale them alike before they are added",
+    "inverse": "Divide both by the number of steps first, so that divisors are of like size",
     "lost": "kqat.diagnose(model, qat, data) shows which roundings cost it and tries what helps; "
     "training may win it back",
 }
@@ -107,6 +120,7 @@ _ADVICE = {
 _WIDER = {
     "unlike": "; or give that layer 'int16x8'",
     "drowned": ", or give that layer 'int16x8'",
+    "inverse": ", or give that layer 'int16x8'",
 }
 
 
@@ -178,6 +192,23 @@ def _clipped(record: SiteRecord, seen: Histogram, found: SiteRange, name: str) -
             f"outside, as far as [{seen.low:.4g}, {seen.high:.4g}]"
         )
         yield Concern("clipped", name, lost / max(rounding, 1e-300), text)
+
+
+def _small_inverses(record: SiteRecord, found: SiteRange, name: str) -> Iterator[Concern]:
+    """Inverses of divisors of unlike size, most of which are few steps of their grid."""
+    seen, spec = record.whole(), record.quantizer.spec
+    few = SMALL_STEPS * (found.high - found.low) / (spec.qmax - spec.qmin)
+    large = sum(float(seen.tail(upper=side).count_beyond(np.array(few))) for side in (True, False))
+    some = seen.total - seen.zeros
+    share = 1.0 - large / max(some, 1)
+    if some and share > SMALL_SHARE:
+        most = max(found.high, -found.low)
+        text = (
+            f"'{name}' holds inverses up to {most:.4g} on one grid, of which "
+            f"{100.0 * share:.0f} % are below {SMALL_STEPS:.0f} of its steps: quotients of large "
+            "divisors are lost"
+        )
+        yield Concern("inverse", name, share, text, spec.bits == 16)
 
 
 def _cut_by_given(name: str, quantizer: ActivationQuantizer, cut: Cut) -> Concern:
@@ -312,6 +343,13 @@ class ValueNames:
         if maker is None:
             return quantizer.name.removesuffix("_quantizer")
         return self.output_name(maker)
+
+    def holds_inverses(self, quantizer: ActivationQuantizer, site: int) -> bool:
+        """Whether a value is the inverse of another."""
+        node = self.calls.get((quantizer, site))
+        maker = None if node is None else self.producers.get(node.inputs[0])
+        layer: Any = None if maker is None else maker.layer
+        return isinstance(layer, Elementwise) and inverts([layer])
 
     def is_zero_by_itself(self, quantizer: ActivationQuantizer, site: int) -> bool:
         """Whether no data make a value anything else: a constant, or a value less itself."""

@@ -154,3 +154,16 @@ def test_an_output_of_which_little_is_left() -> None:
 
 def test_few_bits_lose_as_much_before_training() -> None:
     assert said(small(), X, "ternary") == ""
+
+
+def test_quotients_of_large_divisors() -> None:
+    """Lengths that are floats: 1/200 is one step of a grid that holds 1."""
+    x, length = keras.Input((4,), name="x"), keras.Input((1,), name="length")
+    model = keras.Model([x, length], keras.ops.divide(x, length), name="net")
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 201, (128, 1)).astype(np.float32)
+    values = generator.normal(size=(128, 4)).astype(np.float32)
+    text = said(model, [values * lengths, lengths])
+    assert "holds inverses up to" in text and "quotients of large divisors are lost" in text
+    assert "Divide both by the number of steps first" in text
+    assert "inverses" not in said(model, [values, 1.0 + lengths / 200.0])
