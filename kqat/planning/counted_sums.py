@@ -351,7 +351,7 @@ class _Search:
             return None
         if tuple(row.shape[1:-2]) != tuple(matrix.shape[1:-2]):
             return None
-        leaves = self._leaves(row)
+        leaves = self._leaves(row, is_row=True)
         return _Product(matrix, row, tuple(leaves)), len(row.shape) - 2, len(row.shape) - 1, 1.0
 
     def _normalized(self, total: tuple[Any, int, int, float]) -> _Quotient | None:
@@ -450,6 +450,8 @@ class _Search:
             numbers = self._numbers(leaf)
             # A row of weights stands along the steps of the matrix.
             turned = (*leaf.shape[:-2], leaf.shape[-1], 1)
+            if first == 1:
+                turned = (None, math.prod(leaf.shape[1:]), 1)
             ending = turned if isinstance(x, _Product) else leaf.shape
             if numbers is not None and numbers.is_mask and _droppable(numbers.index):
                 if _of_steps(ending, shape, first, end):
@@ -464,16 +466,22 @@ class _Search:
             return None, None, []
         return values[0], masks[0] if masks else None, factors
 
-    def _leaves(self, tensor: Any) -> list[Any]:
-        """The factors of a product."""
+    def _leaves(self, tensor: Any, is_row: bool = False) -> list[Any]:
+        """The factors of a product.
+
+        Args:
+            tensor: the product.
+            is_row: whether it has one axis that counts, so that a Reshape changes none.
+        """
         maker, read = self._maker(tensor)
         if _keeps(maker, read):
-            inside = self._leaves(read[0])
-            # One sample has one row: whatever is moved keeps its place along the steps.
+            shapes = sorted((tuple(tensor.shape), tuple(read[0].shape)), key=len)
+            grown = (*shapes[0], *(1,) * (len(shapes[1]) - len(shapes[0])))
+            inside = self._leaves(read[0], is_row) if is_row or grown == shapes[1] else []
             return inside if len(inside) > 1 else [tensor]
         if type(maker) is not layers.Multiply:
             return [tensor]
-        return [leaf for one in read for leaf in self._leaves(one)]
+        return [leaf for one in read for leaf in self._leaves(one, is_row)]
 
     def _factors(self, tensor: Any) -> _Numbers | None:
         """A function of a count that is too coarse on one grid."""
@@ -600,7 +608,7 @@ def _of_rows(shape: Any, whole: Any, rows: Any) -> bool:
 def _of_steps(shape: Any, whole: Any, first: int, end: int) -> bool:
     """Whether something of `shape` has one number for each step of `whole`."""
     steps = tuple(whole[1:end])
-    if first == 1 and end == 2:
+    if first == 1 and end == 2 and len(shape) != len(whole):
         return math.prod(shape[1:]) == steps[0]
     return tuple(shape[1:]) == (*steps, *(1,) * (len(whole) - end))
 

@@ -119,9 +119,15 @@ def product_of_weights(x: Any, ids: Any) -> Any:
     return ops.einsum("bt,btd->bd", weights, x) / ops.sum(weights, 1, keepdims=True)
 
 
+def row_of_weights(x: Any, ids: Any) -> Any:
+    """Weights whose sum is one, in a product of matrices."""
+    weights = _shown(ids) / (ops.sum(_shown(ids), -1, keepdims=True) + 1e-9)
+    return ops.matmul(weights[:, None, :], x)[:, 0]
+
+
 SPELLINGS = (
     plain, at_least_one, with_epsilon, no_nan, clipped, selected, counted, chosen, padding,
-    weights_first, rooted, other_mask, attended, normalized, product_of_weights,
+    weights_first, row_of_weights, rooted, other_mask, attended, normalized, product_of_weights,
 )  # fmt: skip
 
 
@@ -197,6 +203,19 @@ def test_other_axes(call: Callable[[Any, Any], Any], choices: int) -> None:
     data = _ids(60, 12).reshape(-1, 3, 20)
     assert found == choices
     np.testing.assert_allclose(made(data), model(data), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_mask_of_channels_is_none_of_steps(first: bool) -> None:
+    x, ids = keras.Input((20, 20)), keras.Input((20,), dtype="int32")
+    count = ops.maximum(ops.sum(_shown(ids), 1, keepdims=True), 1.0)
+    if first:
+        mean = ops.sum(x * (_shown(ids) / count)[:, None, :], 1)
+    else:
+        mean = ops.sum(x * _shown(ids)[:, None, :], 1) / count
+    model = keras.Model([x, ids], mean)
+    data = [np.random.default_rng(0).normal(size=(12, 20, 20)), _ids(20, 12)]
+    np.testing.assert_allclose(_scaled(model)[0](data), model(data), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mask", ["float32", "int32", "bool"])
