@@ -31,6 +31,7 @@ from kqat.parts import (
     Slice,
     inverts,
 )
+from kqat.planning.expansion import compute_alike
 from kqat.rewrites import step_masks, whole_numbers
 
 Configs = Mapping[str, QuantizeConfig | None]
@@ -92,7 +93,9 @@ def scale_sums(
     rebuilt = rebuild(graph, call, name)
     if len(found) == len(origins):
         return graph, found
-    return dataclasses.replace(trace(rebuilt), output_names=graph.output_names), found
+    scaled_graph = dataclasses.replace(trace(rebuilt), output_names=graph.output_names)
+    # What looked like a count may be none. The sums then stay as they are, and calibration tells.
+    return (scaled_graph, found) if compute_alike(graph, scaled_graph) else (graph, dict(origins))
 
 
 def _made(tensor: Any, known: Mapping[int, Any]) -> set[str]:

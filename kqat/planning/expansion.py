@@ -236,6 +236,18 @@ def check_computes(graph: Graph, model: keras.Model) -> None:
         )
 
 
+def compute_alike(first: Graph, second: Graph) -> bool:
+    """Whether two graphs of simple layers, of the same inputs, agree on two random samples."""
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        return _trial(node.layer, args, kwargs)
+
+    values = [_trial_values(ref, seed) for seed, ref in enumerate(first.inputs)]
+    with keras.StatelessScope():  # A state stays as it was.
+        found = [keras.tree.flatten(graph.run(values, call)) for graph in (first, second)]
+    return all(_alike(a, b) for a, b in zip(*found, strict=True))
+
+
 _WHY_OTHER = (
     "as where Python branches on a value or a size, the number of samples is a factor, random "
     "numbers are drawn, or a state changes with each call"
