@@ -14,7 +14,7 @@ import keras
 from kqat.api import PolicyWarning, quantized_and_plan
 from kqat.base import ModelError, PolicyError
 from kqat.config import QuantizeConfig, QuantizePolicy, resolve_config
-from kqat.graph import Node, duplicate, rebuild, trace, unique_name
+from kqat.graph import Node, check_as_many, duplicate, rebuild, trace, unique_name
 
 # A message lists so many names of layers at most.
 _NAMES = 12
@@ -44,6 +44,11 @@ class QuantizeAnnotate(keras.layers.Wrapper):
     def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
         """The mask that the layer hands on."""
         return self.layer.compute_mask(inputs, previous_mask)
+
+    def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Any:
+        """Those of the layer, which may have no `compute_output_shape` of its own."""
+        given = {key: value for key, value in kwargs.items() if _takes(self.layer, key)}
+        return self.layer.compute_output_spec(inputs, **given)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The layer's output shape."""
@@ -169,6 +174,9 @@ def quantize_apply(
             f"Expected annotated layers. Received: '{model.name}', which has none. Use "
             "kqat.quantize_annotate_layer, or kqat.quantize_model for the whole model."
         )
+    check_as_many(
+        model, plain, "Use kqat.quantize_model on the model without annotations, with a policy."
+    )
     policy = QuantizePolicy(default=None, rules=tuple(rules))
     qat, plan = quantized_and_plan(plain, policy, calibration_data)
     left = plan.float_layers()

@@ -18,6 +18,7 @@ from kqat.config import QuantizePolicy
 from kqat.devices import target_named
 from kqat.graph import (
     Graph,
+    check_as_many,
     non_finite_variable,
     trace,
     with_input_shapes,
@@ -118,6 +119,7 @@ def adapt(
             "Expected a target, calibration_data, or both. Received: neither. Name the device that "
             "the model shall suit, or give typical inputs."
         )
+    given = model
     if target is not None:
         found = plan(model, target=target).misfits
         stuck = [str(misfit) for misfit in found if misfit.blocking and not misfit.replacement]
@@ -130,6 +132,7 @@ def adapt(
     if calibration_data is not None:
         graph = _checked_graph(model)
         model = with_unlike_members_apart(graph, calibration_data, model.name)
+    check_as_many(given, model, "Give kqat.quantize_model the model itself.")
     return model
 
 

@@ -23,7 +23,7 @@ from kqat.graph.keras_internals import (
     values_between,
     with_masks,
 )
-from kqat.graph.sharing import SharedWeight, WeightReads, holders
+from kqat.graph.sharing import SharedWeight, WeightReads, check_as_many, holders
 from kqat.graph.tensorflow_calls import tensorflow_traced
 from kqat.graph.tracer import (
     Graph,
@@ -52,6 +52,7 @@ __all__ = [
     "bearing",
     "borne_mask",
     "call_signature",
+    "check_as_many",
     "clone",
     "config_of",
     "depth_to_space",

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from kqat.base import ModelError
 from kqat.graph.keras_internals import sources_of
 from kqat.graph.tracer import Graph
 from kqat.graph.values import fingerprint, varies
@@ -87,8 +88,10 @@ class WeightReads:
     def _note_node(self, node: Any, place: tuple[int, ...], name: str, is_float: bool) -> None:
         self._alive.append(node)
         for variable in getattr(node.layer, "trainable_variables", ()):
-            # A layer inside others is one layer wherever it is called, but not for both its ways.
-            way = int(bool(node.kwargs.get("reverse", node.args[1:2] == (True,))))
+            # A layer is one place wherever it is called, but for a table that it reads both ways.
+            both = not is_float and variable is getattr(node.layer, "embeddings", None)
+            reverse = node.kwargs.get("reverse", node.args[1:2] == (True,))
+            way = int(both and bool(reverse) and getattr(node.layer, "tie_weights", False))
             self._add(variable, Read((id(node.layer), way), name, True, is_float))
         for value in keras.tree.flatten((node.args, node.kwargs)):
             if isinstance(value, keras.Variable):
@@ -144,6 +147,31 @@ class WeightReads:
     def _place(self, place: tuple[int, ...]) -> tuple[int, ...]:
         one = len(place) == 3 and place[0] in self._merged
         return (place[0], 0, place[2]) if one else place
+
+
+def check_as_many(model: keras.Model, copy: keras.Model, instead: str) -> None:
+    """Checks that a copy of a model trains as many numbers as the model.
+
+    A layer whose config holds another layer, or that reads another one's weights, has them twice in
+    a copy that is made layer by layer.
+
+    Args:
+        model, copy: the user's model and what was made of it.
+        instead: what to do otherwise, for the message.
+
+    Raises:
+        ModelError: if the copy trains more.
+    """
+    before, after = (
+        sum(int(np.prod(v.shape)) for v in {id(v): v for v in one.trainable_variables}.values())
+        for one in (model, copy)
+    )
+    if after > before:
+        raise ModelError(
+            f"Expected a model whose layers can be copied one by one. Received: '{model.name}', "
+            f"in which layers share weights: its copy would train {after:,} numbers in place of "
+            f"{before:,}. {instead}"
+        )
 
 
 def holders(graph: Graph, weight: Any) -> Iterator[tuple[Any, Any]]:

@@ -41,7 +41,7 @@ from kqat.graph import (
 )
 from kqat.parts import Elementwise, Learned, Matmul, Select, TensorFlowFunction, is_elementwise
 from kqat.registry import as_layers, is_custom, rule_for
-from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight
+from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight, whole_numbers
 
 # Copies of layers by the identity of the layer, for all of its calls.
 Copies = dict[int, Callable[..., Any]]
@@ -300,8 +300,11 @@ def _trial_values(tensor: Any, seed: int) -> Any:
     """Values for a symbolic tensor, with two samples."""
     rng = np.random.default_rng(seed)
     shape = [size or 2 for size in tensor.shape]
-    # The first two rows of any table are there.
-    values = rng.integers(0, 2, shape) if holds_indexes(tensor) else rng.normal(size=shape)
+    values: Any = rng.normal(size=shape)
+    if holds_indexes(tensor):
+        # The first two rows of any table are there.
+        low, high = whole_numbers.bounds(tensor) or (0, 1)
+        values = rng.integers(low, min(low + 1, high) + 1, shape)
     if tensor.dtype == "bool":
         values[..., 0] = 1  # A mask shows something.
     return keras.ops.convert_to_tensor(values, tensor.dtype)

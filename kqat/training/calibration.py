@@ -24,7 +24,14 @@ from kqat.grids import CalibrationMethod, Fixed, calibration_method
 from kqat.parts import ConstantRows, IndexOperation, reads_rows
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers, is_quantized
-from kqat.training.method_choice import CANDIDATES, Choice, KeptSamples, best, first_with_noise
+from kqat.training.method_choice import (
+    CANDIDATES,
+    Choice,
+    KeptSamples,
+    best,
+    computed_of,
+    noisy_roundings,
+)
 from kqat.training.observation import Observer
 from kqat.training.range_checks import Concern, ValueNames, as_text, concerns, lost_output
 from kqat.training.weight_wrapper import QuantizeWrapper, rounded_once, uncorrected
@@ -118,12 +125,13 @@ def _lost(
     noisy = {ref: noise for ref, noise in choice.noise.items() if noise > LARGEST_NOISE}
     if not noisy or min(bits, default=8) < FEWEST_BITS:
         return
-    first = first_with_noise(graph, tensors, choice, LARGEST_NOISE, corrects=corrects)
+    roundings = noisy_roundings(graph, tensors, choice, LARGEST_NOISE, corrects=corrects)
     names = ValueNames(graph)
     for ref, noise in noisy.items():
-        name = graph.output_names[graph.outputs.index(ref)]
+        before = computed_of(graph, ref)
+        first = next((node for node in roundings if node in before), None)
         place = "" if first is None else names.of(first.layer, first.kwargs.get("site", 0))
-        yield lost_output(name, noise, place)
+        yield lost_output(graph.output_names[graph.outputs.index(ref)], noise, place)
 
 
 def take_over(model: keras.Model, choice: Choice, *, corrects: bool) -> None:

@@ -123,10 +123,10 @@ def best(
     return chosen
 
 
-def first_with_noise(
+def noisy_roundings(
     graph: Graph, tensors: Sequence[Any], choice: Choice, least: float, *, corrects: bool
-) -> Node | None:
-    """The first rounding in the graph behind which the noise is more than `least` of the values.
+) -> list[Node]:
+    """The roundings behind which the noise is more than `least` of the values, in their order.
 
     Args:
         graph, tensors, corrects: as of `best`.
@@ -137,8 +137,19 @@ def first_with_noise(
     pass_ = _Pass(graph, tensors, {node.outputs[0] for node in roundings})
     want, means = pass_.unrounded() if corrects else (pass_.with_weights_rounded(), None)
     got, _ = pass_.rounded(choice.ranges, means)
-    noisy = (n for n in roundings if _noise(want[n.outputs[0]], got[n.outputs[0]]) > least)
-    return next(noisy, None)
+    return [n for n in roundings if _noise(want[n.outputs[0]], got[n.outputs[0]]) > least]
+
+
+def computed_of(graph: Graph, ref: Ref) -> set[Node]:
+    """The nodes that a value is computed by."""
+    producers = graph.producers()
+    found, waiting = set(), [ref]
+    while waiting:
+        node = producers.get(waiting.pop())
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += node.inputs
+    return found
 
 
 def _noise_at(

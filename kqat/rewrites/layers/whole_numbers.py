@@ -4,7 +4,9 @@ Counts of steps and places of words are such integers. They are added in int32, 
 become quantities by a table with one row for each integer that they may be.
 """
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,28 +38,41 @@ _MOVING_OPERATIONS = frozenset(
         "BroadcastTo",
     )
 )  # fmt: skip
-_ARITHMETIC = {
-    IndexKind.ADD: np.add,
-    IndexKind.SUBTRACT: np.subtract,
-    IndexKind.MULTIPLY: np.multiply,
-    IndexKind.MAXIMUM: np.maximum,
-    IndexKind.MINIMUM: np.minimum,
+_ARITHMETIC: dict[IndexKind, Callable[[float, float], float]] = {
+    IndexKind.ADD: operator.add,
+    IndexKind.SUBTRACT: operator.sub,
+    # Zero times an end that is not known is zero.
+    IndexKind.MULTIPLY: lambda a, b: a * b if a and b else 0,
+    IndexKind.MAXIMUM: max,
+    IndexKind.MINIMUM: min,
 }
-Bounds = tuple[int, int]
+# Integers, or infinite where the graph does not tell.
+Bounds = tuple[float, float]
+_ANY = (-math.inf, math.inf)
+_TRUTH = (0, 1)
+# What integers of an input are taken for: the first that leaves a table of few rows.
+_INPUTS: tuple[Bounds, ...] = (_ANY, (0, math.inf), _TRUTH)
 
 
-def bounds(x: Any) -> Bounds | None:
+def bounds(x: Any) -> tuple[int, int] | None:
     """The least and the largest that integers may be, as far as the graph tells.
 
-    An input is taken for zeros and ones, as a mask is: calibration looks at its data.
+    An input may be anything that a clip leaves of it, or that a bound leaves of what is not
+    negative. Where nothing bounds it, it is taken for zeros and ones, as a mask is: calibration
+    looks at its data.
     """
-    return _Bounds().of(x)
+    for inputs in _INPUTS:
+        low, high = _Bounds(inputs).of(x) or _ANY
+        if high - low < MOST_ROWS:
+            return int(low), int(high)
+    return None if math.isinf(high - low) else (int(low), int(high))
 
 
 class _Bounds:
-    """Finds bounds, those of each tensor once."""
+    """Finds bounds, those of each tensor once; `inputs` are those of integers that are inputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Bounds) -> None:
+        self.inputs = inputs
         self.found: dict[int, tuple[Any, Bounds | None]] = {}
 
     def of(self, x: Any) -> Bounds | None:
@@ -68,8 +83,10 @@ class _Bounds:
 
     def _of(self, x: Any) -> Bounds | None:
         maker, read = maker_of(x)
-        if x.dtype == "bool" or maker is None or isinstance(maker, layers.InputLayer):
-            return 0, 1
+        if x.dtype == "bool":
+            return _TRUTH
+        if maker is None or isinstance(maker, layers.InputLayer):
+            return self.inputs
         if isinstance(maker, IndexOperation) and maker.kind is not IndexKind.CONCATENATE:
             return self._computed(maker, read)
         if isinstance(maker, IndexOperation):
@@ -86,12 +103,10 @@ class _Bounds:
 
     def _computed(self, maker: IndexOperation, read: list[Any]) -> Bounds | None:
         if maker.kind in _COMPARISONS:
-            return 0, 1
+            return _TRUTH
         if maker.kind not in _ARITHMETIC:  # The place of the largest or least.
             size = read[0].shape[maker.options["axis"]]
             return None if size is None else (0, size - 1)
-        if (clipped := self._clipped(maker, read)) is not None:
-            return clipped
         operands: list[Bounds | None] = [self.of(tensor) for tensor in read]
         for key in ("x1", "x2"):
             if key in maker.options:
@@ -102,40 +117,12 @@ class _Bounds:
         if len(operands) != 2 or operands[0] is None or operands[1] is None:
             return None
         if maker.kind is IndexKind.MULTIPLY and len(read) == 2 and read[0] is read[1]:
-            return (0 if operands[0][0] <= 0 else operands[0][0] ** 2), max(
-                abs(end) for end in operands[0]
-            ) ** 2
-        ends = [int(_ARITHMETIC[maker.kind](a, b)) for a in operands[0] for b in operands[1]]
+            low, high = sorted(map(abs, operands[0]))
+            return (0 if operands[0][0] <= 0 <= operands[0][1] else low**2), high**2
+        results = [_ARITHMETIC[maker.kind](a, b) for a in operands[0] for b in operands[1]]
+        # Two infinite ends that leave each other undetermined are not the ends of the result.
+        ends = [end for end in results if not math.isnan(end)]
         return min(ends), max(ends)
-
-    def _clipped(self, maker: IndexOperation, read: list[Any]) -> Bounds | None:
-        """The ends that integers are clipped to, where nothing else tells what they are."""
-        inner, before = maker_of(read[0])
-        kinds = {maker.kind, getattr(inner, "kind", None)}
-        if kinds != {IndexKind.MAXIMUM, IndexKind.MINIMUM} or len(read) != 1 or len(before) != 1:
-            return None
-        if not _rests_on_input(before[0]):
-            return None
-        ends = {one.kind: [*one.options.values()] for one in (maker, inner)}
-        low, high = (np.asarray(ends[kind]) for kind in (IndexKind.MAXIMUM, IndexKind.MINIMUM))
-        if low.dtype.kind not in "iu" or high.dtype.kind not in "iu":
-            return None
-        return min(int(low.min()), int(high.min())), int(high.max())
-
-
-def _rests_on_input(x: Any) -> bool:
-    """Whether integers are computed of an input's that are no truth values."""
-    rest, seen = [x], set()
-    while rest:
-        one = rest.pop()
-        maker, read = maker_of(one)
-        if id(one) in seen or one.dtype == "bool":
-            continue
-        if isinstance(maker, layers.InputLayer):
-            return True
-        seen.add(id(one))
-        rest += read
-    return False
 
 
 def quantity(x: Any, name: str) -> Any:

@@ -362,3 +362,48 @@ def test_what_does_not_train_apart_stays_as_it_is() -> None:
     # Layers of equal numbers, as those of a fresh BatchNormalization, are two layers.
     plan = kqat.plan(of_vectors(L.BatchNormalization(), L.ReLU(), L.BatchNormalization()))
     assert len({layer.name for layer in plan.layers if layer.kind == "BatchNormalization"}) == 2
+
+
+def _language_model() -> keras.Model:
+    words = keras.Input((STEPS,), dtype="int32")
+    table = L.Embedding(ROWS, WIDTH, name="table")
+    return keras.Model(words, Head(table, name="head")(L.Dense(WIDTH, name="mixed")(table(words))))
+
+
+def test_copies_that_would_untie_weights_are_refused() -> None:
+    """A layer's config hands on the layer that it reads, which then is there twice."""
+    with pytest.raises(ModelError, match=r"share weights: its copy would train .*quantize_model"):
+        kqat.adapt(_language_model(), calibration_data=IDS)
+    words = keras.Input((STEPS,), dtype="int32")
+    table = L.Embedding(ROWS, WIDTH, name="table")
+    annotate = kqat.quantize_annotate_layer
+    mixed = annotate(L.Dense(WIDTH))(annotate(table)(words))
+    model = keras.Model(words, annotate(Head(table, name="head"))(mixed))
+    with pytest.raises(ModelError, match=r"share weights.*with a policy"):
+        kqat.quantize_apply(model, calibration_data=IDS)
+
+
+class Flow(L.Layer):
+    """One weight, and a sign by the way it is called."""
+
+    def build(self, shape: Any) -> None:
+        self.kernel = self.add_weight(shape=(WIDTH, WIDTH))
+
+    def call(self, x: Any, reverse: bool = False) -> Any:
+        y = ops.tanh(ops.matmul(x, self.kernel))
+        return x - y if reverse else x + y
+
+
+@pytest.mark.parametrize("kind", ["two tables", "float flow", "float table"])
+def test_both_ways_of_a_layer_that_need_no_grid_together(kind: str) -> None:
+    if kind == "float flow":
+        x, layer, data = keras.Input((WIDTH,)), Flow(name="both"), X
+    else:
+        x, data = keras.Input((STEPS,), dtype="int32"), IDS
+        layer = L.ReversibleEmbedding(ROWS, WIDTH, tie_weights=kind != "two tables", name="both")
+    y = layer(L.Dense(WIDTH)(layer(x)), reverse=True)
+    model = keras.Model(x, y)
+    policy = "int8" if kind == "two tables" else {"both": None}
+    qat = kqat.quantize_model(model, policy, calibration_data=data)
+    sizes = [sum(int(np.prod(v.shape)) for v in one.trainable_variables) for one in (qat, model)]
+    assert sizes[0] == sizes[1]

@@ -95,3 +95,27 @@ def test_an_index_without_a_row_is_refused_in_calibration(wrong: int) -> None:
     message = rf"0 to 9 in input 'tokens', as layer 'words'.*Received: {wrong}\."
     with pytest.raises(kqat.CalibrationError, match=message):
         kqat.quantize_model(model, calibration_data=data)
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        lambda i: ops.clip(i, 2, 9),
+        lambda i: ops.minimum(ops.maximum(i - 2, 0), 3),
+        lambda i: ops.maximum(5 - i, 0),
+        lambda i: ops.clip(i - 5, -3, 4) * ops.clip(i, 1, 2),
+        lambda i: ops.clip(i, 0, 9) - ops.clip(i, 3, 5),
+        lambda i: ops.clip(ops.sum(i, 1, keepdims=True), 0, 30),
+    ],
+)
+def test_a_table_has_a_row_for_all_that_a_clip_leaves(whole: Callable[[Any], Any]) -> None:
+    """An input was taken for zeros and ones before the clip; other integers had no row."""
+    integers = keras.Input((STEPS,), dtype="int32")
+    model = keras.Model(integers, layers.Dense(3)(ops.cast(whole(integers), "float32")))
+    data = np.random.default_rng(0).integers(0, 9, (64, STEPS)).astype(np.int32)
+    narrow = kqat.quantize_model(model, calibration_data=data % 2 + 2)
+    assert np.isfinite(np.asarray(narrow(data))).all()
+    wide = kqat.quantize_model(model, calibration_data=data)
+    expected = np.asarray(model(data))
+    noise = np.mean(np.square(expected - np.asarray(wide(data))))
+    assert noise < 10**-2.5 * np.mean(np.square(expected))

@@ -167,3 +167,17 @@ def test_quotients_of_large_divisors() -> None:
     assert "holds inverses up to" in text and "quotients of large divisors are lost" in text
     assert "Divide both by the number of steps first" in text
     assert "inverses" not in said(model, [values, 1.0 + lengths / 200.0])
+
+
+def test_a_lost_output_is_named_with_what_computes_it() -> None:
+    """A value that only another output reads may be lost as well."""
+    x = keras.Input((16,), name="x")
+    low = keras.initializers.Constant(-12.0)
+    rare = layers.Dense(4, activation="sigmoid", bias_initializer=low, name="rare")(x)
+    sound = layers.Dense(4, name="sound")(x) + rare
+    far = layers.Dense(4, bias_initializer=keras.initializers.Constant(3000.0), name="far")(x)
+    less = far - keras.ops.mean(far, -1, keepdims=True)
+    rows = np.random.default_rng(0).normal(size=(128, 16)).astype(np.float32)
+    text = said(keras.Model(x, [sound, less], name="two"), rows)
+    assert "has an SQNR of" in text
+    assert "'rare' is the first" not in text
