@@ -7,7 +7,7 @@ import numpy as np
 
 from kqat.base import ModelError
 from kqat.training.kmeans import clustered
-from kqat.training.pruning import check_float, kernels
+from kqat.training.pruning import check_float, float_copy, kernels
 
 
 def cluster(model: keras.Model, clusters: int = 16, *, only: str = "*") -> keras.Model:
@@ -35,8 +35,7 @@ def cluster(model: keras.Model, clusters: int = 16, *, only: str = "*") -> keras
             "Use 16."
         )
     check_float(model, "cluster")
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
+    copy = float_copy(model)
     for layer in kernels(copy, only, "cluster"):
         kernel: Any = layer.kernel
         kernel.assign(clustered(np.asarray(kernel), clusters))

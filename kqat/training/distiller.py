@@ -69,6 +69,7 @@ class Distiller(keras.Model):
         self.student = student
         self.teacher = teacher
         teacher.trainable = False
+        teacher = _with_outputs(teacher, student)
         _check_shapes("outputs", "the outputs", student.outputs, teacher.outputs)
         _check_shapes("inputs", "the inputs", student.inputs, teacher.inputs)
         theirs = [_layer(teacher, name).output for name in self.features.values()]
@@ -136,6 +137,16 @@ class Distiller(keras.Model):
 def _relative_square(own: Any, other: Any) -> Any:
     own, other = (ops.cast(y, "float32") for y in (own, other))
     return ops.mean(ops.square(own - other)) / ops.maximum(ops.mean(ops.square(other)), _TINY)
+
+
+def _with_outputs(teacher: keras.Model, student: keras.Model) -> keras.Model:
+    """The teacher, or a functional model that calls it, where it is subclassed."""
+    if hasattr(teacher, "outputs"):
+        return teacher
+    inputs = [keras.Input(t.shape[1:], dtype=t.dtype) for t in student.inputs]
+    model = keras.Model(inputs, teacher(inputs if len(inputs) > 1 else inputs[0]))
+    model.trainable = False
+    return model
 
 
 def _check_options(kind: str, temperature: float, weight: float, feature_weight: float) -> None:

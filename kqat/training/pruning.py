@@ -9,6 +9,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import ModelError, TextEnum
+from kqat.graph import Node, check_as_many, duplicate, rebuild, trace
 from kqat.grids import nearest_name
 from kqat.training.build import all_layers, is_quantized
 
@@ -60,8 +61,7 @@ def prune(
     """
     kind = checked_pattern(sparsity, pattern)
     check_float(model, "prune")
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
+    copy = float_copy(model)
     for layer in kernels(copy, only, "prune"):
         kernel: Any = layer.kernel
         value = np.asarray(kernel)
@@ -165,6 +165,34 @@ def checked_pattern(sparsity: float, pattern: str) -> Pattern:
             "pattern='single'."
         )
     return Pattern(pattern)
+
+
+def float_copy(model: keras.Model) -> keras.Model:
+    """A copy of a float model with weights of its own.
+
+    Layers that Keras cannot make anew from their configs are copied by what the model computes; a
+    subclassed model then is a functional one.
+
+    Raises:
+        ModelError: if layers share weights that their copies would not.
+        UnsupportedLayerError: if a layer cannot be copied.
+    """
+    try:
+        copy = keras.models.clone_model(model)
+        copy.set_weights(model.get_weights())
+        return copy
+    except Exception:  # Whatever a user's own class raises that is made anew from its config.
+        graph = trace(model)
+    copies: dict[int, Any] = {}
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        if id(node.layer) not in copies:
+            copies[id(node.layer)] = duplicate(node.layer, node.name)
+        return copies[id(node.layer)](*args, **kwargs)
+
+    copy = rebuild(graph, call, model.name, graph.output_names, graph.output_masks)
+    check_as_many(model, copy, "kqat.Pruning prunes a model while it trains, without a copy.")
+    return copy
 
 
 def check_float(model: Any, what: str) -> None:

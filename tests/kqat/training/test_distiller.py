@@ -118,3 +118,23 @@ def test_a_teacher_that_does_not_fit_is_refused(options: dict[str, Any], words: 
     options = {"teacher": float_model(), **options}
     with pytest.raises(kqat.ModelError, match=words):
         kqat.Distiller(float_model(), **options)
+
+
+class Subclassed(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = layers.Dense(16, "relu"), layers.Dense(4)
+
+    def call(self, x: Any) -> Any:
+        return self.head(self.hidden(x))
+
+
+def test_a_subclassed_teacher_teaches(data: tuple[np.ndarray, np.ndarray]) -> None:
+    """It has no `outputs`, which ended in an AttributeError."""
+    x, y = data
+    teacher = Subclassed()
+    teacher(x)
+    qat = kqat.quantize_model(teacher, calibration_data=x)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    kqat.finetune(qat, (x, y), epochs=1, loss=loss, teacher=teacher, kind="logits", verbose=0)
+    assert np.isfinite(np.asarray(qat(x))).all()

@@ -256,3 +256,44 @@ def test_few_values_are_those_of_k_means() -> None:
 def test_what_cannot_be_pruned_or_clustered_is_refused(call: Any, words: str) -> None:
     with pytest.raises(kqat.ModelError, match=words):
         call(network())
+
+
+class Configured(keras.layers.Layer):
+    """Its config has a key that its `__init__` does not take."""
+
+    def build(self, shape: Any) -> None:
+        self.scale = self.add_weight(shape=shape[-1:], initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        return x * self.scale
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "more": 1}
+
+
+class Inside(keras.Model):
+    """A subclassed model, which has no config."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(name="inside")
+        self.hidden, self.head = keras.layers.Dense(width), keras.layers.Dense(3)
+
+    def call(self, x: Any) -> Any:
+        return self.head(keras.ops.relu(self.hidden(x)))
+
+
+@pytest.mark.parametrize("kind", ["config", "subclassed", "lambda"])
+def test_models_that_keras_cannot_clone_are_pruned_and_clustered(kind: str) -> None:
+    rows = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    if kind == "subclassed":
+        model: keras.Model = Inside(16)
+    else:
+        middle = Configured() if kind == "config" else keras.layers.Lambda(lambda t: t * rows[0, 0])
+        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16), middle])
+        model.add(keras.layers.Dense(3))
+    before = np.asarray(model(rows))
+    for copy in (kqat.prune(model, 0.5), kqat.cluster(model, 4)):
+        kernels = [np.asarray(v) for v in copy.trainable_variables if len(v.shape) == 2]
+        assert len(kernels) == 2
+        assert all(np.mean(k == 0.0) == 0.5 or np.unique(k).size <= 4 for k in kernels)
+    np.testing.assert_array_equal(np.asarray(model(rows)), before)
