@@ -83,6 +83,10 @@ def expand_tied(
     return simple, origins
 
 
+# Whole numbers that float32 tells apart.
+_MOST_NUMBERS = 2**24
+
+
 @contextlib.contextmanager
 def _other_numbers(variables: Sequence[Any]) -> Iterator[Callable[[Graph], None]]:
     """Gives variables numbers, none of them twice, by which copies are known again.
@@ -91,7 +95,14 @@ def _other_numbers(variables: Sequence[Any]) -> Iterator[Callable[[Graph], None]
     the numbers of before.
     """
     before = [np.array(variable) for variable in variables]
-    scale = 2.0 ** -np.ceil(np.log2(sum(array.size for array in before) + 1))
+    total = sum(array.size for array in before)
+    if total > _MOST_NUMBERS:
+        raise ModelError(
+            f"Expected shared weights that their numbers tell apart. Received: "
+            f"'{variables[0].path}' and others of {total:,} numbers, all equal or equal to another "
+            "weight's. Give them numbers at random before they are quantized."
+        )
+    scale = 2.0 ** -np.ceil(np.log2(total + 1))
     ends = np.cumsum([array.size for array in before])
     order = np.random.default_rng(0).permutation(ends[-1]) + 1.0
     given = [

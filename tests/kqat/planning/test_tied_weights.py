@@ -407,3 +407,12 @@ def test_both_ways_of_a_layer_that_need_no_grid_together(kind: str) -> None:
     qat = kqat.quantize_model(model, policy, calibration_data=data)
     sizes = [sum(int(np.prod(v.shape)) for v in one.trainable_variables) for one in (qat, model)]
     assert sizes[0] == sizes[1]
+
+
+def test_weights_that_nothing_tells_apart_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are known by their numbers, and float32 has not so many whole ones."""
+    monkeypatch.setattr("kqat.planning.tied_weights._MOST_NUMBERS", 10)
+    model = _language_model()
+    model.get_layer("table").embeddings.assign(np.zeros((ROWS, WIDTH)))
+    with pytest.raises(ModelError, match=r"numbers tell apart.*table/embeddings"):
+        kqat.plan(model)
