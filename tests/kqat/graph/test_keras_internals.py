@@ -16,14 +16,16 @@ from keras import layers, ops
 import kqat
 from kqat.graph import call_signature, keras_internals, operations_between, values_between
 from kqat.graph.tracer import rebuild, trace
-from kqat.planning.expansion import expand
+from kqat.planning.tied_weights import expand_tied
 from tests.coverage.cases import inputs_of
 from tests.coverage.custom_cases import CASES
 from tests.coverage.index_cases import CASES as INDEX_CASES
 
 
 def _expanded(model: keras.Model) -> keras.Model:
-    graph, _ = expand(trace(model), lambda node: False, "expanded")
+    graph = trace(model)
+    configs = dict.fromkeys(node.name for node in graph.nodes)
+    graph, _ = expand_tied(graph, lambda node: False, "expanded", configs)
     return rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "layers")
 
 
