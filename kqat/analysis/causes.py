@@ -81,7 +81,7 @@ def causes_of_values(node: Node, x: Any, names: ValueNames) -> Iterator[Finding]
     site = node.kwargs.get("site", 0)
     name, spec = names.of(quantizer, site), quantizer.spec
     step = (high - low) / (spec.qmax - spec.qmin)
-    if not exact.any() or own_db > GOOD_DB:
+    if not exact.any() or own_db > GOOD_DB or (quantizer, site) in names.means_taken_off:
         return
     beyond = np.maximum(low - exact, exact - high)
     lost = float(np.sum(np.square(beyond[beyond > 0.0], dtype=np.float64)))

@@ -5,6 +5,7 @@ first, each with the name of its tensor and the way out.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -61,7 +62,6 @@ class Concern:
 def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
     """All that looks wrong, the worst of each kind first."""
     names = ValueNames(graph)
-    means = _means_taken_off(graph, names)
     every: list[Concern] = []
     if observer.samples < FEW_SAMPLES:
         text = f"{observer.samples} samples are few: ranges may miss what others hold"
@@ -75,12 +75,16 @@ def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
         if record.whole().is_zero() and names.is_zero_by_itself(quantizer, site):
             continue
         of_site = _of_site(record, found[quantizer][site], names.of(quantizer, site))
-        every += [c for c in of_site if c.kind == "clipped" or (quantizer, site) not in means]
+        every += [
+            c
+            for c in of_site
+            if c.kind == "clipped" or (quantizer, site) not in names.means_taken_off
+        ]
         if names.holds_inverses(quantizer, site):
             every += _small_inverses(record, found[quantizer][site], names.of(quantizer, site))
     for quantizer, ranges in found.items():
         every += _unlike_members(graph, quantizer, ranges, names)
-    every += _drowned(graph, found, names, means)
+    every += _drowned(graph, found, names)
     every += [
         _cut_by_given(names.of(quantizer, site), quantizer, cut)
         for (quantizer, site), cut in observer.cut.items()
@@ -250,30 +254,8 @@ def _unlike_members(
     yield Concern("unlike", meeting, lost, text, quantizer.spec.bits == 16)
 
 
-def _means_taken_off(graph: Graph, names: "ValueNames") -> frozenset[Site]:
-    """Means that are subtracted from the very values that they are of, as normalization does.
-
-    They may be as small as the errors of rounding, and nothing is lost with one that is.
-    """
-    found = set()
-    for node in graph.nodes:
-        if not isinstance(node.layer, layers.Subtract) or len(node.inputs) != 2:
-            continue
-        whole, mean = (names.source_of(ref) for ref in node.inputs)
-        call = None if whole is None or mean is None else names.calls.get(mean)
-        maker = None if call is None else names.producers.get(call.inputs[0])
-        if maker is None or mean is None or not isinstance(maker.layer, Reduce):
-            continue
-        is_mean = maker.layer.kind is ReduceKind.MEAN
-        if is_mean and names.source_of(maker.inputs[0]) == whole:
-            found.add(mean)
-    return frozenset(found)
-
-
-def _drowned(
-    graph: Graph, found: Found, names: "ValueNames", means: frozenset[Site]
-) -> Iterator[Concern]:
-    """Sums of which one addend is less than two steps of the result; but for `means`."""
+def _drowned(graph: Graph, found: Found, names: "ValueNames") -> Iterator[Concern]:
+    """Sums of which one addend is less than two steps of the result."""
     readers = graph.consumers()
     for node in graph.nodes:
         if not _adds(node.layer):
@@ -286,7 +268,7 @@ def _drowned(
         whole = _width(found[result.layer], None)
         for ref in node.inputs:
             source = names.source_of(ref)
-            if source is None or source in means:
+            if source is None or source in names.means_taken_off:
                 continue
             width = _width_of(*source, found)
             bits = result.layer.spec.bits
@@ -331,6 +313,26 @@ class ValueNames:
         for node in graph.nodes:
             if isinstance(node.layer, ActivationQuantizer) and node.kwargs.get("observe", True):
                 self.calls.setdefault((node.layer, node.kwargs.get("site", 0)), node)
+
+    @functools.cached_property
+    def means_taken_off(self) -> frozenset[Site]:
+        """Means that are subtracted from the very values that they are of, as normalization does.
+
+        They may be as small as the errors of rounding, and nothing is lost with one that is.
+        """
+        found = set()
+        for node in self.graph.nodes:
+            if not isinstance(node.layer, layers.Subtract) or len(node.inputs) != 2:
+                continue
+            whole, mean = (self.source_of(ref) for ref in node.inputs)
+            call = None if whole is None or mean is None else self.calls.get(mean)
+            maker = None if call is None else self.producers.get(call.inputs[0])
+            if maker is None or mean is None or not isinstance(maker.layer, Reduce):
+                continue
+            is_mean = maker.layer.kind is ReduceKind.MEAN
+            if is_mean and self.source_of(maker.inputs[0]) == whole:
+                found.add(mean)
+        return frozenset(found)
 
     def of(self, quantizer: ActivationQuantizer, site: int) -> str:
         """The name of the value that a call site rounds."""
