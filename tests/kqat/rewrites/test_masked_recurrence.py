@@ -15,6 +15,7 @@ import tflite_export
 from kqat.base.errors import UnsupportedLayerError
 from kqat.graph.tracer import rebuild, trace
 from kqat.planning.expansion import expand
+from tests.newer_keras import needs_keras
 from tflite_export.runtimes.execution import run
 
 STEPS, WORDS, WIDTH, UNITS = 5, 9, 4, 3
@@ -336,6 +337,7 @@ JOINED: dict[str, Make] = {
     [pytest.param(n, marks=[pytest.mark.slow] if "of two" in n else []) for n in JOINED],
 )
 def test_masks_of_joined_sequences(name: str) -> None:
+    needs_keras("3.12", "a mask of joined sequences")
     model, words = _of_words(JOINED[name]), _words()
     np.testing.assert_allclose(_expanded(model)(words), model(words), rtol=1e-4, atol=1e-5)
 

@@ -235,7 +235,7 @@ def test_a_symmetric_range_has_its_zero_at_zero(clamp: str | None, low: float) -
     rounded = np.asarray(quantizer(x, training=True))
     scale, zero_point = arithmetic.nudge(*map(np.float32, quantizer.range()), spec)
     assert zero_point == 0
-    wanted = np.clip(x, 0 if clamp else None, 6 if clamp == "relu6" else None)
+    wanted = np.clip(x, 0 if clamp else -np.inf, 6 if clamp == "relu6" else np.inf)
     # Half a step, and the float rounding of a division and a product.
     assert np.abs(rounded - wanted).max() <= scale * 0.5001
     assert np.asarray(quantizer(x)).tolist() == rounded.tolist()

@@ -78,13 +78,13 @@ def test_training_observes_and_rounds_to_what_it_observed() -> None:
 
 def test_each_batch_moves_the_range_by_the_method() -> None:
     layer, batches = quantizer(MovingAverage(0.5)), normal(6, 20)
-    low = high = np.float32(0)
+    # Arrays, as NumPy before 2 computes with numbers in float64.
+    low = high = np.zeros(1, np.float32)
     for count, x in enumerate(batches):
         layer(x, training=True)
-        low, high = MovingAverage(0.5).update(
-            low, high, np.float32(count), min(x.min(), 0), max(x.max(), 0)
-        )
-        assert layer.range() == (float(low), float(high))
+        seen = [np.array([end], np.float32) for end in (min(x.min(), 0), max(x.max(), 0))]
+        low, high = MovingAverage(0.5).update(low, high, np.full(1, count, np.float32), *seen)
+        assert layer.range() == (float(low[0]), float(high[0]))
     assert float(layer.count[0]) == 6
 
 
