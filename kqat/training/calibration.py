@@ -236,6 +236,9 @@ def _batch_count(data: Any, graph: Graph) -> int | None:
     """How many whole batches the data make; `None` where only reading them can tell."""
     if callable(data):
         return None
+    if isinstance(data, keras.utils.PyDataset):
+        _check_ends(data)
+        return None
     arrays = _as_arrays(data, graph.input_keys)
     first = None if arrays is None else arrays[0]
     samples = len(first) if isinstance(first, list) else next(iter(getattr(first, "shape", ())), 0)
@@ -382,7 +385,12 @@ def shapes_of(data: Any, keys: Sequence[str]) -> dict[str, tuple[int, ...]] | No
 
 def _made(data: Any) -> Any:
     """What a function of no arguments makes, such as a converter's `representative_dataset`."""
-    return data() if callable(data) and not isinstance(data, Iterable) else data
+    made = data() if callable(data) and not isinstance(data, Iterable) else data
+    if isinstance(made, keras.utils.PyDataset) and not isinstance(made, Iterable):
+        # Keras before 3.12 does not iterate over it.
+        _check_ends(made)
+        return (made[index] for index in range(made.num_batches))
+    return made
 
 
 def _check_ends(data: Any) -> None:
