@@ -35,20 +35,24 @@ class QuantizeAnnotate(keras.layers.Wrapper):
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """The layer's output."""
-        # Keras hands both to whatever has the arguments, and so do graphs that it clones.
-        given = {"training": training} if _takes(self.layer, "training") else {}
-        if _takes(self.layer, "mask") and any(one is not None for one in keras.tree.flatten(mask)):
-            given["mask"] = mask
-        return self.layer(inputs, **given)
+        return self.layer(inputs, **self._given(training, mask))
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
         """The mask that the layer hands on."""
         return self.layer.compute_mask(inputs, previous_mask)
 
-    def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Any:
+    def compute_output_spec(
+        self, inputs: Any, training: bool | None = None, mask: Any = None
+    ) -> Any:
         """Those of the layer, which may have no `compute_output_shape` of its own."""
-        given = {key: value for key, value in kwargs.items() if _takes(self.layer, key)}
-        return self.layer.compute_output_spec(inputs, **given)
+        return self.layer.compute_output_spec(inputs, **self._given(training, mask))
+
+    def _given(self, training: bool | None, mask: Any) -> dict[str, Any]:
+        """Of what Keras hands to whatever has the arguments, what the layer takes."""
+        given = {"training": training} if _takes(self.layer, "training") else {}
+        if _takes(self.layer, "mask") and any(one is not None for one in keras.tree.flatten(mask)):
+            given["mask"] = mask
+        return given
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The layer's output shape."""

@@ -398,7 +398,7 @@ def _layers(
     graph = replay.graph
     names, scales = ValueNames(graph), input_scales(graph)
     of_site = {(id(t.quantizer), t.site): t for t in tensors if t.quantizer is not None}
-    before = _behind_nothing(graph, replay.ends)
+    before = graph.computing(replay.ends)
     rows: list[tuple[LayerLoss, float]] = []
     findings: list[tuple[float, Finding]] = []
     for node in replay.rounding_nodes():
@@ -429,17 +429,6 @@ def _layers(
     added = sum(share for _, share in rows)
     losses = [dataclasses.replace(row, share=share / (added or 1.0)) for row, share in rows]
     return losses, [f for _, f in sorted(findings, key=lambda pair: -pair[0])], added
-
-
-def _behind_nothing(graph: Graph, ends: Sequence[Ref]) -> set[Node]:
-    """The nodes that the ends depend on."""
-    producers, found, waiting = graph.producers(), set[Node](), list(ends)
-    while waiting:
-        node = producers.get(waiting.pop())
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += node.inputs
-    return found
 
 
 def _alone(replay: Replay, node: Node) -> float:

@@ -1,6 +1,4 @@
-"""Errors, string enumerations, files written whole or not at all, lazy packages, progress,
-variables read.
-"""
+"""Errors, string enumerations, whole files, lazy packages, progress, variables."""
 
 from kqat.base.atomic_files import save_model, write_file, write_files
 from kqat.base.errors import (

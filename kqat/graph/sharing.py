@@ -87,7 +87,7 @@ class WeightReads:
 
     def _note_node(self, node: Any, place: tuple[int, ...], name: str, is_float: bool) -> None:
         self._alive.append(node)
-        for variable in getattr(node.layer, "trainable_variables", ()):
+        for variable in _trained(node.layer):
             # A layer is one place wherever it is called, but for a table that it reads both ways.
             both = not is_float and variable is getattr(node.layer, "embeddings", None)
             reverse = node.kwargs.get("reverse", node.args[1:2] == (True,))

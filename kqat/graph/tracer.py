@@ -150,6 +150,16 @@ class Graph:
         """The node that writes each value; model inputs have none."""
         return {ref: node for node in self.nodes for ref in node.outputs}
 
+    def computing(self, refs: Iterable[Ref]) -> set[Node]:
+        """The nodes that values depend on."""
+        producers, found, waiting = self.producers(), set[Node](), list(refs)
+        while waiting:
+            node = producers.get(waiting.pop())
+            if node is not None and node not in found:
+                found.add(node)
+                waiting += node.inputs
+        return found
+
 
 def trace(model: Any) -> Graph:
     """The graph of a built Keras model, nested and subclassed models opened up.
@@ -265,6 +275,26 @@ def rebuild(
     give_readers(fresh.values())
     with _deep_recursion():
         return keras.Model(fill(graph.input_struct, fresh.__getitem__), outputs, name=name)
+
+
+def copied(graph: Graph, name: str, copy_of: Callable[[Node], Any]) -> keras.Model:
+    """A copy of the model that a graph was traced from, layer by layer.
+
+    Calls of one layer share its weights, and so do those of its copy.
+
+    Args:
+        graph: what to copy.
+        name: of the copy.
+        copy_of: the copy of the layer of a node, which is its first call.
+    """
+    copies: dict[int, Any] = {}
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        if id(node.layer) not in copies:
+            copies[id(node.layer)] = copy_of(node)
+        return copies[id(node.layer)](*args, **kwargs)
+
+    return rebuild(graph, call, name, graph.output_names, graph.output_masks)
 
 
 @contextlib.contextmanager

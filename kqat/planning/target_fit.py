@@ -23,7 +23,7 @@ from kqat.devices import (
     moves_integers,
     ops_at,
 )
-from kqat.graph import Graph, Node, activation_name, duplicate, rebuild
+from kqat.graph import Graph, Node, activation_name, copied, duplicate
 from kqat.parts import Requantize
 from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.registry import ACTIVATIONS, as_layers, rule_for
@@ -51,8 +51,7 @@ def misfits(graph: Graph, plan: Plan, target: Target) -> tuple[Misfit, ...]:
         if ops:
             slow.append(misfit(origin, ops, function, replacements(function, bits), target, bits))
     more = [m for part in parts for m in _unpacked(part, target)]
-    more += _with_too_many_axes(plan, target)
-    more += _moving_integers(plan, target)
+    more += [m for part, node in _integer_nodes(plan) for m in _beyond_kernels(part, node, target)]
     if target.name == "edge_tpu":
         more += _limited(plan)
     return (*slow, *dict.fromkeys(more))
@@ -97,15 +96,7 @@ def replacements(function: str | None, bits: int) -> tuple[Replacement, ...]:
 def with_replacements(graph: Graph, found: Sequence[Misfit], name: str) -> keras.Model:
     """A copy of the model `graph` was traced from, with the activations that `found` names."""
     chosen = {unfit.layer: unfit.replacement for unfit in found if unfit.replacement}
-    copies: dict[int, Any] = {}
-
-    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
-        # Calls of one layer share its weights, and so must the copy's.
-        if id(node.layer) not in copies:
-            copies[id(node.layer)] = _replaced(node, chosen.get(node.name))
-        return copies[id(node.layer)](*args, **kwargs)
-
-    return rebuild(graph, call, name, graph.output_names, graph.output_masks)
+    return copied(graph, name, lambda node: _replaced(node, chosen.get(node.name)))
 
 
 def _replaced(node: Node, activation: str | None) -> Any:
@@ -118,47 +109,49 @@ def _replaced(node: Node, activation: str | None) -> Any:
     return layers.Activation(activation, name=node.name)
 
 
-def _with_too_many_axes(plan: Plan, target: Target) -> Iterator[Misfit]:
-    """What to say about values of more axes than a kernel takes."""
+def _integer_nodes(plan: Plan) -> Iterator[tuple[LayerPlan, Node]]:
+    """What ships as integers, of a plan and of its recurrences' steps."""
     nodes = {node.name: node for node in plan.graph.nodes}
     for part in plan.layers:
-        if part.role is Role.FLOAT or part.name not in nodes:
-            continue
-        node = nodes[part.name]
-        axes = max(len(ref.shape) for ref in (*node.inputs, *node.outputs))
-        beyond = tuple(op for op in part.ops if axes > most_axes(op, target.runtime))
-        if beyond:
-            most = min(most_axes(op, target.runtime) for op in beyond)
-            yield Misfit(
-                layer=part.origin,
-                operators=beyond,
-                blocking=True,
-                reason=f"does not run there on values of {axes} axes, the batch among them",
-                replacement=None,
-                remedy=f"reshape to {most} axes at most before it, or leave it float",
-            )
+        if part.role is not Role.FLOAT and part.name in nodes:
+            yield part, nodes[part.name]
     for step in plan.steps.values():
-        yield from _with_too_many_axes(step, target)
+        yield from _integer_nodes(step)
 
 
-def _moving_integers(plan: Plan, target: Target) -> Iterator[Misfit]:
-    """What to say about indexes and truth values that a kernel does not move."""
-    nodes = {node.name: node for node in plan.graph.nodes}
-    for part in plan.layers:
-        node = nodes.get(part.name)
-        if node is None or part.role is Role.FLOAT or not node.outputs[0].holds_indexes:
-            continue
-        beyond = tuple(op for op in part.ops if not moves_integers(op, target.runtime))
-        if beyond and all(ref.holds_indexes for ref in node.inputs):
-            yield Misfit(
-                layer=part.origin,
-                operators=beyond,
-                blocking=True,
-                reason=f"does not move {node.outputs[0].dtype} there, indexes or truth values",
-                replacement=None,
-                remedy="move what is looked up or computed of them, use slices and concatenate, or "
+def _beyond_kernels(part: LayerPlan, node: Node, target: Target) -> Iterator[Misfit]:
+    """What to say about values that a kernel does not take: of many axes, or without a scale."""
+    axes = max(len(ref.shape) for ref in (*node.inputs, *node.outputs))
+    large = tuple(op for op in part.ops if axes > most_axes(op, target.runtime))
+    if large:
+        most = min(most_axes(op, target.runtime) for op in large)
+        yield _blocking(
+            part,
+            large,
+            f"does not run there on values of {axes} axes, the batch among them",
+            f"reshape to {most} axes at most before it, or leave it float",
+        )
+    if all(ref.holds_indexes for ref in (*node.inputs, node.outputs[0])):
+        fixed = tuple(op for op in part.ops if not moves_integers(op, target.runtime))
+        if fixed:
+            yield _blocking(
+                part,
+                fixed,
+                f"does not move {node.outputs[0].dtype} there, indexes or truth values",
+                "move what is looked up or computed of them, use slices and concatenate, or "
                 "compute them before the model",
             )
+
+
+def _blocking(part: LayerPlan, operators: tuple[str, ...], reason: str, remedy: str) -> Misfit:
+    return Misfit(
+        layer=part.origin,
+        operators=operators,
+        blocking=True,
+        reason=reason,
+        replacement=None,
+        remedy=remedy,
+    )
 
 
 def _unpacked(part: LayerPlan, target: Target) -> Iterator[Misfit]:

@@ -29,17 +29,21 @@ from kqat.training.method_choice import (
     Choice,
     KeptSamples,
     best,
-    computed_of,
     noisy_roundings,
 )
 from kqat.training.observation import Observer
-from kqat.training.range_checks import Concern, ValueNames, as_text, concerns, lost_output
+from kqat.training.range_checks import (
+    LARGEST_NOISE,
+    Concern,
+    ValueNames,
+    as_text,
+    concerns,
+    lost_output,
+)
 from kqat.training.weight_wrapper import QuantizeWrapper, rounded_once, uncorrected
 
 BATCH_SIZE = 32
 DEFAULT_METHOD = "auto"
-# Power of the errors of rounding over that of an output: 10 dB.
-LARGEST_NOISE = 0.1
 # With fewer bits of the weights, any network loses as much until it is trained.
 FEWEST_BITS = 4
 # Of the width of what was seen: sums of another batch size differ by less.
@@ -128,7 +132,7 @@ def _lost(
     roundings = noisy_roundings(graph, tensors, choice, LARGEST_NOISE, corrects=corrects)
     names = ValueNames(graph)
     for ref, noise in noisy.items():
-        before = computed_of(graph, ref)
+        before = graph.computing([ref])
         first = next((node for node in roundings if node in before), None)
         place = "" if first is None else names.of(first.layer, first.kwargs.get("site", 0))
         yield lost_output(graph.output_names[graph.outputs.index(ref)], noise, place)
@@ -234,10 +238,7 @@ def observed(graph: Graph, data: Any) -> tuple[Observer, KeptSamples]:
 
 def _batch_count(data: Any, graph: Graph) -> int | None:
     """How many whole batches the data make; `None` where only reading them can tell."""
-    if callable(data):
-        return None
-    if isinstance(data, keras.utils.PyDataset):
-        _check_ends(data)
+    if callable(data) or isinstance(data, keras.utils.PyDataset):
         return None
     arrays = _as_arrays(data, graph.input_keys)
     first = None if arrays is None else arrays[0]
@@ -534,7 +535,7 @@ def _check_computed(graph: Graph, tensors: list[Any], before: int) -> None:
         if not whole.issuperset(node.inputs):
             continue
         layer = getattr(node.layer, "layer", node.layer)  # of a QuantizeWrapper
-        if isinstance(layer, keras.layers.Embedding):
+        if reads_rows(layer, node.kwargs):
             tables.append(node)
         elif all(ref.holds_indexes for ref in node.outputs):
             steps.append(node)

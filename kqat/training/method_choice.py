@@ -140,18 +140,6 @@ def noisy_roundings(
     return [n for n in roundings if _noise(want[n.outputs[0]], got[n.outputs[0]]) > least]
 
 
-def computed_of(graph: Graph, ref: Ref) -> set[Node]:
-    """The nodes that a value is computed by."""
-    producers = graph.producers()
-    found, waiting = set(), [ref]
-    while waiting:
-        node = producers.get(waiting.pop())
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += node.inputs
-    return found
-
-
 def _noise_at(
     refs: set[Ref], want: Mapping[Ref, np.ndarray], got: Mapping[Ref, np.ndarray]
 ) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import ModelError, TextEnum
-from kqat.graph import Node, check_as_many, duplicate, rebuild, trace
+from kqat.graph import check_as_many, copied, duplicate, trace
 from kqat.grids import nearest_name
 from kqat.training.build import all_layers, is_quantized
 
@@ -183,14 +183,7 @@ def float_copy(model: keras.Model) -> keras.Model:
         return copy
     except Exception:  # Whatever a user's own class raises that is made anew from its config.
         graph = trace(model)
-    copies: dict[int, Any] = {}
-
-    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
-        if id(node.layer) not in copies:
-            copies[id(node.layer)] = duplicate(node.layer, node.name)
-        return copies[id(node.layer)](*args, **kwargs)
-
-    copy = rebuild(graph, call, model.name, graph.output_names, graph.output_masks)
+    copy = copied(graph, model.name, lambda node: duplicate(node.layer, node.name))
     check_as_many(model, copy, "kqat.Pruning prunes a model while it trains, without a copy.")
     return copy
 

@@ -33,6 +33,8 @@ FEW_SAMPLES = 32
 UNLIKE_HALVES = 2.0
 # Clipping is told where it costs more than so many times what rounding costs.
 CLIPPING_OVER_ROUNDING = 10.0
+# Power of the errors of rounding over that of an output, of which they then leave 10 dB.
+LARGEST_NOISE = 0.1
 # Bits that a member of a group with one scale may lose.
 LOST_BITS = 3.0
 # Half of all inverses lie below so many steps: they are some 10 % off.
@@ -136,8 +138,8 @@ def lost_output(name: str, noise: float, first: str) -> Concern:
         noise: power of the errors over that of the values, on samples of calibration.
         first: the first value that lost so much.
     """
-    left = -10.0 * math.log10(noise)
-    place = f"; '{first}' is the first value below 10 dB" if first else ""
+    left, least = (-10.0 * math.log10(power) for power in (noise, LARGEST_NOISE))
+    place = f"; '{first}' is the first value below {least:.0f} dB" if first else ""
     text = f"output '{name}' has an SQNR of {left:.1f} dB{place}"
     return Concern("lost", name, noise, text)
 

@@ -416,3 +416,13 @@ def test_weights_that_nothing_tells_apart_are_named(monkeypatch: pytest.MonkeyPa
     model.get_layer("table").embeddings.assign(np.zeros((ROWS, WIDTH)))
     with pytest.raises(ModelError, match=r"numbers tell apart.*table/embeddings"):
         kqat.plan(model)
+
+
+def test_a_computed_index_without_a_row_of_a_tied_table_is_named() -> None:
+    """The trial of computed integers knew Embeddings alone."""
+    words = keras.Input((STEPS,), dtype="int32")
+    table = L.ReversibleEmbedding(ROWS, WIDTH, name="table")
+    y = table(L.Dense(WIDTH)(table(ops.add(words, 3))), reverse=True)
+    message = r"0 to 11 for 'table', which has 12 rows. Received: 1[2-4], computed"
+    with pytest.raises(kqat.CalibrationError, match=message):
+        kqat.quantize_model(keras.Model(words, y), calibration_data=IDS)
