@@ -193,8 +193,9 @@ class Reduce(layers.Layer):
 class Remainder(Reduce):
     """The mean of values whose mean was subtracted before: that of their errors of rounding.
 
-    Calibration sees next to nothing, as nothing is rounded there. So the grid has room for 16 steps
-    of the values to each side, by which a step of `x` is multiplied in rows of small deviation.
+    Calibration sees next to nothing of it, as nothing is rounded there. So the range is no less
+    than 16 steps of the values to each side: a row of small deviation multiplies the error of its
+    first mean, which is half a step of that mean at most.
     """
 
 

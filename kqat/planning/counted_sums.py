@@ -35,7 +35,7 @@ from kqat.planning.expansion import compute_alike
 from kqat.rewrites import step_masks, whole_numbers
 
 Configs = Mapping[str, QuantizeConfig | None]
-# Factors less far apart are fine on one grid of 8 bits.
+# Factors less far apart are fine on one grid of 8 bits (benchmarks/masked_means.md).
 LEAST_SPREAD = 12.0
 # A factor so much larger than the next guards a division by zero: there is nothing to sum.
 _GUARD = 100.0

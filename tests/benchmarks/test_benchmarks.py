@@ -16,7 +16,9 @@ from benchmarks import (
     convert,
     device_model,
     file_sizes,
+    masked_means,
     method_overhead,
+    normalization,
     peers,
     range_following,
     tensorboard_cost,
@@ -279,3 +281,21 @@ def test_the_table_of_ranges_says_what_it_aimed_at_and_what_is_missing() -> None
     assert "Measured in part: mlperf_tiny/ad (1 of 2 cells)." in text
     others = set(calibration.TASKS) - set(results)
     assert not others or f"Not measured: {', '.join(sorted(others))}." in text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Statistics for quantized inputs were expected:UserWarning")
+def test_the_mean_is_subtracted_twice_for_a_reason() -> None:
+    rows = normalization.main(["--cells", "5", "--samples", "64"])
+    *_, twice, before, behind, _ = rows[3]
+    assert rows[3][:2] == (10.0, 4)
+    assert twice > before > behind + 10.0
+
+
+@pytest.mark.slow
+def test_groups_of_counts_are_divided_for_a_reason() -> None:
+    ((name, steps, before, after, few, many),) = masked_means.main(
+        ["--only", "weights first", "--steps", "200", "--samples", "64"]
+    )
+    assert (name, steps) == ("weights first", 200)
+    assert after > before + 15.0 and many > few

@@ -20,12 +20,11 @@ from kqat.rewrites.layers.basic import Decomposed
 def layer_normalization(layer: Any, name: str) -> Decomposed:
     """`(x - mean) / sqrt(variance + epsilon) * gamma + beta` over the last axis.
 
-    The mean is subtracted twice: before the division, and what is left of it behind, as the mean of
-    what was rounded. Once, before it, leaves the error of rounding the mean, which a large
-    `1 / sqrt(variance)` multiplies (in rows of small values beside others, as a class token's
-    beside patches). Once, behind it, leaves two large values whose difference is wanted, where the
-    mean is large beside the deviation. Reference: Ba et al. 2016, section 3
-    (https://arxiv.org/abs/1607.06450).
+    The mean is subtracted twice. The first time is before the division: where a mean is large, the
+    values would need a coarse grid otherwise. Its error of rounding is then multiplied by
+    `1 / sqrt(variance)`, which is large in rows of small values. So the mean of what was divided,
+    which is that error, is subtracted as well. `benchmarks/normalization.md` compares the three.
+    Reference: Ba et al. 2016, section 3 (https://arxiv.org/abs/1607.06450).
     """
     _check_last_axis(layer, name)
     if config_of(layer).get("rms_scaling"):

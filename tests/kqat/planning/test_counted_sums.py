@@ -12,6 +12,7 @@ import kqat
 import tflite_export
 from kqat.graph import rebuild, trace
 from kqat.parts import Hold
+from kqat.planning import counted_sums
 from kqat.planning.counted_sums import scale_sums
 from kqat.planning.expansion import expand
 
@@ -274,3 +275,20 @@ def test_all_runtimes_compute_them() -> None:
     assert report.is_full_integer
     for result in report.runtimes:
         assert result.is_right and result.exact is not None and result.exact.is_exact, report
+
+
+def test_products_that_are_not_what_the_sums_were_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are tried on random inputs: what looks like a count may be none."""
+    emit = counted_sums._Scaled.emit
+
+    def doubled(self: Any, name: str, shape: Any) -> Any:
+        return layers.Rescaling(2.0, name=name)(emit(self, f"{name}_once", shape))
+
+    monkeypatch.setattr(counted_sums._Scaled, "emit", doubled)
+    model, ids = _model(20, plain), _ids(20, 24)
+    made, choices = _scaled(model)
+    assert choices == 0
+    # As many digits as float32 sums of twenty numbers agree in.
+    np.testing.assert_allclose(made(ids), model(ids), rtol=1e-4, atol=1e-5)

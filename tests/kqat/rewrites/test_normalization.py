@@ -40,8 +40,9 @@ def test_rows_of_small_values_keep_their_signal_beside_others(
 ) -> None:
     rng = np.random.default_rng(0)
     rows = np.resize(deviations, 16)[:, None]
-    x = (rng.normal(size=(64, 16, 32)) * rows).astype(np.float32)
-    assert sqnr(in_one, x) > sqnr(centered_first, x) - 0.5
+    x = (rng.normal(size=(256, 16, 32)) * rows).astype(np.float32)
+    # benchmarks/normalization.md has 1.3 and 0.3 dB between them.
+    assert sqnr(in_one, x) > sqnr(centered_first, x) + 0.2
 
 
 def test_rows_alike_lose_nothing() -> None:
@@ -67,6 +68,7 @@ def test_rows_whose_mean_is_all_but_zero_stay_within_a_step() -> None:
 def test_rows_of_a_large_mean_lose_little(mean: float, channels: int, gain: float) -> None:
     """The error of rounding the mean is taken off behind the division, as far as 16 steps."""
     x = np.random.default_rng(0).normal(mean, 1.0, (64, 16, channels)).astype(np.float32)
+    # Most of what benchmarks/normalization.md has between them.
     assert sqnr(in_one, x) > sqnr(centered_first, x) + gain
 
 
