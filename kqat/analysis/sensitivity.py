@@ -192,7 +192,9 @@ def _weights_of(choice: str) -> tuple[QuantSpec, StepMethod]:
     """The grid and the step method of a preset's weights; a learned step is where it starts."""
     config: QuantizeConfig = resolve_config(choice)
     if not isinstance(choice, str) or not isinstance(config.weights, QuantSpec):
-        raise PolicyError(f"Expected names of presets as choices. Received: {choice!r}.")
+        raise PolicyError(
+            f"Expected names of presets as choices. Received: {choice!r}. Use ('int8', 'w4a8')."
+        )
     return config.weights, config.weight_step
 
 

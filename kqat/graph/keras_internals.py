@@ -513,7 +513,8 @@ def _symbolic_output(value: Any, layer: Any, weights: dict[int, tuple[Any, Any]]
         return value
     if not keras.ops.is_tensor(value) and not isinstance(value, np.ndarray | keras.Variable):
         raise ModelError(
-            f"Expected tensors as outputs of '{layer.name}'. Received: {type(value).__name__}."
+            f"Expected tensors as outputs of '{layer.name}'. Received: {type(value).__name__}. "
+            "Return tensors from its call, or lists and dicts of them."
         )
     variable = value
     if not isinstance(value, keras.Variable):
@@ -942,7 +943,7 @@ def _first_of_batch(variable: Any, batch: int, layer: Any) -> Any:
         raise ModelError(
             f"Expected weights that are the same for all samples in '{layer.name}' of type "
             f"{type(layer).__name__}. Received: {variable.name} of shape {tuple(variable.shape)}, "
-            "which was computed with the batch size."
+            "which was computed with the batch size. Compute it without that."
         )
     made = keras.Variable(array, trainable=variable.trainable, name=variable.name)
     return _made_of([variable], made)

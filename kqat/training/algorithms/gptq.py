@@ -32,7 +32,9 @@ def gptq(qat: keras.Model, data: Any, *, damping: float = 0.01) -> keras.Model:
         ModelError: if `qat` has no such layer.
         CalibrationError: if the data do not fit the model.
 
-    Reference: Frantar et al. 2023, "The GPTQ algorithm", algorithm 1 (https://arxiv.org/abs/2210.17323).
+    Reference: Frantar et al. 2023, section 4, algorithm 1 (https://arxiv.org/abs/2210.17323). The
+    paper's blocks of columns only save time. It rounds to asymmetric min-max grids (section 5);
+    here the grids are those of the model.
     """
     if not damping > 0.0:
         raise SpecError(f"Expected damping above 0. Received: damping={damping!r}. Use 0.01.")
