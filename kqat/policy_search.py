@@ -92,8 +92,8 @@ class SearchedPolicy(QuantizePolicy):
         used: what the policy takes of it, as its file shows.
         choices: layer -> preset.
         pareto: what other budgets would give.
-        alike: what each choice for all layers gives.
-        sensitivity: what it was decided by.
+        alike: what one preset for all layers gives, for each of the presets.
+        sensitivity: what each layer costs at each preset, as measured.
     """
 
     measure: Budget = Budget.FLASH

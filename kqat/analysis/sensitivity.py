@@ -75,7 +75,7 @@ class Sensitivity:
     weights: Mapping[str, int]
 
     def cost(self, layer: str, choice: str) -> float:
-        """That of one layer at one choice."""
+        """What one layer costs at one choice."""
         return next(c.cost for c in self.costs if (c.layer, c.choice) == (layer, choice))
 
     def __str__(self) -> str:

@@ -17,6 +17,9 @@ from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrap
 def strip(qat: keras.Model) -> keras.Model:
     """The float model inside a QAT model, with the weights that were trained.
 
+    Args:
+        qat: a QAT model; it is not changed.
+
     Raises:
         ModelError: if `qat` is no QAT model.
     """

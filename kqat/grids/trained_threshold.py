@@ -22,7 +22,7 @@ class TrainedThreshold(LearnedMethod, LearnedRangeMethod):
 
     The trained number is the logarithm `l = log2(t)` of the threshold. The scale is a power of two,
 
-        s             = 2**ceil(l) / 2**(bits - 1)        2**bits where all values are >= 0
+        s             = 2**ceil(l) / 2**(bits - 1), or / 2**bits where all values are >= 0
         output        = clip(round(x / s), n, p) * s
         d out/d l     = s * ln(2) * (round(x / s) - x / s inside the grid; n below it; p above it)
         d out/d x     = 1 inside the grid, else 0

@@ -114,10 +114,16 @@ class LayerPlan:
 class Plan:
     """Every decision about one model. `print(plan)` shows it; `plan.to_json()` keeps it.
 
-    `misfits` are the layers that do not fit `target`, where one was asked for. `graph`, `roundings`
-    and `steps` (the plan of one step of each recurrence, by the name of its node) are what
-    `training.build` builds from, with `rules`, the row that each integer node was planned with, by
-    the node's name; they are left out of both.
+    Attributes:
+        model_name, input_names, output_names: of the model.
+        layers: what becomes of each layer.
+        groups: layers whose outputs share one quantizer.
+        unused_rules: rules of the policy that decide nothing.
+        target: the device that was asked for, if one was.
+        misfits: the layers that do not fit the target.
+        graph, roundings, steps, rules: what the QAT model is built from; neither printed nor kept.
+            `steps` holds the plan of one step of each recurrence, `rules` the row of the registry
+            that each integer node was planned with, both by the node's name.
     """
 
     model_name: str

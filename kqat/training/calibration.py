@@ -59,8 +59,8 @@ def calibrate(
 ) -> None:
     """Finds the ranges of a QAT model from `data`, and corrects its biases; weights do not move.
 
-    Each range is an estimate over all data: their order and how they come in batches do not
-    change it by a bit. Weights are rounded meanwhile and activations are not, so one bad range
+    Each range is an estimate over all data: neither their order nor how they come in batches
+    changes it. Weights are rounded meanwhile and activations are not, so one bad range
     cannot spoil the later ones. What was calibrated or trained before is replaced; where anything
     fails, all ranges stay as they were.
 

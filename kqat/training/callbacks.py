@@ -165,8 +165,9 @@ class FreezeBatchNorm(_FreezeAt):
     """Makes BatchNormalization use its moving statistics from epoch `epoch` on.
 
     The first epoch is 0. The statistics no longer change, while gamma and beta still train.
-    BatchNormalization layers that the plan leaves float are not affected. The training step is not
-    traced anew, but on other backends than TensorFlow and under a distribution strategy.
+    BatchNormalization layers that the plan leaves float are not affected. The training step is
+    traced anew only on other backends than TensorFlow, under a distribution strategy, and for a
+    layer with an activity regularizer.
 
     Raises:
         ModelError: if `epoch` is not an epoch number, or the model in `fit` is not a QAT model.

@@ -23,7 +23,9 @@ def awq(qat: keras.Model, data: Any) -> keras.Model:
 
     and channel `j` of the layer before is divided by it. Of the exponents `a` = 0, 0.05, … 1 the
     one is taken whose rounded kernels give the outputs closest to the unrounded ones. `a = 0`
-    changes nothing, so no layer gets worse on `data`. AWQ is meant for weights of 4 bits or fewer.
+    changes nothing, so by this measure no layer gets worse. The measure is exact for Dense; for
+    convolutions it leaves out products of different positions. AWQ is meant for weights of 4 bits
+    or fewer.
 
     Args:
         qat: a QAT model, before training; it is not changed.

@@ -10,7 +10,7 @@ from kqat.training.algorithms.linear_layers import LinearProblem, with_chosen_in
 
 
 def gptq(qat: keras.Model, data: Any, *, damping: float = 0.01) -> keras.Model:
-    """A copy of a QAT model whose weights are rounded in view of each other.
+    """A copy of a QAT model whose later weights make up for the rounding of earlier ones.
 
     With `H = 2 X^T X` of a layer's inputs and `U` the upper Cholesky factor of its inverse, the
     weights `w_i` of input `i` are rounded to `q_i`, and the error is spread over the inputs
