@@ -386,9 +386,9 @@ def _opened_layer(
             graph = trace_call(layer, args, kwargs, name, is_custom)
         except ModelError as error:
             raise UnsupportedLayerError(
-                f"Received: layer '{origin}' of type {type(layer).__name__}. Leave it float with "
+                f"{error} Or leave layer '{origin}' of type {type(layer).__name__} float with "
                 f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
-                f"describe it with kqat.register_layer. {error}"
+                "describe it with kqat.register_layer."
             ) from error
         if reads is not None:
             reads.note_opened(graph, layer, origin)

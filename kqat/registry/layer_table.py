@@ -499,7 +499,10 @@ def rule_for(
         )
     problem = rule.refuse(layer) if rule.refuse else None
     if problem:
-        raise UnsupportedLayerError(f"Received: {where}, which cannot ship: {problem}.")
+        raise UnsupportedLayerError(
+            f"Expected options with an integer form. Received: {where}, which cannot ship: "
+            f"{problem}."
+        )
     return rule
 
 
