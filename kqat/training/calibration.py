@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.base import CalibrationError, ModelError, tracked
+from kqat.base import CalibrationError, tracked
 from kqat.graph import (
     Graph,
     Node,
@@ -23,7 +23,7 @@ from kqat.graph import (
 from kqat.grids import CalibrationMethod, Fixed, calibration_method
 from kqat.parts import ConstantRows, IndexOperation, reads_rows
 from kqat.training.activation_quantizer import ActivationQuantizer
-from kqat.training.build import all_layers, is_quantized
+from kqat.training.build import all_layers, check_quantized
 from kqat.training.method_choice import (
     CANDIDATES,
     Choice,
@@ -102,11 +102,7 @@ def calibrate_for(
     """As `calibrate`, for a caller whose own caller is `stacklevel` - 1 frames away."""
     check_method(method)
     graph = trace(model)
-    if not is_quantized(model):
-        raise ModelError(
-            f"Expected a QAT model to calibrate. Received: '{model.name}', which is float. Use "
-            "kqat.quantize_model."
-        )
+    check_quantized(model, "to calibrate")
     methods = CANDIDATES if method == DEFAULT_METHOD else (calibration_method(method),)
     corrects = _is_untrained(model)
     with _unchanging_weights(model, corrects):

@@ -12,7 +12,7 @@ import keras
 
 from kqat.base import ModelError
 from kqat.training.activation_quantizer import ActivationQuantizer
-from kqat.training.build import all_layers, is_quantized
+from kqat.training.build import all_layers, check_quantized
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 Quantizing = ActivationQuantizer | QuantizeWrapper
@@ -23,11 +23,7 @@ class QatCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Checks that the model is one."""
-        if not is_quantized(self.model):
-            raise ModelError(
-                f"Expected a QAT model for {type(self).__name__}. Received: '{self.model.name}', "
-                "which is float. Use kqat.quantize_model first."
-            )
+        check_quantized(self.model, f"for {type(self).__name__}")
 
     def quantizing_layers(self) -> Iterator[Quantizing]:
         """The layers of the model that quantize."""

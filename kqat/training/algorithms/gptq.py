@@ -6,7 +6,11 @@ import keras
 import numpy as np
 
 from kqat.base import SpecError
-from kqat.training.algorithms.linear_layers import LinearProblem, with_chosen_integers
+from kqat.training.algorithms.linear_layers import (
+    LinearProblem,
+    nearest_integers,
+    with_chosen_integers,
+)
 
 
 def gptq(qat: keras.Model, data: Any, *, damping: float = 0.01) -> keras.Model:
@@ -58,9 +62,7 @@ def rounded_in_order(problem: LinearProblem, group: int, damping: float) -> np.n
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
     integers = np.zeros_like(weights)
     for row in range(len(weights)):
-        ratio = weights[row] / scale[row]
-        nearest = np.sign(ratio) * np.floor(np.abs(ratio) + 0.5)
-        integers[row] = np.clip(nearest, -problem.limit, problem.limit)
+        integers[row] = nearest_integers(weights[row] / scale[row], problem.limit)
         error = (weights[row] - integers[row] * scale[row]) / upper[row, row]
         weights[row + 1 :] -= np.outer(upper[row, row + 1 :], error)
     return integers

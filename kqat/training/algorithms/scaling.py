@@ -18,7 +18,7 @@ from kqat.grids import Clamp, Fixed
 from kqat.parts import ChannelAffine, Requantize
 from kqat.training import calibration
 from kqat.training.activation_quantizer import ActivationQuantizer
-from kqat.training.build import all_layers, is_quantized
+from kqat.training.build import all_layers, check_quantized
 from kqat.training.unrounded import call_unrounded
 from kqat.training.weight_wrapper import QuantizeWrapper
 
@@ -211,11 +211,7 @@ def rescaled(
         CalibrationError: if the data do not fit the model.
     """
     trace(qat)  # raises if `qat` is not a model
-    if not is_quantized(qat):
-        raise ModelError(
-            f"Expected a QAT model to scale. Received: '{qat.name}', which is float. Use "
-            "kqat.quantize_model first."
-        )
+    check_quantized(qat, "to scale")
     copy = keras.models.clone_model(qat)
     copy.set_weights(qat.get_weights())
     graph = trace(copy)
