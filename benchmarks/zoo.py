@@ -63,6 +63,9 @@ class Outcome:
     float_operators: int | None = None
     max_steps: dict[str, int | str] = dataclasses.field(default_factory=dict)
     unmatched: int | None = None
+    # By runtime: integers of all operators that are not those of the integer model; or what it
+    # does not know.
+    differing: dict[str, int | str] = dataclasses.field(default_factory=dict)
     sqnr_db: float | None = None
     quantize_seconds: float | None = None
     convert_seconds: float | None = None
@@ -233,6 +236,11 @@ def _ours(model: keras.Model, inputs: Any) -> Outcome:
         float_operators=report.float_operators,
         max_steps=steps,
         unmatched=max(len(part.unmatched) for part in report.runtimes),
+        differing={
+            part.runtime: ", ".join(part.exact.unknown) or part.exact.differing
+            for part in report.runtimes
+            if part.exact is not None
+        },
         sqnr_db=sqnr,
         quantize_seconds=quantize,
         convert_seconds=freezing + convert,
@@ -390,6 +398,9 @@ def _loses(found: dict[str, Any]) -> bool:
 
 BOUNDS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "not whole-integer, or more than 1 step": lambda found: found["outcome"] != "integer",
+    "an integer that is not the integer model's, on any runtime": lambda found: any(
+        found.get("differing", {}).values()
+    ),
     "more than 1.1 x the converter's operators": lambda found: _over(found, "operators", 1.1),
     "more bytes than the converter's file": lambda found: _over(found, "size_bytes", 1.0),
     "SQNR more than 0.5 dB below the converter's": _loses,
