@@ -146,6 +146,16 @@ _RECURRENT = _composite(
     recurrent.rnn, *_RECURRENT_OPS, decompose_fused=fused_lstms.fused_rnn, **_MASKS
 )
 _LSTM = dataclasses.replace(_RECURRENT, ops=(*_RECURRENT_OPS, *fused_lstms.OPS))
+_CONV_LSTM = _composite(
+    recurrent.rnn,
+    "CONV_2D",
+    "CONCATENATION",
+    "PAD",
+    "TRANSPOSE",
+    *_RECURRENT_OPS,
+    **_MASKS,
+    refuse=rule.channels_last,
+)
 _VANISHES = LayerRule(output=Output.VANISHES)
 _MEAN: dict[str, Any] = {"resolution": rule.resolution_of_mean}
 _SUM: dict[str, Any] = {"resolution": rule.resolution_of_sum}
@@ -336,6 +346,12 @@ LAYERS: dict[type, LayerRule] = {
     layers.TimeDistributed: _composite(time_and_depth.time_distributed, *_STEPS, **_MASKS),
     **dict.fromkeys((layers.SimpleRNN, layers.GRU), _RECURRENT),
     **dict.fromkeys((layers.LSTM, layers.RNN), _LSTM),
+    **dict.fromkeys(
+        (layers.SimpleRNNCell, layers.GRUCell, layers.LSTMCell),
+        _composite(recurrent.cell, *_RECURRENT_OPS),
+    ),
+    layers.StackedRNNCells: OPENED,
+    **dict.fromkeys((layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D), _CONV_LSTM),
     layers.Bidirectional: _composite(
         recurrent.bidirectional,
         *_LSTM.ops,
