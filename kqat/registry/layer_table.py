@@ -140,7 +140,7 @@ TRAINING_ONLY = (
 AFFINE = (layers.BatchNormalization, layers.Rescaling, ChannelAffine, layers.Normalization)
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
-    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D", "SELECT_V2",
+    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D", "SELECT_V2", "CONCATENATION",
 )  # fmt: skip
 _RECURRENT = _composite(
     recurrent.rnn, *_RECURRENT_OPS, decompose_fused=fused_lstms.fused_rnn, **_MASKS
@@ -149,7 +149,6 @@ _LSTM = dataclasses.replace(_RECURRENT, ops=(*_RECURRENT_OPS, *fused_lstms.OPS))
 _CONV_LSTM = _composite(
     recurrent.rnn,
     "CONV_2D",
-    "CONCATENATION",
     "PAD",
     "TRANSPOSE",
     *_RECURRENT_OPS,
@@ -355,11 +354,12 @@ LAYERS: dict[type, LayerRule] = {
     layers.Bidirectional: _composite(
         recurrent.bidirectional,
         *_LSTM.ops,
-        "CONCATENATION",
         decompose_fused=fused_lstms.fused_bidirectional,
         **_MASKS,
     ),
-    Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
+    Recurrence: LayerRule(
+        output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "CONCATENATION", "SUB", "PACK")
+    ),
     ByteInput: LayerRule(output=Output.FIXED),  # its range is that of the layer
     Learned: LayerRule(output=Output.OWN),
     # What its calls have in common; each has a row of its own.
