@@ -63,9 +63,11 @@ class Sensitivity:
             `"hessian"`: half the mean trace of the loss's Hessian times the squared rounding error,
             an estimate of that change.
         choices: names of presets.
-        layers: names of the layers, in their order.
+        layers: names of the layers, in their order; of those that read one weight, which are one
+            choice, the name of the first.
         costs: one for each layer and choice.
         weights: number of weights of each layer.
+        tied: layer -> the names of all layers that it stands for, where there are more.
     """
 
     measure: Measure
@@ -73,6 +75,7 @@ class Sensitivity:
     layers: tuple[str, ...]
     costs: tuple[LayerCost, ...]
     weights: Mapping[str, int]
+    tied: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def cost(self, layer: str, choice: str) -> float:
         """What one layer costs at one choice."""
@@ -90,6 +93,7 @@ class Sensitivity:
             lines.append(
                 f"{layer[:32]:<32} {self.weights[layer]:>9,}" + "".join(f" {w:>10}" for w in words)
             )
+        lines += [f"one choice: {', '.join(names)}" for names in self.tied.values()]
         return "\n".join(lines)
 
 
@@ -166,7 +170,8 @@ def measured_layers(
         )
         for name, nodes in layers.items()
     }
-    found = Sensitivity(asked, tuple(configs), tuple(layers), tuple(costs), weights)
+    tied = {names[0]: names for names in plan.tied if names[0] in layers}
+    found = Sensitivity(asked, tuple(configs), tuple(layers), tuple(costs), weights, tied)
     return found, plan, float_graph
 
 
@@ -213,8 +218,11 @@ def _split(data: Any, measure: Measure) -> tuple[Any, np.ndarray | None]:
 
 
 def _layers(plan: Plan, graph: Graph) -> dict[str, list[Node]]:
-    """The user's layers with weights on a grid -> their nodes in the QAT model's graph."""
-    origins = {layer.name: layer.origin for layer in plan.layers}
+    """The user's layers with weights on a grid -> their nodes in the QAT model's graph.
+
+    Layers of one config are one, under the name of the first.
+    """
+    origins = {layer.name: plan.of_one_config(layer.origin)[0] for layer in plan.layers}
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if isinstance(node.layer, QuantizeWrapper) and node.layer.weight_specs:

@@ -31,7 +31,7 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from kqat.base import ModelError
 from kqat.graph.batch_axis import BatchFirst
 from kqat.graph.tensorflow_calls import tensorflow_traced
-from kqat.graph.values import fingerprint, varies
+from kqat.graph.values import fingerprint, is_half, varies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -922,8 +922,9 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
     if wanted:
         inputs = [*(t for t in function.inputs if id(t) in variables), *constants]
         known = {**variables, **values}
+        # In mixed precision the call rounds what it computes of variables; they train as they are.
         results = values_between(
-            inputs, list(wanted.values()), [keras.ops.cast(known[id(t)], t.dtype) for t in inputs]
+            inputs, list(wanted.values()), [_in_full(known[id(t)], t.dtype) for t in inputs]
         )
         for (key, _), value in zip(wanted.items(), results, strict=True):
             sources = list({id(v): v for v in computed[key]}.values())
@@ -932,6 +933,11 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             made = keras.Variable(np.asarray(value), trainable=trained, name=name)
             found[key] = _made_of(sources, made)
     return {**dict.fromkeys(computed), **found}
+
+
+def _in_full(value: Any, dtype: Any) -> Any:
+    """A value in a type, but in float32 for a type of fewer bits."""
+    return keras.ops.cast(value, "float32" if is_half(dtype) else dtype)
 
 
 def _first_of_batch(variable: Any, batch: int, layer: Any) -> Any:

@@ -37,6 +37,7 @@ from kqat.training.range_checks import (
     Concern,
     ValueNames,
     as_text,
+    coarse_kernels,
     concerns,
     lost_output,
 )
@@ -110,6 +111,7 @@ def calibrate_for(
         tensors = as_tensors(kept.batch(), graph)
         choice = best(graph, observer, tensors, methods, corrects=corrects)
         lost = list(_lost(graph, tensors, choice, corrects))
+    lost += coarse_kernels(graph, observer, choice.noise)
     take_over(model, choice, corrects=corrects)
     doubtful = [*concerns(graph, observer, choice.ranges), *lost]
     if doubtful:

@@ -184,6 +184,16 @@ def test_it_is_saved_and_loaded(language_model: Trained, tmp_path: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("build", [head, decoder, positions])
+def test_mixed_precision_ships(build: Callable[[], Any], precision: str) -> None:
+    keras.config.set_dtype_policy(precision)
+    qat, blob, data, ratio = trained(build, "int8")
+    check_right(qat, blob, data)
+    assert ratio > 20.0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [capped, joined, decoder, positions])
 def test_other_uses_ship(build: Callable[[], Any]) -> None:
     qat, blob, data, ratio = trained(build, "int8")

@@ -242,6 +242,22 @@ def test_one_variable_is_trained_by_all_uses(kind: str) -> None:
         np.testing.assert_array_equal(weight, numbers)  # The float model is as it was.
 
 
+@pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "kind", ["head", "decoder", "function", "layer called twice", "computed weight, called twice"]
+)
+def test_mixed_precision_ties_the_same(kind: str, precision: str) -> None:
+    full = kqat.plan(KINDS[kind][0]())
+    keras.config.set_dtype_policy(precision)
+    plan = kqat.plan(KINDS[kind][0]())
+    kinds = [
+        [(layer.kind, layer.weights) for layer in one.layers if layer.kind != "Identity"]  # A cast.
+        for one in (full, plan)
+    ]
+    assert kinds[0] == kinds[1]
+    assert len(plan.tied) == len(full.tied) == 1
+
+
 def test_both_uses_move_the_variable() -> None:
     model = language_model(lambda rows: Head(rows, None))
     qat = kqat.quantize_model(model, calibration_data=IDS)
