@@ -5,6 +5,7 @@ its `call` (not `__call__`) on symbolic tensors.
 """
 
 import ast
+import collections
 import contextlib
 import dataclasses
 import dis
@@ -261,12 +262,16 @@ def open_call(
             again = [*inside, *owners]
             found = _called(layer, args, kwargs, tensors, again, given_weights)
             inside, (function, output, weights, hidden) = again, found
+    if loops := _loops_of_shared_cells(function):
+        found = _called(layer, args, kwargs, tensors, inside, given_weights, loops)
+        function, output, weights, hidden = found
     if hidden:
         # A layer that the graph does not show, whose variables are read from outside, or which
         # looks up constants.
         owners = [p for p in parts_of(layer) if any(id(v) in hidden for v in _own_variables(p))]
         inside = [*inside, *owners]
-        function, output, weights, _ = _called(layer, args, kwargs, tensors, inside, given_weights)
+        found = _called(layer, args, kwargs, tensors, inside, given_weights, loops)
+        function, output, weights, _ = found
     if _is_moved(function, batch, weights):
         if _reads_masks(function, masks):
             raise ModelError(
@@ -321,6 +326,48 @@ def _owners_read(layer: Any, function: Any, inside: Sequence[Any]) -> list[Any]:
             if _is_float(v)
         )
     ]
+
+
+def _loops_of_shared_cells(function: Any) -> list[Any]:
+    """The recurrent layers of a function whose weights another of its layers reads as well.
+
+    A cell that is also called by hand goes on where the loop over a sequence ends.
+    """
+    layers = [o for o in function.operations if isinstance(o, keras.layers.Layer)]
+    readers = collections.Counter(id(v) for layer in layers for v in layer.variables)
+    return [
+        layer
+        for layer in layers
+        if isinstance(layer, keras.layers.RNN)
+        and not layer.stateful
+        and any(readers[id(v)] > 1 for v in layer.variables)
+    ]
+
+
+def _step_by_step(layer: Any) -> Callable[..., Any]:
+    """What a recurrent layer computes, as one call of its cell for each step of its input."""
+
+    def call(sequences: Any, initial_state: Any = None, mask: Any = None, **options: Any) -> Any:
+        del options
+        if mask is not None:
+            raise ModelError(
+                f"Expected no mask for layer '{layer.name}', whose cell is also called by hand. "
+                "Received: one. Stop it before the layer: keras.layers.Reshape hands none on."
+            )
+        if initial_state is None:
+            initial_state = layer.get_initial_state(keras.ops.shape(sequences)[0])
+        nested = keras.tree.is_nested(initial_state)
+        states: Any = list(initial_state) if nested else [initial_state]
+        steps = range(sequences.shape[1])
+        outputs = []
+        for step in reversed(steps) if layer.go_backwards else steps:
+            output, states = layer.cell(sequences[:, step], states)
+            states = states if keras.tree.is_nested(states) else [states]
+            outputs.append(output)
+        output = keras.ops.stack(outputs, axis=1) if layer.return_sequences else outputs[-1]
+        return (output, *states) if layer.return_state else output
+
+    return call
 
 
 def with_masks(tensors: Iterable[Any], mask_of: Callable[[Any], Any] = borne_mask) -> list[Any]:
@@ -446,10 +493,12 @@ def _called(
     tensors: list[Any],
     inside: list[Any],
     given: Mapping[int, tuple[Any, Any]],
+    loops: Sequence[Any] = (),
 ) -> tuple[Any, Any, dict[int, Any], dict[int, str]]:
     """`layer.call` with the variables of `inside` as symbolic tensors.
 
-    `given` are variables among the arguments, each with the symbolic tensor that stands for it.
+    `given` are variables among the arguments, each with the symbolic tensor that stands for it;
+    `loops` are recurrent layers inside that call their cell step by step.
 
     Returns:
         The function of `tensors` and of the variables, the output structure, values of tensors
@@ -464,7 +513,8 @@ def _called(
             with (
                 _masks_told(),
                 _as_inputs(inside, weights),
-                _calls_inlined(opened, twins),
+                _calls_inlined([*opened, *loops], twins),
+                _patched(*((loop, "call", _step_by_step(loop)) for loop in loops)),
                 _shapes_told(layer),
                 _keys_of_tensors(),
                 _sizes_known(),
@@ -609,7 +659,7 @@ def _calls_inlined(opened: Sequence[Any], twins: Mapping[int, Any]) -> Iterator[
     """
     keys = {id(part) for part in opened}
     stock = {type(twin) for twin in twins.values() if twin is not None}
-    held = [(part, twins[id(part)]) for part in opened]
+    held = [(part, twins.get(id(part))) for part in opened]
     states = {id(part): _state(part, twin) for part, twin in held if twin is not None}
     home: Any = sys.modules[keras.layers.Layer.__module__]
     record = home.Node

@@ -482,7 +482,7 @@ def _inlined(
         names = [name, *(f"{name}_{i}" for i in range(1, len(values)))]
         wanted = batched or [True] * len(values)
         found = [
-            _as_output(x, tensors[0], n) if has_batch else x
+            _as_output(x, tensors, n) if has_batch else x
             for x, n, has_batch in zip(values, names, wanted, strict=True)
         ]
         return keras.tree.pack_sequence_as(outputs, found)
@@ -497,10 +497,13 @@ def _told_shape(node: Node) -> dict[str, Any]:
     return {"output_shape": node.outputs[0].shape[1:]}
 
 
-def _as_output(value: Any, like: Any, name: str) -> Any:
-    """An output that is a weight, as a value."""
+def _as_output(value: Any, given: Sequence[Any], name: str) -> Any:
+    """An output that is a weight, as a value; one that is given, as what a layer hands on."""
+    if any(value is tensor for tensor in given):
+        return keras.layers.Identity(name=name, dtype=value.dtype)(value)
     if not is_weight(value):
         return value
+    like = given[0]
     batched = len(value.shape) > 0 and value.shape[0] == 1
     array = np.asarray(value, np.float32)
     array = array[0] if batched else array
@@ -606,7 +609,7 @@ def _of_weights(node: Node, args: Any, kwargs: Any, like: Any) -> Any:
     trained = any(getattr(v, "trainable", False) for v in flat if is_weight(v))
     made = [keras.Variable(v, trainable=trained) for v in keras.tree.flatten(values)]
     found = [
-        _as_output(v, like, node.name) if ref.shape[:1] == (None,) else v
+        _as_output(v, [like], node.name) if ref.shape[:1] == (None,) else v
         for v, ref in zip(made, node.outputs, strict=True)
     ]
     return keras.tree.pack_sequence_as(values, found)

@@ -40,6 +40,7 @@ from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
 from kqat.planning.rank_limits import fit_ranks
 from kqat.planning.shared_scales import share_scales
+from kqat.planning.step_values import with_own_grids
 from kqat.planning.tied_weights import expand_tied, of_one_config
 from kqat.planning.width_changes import match_widths
 from kqat.registry import Output
@@ -86,10 +87,15 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
 def _step_plan(recurrence: Recurrence, origin: str, config: QuantizeConfig) -> Plan:
     """The plan of one step: its inputs come rounded, and a state keeps its scale."""
     simple, parts = expand(trace(recurrence.step), lambda node: False, recurrence.step.name)
+    origins, configs = dict.fromkeys(parts, origin), {origin: config}
+    simple, origins = fit_ranks(simple, origins, configs, recurrence.step.name)
     before = simple.inputs[recurrence.sequences :]
     states = tuple(zip(before, simple.outputs, strict=True))
-    origins = dict.fromkeys(parts, origin)
-    return _decide(simple, origins, {origin: config}, recurrence.step.name, states=states)
+    planned = planned_graph(simple, origins, configs, {}, states)
+    step = with_own_grids(planned, recurrence.sequences, config.activation.bits)
+    states = tuple(zip(before, step.outputs, strict=True))
+    origins = {node.layer.name: origin for node in step.nodes}
+    return _decide(step, origins, configs, recurrence.step.name, states=states)
 
 
 def _decide(

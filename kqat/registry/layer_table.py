@@ -140,12 +140,21 @@ TRAINING_ONLY = (
 AFFINE = (layers.BatchNormalization, layers.Rescaling, ChannelAffine, layers.Normalization)
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
-    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D", "SELECT_V2",
+    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D", "SELECT_V2", "CONCATENATION",
 )  # fmt: skip
 _RECURRENT = _composite(
     recurrent.rnn, *_RECURRENT_OPS, decompose_fused=fused_lstms.fused_rnn, **_MASKS
 )
 _LSTM = dataclasses.replace(_RECURRENT, ops=(*_RECURRENT_OPS, *fused_lstms.OPS))
+_CONV_LSTM = _composite(
+    recurrent.rnn,
+    "CONV_2D",
+    "PAD",
+    "TRANSPOSE",
+    *_RECURRENT_OPS,
+    **_MASKS,
+    refuse=rule.channels_last,
+)
 _VANISHES = LayerRule(output=Output.VANISHES)
 _MEAN: dict[str, Any] = {"resolution": rule.resolution_of_mean}
 _SUM: dict[str, Any] = {"resolution": rule.resolution_of_sum}
@@ -336,14 +345,21 @@ LAYERS: dict[type, LayerRule] = {
     layers.TimeDistributed: _composite(time_and_depth.time_distributed, *_STEPS, **_MASKS),
     **dict.fromkeys((layers.SimpleRNN, layers.GRU), _RECURRENT),
     **dict.fromkeys((layers.LSTM, layers.RNN), _LSTM),
+    **dict.fromkeys(
+        (layers.SimpleRNNCell, layers.GRUCell, layers.LSTMCell),
+        _composite(recurrent.cell, *_RECURRENT_OPS),
+    ),
+    layers.StackedRNNCells: OPENED,
+    **dict.fromkeys((layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D), _CONV_LSTM),
     layers.Bidirectional: _composite(
         recurrent.bidirectional,
         *_LSTM.ops,
-        "CONCATENATION",
         decompose_fused=fused_lstms.fused_bidirectional,
         **_MASKS,
     ),
-    Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
+    Recurrence: LayerRule(
+        output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "CONCATENATION", "SUB", "PACK")
+    ),
     ByteInput: LayerRule(output=Output.FIXED),  # its range is that of the layer
     Learned: LayerRule(output=Output.OWN),
     # What its calls have in common; each has a row of its own.
