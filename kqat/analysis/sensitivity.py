@@ -125,7 +125,8 @@ def sensitivity(
         PolicyError: if a choice or the measure is not known, or a loss is missing.
         ModelError, UnsupportedLayerError, CalibrationError: as `kqat.quantize_model`.
 
-    Reference: Dong et al. 2020, section 3 (https://arxiv.org/abs/1911.03852), for the Hessian.
+    Reference, for the Hessian: Dong et al. 2020, the sum of equation 2.11
+    (https://arxiv.org/abs/1911.03852), times the 1/2 of the Taylor series.
     """
     return measured_layers(model, data, choices, policy, measure, loss)[0]
 
