@@ -122,8 +122,8 @@ _ADVICE = {
     "alike before they meet",
     "drowned": "Scale them alike before they are added",
     "inverse": "Divide both by the number of steps first, so that divisors are of like size",
-    "coarse": "Give the layer that makes it 'int16x8', with a grid of 1/32768; or let the model end "
-    "before it, with the logits, where it is an output",
+    "coarse": "Give the layer that makes it 'int16x8', with a grid of 1/32768; or let the model "
+    "end before it, with the logits, where it is an output",
     "lost": "kqat.diagnose(model, qat, data) shows which roundings cost it and tries what helps; "
     "training may win it back",
 }
