@@ -39,6 +39,7 @@ from kqat.planning.layer_configs import (
 from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
 from kqat.planning.rank_limits import fit_ranks
+from kqat.planning.repetitions import drop_repetitions
 from kqat.planning.shared_scales import share_scales
 from kqat.planning.step_values import with_own_grids
 from kqat.planning.tied_weights import expand_tied, of_one_config
@@ -62,6 +63,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
         graph, lambda node: node.name in whole, model_name, configs, fused
     )
     tied = of_one_config(graph, readers)
+    simple, origins = drop_repetitions(simple, origins, configs, model_name)
     simple, origins = scale_sums(simple, origins, configs, model_name)
     simple, origins = hide_added_masks(simple, origins, whole, model_name)
     check_hidden_values(simple, origins)

@@ -333,6 +333,7 @@ def _together(
     tied = TiedWeight(
         base.shape,
         [bias.size for bias in biases],
+        all(given["use"] == WeightUse.PRODUCT for given in uses.values()),
         name=first.name,
         dtype=first.dtype_policy,
         **options,

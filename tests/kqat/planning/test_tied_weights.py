@@ -442,3 +442,33 @@ def test_a_computed_index_without_a_row_of_a_tied_table_is_named() -> None:
     message = r"0 to 11 for 'table', which has 12 rows. Received: 1[2-4], computed"
     with pytest.raises(kqat.CalibrationError, match=message):
         kqat.quantize_model(keras.Model(words, y), calibration_data=IDS)
+
+
+def same_kernel() -> keras.Model:
+    """One kernel with a bias and without, behind other values."""
+    x, dense = keras.Input((WIDTH,)), L.Dense(WIDTH, name="dense", bias_initializer="normal")
+    again = L.Lambda(lambda t: ops.matmul(t, dense.kernel), name="again")
+    return keras.Model(x, again(L.ReLU()(dense(x))))
+
+
+def test_products_alone_have_a_scale_for_each_channel() -> None:
+    """Rows and products with the matrix transposed have one scale with them."""
+    for kind, axis in ((same_kernel, (-1,)), (decoder, None), (lambda: language_model(Head), None)):
+        plan = kqat.plan(kind())
+        calls = [p.weights["kernel"] for p in plan.layers if p.kind == "TiedWeight"]
+        assert len(calls) == 2
+        assert {spec.axis for spec in calls} == {axis}
+
+
+def test_channels_of_unlike_size_keep_their_values_in_a_shared_kernel() -> None:
+    keras.utils.set_random_seed(0)
+    model = same_kernel()
+    kernel = model.get_layer("dense").kernel
+    kernel.assign(np.array(kernel) * 4.0 ** -np.arange(WIDTH))
+    qat = kqat.quantize_model(model, calibration_data=X)
+    (wrapper,) = (q for q in qat.layers if isinstance(getattr(q, "layer", None), TiedWeight))
+    assert wrapper.scale("kernel").shape == (1, WIDTH)
+    error = np.abs(np.array(wrapper.rounded("kernel")) - np.array(kernel)).max(axis=0)
+    assert (error <= np.abs(np.array(kernel)).max(axis=0) / 127 * 0.501).all()
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(wrapper))
+    assert again.layer.products
