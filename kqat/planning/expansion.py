@@ -562,6 +562,9 @@ def _expand_once(
             merge = MERGES.get(type(node.layer))
             if merge is not None and any(is_weight(v) for v in args[0]):
                 return functools.reduce(merge, args[0])
+            integers = whole_numbers.moved(node.layer, args[0], node.name) if args else None
+            if integers is not None:
+                return integers
         # Calls of one layer share its weights; a layer without any is made anew for each call.
         key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
         if key not in copies:

@@ -173,8 +173,8 @@ def _check_quantities(planned: PlannedGraph) -> None:
                 f"'{planned.user_names[node]}' of type {type(node.layer).__name__}. Received: a "
                 f"quantity, of {makers[node.inputs[0]]}. Give the model an input for indexes, "
                 'keras.Input(shape, dtype="int32"), and compute them before the model, or with '
-                "slices, concatenate, +, -, *, maximum, minimum, clip, sum, cumsum, comparisons, "
-                "where and argmax alone."
+                "slices, concatenate, pad, +, -, *, // and % by numbers, maximum, minimum, clip, "
+                "sum, cumsum, comparisons, where and argmax alone."
             )
     for node, rule in computed:
         read = [ref for ref in node.inputs if ref.holds_indexes and ref.dtype != "uint8"]

@@ -358,7 +358,8 @@ LAYERS: dict[type, LayerRule] = {
         **_MASKS,
     ),
     Recurrence: LayerRule(
-        output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "CONCATENATION", "SUB", "PACK")
+        output=Output.INSIDE,
+        ops=("UNPACK", "STRIDED_SLICE", "CONCATENATION", "RESHAPE", "SUB", "PACK"),
     ),
     ByteInput: LayerRule(output=Output.FIXED),  # its range is that of the layer
     Learned: LayerRule(output=Output.OWN),
@@ -405,8 +406,10 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (IndexOperation, IndexKind.ADD): _index("ADD"),
     (IndexOperation, IndexKind.SUBTRACT): _index("SUB"),
     (IndexOperation, IndexKind.MULTIPLY): _index("MUL"),
+    (IndexOperation, IndexKind.DIVIDE): _index("DIV"),
     (IndexOperation, IndexKind.MAXIMUM): _index("MAXIMUM"),
     (IndexOperation, IndexKind.MINIMUM): _index("MINIMUM"),
+    (IndexOperation, IndexKind.PAD): _index("PAD", "PADV2"),
     (IndexOperation, IndexKind.EQUAL): _index("EQUAL"),
     (IndexOperation, IndexKind.NOT_EQUAL): _index("NOT_EQUAL"),
     (IndexOperation, IndexKind.GREATER): _index("GREATER"),

@@ -25,6 +25,7 @@ from kqat.parts import (
     sliced,
     stacked,
 )
+from kqat.rewrites.layers import whole_numbers
 from kqat.rewrites.layers.one_hot import multi_hot, one_hot, rows
 from kqat.rewrites.operations.binary import FAR_BELOW, Row, is_number
 from kqat.rewrites.operations.reductions import axes_of, axis_of
@@ -319,6 +320,8 @@ def _pad(operation: Any, name: str) -> Callable[..., Any]:
         if mode != "constant":
             return _repeated(x, widths, mode, name)
         number = float(np.asarray(value).reshape(()))
+        if whole_numbers.is_whole(x) and x.dtype != "bool":
+            return whole_numbers.padded(x, widths, number, name)
         if number == 0:
             return zeros_around(x, widths, name)
         most = min(MOST_AXES["PADV2"])
