@@ -60,8 +60,9 @@ def run_tflite_micro(job: Arrays, arena_bytes: str) -> Arrays:
 
 
 def run_litert(job: Arrays, resolver: str, memory_bytes: str) -> Arrays:
-    """Runs LiteRT with a resolver of `OpResolverType`, in an address space of so many bytes, any if -1.
+    """Runs LiteRT with a resolver of `OpResolverType`, in an address space of so many bytes.
 
+    The space has no limit of its own where `memory_bytes` is -1.
     The job's feeds are (samples, …). The answer has `output_0`, … of all samples.
     """
     import resource
