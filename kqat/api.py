@@ -235,6 +235,13 @@ def quantized_and_plan(
             TrainerWarning,
             stacklevel=3,
         )
+    for aside in graph.asides:
+        warnings.warn(
+            f"{aside} in its call, in model '{model.name}'. The QAT model does not: compute that "
+            "in the loss or in the metrics that compile takes.",
+            TrainerWarning,
+            stacklevel=3,
+        )
     if not decided.groups:
         raise ModelError(
             f"Expected a layer to quantize. Received: '{model.name}', which computes nothing, or "

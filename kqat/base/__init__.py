@@ -1,4 +1,4 @@
-"""Errors, string enumerations, whole files, lazy packages, progress, variables."""
+"""Errors, string enumerations, whole files, lazy packages, nested data, progress, variables."""
 
 from kqat.base.atomic_files import save_model, write_file, write_files
 from kqat.base.errors import (
@@ -17,6 +17,7 @@ from kqat.base.errors import (
 )
 from kqat.base.keras_registration import register_with_keras
 from kqat.base.lazy_face import lazy_face
+from kqat.base.nested_data import flat_data
 from kqat.base.progress import listening, tracked
 from kqat.base.quantities import counted
 from kqat.base.text_enum import TextEnum
@@ -38,6 +39,7 @@ __all__ = [
     "UnsupportedLayerError",
     "array_of",
     "counted",
+    "flat_data",
     "lazy_face",
     "listening",
     "register_with_keras",

@@ -7,6 +7,7 @@ import keras
 
 from kqat.base import ModelError
 from kqat.graph.keras_internals import input_struct, maker_name
+from kqat.graph.tracer import keys_of, paths_of
 
 Shape = tuple[int | None, ...]
 
@@ -16,10 +17,7 @@ def input_shapes(model: keras.Model) -> dict[str, Shape]:
 
     Empty for a model of which Keras recorded no input.
     """
-    struct = input_struct(model)
-    values = _values(struct)
-    keys = list(struct) if isinstance(struct, Mapping) else [maker_name(t) for t in values]
-    return {key: tuple(t.shape[1:]) for key, t in zip(keys, values, strict=True)}
+    return {key: tuple(t.shape[1:]) for key, t in _by_name(input_struct(model)).items()}
 
 
 def has_open_sizes(shapes: Mapping[str, Shape]) -> bool:
@@ -59,15 +57,19 @@ def with_input_shapes(model: keras.Model, given: Any) -> keras.Model:
     if shapes == declared:
         return model
     struct = input_struct(model)
-    names = {id(t): key for key, t in zip(declared, _values(struct), strict=True)}
+    names = {id(t): key for key, t in _by_name(struct).items()}
     fresh = keras.tree.map_structure(
         lambda t: keras.Input(shapes[names[id(t)]], dtype=t.dtype, name=maker_name(t)), struct
     )
     return keras.Model(fresh, model(fresh), name=model.name)
 
 
-def _values(struct: Any) -> list[Any]:
-    return list(struct.values()) if isinstance(struct, Mapping) else keras.tree.flatten(struct)
+def _by_name(struct: Any) -> dict[str, Any]:
+    """The inputs by what data and files call them, a dict's in the order in which it was made."""
+    flat = keras.tree.flatten(struct)
+    keys = keys_of(struct, tuple(maker_name(t) for t in flat))
+    names = {id(t): key for t, key in zip(flat, keys, strict=True)}
+    return {names[id(t)]: t for t, _ in paths_of(struct)}
 
 
 def _by_key(given: Any, declared: Mapping[str, Shape], name: str) -> dict[str, Shape]:

@@ -45,7 +45,8 @@ class Opened:
     which path a layer inside is reached. `fresh` says that its operations were made just now, and
     will bear other names the next time. `sequence` says that it is a Sequential: what `training`
     stands in its calls is not the user's, but that of the call in which it was built. `masks` are
-    those that inputs bear, by the identity of the input.
+    those that inputs bear, by the identity of the input. `asides` says what calls did that is no
+    part of the function, such as to add a loss: a subject and a verb each.
     """
 
     function: Any
@@ -58,6 +59,7 @@ class Opened:
     fresh: bool = False
     sequence: bool = False
     masks: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    asides: tuple[str, ...] = ()
 
 
 def open_model(model: Any) -> Opened:
@@ -180,7 +182,14 @@ def input_struct(model: Any) -> Any:
 def opened_function(function: Any, model: Any) -> Opened:
     """A Functional model, which is open already, or the one inside a Sequential."""
     sequence = isinstance(model, keras.Sequential)
-    return Opened(function, function.input, function.output, function.inputs, sequence=sequence)
+    # A batch of fixed size is a number in shapes, as that of a Reshape.
+    sizes = {t.shape[0] if len(t.shape) else None for t in function.inputs}
+    batch = sizes.pop() if len(sizes) == 1 else None
+    if batch is not None and _is_moved(function, batch, {}):
+        batch = None  # The operation that moves it is refused by its name.
+    return Opened(
+        function, function.input, function.output, function.inputs, batch=batch, sequence=sequence
+    )
 
 
 def _control_flow(layer: Any) -> str:
@@ -199,13 +208,14 @@ def _control_flow(layer: Any) -> str:
     return ""
 
 
-def _inputs_of_shape(shape: Any) -> Any:
-    """Symbolic inputs in the structure of `shape`, named as its keys are."""
-    if isinstance(shape, dict):
-        return {key: keras.Input(s[1:], name=key) for key, s in shape.items()}
-    if all(isinstance(s, list | tuple) for s in shape):
-        return [keras.Input(s[1:], name=f"input_{i}") for i, s in enumerate(shape)]
-    return keras.Input(shape[1:], name="input")
+def _inputs_of_shape(shape: Any, path: tuple[str, ...] = ()) -> Any:
+    """A `keras.Input` for each shape of a structure; `path` are the keys that lead to it."""
+    if isinstance(shape, Mapping):
+        return {key: _inputs_of_shape(part, (*path, key)) for key, part in shape.items()}
+    name = "_".join(path) or "input"
+    if all(isinstance(part, list | tuple | Mapping) for part in shape):
+        return [_inputs_of_shape(part, (name, str(i))) for i, part in enumerate(shape)]
+    return keras.Input(shape[1:], name=name)
 
 
 def borne_mask(tensor: Any) -> Any:
@@ -255,22 +265,24 @@ def open_call(
     stand_ins = {key: keras.Input(batch_shape=v.shape, dtype=v.dtype) for key, v in read.items()}
     args, kwargs = keras.tree.map_structure(lambda x: stand_ins.get(id(x), x), (args, kwargs))
     given_weights = {key: (stand_ins[key], v) for key, v in read.items()}
-    function, output, weights, hidden = _called(layer, args, kwargs, tensors, inside, given_weights)
+    asides: list[str] = []
+    told = given_weights, asides
+    function, output, weights, hidden = _called(layer, args, kwargs, tensors, inside, *told)
     if owners := _owners_read(layer, function, inside):
         # It is called, and its variables are read from outside as well.
         with contextlib.suppress(ModelError):  # Who looks for copies of weights finds it then.
             again = [*inside, *owners]
-            found = _called(layer, args, kwargs, tensors, again, given_weights)
+            found = _called(layer, args, kwargs, tensors, again, *told)
             inside, (function, output, weights, hidden) = again, found
     if loops := _loops_of_shared_cells(function):
-        found = _called(layer, args, kwargs, tensors, inside, given_weights, loops)
+        found = _called(layer, args, kwargs, tensors, inside, *told, loops)
         function, output, weights, hidden = found
     if hidden:
         # A layer that the graph does not show, whose variables are read from outside, or which
         # looks up constants.
         owners = [p for p in parts_of(layer) if any(id(v) in hidden for v in _own_variables(p))]
         inside = [*inside, *owners]
-        found = _called(layer, args, kwargs, tensors, inside, given_weights, loops)
+        found = _called(layer, args, kwargs, tensors, inside, *told, loops)
         function, output, weights, _ = found
     if _is_moved(function, batch, weights):
         if _reads_masks(function, masks):
@@ -294,6 +306,7 @@ def open_call(
         owners_by_path,
         True,
         masks=masks,
+        asides=tuple(dict.fromkeys(asides)),
     )
 
 
@@ -493,12 +506,14 @@ def _called(
     tensors: list[Any],
     inside: list[Any],
     given: Mapping[int, tuple[Any, Any]],
+    asides: list[str],
     loops: Sequence[Any] = (),
 ) -> tuple[Any, Any, dict[int, Any], dict[int, str]]:
     """`layer.call` with the variables of `inside` as symbolic tensors.
 
     `given` are variables among the arguments, each with the symbolic tensor that stands for it;
-    `loops` are recurrent layers inside that call their cell step by step.
+    `loops` are recurrent layers inside that call their cell step by step. `asides` receives what is
+    done that is no part of the function.
 
     Returns:
         The function of `tensors` and of the variables, the output structure, values of tensors
@@ -518,6 +533,7 @@ def _called(
                 _shapes_told(layer),
                 _keys_of_tensors(),
                 _sizes_known(),
+                _asides_noted(layer, inside, asides),
                 tensorflow_traced(),
             ):
                 # Keras hands it down to every layer inside that does not say otherwise.
@@ -642,6 +658,36 @@ def _as_inputs(owners: list[Any], made: dict[int, tuple[Any, Any]]) -> Iterator[
         if name not in internal and (new := swapped(value, owner)) is not value
     ]
     with _patched(*changes):
+        yield
+
+
+@contextlib.contextmanager
+def _asides_noted(layer: Any, inside: Sequence[Any], found: list[str]) -> Iterator[None]:
+    """Lets calls add losses and update metrics meanwhile, though Keras takes no symbolic ones.
+
+    `found` receives who does what, but for layers that stay layers: they go on doing it, or are
+    opened later.
+    """
+    parts = list(parts_of(layer))
+    stay = {id(part) for part in parts} - {id(part) for part in inside}
+
+    def note(part: Any, aside: str) -> None:
+        if id(part) not in stay:
+            found.append(f"'{part.name}' {aside}")
+
+    def without_update(part: Any, metric: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: note(part, f"updates its metric '{metric.name}'")
+
+    def without_loss(part: Any, loss: Any) -> None:
+        del loss
+        note(part, "adds a loss")
+
+    updates = [
+        (metric, "update_state", without_update(part, metric))
+        for part in parts
+        for metric in part._metrics
+    ]
+    with _patched((keras.layers.Layer, "add_loss", without_loss), *updates):
         yield
 
 

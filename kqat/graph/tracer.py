@@ -96,6 +96,8 @@ class Graph:
     loses_masks: bool = False
     # Whether some of it is what a `call` of the user's was seen to do.
     was_run: bool = False
+    # What such a `call` did beside it, such as to add a loss: a subject and a verb each.
+    asides: tuple[str, ...] = ()
 
     @functools.cached_property
     def inputs(self) -> tuple[Ref, ...]:
@@ -110,12 +112,12 @@ class Graph:
     @property
     def input_keys(self) -> tuple[str, ...]:
         """What data and files call the inputs: keys of a dict, or the names."""
-        return _keys(self.input_struct, self.input_names)
+        return keys_of(self.input_struct, self.input_names)
 
     @property
     def output_keys(self) -> tuple[str, ...]:
         """What targets and files call the outputs: keys of a dict, or the names."""
-        return _keys(self.output_struct, self.output_names)
+        return keys_of(self.output_struct, self.output_names)
 
     def run(self, inputs: Sequence[Any], call: Callable[..., Any]) -> Any:
         """Runs the graph; returns values in the model's output structure.
@@ -191,7 +193,7 @@ def trace(model: Any) -> Graph:
     if opened.fresh:
         makers = {ref: node.name for node in nodes for ref in node.outputs}
         names = tuple(makers[ref] for ref in refs_in(output_struct))
-        output_names = list(_keys(output_struct, names))
+        output_names = list(keys_of(output_struct, names))
     taken = set(input_names)
     return Graph(
         nodes=tuple(nodes),
@@ -202,6 +204,7 @@ def trace(model: Any) -> Graph:
         output_masks=output_masks,
         loses_masks=loses_masks,
         was_run=bool(walk.seen),
+        asides=walk.asides,
     )
 
 
@@ -227,7 +230,8 @@ def trace_call(
     walk = _Walk(f"{name}_", [], set())
     inputs = list(refs.values())
     output_struct = _inline(opened, dict(refs), walk)
-    return Graph(tuple(walk.nodes), inputs, output_struct, (), ())
+    nodes = tuple(walk.nodes)
+    return Graph(nodes, inputs, output_struct, (), (), asides=walk.asides)
 
 
 def rebuild(
@@ -375,6 +379,11 @@ class _Walk:
     names: set[str]
     shell: str = ""
     seen: list[Opened] = dataclasses.field(default_factory=list)  # what was opened by running it
+
+    @property
+    def asides(self) -> tuple[str, ...]:
+        """What calls did beside what the graph shows, each once."""
+        return tuple(dict.fromkeys(aside for opened in self.seen for aside in opened.asides))
 
     def name_of(self, layer: Any, opened: Opened) -> str:
         """A name for a call, which is the same each time that a model is traced."""
@@ -541,15 +550,16 @@ def _call_options(
     return args, said
 
 
-def _keys(structure: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+def keys_of(structure: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    """What data and files call the leaves: the joined keys of dicts, or `names`."""
     leaves = range(len(keras.tree.flatten(structure)))
-    found = dict(_paths(keras.tree.pack_sequence_as(structure, list(leaves))))
+    found = dict(paths_of(keras.tree.pack_sequence_as(structure, list(leaves))))
     paths = [found[leaf] for leaf in leaves]
     named = all(isinstance(part, str) for path in paths for part in path)
     return tuple("_".join(path) for path in paths) if named and all(paths) else names
 
 
-def _paths(structure: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+def paths_of(structure: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Each leaf with its path, as `keras.tree.flatten_with_path` has it from Keras 3.7 on."""
     if isinstance(structure, Mapping):
         inside: Iterable[tuple[Any, Any]] = structure.items()
@@ -559,7 +569,7 @@ def _paths(structure: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tu
         yield structure, path
         return
     for key, part in inside:
-        yield from _paths(part, (*path, key))
+        yield from paths_of(part, (*path, key))
 
 
 def unique_name(name: str, taken: set[str], ending: str = "_{}") -> str:

@@ -355,7 +355,8 @@ def _opened_function(
     single = len(node.inputs) == 1
     elementwise = single and is_elementwise(layer, shape)
     try:
-        args, kwargs = fill((node.args, node.kwargs), _symbolic)
+        symbols = {ref: _symbolic(ref) for ref in node.inputs}  # One, however often it is read.
+        args, kwargs = fill((node.args, node.kwargs), symbols.__getitem__)
         graph = trace_call(layer, args, kwargs, name, is_custom)
     except ModelError as error:
         if elementwise:
@@ -365,6 +366,7 @@ def _opened_function(
             f"'{origin}' of type {type(layer).__name__}, which is neither. {error} To do that use "
             f"policy={{'{origin}': None}}."
         ) from error
+    _tell_asides(graph, origin)
     table = _table_of_parts(layer, name) if elementwise and len(graph.nodes) > 1 else None
     if reads is not None and table is None:
         reads.note_opened(graph, node, origin)
@@ -390,6 +392,7 @@ def _opened_layer(
                 f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
                 "describe it with kqat.register_layer."
             ) from error
+        _tell_asides(graph, origin)
         if reads is not None:
             reads.note_opened(graph, layer, origin)
         batched = [ref.shape[:1] == (None,) for ref in node.outputs]
@@ -411,7 +414,10 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         return None
     try:
         graph = trace_call(layer, (x,), {}, name, is_custom)
-        return _table_of_parts(layer, name) if len(graph.nodes) > 2 else None
+        if len(graph.nodes) <= 2:
+            return None
+        _tell_asides(graph, name)
+        return _table_of_parts(layer, name)
     except ModelError:
         if keras.backend.backend() != "tensorflow":
             return None
@@ -638,6 +644,19 @@ def _reads_masks(layer: Any, origin: str) -> bool:
     """Whether masks mean to a layer what it makes of them: a custom one takes them as tensors."""
     rule = rule_for(layer, origin)
     return rule.masks or rule.opens
+
+
+def _tell_asides(graph: Graph, origin: str) -> None:
+    """Warns of what the call of layer `origin` does in training beside what `graph` computes."""
+    for aside in graph.asides:
+        within = "" if aside.startswith(f"'{origin}' ") else f" of layer '{origin}'"
+        warnings.warn(
+            f"{aside} in its call{within}. The QAT model does not: compute that in the loss or in "
+            "the metrics that compile takes. A penalty of a layer's output may be a "
+            "keras.layers.ActivityRegularization behind it.",
+            TrainerWarning,
+            stacklevel=2,
+        )
 
 
 def _of_all_steps(node: Node, origin: str) -> Callable[..., Any]:

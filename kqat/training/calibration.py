@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.base import CalibrationError, tracked
+from kqat.base import CalibrationError, flat_data, tracked
 from kqat.graph import (
     Graph,
     Node,
@@ -412,6 +412,7 @@ def _check_ends(data: Any) -> None:
 def _as_arrays(data: Any, keys: Sequence[str]) -> list[Any] | None:
     """One array-like per model input, or `None` where `data` is an iterable of batches."""
     names = list(keys)
+    data = flat_data(data, len(names))
     if isinstance(data, Mapping):
         if set(names) != set(data):
             raise CalibrationError(

@@ -194,6 +194,13 @@ CASES: tuple[Case, ...] = (
         FULLY_CONNECTED=1,
         MUL=1,
     ),
+    _case(
+        "lambda_of_one_value_twice",
+        ROWS,
+        lambda x: L.Lambda(lambda t: t[0] * ops.max(t[1], axis=1, keepdims=True))([x, x]),
+        MUL=1,
+        REDUCE_MAX=1,
+    ),
     _case("block", IMAGE, lambda x: Block()(x), ADD=1, CONV_2D=2),
     _case(
         "blocks", IMAGE, lambda x: Block(name="second")(Block(name="first")(x)), ADD=2, CONV_2D=4

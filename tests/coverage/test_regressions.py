@@ -151,6 +151,49 @@ def test_an_own_training_step_is_not_lost_silently() -> None:
         kqat.quantize_model(model, calibration_data=_data(VECTOR))
 
 
+class _Aside(layers.Layer):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(4)
+        self.share = keras.metrics.Mean(name="share")
+
+    def call(self, x: Any) -> Any:
+        y = ops.relu(self.dense(x))
+        self.add_loss(1e-3 * ops.mean(y))
+        self.share.update_state(ops.mean(y))
+        return y
+
+
+class _AsideModel(keras.Model):
+    def __init__(self) -> None:
+        super().__init__(name="own")
+        self.inner = _Aside(name="aside")
+
+    def call(self, x: Any) -> Any:
+        y = self.inner(x)
+        self.add_loss(ops.mean(y))
+        return y
+
+
+def test_what_a_call_does_beside_its_result_is_not_lost_silently() -> None:
+    inputs = keras.Input(VECTOR)
+    x = np.random.default_rng(0).uniform(-1, 1, (512, *VECTOR)).astype(np.float32)
+    outer = _AsideModel()
+    outer(x)
+    lambdas = layers.Lambda(lambda t: outer.add_loss(ops.mean(t)) or t * ops.max(t, -1, True))
+    for model, said in (
+        (keras.Model(inputs, _Aside(name="aside")(inputs)), ["'aside' adds", "metric 'share'"]),
+        (outer, ["'own' adds", "'aside' adds", "metric 'share'"]),
+        (keras.Model(inputs, lambdas(inputs)), ["'own' adds"]),
+    ):
+        with pytest.warns(kqat.TrainerWarning) as warned:
+            qat = kqat.quantize_model(model, calibration_data=x)
+        texts = [str(w.message) for w in warned]
+        assert len(texts) == len(said), texts
+        assert all(any(part in text for text in texts) for part in said)
+        assert np.allclose(np.asarray(qat(x)), np.asarray(model(x)), atol=0.2)
+
+
 @pytest.mark.slow
 def test_mixed_precision_converts() -> None:
     keras.config.set_dtype_policy("mixed_float16")

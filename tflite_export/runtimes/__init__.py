@@ -8,6 +8,7 @@ from tflite_export.runtimes.execution import (
     run_litert_apart,
     supports,
     tflite_micro_arena_bytes,
+    wide_softmax,
 )
 from tflite_export.runtimes.feeds import as_type, has_grid, random_inputs, real
 
@@ -24,4 +25,5 @@ __all__ = [
     "run_python",
     "supports",
     "tflite_micro_arena_bytes",
+    "wide_softmax",
 ]

@@ -62,13 +62,15 @@ def run_tflite_micro(job: Arrays, arena_bytes: str) -> Arrays:
 def run_litert(job: Arrays, resolver: str, memory_bytes: str) -> Arrays:
     """Runs LiteRT with a resolver of `OpResolverType`, in an address space of so many bytes.
 
+    The space has no limit of its own where `memory_bytes` is -1.
     The job's feeds are (samples, …). The answer has `output_0`, … of all samples.
     """
     import resource
 
     from ai_edge_litert import interpreter as litert
 
-    resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
+    if int(memory_bytes) >= 0:
+        resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     feeds, rows = _feeds(job), []
     interpreter = litert.Interpreter(

@@ -34,6 +34,7 @@ _OP_RESOLVERS = {
 # Pages that an arena never touches cost nothing, so the first guess may be ample.
 _FIRST_ARENA_BYTES = 1 << 26
 _LARGEST_ARENA_BYTES = 1 << 30
+_SOFTMAX_SUM = 512  # tensorflow/lite/kernels/internal/reference/softmax.h: 31 + 9 - 8 > 31 bits
 # TFLite Micro aligns what it allocates to 16 bytes; the rest of an odd size counts as used.
 _ARENA_ALIGNMENT = 16
 # What the allocator writes when the arena is full. An unsupported operator raises the same Python
@@ -237,6 +238,9 @@ def _operator_results(model: flatbuffer.ModelT) -> tuple[int, ...]:
 
 def _run_litert(job: _Job, runtime: str) -> tuple[list[np.ndarray], dict[int, np.ndarray]]:
     """Returns outputs and watched tensors, arrays of shape (batches, *tensor shape)."""
+    if runtime == "litert_reference" and wide_softmax(job.model):
+        # It may abort; in a child, so that it does not take this process along.
+        _run_litert_child(job.blob, [x.reshape(-1, *x.shape[2:]) for x in job.feeds], runtime)
     try:
         if runtime == "litert" and job.watched:
             # A delegate keeps its inner tensors to itself. More outputs could change how it
@@ -252,6 +256,23 @@ def _run_litert(job: _Job, runtime: str) -> tuple[list[np.ndarray], dict[int, np
         raise _refusal(runtime, str(error)) from error
     outputs = [own[index] for index in job.outputs]
     return outputs, {index: own.get(index, seen[index]) for index in job.watched}
+
+
+def wide_softmax(model: flatbuffer.ModelT) -> int | None:
+    """Over how many values a SOFTMAX of int8 runs whose kernel may abort; `None` without one.
+
+    The kernel of LiteRT's reference and of TFLite Micro divides by the sum of the exponentials, of
+    which the largest counts as 1, and asserts that the sum is below `_SOFTMAX_SUM`.
+    """
+    widths = [
+        flatbuffer.tensor_shape(graph.tensors[operator.inputs[0]])[-1]
+        for graph in model.subgraphs
+        for operator in graph.operators
+        if flatbuffer.op_name(model, operator) == "SOFTMAX"
+        and flatbuffer.tensor_dtype(graph.tensors[operator.inputs[0]]) == np.int8
+        and flatbuffer.tensor_shape(graph.tensors[operator.inputs[0]])
+    ]
+    return max((width for width in widths if width >= _SOFTMAX_SUM), default=None)
 
 
 def _invoke_litert(
@@ -357,6 +378,17 @@ def run_litert_apart(
     Raises:
         RuntimeUnavailableError: if the runtime refuses the file, crashes on it, or takes too long.
     """
+    return _run_litert_child(blob, feeds, runtime, timeout_seconds, memory_bytes)
+
+
+def _run_litert_child(
+    blob: bytes,
+    feeds: Sequence[np.ndarray],
+    runtime: str,
+    timeout_seconds: float | None = None,
+    memory_bytes: int = -1,
+) -> list[np.ndarray]:
+    """As `run_litert_apart`; without a limit of time, and of memory where it is -1."""
     arguments = (_OP_RESOLVERS[runtime].name, str(memory_bytes))
     request = _request(blob, feeds)
     child = _run_child(

@@ -7,7 +7,7 @@ from kqat.devices import runtimes_with
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 from tflite_export.kernels import OP_TABLE
-from tflite_export.runtimes import supports
+from tflite_export.runtimes import supports, wide_softmax
 from tflite_export.verification.report import RuntimeReport
 
 
@@ -15,7 +15,15 @@ def did_not_run(runtime: str, model: ModelT, error: RuntimeUnavailableError) -> 
     """The report of a runtime that raised `error` instead of running a file."""
     installed = supports(runtime)
     lacks = lacking_kernels(model, runtime) if installed else ()
-    return RuntimeReport(runtime=runtime, problem=str(error), lacks=lacks, installed=installed)
+    problem = str(error)
+    width = wide_softmax(model)
+    if width is not None and "SIGABRT" in problem:
+        problem += (
+            f" The file has a SOFTMAX over {width} values: this runtime's kernel aborts where so "
+            "many of them are nearly equal, as before training. Compare on data whose classes the "
+            "model tells apart, or end the model at its logits."
+        )
+    return RuntimeReport(runtime=runtime, problem=problem, lacks=lacks, installed=installed)
 
 
 def lacking_kernels(model: ModelT, runtime: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kqat.base import ExportError, RuntimeUnavailableError
+from kqat.base import ExportError, RuntimeUnavailableError, flat_data
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
 from tflite_export.runtimes import (
@@ -84,6 +84,7 @@ def _run(
 def _feeds(model: ModelT, data: Any, samples: int) -> list[np.ndarray]:
     tensors = [model.subgraphs[0].tensors[i] for i in model.subgraphs[0].inputs]
     names = [flatbuffer.tensor_name(tensor) for tensor in tensors]
+    data = flat_data(data, len(names))
     if isinstance(data, Mapping):
         if set(data) != set(names):
             raise ExportError(f"Expected data for the inputs {names}. Received: {sorted(data)}.")

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.base import ExportError, RuntimeUnavailableError, tracked
+from kqat.base import ExportError, RuntimeUnavailableError, flat_data, tracked
 from kqat.freezing import FrozenModel, freeze
 from tflite_export import flatbuffer
 from tflite_export.devices import check_file
@@ -120,6 +120,7 @@ def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:
     names = frozen.input_names
     shapes = [tuple(t.shape[1:]) for t in frozen.model.inputs]
     wanted = f"data of shapes {[('samples', *s) for s in shapes]} for the inputs {list(names)}"
+    data = flat_data(data, len(names))
     if isinstance(data, Mapping):
         if set(data) != set(names):
             raise ExportError(f"Expected {wanted}. Received: data for {list(data)}.")

@@ -43,6 +43,28 @@ def _two_inputs() -> keras.Model:
     return keras.Model({"words": words, "weights": weights}, outputs)
 
 
+def _nested() -> keras.Model:
+    image, age = keras.Input((None, None, 3), name="image"), keras.Input((2,), name="age")
+    pooled = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3, padding="same")(image))
+    both = layers.Concatenate()([pooled, age])
+    return keras.Model({"camera": {"image": image}, "age": age}, layers.Dense(2)(both))
+
+
+class _OfNested(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = layers.Dense(3), layers.Dense(3)
+
+    def call(self, x: Any) -> Any:
+        return self.left(x["camera"]["rows"]) + self.right(x["pair"][1])
+
+
+def _subclassed_of_nested() -> keras.Model:
+    model = _OfNested()
+    model(_SUBCLASSED)
+    return model
+
+
 _random = np.random.default_rng(0)
 _IMAGES = _random.normal(size=(64, 8, 12, 3)).astype(np.float32)
 _STEPS = _random.normal(size=(64, 7, 5)).astype(np.float32)
@@ -50,10 +72,18 @@ _BOTH = {
     "weights": _random.uniform(0, 1, (64, 6, 1)).astype(np.float32),
     "words": _random.integers(0, 10, (64, 6), dtype=np.int32),
 }
+_NESTED = {"camera": {"image": _IMAGES}, "age": _random.normal(size=(64, 2)).astype(np.float32)}
+_SUBCLASSED = {"camera": {"rows": _STEPS[:, 0]}, "pair": [_STEPS[:, 1], _STEPS[:, 2, :4]]}
 MODELS: dict[str, tuple[Callable[[], keras.Model], Any, dict[str, tuple[int, ...]]]] = {
     "convolutional": (_convolutional, _IMAGES, {"image": (8, 12, 3)}),
     "subclassed": (_subclassed, _STEPS, {"input": (7, 5)}),
     "two inputs": (_two_inputs, _BOTH, {"words": (6,), "weights": (6, 1)}),
+    "nested dicts": (_nested, _NESTED, {"image": (8, 12, 3), "age": (2,)}),
+    "nested, subclassed": (
+        _subclassed_of_nested,
+        _SUBCLASSED,
+        {"camera_rows": (5,), "pair_0": (5,), "pair_1": (4,)},
+    ),
 }
 
 

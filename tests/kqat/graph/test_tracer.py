@@ -7,8 +7,9 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
+import kqat
 from kqat.base.errors import ModelError
 from kqat.graph.tracer import Graph, Node, non_finite_variable, rebuild, trace
 from kqat.planning.expansion import expand
@@ -328,3 +329,24 @@ def test_inputs_of_64_bits_are_taken_in_32(given: str, taken: str) -> None:
     assert [ref.dtype for ref in trace(keras.Model(x, more)).inputs] == [taken]
     counted = keras.ops.cast(x > 3, "float32")
     assert [ref.dtype for ref in trace(keras.Model(x, counted)).inputs] == [taken]
+
+
+def _folded(x: Any) -> Any:
+    return ops.reshape(layers.Dense(4)(ops.reshape(x, (24, 3))), (4, 6, 4))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_batch_of_fixed_size_may_stand_in_shapes(batch: int) -> None:
+    x = keras.Input(batch_shape=(batch, 4, 6))
+    row = np.linspace(-1, 1, 6, dtype=np.float32).reshape(1, 1, 6)
+    y = ops.concatenate([layers.Dense(6)(x), ops.broadcast_to(row, (batch, 1, 6))], axis=1)
+    model = keras.Model(x, layers.Dense(2)(ops.reshape(y, (batch, -1))))
+    values = RNG.normal(size=(batch, 4, 6)).astype(np.float32)
+    expanded, _ = expand(trace(model), lambda node: False, "expanded")
+    assert np.array_equal(np.asarray(run(expanded, values)), np.asarray(model(values)))
+
+
+def test_a_fixed_batch_that_is_folded_is_refused_by_name() -> None:
+    x = keras.Input(batch_shape=(4, 6, 3))
+    with pytest.raises(kqat.UnsupportedLayerError, match="'reshape' to keep the batch axis first"):
+        kqat.plan(keras.Model(x, _folded(x)))

@@ -63,6 +63,20 @@ def image() -> bytes:
     return _convert(network, (1, 8, 8, 3), int8=True)
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_softmax_that_aborts_leaves_this_process_alone(runtime: str) -> None:
+    blob = _convert(tf.nn.softmax, (1, 512), int8=True)
+    apart = np.full((1, 512), -128, np.int8)
+    apart[0, 0] = 127
+    assert execution.run(blob, [apart], runtime=runtime).outputs[0][0, 0] > 0
+    equal = np.zeros((1, 512), np.int8)
+    if runtime in ("litert_reference", "tflite_micro"):
+        with pytest.raises(RuntimeUnavailableError, match="SIGABRT"):
+            execution.run(blob, [equal], runtime=runtime)
+    else:
+        assert np.max(execution.run(blob, [equal], runtime=runtime).outputs[0]) <= -127
+
+
 @pytest.fixture(scope="module")
 def pairs() -> bytes:
     """x, y of batch 2 and a scalar s → x - y, sum(x), y · s, float: only order can go wrong."""
