@@ -362,7 +362,7 @@ def _input_type(operator: str, tensor: Any, wide: bool) -> str | None:
 
 def _output_type(operator: str, tensor: Any) -> str | None:
     if not keras.backend.is_float_dtype(tensor.dtype):
-        return "int32"  # What counts, or is true, has no scale.
+        return "int32"  # Indexes and truth values have no scale.
     return "float32" if operator == "DEQUANTIZE" else None
 
 

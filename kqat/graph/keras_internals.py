@@ -32,7 +32,7 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from kqat.base import ModelError
 from kqat.graph.batch_axis import BatchFirst
 from kqat.graph.tensorflow_calls import tensorflow_traced
-from kqat.graph.values import fingerprint, varies
+from kqat.graph.values import fingerprint, is_half, varies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -563,7 +563,8 @@ def _symbolic_output(value: Any, layer: Any, weights: dict[int, tuple[Any, Any]]
         return value
     if not keras.ops.is_tensor(value) and not isinstance(value, np.ndarray | keras.Variable):
         raise ModelError(
-            f"Expected tensors as outputs of '{layer.name}'. Received: {type(value).__name__}."
+            f"Expected tensors as outputs of '{layer.name}'. Received: {type(value).__name__}. "
+            "Return tensors from its call, or lists and dicts of them."
         )
     variable = value
     if not isinstance(value, keras.Variable):
@@ -971,8 +972,9 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
     if wanted:
         inputs = [*(t for t in function.inputs if id(t) in variables), *constants]
         known = {**variables, **values}
+        # In mixed precision the call rounds what it computes of variables; they train as they are.
         results = values_between(
-            inputs, list(wanted.values()), [keras.ops.cast(known[id(t)], t.dtype) for t in inputs]
+            inputs, list(wanted.values()), [_in_full(known[id(t)], t.dtype) for t in inputs]
         )
         for (key, _), value in zip(wanted.items(), results, strict=True):
             sources = list({id(v): v for v in computed[key]}.values())
@@ -981,6 +983,11 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             made = keras.Variable(np.asarray(value), trainable=trained, name=name)
             found[key] = _made_of(sources, made)
     return {**dict.fromkeys(computed), **found}
+
+
+def _in_full(value: Any, dtype: Any) -> Any:
+    """A value in a type, but in float32 for a type of fewer bits."""
+    return keras.ops.cast(value, "float32" if is_half(dtype) else dtype)
 
 
 def _first_of_batch(variable: Any, batch: int, layer: Any) -> Any:
@@ -992,7 +999,7 @@ def _first_of_batch(variable: Any, batch: int, layer: Any) -> Any:
         raise ModelError(
             f"Expected weights that are the same for all samples in '{layer.name}' of type "
             f"{type(layer).__name__}. Received: {variable.name} of shape {tuple(variable.shape)}, "
-            "which was computed with the batch size."
+            "which was computed with the batch size. Compute it without that."
         )
     made = keras.Variable(array, trainable=variable.trainable, name=variable.name)
     return _made_of([variable], made)

@@ -27,6 +27,7 @@ from kqat.graph import (
     duplicate,
     fill,
     holds_indexes,
+    is_half,
     is_tensor,
     operations_between,
     rebuild,
@@ -322,8 +323,7 @@ def _alike(expected: Any, found: Any) -> bool:
         return bool(np.array_equal(expected, found))
     a, b = (np.asarray(keras.ops.cast(x, "float32")) for x in (expected, found))
     # Two roundings of the type, of sums that may cancel; another function differs by more.
-    half = keras.backend.standardize_dtype(expected.dtype) in ("float16", "bfloat16")
-    tolerance = 0.05 if half else 1e-3
+    tolerance = 0.05 if is_half(expected.dtype) or is_half(found.dtype) else 1e-3
     finite = np.isfinite(a)
     largest = np.max(np.abs(a[finite]), initial=1.0)
     return np.allclose(a[finite], b[finite], rtol=tolerance, atol=tolerance * largest)
@@ -386,9 +386,9 @@ def _opened_layer(
             graph = trace_call(layer, args, kwargs, name, is_custom)
         except ModelError as error:
             raise UnsupportedLayerError(
-                f"Received: layer '{origin}' of type {type(layer).__name__}. Leave it float with "
+                f"{error} Or leave layer '{origin}' of type {type(layer).__name__} float with "
                 f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
-                f"describe it with kqat.register_layer. {error}"
+                "describe it with kqat.register_layer."
             ) from error
         if reads is not None:
             reads.note_opened(graph, layer, origin)

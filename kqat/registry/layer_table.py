@@ -506,7 +506,7 @@ def rule_for(
         UnsupportedLayerError: if there is no row, or the row refuses the options of this layer.
     """
     if options and isinstance(layer, TiedWeight):
-        return USES[WeightUse(options["use"])]
+        return _of_columns(layer, USES[WeightUse(options["use"])])
     where = _described(layer, name)
     rule = registered_rule(layer) or _stock_rule(layer)
     if rule is None:
@@ -518,7 +518,10 @@ def rule_for(
         )
     problem = rule.refuse(layer) if rule.refuse else None
     if problem:
-        raise UnsupportedLayerError(f"Received: {where}, which cannot ship: {problem}.")
+        raise UnsupportedLayerError(
+            f"Expected options with an integer form. Received: {where}, which cannot ship: "
+            f"{problem}."
+        )
     return rule
 
 
@@ -537,6 +540,11 @@ def stock_facts(layer: Any, options: Mapping[str, Any] | None = None) -> LayerFa
     return None if rule is None else LayerFacts.of(rule)
 
 
+def _of_columns(layer: TiedWeight, row: LayerRule) -> LayerRule:
+    """The row of a tied weight, with scales for its columns where only products read it."""
+    return dataclasses.replace(row, weights={"kernel": (-1,)}) if layer.products else row
+
+
 def _described(layer: Any, name: str | None) -> str:
     where = f"layer '{name or layer.name}' of type {type(layer).__name__}"
     if type(layer) is layers.Activation and registered_rule(layer) is None:
@@ -551,6 +559,8 @@ def _stock_rule(layer: Any) -> LayerRule | None:
         return FUNCTION if activation is None else ACTIVATIONS.get(activation)
     if (which := (type(layer), _kind(layer))) in KINDS:
         return KINDS[which]
+    if type(layer) is TiedWeight:
+        return _of_columns(layer, LAYERS[TiedWeight])
     stock = LAYERS.get(type(layer))
     return OPENED if stock is None and is_custom(layer) else stock
 

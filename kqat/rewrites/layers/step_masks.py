@@ -69,7 +69,8 @@ def mean_of_shown(layer: Any, name: str) -> Decomposed:
         shown = truth_of_steps(mask, name)
         if shown is None:
             raise UnsupportedLayerError(
-                f"Expected a mask in all calls of layer '{name}' or in none. Received: both."
+                f"Expected a mask in all calls of layer '{name}' or in none. Received: both. "
+                "Use two layers."
             )
         steps, width = x.shape[1:]
         ones = _index(IndexKind.MULTIPLY, shown, 1, f"{name}_ones")

@@ -40,7 +40,7 @@ def to_output_shape(operation: Any, name: str) -> Callable[..., Any]:
         if shape[0] != x.shape[0]:
             raise UnsupportedLayerError(
                 f"Expected operation '{name}' to keep the batch axis first. Received: {x.shape} "
-                f"-> {shape}."
+                f"-> {shape}. Reshape the other axes alone."
             )
         return layers.Reshape(shape[1:], name=name)(x)
 
@@ -56,7 +56,7 @@ def permuted(order: Callable[[Any, int], tuple[int, ...]]) -> Row:
             if axes[0] != 0:
                 raise UnsupportedLayerError(
                     f"Expected operation '{name}' to keep the batch axis first. Received: axes "
-                    f"{axes}."
+                    f"{axes}. Reorder the other axes alone."
                 )
             return layers.Permute(axes[1:], name=name)(x)
 
@@ -177,7 +177,7 @@ def _tile(operation: Any, name: str) -> Callable[..., Any]:
         if repeats[0] != 1 or len(repeats) > len(x.shape):
             raise UnsupportedLayerError(
                 f"Expected operation '{name}' to leave the batch axis alone. Received: repeats="
-                f"{operation.repeats}."
+                f"{operation.repeats}. Repeat along the other axes alone."
             )
         return _tiled(x, repeats, name)
 
