@@ -103,7 +103,7 @@ def test_bounds_hold_what_is_computed(call: Callable[[Any], Any], expected: Any)
     assert (low, high) == expected
 
 
-def test_a_rest_is_bounded_whatever_is_divided() -> None:
+def test_a_rest_becomes_a_quantity() -> None:
     model = _model(lambda x: layers.Dense(2)(ops.cast(x % 7, "float32")))
     qat = kqat.quantize_model(model, calibration_data=IDS)
     np.testing.assert_allclose(qat(IDS), model(IDS), atol=0.3)
