@@ -231,6 +231,7 @@ MODELS: dict[str, Build] = {
     "REDUCE_PROD": _one((4, 8), lambda x: ops.prod(x, axis=1)),
     "ARG_MAX": _one(ROWS, lambda x: ops.argmax(x, axis=-1)),
     "ARG_MIN": _one(ROWS, lambda x: ops.argmin(x, axis=-1)),
+    "DIV": _one(ROWS, lambda x: ops.argmax(x, axis=-1) // 3),
     "LOGICAL_AND": _chosen_by(lambda a, b: ops.logical_and(a > b, b > 0.5)),
     "LOGICAL_OR": _chosen_by(lambda a, b: ops.logical_or(a > b, b > 0.5)),
     # The converter turns a negated comparison, or a choice by it, into others.
@@ -265,7 +266,7 @@ INT16_MODELS: dict[str, Build] = {
     # No end of a file turns bytes into int16; a scale that a kernel fixes meets another one here.
     "QUANTIZE": _one(VECTOR, lambda x: layers.Concatenate()([ops.sigmoid(x), x])),
 }
-WITHOUT_SCALE = ("DEQUANTIZE", "LOGICAL_NOT", "ARG_MAX", "ARG_MIN")
+WITHOUT_SCALE = ("DEQUANTIZE", "LOGICAL_NOT", "ARG_MAX", "ARG_MIN", "DIV")
 # In the table, but never in a file.
 SHIPS_AS_ANOTHER = tuple(op for op, rule in OP_TABLE.items() if rule.ships_as)
 
@@ -361,7 +362,7 @@ def _input_type(operator: str, tensor: Any, wide: bool) -> str | None:
 
 def _output_type(operator: str, tensor: Any) -> str | None:
     if not keras.backend.is_float_dtype(tensor.dtype):
-        return "int32"  # What counts, or is true, has no scale.
+        return "int32"  # Indexes and truth values have no scale.
     return "float32" if operator == "DEQUANTIZE" else None
 
 

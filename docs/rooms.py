@@ -113,14 +113,14 @@ def folders(package: str) -> tuple[str, ...]:
 
 def arrows(package: str) -> set[tuple[str, str]]:
     """Pairs of sub-packages of which the first imports the second."""
-    found = set()
-    for folder in folders(package):
+    found, names = set(), folders(package)
+    for folder in names:
         for path in (ROOT / package / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom) and node.module is not None:
                     for alias in node.names:
                         parts = f"{node.module}.{alias.name}".split(".")
-                        if parts[0] == package and parts[1] in folders(package):
+                        if parts[0] == package and parts[1] in names:
                             found.add((folder, parts[1]))
     return {(a, b) for a, b in found if a != b}
 

@@ -73,7 +73,7 @@ def targets() -> str:
         "`tflite_export.convert` and `tflite_export.verify` takes one of these names. The runtime "
         "runs the file, or what of it the accelerator does not run. Weights of four bits or fewer "
         "are packed where the runtime has the kernel.\n\n",
-        _table(("Target", "Device", "Runtime", "4-bit weights", "Told of what is slow"), rows),
+        _table(("Target", "Device", "Runtime", "4-bit weights", "Slow operators give"), rows),
     ]
     for target in TARGETS.values():
         if target.accelerator:

@@ -86,7 +86,7 @@ def plan(
 def adapt(
     model: keras.Model, target: str | None = None, *, calibration_data: Any = None
 ) -> keras.Model:
-    """A float copy of `model` that suits a device, or one scale for each join, better.
+    """A float copy of `model` that suits a device better, or loses less where values are joined.
 
     With `target`: an activation function that does not run fast there is replaced by the most
     similar one that does: h-swish for mish, ReLU6 for GELU (`kqat.devices.NEAREST`). The copy has
@@ -112,7 +112,8 @@ def adapt(
         ModelError, UnsupportedLayerError: as `quantize_model`.
 
     Warns:
-        kqat.CalibrationWarning: of a join inside whose readers have no weights to scale.
+        kqat.CalibrationWarning: if small values of a join inside cannot be scaled up, as a layer
+            that reads them has no weights to scale down.
     """
     if target is None and calibration_data is None:
         raise CalibrationError(

@@ -79,7 +79,8 @@ class GapCallback(keras.callbacks.Callback):
         """Evaluates the integer model and adds to `logs`."""
         if not self.model.compiled:
             raise ModelError(
-                f"Expected a compiled model for GapCallback. Received: '{self.model.name}'."
+                f"Expected a compiled model for GapCallback. Received: '{self.model.name}', which "
+                "is not compiled. Use model.compile first."
             )
         device = integer_model(self.model, self.runtime)
         _compile_alike(device, self.model)

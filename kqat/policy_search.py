@@ -6,6 +6,7 @@ which is imported when it is called.
 
 import dataclasses
 import glob
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from kqat.analysis import Sensitivity, figure_class, measured_layers
 from kqat.base import KqatError, PolicyError, TextEnum
 from kqat.config import QuantizePolicy, resolve_config
 from kqat.devices import Target, stored_bits, target_named
-from kqat.graph import Graph, trace
+from kqat.graph import Graph, Node, trace
 from kqat.planning import LayerPlan, Plan, make_plan
 from kqat.training import CalibrationWarning, calibrate_for, of_fixed_shape, some_samples, wrap
 
@@ -90,10 +91,10 @@ class SearchedPolicy(QuantizePolicy):
         measure: what the budget is of.
         budget: the budget, in its unit.
         used: what the policy takes of it, as its file shows.
-        choices: layer -> preset.
+        choices: layer -> preset; of layers that read one weight, the first stands for all.
         pareto: what other budgets would give.
-        alike: what each choice for all layers gives.
-        sensitivity: what it was decided by.
+        alike: what one preset for all layers gives, for each of the presets.
+        sensitivity: what each layer costs at each preset, as measured.
     """
 
     measure: Budget = Budget.FLASH
@@ -235,11 +236,18 @@ def search(
     kept = tuple((keep or {}).items())
     base = QuantizePolicy(default=resolve_config(choices[0]), rules=kept)
     found, plan, graph = measured_layers(model, data, choices, base, sensitivity, loss)
-    free = [layer for layer in found.layers if not _is_kept(base, graph, layer)]
+    recurrent = {part.origin for step in plan.steps.values() for part in step.layers}
+    free = [
+        layer
+        for layer in found.layers
+        if not any(
+            name in recurrent or _is_kept(base, graph, name) for name in plan.of_one_config(layer)
+        )
+    ]
     if not free:
         raise PolicyError(
             f"Expected layers for the search to decide about. Received: keep={dict(kept)!r}, which "
-            "decides about all of them."
+            "decides about all of them but recurrent ones, which keep the first choice."
         )
     if compress is not None and measure not in (Budget.FLASH, Budget.ARENA):
         raise PolicyError(
@@ -254,7 +262,13 @@ def search(
     problem = _Problem.of(found, plan, free, Budget(measure), device)
 
     def policy_of(chosen: Mapping[str, str]) -> QuantizePolicy:
-        return QuantizePolicy(base.default, (*kept, *_rules(chosen, choices[0])))
+        changed = {layer: choice for layer, choice in chosen.items() if choice != choices[0]}
+        rules = [
+            (glob.escape(name), choice)
+            for layer, choice in changed.items()
+            for name in plan.of_one_config(layer)
+        ]
+        return QuantizePolicy(base.default, (*kept, *rules))
 
     def taken(chosen: Mapping[str, str]) -> float:
         if measure == Budget.MAC_BITS:
@@ -318,10 +332,6 @@ def _is_kept(policy: QuantizePolicy, graph: Graph, name: str) -> bool:
     return policy.match(name, layer) is not None
 
 
-def _rules(chosen: Mapping[str, str], default: str) -> list[tuple[str, str]]:
-    return [(glob.escape(layer), choice) for layer, choice in chosen.items() if choice != default]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Problem:
     """The integer program: a cost and a weight for each layer and choice.
@@ -345,10 +355,14 @@ class _Problem:
         device: Target | None,
     ) -> "_Problem":
         parts: dict[str, list[LayerPlan]] = {}
+        nodes, stored = _nodes(plan), set[int]()
         for part in plan.layers:
-            if part.weights:
-                parts.setdefault(part.origin, []).append(part)
-        shape_of = _shapes(plan)
+            layer = id(nodes[part.name][0].layer)
+            # Each call computes, but the file stores the weights once.
+            if part.weights and not (measure is Budget.FLASH and layer in stored):
+                parts.setdefault(plan.of_one_config(part.origin)[0], []).append(part)
+                stored.add(layer)
+        shape_of = _shapes(nodes)
 
         def size(part: LayerPlan, choice: str | None) -> float:
             total = 0.0
@@ -358,8 +372,8 @@ class _Problem:
                     bits = resolve_config(choice).weights.bits
                 count, positions = shape_of(part.name, name)
                 if measure is Budget.FLASH:
-                    stored = stored_bits(part.ops, bits, spec.axis is None, part.bits, device)
-                    total += count * stored / 8
+                    each = stored_bits(part.ops, bits, spec.axis is None, part.bits, device)
+                    total += count * each / 8
                 else:
                     total += count * positions * bits * part.bits
             return total
@@ -436,17 +450,26 @@ class _Problem:
         return {name: self.choices[c] for name, c in zip(self.layers, picked, strict=True)}
 
 
-def _shapes(plan: Plan) -> Any:
+def _nodes(plan: Plan, times: int = 1) -> dict[str, tuple[Node, int]]:
+    """Name of each part of a plan -> its node, and how often that is computed: a step of a
+    recurrence as often as its sequence has steps."""
+    found = {node.name: (node, times) for node in plan.graph.nodes}
+    for name, step in plan.steps.items():
+        found |= _nodes(step, times * int(found[name][0].inputs[0].shape[1]))
+    return found
+
+
+def _shapes(nodes: Mapping[str, tuple[Node, int]]) -> Any:
     """A function: (part, weight) -> how many numbers it has, and how often each is multiplied."""
-    nodes = {node.name: node for node in plan.graph.nodes}
 
     def shape_of(part: str, weight: str) -> tuple[int, int]:
-        node = nodes[part]
+        node, times = nodes[part]
         count = int(np.prod(getattr(node.layer, weight).shape))
         transposed = "Transpose" in type(node.layer).__name__
         shape = (node.inputs if transposed else node.outputs)[0].shape
         first = getattr(node.layer, "data_format", None) == "channels_first"
-        return count, int(np.prod(shape[2:] if first else shape[1:-1], dtype=int))
+        positions = shape[2:] if first else shape[1:-1]
+        return count, times * math.prod(int(size or 1) for size in positions)
 
     return shape_of
 

@@ -129,6 +129,27 @@ def tables(results: dict[str, Any]) -> list[Table]:
     ]
 
 
+OVER_SEEDS = """\
+accuracy   mean over the seeds, and from the least to the greatest
+gap        mean of each seed's accuracy less that of its own half-pruned float file,
+           in points, and from the least to the greatest"""
+
+
+def tables_over_seeds(runs: Sequence[dict[str, Any]]) -> list[Table]:
+    """What several seeds agree on, from the results.json of each; rows that all of them have."""
+    seeds = ", ".join(str(run["options"]["seed"]) for run in runs)
+    common = [name for name in runs[0]["rows"] if all(name in run["rows"] for run in runs)]
+    rows = []
+    for name in common:
+        found = [run["rows"][name]["accuracy"] for run in runs]
+        gaps = [
+            100 * (a - run["rows"][SPARSE]["accuracy"]) for a, run in zip(found, runs, strict=True)
+        ]
+        gap = f"{sum(gaps) / len(gaps):+.2f} ({min(gaps):+.2f} to {max(gaps):+.2f})"
+        rows.append((name, running.percents(found), gap))
+    return [Table(f"Accuracy over the seeds {seeds}", ("", "accuracy", "gap"), rows, OVER_SEEDS)]
+
+
 def _accuracy_cells(name: str, row: dict[str, Any], sparse: dict[str, Any]) -> tuple[str, ...]:
     lockstep = row["lockstep_steps"]
     return (

@@ -401,7 +401,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     header = ("", *(f"{w}" for w in widths))
     rows = [
         ("float", running.percent(cells["float"]["accuracy"]), *[""] * (len(widths) - 1)),
-        (FLOAT, _spread(further), *[""] * (len(widths) - 1)),
+        (FLOAT, running.percents(further), *[""] * (len(widths) - 1)),
         *((METHODS[m][0], *(_shown(cells, f"{width}_{m}") for width in widths)) for m in methods),
     ]
     found = [Table(f"{network}, {budget}", header, rows, LEGEND)]
@@ -440,19 +440,10 @@ def _accuracies(cells: dict[str, Any], name: str) -> list[float]:
     ]
 
 
-def _spread(found: Sequence[float]) -> str:
-    if not found:
-        return "-"
-    mean = running.percent(float(np.mean(found)))
-    if len(found) == 1:
-        return mean
-    return f"{mean} ({100 * min(found):.2f}–{100 * max(found):.2f}, n = {len(found)})"
-
-
 def _shown(cells: dict[str, Any], name: str) -> str:
     found = _accuracies(cells, name)
     refused = any(k.rpartition("_")[0] == name and "refused" in c for k, c in cells.items())
-    return "refused" if refused and not found else _spread(found)
+    return "refused" if refused and not found else running.percents(found)
 
 
 def _gap_row(

@@ -9,6 +9,7 @@ No number in RESULTS.md is typed by hand: each table is printed by its recipe.
 import argparse
 import importlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ FOLDER = Path(__file__).with_name("results")
 PAGE = Path(__file__).with_name("RESULTS.md")
 # The lab comes first; the others follow in the order of their names.
 FIRST = "mobilenetv2"
+SEEDED = re.compile(r"_seed\d+$")
 HEAD = """\
 # Results
 
@@ -66,29 +68,44 @@ def keep(path: Path) -> None:
 def page() -> str:
     """The text of RESULTS.md, from all kept results."""
     paths = sorted(FOLDER.glob("*.json"), key=lambda path: (not path.stem.startswith(FIRST), path))
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in paths:
+        runs.setdefault(SEEDED.sub("", path.stem), []).append(json.loads(path.read_text()))
     explained: set[str] = set()
-    return "\n".join([HEAD, *(_section(json.loads(p.read_text()), explained) for p in paths)])
+    return "\n".join([HEAD, *(_section(same, explained) for same in runs.values())])
 
 
-def _section(results: dict[str, Any], explained: set[str]) -> str:
-    """The section of one run, with the legends that are not yet in `explained`."""
+def _section(runs: list[dict[str, Any]], explained: set[str]) -> str:
+    """The section of one recipe, with the legends that are not yet in `explained`.
+
+    Of several runs, which differ in their seeds, the first is shown whole.
+    """
+    results, *others = runs
     recipe = importlib.import_module(results["command"].split()[2])
     machine = results["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     tables: list[Table] = recipe.tables(results)
+    if others:
+        tables += recipe.tables_over_seeds(runs)
     legends = [x for x in dict.fromkeys(t.legend for t in tables) if x and x not in explained]
     explained.update(legends)
     return "\n".join(
         [
             f"## {(recipe.__doc__ or '').splitlines()[0]}\n",
-            f"    {results['command']}\n",
+            *(f"    {run['command']}" for run in runs),
+            "",
             *map(_markdown, tables),
             *(f"```\n{legend}\n```\n" for legend in legends),
             f"kqat {results['kqat']}, {packages}, Python {machine['python']}; "
             f"{machine['cores']} cores, {machine['processor']}.\n",
-            *([f"Measured on {results['date']}.\n"] if "date" in results else []),
+            *(_measured(run, several=bool(others)) for run in runs if "date" in run),
         ]
     )
+
+
+def _measured(run: dict[str, Any], *, several: bool) -> str:
+    seed = f", seed {run['options']['seed']}" if several else ""
+    return f"Measured on {run['date']}{seed}.\n"
 
 
 def _markdown(table: Table) -> str:

@@ -248,6 +248,14 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
 
+def percents(shares: Sequence[float]) -> str:
+    """Of several seeds: 0.92, 0.94 as "93.00 % (92.00–94.00, n = 2)"; of one, its percentage."""
+    if len(shares) < 2:
+        return percent(shares[0] if shares else None)
+    mean = sum(shares) / len(shares)
+    return f"{percent(mean)} ({100 * min(shares):.2f}–{100 * max(shares):.2f}, n = {len(shares)})"
+
+
 def counted(size: int | None) -> str:
     """50108 as "50,108"."""
     return "-" if size is None else f"{size:,}"

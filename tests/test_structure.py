@@ -1,6 +1,7 @@
 """Where code may live: import order, faces of sub-packages, Keras's internals, public names."""
 
 import ast
+import functools
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -52,22 +53,23 @@ KERAS_INSIDE = ("keras.src", "tensorflow.python")
 MAY_NAME_KERAS_INSIDE = ("kqat/graph/keras_internals.py", "tests/test_structure.py")
 
 
-def sources(*folders: str) -> dict[str, ast.Module]:
-    """Every Python file below the folders, parsed, by its path below the repository's root."""
+def sources(*folders: str) -> list[str]:
+    """The path below the repository's root of every Python file below the folders."""
     paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in paths}
+    return [path.relative_to(ROOT).as_posix() for path in paths]
 
 
-def imported(tree: ast.Module) -> Iterator[str]:
-    """Each module or name of ours that is imported, wherever: `kqat.grids.QuantSpec`."""
-    for node in ast.walk(tree):
+# The names alone are kept: the trees of all files together would take too much memory.
+@functools.cache
+def imported(path: str) -> tuple[str, ...]:
+    """Each module or name of ours that a file imports, wherever: `kqat.grids.QuantSpec`."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        yield from (name for name in names if name.split(".")[0] in FOLDERS)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(name for name in found if name.split(".")[0] in FOLDERS)
 
 
 def imports_within(package: str) -> Iterator[tuple[str, str, str]]:
@@ -75,9 +77,9 @@ def imports_within(package: str) -> Iterator[tuple[str, str, str]]:
 
     A place is the sub-package, or the module where a file stands above all of them.
     """
-    for path, tree in sources(package).items():
+    for path in sources(package):
         own = place(package, path.removesuffix(".py").replace("/", "."))
-        for name in imported(tree):
+        for name in imported(path):
             if name.split(".")[0] == package:
                 yield path, own, name
 
@@ -127,8 +129,8 @@ def is_of_face(package: str, subpackage: str, name: str) -> bool:
 def test_the_exporter_sees_the_seam_only() -> None:
     beyond = [
         f"{path} imports {name}"
-        for path, tree in sources("tflite_export").items()
-        for name in imported(tree)
+        for path in sources("tflite_export")
+        for name in imported(path)
         if name.split(".")[0] == "kqat"
         and not (
             (subpackage := place("kqat", name)) in SEAM and is_of_face("kqat", subpackage, name)
@@ -140,8 +142,8 @@ def test_the_exporter_sees_the_seam_only() -> None:
 def test_packages_are_imported_only_by_those_above_them() -> None:
     wrong = [
         f"{path} imports {module}"
-        for path, tree in sources(*FOLDERS).items()
-        for module in imported(tree)
+        for path in sources(*FOLDERS)
+        for module in imported(path)
         if not {path, path.split("/")[0]} & set(IMPORTERS[module.split(".")[0]])
     ]
     assert wrong == []
@@ -160,8 +162,8 @@ def test_keras_internals_stay_in_one_file() -> None:
 def test_private_attributes_are_read_by_their_owner_only() -> None:
     wrong = [
         f"{path}:{node.lineno}: {ast.unparse(node)}"
-        for path, tree in sources("kqat", "tflite_export", "recipes").items()
-        for node in ast.walk(tree)
+        for path in sources("kqat", "tflite_export", "recipes")
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
         if isinstance(node, ast.Attribute)
         and node.attr.startswith("_")
         and not node.attr.endswith("__")
@@ -209,7 +211,7 @@ def test_the_stub_of_a_lazy_face_is_true(package: str) -> None:
         assert getattr(module, name) is not None
     around = [
         name
-        for name in imported(stub)
+        for name in imported(f"{package}/__init__.pyi")
         if name.split(".")[0] == package
         and (subpackage := place(package, name)) in SUBPACKAGES[package]
         and not is_of_face(package, subpackage, name)

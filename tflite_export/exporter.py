@@ -56,9 +56,10 @@ def convert(
         qat: a model from `kqat.quantize_model`, calibrated or trained; it is left alone.
         inference_input_type: `"int8"`, `"uint8"`, `"int16"` or `"float32"`, for all inputs, or a
             mapping from input names. `None` is what the plan makes of the input: int8, int16 where
-            its width is 16 bits, float32 where the layers that read it stay float. What counts, as
-            tokens do, is `"int32"` in any case. A `keras.Input` of dtype uint8 takes its bytes,
-            `"uint8"` by default; as `"int8"` they are 128 less, which saves an operator.
+            its width is 16 bits, float32 where the layers that read it stay float. Inputs that hold
+            indexes, such as token ids, are `"int32"` in any case. A `keras.Input` of dtype uint8
+            takes its bytes, `"uint8"` by default; as `"int8"` they are 128 less, which saves an
+            operator.
         inference_output_type: the same for outputs.
         target: a name from `tflite_export.TARGETS`; something on the device must run the int8
             operators (those that the plan leaves float are not checked). A `kqat.TargetWarning`
@@ -257,7 +258,8 @@ def _check_edge_tpu(target: str, io_types: tuple[str | None, ...], batch_size: i
     if target == "edge_tpu" and (batch_size != 1 or {"float32", "int16"} & {*io_types}):
         raise TargetError(
             "Expected a batch of 1 and int8 or uint8 inputs and outputs for target 'edge_tpu'. "
-            f"Received: batch_size={batch_size}, types {sorted(map(str, set(io_types)))}."
+            f"Received: batch_size={batch_size}, types {sorted(map(str, set(io_types)))}. Leave "
+            "both arguments out."
         )
 
 
@@ -275,18 +277,21 @@ def _types(
 ) -> list[str | None]:
     """The type asked for of each tensor; `takes_bytes` names the uint8 inputs among them."""
     names = list(tensors)
-    counts = {name for name in names if not keras.backend.is_float_dtype(tensors[name].dtype)}
-    counts -= takes_bytes
+    indexes = {name for name in names if not keras.backend.is_float_dtype(tensors[name].dtype)}
+    indexes -= takes_bytes
     if asked is None or isinstance(asked, str):
-        # What counts stays as it is: it has no scale.
-        asked = {name: "int32" if name in counts else asked for name in names}
+        # Indexes stay as they are: they have no scale.
+        asked = {name: "int32" if name in indexes else asked for name in names}
     if set(asked) != set(names):
-        raise ExportError(f"Expected {argument} for {list(names)}. Received: {sorted(asked)}.")
+        raise ExportError(
+            f"Expected {argument} for {list(names)}. Received: {sorted(asked)}. Name each of them."
+        )
     for name in names:
-        if (asked[name] == "int32") != (name in counts):
+        if (asked[name] == "int32") != (name in indexes):
             raise ExportError(
-                f"Expected int32 for what counts, as {sorted(counts)}, and for nothing else. "
-                f"Received: {argument}={asked[name]!r} for '{name}'."
+                f"Expected int32 for what holds indexes, {sorted(indexes)}, and for nothing else. "
+                f"Received: {argument}={asked[name]!r} for '{name}'. Give one type for all others, "
+                "or a mapping from names to types."
             )
         if asked[name] not in (*IO_TYPES, "int32", None):
             raise ExportError(

@@ -32,7 +32,7 @@ from kqat.training import (
     as_tensors,
     batches,
     beyond_calibration,
-    is_quantized,
+    check_quantized,
     of_fixed_shape,
     uncorrected,
 )
@@ -267,11 +267,7 @@ def diagnose(
         CalibrationError: if data do not fit, are fewer than two samples, or `qat` has not seen any.
     """
     graph = trace(qat)
-    if not is_quantized(qat):
-        raise ModelError(
-            f"Expected a QAT model to diagnose. Received: '{qat.name}', which is float. Use "
-            "kqat.quantize_model."
-        )
+    check_quantized(qat, "to diagnose")
     float_model = of_fixed_shape(float_model, None, data)
     reference = trace(float_model)
     _check_alike(graph, reference, qat.name, float_model.name)

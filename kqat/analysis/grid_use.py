@@ -22,7 +22,7 @@ from kqat.training import (
     ValueNames,
     as_tensors,
     batches,
-    is_quantized,
+    check_quantized,
     some_samples,
 )
 
@@ -178,11 +178,7 @@ def rounded_tensors(model: keras.Model, graph: Graph) -> list[RoundedTensor]:
     Raises:
         ModelError: if `model` is no QAT model.
     """
-    if not is_quantized(model):
-        raise ModelError(
-            f"Expected a QAT model. Received: '{model.name}', which is float. Use "
-            "kqat.quantize_model."
-        )
+    check_quantized(model)
     found: dict[Any, RoundedTensor] = {}
     for key, tensor in _tensors(graph, ""):
         found.setdefault(key, tensor)

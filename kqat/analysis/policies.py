@@ -42,19 +42,45 @@ def policy_of(base: Graph, qat: keras.Model) -> QuantizePolicy | None:
     plan = plans[default]
     widths = _widths(trace(qat), {layer.name: layer.origin for layer in plan.layers})
     rules: dict[str, QuantizeConfig | None] = {}
-    for user, keys in _keys_by_user(plan).items():
-        width = widths.get(user)
+    by_user = _keys_by_user(plan)
+    for users in dict.fromkeys(map(plan.of_one_config, by_user)):
+        keys = list(dict.fromkeys(key for user in users for key in by_user.get(user, ())))
+        width = max((widths[user] for user in users if user in widths), default=None)
         if not _explains(facts[default], default, keys, width, wanted):
-            rules[user] = _config_for([k for k in keys if k in wanted], width, facts, wanted)
+            config = _config_for([k for k in keys if k in wanted], width, facts, wanted)
+            rules |= dict.fromkeys(users, config)
     policy = QuantizePolicy(PRESETS[default], _as_rules(rules))
     plan = _plan(base, policy)
     return policy if plan is not None and _facts_of_plan(plan) == wanted else None
 
 
-def users_names(base: Graph, policy: QuantizePolicy) -> dict[str, str]:
-    """Name of each part that a plan has -> name of the user's layer, which a rule can name."""
-    plan = _plan(base, policy)
-    return {} if plan is None else {layer.name: layer.origin for layer in plan.layers}
+@dataclasses.dataclass(frozen=True)
+class Users:
+    """The layers of the user's model, which rules can name.
+
+    Attributes:
+        names: name of each part that a plan has -> name of the user's layer.
+        tied: names of the layers that must have one config, as in `Plan.tied`.
+    """
+
+    names: Mapping[str, str]
+    tied: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, base: Graph, policy: QuantizePolicy) -> "Users":
+        """Those of the plan of a policy; none where it has none."""
+        plan = _plan(base, policy)
+        if plan is None:
+            return cls({}, ())
+        return cls({layer.name: layer.origin for layer in plan.layers}, plan.tied)
+
+    def for_all_tied(self, rules: Mapping[str, QuantizeConfig]) -> dict[str, QuantizeConfig]:
+        """Rules for layers by name, with the same ones for the layers that are tied to them."""
+        found: dict[str, QuantizeConfig] = {}
+        for user, config in rules.items():
+            group = next((names for names in self.tied if user in names), (user,))
+            found |= {name: config for name in group if name not in found}
+        return found
 
 
 def with_rules(policy: QuantizePolicy, rules: Mapping[str, QuantizeConfig]) -> QuantizePolicy:

@@ -12,12 +12,12 @@ import numpy as np
 
 from kqat.analysis.causes import Cause, Finding
 from kqat.analysis.policies import (
+    Users,
     call_text,
     config_of,
     config_text,
     policy_lines,
     policy_of,
-    users_names,
     with_rules,
 )
 from kqat.analysis.replay import Replay, decibels, noise
@@ -309,7 +309,7 @@ class _Policies:
             self.model, self.word = strip(qat), "kqat.strip(qat)"
         self.float_graph = trace(self.model)
         self.policy = policy_of(self.float_graph, qat)
-        self.users = users_names(self.float_graph, self.policy or QuantizePolicy())
+        self.users = Users.of(self.float_graph, self.policy or QuantizePolicy())
         self.names = ValueNames(graph)
         self.weighted = set(
             self._users(
@@ -365,7 +365,8 @@ class _Policies:
         found: dict[str, QuantizeConfig] = {}
         for finding in findings:
             found |= rules_of(finding)
-        return {user: c for user, c in found.items() if c is not None and self._ships(user, c)}
+        given = {user: c for user, c in found.items() if c is not None and self._ships(user, c)}
+        return self.users.for_all_tied(given)
 
     def _trial(
         self,
@@ -402,7 +403,8 @@ class _Policies:
         """Whether a layer has kernels for a config."""
         assert self.policy is not None
         try:
-            make_plan(self.float_graph, with_rules(self.policy, {user: config}), "model")
+            rules = self.users.for_all_tied({user: config})
+            make_plan(self.float_graph, with_rules(self.policy, rules), "model")
         except KqatError:
             return False
         return True
@@ -487,7 +489,7 @@ class _Policies:
     def _users(self, parts: Iterable[str]) -> list[str]:
         """The names, as a rule gives them, of the layers and inputs that parts belong to."""
         known = {node.name for node in self.float_graph.nodes} | set(self.float_graph.input_names)
-        users = (self.users.get(part, part) for part in parts)
+        users = (self.users.names.get(part, part) for part in parts)
         return list(dict.fromkeys(user for user in users if user in known))
 
 

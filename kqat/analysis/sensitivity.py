@@ -63,9 +63,11 @@ class Sensitivity:
             `"hessian"`: half the mean trace of the loss's Hessian times the squared rounding error,
             an estimate of that change.
         choices: names of presets.
-        layers: names of the layers, in their order.
+        layers: names of the layers, in their order; of those that read one weight, which are one
+            choice, the name of the first.
         costs: one for each layer and choice.
         weights: number of weights of each layer.
+        tied: layer -> the names of all layers that it stands for, where there are more.
     """
 
     measure: Measure
@@ -73,9 +75,10 @@ class Sensitivity:
     layers: tuple[str, ...]
     costs: tuple[LayerCost, ...]
     weights: Mapping[str, int]
+    tied: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def cost(self, layer: str, choice: str) -> float:
-        """That of one layer at one choice."""
+        """What one layer costs at one choice."""
         return next(c.cost for c in self.costs if (c.layer, c.choice) == (layer, choice))
 
     def __str__(self) -> str:
@@ -90,6 +93,7 @@ class Sensitivity:
             lines.append(
                 f"{layer[:32]:<32} {self.weights[layer]:>9,}" + "".join(f" {w:>10}" for w in words)
             )
+        lines += [f"one choice: {', '.join(names)}" for names in self.tied.values()]
         return "\n".join(lines)
 
 
@@ -121,7 +125,8 @@ def sensitivity(
         PolicyError: if a choice or the measure is not known, or a loss is missing.
         ModelError, UnsupportedLayerError, CalibrationError: as `kqat.quantize_model`.
 
-    Reference: Dong et al. 2020, section 3 (https://arxiv.org/abs/1911.03852), for the Hessian.
+    Reference, for the Hessian: Dong et al. 2020, the sum of equation 2.11
+    (https://arxiv.org/abs/1911.03852), times the 1/2 of the Taylor series.
     """
     return measured_layers(model, data, choices, policy, measure, loss)[0]
 
@@ -166,7 +171,8 @@ def measured_layers(
         )
         for name, nodes in layers.items()
     }
-    found = Sensitivity(asked, tuple(configs), tuple(layers), tuple(costs), weights)
+    tied = {names[0]: names for names in plan.tied if names[0] in layers}
+    found = Sensitivity(asked, tuple(configs), tuple(layers), tuple(costs), weights, tied)
     return found, plan, float_graph
 
 
@@ -192,7 +198,9 @@ def _weights_of(choice: str) -> tuple[QuantSpec, StepMethod]:
     """The grid and the step method of a preset's weights; a learned step is where it starts."""
     config: QuantizeConfig = resolve_config(choice)
     if not isinstance(choice, str) or not isinstance(config.weights, QuantSpec):
-        raise PolicyError(f"Expected names of presets as choices. Received: {choice!r}.")
+        raise PolicyError(
+            f"Expected names of presets as choices. Received: {choice!r}. Use ('int8', 'w4a8')."
+        )
     return config.weights, config.weight_step
 
 
@@ -211,8 +219,11 @@ def _split(data: Any, measure: Measure) -> tuple[Any, np.ndarray | None]:
 
 
 def _layers(plan: Plan, graph: Graph) -> dict[str, list[Node]]:
-    """The user's layers with weights on a grid -> their nodes in the QAT model's graph."""
-    origins = {layer.name: layer.origin for layer in plan.layers}
+    """The user's layers with weights on a grid -> their nodes in the QAT model's graph.
+
+    Layers of one config are one, under the name of the first.
+    """
+    origins = {layer.name: plan.of_one_config(layer.origin)[0] for layer in plan.layers}
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if isinstance(node.layer, QuantizeWrapper) and node.layer.weight_specs:

@@ -57,7 +57,7 @@ class TensorBoardQuantization(QatCallback):
         ModelError: if `update_freq` is neither, or the model in `fit` is not a QAT model.
         CalibrationError: if data do not fit the model.
 
-    Reference: Nagel et al. 2022, section 2.1 (https://arxiv.org/abs/2203.11086), for oscillations.
+    Reference: Nagel et al. 2022, section 4.1 (https://arxiv.org/abs/2203.11086), for oscillations.
     """
 
     def __init__(

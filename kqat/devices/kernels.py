@@ -142,7 +142,7 @@ def most_axes(op: str, runtime: str) -> float:
 
 # Operators whose kernel of TFLite Micro takes quantities alone: what they move there is no integer
 # without a scale, and no truth value (each says so where the file is loaded).
-OF_QUANTITIES = frozenset(("GATHER", "TRANSPOSE"))
+OF_QUANTITIES = frozenset(("GATHER", "TRANSPOSE", "MIRROR_PAD"))
 
 
 def moves_integers(op: str, runtime: str) -> bool:

@@ -48,7 +48,7 @@ def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[Frozen
             rounded if v is layer.bias else value
             for v, value in zip(layer.weights, values, strict=True)
         ]
-    if isinstance(layer, TiedWeight) and len(layer.shape) == 2:
+    if isinstance(layer, TiedWeight) and len(layer.shape) == 2 and not layer.products:
         # The one is its kernel in products, the other in products with it transposed.
         frozen = [*frozen, *(one.transposed() for one in frozen)]
     if isinstance(layer, TiedWeight):

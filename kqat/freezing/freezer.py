@@ -43,7 +43,12 @@ from kqat.training import (
 
 
 def freeze(qat: keras.Model) -> FrozenModel:
-    """Folds, bakes and marks a QAT model, which is left alone.
+    """A QAT model as it ships: BatchNormalization folded, weights on their grids, ranges final.
+
+    `tflite_export.convert` does this itself, or takes the result.
+
+    Args:
+        qat: a QAT model, calibrated or trained; it is not changed.
 
     Raises:
         ModelError: if `qat` is no QAT model, or layers were added to it since it was planned.

@@ -1,5 +1,6 @@
 """Recurrences as they ship: step by step, or as the one operator that an LSTM may be."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,17 +58,26 @@ def _initial_states(
 ) -> list[Value]:
     """The states before the first step: those given, zeros for the batch of `first` for others."""
     layer: QuantizedRecurrence = node.layer
-    sizes = [int(ref.shape[-1] or 0) for ref in layer.parts.graph.inputs[layer.sequences :]]
+    inputs = layer.parts.graph.inputs[layer.sequences :]
+    shapes = [tuple(size or 0 for size in ref.shape[1:]) for ref in inputs]
     zeros = [
-        Value(_zeros(first.tensor, size, f"{node.name}_zeros_{index}", parts))
-        for index, size in enumerate(sizes[: len(sizes) - len(given)])
+        Value(_zeros(first.tensor, shape, f"{node.name}_zeros_{index}", parts))
+        for index, shape in enumerate(shapes[: len(shapes) - len(given)])
     ]
     return [*zeros, *given]
 
 
-def _zeros(x: Any, units: int, name: str, parts: FrozenParts) -> Any:
-    """`(batch, units)` zeros, computed from `x`: a constant would be folded away."""
-    part = Slice([0], [units], [1], name=parts.free_name(f"{name}_part"))(x)
+def _zeros(x: Any, shape: tuple[int, ...], name: str, parts: FrozenParts) -> Any:
+    """Zeros of a shape without the batch, computed from `x`: a constant would be folded away."""
+    size, given = math.prod(shape), math.prod(x.shape[1:])
+    if len(x.shape) > 2:
+        x = keras.layers.Reshape((given,), name=parts.free_name(f"{name}_row"))(x)
+    if size > given:
+        longer = keras.layers.Concatenate(name=parts.free_name(f"{name}_longer"))
+        x = longer([x] * -(-size // given))
+    part = Slice([0], [size], [1], name=parts.free_name(f"{name}_part"))(x)
+    if len(shape) > 1:
+        part = keras.layers.Reshape(shape, name=parts.free_name(f"{name}_shaped"))(part)
     return keras.layers.Subtract(name=parts.free_name(name))([part, part])
 
 

@@ -4,18 +4,20 @@ from typing import Any
 
 import keras
 
-from kqat.base import ModelError
 from kqat.graph import Graph, Node, Ref, duplicate, rebuild, trace, unique_name
 from kqat.parts import (
     PrecisionBoundary,
     Recurrence,
     Requantize,
 )
-from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrapper, is_quantized
+from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrapper, check_quantized
 
 
 def strip(qat: keras.Model) -> keras.Model:
     """The float model inside a QAT model, with the weights that were trained.
+
+    Args:
+        qat: a QAT model; it is not changed.
 
     Raises:
         ModelError: if `qat` is no QAT model.
@@ -27,11 +29,7 @@ def strip(qat: keras.Model) -> keras.Model:
 
 def checked_graph(qat: Any) -> Graph:
     graph = trace(qat)
-    if not is_quantized(qat):
-        raise ModelError(
-            f"Expected a QAT model. Received: '{qat.name}', which is float. Use "
-            "kqat.quantize_model first."
-        )
+    check_quantized(qat)
     return graph
 
 

@@ -38,7 +38,7 @@ from kqat.graph.tracer import (
     trace_call,
     unique_name,
 )
-from kqat.graph.values import holds_indexes, is_tensor
+from kqat.graph.values import holds_indexes, is_half, is_tensor
 
 __all__ = [
     "FUNCTIONAL_MODULE",
@@ -67,6 +67,7 @@ __all__ = [
     "holders",
     "holds_indexes",
     "input_shapes",
+    "is_half",
     "is_tensor",
     "layer_behind",
     "maker_of",

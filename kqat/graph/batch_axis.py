@@ -182,7 +182,8 @@ class BatchFirst:
             if not np.all(parts == np.expand_dims(array, place.axis + 1)):
                 raise ModelError(
                     f"Expected weights that are the same for all samples in '{self.name}'. "
-                    f"Received: one of shape {shape}, which was computed with the batch size."
+                    f"Received: one of shape {shape}, which was computed with the batch size. "
+                    "Compute it without that."
                 )
             beside = place.beside
         else:

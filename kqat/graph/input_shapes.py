@@ -51,7 +51,8 @@ def with_input_shapes(model: keras.Model, given: Any) -> keras.Model:
         if not fits(shape, declared[key]):
             raise ModelError(
                 f"Expected a shape without the batch that fits {declared[key]}, of whole numbers, "
-                f"for input '{key}' of model '{model.name}'. Received: {shape}."
+                f"for input '{key}' of model '{model.name}'. Received: {shape}. Give the sizes "
+                "that the file shall have where this one has None."
             )
     if shapes == declared:
         return model
@@ -82,6 +83,6 @@ def _by_key(given: Any, declared: Mapping[str, Shape], name: str) -> dict[str, S
     if set(found) != set(declared) or not all(isinstance(s, Sequence) for s in found.values()):
         raise ModelError(
             f"Expected a shape for each input of model '{name}': {dict(declared)}. Received: "
-            f"{given}."
+            f"{given}. Give a dict of input names and shapes without the batch."
         )
     return {key: tuple(found[key]) for key in declared}

@@ -5,6 +5,7 @@ its `call` (not `__call__`) on symbolic tensors.
 """
 
 import ast
+import collections
 import contextlib
 import dataclasses
 import dis
@@ -31,7 +32,7 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from kqat.base import ModelError
 from kqat.graph.batch_axis import BatchFirst
 from kqat.graph.tensorflow_calls import tensorflow_traced
-from kqat.graph.values import fingerprint, varies
+from kqat.graph.values import fingerprint, is_half, varies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,12 +274,16 @@ def open_call(
             again = [*inside, *owners]
             found = _called(layer, args, kwargs, tensors, again, *told)
             inside, (function, output, weights, hidden) = again, found
+    if loops := _loops_of_shared_cells(function):
+        found = _called(layer, args, kwargs, tensors, inside, *told, loops)
+        function, output, weights, hidden = found
     if hidden:
         # A layer that the graph does not show, whose variables are read from outside, or which
         # looks up constants.
         owners = [p for p in parts_of(layer) if any(id(v) in hidden for v in _own_variables(p))]
         inside = [*inside, *owners]
-        function, output, weights, _ = _called(layer, args, kwargs, tensors, inside, *told)
+        found = _called(layer, args, kwargs, tensors, inside, *told, loops)
+        function, output, weights, _ = found
     if _is_moved(function, batch, weights):
         if _reads_masks(function, masks):
             raise ModelError(
@@ -334,6 +339,48 @@ def _owners_read(layer: Any, function: Any, inside: Sequence[Any]) -> list[Any]:
             if _is_float(v)
         )
     ]
+
+
+def _loops_of_shared_cells(function: Any) -> list[Any]:
+    """The recurrent layers of a function whose weights another of its layers reads as well.
+
+    A cell that is also called by hand goes on where the loop over a sequence ends.
+    """
+    layers = [o for o in function.operations if isinstance(o, keras.layers.Layer)]
+    readers = collections.Counter(id(v) for layer in layers for v in layer.variables)
+    return [
+        layer
+        for layer in layers
+        if isinstance(layer, keras.layers.RNN)
+        and not layer.stateful
+        and any(readers[id(v)] > 1 for v in layer.variables)
+    ]
+
+
+def _step_by_step(layer: Any) -> Callable[..., Any]:
+    """What a recurrent layer computes, as one call of its cell for each step of its input."""
+
+    def call(sequences: Any, initial_state: Any = None, mask: Any = None, **options: Any) -> Any:
+        del options
+        if mask is not None:
+            raise ModelError(
+                f"Expected no mask for layer '{layer.name}', whose cell is also called by hand. "
+                "Received: one. Stop it before the layer: keras.layers.Reshape hands none on."
+            )
+        if initial_state is None:
+            initial_state = layer.get_initial_state(keras.ops.shape(sequences)[0])
+        nested = keras.tree.is_nested(initial_state)
+        states: Any = list(initial_state) if nested else [initial_state]
+        steps = range(sequences.shape[1])
+        outputs = []
+        for step in reversed(steps) if layer.go_backwards else steps:
+            output, states = layer.cell(sequences[:, step], states)
+            states = states if keras.tree.is_nested(states) else [states]
+            outputs.append(output)
+        output = keras.ops.stack(outputs, axis=1) if layer.return_sequences else outputs[-1]
+        return (output, *states) if layer.return_state else output
+
+    return call
 
 
 def with_masks(tensors: Iterable[Any], mask_of: Callable[[Any], Any] = borne_mask) -> list[Any]:
@@ -460,11 +507,13 @@ def _called(
     inside: list[Any],
     given: Mapping[int, tuple[Any, Any]],
     asides: list[str],
+    loops: Sequence[Any] = (),
 ) -> tuple[Any, Any, dict[int, Any], dict[int, str]]:
     """`layer.call` with the variables of `inside` as symbolic tensors.
 
-    `given` are variables among the arguments, each with the symbolic tensor that stands for it.
-    `asides` receives what is done that is no part of the function.
+    `given` are variables among the arguments, each with the symbolic tensor that stands for it;
+    `loops` are recurrent layers inside that call their cell step by step. `asides` receives what is
+    done that is no part of the function.
 
     Returns:
         The function of `tensors` and of the variables, the output structure, values of tensors
@@ -479,7 +528,8 @@ def _called(
             with (
                 _masks_told(),
                 _as_inputs(inside, weights),
-                _calls_inlined(opened, twins),
+                _calls_inlined([*opened, *loops], twins),
+                _patched(*((loop, "call", _step_by_step(loop)) for loop in loops)),
                 _shapes_told(layer),
                 _keys_of_tensors(),
                 _sizes_known(),
@@ -529,7 +579,8 @@ def _symbolic_output(value: Any, layer: Any, weights: dict[int, tuple[Any, Any]]
         return value
     if not keras.ops.is_tensor(value) and not isinstance(value, np.ndarray | keras.Variable):
         raise ModelError(
-            f"Expected tensors as outputs of '{layer.name}'. Received: {type(value).__name__}."
+            f"Expected tensors as outputs of '{layer.name}'. Received: {type(value).__name__}. "
+            "Return tensors from its call, or lists and dicts of them."
         )
     variable = value
     if not isinstance(value, keras.Variable):
@@ -654,7 +705,7 @@ def _calls_inlined(opened: Sequence[Any], twins: Mapping[int, Any]) -> Iterator[
     """
     keys = {id(part) for part in opened}
     stock = {type(twin) for twin in twins.values() if twin is not None}
-    held = [(part, twins[id(part)]) for part in opened]
+    held = [(part, twins.get(id(part))) for part in opened]
     states = {id(part): _state(part, twin) for part, twin in held if twin is not None}
     home: Any = sys.modules[keras.layers.Layer.__module__]
     record = home.Node
@@ -967,8 +1018,9 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
     if wanted:
         inputs = [*(t for t in function.inputs if id(t) in variables), *constants]
         known = {**variables, **values}
+        # In mixed precision the call rounds what it computes of variables; they train as they are.
         results = values_between(
-            inputs, list(wanted.values()), [keras.ops.cast(known[id(t)], t.dtype) for t in inputs]
+            inputs, list(wanted.values()), [_in_full(known[id(t)], t.dtype) for t in inputs]
         )
         for (key, _), value in zip(wanted.items(), results, strict=True):
             sources = list({id(v): v for v in computed[key]}.values())
@@ -977,6 +1029,11 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             made = keras.Variable(np.asarray(value), trainable=trained, name=name)
             found[key] = _made_of(sources, made)
     return {**dict.fromkeys(computed), **found}
+
+
+def _in_full(value: Any, dtype: Any) -> Any:
+    """A value in a type, but in float32 for a type of fewer bits."""
+    return keras.ops.cast(value, "float32" if is_half(dtype) else dtype)
 
 
 def _first_of_batch(variable: Any, batch: int, layer: Any) -> Any:
@@ -988,7 +1045,7 @@ def _first_of_batch(variable: Any, batch: int, layer: Any) -> Any:
         raise ModelError(
             f"Expected weights that are the same for all samples in '{layer.name}' of type "
             f"{type(layer).__name__}. Received: {variable.name} of shape {tuple(variable.shape)}, "
-            "which was computed with the batch size."
+            "which was computed with the batch size. Compute it without that."
         )
     made = keras.Variable(array, trainable=variable.trainable, name=variable.name)
     return _made_of([variable], made)

@@ -82,7 +82,9 @@ class WeightReads:
         """
         _, calls = self._calls.get(id(opened), (opened, 0))
         self._calls[id(opened)] = opened, calls + 1
-        for index, node in enumerate(graph.nodes):
+        # Beside those that read, a call may have operations of its own: a cast of what it is given.
+        reading = [node for node in graph.nodes if _reads_any(node)]
+        for index, node in enumerate(reading):
             self._note_node(node, (id(opened), calls, index), name, False)
 
     def _note_node(self, node: Any, place: tuple[int, ...], name: str, is_float: bool) -> None:
@@ -181,6 +183,15 @@ def holders(graph: Graph, weight: Any) -> Iterator[tuple[Any, Any]]:
         for variable in _trained(layer):
             if int(np.prod(variable.shape)) == wanted[0] and fingerprint(variable) == wanted:
                 yield layer, variable
+
+
+def _reads_any(node: Any) -> bool:
+    """Whether a node reads a weight or a constant."""
+    given = keras.tree.flatten((node.args, node.kwargs))
+    kinds = keras.Variable | np.ndarray
+    return any(isinstance(v, kinds) or keras.ops.is_tensor(v) for v in given) or any(
+        True for _ in _trained(node.layer)
+    )
 
 
 def _trained(layer: Any) -> Iterable[Any]:

@@ -16,6 +16,11 @@ def holds_indexes(x: Any) -> bool:
     return not keras.backend.is_float_dtype(x.dtype)
 
 
+def is_half(dtype: Any) -> bool:
+    """Whether a type is a float of 16 bits, in which layers compute under mixed precision."""
+    return keras.backend.standardize_dtype(dtype) in ("float16", "bfloat16")
+
+
 def fingerprint(weight: Any) -> tuple[int, int]:
     """A number that weights of the same numbers have in common, in whatever order they stand."""
     bits = np.asarray(weight, np.float32).reshape(-1).view(np.uint32).astype(np.uint64)

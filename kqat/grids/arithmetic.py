@@ -9,8 +9,8 @@ bit. For a range `[low, high]` that contains zero, all in float32:
     q          = floor((clip(x, nudged_low, nudged_high) - nudged_low) / scale + 0.5) + qmin
     output     = (q - zero_point) * scale
 
-Zero is always on the grid. The gradient is the straight-through estimator (Bengio et al. 2013,
-https://arxiv.org/abs/1308.3432): one inside the range, zero outside.
+Zero is always on the grid. The gradient is a straight-through estimator: one inside the range, zero
+outside (Krishnamoorthi 2018, section 2.4, equation 15, https://arxiv.org/abs/1806.08342).
 Scheme: Jacob et al. 2018, sections 2.1 and 3 (https://arxiv.org/abs/1712.05877).
 """
 

@@ -47,7 +47,9 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
-            raise SpecError(f"Expected an integer number of bits. Received: bits={self.bits!r}.")
+            raise SpecError(
+                f"Expected an integer number of bits. Received: bits={self.bits!r}. Use bits=8."
+            )
         if not MIN_BITS <= self.bits <= MAX_BITS and (self.bits != 1 or self.symmetric is not True):
             raise SpecError(
                 f"Expected {MIN_BITS} to {MAX_BITS} bits. Received: bits={self.bits}. "
@@ -73,7 +75,7 @@ class QuantSpec:
         if not _is_axis(axis):
             raise SpecError(
                 "Expected axis to be an int, a tuple of distinct ints, 'channel' or None. "
-                f"Received: axis={axis!r}."
+                f"Received: axis={axis!r}. Use 'channel', or None for one scale."
             )
         if self.axis is not None and not self.symmetric:
             raise SpecError(

@@ -22,7 +22,7 @@ class TrainedThreshold(LearnedMethod, LearnedRangeMethod):
 
     The trained number is the logarithm `l = log2(t)` of the threshold. The scale is a power of two,
 
-        s             = 2**ceil(l) / 2**(bits - 1)        2**bits where all values are >= 0
+        s             = 2**ceil(l) / 2**(bits - 1), or / 2**bits where all values are >= 0
         output        = clip(round(x / s), n, p) * s
         d out/d l     = s * ln(2) * (round(x / s) - x / s inside the grid; n below it; p above it)
         d out/d x     = 1 inside the grid, else 0
@@ -33,19 +33,21 @@ class TrainedThreshold(LearnedMethod, LearnedRangeMethod):
     integer kernels want them symmetric. The scales of weights in the file are these powers of two:
     where a BatchNormalization folds into a layer, its weights are rounded as folded.
 
-    The logarithm needs a rate of its own size: the paper trains it with Adam and a rate of 0.01.
+    The logarithm needs a rate of its own size: the authors' code trains it with Adam at a rate that
+    starts at 0.01 (https://github.com/Xilinx/graffitist).
 
     Args:
         start: how the threshold of weights starts: `"mse"`, where the step has the least squared
             error of all powers of two; as in the paper at `"3sd"`, three standard deviations, or at
             `"max"`, the largest magnitude, which are coarse at few bits. That of activations starts
-            at the calibrated range.
+            at the calibrated range, in the paper where the Kullback-Leibler divergence is least.
 
     Raises:
         SpecError: if `start` is none of these.
 
-    Reference: Jain et al. 2020, sections 3.2 and 3.3, equations 4 to 8
-    (https://arxiv.org/abs/1903.08066).
+    Reference: Jain et al. 2020, section 3.3, equations 7 and 8, for the gradients
+    (https://arxiv.org/abs/1903.08066). The paper has one threshold for each tensor; here
+    `QuantSpec.axis` decides for weights.
     """
 
     start: Literal["mse", "3sd", "max"] = "mse"

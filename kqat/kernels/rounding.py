@@ -1,7 +1,7 @@
 """How runtimes multiply an integer by a real factor: each rounds in a way of its own.
 
 Twice: LiteRT's own kernels and TFLite Micro, whose arithmetic is that of gemmlowp (Jacob et al.
-2018, section 2.3, https://arxiv.org/abs/1712.05877): a product with 31 bits of the factor is
+2018, section 2.2, https://arxiv.org/abs/1712.05877): a product with 31 bits of the factor is
 rounded, then shifted right and rounded again. Once: XNNPACK multiplies by a float32.
 """
 

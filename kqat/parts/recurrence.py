@@ -18,7 +18,7 @@ Step = Callable[[list[Any], list[Any]], tuple[list[Any], list[Any]]]
 
 @keras.saving.register_keras_serializable("kqat")
 class Unstack(layers.Layer):
-    """The steps of a sequence: `(batch, steps, features)` to `steps` times `(batch, features)`."""
+    """The steps of a sequence: `(batch, steps, …)` to `steps` times `(batch, …)`."""
 
     def call(self, x: Any) -> list[Any]:
         """The steps, in order."""
@@ -35,7 +35,7 @@ class Unstack(layers.Layer):
 
 @keras.saving.register_keras_serializable("kqat")
 class Stack(layers.Layer):
-    """The inverse of `Unstack`: a list of `(batch, features)` to `(batch, steps, features)`."""
+    """The inverse of `Unstack`: a list of `(batch, …)` to `(batch, steps, …)`."""
 
     def call(self, inputs: Sequence[Any]) -> Any:
         """The sequence."""
@@ -51,8 +51,9 @@ class Recurrence(layers.Layer):
     """`h[t], … = step(x[t], …, h[t-1], …)` along the second axis, beginning with zeros.
 
     Takes a list: sequences of shape `(batch, steps, features)`, then, if given, one initial state
-    of shape `(batch, units)` per state. Returns the first state of the last step, or of all
-    steps; with `return_state` a list of that and the last step's states.
+    of shape `(batch, units)` per state; both may have more axes, as images have. Returns the first
+    state of the last step, or of all steps; with `return_state` a list of that and the last step's
+    states.
 
     Args:
         step: model of one step: a step of each sequence, then the states, to the next states.
@@ -121,7 +122,7 @@ class Recurrence(layers.Layer):
         given = list(inputs[self.sequences :])
         batch = ops.shape(inputs[0])[0]
         rest = self.step.inputs[self.sequences : len(self.step.inputs) - len(given)]
-        zeros = [ops.zeros((batch, state.shape[-1]), dtype=inputs[0].dtype) for state in rest]
+        zeros = [ops.zeros((batch, *state.shape[1:]), dtype=inputs[0].dtype) for state in rest]
         return [*zeros, *given]
 
     def steps(self, sequences: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:

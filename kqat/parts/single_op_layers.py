@@ -298,15 +298,20 @@ class SpaceToDepth(layers.Layer):
 
 
 class IndexKind(TextEnum):
-    """The function of `keras.ops` that an `IndexOperation` computes."""
+    """The function of `keras.ops` that an `IndexOperation` computes.
+
+    `DIVIDE` is the quotient towards zero, of which Keras has none: what integer kernels compute.
+    """
 
     ARGMAX = "argmax"
     ARGMIN = "argmin"
     ADD = "add"
     SUBTRACT = "subtract"
     MULTIPLY = "multiply"
+    DIVIDE = "divide"
     MAXIMUM = "maximum"
     MINIMUM = "minimum"
+    PAD = "pad"
     EQUAL = "equal"
     NOT_EQUAL = "not_equal"
     GREATER = "greater"
@@ -343,6 +348,8 @@ class IndexOperation(layers.Layer):
         if self.kind is IndexKind.ADD and len({t.dtype for t in tensors}) < len(tensors):
             # Keras takes an index of one sample for a bias, whose sum TFLite does not convert.
             return tensors[0] + tensors[1]
+        if self.kind is IndexKind.DIVIDE:
+            return _towards_zero(tensors[0], self.options["x2"])
         options = dict(self.options)
         first = [options.pop("x1")] if "x1" in options else []
         result = getattr(ops, self.kind)(*first, *tensors, **options)
@@ -357,6 +364,18 @@ class IndexOperation(layers.Layer):
         config = super().get_config()
         config.pop("autocast", None)
         return {**config, "kind": self.kind.value, "options": self.options}
+
+
+def _towards_zero(x: Any, divisor: Any) -> Any:
+    """The quotient of an integer by constants, without its fraction."""
+    divisor = ops.convert_to_tensor(divisor, x.dtype)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # The one that the converter makes a DIV of.
+        return tf.raw_ops.Div(x=x, y=divisor)
+    signs = ops.sign(x) * ops.sign(divisor)
+    return ops.cast(signs * (ops.abs(x) // ops.abs(divisor)), x.dtype)
 
 
 @keras.saving.register_keras_serializable("kqat")

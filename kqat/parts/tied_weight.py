@@ -24,11 +24,13 @@ class TiedWeight(layers.Layer):
     """A weight that several kernels read: one variable, and in the file one grid for all of them.
 
     It is a layer that is called once for each use. Its one scale serves rows and products alike;
-    scales for channels of a product would be those of no row.
+    scales for channels of a product would be those of no row. Where all calls are the same product,
+    each of its columns may have a scale.
 
     Args:
         shape: of the weight; a matrix, where rows of it are read or products computed.
         biases: the sizes of biases, which calls add by their number.
+        products: whether all calls are products with the matrix as it stands.
         kernel_regularizer: of the weight.
         kernel_constraint: of the weight.
     """
@@ -37,12 +39,14 @@ class TiedWeight(layers.Layer):
         self,
         shape: Sequence[int],
         biases: Sequence[int] = (),
+        products: bool = False,
         kernel_regularizer: Any = None,
         kernel_constraint: Any = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.shape, self.biases = [int(n) for n in shape], [int(n) for n in biases]
+        self.products = bool(products)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
 
@@ -99,6 +103,7 @@ class TiedWeight(layers.Layer):
             **super().get_config(),
             "shape": self.shape,
             "biases": self.biases,
+            "products": self.products,
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
         }

@@ -27,6 +27,7 @@ from kqat.graph import (
     duplicate,
     fill,
     holds_indexes,
+    is_half,
     is_tensor,
     operations_between,
     rebuild,
@@ -322,8 +323,7 @@ def _alike(expected: Any, found: Any) -> bool:
         return bool(np.array_equal(expected, found))
     a, b = (np.asarray(keras.ops.cast(x, "float32")) for x in (expected, found))
     # Two roundings of the type, of sums that may cancel; another function differs by more.
-    half = keras.backend.standardize_dtype(expected.dtype) in ("float16", "bfloat16")
-    tolerance = 0.05 if half else 1e-3
+    tolerance = 0.05 if is_half(expected.dtype) or is_half(found.dtype) else 1e-3
     finite = np.isfinite(a)
     largest = np.max(np.abs(a[finite]), initial=1.0)
     return np.allclose(a[finite], b[finite], rtol=tolerance, atol=tolerance * largest)
@@ -388,9 +388,9 @@ def _opened_layer(
             graph = trace_call(layer, args, kwargs, name, is_custom)
         except ModelError as error:
             raise UnsupportedLayerError(
-                f"Received: layer '{origin}' of type {type(layer).__name__}. Leave it float with "
+                f"{error} Or leave layer '{origin}' of type {type(layer).__name__} float with "
                 f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
-                f"describe it with kqat.register_layer. {error}"
+                "describe it with kqat.register_layer."
             ) from error
         _tell_asides(graph, origin)
         if reads is not None:
@@ -488,7 +488,7 @@ def _inlined(
         names = [name, *(f"{name}_{i}" for i in range(1, len(values)))]
         wanted = batched or [True] * len(values)
         found = [
-            _as_output(x, tensors[0], n) if has_batch else x
+            _as_output(x, tensors, n) if has_batch else x
             for x, n, has_batch in zip(values, names, wanted, strict=True)
         ]
         return keras.tree.pack_sequence_as(outputs, found)
@@ -503,10 +503,13 @@ def _told_shape(node: Node) -> dict[str, Any]:
     return {"output_shape": node.outputs[0].shape[1:]}
 
 
-def _as_output(value: Any, like: Any, name: str) -> Any:
-    """An output that is a weight, as a value."""
+def _as_output(value: Any, given: Sequence[Any], name: str) -> Any:
+    """An output that is a weight, as a value; one that is given, as what a layer hands on."""
+    if any(value is tensor for tensor in given):
+        return keras.layers.Identity(name=name, dtype=value.dtype)(value)
     if not is_weight(value):
         return value
+    like = given[0]
     batched = len(value.shape) > 0 and value.shape[0] == 1
     array = np.asarray(value, np.float32)
     array = array[0] if batched else array
@@ -565,6 +568,9 @@ def _expand_once(
             merge = MERGES.get(type(node.layer))
             if merge is not None and any(is_weight(v) for v in args[0]):
                 return functools.reduce(merge, args[0])
+            integers = whole_numbers.moved(node.layer, args[0], node.name) if args else None
+            if integers is not None:
+                return integers
         # Calls of one layer share its weights; a layer without any is made anew for each call.
         key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
         if key not in copies:
@@ -612,7 +618,7 @@ def _of_weights(node: Node, args: Any, kwargs: Any, like: Any) -> Any:
     trained = any(getattr(v, "trainable", False) for v in flat if is_weight(v))
     made = [keras.Variable(v, trainable=trained) for v in keras.tree.flatten(values)]
     found = [
-        _as_output(v, like, node.name) if ref.shape[:1] == (None,) else v
+        _as_output(v, [like], node.name) if ref.shape[:1] == (None,) else v
         for v, ref in zip(made, node.outputs, strict=True)
     ]
     return keras.tree.pack_sequence_as(values, found)

@@ -222,7 +222,7 @@ def _check_end(sources: list[Source], method: RangeMethod) -> None:
         if source.ends_at_6:
             raise PolicyError(
                 f"Expected a range that ends at 6 or below for '{source.name}', which clamps "
-                f"at 6. Received: {method}."
+                f"at 6. Received: {method}. Use kqat.Fixed(0.0, 6.0), or give it no range."
             )
 
 
@@ -238,7 +238,8 @@ def _agreed(planned: PlannedGraph, sources: list[Source]) -> Asked:
         (a, b), (first, second) = list(found)[:2], list(found.values())[:2]
         raise PolicyError(
             f"Expected one activation grid for '{first}' and '{second}', whose values meet in "
-            f"an operator that demands equal scales. Received: {a} and {b}."
+            f"an operator that demands equal scales. Received: {a} and {b}. Give both layers "
+            "the same activation grid."
         )
     return next(iter(found))
 

@@ -42,7 +42,8 @@ def assign_configs(
         if earlier != config:
             raise PolicyError(
                 f"Expected one config for the calls '{first}' and '{node.name}' of one layer: its "
-                f"weights are quantized once. Received: {earlier} and {config}."
+                f"weights are quantized once. Received: {earlier} and {config}. Give both calls "
+                "the same config."
             )
         configs[node.name] = config
     input_configs = {}

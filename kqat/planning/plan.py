@@ -114,10 +114,18 @@ class LayerPlan:
 class Plan:
     """Every decision about one model. `print(plan)` shows it; `plan.to_json()` keeps it.
 
-    `misfits` are the layers that do not fit `target`, where one was asked for. `graph`, `roundings`
-    and `steps` (the plan of one step of each recurrence, by the name of its node) are what
-    `training.build` builds from, with `rules`, the row that each integer node was planned with, by
-    the node's name; they are left out of both.
+    Attributes:
+        model_name, input_names, output_names: of the model.
+        layers: what becomes of each layer.
+        groups: layers whose outputs share one quantizer.
+        tied: names of the user's layers that must have one config, as they read one weight; the
+            calls of one layer are among them.
+        unused_rules: rules of the policy that decide nothing.
+        target: the device that was asked for, if one was.
+        misfits: the layers that do not fit the target.
+        graph, roundings, steps, rules: what the QAT model is built from; neither printed nor kept.
+            `steps` holds the plan of one step of each recurrence, `rules` the row of the registry
+            that each integer node was planned with, both by the node's name.
     """
 
     model_name: str
@@ -132,8 +140,16 @@ class Plan:
     rules: Mapping[str, LayerRule] = dataclasses.field(
         repr=False, compare=False, default_factory=dict
     )
+    tied: tuple[tuple[str, ...], ...] = ()
     target: str | None = None
     misfits: tuple[Misfit, ...] = ()
+
+    def of_one_config(self, name: str) -> tuple[str, ...]:
+        """The user's layers that must have the config of the one of that name, itself among them.
+
+        The first of them stands for all where one name is asked for.
+        """
+        return next((names for names in self.tied if name in names), (name,))
 
     def float_layers(self) -> tuple[str, ...]:
         """Names of the layers that stay float."""
@@ -167,6 +183,7 @@ class Plan:
             "layers": layers,
             "groups": groups,
             "unused_rules": list(self.unused_rules),
+            "tied": [list(names) for names in self.tied],
             "target": self.target,
             "misfits": [dataclasses.asdict(misfit) for misfit in self.misfits],
         }

@@ -39,8 +39,10 @@ from kqat.planning.layer_configs import (
 from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
 from kqat.planning.rank_limits import fit_ranks
+from kqat.planning.repetitions import drop_repetitions
 from kqat.planning.shared_scales import share_scales
-from kqat.planning.tied_weights import expand_tied
+from kqat.planning.step_values import with_own_grids
+from kqat.planning.tied_weights import expand_tied, of_one_config
 from kqat.planning.width_changes import match_widths
 from kqat.registry import Output
 
@@ -57,9 +59,11 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     graph, configs = read_bytes(graph, configs, input_configs)
     whole = {n.name for n in graph.nodes if stays_whole(n.layer, configs[n.name])}
     fused = fused_nodes(graph, configs)
-    simple, origins = expand_tied(
+    simple, origins, readers = expand_tied(
         graph, lambda node: node.name in whole, model_name, configs, fused
     )
+    tied = of_one_config(graph, readers)
+    simple, origins = drop_repetitions(simple, origins, configs, model_name)
     simple, origins = scale_sums(simple, origins, configs, model_name)
     simple, origins = hide_added_masks(simple, origins, whole, model_name)
     check_hidden_values(simple, origins)
@@ -70,7 +74,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     masks = graph.output_masks
     simple, new = match_widths(simple, origins, configs, input_configs)
     origins, configs = {**origins, **{name: name for name in new}}, {**configs, **new}
-    return _decide(
+    plan = _decide(
         dataclasses.replace(simple, output_masks=masks),
         origins,
         configs,
@@ -79,15 +83,21 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
         unused_rules=unused,
         output_names=graph.output_names,
     )
+    return dataclasses.replace(plan, tied=tied)
 
 
 def _step_plan(recurrence: Recurrence, origin: str, config: QuantizeConfig) -> Plan:
     """The plan of one step: its inputs come rounded, and a state keeps its scale."""
     simple, parts = expand(trace(recurrence.step), lambda node: False, recurrence.step.name)
+    origins, configs = dict.fromkeys(parts, origin), {origin: config}
+    simple, origins = fit_ranks(simple, origins, configs, recurrence.step.name)
     before = simple.inputs[recurrence.sequences :]
     states = tuple(zip(before, simple.outputs, strict=True))
-    origins = dict.fromkeys(parts, origin)
-    return _decide(simple, origins, {origin: config}, recurrence.step.name, states=states)
+    planned = planned_graph(simple, origins, configs, {}, states)
+    step = with_own_grids(planned, recurrence.sequences, config.activation.bits)
+    states = tuple(zip(before, step.outputs, strict=True))
+    origins = {node.layer.name: origin for node in step.nodes}
+    return _decide(step, origins, configs, recurrence.step.name, states=states)
 
 
 def _decide(
@@ -163,8 +173,8 @@ def _check_quantities(planned: PlannedGraph) -> None:
                 f"'{planned.user_names[node]}' of type {type(node.layer).__name__}. Received: a "
                 f"quantity, of {makers[node.inputs[0]]}. Give the model an input for indexes, "
                 'keras.Input(shape, dtype="int32"), and compute them before the model, or with '
-                "slices, concatenate, +, -, *, maximum, minimum, clip, sum, cumsum, comparisons, "
-                "where and argmax alone."
+                "slices, concatenate, pad, +, -, *, // and % by numbers, maximum, minimum, clip, "
+                "sum, cumsum, comparisons, where and argmax alone."
             )
     for node, rule in computed:
         read = [ref for ref in node.inputs if ref.holds_indexes and ref.dtype != "uint8"]

@@ -31,6 +31,8 @@ from kqat.parts import ConstantKind, TiedWeight, WeightUse, WithConstant
 from kqat.planning.expansion import expand
 
 Configs = Mapping[str, QuantizeConfig | None]
+# Names of the user's layers that read one weight.
+Readers = tuple[str, ...]
 
 
 def expand_tied(
@@ -39,7 +41,7 @@ def expand_tied(
     name: str,
     configs: Configs,
     fused: Collection[str] = (),
-) -> tuple[Graph, dict[str, str]]:
+) -> tuple[Graph, dict[str, str], list[Readers]]:
     """As `expand`, with each trained variable of the user's held by one layer.
 
     Args:
@@ -50,7 +52,8 @@ def expand_tied(
         fused: names of the nodes that ship as a fused operator of their kind.
 
     Returns:
-        The expanded graph, and for each of its layers' names the name of the original node.
+        The expanded graph, for each of its layers' names the name of the original node, and for
+        each shared variable the names of the original nodes that read it.
 
     Raises:
         ModelError: if a weight is read in two ways that no grid serves, or in a part only.
@@ -72,15 +75,41 @@ def expand_tied(
             "layer that holds its owner as an attribute, or freeze it by trainable = False."
         )
     if not reads.shared():
-        return simple, origins
+        return simple, origins, []
     if reads.are_told_apart():
         return _all_tied(simple, origins, reads, configs, name)
     variables = [shared.variable for shared in reads.shared()]
     with _other_numbers(variables) as restored:
         simple, origins, reads = expanded()
-        simple, origins = _all_tied(simple, origins, reads, configs, name)
+        simple, origins, readers = _all_tied(simple, origins, reads, configs, name)
         restored(simple)
-    return simple, origins
+    return simple, origins, readers
+
+
+def of_one_config(graph: Graph, readers: Sequence[Readers]) -> tuple[tuple[str, ...], ...]:
+    """The names of nodes of the user's model that must have one config, in the model's order.
+
+    They are the calls of one layer, those that read one weight, and all that such pairs join.
+
+    Args:
+        graph: of the user's model.
+        readers: for each shared variable, the names of the nodes that read it.
+    """
+    calls: dict[int, list[str]] = {}
+    for node in graph.nodes:
+        calls.setdefault(id(node.layer), []).append(node.name)
+    groups: list[set[str]] = []
+    for names in map(set, (*calls.values(), *readers)):
+        met = [group for group in groups if group & names]
+        groups = [group for group in groups if not group & names]
+        groups.append(names.union(*met))
+    ordered = [tuple(node.name for node in graph.nodes if node.name in one) for one in groups]
+    return tuple(sorted((one for one in ordered if len(one) > 1), key=_places(graph)))
+
+
+def _places(graph: Graph) -> Callable[[tuple[str, ...]], int]:
+    places = {node.name: place for place, node in enumerate(graph.nodes)}
+    return lambda names: places[names[0]]
 
 
 # Whole numbers that float32 tells apart.
@@ -129,14 +158,13 @@ def _other_numbers(variables: Sequence[Any]) -> Iterator[Callable[[Graph], None]
 
 def _all_tied(
     graph: Graph, origins: dict[str, str], reads: WeightReads, configs: Configs, name: str
-) -> tuple[Graph, dict[str, str]]:
+) -> tuple[Graph, dict[str, str], list[Readers]]:
     """The graph in which one layer holds each weight that is read in more than one place."""
     found = reads.shared()
-    for shared in found:
-        _check(shared, graph, origins, configs, name)
+    readers = [_checked(shared, graph, origins, configs, name) for shared in found]
     for shared in found:
         graph, origins = _tied(graph, origins, shared, name)
-    return graph, origins
+    return graph, origins, readers
 
 
 def _rebuilt(
@@ -205,10 +233,10 @@ def _tied(
     return _rebuilt(graph, origins, name, _together(shared, found, name))
 
 
-def _check(
+def _checked(
     shared: SharedWeight, graph: Graph, origins: Mapping[str, str], configs: Configs, name: str
-) -> None:
-    """Checks that the layers that read a weight hold the whole of it, on one grid."""
+) -> Readers:
+    """The user's layers that read a weight; checks that they hold all of it, on one grid."""
     floats = [read.name for read in shared.reads if read.is_float]
     if floats:
         raise _refused(shared, name, f"of which '{floats[0]}' stays float", _SAME_CONFIG)
@@ -222,11 +250,12 @@ def _check(
         raise _refused(
             shared, name, "of which one splits it, or computes with it before a kernel reads it"
         )
-    first, *others = (origins[layer.name] for layer in held_by.values())
+    first, *others = readers = tuple(origins[layer.name] for layer in held_by.values())
     for other in others:
         if configs[other] != configs[first]:
             found = f"for which the policy has two configs ('{first}' and '{other}')"
             raise _refused(shared, name, found, _SAME_CONFIG)
+    return readers
 
 
 _SAME_CONFIG = "Give all layers that read it one config: the weight has one grid in the file."
@@ -304,6 +333,7 @@ def _together(
     tied = TiedWeight(
         base.shape,
         [bias.size for bias in biases],
+        all(given["use"] == WeightUse.PRODUCT for given in uses.values()),
         name=first.name,
         dtype=first.dtype_policy,
         **options,

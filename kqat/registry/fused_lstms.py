@@ -91,11 +91,10 @@ def _check(found: dict[str, Any], name: str) -> None:
 
 def _step(builder: Builder) -> keras.Model:
     """`c = f c + i g`, `h = o tanh(c)`; the operator reads `x` itself, so nothing is projected."""
-    builder.projections.append(lambda x: x)
-    x = keras.Input((builder.kernel.shape[0],), name=builder.part_name("input_step"))
+    x = builder.read()
     h, c = builder.state("state"), builder.state("carry_state")
     carry = _state(builder, StateKind.CARRY)([x, h, c])
-    return builder.model([x, h, c], [_state(builder, StateKind.OUTPUT)([x, h, carry]), carry])
+    return builder.model([h, c], [_state(builder, StateKind.OUTPUT)([x, h, carry]), carry])
 
 
 def _state(builder: Builder, kind: StateKind) -> Part:

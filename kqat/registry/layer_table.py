@@ -140,12 +140,21 @@ TRAINING_ONLY = (
 AFFINE = (layers.BatchNormalization, layers.Rescaling, ChannelAffine, layers.Normalization)
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
-    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D", "SELECT_V2",
+    "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D", "SELECT_V2", "CONCATENATION",
 )  # fmt: skip
 _RECURRENT = _composite(
     recurrent.rnn, *_RECURRENT_OPS, decompose_fused=fused_lstms.fused_rnn, **_MASKS
 )
 _LSTM = dataclasses.replace(_RECURRENT, ops=(*_RECURRENT_OPS, *fused_lstms.OPS))
+_CONV_LSTM = _composite(
+    recurrent.rnn,
+    "CONV_2D",
+    "PAD",
+    "TRANSPOSE",
+    *_RECURRENT_OPS,
+    **_MASKS,
+    refuse=rule.channels_last,
+)
 _VANISHES = LayerRule(output=Output.VANISHES)
 _MEAN: dict[str, Any] = {"resolution": rule.resolution_of_mean}
 _SUM: dict[str, Any] = {"resolution": rule.resolution_of_sum}
@@ -336,14 +345,22 @@ LAYERS: dict[type, LayerRule] = {
     layers.TimeDistributed: _composite(time_and_depth.time_distributed, *_STEPS, **_MASKS),
     **dict.fromkeys((layers.SimpleRNN, layers.GRU), _RECURRENT),
     **dict.fromkeys((layers.LSTM, layers.RNN), _LSTM),
+    **dict.fromkeys(
+        (layers.SimpleRNNCell, layers.GRUCell, layers.LSTMCell),
+        _composite(recurrent.cell, *_RECURRENT_OPS),
+    ),
+    layers.StackedRNNCells: OPENED,
+    **dict.fromkeys((layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D), _CONV_LSTM),
     layers.Bidirectional: _composite(
         recurrent.bidirectional,
         *_LSTM.ops,
-        "CONCATENATION",
         decompose_fused=fused_lstms.fused_bidirectional,
         **_MASKS,
     ),
-    Recurrence: LayerRule(output=Output.INSIDE, ops=("UNPACK", "STRIDED_SLICE", "SUB", "PACK")),
+    Recurrence: LayerRule(
+        output=Output.INSIDE,
+        ops=("UNPACK", "STRIDED_SLICE", "CONCATENATION", "RESHAPE", "SUB", "PACK"),
+    ),
     ByteInput: LayerRule(output=Output.FIXED),  # its range is that of the layer
     Learned: LayerRule(output=Output.OWN),
     # What its calls have in common; each has a row of its own.
@@ -389,8 +406,10 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (IndexOperation, IndexKind.ADD): _index("ADD"),
     (IndexOperation, IndexKind.SUBTRACT): _index("SUB"),
     (IndexOperation, IndexKind.MULTIPLY): _index("MUL"),
+    (IndexOperation, IndexKind.DIVIDE): _index("DIV"),
     (IndexOperation, IndexKind.MAXIMUM): _index("MAXIMUM"),
     (IndexOperation, IndexKind.MINIMUM): _index("MINIMUM"),
+    (IndexOperation, IndexKind.PAD): _index("PAD", "PADV2"),
     (IndexOperation, IndexKind.EQUAL): _index("EQUAL"),
     (IndexOperation, IndexKind.NOT_EQUAL): _index("NOT_EQUAL"),
     (IndexOperation, IndexKind.GREATER): _index("GREATER"),
@@ -487,7 +506,7 @@ def rule_for(
         UnsupportedLayerError: if there is no row, or the row refuses the options of this layer.
     """
     if options and isinstance(layer, TiedWeight):
-        return USES[WeightUse(options["use"])]
+        return _of_columns(layer, USES[WeightUse(options["use"])])
     where = _described(layer, name)
     rule = registered_rule(layer) or _stock_rule(layer)
     if rule is None:
@@ -499,7 +518,10 @@ def rule_for(
         )
     problem = rule.refuse(layer) if rule.refuse else None
     if problem:
-        raise UnsupportedLayerError(f"Received: {where}, which cannot ship: {problem}.")
+        raise UnsupportedLayerError(
+            f"Expected options with an integer form. Received: {where}, which cannot ship: "
+            f"{problem}."
+        )
     return rule
 
 
@@ -518,6 +540,11 @@ def stock_facts(layer: Any, options: Mapping[str, Any] | None = None) -> LayerFa
     return None if rule is None else LayerFacts.of(rule)
 
 
+def _of_columns(layer: TiedWeight, row: LayerRule) -> LayerRule:
+    """The row of a tied weight, with scales for its columns where only products read it."""
+    return dataclasses.replace(row, weights={"kernel": (-1,)}) if layer.products else row
+
+
 def _described(layer: Any, name: str | None) -> str:
     where = f"layer '{name or layer.name}' of type {type(layer).__name__}"
     if type(layer) is layers.Activation and registered_rule(layer) is None:
@@ -532,6 +559,8 @@ def _stock_rule(layer: Any) -> LayerRule | None:
         return FUNCTION if activation is None else ACTIVATIONS.get(activation)
     if (which := (type(layer), _kind(layer))) in KINDS:
         return KINDS[which]
+    if type(layer) is TiedWeight:
+        return _of_columns(layer, LAYERS[TiedWeight])
     stock = LAYERS.get(type(layer))
     return OPENED if stock is None and is_custom(layer) else stock
 

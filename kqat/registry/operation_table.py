@@ -123,8 +123,41 @@ def _of_integers(operation: Any, name: str) -> Callable[..., Any]:
             ]
             above = IndexOperation(IndexKind.MAXIMUM, {"x2": ends[0]}, name=f"{name}_above")(whole)
             return IndexOperation(IndexKind.MINIMUM, {"x2": ends[1]}, name=name)(above)
-        negative = IndexOperation(IndexKind.SUBTRACT, {"x1": 0}, name=f"{name}_negative")(whole)
+        negative = _negated(whole, f"{name}_negative")
         return IndexOperation(IndexKind.MAXIMUM, name=name)([whole, negative])
+
+    return call
+
+
+def _negated(x: Any, name: str) -> Any:
+    return IndexOperation(IndexKind.SUBTRACT, {"x1": 0}, name=name)(x)
+
+
+def _negative(operation: Any, name: str) -> Callable[..., Any]:
+    return lambda x: _negated(x, name) if whole_numbers.is_whole(x) else scaled(x, -1.0, 0.0, name)
+
+
+def _divided_down(operation: Any, name: str) -> Callable[..., Any]:
+    """`floor_divide` and `mod`: of integers by arithmetic, of quantities by tables."""
+
+    def call(a: Any, b: Any) -> Any:
+        constants = not is_tensor(b) and np.asarray(b).dtype.kind in "iu"
+        if not (is_tensor(a) and whole_numbers.is_whole(a) and constants):
+            return function(operation, name)(a, b)
+        rest = type(operation).__name__ == "Mod"
+        return whole_numbers.floor_division(a, b, name)[rest]
+
+    return call
+
+
+def _sign(operation: Any, name: str) -> Callable[..., Any]:
+    def call(x: Any) -> Any:
+        if not whole_numbers.is_whole(x):
+            return function(operation, name)(x)
+        ends = IndexOperation(IndexKind.MINIMUM, {"x2": 1}, name=f"{name}_most")(
+            whole_numbers.as_integers(x, name)
+        )
+        return IndexOperation(IndexKind.MAXIMUM, {"x2": -1}, name=name)(ends)
 
     return call
 
@@ -167,7 +200,7 @@ def _elu(operation: Any, name: str) -> Callable[..., Any]:
 def _power(operation: Any, name: str) -> Callable[..., Any]:
     def call(a: Any, b: Any) -> Any:
         if is_tensor(a) and is_number(b) and float(np.asarray(b)) == 2.0:
-            return layers.Multiply(name=name)([a, a])
+            return _squared(a, name)
         return function(operation, name)(a, b)
 
     return call
@@ -236,7 +269,14 @@ def _contracted(a: Any, b: Any, ours: list[int], theirs: list[int], name: str) -
 
 
 def _square(operation: Any, name: str) -> Callable[..., Any]:
-    return lambda x: layers.Multiply(name=name)([x, x])
+    return lambda x: _squared(x, name)
+
+
+def _squared(x: Any, name: str) -> Any:
+    if whole_numbers.is_whole(x):
+        x = whole_numbers.as_integers(x, name)
+        return IndexOperation(IndexKind.MULTIPLY, name=name)([x, x])
+    return layers.Multiply(name=name)([x, x])
 
 
 def _cast(operation: Any, name: str) -> Callable[..., Any]:
@@ -278,7 +318,10 @@ OPERATIONS: dict[str, Row] = {
     **REDUCING,
     **NETWORKS,
     **dict.fromkeys(FUNCTIONS, function),
-    "Negative": lambda operation, name: lambda x: scaled(x, -1.0, 0.0, name),
+    "Negative": _negative,
+    "FloorDivide": _divided_down,
+    "Mod": _divided_down,
+    "Sign": _sign,
     "Square": _square,
     "Power": _power,
     "Clip": _clip,

@@ -21,15 +21,6 @@ LAYER_REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(("FlaxLayer", "JaxLayer", "TFSMLayer", "TorchModuleWrapper"), _OTHER),
     **dict.fromkeys(("MelSpectrogram", "STFTSpectrogram"), _SPECTRUM),
-    **dict.fromkeys(
-        ("SimpleRNNCell", "GRUCell", "LSTMCell", "StackedRNNCells"),
-        "is one step of a recurrent layer; put it into keras.layers.RNN",
-    ),
-    **dict.fromkeys(
-        ("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"),
-        "has convolutions as gates, which this release does not support; use TimeDistributed "
-        "convolutions and an LSTM after them",
-    ),
     **dict.fromkeys(("InputLayer", "InputSpec", "Layer", "Wrapper"), _ABSTRACT),
     "Conv3DTranspose": (
         "has no int8 kernel in TFLite (CONV_3D_TRANSPOSE is float), and no cheap rewrite: each "

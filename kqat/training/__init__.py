@@ -5,7 +5,13 @@ algorithms.
 from kqat.training import algorithms, batchnorm
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.algorithms.scaling import INPUT_AXES, blocks_of, blocks_text
-from kqat.training.build import all_layers, check_preserved, is_quantized, wrap
+from kqat.training.build import (
+    all_layers,
+    check_preserved,
+    check_quantized,
+    is_quantized,
+    wrap,
+)
 from kqat.training.calibration import (
     DEFAULT_METHOD,
     CalibrationWarning,
@@ -77,6 +83,7 @@ __all__ = [
     "call_with",
     "check_method",
     "check_preserved",
+    "check_quantized",
     "cluster",
     "finetune",
     "finetune_callbacks",

@@ -341,10 +341,11 @@ class ActivationQuantizer(keras.layers.Layer):
         return float(np.max(high) - np.min(low)), float(calibrated.sum())
 
     def stretched(self) -> float:
-        """How many times as wide as in inference the values were that moved the range, or 1.
+        """How many times as wide noise makes the values that move the range in training, or 1.
 
-        That is by what noise added in calibration. Weights that change afterwards change values
-        that noise hides. 1 where no batch of training came after calibration.
+        Noise, such as that of Dropout, is there in training and not in inference. How much it
+        widens the values was measured in calibration. It is 1 where no batch of training came after
+        calibration.
         """
         if isinstance(self.range_method, Fixed | LearnedRangeMethod):
             return 1.0

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from kqat.base import PolicyError
+from kqat.base import ModelError, PolicyError
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
 from kqat.parts import PrecisionBoundary, Recurrence, TiedWeight, reads_rows
 from kqat.planning import Group, LayerPlan, Plan, Role, Rounding
@@ -32,6 +32,16 @@ def is_quantized(model: keras.Model) -> bool:
     """Whether `wrap` made this model, or one inside it."""
     kinds = (QuantizeWrapper, ActivationQuantizer)
     return any(isinstance(layer, kinds) for layer in all_layers(model))
+
+
+def check_quantized(model: keras.Model, purpose: str = "") -> None:
+    """Raises ModelError where a model is float; `purpose` says what it is to be for."""
+    if not is_quantized(model):
+        wanted = f"a QAT model {purpose}".strip()
+        raise ModelError(
+            f"Expected {wanted}. Received: '{model.name}', which is float. Use "
+            "kqat.quantize_model first."
+        )
 
 
 def check_preserved(qat: keras.Model, kinds: Sequence[Preserve]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.base import CalibrationError, ModelError, flat_data, tracked
+from kqat.base import CalibrationError, flat_data, tracked
 from kqat.graph import (
     Graph,
     Node,
@@ -23,7 +23,7 @@ from kqat.graph import (
 from kqat.grids import CalibrationMethod, Fixed, calibration_method
 from kqat.parts import ConstantRows, IndexOperation, reads_rows
 from kqat.training.activation_quantizer import ActivationQuantizer
-from kqat.training.build import all_layers, is_quantized
+from kqat.training.build import all_layers, check_quantized
 from kqat.training.method_choice import (
     CANDIDATES,
     Choice,
@@ -37,6 +37,7 @@ from kqat.training.range_checks import (
     Concern,
     ValueNames,
     as_text,
+    coarse_kernels,
     concerns,
     lost_output,
 )
@@ -59,8 +60,8 @@ def calibrate(
 ) -> None:
     """Finds the ranges of a QAT model from `data`, and corrects its biases; weights do not move.
 
-    Each range is an estimate over all data: their order and how they come in batches do not
-    change it by a bit. Weights are rounded meanwhile and activations are not, so one bad range
+    Each range is an estimate over all data: neither their order nor how they come in batches
+    changes it. Weights are rounded meanwhile and activations are not, so one bad range
     cannot spoil the later ones. What was calibrated or trained before is replaced; where anything
     fails, all ranges stay as they were.
 
@@ -102,11 +103,7 @@ def calibrate_for(
     """As `calibrate`, for a caller whose own caller is `stacklevel` - 1 frames away."""
     check_method(method)
     graph = trace(model)
-    if not is_quantized(model):
-        raise ModelError(
-            f"Expected a QAT model to calibrate. Received: '{model.name}', which is float. Use "
-            "kqat.quantize_model."
-        )
+    check_quantized(model, "to calibrate")
     methods = CANDIDATES if method == DEFAULT_METHOD else (calibration_method(method),)
     corrects = _is_untrained(model)
     with _unchanging_weights(model, corrects):
@@ -114,6 +111,7 @@ def calibrate_for(
         tensors = as_tensors(kept.batch(), graph)
         choice = best(graph, observer, tensors, methods, corrects=corrects)
         lost = list(_lost(graph, tensors, choice, corrects))
+    lost += coarse_kernels(graph, observer, choice.noise)
     take_over(model, choice, corrects=corrects)
     doubtful = [*concerns(graph, observer, choice.ranges), *lost]
     if doubtful:

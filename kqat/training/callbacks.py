@@ -1,8 +1,8 @@
 """Callbacks for `fit` that freeze ranges and BatchNormalization statistics from some epoch on.
 
 Early in training both should follow the weights. At the end they should not change, so that the
-last epochs train with exactly the numbers that ship (Krishnamoorthi 2018, sections 3.2.2 and 4,
-https://arxiv.org/abs/1806.08342).
+last epochs train with exactly the numbers that ship. For statistics this is Krishnamoorthi 2018,
+sections 3.2.2 and 4 (https://arxiv.org/abs/1806.08342).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import keras
 
 from kqat.base import ModelError
 from kqat.training.activation_quantizer import ActivationQuantizer
-from kqat.training.build import all_layers, is_quantized
+from kqat.training.build import all_layers, check_quantized
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 Quantizing = ActivationQuantizer | QuantizeWrapper
@@ -23,11 +23,7 @@ class QatCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Checks that the model is one."""
-        if not is_quantized(self.model):
-            raise ModelError(
-                f"Expected a QAT model for {type(self).__name__}. Received: '{self.model.name}', "
-                "which is float. Use kqat.quantize_model first."
-            )
+        check_quantized(self.model, f"for {type(self).__name__}")
 
     def quantizing_layers(self) -> Iterator[Quantizing]:
         """The layers of the model that quantize."""
@@ -165,8 +161,9 @@ class FreezeBatchNorm(_FreezeAt):
     """Makes BatchNormalization use its moving statistics from epoch `epoch` on.
 
     The first epoch is 0. The statistics no longer change, while gamma and beta still train.
-    BatchNormalization layers that the plan leaves float are not affected. The training step is not
-    traced anew, but on other backends than TensorFlow and under a distribution strategy.
+    BatchNormalization layers that the plan leaves float are not affected. The training step is
+    traced anew only on other backends than TensorFlow, under a distribution strategy, and for a
+    layer with an activity regularizer.
 
     Raises:
         ModelError: if `epoch` is not an epoch number, or the model in `fit` is not a QAT model.

@@ -17,9 +17,9 @@ _TINY = 1e-7
 class Distiller(keras.Model):
     """A student that learns from labels and from a teacher at once; compile, fit and save it.
 
-    The loss is the one it is compiled with, plus `weight` times what the student's outputs differ
-    from the teacher's, plus `feature_weight` times the mean squared difference of features, over
-    their mean square. In `evaluate` and validation only the compiled loss counts. Without a
+    The loss is the one it is compiled with, plus `weight` times the difference of the student's
+    outputs from the teacher's, plus `feature_weight` times the mean squared difference of features
+    over their mean square. In `evaluate` and validation only the compiled loss counts. Without a
     compiled loss the teacher alone is learned from.
 
         distiller = kqat.Distiller(qat, model, kind="logits")

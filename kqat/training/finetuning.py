@@ -8,7 +8,7 @@ import keras
 
 from kqat.base import ModelError
 from kqat.graph import parts_of
-from kqat.training.build import all_layers, is_quantized
+from kqat.training.build import all_layers, check_quantized
 from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers, QatCallback
 from kqat.training.distiller import Distiller
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -173,11 +173,7 @@ def finetune(
         ModelError: if `qat` is no QAT model, has no loss, or a number is not in its range; if there
             is a teacher and no kind, or a kind and no teacher.
     """
-    if not is_quantized(qat):
-        raise ModelError(
-            f"Expected a QAT model. Received: '{qat.name}', which is float. Use "
-            "kqat.quantize_model first."
-        )
+    check_quantized(qat)
     if (teacher is None) != (kind is None):
         raise ModelError(
             "Expected a teacher and the kind of its outputs, or neither. Received: "

@@ -162,12 +162,25 @@ def with_bias_off_its_grid(layer: Any, kwargs: dict[str, Any]) -> dict[str, Any]
 
 @dataclasses.dataclass
 class Cut:
-    """How much of a tensor a given range cuts: values outside, of all, and how far they go."""
+    """What a given range costs a tensor.
+
+    Attributes:
+        beyond, total: values outside, of all.
+        low, high: how far they go.
+        power, lost: sums of squares, of the values and of the errors of rounding them.
+    """
 
     beyond: int = 0
     total: int = 0
     low: float = 0.0
     high: float = 0.0
+    power: float = 0.0
+    lost: float = 0.0
+
+    @property
+    def noise(self) -> float:
+        """Power of the errors over that of the values."""
+        return self.lost / self.power if self.power > 0.0 else 0.0
 
 
 class Observer:
@@ -275,13 +288,18 @@ class Observer:
             record.add(values, rows, len(values) // self._size if led else None)
 
     def _note_given(self, quantizer: ActivationQuantizer, site: int, x: Any) -> None:
-        """Keeps what share of the values a range that is given cuts by more than a step."""
+        """Keeps what a given range cuts by more than a step, and what rounding costs."""
         values = np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))
         low, high = (float(bound) for bound in quantizer.fixed_range())
         step = (high - low) / (quantizer.spec.qmax - quantizer.spec.qmin)
         beyond = (values < low - CUT_STEPS * step) | (values > high + CUT_STEPS * step)
         count, cut = int(np.count_nonzero(beyond)), self.cut.setdefault((quantizer, site), Cut())
         cut.total += values.size
+        if not self._noisy:
+            exact = np.float64(values)
+            nearest = np.rint(np.clip(exact, low, high) / step) * step
+            cut.power += float(np.sum(exact**2))
+            cut.lost += float(np.sum((nearest - exact) ** 2))
         if count and not self._noisy:
             cut.beyond += count
             cut.low = min(cut.low, float(values.min()))

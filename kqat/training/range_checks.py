@@ -24,6 +24,7 @@ from kqat.parts import (
     WithConstant,
     inverts,
 )
+from kqat.registry import Output, stock_facts
 from kqat.training.activation_quantizer import ActivationQuantizer, SiteRange
 from kqat.training.observation import CUT_STEPS, Cut, Observer, SiteRecord
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -35,6 +36,8 @@ UNLIKE_HALVES = 2.0
 CLIPPING_OVER_ROUNDING = 10.0
 # Power of the errors of rounding over that of an output, of which they then leave 10 dB.
 LARGEST_NOISE = 0.1
+# The same of an output, of 25 dB, where the grid that a kernel demands may be why.
+COARSE_NOISE = 10.0**-2.5
 # Bits that a member of a group with one scale may lose.
 LOST_BITS = 3.0
 # Half of all inverses lie below so many steps: they are some 10 % off.
@@ -119,6 +122,8 @@ _ADVICE = {
     "alike before they meet",
     "drowned": "Scale them alike before they are added",
     "inverse": "Divide both by the number of steps first, so that divisors are of like size",
+    "coarse": "Give the layer that makes it 'int16x8', with a grid of 1/32768; or let the model "
+    "end before it, with the logits, where it is an output",
     "lost": "kqat.diagnose(model, qat, data) shows which roundings cost it and tries what helps; "
     "training may win it back",
 }
@@ -142,6 +147,45 @@ def lost_output(name: str, noise: float, first: str) -> Concern:
     place = f"; '{first}' is the first value below {least:.0f} dB" if first else ""
     text = f"output '{name}' has an SQNR of {left:.1f} dB{place}"
     return Concern("lost", name, noise, text)
+
+
+def coarse_kernels(
+    graph: Graph, observer: Observer, noise: Mapping[Ref, float]
+) -> Iterator[Concern]:
+    """Values too small for the grid that a kernel demands, as of rare classes behind sigmoid.
+
+    Args:
+        graph: of the QAT model.
+        observer: has seen the calibration data.
+        noise: of the outputs, power of the errors of rounding over that of the values.
+    """
+    names = ValueNames(graph)
+    sites = {
+        node: cut
+        for (quantizer, site), cut in observer.cut.items()
+        if quantizer.spec.bits == 8 and (node := names.calls.get((quantizer, site))) is not None
+        if _demands_grid(names.producers.get(node.inputs[0]))
+    }
+    for ref, lost in noise.items():
+        before = graph.computing([ref]) if lost > COARSE_NOISE else ()
+        for node in [node for node in sites if node in before]:
+            cut = sites.pop(node)
+            if cut.noise < 0.5 * lost:
+                continue
+            name = names.of(node.layer, node.kwargs.get("site", 0))
+            step = 1.0 / float(node.layer.scale())
+            size = math.sqrt(cut.power / cut.total)
+            text = (
+                f"'{name}' is {size:.2g} (root mean square), on which the grid of 1/{step:.0f} "
+                f"that its kernel demands leaves an SQNR of {-10.0 * math.log10(cut.noise):.1f} dB"
+            )
+            yield Concern("coarse", name, cut.noise, text)
+
+
+def _demands_grid(maker: Node | None) -> bool:
+    """Whether the kernel that makes a value has one grid for whatever it makes."""
+    facts = None if maker is None else stock_facts(maker.layer)
+    return facts is not None and facts.output is Output.FIXED
 
 
 def _of_site(record: SiteRecord, found: SiteRange, name: str) -> Iterator[Concern]:

@@ -212,6 +212,7 @@ def test_an_architecture_of_the_zoo_goes_the_whole_road(tmp_path: Path) -> None:
     found = results["models"]["MobileNetV2"]
     assert found["outcome"] == "integer"
     assert found["float_operators"] == 0 and found["unmatched"] == 0
+    assert found["differing"] == {"litert_reference": 0, "litert": 0, "tflite_micro": 0}
     assert found["operators"] <= found["converter_operators"]
     assert found["size_bytes"] < found["converter_bytes"]
     # Of random weights and noise little is left in either file; ours may not lose more.
@@ -227,6 +228,7 @@ def test_rows_of_the_zoo_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     good = zoo.Outcome(
         outcome="integer", operators=12, size_bytes=90, sqnr_db=29.0,
         converter_operators=10, converter_bytes=100, converter_sqnr_db=29.4,
+        differing={"litert": 0, "tflite_micro": 3},
     )  # fmt: skip
     bad = zoo.Outcome(outcome="refused: x|y", converter_problem="ConverterError: no such operator")
     rows = {
@@ -241,6 +243,7 @@ def test_rows_of_the_zoo_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "# 1 of 2 architectures of 2 collections ship as integers" in page
     assert "| ViT, 1-D | k3im | integer | 12 / 10 | 90 / 100 | 29.0 / 29.4 |" in page
     assert "more than 1 step: 1. BERT" in page and "operators: 1. ViT, 1-D" in page
+    assert "on any runtime: 1. ViT, 1-D" in page
     assert "file: 0." in page and "converter's: 0." in page
     assert "- not recorded: BERT" in page and "- abc1234: ViT, 1-D" in page
     assert "- BERT: ConverterError: no such operator" in page

@@ -76,6 +76,11 @@ def _counted(x: Any) -> list[Any]:
     return [mean, rows_of(ops.clip(places, 1, INDEXES) - 1)]
 
 
+def _divided(x: Any) -> list[Any]:
+    places = L.ZeroPadding1D(1)(L.Reshape((6, 1))(ops.pad(x // 3, ((0, 0), (2, 0)))[:, 2:]))
+    return [rows_of(ops.pad(-x % 4, ((0, 0), (1, 1)), constant_values=2)), rows_of(places)]
+
+
 def _read_both_ways(x: Any) -> Any:
     table = L.ReversibleEmbedding(INDEXES, 4)
     return table(L.Dense(4)(table(x)), reverse=True)
@@ -143,6 +148,21 @@ CASES: tuple[Case, ...] = (
         REDUCE_MAX=1,
         REDUCE_MIN=1,
         RESHAPE=4,
+    ),
+    _tokens(
+        "divided",
+        _divided,
+        ADD=1,
+        CAST=2,
+        DIV=2,
+        GATHER=2,
+        LESS=2,
+        MUL=3,
+        PAD=2,
+        PADV2=1,
+        RESHAPE=1,
+        STRIDED_SLICE=1,
+        SUB=4,
     ),
     _values(
         "argmax",

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 from keras import layers as L
+from keras import ops
 
 from kqat import QuantizeConfig
 from kqat.parts.recurrence import Recurrence, Stack, Unstack
@@ -42,6 +43,52 @@ def _by_hand(x: Any) -> Any:
     model = keras.Model([step, h], [L.Activation("tanh")(L.Add()([step, L.Dense(5)(h)]))])
     y = Recurrence(model, 1, return_sequences=True, go_backwards=True, flip=True)([x])
     return Stack()(Unstack()(y)[1:])
+
+
+def _cells(x: Any) -> Any:
+    """Cells that are called by hand, the first of them from zeros."""
+    y, _ = L.SimpleRNNCell(4)(x[:, 0], [ops.zeros_like(x[:, 0, :4])])
+    y, _ = L.GRUCell(4)(x[:, 1], [y])
+    y, (_, c) = L.LSTMCell(4)(x[:, 2], [y, L.Dense(4)(x[:, 0])])
+    return L.Add()([y, c])
+
+
+def _cell_stack(x: Any) -> Any:
+    """Two cells, one above the other, for two steps."""
+    cells = L.StackedRNNCells([L.SimpleRNNCell(4), L.SimpleRNNCell(4)])
+    states = [L.Dense(4)(x[:, 0]), L.Dense(4)(x[:, 0])]
+    _, states = cells(x[:, 1], states)
+    return cells(x[:, 2], states)[0]
+
+
+@keras.saving.register_keras_serializable("tests")
+class Gated(L.Layer):
+    """A cell of the user's own, made of layers, whose output is none of its states."""
+
+    state_size, output_size = (4, 4), 2
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gate, self.new = L.Dense(4, "sigmoid"), L.Dense(4, "tanh")
+        self.out = L.Dense(2)
+
+    def build(self, shape: Any) -> None:
+        """Builds the layers."""
+        self.gate.build((None, shape[-1] + 4))
+        self.new.build((None, shape[-1] + 4))
+        self.out.build((None, 4))
+
+    def call(self, x: Any, states: Any) -> Any:
+        """The output of a step, and the states after it."""
+        h, before = states
+        both = ops.concatenate([x, h], axis=-1)
+        after = h + self.gate(both) * (self.new(both) - h)
+        return self.out(after - before), [after, h]
+
+
+def _images(name: str, shape: tuple[int, ...], layer: Callable[[], Any], **ops: int) -> Case:
+    """Images, one a step: rows, images, or volumes."""
+    return Case(name=name, build=lambda: functional(shape, lambda x: layer()(x)), ops=ops)
 
 
 def _bidirectional(merge: str, sequences: bool = True) -> Callable[[Any], Any]:
@@ -311,5 +358,89 @@ CASES = (
         SUB=1,
         TANH=3,
         UNPACK=2,
+    ),
+    _one(
+        "cells",
+        _cells,
+        ADD=7,
+        FULLY_CONNECTED=10,
+        LOGISTIC=2,
+        MUL=5,
+        STRIDED_SLICE=8,
+        SUB=1,
+        TANH=4,
+    ),
+    _one(
+        "cells_stacked",
+        _cell_stack,
+        ADD=4,
+        FULLY_CONNECTED=10,
+        STRIDED_SLICE=3,
+        TANH=4,
+    ),
+    _one(
+        "cell_of_ones_own",
+        lambda x: L.RNN(Gated(), return_sequences=True)(x),
+        ADD=3,
+        CONCATENATION=3,
+        FULLY_CONNECTED=9,
+        LOGISTIC=3,
+        MUL=3,
+        PACK=1,
+        QUANTIZE=3,
+        STRIDED_SLICE=1,
+        SUB=7,
+        TANH=3,
+        UNPACK=1,
+    ),
+    _images(
+        "conv_lstm_1d",
+        (2, 5, 2),
+        lambda: L.ConvLSTM1D(3, 3, padding="same"),
+        ADD=6,
+        CONCATENATION=1,
+        CONV_2D=8,
+        LOGISTIC=2,
+        MUL=6,
+        QUANTIZE=1,
+        RESHAPE=14,
+        STRIDED_SLICE=7,
+        SUB=1,
+        TANH=4,
+        UNPACK=1,
+    ),
+    _images(
+        "conv_lstm_2d",
+        (2, 5, 5, 2),
+        lambda: L.ConvLSTM2D(3, 3, return_sequences=True),
+        ADD=6,
+        CONV_2D=8,
+        LOGISTIC=2,
+        MUL=6,
+        PACK=1,
+        QUANTIZE=1,
+        RESHAPE=2,
+        STRIDED_SLICE=7,
+        SUB=1,
+        TANH=4,
+        UNPACK=1,
+    ),
+    _images(
+        "conv_lstm_3d",
+        (2, 2, 3, 3, 2),
+        lambda: L.ConvLSTM3D(2, 2, padding="same"),
+        ADD=6,
+        CONCATENATION=8,
+        CONV_2D=16,
+        LOGISTIC=2,
+        MUL=6,
+        PAD=4,
+        QUANTIZE=1,
+        RESHAPE=62,
+        STRIDED_SLICE=23,
+        SUB=1,
+        TANH=4,
+        TRANSPOSE=16,
+        UNPACK=1,
     ),
 )

@@ -292,7 +292,9 @@ def foreseen(graph: Graph, plan: kqat.Plan) -> set[str]:
             ops |= set(rule.ops)
             activation = getattr(getattr(node.layer, "activation", None), "__name__", "")
             ops |= set(ACTIVATIONS[activation].ops) if activation in ACTIVATIONS else set()
-        if rule is None or rule.opens or isinstance(node.layer, keras.layers.Wrapper | Recurrence):
+        holds = keras.layers.Wrapper | Recurrence
+        own_cell = type(node.layer) is keras.layers.RNN and rule_for(node.layer.cell).opens
+        if rule is None or rule.opens or own_cell or isinstance(node.layer, holds):
             ops |= {op for layer in plan.layers if layer.origin == node.name for op in layer.ops}
     return ops
 

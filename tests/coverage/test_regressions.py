@@ -198,7 +198,8 @@ def test_what_a_call_does_beside_its_result_is_not_lost_silently() -> None:
 def test_mixed_precision_converts() -> None:
     keras.config.set_dtype_policy("mixed_float16")
     inputs = keras.Input(IMAGE)
-    y = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(4, 3)(inputs)))
+    y = layers.Conv2D(4, 3, dilation_rate=2, padding="same")(inputs)
+    y = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(4, 3)(y)))
     model = keras.Model(inputs, layers.GlobalAveragePooling2D()(y))
     x = _data(IMAGE)
     qat = kqat.quantize_model(model, calibration_data=x)

@@ -172,7 +172,7 @@ def test_broken_weights_are_refused_by_name(variable: str, value: float) -> None
 UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "unknown layer": (
         Odd(name="odd"),
-        r"layer 'odd' of type Odd. Leave it float with policy=\{'odd': None\}.*register_layer",
+        r"Or leave layer 'odd' of type Odd float with policy=\{'odd': None\}.*register_layer",
     ),
     "operation": (
         lambda x: keras.ops.sort(x),

@@ -4,6 +4,7 @@ import itertools
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -12,6 +13,10 @@ from keras import layers
 
 import kqat
 import tflite_export
+from kqat.analysis import measured_layers
+from kqat.graph import trace
+from kqat.policy_search import Budget, _Problem
+from tests.kqat.planning.test_tied_weights import KINDS, data_of
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +136,52 @@ def test_layers_that_are_kept_stay_and_macs_are_counted(
     used = 8 * (8 * 32 * 64 + sum(n * bits[found.choices[name]] for name, n in counts.items()))
     assert found.used == used
     assert found.budget == pytest.approx(0.7 * 64 * (32 * 64 + 2 * 48 * 64))
+
+
+@pytest.mark.parametrize("kind", ["two heads", "decoder", "within TimeDistributed", "function"])
+def test_layers_that_read_one_weight_are_one_choice(kind: str) -> None:
+    model = KINDS[kind][0]()
+    x = data_of(model)
+    found = kqat.search(model, x, budget=0.6, measure="mac_bits")
+    ((first, choice),) = ((n, c) for n, c in found.choices.items() if n in kqat.plan(model).tied[0])
+    assert choice == "w4a8"
+    plan, names = kqat.plan(model, found), kqat.plan(model).tied[0]
+    bits = {n.bits for part in plan.layers if part.origin in names for n in part.weights.values()}
+    assert bits == {4}
+    assert found.sensitivity is not None
+    assert found.sensitivity.tied[first] == names
+    assert f"one choice: {', '.join(names)}" in str(found.sensitivity)
+    # What is kept of one of them is kept of all.
+    others = {node.name: "int8" for node in trace(model).nodes if node.name not in names}
+    with pytest.raises(kqat.PolicyError, match="Expected layers for the search to decide about"):
+        kqat.search(model, x, budget=0.6, measure="mac_bits", keep={**others, names[-1]: "int8"})
+
+
+def test_a_weight_of_two_calls_is_stored_once_and_computed_twice() -> None:
+    x, wide = keras.Input((16,)), layers.Dense(16, name="wide")
+    model = keras.Model(x, layers.Dense(16, name="last")(wide(layers.ReLU()(wide(x)))))
+    data = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
+    sizes = {
+        measure: _Problem.of(*_measured(model, data), ["wide", "last"], Budget(measure), None).sizes
+        for measure in ("flash", "mac_bits")
+    }
+    assert sizes["flash"].tolist() == [[256, 128], [256, 128]]
+    assert sizes["mac_bits"].tolist() == [[2 * 256 * 64, 2 * 256 * 32], [256 * 64, 256 * 32]]
+
+
+def _measured(model: keras.Model, data: np.ndarray) -> tuple[Any, Any]:
+    return measured_layers(model, data, ("int8", "w4a8"), "int8", "sqnr", None)[:2]
+
+
+def test_recurrent_layers_keep_the_first_choice() -> None:
+    model = keras.Sequential(
+        [keras.Input((4, 5)), layers.LSTM(6, name="lstm"), layers.Dense(8, name="head")]
+    )
+    x = np.random.default_rng(0).normal(size=(32, 4, 5)).astype(np.float32)
+    found = kqat.search(model, x, budget=0.99, measure="mac_bits")
+    assert found.choices == {"head": "w4a8"}
+    # The gates of four steps, from the sequence and from the state.
+    assert found.used == 8 * (8 * 4 * 24 * (5 + 6) + 4 * 6 * 8)
 
 
 @pytest.mark.parametrize(

@@ -45,3 +45,27 @@ def test_results_are_kept_by_recipe_network_and_seed(
 def test_made_up_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="Expected results of real data"):
         results.keep(_write(tmp_path, smoke=True, seed=0))
+
+
+def test_runs_of_several_seeds_are_one_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = (path for path in KEPT if path.stem == "mobilenetv2_cifar10")
+    first = json.loads(path.read_text())
+    second = json.loads(path.read_text())
+    second["options"]["seed"], second["date"] = 1, "2026-11-29"
+    second["command"] = second["command"].replace("--seed 0", "--seed 1")
+    qat, sparse = "QAT int8", "FP32, half pruned"
+    for run, accuracy in ((first, 0.70), (second, 0.72)):
+        run["rows"][qat]["accuracy"], run["rows"][sparse]["accuracy"] = accuracy, 0.69
+    del second["rows"]["QAT ternary"]
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    for run, name in ((first, "mobilenetv2_cifar10"), (second, "mobilenetv2_cifar10_seed1")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    page = results.page()
+    assert page.count("\n## ") == 1
+    assert first["command"] in page
+    assert second["command"] in page
+    assert f"| {qat} | 71.00 % (70.00–72.00, n = 2) | +2.00 (+1.00 to +3.00) |" in page
+    assert page.count("| QAT ternary |") == 2  # The first run's two tables.
+    assert "Measured on 2026-11-29, seed 1.\n" in page

@@ -94,6 +94,15 @@ def positions() -> tuple[keras.Model, Any]:
     return model, [IDS, IDS % STEPS]
 
 
+def products() -> tuple[keras.Model, Any]:
+    """One kernel in two Dense layers, its channels of unlike size."""
+    x, dense = keras.Input((WIDTH,)), L.Dense(WIDTH, bias_initializer="normal")
+    again = L.Lambda(lambda t: ops.matmul(t, dense.kernel))
+    model = keras.Model(x, again(L.ReLU()(dense(x))))
+    dense.kernel.assign(np.array(dense.kernel) * 2.0 ** -(np.arange(WIDTH) % 6))
+    return model, X
+
+
 Trained = tuple[keras.Model, bytes, Any, float]
 
 
@@ -184,7 +193,17 @@ def test_it_is_saved_and_loaded(language_model: Trained, tmp_path: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [capped, joined, decoder, positions])
+@pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("build", [head, decoder, positions])
+def test_mixed_precision_ships(build: Callable[[], Any], precision: str) -> None:
+    keras.config.set_dtype_policy(precision)
+    qat, blob, data, ratio = trained(build, "int8")
+    check_right(qat, blob, data)
+    assert ratio > 20.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [capped, joined, decoder, positions, products])
 def test_other_uses_ship(build: Callable[[], Any]) -> None:
     qat, blob, data, ratio = trained(build, "int8")
     check_right(qat, blob, data)

@@ -814,7 +814,10 @@ def strided_slice(step: Step, runtime: str) -> Kernel:
     """STRIDED_SLICE at constant places, backwards too."""
     options, shape = step.options, step.given(0).shape
     if options.ellipsisMask or options.newAxisMask:
-        raise ExportError("Expected STRIDED_SLICE without ellipsis and new axes.")
+        raise ExportError(
+            "Expected STRIDED_SLICE without ellipsis and new axes. Received: one with these, which "
+            f"computes {step.result.name!r}. Name every axis in the slice."
+        )
     begins, ends, strides = (_constant(step.given(i)).tolist() for i in (1, 2, 3))
     places = []
     for axis, (length, begin, end, stride) in enumerate(
@@ -847,7 +850,10 @@ def gather(step: Step, runtime: str) -> Kernel:
     entries, places = step.given(0), step.given(1)
     axis, batch = step.options.axis, getattr(step.options, "batchDims", 0) or 0
     if batch or (entries.data is None and places.data is None):
-        raise ExportError("Expected GATHER from or by a constant, without batch axes.")
+        raise ExportError(
+            "Expected GATHER from or by a constant, without batch axes. Received: another, which "
+            f"computes {step.result.name!r}. Use a product with one_hot."
+        )
     axis %= len(entries.shape)
     if places.data is not None:
         indices = places.data.astype(np.int32)

@@ -234,6 +234,7 @@ OP_TABLE: dict[str, OpRule] = {
     "ARG_MAX": _none(2, activations=(0,)),
     "ARG_MIN": _none(2, activations=(0,)),
     "CAST": _none(1),  # truth values to indexes
+    "DIV": _none(1),  # of indexes, towards zero; all others are of quantities
     **{f"LOGICAL_{name}": _none(1) for name in ("AND", "OR", "NOT")},
     **{name: _none(2, input_scale_below=1.0) for name in _COMPARISONS},
     "UNIDIRECTIONAL_SEQUENCE_LSTM": _own(

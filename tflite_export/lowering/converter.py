@@ -238,7 +238,7 @@ class _Plain(keras.layers.Layer):
     """
 
     def __init__(self, layer: keras.layers.Layer, **kwargs: Any) -> None:
-        super().__init__(autocast=False, **kwargs)
+        super().__init__(autocast=False, dtype="float32", **kwargs)
         self.layer = layer
 
     def call(self, x: Any) -> Any:

@@ -16,7 +16,8 @@ class AdditiveNoise(Clipped):
     gradient is exact. Training never meets the rounded values then, and what it reaches with noise
     may differ from what the file gives; `evaluate` shows the latter.
 
-    Reference: Défossez et al. 2022, section 3.2 (https://arxiv.org/abs/2104.09987).
+    Reference: the pseudo quantization noise of Défossez et al. 2022
+    (https://arxiv.org/abs/2104.09987), with a number of bits that is given, not learned.
     """
 
     ADDS_NOISE = True

@@ -33,7 +33,9 @@ class ElementWiseScaling(GradientEstimator):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.delta < float("inf"):
-            raise SpecError(f"Expected a delta of 0 or more. Received: delta={self.delta!r}.")
+            raise SpecError(
+                f"Expected a delta of 0 or more. Received: delta={self.delta!r}. Use 0.001."
+            )
 
     def gradient(self, upstream: Any, x: Any, rounded: Any, low: Any, high: Any) -> Any:
         """`upstream`, scaled element by element."""

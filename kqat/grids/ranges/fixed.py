@@ -22,7 +22,10 @@ class Fixed:
         for name in ("low", "high"):  # JSON does not take NumPy's floats
             object.__setattr__(self, name, float(getattr(self, name)))
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
-            raise SpecError(f"Expected a finite range. Received: [{self.low}, {self.high}].")
+            raise SpecError(
+                f"Expected a finite range. Received: [{self.low}, {self.high}]. Give two finite "
+                "numbers, such as kqat.Fixed(-1.0, 1.0)."
+            )
         if not self.low <= 0.0 <= self.high or self.low == self.high:
             raise SpecError(
                 f"Expected low <= 0 <= high and low < high, so that zero is exact. "

@@ -27,11 +27,12 @@ class LearnedRange(LearnedRangeMethod):
     are those of the grid: both are LSQ for activations. In the file `-b / s` is a whole number, the
     zero point, which training rounds likewise.
 
+    Both start at the calibrated range; the paper starts where the squared error is least.
     Scores that an attention mask hides keep the moving average, as the mask needs room below them.
 
-    Reference: Bhalgat et al. 2020, section 3.1, configuration 4 (https://arxiv.org/abs/2004.09576);
-    the factor of the gradients is that of Esser et al. 2020, section 2.2
-    (https://arxiv.org/abs/1902.08153).
+    Reference: Bhalgat et al. 2020, equation 3, configuration 4: unsigned integers with an offset
+    (https://arxiv.org/abs/2004.09576). The factor of the gradients is that of Esser et al. 2020,
+    section 2.2 (https://arxiv.org/abs/1902.08153).
     """
 
     MOVES_STEP = True

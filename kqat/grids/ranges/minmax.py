@@ -14,7 +14,8 @@ class MinMax:
     """Range `[min, max]` of all batches: nothing seen is clipped, and one outlier widens it.
 
     In training the range can grow, but not shrink.
-    Reference: Krishnamoorthi 2018, section 2.5 (https://arxiv.org/abs/1806.08342).
+    Reference: Wu et al. 2020, "Max" of "Calibration" in section 3, with a bound for each side
+    (https://arxiv.org/abs/2004.09602).
     """
 
     def calibrated(self, seen: Histogram, spec: QuantSpec) -> tuple[float, float]:

@@ -18,7 +18,8 @@ class Binary:
     `axis="channel"`. Activations stay at 8 or 16 bits: no TFLite kernel takes binary ones. The
     gradient is straight-through, without the paper's factor `1 / n + step * (|w| <= 1)`.
     If all weights are zero, the step is almost zero.
-    Reference: Rastegari et al. 2016, section 3.1 (https://arxiv.org/abs/1603.05279).
+
+    Reference: Rastegari et al. 2016, section 3.1, equation 6 (https://arxiv.org/abs/1603.05279).
     """
 
     def check(self, spec: QuantSpec) -> None:

@@ -35,8 +35,10 @@ class LearnedStep(LearnedMethod):
     Raises:
         SpecError: if `start` is neither.
 
-    Reference: Esser et al. 2020, section 2 (https://arxiv.org/abs/1902.08153). The paper's lowest
-    integer is `-qmax - 1`; here it is `-qmax`, as integer kernels want symmetric weights.
+    Reference: Esser et al. 2020, section 2.1 for the gradients and the start, section 2.2 for the
+    factor `1 / sqrt(N * qmax)` (https://arxiv.org/abs/1902.08153). The paper has one step for each
+    layer; here `QuantSpec.axis` decides. The paper's lowest integer is `-qmax - 1`; here it is
+    `-qmax`, as integer kernels want symmetric weights.
     """
 
     start: Literal["mse", "mean"] = "mse"

@@ -44,7 +44,7 @@ class LearnedTernary(LearnedMethod):
     Raises:
         SpecError: if `threshold` is neither `None` nor inside [0, 1).
 
-    Reference: Zhu et al. 2017, sections 3.1 and 3.2 (https://arxiv.org/abs/1612.01064), where
+    Reference: Zhu et al. 2017, the section on the method (https://arxiv.org/abs/1612.01064), where
     accuracy is best with 30 to 50 % zeros; `D` by the mean is that of Li et al. 2016, section 2
     (https://arxiv.org/abs/1605.04711), and leaves about 42 % of normal weights zero.
     The paper writes the gradient of `Wn` without its minus sign.

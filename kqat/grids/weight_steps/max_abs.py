@@ -12,7 +12,8 @@ from kqat.grids.weight_steps.widths import check_bits
 class MaxAbs:
     """Step `max|w| / qmax`: no weight is clipped, and the largest one decides the step.
 
-    Reference: Krishnamoorthi 2018, section 2.5 (https://arxiv.org/abs/1806.08342).
+    Reference: Krishnamoorthi 2018, section 2.5, on the grid of section 2.2, equation 10
+    (https://arxiv.org/abs/1806.08342).
     """
 
     def check(self, spec: QuantSpec) -> None:

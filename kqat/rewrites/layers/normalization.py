@@ -114,7 +114,7 @@ def unit_normalization(layer: Any, name: str) -> Decomposed | None:
         if 0 in gone:
             raise UnsupportedLayerError(
                 f"Expected normalization within each sample in layer '{name}'. Received: "
-                f"axis={layer.axis}, which has the batch."
+                f"axis={layer.axis}, which has the batch. Leave the batch axis out."
             )
         if gone == [rank - 1]:
             return layers.UnitNormalization(name=name)(x)

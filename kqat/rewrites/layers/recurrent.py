@@ -1,14 +1,16 @@
-"""Rewrites SimpleRNN, LSTM, GRU and Bidirectional as Dense layers and a `Recurrence`.
+"""Rewrites recurrent layers, and their cells called by hand, as products and a `Recurrence`.
 
 A mask is a sequence of truth values beside the others: where it is false, a step's `Hold` chooses
 the states before the step, which is exact in integers.
 
 The product of the input with a gate's kernel does not depend on the state. So it is one `Dense`
-over the whole sequence, one FULLY_CONNECTED in the file. Gates with the same activation are
+over the whole sequence, one FULLY_CONNECTED in the file. Convolutions of the input are part of the
+step, and so is all that a cell of the user's own computes. Gates with the same activation are
 computed together.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +19,11 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part
+from kqat.graph import Node, Part, duplicate, is_tensor, trace
 from kqat.parts import Hold, Recurrence, Slice
 from kqat.rewrites.layers.basic import Decomposed, activation_layer
 from kqat.rewrites.layers.step_masks import truth_of_steps
+from kqat.rewrites.operations.weights import computed, is_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +35,16 @@ class _Cell:
     recurrence: Recurrence
     name: str
 
+    @property
+    def states(self) -> int:
+        """How many states it may be given."""
+        return len(self.recurrence.step.outputs) - self.recurrence.own_output
+
     def __call__(self, x: Any, states: Sequence[Any], mask: Any = None) -> Any:
         if self.dropout:
             # Keras's cells use one dropout mask for all steps.
-            x = layers.SpatialDropout1D(self.dropout, name=f"{self.name}_dropout")(x)
+            shape = (None, 1, *(None,) * (len(x.shape) - 2))
+            x = layers.Dropout(self.dropout, shape, name=f"{self.name}_dropout")(x)
         sequences = [project(x) for project in self.projections]
         if mask is not None:
             sequences.append(layers.Reshape((mask.shape[1], 1), name=f"{self.name}_mask")(mask))
@@ -43,63 +52,132 @@ class _Cell:
 
 
 def rnn(layer: Any, name: str, *, flip: bool = False, cells: "Cells | None" = None) -> Decomposed:
-    """`SimpleRNN`, `LSTM`, `GRU`, or `RNN` around such a cell or a stack of them.
+    """`SimpleRNN`, `LSTM`, `GRU`, `ConvLSTM`, or `RNN` around any cell or a stack of them.
 
     Dropout draws one mask for each matrix product; Keras may draw one for each gate.
 
     Args:
         layer, name: the layer, and its name in the model.
         flip: whether to reverse the steps of the output.
-        cells: class of a cell -> the function that builds the model of its step.
+        cells: class of a cell -> the function that builds the model of its step; by default those
+            of Keras, and for others what their own `call` computes.
 
     Raises:
         UnsupportedLayerError: if the layer is stateful, or its cell is not in `cells`.
     """
-    steps = cells or _CELLS
-    _check(layer, name, steps)
+    _check(layer, name, cells)
     stacked = isinstance(layer.cell, layers.StackedRNNCells)
     inner = list(layer.cell.cells) if stacked else [layer.cell]
-    made: dict[_Held | None, list[_Cell]] = {}
+    made: list[_Cell] = []
+    shown: list[_Held | None] = []
 
-    def parts(held: _Held | None) -> list[_Cell]:
-        """The cells, made for the first call: later ones share their weights."""
-        if made and held not in made:
-            raise UnsupportedLayerError(
-                f"Expected a mask in all calls of layer '{name}' or in none, and initial states "
-                "in all calls with a mask or in none. Received: both. Its calls share one step, "
-                "which is made for the one or the other. Use two layers."
-            )
-        for index, cell in enumerate(inner if not made else []):
-            last = index == len(inner) - 1
-            options = {
-                "return_sequences": layer.return_sequences or not last,
-                "return_state": layer.return_state,
-                "go_backwards": layer.go_backwards,
-                # Between cells the steps are in their own order, as those of the mask are.
-                "flip": flip if last else layer.go_backwards,
-            }
-            cell_name = name if last else f"{name}_{cell.name}"
-            part_held = held if last or held is None else _Held(False, False)
-            part = _take_apart(cell, layer, cell_name, options, steps[type(cell)], part_held)
-            made.setdefault(held, []).append(part)
-        return made[held]
+    def part(index: int, x: Any, held: _Held | None) -> _Cell:
+        """A cell, made for the first call: later ones share its weights."""
+        if index < len(made):
+            return made[index]
+        cell, last = inner[index], index == len(inner) - 1
+        options = {
+            "return_sequences": layer.return_sequences or not last,
+            "return_state": layer.return_state,
+            "go_backwards": layer.go_backwards,
+            # Between cells the steps are in their own order, as those of the mask are.
+            "flip": flip if last else layer.go_backwards,
+        }
+        cell_name = name if last else f"{name}_{cell.name}"
+        part_held = held if last or held is None else _Held(False, False)
+        trainable = layer.trainable and cell.trainable
+        make_step = (cells or _steps()).get(type(cell), _own_step)
+        builder = _builder_of(cell)(cell, cell_name, trainable, tuple(x.shape[2:]), part_held)
+        made.append(_take_apart(builder, make_step, options))
+        return made[index]
 
     def call(x: Any, initial_state: Any = None, mask: Any = None) -> Any:
         given = keras.tree.flatten(initial_state) if initial_state is not None else []
         masks = [m for m in keras.tree.flatten(mask) if m is not None]
         mask = truth_of_steps(masks[0] if masks else None, name)
         held = None if mask is None else _Held(layer.zero_output_for_mask, bool(given))
+        if held not in (shown or [held]):
+            raise UnsupportedLayerError(
+                f"Expected a mask in all calls of layer '{name}' or in none, and initial states "
+                "in all calls with a mask or in none. Received: both. Its calls share one step, "
+                "which is made for the one or the other. Use two layers."
+            )
+        shown.append(held)
         states: list[Any] = []
-        for part, cell in zip(parts(held), inner, strict=True):
-            count = len(keras.tree.flatten(cell.state_size)) if given else 0
-            initial, given = given[:count], given[count:]
-            x = part(x, initial, mask)
+        for index in range(len(inner)):
+            one = part(index, x, held)
+            initial, given = given[: one.states], given[one.states :]
+            x = one(x, initial, mask)
             if layer.return_state:
                 x, *last_states = x
                 states += last_states
         return [x, *states] if layer.return_state else x
 
     return call
+
+
+def cell(layer: Any, name: str) -> Decomposed:
+    """A cell that is called by hand: one step, whose weights are those of all of its calls."""
+    _check_constraints([layer], name)
+    make_step = _steps()[type(layer)]
+    made: list[tuple[StepBuilder, Any]] = []
+
+    def call(x: Any, states: Any, training: bool | None = None) -> Any:
+        del training
+        if not made:
+            builder = _builder_of(layer)(layer, name, layer.trainable, tuple(x.shape[1:]))
+            made.append((builder, trace(make_step(builder))))
+        builder, step = made[0]
+        flat = keras.tree.flatten(states)
+        like = next(t for t in (x, *flat) if is_tensor(t))
+        x = computed(x, like, 2, f"{name}_input") if is_weight(x) else x
+        if layer.dropout:
+            x = layers.Dropout(layer.dropout, name=f"{name}_dropout")(x)
+        sequences = [project(x) for project in builder.projections]
+        run = _FromZeros(like, name)
+        values = step.run([*sequences, *map(run.state, flat)], run)
+        outputs = keras.tree.flatten(values)
+        return outputs[0], keras.tree.pack_sequence_as(states, outputs)
+
+    return call
+
+
+class _FromZeros:
+    """Calls the layers of a step that may begin with zeros, of which nothing is computed.
+
+    A layer without weights is made anew for each call, to have its own grid.
+
+    Args:
+        like: a tensor of the batch.
+        name: that the names of parts begin with.
+    """
+
+    def __init__(self, like: Any, name: str) -> None:
+        self.like, self.name = like, name
+
+    def state(self, value: Any) -> Any:
+        """A state as a tensor; `None` stands for constant zeros."""
+        if not is_weight(value):
+            return value
+        trained = isinstance(value, keras.Variable) and value.trainable
+        zero = not trained and not np.any(np.asarray(value))
+        return None if zero else computed(value, self.like, 2, f"{self.name}_state")
+
+    def __call__(self, node: Node, *args: Any, **kwargs: Any) -> Any:
+        layer, x = node.layer, args[0]
+        if isinstance(layer, layers.Multiply) and any(part is None for part in x):
+            return None
+        if isinstance(layer, layers.Add | layers.Subtract) and x[1] is None:
+            return x[0]
+        if isinstance(layer, layers.Add) and x[0] is None:
+            return x[1]
+        if x is None and not (node.has_weights and layer.use_bias):
+            return None
+        if x is None:
+            zero = np.zeros((1, node.inputs[0].shape[-1] or 0), np.float32)
+            args = (computed(zero, self.like, 2, f"{self.name}_state"),)
+        layer = layer if node.has_weights else duplicate(layer, node.name)
+        return layer(*args, **kwargs)
 
 
 def bidirectional(layer: Any, name: str, *, make: Callable[..., Decomposed] = rnn) -> Decomposed:
@@ -139,7 +217,7 @@ def bidirectional(layer: Any, name: str, *, make: Callable[..., Decomposed] = rn
     return call
 
 
-def _check(layer: Any, name: str, cells: "Cells") -> None:
+def _check(layer: Any, name: str, cells: "Cells | None") -> None:
     if layer.stateful:
         raise UnsupportedLayerError(
             f"Expected stateful=False in layer '{name}'. Received: True. The file keeps no state "
@@ -152,16 +230,22 @@ def _check(layer: Any, name: str, cells: "Cells") -> None:
             "layers. Put keras.layers.ActivityRegularization after it."
         )
     inner = getattr(layer.cell, "cells", [layer.cell])
-    unknown = [type(cell).__name__ for cell in inner if type(cell) not in cells]
-    if unknown:
+    unknown = [type(cell).__name__ for cell in inner if cells and type(cell) not in cells]
+    if cells and unknown:
         raise UnsupportedLayerError(
             f"Expected one of the cells {sorted(cls.__name__ for cls in cells)} in layer "
             f"'{name}'. Received: {', '.join(unknown)}. Leave the layer float, or use one of these "
             "cells."
         )
+    _check_constraints(inner, name)
+    _check_first_states(layer, name)
+
+
+def _check_constraints(cells: Sequence[Any], name: str) -> None:
     asked = [
         option
-        for cell in inner
+        for cell in cells
+        if type(cell) in _steps()
         for option in ("kernel_constraint", "recurrent_constraint", "bias_constraint")
         if getattr(cell, option) is not None
     ]
@@ -170,6 +254,33 @@ def _check(layer: Any, name: str, cells: "Cells") -> None:
             f"Expected no {' or '.join(sorted(set(asked)))} in layer '{name}': kqat splits its "
             "kernels by gate. Use a regularizer, or remove the constraint."
         )
+
+
+def _check_first_states(layer: Any, name: str) -> None:
+    """Refuses a cell of the user's own that begins with another state than zeros."""
+    cells = getattr(layer.cell, "cells", [layer.cell])
+    own = [cell for cell in cells if type(cell) not in _steps()]
+    if any(
+        np.any(np.asarray(state))
+        for cell in own
+        for state in keras.tree.flatten(_first_states(cell))
+    ):
+        raise UnsupportedLayerError(
+            f"Expected cells that begin with zeros in layer '{name}'. Received: "
+            f"{', '.join(type(cell).__name__ for cell in own)}, whose get_initial_state returns "
+            "other values. Call the layer with initial_state=..., and let the states be tensors "
+            "of the model."
+        )
+
+
+def _first_states(cell: Any) -> list[Any]:
+    """The states of one sample with which a cell begins, as `keras.layers.RNN` finds them."""
+    if hasattr(cell, "get_initial_state"):
+        found = cell.get_initial_state(batch_size=1)
+    else:
+        sizes = keras.tree.flatten(cell.state_size)
+        found = [keras.ops.zeros((1, size)) for size in sizes]
+    return list(found) if keras.tree.is_nested(found) else [found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,90 +301,58 @@ class _Held:
         return self.zero or self.starts
 
 
-def _take_apart(
-    cell: Any,
-    layer: Any,
-    name: str,
-    options: dict[str, bool],
-    make_step: "MakeStep",
-    held: _Held | None,
-) -> _Cell:
-    builder = Builder(cell, name, layer.trainable and cell.trainable, held)
+def _take_apart(builder: "StepBuilder", make_step: "MakeStep", options: dict[str, bool]) -> _Cell:
     step = make_step(builder)
-    trainable = builder.trainable
-    sequences = len(builder.projections) + (held is not None)
-    own_output = held is not None and held.own_output
-    recurrence = Recurrence(step, sequences, name=name, own_output=own_output, **options)
-    recurrence.trainable = trainable
-    return _Cell(cell.dropout, tuple(builder.projections), recurrence, name)
+    sequences = len(builder.sequences) + (builder.held is not None)
+    recurrence = Recurrence(
+        step, sequences, name=builder.name, own_output=builder.own_output, **options
+    )
+    recurrence.trainable = builder.trainable
+    dropout = builder.cell.dropout if isinstance(builder, Builder) else 0.0
+    return _Cell(dropout, tuple(builder.projections), recurrence, builder.name)
 
 
-class Builder:
-    """Builds the model of one step, gate by gate; each kind of cell has a function that uses it.
+class StepBuilder:
+    """Builds the model of one step; each kind of cell has a function that uses it.
 
-    `project` makes `x W + b` of some gates, `recur` makes `h R + b` of them. The products `x W` are
-    not part of the step: each becomes a `Dense` over the whole sequence in `projections`.
+    Args:
+        cell: the cell.
+        name: that the names of the parts begin with.
+        trainable: whether the parts are.
+        shape: of one step of the input, without the batch.
+        held: what a mask leaves of the output; `None` without a mask.
+
+    `sequences` are the inputs of the step that differ from step to step, and `projections` compute
+    each from the sequence that the cell is given.
     """
 
-    def __init__(self, cell: Any, name: str, trainable: bool, held: _Held | None = None):
-        self.cell, self.name, self.trainable, self.held = cell, name, trainable, held
-        self.units = cell.units
+    def __init__(
+        self,
+        cell: Any,
+        name: str,
+        trainable: bool,
+        shape: tuple[int, ...],
+        held: _Held | None = None,
+    ) -> None:
+        self.cell, self.name, self.trainable = cell, name, trainable
+        self.shape, self.held = shape, held
+        self.own_output = held is not None and held.own_output
         self.projections: list[Callable[..., Any]] = []
-        self.kernel = np.asarray(cell.kernel)
-        self.recurrent_kernel = np.asarray(cell.recurrent_kernel)
-        self.bias: np.ndarray | None = None
-        self.recurrent_bias: np.ndarray | None = None
-        if cell.use_bias:
-            bias = np.asarray(cell.bias)
-            # GRU with reset_after has one bias for `x W` and another for `h R`.
-            self.bias, self.recurrent_bias = bias if bias.ndim == 2 else (bias, None)
+        self.sequences: list[Any] = []
 
     def part_name(self, part: str) -> str:
         """The name of a part: the layer's name, and what the part is."""
         return f"{self.name}_{part}"
 
-    def project(self, part: str, gates: Sequence[int], signs: Sequence[int] = ()) -> Any:
-        """One step of `x W + b` for some gates, which is computed for all steps outside."""
-        options = self.regularizers("kernel_regularizer")
-        name = self.part_name(f"{part}_input")
-        dense = self._dense(name, self.kernel, self.bias, gates, signs, options)
-        self.projections.append(dense)
-        return keras.Input((len(gates) * self.units,), name=f"{name}_step")
+    def read(self) -> Any:
+        """One step of the input itself."""
+        return self.project_by(lambda x: x, self.shape, self.part_name("input_step"))
 
-    def recur(self, part: str, h: Any, gates: Sequence[int], signs: Sequence[int] = ()) -> Any:
-        """`h R + b` for some gates."""
-        name = self.part_name(f"{part}_recurrent")
-        if self.cell.recurrent_dropout:
-            h = layers.Dropout(self.cell.recurrent_dropout, name=f"{name}_dropout")(h)
-        options = self.regularizers("recurrent_regularizer")
-        kernel, bias = self.recurrent_kernel, self.recurrent_bias
-        return self._dense(name, kernel, bias, gates, signs, options)(h)
-
-    def regularizers(self, kernel: str, recurrent: str | None = None) -> dict[str, Any]:
-        """The cell's regularizers of these names, as arguments of a part."""
-        copies = {"kernel_regularizer": kernel, "bias_regularizer": "bias_regularizer"}
-        if recurrent is not None:
-            copies["recurrent_regularizer"] = recurrent
-        return {key: getattr(self.cell, name) for key, name in copies.items()}
-
-    def _dense(
-        self,
-        name: str,
-        kernel: np.ndarray,
-        bias: np.ndarray | None,
-        gates: Sequence[int],
-        signs: Sequence[int],
-        options: dict[str, Any],
-    ) -> Part:
-        def chosen(array: np.ndarray) -> np.ndarray:
-            columns = [array[..., g * self.units : (g + 1) * self.units] for g in gates]
-            signed = zip(columns, signs or [1] * len(columns), strict=True)
-            return np.concatenate([sign * part for part, sign in signed], axis=-1)
-
-        units = len(gates) * self.units
-        dense = layers.Dense(units, use_bias=bias is not None, name=name, **options)
-        dense.trainable = self.trainable
-        return Part(dense, [chosen(kernel)] if bias is None else [chosen(kernel), chosen(bias)])
+    def project_by(self, function: Callable[..., Any], shape: tuple[int, ...], name: str) -> Any:
+        """One step of what a function computes of all steps, outside of the step."""
+        self.projections.append(function)
+        self.sequences.append(keras.Input(shape, name=name))
+        return self.sequences[-1]
 
     def add(self, part: str, a: Any, b: Any) -> Any:
         """The layer `a + b`."""
@@ -289,52 +368,177 @@ class Builder:
             return x
         return activation_layer(function, self.part_name(part))(x)
 
+    def model(self, states: list[Any], after: list[Any], output: Any = None) -> keras.Model:
+        """The model of the step: steps of the sequences and states in, new states out.
+
+        With a mask, it is the last of the sequences, and states are held where it is false.
+
+        Args:
+            states: before the step.
+            after: the step.
+            output: of the step, where it is not the first state.
+        """
+        before, shown = list(states), list(after)
+        inputs = list(self.sequences)
+        if self.held is not None:
+            inputs.append(keras.Input((1,), dtype="bool", name=self.part_name("mask_step")))
+            shown = [
+                self._hold(f"held_{i}", inputs[-1], new, state)
+                for i, (new, state) in enumerate(zip(after, states, strict=True))
+            ]
+        if self.own_output:
+            first = after[0] if output is None else output
+            earlier = keras.Input(first.shape[1:], name=self.part_name("output_before"))
+            before, shown = [earlier, *before], [self._shown(first, earlier, inputs), *shown]
+        return keras.Model([*inputs, *before], shown, name=self.part_name("step"))
+
+    def _shown(self, output: Any, before: Any, inputs: list[Any]) -> Any:
+        """The output of a step that a mask may leave out."""
+        if self.held is None:
+            return output
+        other = before
+        if self.held.zero:
+            zero = self.part_name("output_zero")
+            other = layers.Subtract(name=zero)([before, before])
+        return self._hold("shown", inputs[-1], output, other)
+
+    def _hold(self, part: str, counts: Any, new: Any, before: Any) -> Any:
+        """`new` where the step counts, else `before`."""
+        name, more = self.part_name(part), len(new.shape) - 2
+        if more:
+            counts = layers.Reshape((1,) * (more + 1), name=f"{name}_mask")(counts)
+        return Hold(name=name)([counts, new, before])
+
+
+class Builder(StepBuilder):
+    """Builds the step of one of Keras's cells, gate by gate.
+
+    `project` makes `x W + b` of some gates, `recur` makes `h R + b` of them. The products `x W` are
+    not part of the step: each becomes a `Dense` over the whole sequence.
+    """
+
+    def __init__(self, cell: Any, *args: Any) -> None:
+        super().__init__(cell, *args)
+        self.kernel = np.asarray(cell.kernel)
+        self.recurrent_kernel = np.asarray(cell.recurrent_kernel)
+        self.bias: np.ndarray | None = None
+        self.recurrent_bias: np.ndarray | None = None
+        if cell.use_bias:
+            bias = np.asarray(cell.bias)
+            # GRU with reset_after has one bias for `x W` and another for `h R`.
+            self.bias, self.recurrent_bias = bias if bias.ndim == 2 else (bias, None)
+
+    @property
+    def units(self) -> int:
+        """The channels of a gate."""
+        return int(self.cell.units)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """The shape of a state, without the batch."""
+        return (self.units,)
+
+    def project(self, part: str, gates: Sequence[int], signs: Sequence[int] = ()) -> Any:
+        """One step of `x W + b` for some gates, which is computed for all steps outside."""
+        name = self.part_name(f"{part}_input")
+        dense = self.product_of_input(name, gates, signs)
+        return self.project_by(dense, (len(gates) * self.units,), f"{name}_step")
+
+    def product_of_input(self, name: str, gates: Sequence[int], signs: Sequence[int]) -> Part:
+        """The layer `x W + b` for some gates."""
+        options = self.regularizers("kernel_regularizer")
+        return self._product(name, self.kernel, self.bias, gates, signs, options)
+
+    def recur(self, part: str, h: Any, gates: Sequence[int], signs: Sequence[int] = ()) -> Any:
+        """`h R + b` for some gates."""
+        name = self.part_name(f"{part}_recurrent")
+        if self.cell.recurrent_dropout:
+            h = layers.Dropout(self.cell.recurrent_dropout, name=f"{name}_dropout")(h)
+        options = self.regularizers("recurrent_regularizer")
+        kernel, bias = self.recurrent_kernel, self.recurrent_bias
+        return self._product(name, kernel, bias, gates, signs, options)(h)
+
+    def regularizers(self, kernel: str, recurrent: str | None = None) -> dict[str, Any]:
+        """The cell's regularizers of these names, as arguments of a part."""
+        copies = {"kernel_regularizer": kernel, "bias_regularizer": "bias_regularizer"}
+        if recurrent is not None:
+            copies["recurrent_regularizer"] = recurrent
+        return {key: getattr(self.cell, name) for key, name in copies.items()}
+
+    def _product(
+        self,
+        name: str,
+        kernel: np.ndarray,
+        bias: np.ndarray | None,
+        gates: Sequence[int],
+        signs: Sequence[int],
+        options: dict[str, Any],
+    ) -> Part:
+        def chosen(array: np.ndarray) -> np.ndarray:
+            columns = [array[..., g * self.units : (g + 1) * self.units] for g in gates]
+            signed = zip(columns, signs or [1] * len(columns), strict=True)
+            return np.concatenate([sign * part for part, sign in signed], axis=-1)
+
+        options = {"use_bias": bias is not None, "name": name, **options}
+        layer = self._layer(len(gates) * self.units, kernel is self.kernel, options)
+        layer.trainable = self.trainable
+        return Part(layer, [chosen(kernel)] if bias is None else [chosen(kernel), chosen(bias)])
+
+    def _layer(self, channels: int, of_input: bool, options: dict[str, Any]) -> layers.Layer:
+        """The layer of a product, of the input or of a state."""
+        del of_input
+        return layers.Dense(channels, **options)
+
     def divide(self, x: Any, *parts: str) -> list[Any]:
         """Splits gates that were computed together into one tensor for each of `parts`."""
-        units = self.units
+        units, sizes = self.units, self.state_shape[:-1]
         return [
-            Slice([i * units], [(i + 1) * units], [1], name=self.part_name(part))(x)
+            Slice(
+                [*(0 for _ in sizes), i * units],
+                [*sizes, (i + 1) * units],
+                [1] * (len(sizes) + 1),
+                name=self.part_name(part),
+            )(x)
             for i, part in enumerate(parts)
         ]
 
     def state(self, part: str) -> Any:
         """A state as it is before the step."""
-        return keras.Input((self.units,), name=self.part_name(part))
+        return keras.Input(self.state_shape, name=self.part_name(part))
 
-    def model(self, inputs: list[Any], outputs: list[Any]) -> keras.Model:
-        """The model of the step: projections and states in, new states out.
 
-        With a mask, it is the last of the sequences, and states are held where it is false.
-        """
-        if self.held is not None:
-            inputs, outputs = self._held(self.held, inputs, outputs)
-        return keras.Model(inputs, outputs, name=self.part_name("step"))
+class ConvolutionBuilder(Builder):
+    """The same for a cell whose products are convolutions, which are all part of the step."""
 
-    def _held(
-        self, held: _Held, inputs: list[Any], outputs: list[Any]
-    ) -> tuple[list[Any], list[Any]]:
-        sequences, states = inputs[: -len(outputs)], inputs[-len(outputs) :]
-        counts = keras.Input((1,), dtype="bool", name=self.part_name("mask_step"))
-        names = ["held_state", "held_carry"]
-        after = [
-            Hold(name=self.part_name(name))([counts, new, before])
-            for name, new, before in zip(names, outputs, states, strict=False)
-        ]
-        if held.own_output:
-            before = other = self.state("output_before")
-            if held.zero:
-                zero = self.part_name("output_zero")
-                other = layers.Subtract(name=zero)([before, before])
-            shown = Hold(name=self.part_name("shown"))([counts, outputs[0], other])
-            states, after = [before, *states], [shown, *after]
-        return [*sequences, counts, *states], after
+    @property
+    def units(self) -> int:
+        """The channels of a gate."""
+        return int(self.cell.filters)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """The shape of a state, without the batch."""
+        shape, _ = self.cell.compute_output_shape((None, *self.shape))
+        return tuple(shape[1:])
+
+    def project(self, part: str, gates: Sequence[int], signs: Sequence[int] = ()) -> Any:
+        """`x W + b` for some gates."""
+        x = self.sequences[0] if self.sequences else self.read()
+        return self.product_of_input(self.part_name(f"{part}_input"), gates, signs)(x)
+
+    def _layer(self, channels: int, of_input: bool, options: dict[str, Any]) -> layers.Layer:
+        """A convolution; those of states keep their sizes."""
+        cell, conv = self.cell, (layers.Conv1D, layers.Conv2D, layers.Conv3D)[self.cell.rank - 1]
+        geometry = {key: getattr(cell, key) for key in ("strides", "padding", "dilation_rate")}
+        geometry = geometry if of_input else {"padding": "same"}
+        return conv(channels, cell.kernel_size, **geometry, **options)
 
 
 def _simple(builder: Builder) -> keras.Model:
     """`h = f(x W + h R + b)`."""
     x, h = builder.project("sum", [0]), builder.state("state")
     total = builder.add("sum", x, builder.recur("sum", h, [0]))
-    return builder.model([x, h], [builder.activate("output", builder.cell.activation, total)])
+    return builder.model([h], [builder.activate("output", builder.cell.activation, total)])
 
 
 def _lstm(builder: Builder) -> keras.Model:
@@ -354,7 +558,7 @@ def _lstm(builder: Builder) -> keras.Model:
     carry = builder.add("carry", builder.multiply("kept", f, c), builder.multiply("new", i, g))
     squashed = builder.activate("squashed", cell.activation, carry)
     output = builder.multiply("output", o, squashed)
-    return builder.model([x, x_candidate, h, c], [output, carry])
+    return builder.model([h, c], [output, carry])
 
 
 # Functions with f(-x) == 1 - f(x).
@@ -387,14 +591,47 @@ def _gru(builder: Builder) -> keras.Model:
     candidate = builder.activate("candidate", cell.activation, candidate)
     change = layers.Subtract(name=builder.part_name("difference"))([candidate, h])
     output = builder.add("output", h, builder.multiply("change", update, change))
-    return builder.model([x, x_candidate, h], [output])
+    return builder.model([h], [output])
 
 
-_CELLS: dict[type, Callable[[Builder], keras.Model]] = {
-    layers.SimpleRNNCell: _simple,
-    layers.LSTMCell: _lstm,
-    layers.GRUCell: _gru,
-}
+def _own_step(builder: StepBuilder) -> keras.Model:
+    """What the `call` of a cell of the user's own computes; its output may be none of its states.
 
-MakeStep = Callable[[Builder], keras.Model]
+    A copy of the cell stands in the step, which is opened as any custom layer.
+    """
+    x, first = builder.read(), _first_states(builder.cell)
+    states = [
+        keras.Input(state.shape[1:], name=builder.part_name(f"state_{i}"))
+        for i, state in enumerate(keras.tree.flatten(first))
+    ]
+    cell = duplicate(builder.cell, builder.part_name("cell"))
+    output, after = cell(x, keras.tree.pack_sequence_as(first, states))
+    builder.own_output = True
+    return builder.model(states, keras.tree.flatten(after), output)
+
+
+@functools.cache
+def _steps() -> dict[type, "MakeStep"]:
+    """Class of a cell of Keras -> the function that builds the model of its step."""
+    return {
+        layers.SimpleRNNCell: _simple,
+        layers.LSTMCell: _lstm,
+        layers.GRUCell: _gru,
+        _convolutional(): _lstm,
+    }
+
+
+@functools.cache
+def _convolutional() -> type:
+    """The class of the cells of ConvLSTM, which has no public name."""
+    return type(layers.ConvLSTM2D(1, 1).cell)
+
+
+def _builder_of(cell: Any) -> type[StepBuilder]:
+    if type(cell) is _convolutional():
+        return ConvolutionBuilder
+    return Builder if type(cell) in _steps() else StepBuilder
+
+
+MakeStep = Callable[[Any], keras.Model]
 Cells = Mapping[type, MakeStep]

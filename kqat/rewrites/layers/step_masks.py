@@ -32,7 +32,9 @@ def masking(layer: Any, name: str) -> Decomposed:
         raise UnsupportedLayerError(
             f"Expected mask_value=0.0 in Masking layer '{name}'. Received: {layer.mask_value}. "
             "Zero alone is a point of every integer grid; another value is rounded, so that steps "
-            "with it would not be found. Pad with zeros."
+            "with it would not be found. Pad with zeros, as x[(x == "
+            f"{np.asarray(layer.mask_value).tolist()}).all(-1)] = 0 does in NumPy, in training and "
+            "on the device."
         )
     return layers.Identity(name=name)
 
@@ -67,7 +69,8 @@ def mean_of_shown(layer: Any, name: str) -> Decomposed:
         shown = truth_of_steps(mask, name)
         if shown is None:
             raise UnsupportedLayerError(
-                f"Expected a mask in all calls of layer '{name}' or in none. Received: both."
+                f"Expected a mask in all calls of layer '{name}' or in none. Received: both. "
+                "Use two layers."
             )
         steps, width = x.shape[1:]
         ones = _index(IndexKind.MULTIPLY, shown, 1, f"{name}_ones")

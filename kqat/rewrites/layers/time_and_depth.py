@@ -102,7 +102,8 @@ def conv_3d(layer: Any, name: str) -> Decomposed:
     if config["dilation_rate"][0] != 1 or config["groups"] != 1:
         raise UnsupportedLayerError(
             f"Expected one group and no dilation of the depth in layer '{name}'. Received: groups="
-            f"{config['groups']}, dilation_rate={config['dilation_rate']}."
+            f"{config['groups']}, dilation_rate={config['dilation_rate']}. Use groups=1, and "
+            "dilate rows and columns only."
         )
     matrix_products.options(layer, name)
     # (depth, height, width, in, out) -> (height, width, depth * in, out)

@@ -43,9 +43,12 @@ _ARITHMETIC: dict[IndexKind, Callable[[float, float], float]] = {
     IndexKind.SUBTRACT: operator.sub,
     # Zero times an end that is not known is zero.
     IndexKind.MULTIPLY: lambda a, b: a * b if a and b else 0,
+    # By constants: an infinite end stays one.
+    IndexKind.DIVIDE: lambda a, b: math.trunc(a / b) if math.isfinite(a) else a / b,
     IndexKind.MAXIMUM: max,
     IndexKind.MINIMUM: min,
 }
+_JOINING = (IndexKind.CONCATENATE, IndexKind.PAD)
 # Integers, or infinite where the graph does not tell.
 Bounds = tuple[float, float]
 _ANY = (-math.inf, math.inf)
@@ -87,7 +90,7 @@ class _Bounds:
             return _TRUTH
         if maker is None or isinstance(maker, layers.InputLayer):
             return self.inputs
-        if isinstance(maker, IndexOperation) and maker.kind is not IndexKind.CONCATENATE:
+        if isinstance(maker, IndexOperation) and maker.kind not in _JOINING:
             return self._computed(maker, read)
         if isinstance(maker, IndexOperation):
             moves = True
@@ -99,6 +102,8 @@ class _Bounds:
         known = [part for part in parts if part is not None]
         if not moves or len(known) < len(parts) or not known:
             return None
+        if isinstance(maker, IndexOperation) and maker.kind is IndexKind.PAD:
+            known.append((maker.options["constant_values"],) * 2)
         return min(low for low, _ in known), max(high for _, high in known)
 
     def _computed(self, maker: IndexOperation, read: list[Any]) -> Bounds | None:
@@ -107,6 +112,8 @@ class _Bounds:
         if maker.kind not in _ARITHMETIC:  # The place of the largest or least.
             size = read[0].shape[maker.options["axis"]]
             return None if size is None else (0, size - 1)
+        if (rest := self._rest(maker, read)) is not None:
+            return rest
         operands: list[Bounds | None] = [self.of(tensor) for tensor in read]
         for key in ("x1", "x2"):
             if key in maker.options:
@@ -123,6 +130,137 @@ class _Bounds:
         # Two infinite ends that leave each other undetermined are not the ends of the result.
         ends = [end for end in results if not math.isnan(end)]
         return min(ends), max(ends)
+
+    def _rest(self, maker: IndexOperation, read: list[Any]) -> Bounds | None:
+        """Bounds of what a division leaves; `None` for another difference."""
+        product, factors = maker_of(read[-1])
+        if maker.kind is not IndexKind.SUBTRACT or len(read) != 2 or not factors:
+            return None
+        quotient, dividend = maker_of(factors[0])
+        parts = ((product, IndexKind.MULTIPLY), (quotient, IndexKind.DIVIDE))
+        divides = all(isinstance(o, IndexOperation) and o.kind is kind for o, kind in parts)
+        if not divides or dividend[0] is not read[0]:
+            return None
+        divisors = np.asarray(quotient.options["x2"])
+        if not np.array_equal(divisors, np.asarray(product.options.get("x2"))):
+            return None
+        most = int(np.abs(divisors).max()) - 1
+        low, high = self.of(dividend[0]) or _ANY
+        return max(low, -most) if low < 0 else 0, min(high, most) if high > 0 else 0
+
+
+def floor_division(x: Any, divisor: Any, name: str) -> tuple[Any, Any]:
+    """The quotient of integers by constants, rounded down, and what it leaves.
+
+    TFLite Micro has no FLOOR_DIV and FLOOR_MOD of int32; every runtime has DIV, which rounds
+    towards zero. Where that leaves a negative rest, the quotient is one less.
+
+    Raises:
+        UnsupportedLayerError: if a divisor is no integer above zero.
+    """
+    divisors = np.asarray(divisor)
+    if divisors.dtype.kind not in "iu" or divisors.min() < 1:
+        raise UnsupportedLayerError(
+            f"Expected integers to be divided by constant integers above zero in '{name}'. "
+            f"Received: {divisors.tolist()}. Cast the integers to float for another quotient."
+        )
+
+    def by(kind: IndexKind, a: Any, b: Any, part: str) -> Any:
+        read, options = ([a, b], {}) if is_tensor(b) else (a, {"x2": b})
+        return IndexOperation(kind, options, name=f"{name}_{part}")(read)
+
+    numbers = divisors.tolist()
+    whole = as_integers(x, name)
+    quotient = by(IndexKind.DIVIDE, whole, numbers, "quotient")
+    rest = by(
+        IndexKind.SUBTRACT, whole, by(IndexKind.MULTIPLY, quotient, numbers, "multiple"), "rest"
+    )
+    if (bounds_of := _Bounds(_ANY).of(whole)) is not None and bounds_of[0] >= 0:
+        return quotient, rest
+    below = as_integers(by(IndexKind.LESS, rest, 0, "below"), f"{name}_below")
+    more = by(IndexKind.MULTIPLY, below, numbers, "more")
+    return (
+        by(IndexKind.SUBTRACT, quotient, below, "floor"),
+        by(IndexKind.ADD, rest, more, "mod"),
+    )
+
+
+def padded(x: Any, widths: Sequence[tuple[int, int]], number: Any, name: str) -> Any:
+    """Integers with a number around them; `widths` has a pair for each axis, the batch's zeros."""
+    options = {"pad_width": [list(pair) for pair in widths], "constant_values": int(number)}
+    return IndexOperation(IndexKind.PAD, options, name=name)(as_integers(x, name))
+
+
+def moved(layer: Any, x: Any, name: str) -> Any:
+    """What a layer makes of integers, which Keras's symbolic tensors say are floats from there on.
+
+    Args:
+        layer: that moves values, or merges them.
+        x: a tensor, or a list of them.
+        name: of what computes it.
+
+    Returns:
+        Integers, or `None` where it is no such layer, or reads quantities.
+    """
+    known = type(layer) in _MOVES and all(map(is_whole, x if isinstance(x, list | tuple) else [x]))
+    return _MOVES[type(layer)](layer, x, name) if known else None
+
+
+def _pairs(given: Any) -> list[tuple[int, int]]:
+    """Two numbers for each axis but the batch's, of a layer of one or more spatial axes."""
+    spatial = [given] if isinstance(given[0], int) else given
+    return [*(tuple(pair) for pair in spatial), (0, 0)]
+
+
+def _cropped(layer: Any, x: Any, name: str) -> Any:
+    pairs = _pairs(layer.cropping)
+    ends = [size - end for size, (_, end) in zip(x.shape[1:], pairs, strict=True)]
+    return Slice([start for start, _ in pairs], ends, [1] * len(pairs), name=name)(x)
+
+
+def _zero_padded(layer: Any, x: Any, name: str) -> Any:
+    return padded(x, [(0, 0), *_pairs(layer.padding)], 0, name)
+
+
+def _repeated(layer: Any, x: Any, name: str) -> Any:
+    """`RepeatVector` and `UpSampling1D`: each row as often as the layer says."""
+    count = layer.n if isinstance(layer, layers.RepeatVector) else layer.size
+    rows_before = math.prod(x.shape[1:-1])
+    row = layers.Reshape((rows_before, 1, x.shape[-1]), name=f"{name}_row")(x)
+    many = IndexOperation(IndexKind.CONCATENATE, {"axis": 2}, name=f"{name}_many")
+    whole = (rows_before * count, x.shape[-1])
+    return layers.Reshape(whole, name=name)(many([row] * count) if count > 1 else row)
+
+
+def _joined(layer: Any, x: Sequence[Any], name: str) -> Any:
+    return IndexOperation(IndexKind.CONCATENATE, {"axis": layer.axis}, name=name)(list(x))
+
+
+def _merged(kind: IndexKind) -> Callable[[Any, Any, str], Any]:
+    def merge(layer: Any, x: Sequence[Any], name: str) -> Any:
+        result, *others = [as_integers(part, f"{name}_{i}") for i, part in enumerate(x)]
+        for i, other in enumerate(others, 1):
+            part = name if i == len(others) else f"{name}_and_{i}"
+            result = IndexOperation(kind, name=part)([result, other])
+        return result
+
+    return merge
+
+
+_MOVES: dict[type, Callable[[Any, Any, str], Any]] = {
+    layers.RepeatVector: _repeated,
+    layers.UpSampling1D: _repeated,
+    layers.Concatenate: _joined,
+    layers.Add: _merged(IndexKind.ADD),
+    layers.Subtract: _merged(IndexKind.SUBTRACT),
+    layers.Multiply: _merged(IndexKind.MULTIPLY),
+    layers.Maximum: _merged(IndexKind.MAXIMUM),
+    layers.Minimum: _merged(IndexKind.MINIMUM),
+    **dict.fromkeys((layers.Cropping1D, layers.Cropping2D, layers.Cropping3D), _cropped),
+    **dict.fromkeys(
+        (layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D), _zero_padded
+    ),
+}
 
 
 def quantity(x: Any, name: str) -> Any:

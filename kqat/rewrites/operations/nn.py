@@ -168,7 +168,8 @@ def _fft2(operation: Any, name: str) -> Callable[..., Any]:
         if is_tensor(imaginary) or np.any(np.asarray(imaginary)) or len(real.shape) != 3:
             raise UnsupportedLayerError(
                 f"Expected real numbers of shape (batch, rows, columns) in operation '{name}' of "
-                "type FFT2. Received: an imaginary part that is not zero, or another rank."
+                "type FFT2. Received: an imaginary part that is not zero, or another rank. "
+                "Transform both parts apart and add them, or reshape."
             )
         rows, columns = (_fourier(int(size)) for size in real.shape[1:])
         parts = {

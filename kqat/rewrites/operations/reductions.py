@@ -112,7 +112,8 @@ def _check_plain(operation: Any, options: tuple[str, ...], name: str) -> None:
     asked = {option: value for option, value in given.items() if value is not None}
     if asked:
         raise UnsupportedLayerError(
-            f"Expected operation '{name}' without {' or '.join(asked)}. Received: {asked}."
+            f"Expected operation '{name}' without {' or '.join(asked)}. Received: {asked}. Leave "
+            "that out."
         )
 
 

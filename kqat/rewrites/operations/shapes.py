@@ -25,6 +25,7 @@ from kqat.parts import (
     sliced,
     stacked,
 )
+from kqat.rewrites.layers import whole_numbers
 from kqat.rewrites.layers.one_hot import multi_hot, one_hot, rows
 from kqat.rewrites.operations.binary import FAR_BELOW, Row, is_number
 from kqat.rewrites.operations.reductions import axes_of, axis_of
@@ -39,7 +40,7 @@ def to_output_shape(operation: Any, name: str) -> Callable[..., Any]:
         if shape[0] != x.shape[0]:
             raise UnsupportedLayerError(
                 f"Expected operation '{name}' to keep the batch axis first. Received: {x.shape} "
-                f"-> {shape}."
+                f"-> {shape}. Reshape the other axes alone."
             )
         return layers.Reshape(shape[1:], name=name)(x)
 
@@ -55,7 +56,7 @@ def permuted(order: Callable[[Any, int], tuple[int, ...]]) -> Row:
             if axes[0] != 0:
                 raise UnsupportedLayerError(
                     f"Expected operation '{name}' to keep the batch axis first. Received: axes "
-                    f"{axes}."
+                    f"{axes}. Reorder the other axes alone."
                 )
             return layers.Permute(axes[1:], name=name)(x)
 
@@ -176,7 +177,7 @@ def _tile(operation: Any, name: str) -> Callable[..., Any]:
         if repeats[0] != 1 or len(repeats) > len(x.shape):
             raise UnsupportedLayerError(
                 f"Expected operation '{name}' to leave the batch axis alone. Received: repeats="
-                f"{operation.repeats}."
+                f"{operation.repeats}. Repeat along the other axes alone."
             )
         return _tiled(x, repeats, name)
 
@@ -319,6 +320,8 @@ def _pad(operation: Any, name: str) -> Callable[..., Any]:
         if mode != "constant":
             return _repeated(x, widths, mode, name)
         number = float(np.asarray(value).reshape(()))
+        if whole_numbers.is_whole(x) and x.dtype != "bool":
+            return whole_numbers.padded(x, widths, number, name)
         if number == 0:
             return zeros_around(x, widths, name)
         most = min(MOST_AXES["PADV2"])

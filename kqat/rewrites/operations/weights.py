@@ -22,13 +22,13 @@ from kqat.parts import (
 )
 from kqat.rewrites.layers.one_hot import rows
 
-# Operations whose rows make a layer of a weight.
+# Operations and layers whose rows make a layer of a weight.
 TAKE_WEIGHTS = frozenset(
     (
         "Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum", "Where",
         "FFT2",
         "Matmul", "Einsum", "Tensordot", "Dot", "Inner", "Take", "Conv", "DepthwiseConv",
-        "DotProductAttention",
+        "DotProductAttention", "SimpleRNNCell", "GRUCell", "LSTMCell",
     )
 )  # fmt: skip
 # Those among them whose operands all have the batch's size.

@@ -8,16 +8,16 @@ import numpy as np
 from kqat.base import SpecError
 from kqat.training.algorithms.linear_layers import LinearProblem, with_chosen_integers
 
-# The stretch of the rectified sigmoid, how the exponent of its regularization falls, and the share
-# of the steps without it, all as in the paper.
+# The stretch of the rectified sigmoid is the paper's. How the exponent of its regularization falls,
+# and the share of the steps without it, are those of the authors' own code, AIMET.
 ZETA, GAMMA = 1.1, -0.1
 FIRST_EXPONENT, LAST_EXPONENT = 20.0, 2.0
 WARM_UP = 0.2
-# The weight of the regularization. The paper's 0.01 is for errors in units of the values; here they
+# The weight of the regularization. AIMET's 0.01 is for errors in units of the values; here they
 # are in units of the error of nearest rounding, one for each weight. From 3 to 10 the error of
 # random layers of 3 and 4 bits is the same, below 1 it is larger.
 WEIGHT = 3.0
-# Adam's rate and moments.
+# Adam's rate and moments. AIMET has a rate of 0.001 and 10,000 steps or more.
 RATE, BETA_1, BETA_2, TINY = 1e-2, 0.9, 0.999, 1e-8
 
 
@@ -45,7 +45,9 @@ def adaround(qat: keras.Model, data: Any, *, iterations: int = 1000) -> keras.Mo
         ModelError: if `qat` has no such layer.
         CalibrationError: if the data do not fit the model.
 
-    Reference: Nagel et al. 2020, section 3, equations 21 to 25 (https://arxiv.org/abs/2004.10568).
+    Reference: Nagel et al. 2020, section 3.3, equations 21 to 25, with the products of the inputs
+    computed before, as in equation 19 (https://arxiv.org/abs/2004.10568). Equation 25 compares
+    outputs behind the activation function.
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise SpecError(

@@ -8,7 +8,7 @@ import numpy as np
 from kqat.training.algorithms.scaling import Pair, Statistics, input_axis, rescaled
 from kqat.training.weight_wrapper import QuantizeWrapper
 
-# The exponents to try, as in the paper.
+# The exponents to try: in [0, 1], as in the paper.
 EXPONENTS = tuple(step / 20 for step in range(21))
 TINY = 1e-4
 
@@ -23,7 +23,9 @@ def awq(qat: keras.Model, data: Any) -> keras.Model:
 
     and channel `j` of the layer before is divided by it. Of the exponents `a` = 0, 0.05, … 1 the
     one is taken whose rounded kernels give the outputs closest to the unrounded ones. `a = 0`
-    changes nothing, so no layer gets worse on `data`. AWQ is meant for weights of 4 bits or fewer.
+    changes nothing, so by this measure no layer gets worse. The measure is exact for Dense; for
+    convolutions it leaves out products of different positions. AWQ is meant for weights of 4 bits
+    or fewer.
 
     Args:
         qat: a QAT model, before training; it is not changed.
@@ -33,7 +35,10 @@ def awq(qat: keras.Model, data: Any) -> keras.Model:
         ModelError: if no layer of `qat` can be scaled like this.
         CalibrationError: if the data do not fit the model.
 
-    Reference: Lin et al. 2024, section 3.2 (https://arxiv.org/abs/2306.00978).
+    Reference: Lin et al. 2024, section 3.2, equations 4 and 5 (https://arxiv.org/abs/2306.00978).
+    The division by the geometric mean is that of the authors' code
+    (https://github.com/mit-han-lab/llm-awq). The paper also clips weights; here the method that
+    finds their step decides what is clipped.
     """
     return rescaled(qat, data, _factors)
 

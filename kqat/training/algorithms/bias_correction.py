@@ -19,12 +19,12 @@ from kqat.training.weight_wrapper import QuantizeWrapper
 def correct_biases(qat: keras.Model, data: Any) -> keras.Model:
     """A copy of a QAT model whose layers have the mean outputs of the layers without rounding.
 
-    Rounded weights shift the mean of an output channel by `E[w~ x~] - E[w x]`. That is taken off
-    the bias; off the moving mean, with the other sign, where a BatchNormalization will be folded
-    in. A layer with neither gets a bias: that is what calibration, which corrects the biases that
-    there are, leaves to this function. Layers are corrected in the order in which they run, each
-    on the input that the layers before it give, by means over `data` (the paper's empirical
-    variant). Dense, Conv and DepthwiseConv layers of one or two dimensions take part.
+    Rounded weights shift the mean of an output channel by `E[w~ x~] - E[w x]`. This shift is
+    subtracted from the bias, or added to the moving mean of a BatchNormalization that will be
+    folded in. A layer that has neither gets a bias. Calibration corrects biases too, but adds none.
+    Layers are corrected in the order in which they run, each on the input that the corrected layers
+    before it give, by means over `data` (the paper's empirical variant). Dense, Conv and
+    DepthwiseConv layers of one or two dimensions take part.
 
     Args:
         qat: a QAT model, before training; it is not changed. Ranges stay as they are.

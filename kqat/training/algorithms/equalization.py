@@ -16,6 +16,8 @@ from kqat.training.algorithms.scaling import (
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 TINY = 1e-8
+# Chains of pairs settle in fewer rounds than this, or are then close to it.
+ROUNDS = 50
 
 
 def equalize(qat: keras.Model, data: Any, *, absorb_biases: bool = False) -> keras.Model:
@@ -23,8 +25,9 @@ def equalize(qat: keras.Model, data: Any, *, absorb_biases: bool = False) -> ker
 
     Channel `j` between two layers is divided by `s_j = sqrt(r1_j / r2_j)`. Here `r1_j` is the
     largest weight that computes the channel and `r2_j` the largest weight that reads it. Both
-    become `sqrt(r1_j * r2_j)`. This helps weights with one scale per tensor, and depthwise
-    networks.
+    become `sqrt(r1_j * r2_j)`. A layer between two others takes part in two such pairs, so all
+    pairs are scaled again until the factors are within 0.1 % of 1, at most 50 times. This helps
+    weights with one scale per tensor, and depthwise networks.
 
     With `absorb_biases`, what a BatchNormalization adds to a channel beyond three of its standard
     deviations, `c_j = max(0, beta_j - 3 * |gamma_j|)`, moves through the ReLU into the next layer's
@@ -48,7 +51,7 @@ def equalize(qat: keras.Model, data: Any, *, absorb_biases: bool = False) -> ker
     (https://arxiv.org/abs/1906.04721).
     """
     then = _absorb if absorb_biases else _nothing
-    return rescaled(qat, data, _factors, _has_kernel, then, "a linear layer")
+    return rescaled(qat, data, _factors, _has_kernel, then, "a linear layer", ROUNDS)
 
 
 def _nothing(pair: Pair) -> None:

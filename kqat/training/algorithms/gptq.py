@@ -6,11 +6,15 @@ import keras
 import numpy as np
 
 from kqat.base import SpecError
-from kqat.training.algorithms.linear_layers import LinearProblem, with_chosen_integers
+from kqat.training.algorithms.linear_layers import (
+    LinearProblem,
+    nearest_integers,
+    with_chosen_integers,
+)
 
 
 def gptq(qat: keras.Model, data: Any, *, damping: float = 0.01) -> keras.Model:
-    """A copy of a QAT model whose weights are rounded in view of each other.
+    """A copy of a QAT model whose later weights make up for the rounding of earlier ones.
 
     With `H = 2 X^T X` of a layer's inputs and `U` the upper Cholesky factor of its inverse, the
     weights `w_i` of input `i` are rounded to `q_i`, and the error is spread over the inputs
@@ -32,7 +36,9 @@ def gptq(qat: keras.Model, data: Any, *, damping: float = 0.01) -> keras.Model:
         ModelError: if `qat` has no such layer.
         CalibrationError: if the data do not fit the model.
 
-    Reference: Frantar et al. 2023, "The GPTQ algorithm", algorithm 1 (https://arxiv.org/abs/2210.17323).
+    Reference: Frantar et al. 2023, section 4, algorithm 1 (https://arxiv.org/abs/2210.17323). The
+    paper's blocks of columns only save time. It rounds to asymmetric min-max grids (section 5);
+    here the grids are those of the model.
     """
     if not damping > 0.0:
         raise SpecError(f"Expected damping above 0. Received: damping={damping!r}. Use 0.01.")
@@ -56,9 +62,7 @@ def rounded_in_order(problem: LinearProblem, group: int, damping: float) -> np.n
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
     integers = np.zeros_like(weights)
     for row in range(len(weights)):
-        ratio = weights[row] / scale[row]
-        nearest = np.sign(ratio) * np.floor(np.abs(ratio) + 0.5)
-        integers[row] = np.clip(nearest, -problem.limit, problem.limit)
+        integers[row] = nearest_integers(weights[row] / scale[row], problem.limit)
         error = (weights[row] - integers[row] * scale[row]) / upper[row, row]
         weights[row + 1 :] -= np.outer(upper[row, row + 1 :], error)
     return integers

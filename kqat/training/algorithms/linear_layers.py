@@ -17,7 +17,7 @@ from kqat.base import ModelError, SpecError
 from kqat.graph import Graph, Ref, fill, trace
 from kqat.grids import Binary, LearnedStep, LearnedTernary, TrainedThreshold
 from kqat.training import calibration
-from kqat.training.build import is_quantized
+from kqat.training.build import check_quantized
 from kqat.training.method_choice import mean_of
 from kqat.training.unrounded import call_unrounded
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -121,10 +121,8 @@ class LinearProblem:
         return self.cross @ self.weights
 
     def nearest(self) -> np.ndarray:
-        """The nearest integers, half away from zero, as training has them."""
-        ratio = self.weights / self.scale
-        rounded = np.sign(ratio) * np.floor(np.abs(ratio) + 0.5)
-        return np.clip(rounded, -self.limit, self.limit)
+        """The nearest integers, as training has them."""
+        return nearest_integers(self.weights / self.scale, self.limit)
 
     def error(self, integers: np.ndarray) -> np.ndarray:
         """Mean squared error of each output, `(groups, outputs)`, up to a constant.
@@ -134,6 +132,11 @@ class LinearProblem:
         weights = integers * self.scale
         quadratic = np.sum(weights * (self.gram @ weights), axis=1)
         return quadratic - 2.0 * np.sum(weights * self.wanted, axis=1)
+
+
+def nearest_integers(ratio: np.ndarray, limit: int) -> np.ndarray:
+    """The integers in `[-limit, limit]` nearest to weights in steps, half away from zero."""
+    return np.clip(np.sign(ratio) * np.floor(np.abs(ratio) + 0.5), -limit, limit)
 
 
 def with_chosen_integers(
@@ -208,11 +211,7 @@ def linear_layers(qat: Any, method: str) -> list[QuantizeWrapper]:
         ModelError: if `qat` is not a QAT model, or has none.
     """
     trace(qat)  # raises if `qat` is not a model
-    if not is_quantized(qat):
-        raise ModelError(
-            f"Expected a QAT model for {method}. Received: '{qat.name}', which is float. Use "
-            "kqat.quantize_model first."
-        )
+    check_quantized(qat, f"for {method}")
     found = [layer for layer in qat.layers if is_linear(layer)]
     if not found:
         raise ModelError(

@@ -18,7 +18,8 @@ from kqat.grids import Clamp, Fixed
 from kqat.parts import ChannelAffine, Requantize
 from kqat.training import calibration
 from kqat.training.activation_quantizer import ActivationQuantizer
-from kqat.training.build import all_layers, is_quantized
+from kqat.training.build import all_layers, check_quantized
+from kqat.training.unrounded import call_unrounded
 from kqat.training.weight_wrapper import QuantizeWrapper
 
 # Layer class -> the axis of its kernel that belongs to the channels of the input.
@@ -47,6 +48,8 @@ _NAMED = 4
 _IS_OUTPUT = "it is an output of the model"
 # Factors are clipped to this: larger ones would make outliers in the other tensor.
 LARGEST_FACTOR = 2.0**10
+# Pairs that are scaled in rounds are done when no factor of a round is further from 1 than this.
+SETTLED = 1e-3
 
 
 # Statistics use at most this many positions of a batch, evenly spread.
@@ -119,8 +122,6 @@ class Pair:
             shape = [1] * len(kernel.shape)
             shape[input_axis(consumer)] = -1
             kernel.assign(np.asarray(kernel) * factor.reshape(shape))
-        for wrapper in (self.producer, *self.consumers):
-            wrapper.start_steps()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +192,7 @@ def rescaled(
     eligible: Callable[[QuantizeWrapper], bool] = lambda wrapper: True,
     then: Callable[[Pair], None] = lambda pair: None,
     wanted: str = "a normalization or linear layer",
+    rounds: int = 1,
 ) -> keras.Model:
     """A copy of a QAT model with its pairs scaled and all ranges calibrated again.
 
@@ -201,17 +203,15 @@ def rescaled(
         eligible: which layers' channels to scale.
         then: called with each pair after all were scaled, before calibration.
         wanted: what these layers are, for messages.
+        rounds: how often each pair is scaled at the most, where factors depend on weights that
+            other pairs scale too. The statistics are those before the first round.
 
     Raises:
         ModelError: if `qat` is not a QAT model, or has no eligible pair.
         CalibrationError: if the data do not fit the model.
     """
     trace(qat)  # raises if `qat` is not a model
-    if not is_quantized(qat):
-        raise ModelError(
-            f"Expected a QAT model to scale. Received: '{qat.name}', which is float. Use "
-            "kqat.quantize_model first."
-        )
+    check_quantized(qat, "to scale")
     copy = keras.models.clone_model(qat)
     copy.set_weights(qat.get_weights())
     graph = trace(copy)
@@ -224,9 +224,7 @@ def rescaled(
             f"{_none_of(found, wanted)}. Train it as it is."
         )
     statistics = _statistics(graph, batches, [pair.value for pair in chosen])
-    for pair in chosen:
-        factor = factors(pair, statistics[pair.value])
-        pair.scale(np.clip(factor, 1.0 / LARGEST_FACTOR, LARGEST_FACTOR).astype(np.float32))
+    _scale(chosen, lambda pair: factors(pair, statistics[pair.value]), rounds)
     for pair in chosen:
         then(pair)
     for layer in all_layers(copy):
@@ -234,6 +232,25 @@ def rescaled(
             layer.reset()
     calibration.calibrate(copy, iter(batches))
     return copy
+
+
+def _scale(chosen: Sequence[Pair], factors: Callable[[Pair], np.ndarray], rounds: int) -> None:
+    """Scales the pairs one after the other, in at most `rounds` rounds."""
+    # What each pair's channels were divided by so far.
+    totals: list[Any] = [1.0] * len(chosen)
+    for _ in range(rounds):
+        settled = True
+        for index, pair in enumerate(chosen):
+            total = totals[index] * factors(pair)
+            total = np.clip(total, 1.0 / LARGEST_FACTOR, LARGEST_FACTOR)
+            factor = total / totals[index]
+            totals[index] = total
+            settled = settled and bool(np.all(np.abs(factor - 1.0) <= SETTLED))
+            pair.scale(factor.astype(np.float32))
+        if settled:
+            break
+    for wrapper in {id(w): w for pair in chosen for w in (pair.producer, *pair.consumers)}.values():
+        wrapper.start_steps()
 
 
 def _none_of(found: Sequence[Any], wanted: str) -> str:
@@ -269,8 +286,7 @@ def _statistics(
     kept = {ref: Statistics(ref.shape[-1] or 0) for ref in wanted}
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
-        quantizer = isinstance(node.layer, ActivationQuantizer)
-        value = node.layer.clamped(args[0]) if quantizer else node.layer(*args, **kwargs)
+        value = call_unrounded(node, *args, **kwargs)
         if node.outputs[0] in kept:
             kept[node.outputs[0]].add(np.asarray(value))
         return value

@@ -40,7 +40,8 @@ def smooth_quant(
         ModelError: if `qat` has no normalization right before layers with weights.
         CalibrationError: if the data do not fit the model.
 
-    Reference: Xiao et al. 2023, section 4 (https://arxiv.org/abs/2211.10438).
+    Reference: Xiao et al. 2023, section 4, equation 4 (https://arxiv.org/abs/2211.10438). The paper
+    searches one alpha for a whole model, by its results on validation data (section 5.1).
     """
     if alpha != "search" and not (isinstance(alpha, float | int) and 0.0 <= alpha <= 1.0):
         raise SpecError(

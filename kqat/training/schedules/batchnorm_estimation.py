@@ -8,7 +8,7 @@ import keras
 from kqat.base import ModelError
 from kqat.graph import Node, trace
 from kqat.training import calibration
-from kqat.training.build import is_quantized
+from kqat.training.build import check_quantized
 from kqat.training.callbacks import QatCallback
 from kqat.training.controls import Controls
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -34,11 +34,7 @@ def reestimate_batchnorm(qat: keras.Model, data: Any) -> None:
     (https://arxiv.org/abs/2203.11086).
     """
     graph = trace(qat)
-    if not is_quantized(qat):
-        raise ModelError(
-            f"Expected a QAT model. Received: '{qat.name}', which is float. Use "
-            "kqat.quantize_model first."
-        )
+    check_quantized(qat)
     layers = {id(node.layer): node.layer for node in graph.nodes}.values()
     wrappers = [la for la in layers if isinstance(la, QuantizeWrapper) and la.takes_statistics]
     alone = [la for la in layers if isinstance(la, keras.layers.BatchNormalization)]

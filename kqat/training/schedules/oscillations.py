@@ -63,9 +63,9 @@ class DampenOscillations(QatCallback):
 class FreezeOscillations(QatCallback):
     """Keeps a weight at its integer from the step on in which it oscillates too often.
 
-    After each step, with the integer `n` of a weight and its last change `d`,
+    After each step, with the integer `n` of a weight,
 
-        oscillates = n changed, against the sign of its last change
+        oscillates = n changed, against the direction of its last change
         f = momentum * oscillates + (1 - momentum) * f
         m = momentum * n + (1 - momentum) * m
         f > threshold: the weight stays `round(m) * s` for good

@@ -18,6 +18,7 @@ from kqat.analysis.grid_use import rounded_tensors
 from kqat.analysis.remedies import Remedy, _from_model, _on_qat
 from kqat.config import QuantizePolicy
 from kqat.graph import trace
+from tests.kqat.planning.test_tied_weights import KINDS, data_of
 
 
 def data(*shape: int) -> np.ndarray:
@@ -397,6 +398,21 @@ def test_few_bits_and_a_starved_grid_are_named() -> None:
     causes = {(f.cause, f.layer) for f in found.findings}
     assert {(Cause.FEW_BITS, "few"), (Cause.STARVED_GRID, "x")} <= causes
     assert not any(cause is Cause.OUTLIER_CHANNEL for cause, _ in causes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["decoder", "two heads", "layer called twice"])
+def test_layers_that_read_one_weight_are_tried_together(kind: str) -> None:
+    model = KINDS[kind][0]()
+    x = data_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        qat = kqat.quantize_model(model, "ternary", calibration_data=x)
+        found = kqat.diagnose(model, qat, x)
+    (tied,) = kqat.plan(model).tied
+    (wider,) = (r for r in found.remedies if r.name.startswith("weights of 8 bits"))
+    assert all(repr(name) in wider.code for name in tied)
+    assert wider.helps
 
 
 def test_models_that_do_not_match_are_refused() -> None:

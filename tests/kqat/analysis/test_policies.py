@@ -8,8 +8,16 @@ import pytest
 from keras import layers
 
 import kqat
-from kqat.analysis.policies import call_text, config_text, policy_lines, policy_of, with_rules
+from kqat.analysis.policies import (
+    Users,
+    call_text,
+    config_text,
+    policy_lines,
+    policy_of,
+    with_rules,
+)
 from kqat.graph import Graph, trace
+from tests.kqat.planning.test_tied_weights import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +59,28 @@ def test_a_policy_is_found_again(policy: Any, residual: tuple[keras.Model, Graph
     assert len(decided) == 1
     again = eval("".join(policy_lines(found)), {"kqat": kqat})
     assert kqat.QuantizePolicy.of(again) == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["two heads", "decoder", "within TimeDistributed"])
+def test_tied_layers_have_one_rule_each_for_one_config(kind: str) -> None:
+    model = KINDS[kind][0]()
+    (tied,) = kqat.plan(model).tied
+    others = {node.name: "w4a8" for node in trace(model).nodes if node.name not in tied}
+    for policy in ({**dict.fromkeys(tied, "w4a8")}, {**others, **dict.fromkeys(tied, "ternary")}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            qat = kqat.quantize_model(model, policy)
+        found = policy_of(trace(model), qat)
+        assert found is not None
+        assert str(kqat.plan(model, found)) == str(kqat.plan(model, policy))
+        # A rule for one of them is a rule for all.
+        users = Users.of(trace(model), found)
+        rules = users.for_all_tied({tied[-1]: kqat.QuantizeConfig()})
+        assert set(rules) == set(tied)
+        plan = kqat.plan(model, with_rules(found, rules))
+        bits = {w.bits for p in plan.layers if p.origin in tied for w in p.weights.values()}
+        assert bits == {8}
 
 
 def test_a_policy_with_more_rules_is_printed_as_it_is_pasted() -> None:

@@ -41,7 +41,7 @@ def trained(layer: kqat.ActivationQuantizer, x: np.ndarray) -> tuple[np.ndarray,
 def lsq_plus(
     x: np.ndarray, step: float, offset: float, most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Bhalgat et al. 2020, section 3.1: output, and the slopes of step, offset and x, in float64.
+    """Bhalgat et al. 2020, equation 3: output, and the slopes of step, offset and x, in float64.
 
     The offset is a whole number of steps, as a file has it.
     """

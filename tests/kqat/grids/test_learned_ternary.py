@@ -29,7 +29,7 @@ def papers(
     negative: np.ndarray,
     upstream: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
-    """Zhu et al. 2017, equations 6 to 8, in float64: output, d/dWp, d/dWn, d/dw.
+    """Zhu et al. 2017, in float64: output, d/dWp, d/dWn, d/dw.
 
     Equation 8 is of weights in units of their size, here the mean of those that are kept.
     """

@@ -19,7 +19,7 @@ from tests.kqat.step_cases import METHODS, grid, normal
 def papers(
     x: np.ndarray, logarithm: float, upstream: np.ndarray, n: int, p: int, bits: int
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """Jain et al. 2020, equations 4, 7 and 8, in float64: output, d/d log2(t), d/dx."""
+    """Jain et al. 2020, equations 7 and 8, in float64: output, d/d log2(t), d/dx."""
     s = 2.0 ** math.ceil(logarithm) / 2.0**bits
     q = np.sign(x) * np.floor(np.abs(np.float64(x)) / s + 0.5)
     slope = np.where(q < n, n, np.where(q > p, p, q - x / s))

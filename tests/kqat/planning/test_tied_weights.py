@@ -242,6 +242,22 @@ def test_one_variable_is_trained_by_all_uses(kind: str) -> None:
         np.testing.assert_array_equal(weight, numbers)  # The float model is as it was.
 
 
+@pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "kind", ["head", "decoder", "function", "layer called twice", "computed weight, called twice"]
+)
+def test_mixed_precision_ties_the_same(kind: str, precision: str) -> None:
+    full = kqat.plan(KINDS[kind][0]())
+    keras.config.set_dtype_policy(precision)
+    plan = kqat.plan(KINDS[kind][0]())
+    kinds = [
+        [(layer.kind, layer.weights) for layer in one.layers if layer.kind != "Identity"]  # A cast.
+        for one in (full, plan)
+    ]
+    assert kinds[0] == kinds[1]
+    assert len(plan.tied) == len(full.tied) == 1
+
+
 def test_both_uses_move_the_variable() -> None:
     model = language_model(lambda rows: Head(rows, None))
     qat = kqat.quantize_model(model, calibration_data=IDS)
@@ -426,3 +442,33 @@ def test_a_computed_index_without_a_row_of_a_tied_table_is_named() -> None:
     message = r"0 to 11 for 'table', which has 12 rows. Received: 1[2-4], computed"
     with pytest.raises(kqat.CalibrationError, match=message):
         kqat.quantize_model(keras.Model(words, y), calibration_data=IDS)
+
+
+def same_kernel() -> keras.Model:
+    """One kernel with a bias and without, behind other values."""
+    x, dense = keras.Input((WIDTH,)), L.Dense(WIDTH, name="dense", bias_initializer="normal")
+    again = L.Lambda(lambda t: ops.matmul(t, dense.kernel), name="again")
+    return keras.Model(x, again(L.ReLU()(dense(x))))
+
+
+def test_products_alone_have_a_scale_for_each_channel() -> None:
+    """Rows and products with the matrix transposed have one scale with them."""
+    for kind, axis in ((same_kernel, (-1,)), (decoder, None), (lambda: language_model(Head), None)):
+        plan = kqat.plan(kind())
+        calls = [p.weights["kernel"] for p in plan.layers if p.kind == "TiedWeight"]
+        assert len(calls) == 2
+        assert {spec.axis for spec in calls} == {axis}
+
+
+def test_channels_of_unlike_size_keep_their_values_in_a_shared_kernel() -> None:
+    keras.utils.set_random_seed(0)
+    model = same_kernel()
+    kernel = model.get_layer("dense").kernel
+    kernel.assign(np.array(kernel) * 4.0 ** -np.arange(WIDTH))
+    qat = kqat.quantize_model(model, calibration_data=X)
+    (wrapper,) = (q for q in qat.layers if isinstance(getattr(q, "layer", None), TiedWeight))
+    assert wrapper.scale("kernel").shape == (1, WIDTH)
+    error = np.abs(np.array(wrapper.rounded("kernel")) - np.array(kernel)).max(axis=0)
+    assert (error <= np.abs(np.array(kernel)).max(axis=0) / 127 * 0.501).all()
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(wrapper))
+    assert again.layer.products

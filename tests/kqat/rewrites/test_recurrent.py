@@ -110,7 +110,6 @@ def test_initial_states_reach_their_cells() -> None:
             "no recurrent_constraint in layer 'gru",
         ),
         (lambda: layers.GRU(2, activity_regularizer="l2"), "no activity_regularizer in layer 'gru"),
-        (lambda: layers.RNN(_Cell()), "one of the cells ['GRUCell', 'LSTMCell', 'SimpleRNNCell']"),
         (
             lambda: layers.Bidirectional(_Reader(2), backward_layer=_Reader(2, True)),
             "a recurrent layer in Bidirectional layer 'bidirectional",
@@ -122,16 +121,6 @@ def test_what_cannot_ship_is_refused(layer: Any, message: str) -> None:
     model = keras.Model(x, layer()(x))
     with pytest.raises(UnsupportedLayerError, match=re.escape(message)):
         kqat.plan(model)
-
-
-class _Cell(keras.layers.Layer):
-    """A cell of one's own."""
-
-    state_size = 2
-
-    def call(self, x: Any, states: Any) -> Any:
-        h = x[:, :2] + states[0]
-        return h, [h]
 
 
 @keras.saving.register_keras_serializable("tests")

@@ -181,3 +181,45 @@ def test_a_lost_output_is_named_with_what_computes_it() -> None:
     text = said(keras.Model(x, [sound, less], name="two"), rows)
     assert "has an SQNR of" in text
     assert "'rare" not in text
+
+
+def rare_scores(prior: float = -4.6) -> keras.Model:
+    start, narrow = keras.initializers.Constant(prior), keras.initializers.RandomNormal(stddev=0.1)
+    scores = layers.Dense(
+        20, "sigmoid", kernel_initializer=narrow, bias_initializer=start, name="scores"
+    )
+    return keras.Sequential([keras.Input((16,)), scores])
+
+
+def many_classes(classes: int = 300) -> keras.Model:
+    return keras.Sequential(
+        [keras.Input((16,)), layers.Dense(classes, activation="softmax", name="scores")]
+    )
+
+
+def long_attention(steps: int = 256) -> keras.Model:
+    x = keras.Input((steps, 8))
+    return keras.Model(x, layers.MultiHeadAttention(1, 4, name="scores")(x, x))
+
+
+@pytest.mark.parametrize(
+    ("coarse", "fine"),
+    [
+        (rare_scores, lambda: rare_scores(0.0)),
+        (many_classes, lambda: many_classes(10)),
+        pytest.param(long_attention, lambda: long_attention(16), marks=pytest.mark.slow),
+    ],
+    ids=["rare scores", "many classes", "long attention"],
+)
+def test_values_that_are_few_steps_of_a_kernels_grid_are_named(coarse: Any, fine: Any) -> None:
+    def about(model: keras.Model, policy: Any = "int8") -> str:
+        rng = np.random.default_rng(0)
+        return said(model, rng.normal(size=(64, *model.input_shape[1:])), policy)
+
+    keras.utils.set_random_seed(0)
+    model = coarse()
+    text = about(model)
+    assert "'scores" in text and "the grid of 1/256 that its kernel demands leaves" in text
+    assert "Give the layer that makes it 'int16x8'" in text
+    assert "demands" not in about(model, {"scores": "int16x8"})
+    assert "demands" not in about(fine())

@@ -1,0 +1,231 @@
+"""Cells called by hand, cells of one's own, and convolutions as gates: the same values in parts."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import kqat
+from kqat.base.errors import UnsupportedLayerError
+from kqat.graph.tracer import rebuild, trace
+from kqat.planning.expansion import expand
+from kqat.training.build import all_layers
+from tests.coverage.recurrent_cases import Gated
+
+STEPS, FEATURES, UNITS = 3, 5, 4
+register = keras.saving.register_keras_serializable("tests")
+
+
+def _model(call: Callable[[Any], Any], shape: tuple[int, ...] = (STEPS, FEATURES)) -> keras.Model:
+    x = keras.Input(shape, name="x")
+    model = keras.Model(x, call(x), name="net")
+    generator = np.random.default_rng(1)
+    for weight in model.weights:
+        weight.assign(generator.normal(size=weight.shape, scale=0.5))
+    return model
+
+
+def _expanded(model: keras.Model) -> keras.Model:
+    graph, _ = expand(trace(model), lambda node: False, "expanded")
+    return rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "layers")
+
+
+def _check(model: keras.Model, parts: keras.Model | None = None) -> None:
+    x = np.random.default_rng(0).normal(size=(8, *model.inputs[0].shape[1:])).astype(np.float32)
+    found = (parts or _expanded(model))(x)
+    # Sums run in another order: a few float32 roundings of values near one.
+    for ours, theirs in zip(*map(keras.tree.flatten, (found, model(x))), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@register
+class Decoder(layers.Layer):
+    """A loop in Python over a cell, which begins with zeros and reads its own outputs."""
+
+    def __init__(self, kind: str, first: str = "zeros", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cell = getattr(layers, kind)(UNITS)
+        self.out = layers.Dense(FEATURES)
+        self.kind, self.first = kind, first
+
+    def build(self, shape: Any) -> None:
+        """Builds the layers, and the state that is trained."""
+        self.cell.build((None, FEATURES))
+        self.out.build((None, UNITS))
+        self.start = self.add_weight(shape=(1, UNITS), name="start")
+
+    def call(self, x: Any) -> Any:
+        """All outputs."""
+        batch = ops.shape(x)[0]
+        states = self.cell.get_initial_state(batch_size=batch)
+        if self.first == "trained":
+            states = [ops.tile(self.start, (batch, 1)), *states[1:]]
+        token, outputs = x[:, 0], []
+        for _ in range(2):
+            y, states = self.cell(token, states)
+            token = self.out(y)
+            outputs.append(token)
+        return ops.stack(outputs, axis=1)
+
+
+@pytest.mark.parametrize("kind", ["SimpleRNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("first", ["zeros", "trained"])
+def test_a_loop_by_hand_computes_what_it_did(kind: str, first: str) -> None:
+    model = _model(Decoder(kind, first))
+    parts = _expanded(model)
+    _check(model, parts)
+    # One weight, however often the cell is called.
+    products = [layer for layer in parts.layers if isinstance(layer, layers.Dense)]
+    assert len(products) == 1 + {"SimpleRNNCell": 2}.get(kind, 4)
+
+
+def test_zeros_before_the_first_step_cost_no_product() -> None:
+    model = _model(lambda x: layers.LSTMCell(UNITS)(x[:, 0], [ops.zeros_like(x[:, 0, :4])] * 2)[0])
+    names = [type(layer).__name__ for layer in _expanded(model).layers]
+    # The input's two products; the candidate times the input gate, then the output gate.
+    assert (names.count("Dense"), names.count("Multiply"), names.count("Add")) == (2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: layers.SimpleRNNCell(UNITS)(x[:, 0], x[:, 1, :UNITS]),
+        lambda x: layers.GRUCell(UNITS, reset_after=False, dropout=0.2)(x[:, 0], [x[:, 1, :UNITS]])[
+            0
+        ],
+        lambda x: layers.StackedRNNCells([layers.LSTMCell(UNITS), layers.GRUCell(UNITS)])(
+            x[:, 0], [[x[:, 1, :UNITS], x[:, 2, :UNITS]], [x[:, 2, :UNITS]]]
+        )[1],
+        lambda x: layers.RNN(Gated(), return_sequences=True, return_state=True)(x),
+        lambda x: layers.RNN([Gated(), layers.GRUCell(3)])(x),
+        lambda x: layers.Bidirectional(layers.RNN(Scaled(UNITS), return_sequences=True))(x),
+        lambda x: layers.RNN(Gated(), go_backwards=True)(
+            x, initial_state=[x[:, 0, :UNITS], x[:, 1, :UNITS]]
+        ),
+    ],
+    ids=["tensor", "gru", "stack", "own", "own-in-stack", "subclass", "own-given"],
+)
+def test_cells_compute_what_they_did(call: Any) -> None:
+    _check(_model(call))
+
+
+@register
+class Scaled(layers.SimpleRNNCell):
+    """A subclass of a stock cell, whose output is none of its states."""
+
+    def call(self, sequence: Any, states: Any, training: bool = False) -> Any:
+        """Twice the state."""
+        y, after = super().call(sequence, states, training=training)
+        return 2.0 * y, after
+
+
+@pytest.mark.parametrize("kind", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_convolutions_as_gates(kind: int) -> None:
+    layer = getattr(layers, f"ConvLSTM{kind}D")
+    shape = (2, 6, 5, 4)[: kind + 1]
+    _check(_model(layer(3, 3, strides=2, return_sequences=True), (*shape, 2)))
+    _check(_model(layer(5, 2, padding="same", return_state=True, go_backwards=True), (*shape, 2)))
+
+
+def test_steps_that_a_mask_leaves_out_change_no_state() -> None:
+    def call(x: Any) -> Any:
+        mask = ops.greater(ops.max(x, axis=-1), 1.0)
+        rows = layers.RNN(Gated(), return_sequences=True)(x, mask=mask)
+        images = layers.Reshape((STEPS, FEATURES, 1))(x)
+        return rows, layers.ConvLSTM1D(2, 3, return_sequences=True)(images, mask=mask)
+
+    _check(_model(call))
+
+
+class Feedback(keras.Model):
+    """A cell that a loop over the inputs begins and Python goes on with."""
+
+    def __init__(self, kind: Any, **options: Any) -> None:
+        super().__init__(name="feedback")
+        self.cell = kind(UNITS)
+        self.rnn = layers.RNN(self.cell, return_state=True, **options)
+        self.out = layers.Dense(FEATURES)
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        """Two predictions."""
+        y, *states = self.rnn(x, training=training)
+        first = self.out(y)
+        y, _ = self.cell(first, states=states, training=training)
+        return ops.stack([first, self.out(y)], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(layers.LSTMCell, {}), (layers.SimpleRNNCell, {"go_backwards": True})],
+    ids=["lstm", "backwards"],
+)
+def test_a_loop_and_calls_by_hand_share_one_cell(kind: Any, options: dict[str, Any]) -> None:
+    model = Feedback(kind, **options)
+    x = np.random.default_rng(0).normal(size=(8, STEPS, FEATURES)).astype(np.float32)
+    expected = model(x)
+    parts = _expanded(model)
+    np.testing.assert_allclose(parts(x), expected, rtol=1e-5, atol=1e-5)
+    assert sum(layer.count_params() for layer in parts.layers) == model.count_params()
+
+
+@pytest.mark.slow
+def test_a_loop_and_calls_by_hand_share_a_cell_of_ones_own() -> None:
+    model, x = Feedback(Scaled), np.ones((8, STEPS, FEATURES), np.float32)
+    x *= np.random.default_rng(0).normal(size=x.shape)
+    expected = model(x)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    np.testing.assert_allclose(qat(x), expected, atol=0.1)
+    assert sum(int(np.prod(v.shape)) for v in qat.trainable_weights) == model.count_params()
+
+
+@register
+class Begins(Gated):
+    """A cell that begins with another state than zeros."""
+
+    def get_initial_state(self, batch_size: Any = None) -> Any:
+        """Ones."""
+        return [ops.ones((batch_size, 4))] * 2
+
+
+def test_a_cell_that_begins_with_other_states_is_refused() -> None:
+    message = "cells that begin with zeros in layer 'rnn"
+    with pytest.raises(UnsupportedLayerError, match=re.escape(message)):
+        kqat.plan(_model(layers.RNN(Begins())))
+
+
+@register
+class Delayed(layers.Layer):
+    """A cell that keeps its input, and a state that it hands on."""
+
+    state_size = (FEATURES, FEATURES)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.out = layers.Dense(2)
+
+    def build(self, shape: Any) -> None:
+        """Builds the layer."""
+        self.out.build((None, 2 * FEATURES))
+
+    def call(self, x: Any, states: Any) -> Any:
+        """Of the step before and what was given first."""
+        before, given = states
+        return self.out(ops.concatenate([before, given], axis=-1)), [x, given]
+
+
+def test_states_that_a_step_hands_on_are_rounded() -> None:
+    model = _model(lambda x: layers.RNN(Delayed())(x, initial_state=[x[:, 0], 2.0 * x[:, 1]]))
+    _check(model)
+    x = np.random.default_rng(0).normal(size=(32, STEPS, FEATURES)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    by_name = {layer.name: layer for layer in all_layers(qat) if hasattr(layer, "range")}
+    (states,) = (layer for name, layer in by_name.items() if "state" in name or "grid" in name)
+    low, high = states.range()
+    # One grid for both, as they are joined: that of the wider one.
+    assert low < -2.5 and high > 2.5
+    error = np.abs(np.asarray(qat(x)) - np.asarray(model(x))).max()
+    assert error < 0.02 * np.abs(model(x)).max()
