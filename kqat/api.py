@@ -266,6 +266,12 @@ def _plan(graph: Graph, policy: Any, name: str) -> Plan:
 
 
 def _checked_graph(model: Any) -> Graph:
+    if keras.config.floatx() != "float32":
+        raise ModelError(
+            "Expected keras.config.floatx() to be 'float32': ranges and scales have that type. "
+            f"Received: {keras.config.floatx()!r}. Call keras.config.set_floatx('float32') first; "
+            "a model that was made before keeps its own type."
+        )
     graph = trace(model)
     for node in graph.nodes:
         _check_whole_weights(node.layer)

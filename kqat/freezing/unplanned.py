@@ -1,4 +1,4 @@
-"""Layers that were added to a QAT model after it was planned, which no file can hold."""
+"""Layers that were added to a QAT model after it was planned, or that a part of one ends at."""
 
 import enum
 from typing import Any
@@ -29,13 +29,20 @@ def check_planned(graph: Graph, name: str) -> None:
     Raises:
         ModelError: naming these layers.
     """
-    found = _Walk(graph).unplanned()
+    walk = _Walk(graph)
+    found = walk.unplanned()
     if found:
         names = ", ".join(f"'{layer}'" for layer in found)
         raise ModelError(
             f"Expected a QAT model whose layers were planned together. Received: '{name}', to "
             f"which {names} was added after kqat.quantize_model. Quantize the whole model: "
             "kqat.quantize_model(kqat.strip(model), ...); a policy leaves single layers float."
+            + (
+                f" Or is it a part of a QAT model that ends at {names}? Let it end at the "
+                "ActivationQuantizer that rounds that value."
+                if walk.unrounded_ends.issuperset(found)
+                else ""
+            )
         )
 
 
@@ -46,6 +53,13 @@ class _Walk:
         self.graph = graph
         self.readers = graph.consumers()
         self.states: dict[Ref, _State] = dict.fromkeys(graph.inputs, _State.CROSSING)
+        self.unrounded_ends = {
+            node.name
+            for node in graph.nodes
+            if set(node.outputs) & set(graph.outputs)
+            and not any(self.readers[ref] for ref in node.outputs)
+            and not isinstance(node.layer, ActivationQuantizer | QuantizedRecurrence)
+        }
         self.float_layers: dict[Ref, dict[str, None]] = {}  # value -> those that it comes from
 
     def unplanned(self) -> list[str]:
@@ -56,7 +70,7 @@ class _Walk:
             if isinstance(node.layer, ActivationQuantizer):
                 # No boundary was put between the float layers before it and the rounding.
                 found |= self.float_layers.get(node.inputs[0], {})
-            elif state is _State.UNPLANNED:
+            elif state is _State.UNPLANNED or self._is_cut_off(node):
                 found[node.name] = None
             elif state is _State.FLOAT:
                 before = [self.float_layers.get(ref, {}) for ref in node.inputs]
@@ -83,6 +97,14 @@ class _Walk:
             return _State.CROSSING
         # An Embedding reads indexes, which are neither.
         return _State.INTEGER if not read and self._is_rounded(node) else _State.FLOAT
+
+    def _is_cut_off(self, node: Node) -> bool:
+        """Whether the model ends at sums of a kernel, and not at what rounds them."""
+        layer = node.layer
+        if node.name not in self.unrounded_ends or not isinstance(layer, QuantizeWrapper):
+            return False
+        planned = layer.facts is not None and layer.facts.output in (Output.SAME, Output.VANISHES)
+        return layer.computes_with_grids and not planned
 
     def _is_planned(self, node: Node) -> bool:
         """Whether a layer that reads integers is one of those that `training.build` leaves bare."""

@@ -361,6 +361,16 @@ def test_a_model_of_open_sizes_wants_sizes_or_data_that_have_them() -> None:
         kqat.quantize_model(model, calibration_data=ROWS)
 
 
+@pytest.mark.parametrize("floatx", ["float64", "float16"])
+def test_another_floatx_is_refused_and_the_way_out_works(floatx: str) -> None:
+    keras.config.set_floatx(floatx)
+    model = one_input()
+    with pytest.raises(ModelError, match=rf"to be 'float32'.*Received: '{floatx}'"):
+        kqat.plan(model)
+    keras.config.set_floatx("float32")
+    assert kqat.plan(model).layers
+
+
 def test_weights_that_keras_quantized_are_refused_by_name() -> None:
     model = one_input()
     model.get_layer("dense").quantize("int8")

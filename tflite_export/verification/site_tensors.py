@@ -12,6 +12,8 @@ from tflite_export.flatbuffer import ModelT
 from tflite_export.kernels import ACTIVATION_DTYPES
 from tflite_export.runtimes import as_type, has_grid
 
+_CARRIERS = ("DEQUANTIZE", "QUANTIZE", "RESHAPE")
+
 
 class SiteTensors:
     """The tensors of subgraph 0, by what they hold.
@@ -29,9 +31,34 @@ class SiteTensors:
         self._by_name: dict[str, list[int]] = {}
         for index, tensor in enumerate(self._graph.tensors):
             self._by_name.setdefault(flatbuffer.tensor_name(tensor), []).append(index)
-        ends = dict(zip(_output_sites(frozen), frozen.output_names, strict=True))
+        self._output_sites = _output_sites(frozen)
+        ends = dict(zip(self._output_sites, frozen.output_names, strict=True))
         found = {i: self._find(site, ends.get(i)) for i, site in enumerate(frozen.sites)}
         self.places = {i: tensor for i, tensor in found.items() if tensor is not None}
+
+    def misplaced_outputs(self) -> list[int]:
+        """Positions of outputs at which the file has an input, or what is another output's value.
+
+        Where the value of an output was not found, nothing is known of it.
+        """
+        ends = [self.places.get(site) for site in self._output_sites]
+        others = {int(t) for t in self._graph.inputs} | {t for t in ends if t is not None}
+        return [
+            position
+            for position, (place, index) in enumerate(zip(ends, self._graph.outputs, strict=True))
+            if place is not None
+            and place not in (sources := self._sources(int(index)))
+            and others & set(sources)
+        ]
+
+    def _sources(self, tensor: int) -> list[int]:
+        """A tensor, and what it was before its numbers were moved or given another type."""
+        found = [tensor]
+        while (producer := self._producers.get(found[-1])) is not None:
+            if flatbuffer.op_name(self._model, producer) not in _CARRIERS:
+                break
+            found.append(int(producer.inputs[0]))
+        return found
 
     def _find(self, site: Site, output_name: str | None) -> int | None:
         """The integer tensor of `site`: it bears the site's name, or the model output's."""

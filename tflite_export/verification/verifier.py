@@ -113,6 +113,13 @@ def _differences_of_ends(frozen: FrozenModel, model: ModelT) -> list[str]:
                 f"not made of '{frozen.model.name}', whose {what} have shapes {expected}: those of "
                 f"the file are {shapes}"
             )
+    if not notes:
+        names = [frozen.output_names[i] for i in SiteTensors(model, frozen).misplaced_outputs()]
+        notes += [
+            f"not made of '{frozen.model.name}': where it has the output '{name}', the file has "
+            "one of its other outputs or inputs"
+            for name in names
+        ]
     return notes
 
 

@@ -421,3 +421,30 @@ def test_a_scale_of_one_is_no_operator_and_is_compared_all_the_same() -> None:
     (unit,) = [s for s in report.on(REFERENCE).sites if s.name in ("norm", "norm_unit")][:1]
     assert unit.differing > 0, "else every runtime's values are Keras's"
     assert [part.unmatched for part in report.runtimes] == [(), (), ()]
+
+
+@pytest.mark.parametrize("wrong", ["swapped", "an input"])
+@pytest.mark.parametrize("kind", ["int8", "float32"])
+def test_outputs_that_are_other_values_are_told(two_outputs: Net, wrong: str, kind: str) -> None:
+    net = two_outputs
+    blob = tflite_export.convert(net.frozen, inference_output_type=kind)
+    assert not tflite_export.verify(net.frozen, blob, net.x, runtimes=[REFERENCE]).notes
+    model = flatbuffer.read(blob)
+    graph = model.subgraphs[0]
+    first, second = graph.outputs
+    graph.outputs = [second, first] if wrong == "swapped" else [graph.inputs[0], second]
+    report = tflite_export.verify(
+        net.frozen, flatbuffer.write(model), net.x, runtimes=[REFERENCE], samples=2
+    )
+    assert "where it has the output" in report.notes[0]
+    assert not report.on(REFERENCE).sites  # The command ends with exit code 1.
+
+
+@pytest.fixture(scope="module")
+def two_outputs() -> Net:
+    """Two Dense layers over one input, of as many values each as the input."""
+    x = keras.Input((4,), name="x")
+    model = keras.Model(x, [L.Dense(4, name="one")(x), L.Dense(4, "relu", name="two")(x)])
+    data = np.random.default_rng(0).uniform(-1, 1, (512, 4)).astype(np.float32)
+    frozen = kqat.freeze(kqat.quantize_model(model, calibration_data=data))
+    return Net(frozen, b"", data[:8])
