@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -23,12 +23,14 @@ class Read:
         name: of the user's layer or operation.
         whole: whether it reads the numbers of the weight, in whatever order, and all of them.
         is_float: whether the layer that reads it stays float.
+        numbers: what it reads, where that is not the whole weight.
     """
 
     place: tuple[int, ...]
     name: str
     whole: bool = True
     is_float: bool = False
+    numbers: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,27 @@ class SharedWeight:
         names = list(dict.fromkeys(read.name for read in self.reads))
         both = len(names) > 1
         return f"{' and '.join(map(repr, names[:3]))} {'read' if both else 'reads twice'}"
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the reads are parts of the weight that have no number in common.
+
+        A copy of each part then trains as the weight does. Known only where the numbers of the
+        weight are told apart.
+        """
+        every = np.asarray(self.variable, np.float32).reshape(-1)
+        read = np.concatenate([self._numbers(read).reshape(-1) for read in self.reads])
+        return _are_distinct(every) and _are_distinct(read) and bool(np.all(np.isin(read, every)))
+
+    @property
+    def is_of_numbers(self) -> bool:
+        """Whether each read is one number, and some are computed from the weight or part of it."""
+        sizes = {self._numbers(read).size for read in self.reads}
+        return sizes == {1} and not all(read.whole for read in self.reads)
+
+    def _numbers(self, read: Read) -> np.ndarray:
+        whole = read.numbers is None
+        return np.asarray(self.variable, np.float32) if whole else np.asarray(read.numbers)
 
 
 class WeightReads:
@@ -99,7 +122,8 @@ class WeightReads:
             if isinstance(value, keras.Variable):
                 for source in sources_of(value):
                     whole = value is source or fingerprint(value) == fingerprint(source)
-                    self._add(source, Read(place, name, whole, is_float))
+                    numbers = None if whole else np.array(value, np.float32)
+                    self._add(source, Read(place, name, whole, is_float, numbers))
             elif isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
                 self._constants.append((name, value))
 
@@ -132,17 +156,19 @@ class WeightReads:
         found = ((trained.get(fingerprint(value)), name) for name, value in self._constants)
         return next(((v, name) for v, name in found if v is not None), None) if trained else None
 
-    def are_told_apart(self) -> bool:
-        """Whether copies of each shared weight are known by their numbers.
+    def are_told_apart(self, found: Sequence[SharedWeight]) -> bool:
+        """Whether copies of shared weights are known by their numbers.
 
-        They are not where all its numbers are equal, or another weight has the same ones.
+        They are not where all its numbers are equal, or another weight has the same ones; parts of
+        one are not where any two of its numbers are equal.
         """
-        found = self.shared()
         sizes = {int(np.prod(shared.variable.shape)) for shared in found}
         every = [v for v, _ in self._reads.values() if int(np.prod(v.shape)) in sizes]
         counts = Counter(map(fingerprint, every))
         return all(
-            varies(shared.variable) and counts[fingerprint(shared.variable)] == 1
+            varies(shared.variable)
+            and counts[fingerprint(shared.variable)] == 1
+            and (all(read.whole for read in shared.reads) or _are_distinct(shared.variable))
             for shared in found
         )
 
@@ -183,6 +209,10 @@ def holders(graph: Graph, weight: Any) -> Iterator[tuple[Any, Any]]:
         for variable in _trained(layer):
             if int(np.prod(variable.shape)) == wanted[0] and fingerprint(variable) == wanted:
                 yield layer, variable
+
+
+def _are_distinct(weight: Any) -> bool:
+    return bool(np.unique(np.asarray(weight)).size == np.size(weight))
 
 
 def _reads_any(node: Any) -> bool:

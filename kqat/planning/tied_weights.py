@@ -7,6 +7,7 @@ takes their place. So both uses train the one variable, and one grid serves both
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from kqat.base import ModelError
+from kqat.base import ModelError, TrainerWarning
 from kqat.config import QuantizeConfig
 from kqat.graph import (
     Graph,
@@ -74,16 +75,53 @@ def expand_tied(
             "it when the model is built: it would not be trained. Compute with it in the call of a "
             "layer that holds its owner as an attribute, or freeze it by trainable = False."
         )
-    if not reads.shared():
+    found = reads.shared()
+    if not reads.are_told_apart(found):
+        with _other_numbers([shared.variable for shared in found]):
+            *_, probed = expanded()
+            found = _to_tie(probed.shared(), name)
+    else:
+        found = _to_tie(found, name)
+    variables = [shared.variable for shared in found]
+    if not found:
         return simple, origins, []
-    if reads.are_told_apart():
-        return _all_tied(simple, origins, reads, configs, name)
-    variables = [shared.variable for shared in reads.shared()]
+    if reads.are_told_apart(found):
+        return _all_tied(simple, origins, _of(reads, variables), configs, name)
     with _other_numbers(variables) as restored:
         simple, origins, reads = expanded()
-        simple, origins, readers = _all_tied(simple, origins, reads, configs, name)
+        found = _of(reads, variables)
+        simple, origins, readers = _all_tied(simple, origins, found, configs, name)
         restored(simple)
     return simple, origins, readers
+
+
+def _to_tie(found: Sequence[SharedWeight], name: str) -> list[SharedWeight]:
+    """The weights of which copies would not train as they do.
+
+    Single numbers that are picked out of a weight, or computed from it, become weights themselves,
+    as what is computed from a weight and read once does; a warning says so.
+    """
+    wanted = []
+    for shared in found:
+        if shared.is_divided:
+            continue
+        if not shared.is_of_numbers:
+            wanted.append(shared)
+            continue
+        warnings.warn(
+            f"'{shared.variable.path}' of model '{name}' is read as {len(shared.reads)} numbers "
+            f"that '{shared.reads[0].name}' computes from it or picks out of it. The QAT model "
+            "trains each of these numbers by itself.",
+            TrainerWarning,
+            stacklevel=2,
+        )
+    return wanted
+
+
+def _of(reads: WeightReads, variables: Sequence[Any]) -> list[SharedWeight]:
+    """Those of the shared weights that are these variables."""
+    keys = {id(variable) for variable in variables}
+    return [shared for shared in reads.shared() if id(shared.variable) in keys]
 
 
 def of_one_config(graph: Graph, readers: Sequence[Readers]) -> tuple[tuple[str, ...], ...]:
@@ -157,10 +195,13 @@ def _other_numbers(variables: Sequence[Any]) -> Iterator[Callable[[Graph], None]
 
 
 def _all_tied(
-    graph: Graph, origins: dict[str, str], reads: WeightReads, configs: Configs, name: str
+    graph: Graph,
+    origins: dict[str, str],
+    found: Sequence[SharedWeight],
+    configs: Configs,
+    name: str,
 ) -> tuple[Graph, dict[str, str], list[Readers]]:
-    """The graph in which one layer holds each weight that is read in more than one place."""
-    found = reads.shared()
+    """The graph in which one layer holds each of the weights."""
     readers = [_checked(shared, graph, origins, configs, name) for shared in found]
     for shared in found:
         graph, origins = _tied(graph, origins, shared, name)

@@ -75,6 +75,21 @@ class ClassToken(L.Layer):
 
 
 @register
+class FusedProjections(L.Layer):
+    """Attention whose three projections are parts of one kernel."""
+
+    def build(self, shape: Any) -> None:
+        """Creates the kernel."""
+        self.kernel = self.add_weight(name="kernel", shape=(shape[-1], 3 * shape[-1]))
+
+    def call(self, x: Any) -> Any:
+        """The attended values."""
+        query, key, value = (ops.matmul(x, w) for w in ops.split(self.kernel, 3, axis=-1))
+        scores = ops.softmax(ops.matmul(query, ops.transpose(key, (0, 2, 1))))
+        return ops.matmul(scores, value)
+
+
+@register
 class Mixing(L.Layer):
     """FNet's mixing of tokens: the real part of a Fourier transform over both axes."""
 
@@ -221,6 +236,15 @@ CASES: tuple[Case, ...] = (
         FULLY_CONNECTED=1,
     ),
     _case("fourier", ROWS, lambda x: Mixing()(x), FULLY_CONNECTED=4, SUB=1, TRANSPOSE=4),
+    _case(
+        "fused_projections",
+        ROWS,
+        lambda x: FusedProjections()(x),
+        BATCH_MATMUL=2,
+        FULLY_CONNECTED=3,
+        SOFTMAX=1,
+        TRANSPOSE=1,
+    ),
     _case("class_token", ROWS, lambda x: ClassToken()(x), CONCATENATION=1),
     Case(
         name="tokens_and_positions",

@@ -7,7 +7,8 @@ import numpy as np
 from keras import layers as L
 from keras import ops
 
-from kqat.graph import WeightReads, holders, trace
+from kqat.graph import SharedWeight, WeightReads, holders, trace
+from kqat.graph.sharing import Read
 from kqat.graph.values import fingerprint
 
 
@@ -37,9 +38,42 @@ def test_an_operation_that_reads_a_kernel_is_another() -> None:
     (shared,) = reads.shared()
     assert shared.variable is dense.kernel
     assert shared.readers == "'dense' and 'matmul' read"
-    assert reads.are_told_apart()
+    assert reads.are_told_apart([shared])
     dense.kernel.assign(np.ones((4, 4)))
-    assert not reads.are_told_apart()
+    assert not reads.are_told_apart([shared])
+
+
+KERNEL = np.arange(1.0, 7.0, dtype=np.float32).reshape(2, 3)
+
+
+def _read(numbers: Any) -> Read:
+    return Read((id(numbers),), "reader", False, numbers=np.asarray(numbers, np.float32))
+
+
+def test_parts_without_a_number_in_common_divide_a_weight() -> None:
+    def divided(*numbers: Any, weight: np.ndarray = KERNEL) -> bool:
+        reads = tuple(map(_read, numbers))
+        return SharedWeight(keras.Variable(weight), reads).is_divided
+
+    assert divided(KERNEL[:, :1], KERNEL[:, 1:].T)
+    assert divided(KERNEL[0], KERNEL[1, :2])
+    assert not divided(KERNEL[0], KERNEL[:, 0])  # Both read the first.
+    assert not divided(KERNEL[0], 2.5 * KERNEL[1])  # Computed.
+    assert not divided([1.0], [1.0], weight=np.ones(2))  # Nobody knows which they are.
+    whole = Read((0,), "reader")
+    assert not SharedWeight(keras.Variable(KERNEL), (whole, _read(KERNEL[0]))).is_divided
+
+
+def test_numbers_are_computed_or_picked_out() -> None:
+    def of_numbers(variable: Any, *reads: Read) -> bool:
+        return SharedWeight(keras.Variable(variable), reads).is_of_numbers
+
+    whole = Read((0,), "reader")
+    assert of_numbers(KERNEL, _read([3.0]), _read(0.5))
+    assert of_numbers(0.5, whole, _read(0.25))
+    assert not of_numbers(0.5, whole, Read((1,), "other"))  # One number, which can be tied.
+    assert not of_numbers(KERNEL, _read([3.0]), _read([3.0, 4.0]))
+    assert not of_numbers(KERNEL, whole, _read([3.0]))
 
 
 def test_holders_are_found_by_numbers_in_any_order() -> None:

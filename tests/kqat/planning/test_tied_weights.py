@@ -1,5 +1,6 @@
 """A weight that several layers read is one variable in training, on one grid."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -291,11 +292,84 @@ def test_a_regularizer_is_kept_once() -> None:
 
 
 class Parts(L.Layer):
+    """Reads parts of a weight, or what it computes of it: `call` gets it after the input."""
+
+    def __init__(self, shape: Any, function: Callable[..., Any], initializer: str) -> None:
+        super().__init__(name="parts")
+        self.shape, self.function, self.initializer = shape, function, initializer
+
     def build(self, input_shape: Any) -> None:
-        self.w = self.add_weight(shape=(2, WIDTH), name="w", initializer="normal")
+        self.w = self.add_weight(shape=self.shape, name="w", initializer=self.initializer)
 
     def call(self, x: Any) -> Any:
-        return ops.tanh(x + self.w[:1]) + self.w[1:]
+        return self.function(x, self.w)
+
+
+def _columns(x: Any, w: Any) -> Any:
+    a, b = w[:, :WIDTH], w[:, WIDTH:]
+    return ops.tanh(ops.matmul(x, a)) + ops.matmul(x, b)
+
+
+def _split(x: Any, w: Any) -> Any:
+    a, b = ops.split(w, 2, axis=-1)
+    return ops.tanh(ops.matmul(x, a)) + ops.matmul(x, b)
+
+
+def _stacked(x: Any, w: Any) -> Any:
+    return ops.tanh(x * w[0]) + w[1]
+
+
+def _overlapping(x: Any, w: Any) -> Any:
+    return ops.tanh(x + w[:1]) + ops.sum(w, axis=0)
+
+
+def _gated(x: Any, w: Any) -> Any:
+    gate = ops.sigmoid(w)
+    return gate * x + (1.0 - gate) * ops.tanh(x)
+
+
+def _fused(x: Any, w: Any) -> Any:
+    """The weighted sum of EfficientDet's feature pyramids."""
+    w = ops.relu(w)
+    return (w[0] * x + w[1] * ops.tanh(x)) / (ops.sum(w) + 1e-4)
+
+
+@pytest.mark.parametrize("initializer", ["normal", "ones"])
+@pytest.mark.parametrize(
+    ("shape", "function"),
+    [((WIDTH, 2 * WIDTH), _columns), ((WIDTH, 2 * WIDTH), _split), ((2, WIDTH), _stacked)],
+    ids=["columns", "split", "stacked"],
+)
+def test_parts_that_no_other_reads_train_as_the_weight_does(
+    shape: Any, function: Callable[..., Any], initializer: str
+) -> None:
+    model = of_vectors(Parts(shape, function, initializer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kqat.TrainerWarning)
+        qat = kqat.quantize_model(model, calibration_data=X)
+    (weight,) = (np.asarray(v) for v in model.trainable_variables if v.path.endswith("parts/w"))
+    count = sum(int(np.size(v)) for v in qat.trainable_variables)
+    assert count == sum(int(np.size(v)) for v in model.trainable_variables)
+    held = np.concatenate([np.asarray(v).reshape(-1) for v in qat.trainable_variables])
+    assert np.isin(weight, held).all()
+    want, got = (np.asarray(m(X)) for m in (model, qat))
+    assert np.sum(want**2) > 100 * np.sum((want - got) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "function", "count"), [((), _gated, 2), ((2,), _fused, 3)], ids=["gate", "pyramid"]
+)
+def test_numbers_of_a_weight_train_by_themselves_and_that_is_said(
+    shape: Any, function: Callable[..., Any], count: int
+) -> None:
+    model = of_vectors(Parts(shape, function, "ones"))
+    said = rf"(?s)parts/w' of model .*read as {count} numbers that 'parts' computes.*by itself"
+    with pytest.warns(kqat.TrainerWarning, match=said):
+        qat = kqat.quantize_model(model, calibration_data=X)
+    want, got = (np.asarray(m(X)) for m in (model, qat))
+    assert np.sum(want**2) > 100 * np.sum((want - got) ** 2)
+    sizes = [sum(int(np.size(v)) for v in m.trainable_variables) for m in (model, qat)]
+    assert sizes[1] == sizes[0] - int(np.prod(shape)) + count
 
 
 class Borrowed(L.Layer):
@@ -324,7 +398,11 @@ def copied() -> keras.Model:
 @pytest.mark.parametrize(
     ("build", "policy", "message"),
     [
-        (lambda: of_vectors(Parts(name="parts")), None, "'parts' reads twice.*reads a part"),
+        (
+            lambda: of_vectors(Parts((2, WIDTH), _overlapping, "normal")),
+            None,
+            "'parts' reads twice.*reads a part",
+        ),
         (
             lambda: borrowed(L.Conv1D(WIDTH, 1, name="conv"), lambda conv: conv.kernel[0]),
             None,
