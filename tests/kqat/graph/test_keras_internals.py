@@ -25,7 +25,7 @@ from tests.coverage.index_cases import CASES as INDEX_CASES
 def _expanded(model: keras.Model) -> keras.Model:
     graph = trace(model)
     configs = dict.fromkeys(node.name for node in graph.nodes)
-    graph, _ = expand_tied(graph, lambda node: False, "expanded", configs)
+    graph, *_ = expand_tied(graph, lambda node: False, "expanded", configs)
     return rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "layers")
 
 
