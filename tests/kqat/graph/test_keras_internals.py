@@ -38,8 +38,11 @@ def test_parts_compute_what_the_model_computes(case: Any) -> None:
     for a, b in zip(ours, theirs, strict=True):
         # Sums run in another order: a few float32 roundings of values near ten.
         np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=1e-4, atol=1e-5)
-    names = [[v.name for v in m.trainable_variables] for m in (parts, model)]
-    assert len(names[0]) == len(names[1])
+    # Parts of one weight may be weights of their own, and parts that nothing reads are left out.
+    variables = [m.trainable_variables for m in (parts, model)]
+    assert len(variables[0]) >= len(variables[1])
+    counts = [sum(np.size(v) for v in found) for found in variables]
+    assert counts[0] <= counts[1]
 
 
 def test_names_are_the_same_each_time() -> None:
