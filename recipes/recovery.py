@@ -5,6 +5,7 @@
 
 All cells of a table start from the same float weights and get the same images and steps. Learning
 rates are those of `kqat.finetune`, by the bits of the weights; float and tfmot get that of 8 bits.
+Ranges and statistics of BatchNormalization are frozen for the second half of the steps.
 All layers have the width of the column, the first and the last too; activations have 8 bits. Images
 are CIFAR-10 after JPEG: compare these accuracies with each other only.
 
@@ -322,7 +323,7 @@ def _fit(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     quantized: bool = True,
 ) -> None:
-    """Trains by the recipe of `kqat.finetune`; a float model by its rates alone."""
+    """Trains by the rates of `kqat.finetune`; a QAT model with its numbers frozen at the end."""
     epochs = options.epochs * PARTS
     source = training.Epochs(_batches(task, seed, options))
     rate = options.learning_rate or FLOAT_RATE

@@ -18,7 +18,6 @@ LEARNING_RATE = 3e-4
 # at which they become the next one, and with Adam the rate decides how far they come.
 RATES_OF_FEW_BITS = {3: 1e-3, 2: 2e-3, 1: 2e-3}
 WARM_UP = 0.1
-FREEZE_AT = 0.5
 
 
 def recommended_rate(qat: keras.Model) -> float:
@@ -99,7 +98,7 @@ def finetune_callbacks(
     *,
     learning_rate: float | None = None,
     warm_up: float = WARM_UP,
-    freeze_at: float | None = FREEZE_AT,
+    freeze_at: float | None = None,
 ) -> list[keras.callbacks.Callback]:
     """The recipe of `finetune` as callbacks for a `fit` of your own.
 
@@ -109,7 +108,8 @@ def finetune_callbacks(
             left out. That of the optimizer is overwritten.
         warm_up: the share of all steps in which the rate rises.
         freeze_at: the share of the epochs after which BatchNormalization statistics and ranges stay
-            as they are; `None` for never.
+            as they are; `None`, the default, for never: in each pair of `benchmarks/finetune.md`
+            freezing lost accuracy.
 
     Raises:
         ModelError: if there are no epochs, or a number is not in its range.
@@ -143,8 +143,8 @@ def finetune(
     """Trains a QAT model by the recommended recipe, and returns the history of its `fit`.
 
     Adam, a rate that rises over the first tenth of the steps to `learning_rate` and falls to zero
-    along a cosine; statistics of BatchNormalization and ranges stay as they are in the second half
-    of the epochs, so that it trains with the numbers that ship. With fewer than 8 bits give the
+    along a cosine. Statistics of BatchNormalization and ranges go on moving: at the end of the
+    cosine weights hardly do, so that they are those of the numbers that ship. With fewer than 8 bits give the
     float model as `teacher`: of ResNet-20 on CIFAR-10 it won back most of what 4 and 3 bits lose
     (`recipes/RESULTS.md`). The rates for few bits were found there too, with the option
     `--learning-rate` of `python -m recipes.recovery`: ternary weights without a teacher, and 3 bits
@@ -152,8 +152,8 @@ def finetune(
 
     `benchmarks/finetune.md` has the first measurements, one seed on small data: of 1e-4 and 3e-4
     the latter was better for a trained ResNet-8 of 4 bits, and a constant 1e-3 ruined it. Freezing
-    made no difference there, and lost accuracy on a small network that was not trained out;
-    `finetune_callbacks(freeze_at=None)` leaves it out.
+    lost a little there, and more on a small network that was not trained out. Where you want it,
+    give `finetune_callbacks(epochs, freeze_at=0.5)` to a `fit` of your own.
 
     Args:
         qat: a QAT model, calibrated and not trained yet. It is compiled anew, with Adam.
