@@ -144,8 +144,8 @@ def finetune(
 
     Adam, a rate that rises over the first tenth of the steps to `learning_rate` and falls to zero
     along a cosine. Statistics of BatchNormalization and ranges go on moving: at the end of the
-    cosine weights hardly do, so that they are those of the numbers that ship. With fewer than 8 bits give the
-    float model as `teacher`: of ResNet-20 on CIFAR-10 it won back most of what 4 and 3 bits lose
+    cosine weights hardly do, so they are those that ship. With fewer than 8 bits give the float
+    model as `teacher`: of ResNet-20 on CIFAR-10 it won back most of what 4 and 3 bits lose
     (`recipes/RESULTS.md`). The rates for few bits were found there too, with the option
     `--learning-rate` of `python -m recipes.recovery`: ternary weights without a teacher, and 3 bits
     with one, were better than at 3e-4. Falling bits did not help within so few steps.
