@@ -24,7 +24,14 @@ from kqat.graph import (
     with_input_shapes,
 )
 from kqat.grids import CalibrationMethod
-from kqat.planning import Plan, check_computes, make_plan, misfits, with_replacements
+from kqat.planning import (
+    Plan,
+    check_computes,
+    make_plan,
+    misfits,
+    tell_asides,
+    with_replacements,
+)
 from kqat.tfmot import translate_policy
 from kqat.training import (
     DEFAULT_METHOD,
@@ -235,13 +242,7 @@ def quantized_and_plan(
             TrainerWarning,
             stacklevel=3,
         )
-    for aside in graph.asides:
-        warnings.warn(
-            f"{aside} in its call, in model '{model.name}'. The QAT model does not: compute that "
-            "in the loss or in the metrics that compile takes.",
-            TrainerWarning,
-            stacklevel=3,
-        )
+    tell_asides(graph, "model", model.name, stacklevel=4)
     if not decided.groups:
         raise ModelError(
             f"Expected a layer to quantize. Received: '{model.name}', which computes nothing, or "

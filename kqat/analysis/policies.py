@@ -54,31 +54,23 @@ def policy_of(base: Graph, qat: keras.Model) -> QuantizePolicy | None:
     return policy if plan is not None and _facts_of_plan(plan) == wanted else None
 
 
-@dataclasses.dataclass(frozen=True)
 class Users:
     """The layers of the user's model, which rules can name.
 
-    Attributes:
-        names: name of each part that a plan has -> name of the user's layer.
-        tied: names of the layers that must have one config, as in `Plan.tied`.
+    `names` has, for each part of the plan of a policy, the name of the user's layer; it is empty
+    where the policy has no plan.
     """
 
-    names: Mapping[str, str]
-    tied: tuple[tuple[str, ...], ...]
-
-    @classmethod
-    def of(cls, base: Graph, policy: QuantizePolicy) -> "Users":
-        """Those of the plan of a policy; none where it has none."""
-        plan = _plan(base, policy)
-        if plan is None:
-            return cls({}, ())
-        return cls({layer.name: layer.origin for layer in plan.layers}, plan.tied)
+    def __init__(self, base: Graph, policy: QuantizePolicy) -> None:
+        self._plan = _plan(base, policy)
+        layers = () if self._plan is None else self._plan.layers
+        self.names = {layer.name: layer.origin for layer in layers}
 
     def for_all_tied(self, rules: Mapping[str, QuantizeConfig]) -> dict[str, QuantizeConfig]:
         """Rules for layers by name, with the same ones for the layers that are tied to them."""
         found: dict[str, QuantizeConfig] = {}
         for user, config in rules.items():
-            group = next((names for names in self.tied if user in names), (user,))
+            group = (user,) if self._plan is None else self._plan.of_one_config(user)
             found |= {name: config for name in group if name not in found}
         return found
 

@@ -309,7 +309,7 @@ class _Policies:
             self.model, self.word = strip(qat), "kqat.strip(qat)"
         self.float_graph = trace(self.model)
         self.policy = policy_of(self.float_graph, qat)
-        self.users = Users.of(self.float_graph, self.policy or QuantizePolicy())
+        self.users = Users(self.float_graph, self.policy or QuantizePolicy())
         self.names = ValueNames(graph)
         self.weighted = set(
             self._users(

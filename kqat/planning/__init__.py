@@ -1,6 +1,6 @@
 """Graph and policy to `Plan`: every decision, before a weight is touched."""
 
-from kqat.planning.expansion import check_computes
+from kqat.planning.expansion import check_computes, tell_asides
 from kqat.planning.plan import Group, LayerPlan, Plan, Role, Rounding
 from kqat.planning.planner import make_plan
 from kqat.planning.target_fit import activation_of, misfits, replacements, with_replacements
@@ -16,5 +16,6 @@ __all__ = [
     "make_plan",
     "misfits",
     "replacements",
+    "tell_asides",
     "with_replacements",
 ]

@@ -366,7 +366,7 @@ def _opened_function(
             f"'{origin}' of type {type(layer).__name__}, which is neither. {error} To do that use "
             f"policy={{'{origin}': None}}."
         ) from error
-    _tell_asides(graph, origin)
+    tell_asides(graph, "layer", origin)
     table = _table_of_parts(layer, name) if elementwise and len(graph.nodes) > 1 else None
     if reads is not None and table is None:
         reads.note_opened(graph, node, origin)
@@ -392,7 +392,7 @@ def _opened_layer(
                 f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
                 "describe it with kqat.register_layer."
             ) from error
-        _tell_asides(graph, origin)
+        tell_asides(graph, "layer", origin)
         if reads is not None:
             reads.note_opened(graph, layer, origin)
         batched = [ref.shape[:1] == (None,) for ref in node.outputs]
@@ -416,7 +416,7 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         graph = trace_call(layer, (x,), {}, name, is_custom)
         if len(graph.nodes) <= 2:
             return None
-        _tell_asides(graph, name)
+        tell_asides(graph, "layer", name)
         return _table_of_parts(layer, name)
     except ModelError:
         if keras.backend.backend() != "tensorflow":
@@ -646,16 +646,23 @@ def _reads_masks(layer: Any, origin: str) -> bool:
     return rule.masks or rule.opens
 
 
-def _tell_asides(graph: Graph, origin: str) -> None:
-    """Warns of what the call of layer `origin` does in training beside what `graph` computes."""
+def tell_asides(graph: Graph, kind: str, name: str, stacklevel: int = 2) -> None:
+    """Warns of what calls do in training beside what `graph` computes.
+
+    Args:
+        graph: of the layer or model.
+        kind: `"layer"` or `"model"`.
+        name: of it.
+        stacklevel: as for `warnings.warn`.
+    """
     for aside in graph.asides:
-        within = "" if aside.startswith(f"'{origin}' ") else f" of layer '{origin}'"
+        within = "" if aside.startswith(f"'{name}' ") else f" inside {kind} '{name}'"
         warnings.warn(
             f"{aside} in its call{within}. The QAT model does not: compute that in the loss or in "
             "the metrics that compile takes. A penalty of a layer's output may be a "
             "keras.layers.ActivityRegularization behind it.",
             TrainerWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
 
 

@@ -24,7 +24,6 @@ from kqat.planning.biases import join_biases
 from kqat.planning.byte_inputs import read_bytes
 from kqat.planning.chained_functions import join_functions
 from kqat.planning.counted_sums import scale_sums
-from kqat.planning.expansion import expand
 from kqat.planning.followers import follow_neighbours
 from kqat.planning.fusions import Fusions, find_fusions
 from kqat.planning.groups import Quantizers, check_given_ranges, place_quantizers
@@ -88,8 +87,10 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
 
 def _step_plan(recurrence: Recurrence, origin: str, config: QuantizeConfig) -> Plan:
     """The plan of one step: its inputs come rounded, and a state keeps its scale."""
-    simple, parts = expand(trace(recurrence.step), lambda node: False, recurrence.step.name)
-    origins, configs = dict.fromkeys(parts, origin), {origin: config}
+    graph, configs = trace(recurrence.step), {origin: config}
+    given = dict.fromkeys((node.name for node in graph.nodes), config)
+    simple, parts, _ = expand_tied(graph, lambda node: False, recurrence.step.name, given)
+    origins = dict.fromkeys(parts, origin)
     simple, origins = fit_ranks(simple, origins, configs, recurrence.step.name)
     before = simple.inputs[recurrence.sequences :]
     states = tuple(zip(before, simple.outputs, strict=True))

@@ -76,37 +76,40 @@ def expand_tied(
             "layer that holds its owner as an attribute, or freeze it by trainable = False."
         )
     found = reads.shared()
-    if not reads.are_told_apart(found):
-        with _other_numbers([shared.variable for shared in found]):
-            *_, probed = expanded()
-            found = _to_tie(probed.shared(), name)
-    else:
-        found = _to_tie(found, name)
-    variables = [shared.variable for shared in found]
     if not found:
         return simple, origins, []
     if reads.are_told_apart(found):
-        return _all_tied(simple, origins, _of(reads, variables), configs, name)
-    with _other_numbers(variables) as restored:
+        places = _to_tie(found, name)
+    else:
+        with _other_numbers([shared.variable for shared in found]):
+            *_, probed = expanded()
+            places = _to_tie(probed.shared(), name)
+    if not places:
+        return simple, origins, []
+    tied = [found[place] for place in places]
+    if reads.are_told_apart(tied):
+        return _all_tied(simple, origins, tied, configs, name)
+    with _other_numbers([shared.variable for shared in tied]) as restored:
         simple, origins, reads = expanded()
-        found = _of(reads, variables)
-        simple, origins, readers = _all_tied(simple, origins, found, configs, name)
+        # What a rewrite copied, as TimeDistributed does, has other variables each time.
+        tied = [reads.shared()[place] for place in places]
+        simple, origins, readers = _all_tied(simple, origins, tied, configs, name)
         restored(simple)
     return simple, origins, readers
 
 
-def _to_tie(found: Sequence[SharedWeight], name: str) -> list[SharedWeight]:
-    """The weights of which copies would not train as they do.
+def _to_tie(found: Sequence[SharedWeight], name: str) -> list[int]:
+    """The places of the weights of which copies would not train as they do.
 
     Single numbers that are picked out of a weight, or computed from it, become weights themselves,
     as what is computed from a weight and read once does; a warning says so.
     """
     wanted = []
-    for shared in found:
+    for place, shared in enumerate(found):
         if shared.is_divided:
             continue
         if not shared.is_of_numbers:
-            wanted.append(shared)
+            wanted.append(place)
             continue
         warnings.warn(
             f"'{shared.variable.path}' of model '{name}' is read as {len(shared.reads)} numbers "
@@ -116,12 +119,6 @@ def _to_tie(found: Sequence[SharedWeight], name: str) -> list[SharedWeight]:
             stacklevel=2,
         )
     return wanted
-
-
-def _of(reads: WeightReads, variables: Sequence[Any]) -> list[SharedWeight]:
-    """Those of the shared weights that are these variables."""
-    keys = {id(variable) for variable in variables}
-    return [shared for shared in reads.shared() if id(shared.variable) in keys]
 
 
 def of_one_config(graph: Graph, readers: Sequence[Readers]) -> tuple[tuple[str, ...], ...]:

@@ -121,12 +121,17 @@ def _of_integers(operation: Any, name: str) -> Callable[..., Any]:
             ends = [
                 int(np.clip(end, -(2**31), 2**31 - 1)) for end in (operation.x_min, operation.x_max)
             ]
-            above = IndexOperation(IndexKind.MAXIMUM, {"x2": ends[0]}, name=f"{name}_above")(whole)
-            return IndexOperation(IndexKind.MINIMUM, {"x2": ends[1]}, name=name)(above)
+            return _between(whole, ends[0], ends[1], name)
         negative = _negated(whole, f"{name}_negative")
         return IndexOperation(IndexKind.MAXIMUM, name=name)([whole, negative])
 
     return call
+
+
+def _between(x: Any, low: int, high: int, name: str) -> Any:
+    """Integers, none below `low` or above `high`."""
+    above = IndexOperation(IndexKind.MAXIMUM, {"x2": low}, name=f"{name}_above")(x)
+    return IndexOperation(IndexKind.MINIMUM, {"x2": high}, name=name)(above)
 
 
 def _negated(x: Any, name: str) -> Any:
@@ -154,10 +159,7 @@ def _sign(operation: Any, name: str) -> Callable[..., Any]:
     def call(x: Any) -> Any:
         if not whole_numbers.is_whole(x):
             return function(operation, name)(x)
-        ends = IndexOperation(IndexKind.MINIMUM, {"x2": 1}, name=f"{name}_most")(
-            whole_numbers.as_integers(x, name)
-        )
-        return IndexOperation(IndexKind.MAXIMUM, {"x2": -1}, name=name)(ends)
+        return _between(whole_numbers.as_integers(x, name), -1, 1, name)
 
     return call
 

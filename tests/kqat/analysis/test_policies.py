@@ -75,7 +75,7 @@ def test_tied_layers_have_one_rule_each_for_one_config(kind: str) -> None:
         assert found is not None
         assert str(kqat.plan(model, found)) == str(kqat.plan(model, policy))
         # A rule for one of them is a rule for all.
-        users = Users.of(trace(model), found)
+        users = Users(trace(model), found)
         rules = users.for_all_tied({tied[-1]: kqat.QuantizeConfig()})
         assert set(rules) == set(tied)
         plan = kqat.plan(model, with_rules(found, rules))

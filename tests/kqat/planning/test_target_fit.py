@@ -229,6 +229,8 @@ def test_values_of_too_many_axes_are_named(call: Any, target: str, operator: str
         (lambda x: ops.flip(x, axis=1), "GATHER"),
         (lambda x: ops.cast(ops.repeat(x > 1, 2, axis=1), "int32"), "GATHER"),
         (lambda x: ops.transpose(ops.reshape(x, (-1, 2, 3)), (0, 2, 1)), "TRANSPOSE"),
+        (lambda x: ops.pad(x, ((0, 0), (1, 1)), mode="reflect"), "MIRROR_PAD"),
+        (lambda x: ops.pad(x, ((0, 0), (1, 1)), constant_values=3), None),
         (lambda x: ops.stack([x[:, 3:], x[:, :3]], axis=1), None),
     ],
 )

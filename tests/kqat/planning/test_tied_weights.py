@@ -356,6 +356,43 @@ def test_parts_that_no_other_reads_train_as_the_weight_does(
     assert np.sum(want**2) > 100 * np.sum((want - got) ** 2)
 
 
+class Whole(L.Layer):
+    """Its weight is read once in each call."""
+
+    width = WIDTH
+
+    def build(self, input_shape: Any) -> None:
+        self.w = self.add_weight(shape=(WIDTH, self.width), name="w", initializer="normal")
+
+    def call(self, x: Any) -> Any:
+        return ops.tanh(ops.matmul(x, self.w))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return (*input_shape[:-1], WIDTH)
+
+
+class Halves(Whole):
+    """Its weight is read in two parts."""
+
+    width = 2 * WIDTH
+
+    def call(self, x: Any) -> Any:
+        return _columns(x, self.w)
+
+
+def test_the_steps_of_a_time_distributed_layer_train_one_weight() -> None:
+    """Its layer is copied each time that the model is taken apart."""
+
+    def distributed(layer: Any) -> keras.Model:
+        return keras.Sequential([keras.Input((3, STEPS, WIDTH)), L.TimeDistributed(layer)])
+
+    x = np.random.default_rng(0).normal(size=(32, 3, STEPS, WIDTH)).astype(np.float32)
+    qat = kqat.quantize_model(distributed(Whole()), calibration_data=x)
+    assert [np.shape(v) for v in qat.trainable_variables] == [(WIDTH, WIDTH)]
+    with pytest.raises(ModelError, match=r"'time_distributed.*reads a part"):
+        kqat.plan(distributed(Halves()))
+
+
 @pytest.mark.parametrize(
     ("shape", "function", "count"), [((), _gated, 2), ((2,), _fused, 3)], ids=["gate", "pyramid"]
 )

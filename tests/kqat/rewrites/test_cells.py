@@ -183,6 +183,47 @@ def test_a_loop_and_calls_by_hand_share_a_cell_of_ones_own() -> None:
 
 
 @register
+class Twice(layers.Layer):
+    """A cell whose one weight multiplies the input and the state."""
+
+    state_size = FEATURES
+
+    def build(self, shape: Any) -> None:
+        """Creates the weight."""
+        self.w = self.add_weight(shape=(FEATURES, FEATURES), name="w")
+
+    def call(self, x: Any, states: Any) -> Any:
+        """The next state, twice."""
+        h = ops.tanh(x @ self.w + states[0] @ self.w)
+        return h, [h]
+
+
+@register
+class Overlapping(Twice):
+    """A cell that also computes with the weight itself."""
+
+    def call(self, x: Any, states: Any) -> Any:
+        """The next state, twice."""
+        h = ops.tanh(x @ self.w + ops.mean(self.w, axis=0) + states[0])
+        return h, [h]
+
+
+def test_a_weight_that_a_cell_reads_twice_is_one() -> None:
+    model = _model(lambda x: layers.RNN(Twice())(x))
+    x = np.random.default_rng(0).normal(size=(32, STEPS, FEATURES)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    assert [np.shape(v) for v in qat.trainable_variables] == [(FEATURES, FEATURES)]
+    # Values of up to one, on grids of 1/128, in three steps.
+    np.testing.assert_allclose(qat(x), model(x), atol=0.05)
+
+
+def test_a_weight_that_a_cell_reads_in_parts_too_is_refused() -> None:
+    model = _model(lambda x: layers.RNN(Overlapping())(x))
+    with pytest.raises(kqat.ModelError, match=r"w', which .*reads twice, .*a copy of its own"):
+        kqat.plan(model)
+
+
+@register
 class Begins(Gated):
     """A cell that begins with another state than zeros."""
 

@@ -62,16 +62,12 @@ def _expanded(model: keras.Model) -> keras.Model:
     return rebuild(graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "layers")
 
 
-@pytest.mark.parametrize("call", ARITHMETIC.values(), ids=list(ARITHMETIC))
+@pytest.mark.parametrize(
+    "call",
+    [*ARITHMETIC.values(), *LAYERS.values()],
+    ids=[*ARITHMETIC, *map("layer {}".format, LAYERS)],
+)
 def test_integers_stay_integers(call: Callable[[Any], Any]) -> None:
-    model = _model(call)
-    parts = _expanded(model)
-    assert parts.outputs[0].dtype == "int32"
-    np.testing.assert_array_equal(parts(IDS), model(IDS))
-
-
-@pytest.mark.parametrize("call", LAYERS.values(), ids=list(LAYERS))
-def test_layers_move_and_merge_integers(call: Callable[[Any], Any]) -> None:
     model = _model(call)
     parts = _expanded(model)
     assert parts.outputs[0].dtype == "int32"
