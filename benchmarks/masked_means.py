@@ -44,11 +44,17 @@ def _attention(x: Any, shown: Any) -> Any:
     return ops.sum(x * (weights / ops.sum(weights, 1, keepdims=True))[..., None], 1)
 
 
+def _repeated(x: Any, shown: Any) -> Any:
+    every = ops.repeat(shown[..., None], WIDTH, axis=-1)
+    return ops.sum(x * every, 1) / ops.sum(every, 1)
+
+
 SPELLINGS: Mapping[str, Callable[[Any, Any], Any]] = {
     "sum / count": _plain,
     "weights first": _weights_first,
     "sum * rsqrt(count)": _root,
     "exp weights": _attention,
+    "mask over channels": _repeated,
 }
 
 
