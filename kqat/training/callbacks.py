@@ -1,8 +1,8 @@
 """Callbacks for `fit` that freeze ranges and BatchNormalization statistics from some epoch on.
 
-Early in training both should follow the weights. At the end they should not change, so that the
-last epochs train with exactly the numbers that ship. For statistics this is Krishnamoorthi 2018,
-sections 3.2.2 and 4 (https://arxiv.org/abs/1806.08342).
+The last epochs then train with exactly the numbers that ship. For statistics this is Krishnamoorthi
+2018, sections 3.2.2 and 4 (https://arxiv.org/abs/1806.08342). `finetune` does without, as freezing
+lost accuracy where it was measured (`benchmarks/finetune.md`).
 """
 
 from collections.abc import Iterator, Sequence
