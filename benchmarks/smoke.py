@@ -70,10 +70,13 @@ def check(model: Any, runtimes: tuple[str, ...], folder: Path) -> None:
 
 
 def main() -> None:
-    names = ("tensorflow", "keras", "numpy", "ai-edge-litert")
-    from importlib.metadata import version
+    from importlib.metadata import packages_distributions, version
 
-    print(f"Python {platform.python_version()},", ", ".join(f"{n} {version(n)}" for n in names))
+    # By module: nightlies bring the modules `tensorflow` and `keras` under other names.
+    found = [
+        packages_distributions()[m][0] for m in ("tensorflow", "keras", "numpy", "ai_edge_litert")
+    ]
+    print(f"Python {platform.python_version()},", ", ".join(f"{n} {version(n)}" for n in found))
     runtimes = tuple(r for r in tflite_export.RUNTIMES if r != "tflite_micro" or has_tflm())
     with tempfile.TemporaryDirectory() as folder:
         for build in (image_classifier, transformer, recurrent):

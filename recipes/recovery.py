@@ -5,7 +5,7 @@
 
 All cells of a table start from the same float weights and get the same images and steps. Learning
 rates are those of `kqat.finetune`, by the bits of the weights; float and tfmot get that of 8 bits.
-Ranges and statistics of BatchNormalization are frozen for the second half of the steps.
+Ranges and statistics of BatchNormalization move to the end, or until --freeze-at.
 All layers have the width of the column, the first and the last too; activations have 8 bits. Images
 are CIFAR-10 after JPEG: compare these accuracies with each other only.
 
@@ -258,7 +258,7 @@ def _distillation(run: _Run) -> keras.Model:
 def _falling(run: _Run) -> keras.Model:
     qat = run.quantized(_config(run.width, _learned_step(run.width)))
     falling = kqat.FallingBits((8, 6), epochs=run.options.epochs)
-    _fit(qat, run.task, run.seed, run.options, freeze_at=0.75, callbacks=[falling])
+    _fit(qat, run.task, run.seed, run.options, callbacks=[falling])
     return qat
 
 
@@ -319,11 +319,10 @@ def _fit(
     seed: int,
     options: argparse.Namespace,
     *,
-    freeze_at: float | None = 0.5,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     quantized: bool = True,
 ) -> None:
-    """Trains by the rates of `kqat.finetune`; a QAT model with its numbers frozen at the end."""
+    """Trains by the rates of `kqat.finetune`."""
     epochs = options.epochs * PARTS
     source = training.Epochs(_batches(task, seed, options))
     rate = options.learning_rate or FLOAT_RATE
@@ -332,7 +331,7 @@ def _fit(
     recipe: list[keras.callbacks.Callback] = []
     if quantized:
         recipe = kqat.finetune_callbacks(
-            epochs, learning_rate=options.learning_rate, freeze_at=freeze_at
+            epochs, learning_rate=options.learning_rate, freeze_at=options.freeze_at
         )
     else:
         warm = max(steps // 10, 1)
@@ -555,6 +554,11 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--float-epochs", type=int, default=1, help="in float (default 1)")
     parser.add_argument("--float-images", type=int, default=50_000, help="in float")
     parser.add_argument("--learning-rate", type=float, help="of every cell (default: see above)")
+    parser.add_argument(
+        "--freeze-at",
+        type=float,
+        help="share of the steps after which ranges and statistics stay (default: never)",
+    )
     parser.add_argument("--iterations", type=int, default=1000, help="of AdaRound")
     options = parser.parse_args(argv)
     if options.smoke:
