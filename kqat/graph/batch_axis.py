@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from kqat.base import ModelError
+from kqat.base.equations import spelled_out
 
 # Letters of an equation that no user's has: the batch, and the two parts beside it on its axis.
 BATCH, OUTER, INNER = "αβγ"
@@ -307,13 +308,14 @@ def _matmul(mover: BatchFirst, call: Any) -> Made:
 
 
 def _einsum(mover: BatchFirst, call: Any) -> Made:
-    inputs, output = call.operation.subscripts.replace(" ", "").split("->")
-    operands, terms = mover.flat(call), inputs.split(",")
+    operands = mover.flat(call)
+    terms, output = spelled_out(call.operation.subscripts, [len(v.shape) for v in operands])
+    inputs = "".join(terms)
     places = {i: mover.known[id(v)][1] for i, v in enumerate(operands) if id(v) in mover.known}
     letters = {terms[i][place.axis] for i, place in places.items()}
     sizes = {(place.outer, place.inner) for place in places.values()}
     constant = "".join(term for i, term in enumerate(terms) if i not in places)
-    if "." in inputs or len(letters) != 1 or len(sizes) != 1 or letters & set(constant):
+    if len(letters) != 1 or len(sizes) != 1 or letters & set(constant):
         raise mover.mixed(call)
     (letter,), ((outer, inner),) = letters, sizes
     if letter not in output:

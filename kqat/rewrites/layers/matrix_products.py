@@ -8,6 +8,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
+from kqat.base.equations import spelled_out
 from kqat.graph import Part, config_of
 from kqat.parts import Matmul, total
 from kqat.rewrites.layers.basic import Decomposed, activated
@@ -28,16 +29,15 @@ def einsum(
     Raises:
         UnsupportedLayerError: if the equation is not a matrix product for each sample.
     """
-    inputs, output = subscripts.replace(" ", "").split("->")
-    first, second = inputs.split(",")
+    (first, second), output = spelled_out(subscripts, [len(a.shape), len(b.shape)])
     if not isinstance(a, keras.KerasTensor):
         a, b, first, second = b, a, second, first
+    a, b, first, second = _without_ones(a, b, first, second, name)
     if not isinstance(b, keras.KerasTensor):
-        dense = "." in subscripts or _is_dense(first, second, output, len(a.shape))
-        if options is None and not dense:
+        if options is None and not _is_dense(first, second, output):
             return _with_value((first, second, output), a, b, name)
         return _with_constant((first, second, output), a, b, name, options)
-    if "." in subscripts or first[0] != second[0] or output[:1] != first[0]:
+    if first[0] != second[0] or output[:1] != first[0]:
         raise _no_product(subscripts, name)
     a, first = _summed(a, first, second + output, f"{name}_left")
     b, second = _summed(b, second, first + output, f"{name}_right")
@@ -71,16 +71,8 @@ def contraction(subscripts: str, operands: Sequence[Any], name: str) -> Any:
     Raises:
         UnsupportedLayerError: as for `einsum`.
     """
-    inputs, arrow, output = subscripts.replace(" ", "").partition("->")
-    terms, factors = inputs.split(","), list(operands)
-    if not arrow:
-        # What NumPy takes to be meant: all letters that occur once, in alphabetical order.
-        output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
-    if len(terms) > 2 and "." in subscripts:
-        raise UnsupportedLayerError(
-            f"Expected a letter for each axis in an equation of {len(terms)} operands in operation "
-            f"'{name}'. Received: {subscripts!r}. Write letters in place of '...'."
-        )
+    terms, output = spelled_out(subscripts, [len(x.shape) for x in operands])
+    factors = list(operands)
     if len(terms) == 1:
         return _rearranged(factors[0], terms[0], output, name)
     while len(terms) > 2:
@@ -100,8 +92,7 @@ def contraction(subscripts: str, operands: Sequence[Any], name: str) -> Any:
 
 def _rearranged(x: Any, letters: str, output: str, name: str) -> Any:
     """`einsum` of one tensor: sums over axes, and another order of the others."""
-    whole = "." in letters or len(set(letters)) < len(letters)
-    if whole or output[:1] != letters[0] or set(output) - set(letters):
+    if len(set(letters)) < len(letters) or output[:1] != letters[0] or set(output) - set(letters):
         raise _no_product(f"{letters}->{output}", name)
     moved = "".join(c for c in letters if c in output) != output
     x, letters = _summed(x, letters, output, f"{name}_unordered" if moved else name)
@@ -122,9 +113,8 @@ def _by_element(left: tuple[Any, str], right: tuple[Any, str], output: str, name
     return layers.Multiply(name=name)(factors)
 
 
-def _is_dense(first: str, second: str, output: str, rank: int) -> bool:
+def _is_dense(first: str, second: str, output: str) -> bool:
     """Whether a product with a constant is a Dense over some axes."""
-    first, output = _spelled(first, output, rank)
     gone = "".join(c for c in second if c in first and c not in output)
     made = "".join(c for c in second if c not in gone)
     kept = "".join(c for c in first if c not in gone)
@@ -216,11 +206,10 @@ def _with_constant(
     """`einsum` of a tensor and a constant, as a Dense over the last axes."""
     first, second, output = letters
     trained = isinstance(constant, keras.Variable) and constant.trainable
-    first, output = _spelled(first, output, len(x.shape))
     gone = "".join(c for c in second if c in first and c not in output)
     made = "".join(c for c in second if c not in gone)
     kept = "".join(c for c in first if c not in gone)
-    if not _is_dense(first, second, output, len(x.shape)):
+    if not _is_dense(first, second, output):
         raise _no_product(f"{first},{second}->{output}", name)
     kernel = np.einsum(f"{second}->{gone}{made}", np.asarray(constant, np.float32))
     x = _permuted(x, first, kept + gone, f"{name}_moved")
@@ -233,11 +222,28 @@ def _with_constant(
     return y if final else _permuted(y, kept + made, output, name)
 
 
-def _spelled(first: str, output: str, rank: int) -> tuple[str, str]:
-    """The equation's terms with letters in place of `...`, one for each axis it stands for."""
-    free = (c for c in "ABCDEFGH" if c not in first + output)
-    more = "".join(next(free) for _ in range(rank - len(first.replace("...", ""))))
-    return first.replace("...", more), output.replace("...", more)
+def _without_ones(a: Any, b: Any, first: str, second: str, name: str) -> tuple[Any, Any, str, str]:
+    """The factors without axes of one that the other factor repeats, and their terms."""
+    sizes = dict(zip(first, a.shape, strict=True)), dict(zip(second, b.shape, strict=True))
+    a, first = _without_repeated(a, first, sizes[1], f"{name}_left_without_ones")
+    b, second = _without_repeated(b, second, sizes[0], f"{name}_right_without_ones")
+    return a, b, first, second
+
+
+def _without_repeated(x: Any, letters: str, sizes: Mapping[str, Any], name: str) -> tuple[Any, str]:
+    symbolic = isinstance(x, keras.KerasTensor)
+    # The batch, which comes first in a tensor, is repeated by nothing.
+    ones = [n == 1 and not (symbolic and i == 0) for i, n in enumerate(x.shape)]
+    kept = [i for i, c in enumerate(letters) if not (ones[i] and (sizes.get(c) or 1) > 1)]
+    if len(kept) == len(letters):
+        return x, letters
+    shape = [x.shape[i] for i in kept]
+    if symbolic:
+        made = layers.Reshape(shape[1:], name=name)(x)
+    else:
+        trained = isinstance(x, keras.Variable) and x.trainable
+        made = keras.Variable(np.reshape(np.asarray(x), shape), trainable=trained)
+    return made, "".join(letters[i] for i in kept)
 
 
 def _summed(x: Any, letters: str, others: str, name: str) -> tuple[Any, str]:
@@ -296,9 +302,8 @@ def dot(layer: Any, name: str) -> Decomposed:
 
 def einsum_dense(layer: Any, name: str) -> Decomposed:
     """`EinsumDense` as `Dense`, where its equation is a matrix product over some axes."""
-    inputs, rest = layer.equation.split(",")
-    kernel, output = rest.split("->")
-    inputs, output = _spelled(inputs, output, len(layer.input.shape))
+    ranks = [len(layer.input.shape), len(layer.kernel.shape)]
+    (inputs, kernel), output = spelled_out(layer.equation, ranks)
     count = len([c for c in kernel if c in inputs and c not in output])
     gone, made = kernel[:count], kernel[count:]
     fits = (

@@ -178,6 +178,13 @@ EQUATIONS: dict[str, Callable[[Any, Any], Any]] = {
         "bnd,bdl,bn->bnl", x[:, 0], ops.swapaxes(y[:, 1], 1, 2), x[:, 0, :, 1]
     ),
     "of constants and one": lambda x, y: ops.einsum("cd,de,bije->bijc", MATRIX, MATRIX.T, x),
+    "behind dots": lambda x, y: ops.einsum("...ic,...jc->...ij", x, y),
+    "behind dots, one side summed": lambda x, y: ops.einsum("...nd,...kd->...nd", x, y),
+    "behind dots, of other ranks": lambda x, y: ops.einsum("b...c,bc->b...", x, y[:, 0, 0]),
+    "behind dots, one repeated": lambda x, y: ops.einsum("...ic,...jc->...ij", x, y[:, :1]),
+    "behind dots, by a matrix": lambda x, y: ops.einsum("...c,...cd->...d", x, MATRIX),
+    "behind dots, one matrix": lambda x, y: ops.einsum("...ic,...cd->...id", x, MATRIX[None]),
+    "of three, behind dots": lambda x, y: ops.einsum("...c,...c,c->...", x, y, MATRIX[:, 0]),
     "implicit": lambda x, y: ops.einsum("aij,jk", x[:, 0], MATRIX),
 }
 
@@ -253,7 +260,7 @@ def test_slices_are_numpys(key: Any, shape: tuple[int, ...]) -> None:
         (lambda x, y: x + ops.max(y, axis=(1, 2)), "equal rank"),
         (lambda x, y: x * np.ones((8, 4, 6, 3), np.float32), "without the batch axis"),
         (lambda x, y: ops.einsum("bijj->bij", x[:, :, :3]), "a matrix product for each sample"),
-        (lambda x, y: ops.einsum("bijc,...c,c->bij", x, y, MATRIX[0]), "a letter for each axis"),
+        (lambda x, y: ops.einsum("bijc,...c,c->bij", x, y, MATRIX[0]), "a matrix product"),
         (lambda x, y: ops.image.rgb_to_hsv(x), "a hue that jumps from 1 to 0"),
         (lambda x, y: ops.image.sobel_edges(x), "a DepthwiseConv2D with that kernel"),
         (lambda x, y: ops.cast(x, "int32"), "A quantity is no index"),
