@@ -1,4 +1,4 @@
-"""What wins back the accuracy that few bits lose? Nine methods on six widths of weights.
+"""What wins back the accuracy that few bits lose? Ten methods on six widths of weights.
 
     python -m recipes.recovery --network resnet20 --out out/recovery_resnet20
     python -m recipes.recovery --network mobilenetv2 --out out/recovery_mobilenetv2
@@ -87,10 +87,10 @@ best          calibration="auto", steps of least squared error (ternary, binary:
 average       QAT, weights as in minmax, activations by a moving average
 LSQ           QAT, learned steps (ternary: TTQ), activations by moving average
 LSQ+, PACT    LSQ, with activations by LSQ+ or PACT (binary: XNOR weights)
-distillation  LSQ (binary: XNOR), the float network as teacher
+distillation  the float network as teacher, of LSQ (binary: XNOR) or of average
 tfmot         its 8-bit QAT in Keras 2, with the same weights, batches and rates
 falling       LSQ; a quarter of the steps with 8 bits, one with 6 (or both parts
-              with 8), the rest with the column's; nothing is frozen before that
+              with 8), the rest with the column's
 within        whether the best gap is within the bound that was set for it
 lockstep      of the file of LSQ+ with the first seed: largest difference of any
               operator from the Keras model, in output steps, on LiteRT
@@ -247,7 +247,15 @@ def _pact(run: _Run) -> keras.Model:
 
 
 def _distillation(run: _Run) -> keras.Model:
-    qat = run.quantized(_config(run.width, _step_beside(run.width)))
+    return _taught(run, _step_beside(run.width))
+
+
+def _distilled_average(run: _Run) -> keras.Model:
+    return _taught(run, _plain_step(run.width, "max_abs"))
+
+
+def _taught(run: _Run, step: str) -> keras.Model:
+    qat = run.quantized(_config(run.width, step))
     teacher = keras.models.clone_model(run.task.model)
     teacher.set_weights(run.task.model.get_weights())
     distiller = kqat.Distiller(qat, teacher, kind=run.task.kind)
@@ -299,6 +307,7 @@ METHODS: dict[str, tuple[str, Callable[[_Run], keras.Model | bytes]]] = {
     "lsq_plus": ("QAT, LSQ+", _lsq_plus),
     "pact": ("QAT, PACT", _pact),
     "distillation": ("QAT, distillation", _distillation),
+    "distilled_average": ("QAT, average, distillation", _distilled_average),
     "falling": ("QAT, falling bits", _falling),
     "tfmot": ("QAT, tfmot", _tfmot),
 }
