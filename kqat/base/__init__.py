@@ -1,6 +1,7 @@
 """Errors, string enumerations, whole files, lazy packages, nested data, progress, variables."""
 
 from kqat.base.atomic_files import save_model, write_file, write_files
+from kqat.base.equations import spelled_out
 from kqat.base.errors import (
     CalibrationError,
     ExportError,
@@ -44,6 +45,7 @@ __all__ = [
     "listening",
     "register_with_keras",
     "save_model",
+    "spelled_out",
     "tracked",
     "write_file",
     "write_files",

@@ -15,8 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kqat.base import ModelError
-from kqat.base.equations import spelled_out
+from kqat.base import ModelError, spelled_out
 
 # Letters of an equation that no user's has: the batch, and the two parts beside it on its axis.
 BATCH, OUTER, INNER = "αβγ"

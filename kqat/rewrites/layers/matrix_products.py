@@ -7,8 +7,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from kqat.base import UnsupportedLayerError
-from kqat.base.equations import spelled_out
+from kqat.base import UnsupportedLayerError, spelled_out
 from kqat.graph import Part, config_of
 from kqat.parts import Matmul, total
 from kqat.rewrites.layers.basic import Decomposed, activated
