@@ -367,7 +367,7 @@ def _opened_function(
             f"policy={{'{origin}': None}}."
         ) from error
     tell_asides(graph, "layer", origin)
-    table = _table_of_parts(layer, name) if elementwise and len(graph.nodes) > 1 else None
+    table = _table_of_parts(layer, graph, name) if elementwise and len(graph.nodes) > 1 else None
     if reads is not None and table is None:
         reads.note_opened(graph, node, origin)
     return table or _inlined(graph, name, copies)
@@ -417,35 +417,56 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         if len(graph.nodes) <= 2:
             return None
         tell_asides(graph, "layer", name)
-        return _table_of_parts(layer, name)
+        return _table_of_parts(layer, graph, name)
     except ModelError:
         if keras.backend.backend() != "tensorflow":
             return None
         try:
             function = TensorFlowFunction.of(layer.call, name="graph")
-            return Elementwise.of(function, name=name)
+            table = Elementwise.of(function, name=name)
         except Exception:  # It branches on a value: opening it tells where.
             return None
+        return table if _computes(table, layer, x) else None
 
 
-def _table_of_parts(layer: Any, name: str) -> Elementwise | None:
+def _table_of_parts(layer: Any, graph: Graph, name: str) -> Elementwise | None:
     """A function of each number alone as one table of what `layer` computes it with.
 
     `None` where it is not written for one number: it names axes, or it holds weights, or a constant
     of equal numbers for all channels. Its parts ship then, one by one.
+
+    Args:
+        layer: what computes the function.
+        graph: of its call at the shape that its input has in the model.
+        name: of the table.
     """
 
-    def parts(x: Any) -> Any:
-        graph = trace_call(layer, (x,), {}, name, is_custom)
+    def parts(x: Any, graph: Graph) -> Any:
         given = [v for node in graph.nodes for v in keras.tree.flatten((node.args, node.kwargs))]
         if any(node.has_weights for node in graph.nodes) or any(map(is_weight, given)):
             raise ValueError("Expected a function without weights. Received: some.")
         return graph.run([x], lambda node, *args, **kwargs: duplicate(node.layer)(*args, **kwargs))
 
-    try:
-        return Elementwise.of(parts, name=name)
-    except Exception:  # Whatever a user's own function raises.
-        return None
+    # A function may read a size or the number of axes, as `x / x.shape[-1] ** 0.5` does: these are
+    # constants of the graph. One that spreads a number over the shape is seen at one number only.
+    ways: list[Callable[[Any], Any]] = [
+        lambda x: parts(x, graph),
+        lambda x: parts(x, trace_call(layer, (x,), {}, name, is_custom)),
+    ]
+    for way in ways:
+        try:
+            table = Elementwise.of(way, name=name)
+            if _computes(table, layer, graph.inputs[0]):
+                return table
+        except Exception:  # Whatever a user's own function raises.
+            continue
+    return None
+
+
+def _computes(table: Elementwise, layer: Any, x: Any) -> bool:
+    """Whether `table` has the values of `layer` at the shape of `x`, by trial."""
+    values = 3 * _trial_values(x, seed=0)  # Far enough to reach the bends of usual functions.
+    return _alike(_trial(layer, (values,), {}), table(values))
 
 
 def _symbolic(ref: Ref) -> Any:
