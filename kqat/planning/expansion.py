@@ -153,7 +153,7 @@ def _simpler(
     """What computes the node with simpler layers; `None` where it is simple already."""
     layer = node.layer
     if not isinstance(layer, keras.layers.Layer):
-        return _tried(layer, as_layers(layer, node.name), node.name)
+        return _tried(layer, as_layers(layer, node.name), node.name, origin)
     rule = rule_for(layer, origin)
     if node.masks and takes_masks_off(layer):
         return _opened_layer(node, origin, copies, reads)
@@ -162,16 +162,22 @@ def _simpler(
         return opened(node, origin, copies, reads)
     if rule.decompose_masked and (node.args[1:] or node.kwargs.get("mask") is not None):
         made = rule.decompose_masked(layer, node.name)
-        return None if made is None else _tried(layer, made, node.name)
+        return None if made is None else _tried(layer, made, node.name, origin)
     decompose = rule.decompose_fused if rule.decompose_fused and origin in fused else rule.decompose
     made = decompose(layer, node.name) if decompose else None
-    return None if made is None else _tried(layer, made, node.name)
+    return None if made is None else _tried(layer, made, node.name, origin)
 
 
-def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _tried(
+    operation: Any, made: Callable[..., Any], name: str, origin: str | None = None
+) -> Callable[..., Any]:
     """`made`, after a trial that it computes what `operation` does: a row may not know an option.
 
-    `operation` may be a layer.
+    Args:
+        operation: it may be a layer.
+        made: what is to stand for it.
+        name: of the operation.
+        origin: name of the user's layer that it is a part of; it is that layer itself by default.
 
     Raises:
         UnsupportedLayerError: if it does not.
@@ -202,7 +208,7 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
             # A score far below all others is hidden, by whichever number.
             both = [[keras.ops.maximum(x, FAR_BELOW) for x in pair] for pair in both]
         if not all(_alike(a, b) for a, b in both):
-            raise _other_values(operation, name)
+            raise _other_values(operation, name, origin or name)
         return outputs
 
     return call
@@ -255,17 +261,17 @@ _WHY_OTHER = (
 )
 
 
-def _other_values(operation: Any, name: str) -> UnsupportedLayerError:
-    if is_custom(operation):
+def _other_values(operation: Any, name: str, origin: str) -> UnsupportedLayerError:
+    if isinstance(operation, keras.layers.Layer) and rule_for(operation, name).opens:
         return UnsupportedLayerError(
             f"Expected layer '{name}' of type {type(operation).__name__} to compute what its call "
             f"was seen to do. Received: other values on random inputs, {_WHY_OTHER}. Use "
-            f"keras.ops.where, or leave it float with policy={{'{name}': None}}."
+            f"keras.ops.where, or leave it float with policy={{'{origin}': None}}."
         )
     return UnsupportedLayerError(
         f"Expected '{name}' of type {type(operation).__name__} to compute what its integer "
         f"form does. Received: {_options(operation)}, with which they differ on random "
-        f"inputs. Leave it float with policy={{'{name}': None}}, or compose it of other "
+        f"inputs. Leave it float with policy={{'{origin}': None}}, or compose it of other "
         "functions; and tell us, for kqat should have known."
     )
 
@@ -370,7 +376,7 @@ def _opened_function(
     table = _table_of_parts(layer, graph, name) if elementwise and len(graph.nodes) > 1 else None
     if reads is not None and table is None:
         reads.note_opened(graph, node, origin)
-    return table or _inlined(graph, name, copies)
+    return _tried(layer, table or _inlined(graph, name, copies), name, origin)
 
 
 def _opened_layer(
@@ -398,7 +404,7 @@ def _opened_layer(
         batched = [ref.shape[:1] == (None,) for ref in node.outputs]
         return _inlined(graph, name, copies, batched)(*args, **kwargs)
 
-    return _tried(layer, call, name)
+    return _tried(layer, call, name, origin)
 
 
 def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:

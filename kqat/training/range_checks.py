@@ -384,12 +384,12 @@ class ValueNames:
         """The name of the value that a call site rounds."""
         node = self.calls.get((quantizer, site))
         if quantizer.sites == 1 or node is None:
-            return quantizer.name.removesuffix("_quantizer")
+            return quantizer.label
         maker = self.producers.get(node.inputs[0])
         while maker is not None and isinstance(maker.layer, ActivationQuantizer):
             maker = self.producers.get(maker.inputs[0])
         if maker is None:
-            return quantizer.name.removesuffix("_quantizer")
+            return quantizer.label
         return self.output_name(maker)
 
     def holds_inverses(self, quantizer: ActivationQuantizer, site: int) -> bool:
@@ -444,4 +444,4 @@ class ValueNames:
             sources = {self.source_of(ref) for ref in node.inputs} - {None}
             if len([s for s in sources if s and s[0] is quantizer]) > 1:
                 return self.output_name(node)
-        return quantizer.name.removesuffix("_quantizer")
+        return quantizer.label

@@ -375,3 +375,21 @@ def test_a_function_of_each_number_may_read_the_shape(kind: Any, function: Any) 
     """Its table would be that of one channel and two axes."""
     model = keras.Sequential([keras.Input(ROWS.shape[1:]), kind(function)])
     _same(model, ROWS)
+
+
+def _times_samples(x: Any) -> Any:
+    return x * ops.cast(ops.shape(x)[0], "float32")
+
+
+@pytest.mark.parametrize("kind", [layers.Lambda, layers.Activation, _Applied])
+def test_a_function_of_the_number_of_samples_is_refused(kind: Any) -> None:
+    model = keras.Sequential([keras.Input(ROWS.shape[1:]), kind(_times_samples, name="own")])
+    with pytest.raises(UnsupportedLayerError, match=r"(?s)'own'.*number of samples.*'own': None"):
+        kqat.plan(model)
+
+
+def test_advice_about_a_function_inside_a_layer_names_the_layer() -> None:
+    dense = layers.Dense(3, activation=_times_samples, name="own")
+    model = keras.Sequential([keras.Input(ROWS.shape[1:]), dense])
+    with pytest.raises(UnsupportedLayerError, match=r"policy=\{'own': None\}"):
+        kqat.plan(model)
