@@ -1,4 +1,4 @@
-"""Errors, string enumerations, whole files, lazy packages, nested data, names, progress, variables."""
+"""Errors, string enumerations, whole files, lazy packages, nested data, scope names, variables."""
 
 from kqat.base.atomic_files import save_model, write_file, write_files
 from kqat.base.errors import (
