@@ -79,6 +79,12 @@ def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
                 continue
         if record.whole().is_zero() and names.is_zero_by_itself(quantizer, site):
             continue
+        if names.is_input(quantizer, site) and record.least == record.greatest:
+            name = names.of(quantizer, site)
+            value = f"{record.least:.3g}" if record.least else "zero"
+            text = f"'{name}' was {value} in all samples"
+            every.append(Concern("zero", name, 1.0, text))
+            continue
         of_site = _of_site(record, found[quantizer][site], names.of(quantizer, site))
         every += [
             c
@@ -391,6 +397,11 @@ class ValueNames:
         if maker is None:
             return quantizer.label
         return self.output_name(maker)
+
+    def is_input(self, quantizer: ActivationQuantizer, site: int) -> bool:
+        """Whether a call site rounds an input of the model."""
+        node = self.calls.get((quantizer, site))
+        return node is not None and node.inputs[0] in self.graph.inputs
 
     def holds_inverses(self, quantizer: ActivationQuantizer, site: int) -> bool:
         """Whether a value is the inverse of another."""
