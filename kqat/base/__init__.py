@@ -1,4 +1,4 @@
-"""Errors, string enumerations, whole files, lazy packages, nested data, scope names, variables."""
+"""Errors, text enumerations, whole files, lazy packages, nested data, progress, names, arrays."""
 
 from kqat.base.atomic_files import save_model, write_file, write_files
 from kqat.base.errors import (
