@@ -13,6 +13,7 @@ from kqat.base import (
     TargetError,
     TrainerWarning,
     UnsupportedLayerError,
+    is_scope_name,
 )
 from kqat.config import QuantizePolicy
 from kqat.devices import target_named
@@ -282,6 +283,13 @@ def _checked_graph(model: Any) -> Graph:
                 f"'{node.layer.layer.name}' is annotated. Use kqat.quantize_apply, which quantizes "
                 "annotated layers as they ask and leaves the others float; or quantize the model "
                 "from before it was annotated."
+            )
+        if isinstance(node.layer, keras.layers.Layer) and not is_scope_name(node.layer.name):
+            raise ModelError(
+                "Expected names of layers to have letters of a to z, digits and _.>- alone: "
+                f"TensorFlow runs no other in fit, nor converts it. Received: {node.layer.name!r}. "
+                "Make the model with other names and hand on the weights, with "
+                "keras.models.clone_model(model, clone_function=…) and set_weights."
             )
     if is_quantized(model):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Errors, string enumerations, whole files, lazy packages, nested data, progress, variables."""
+"""Errors, text enumerations, whole files, lazy packages, nested data, progress, names, arrays."""
 
 from kqat.base.atomic_files import save_model, write_file, write_files
 from kqat.base.equations import spelled_out
@@ -21,6 +21,7 @@ from kqat.base.lazy_face import lazy_face
 from kqat.base.nested_data import flat_data
 from kqat.base.progress import listening, tracked
 from kqat.base.quantities import counted
+from kqat.base.scope_names import is_scope_name, scope_name
 from kqat.base.text_enum import TextEnum
 from kqat.base.variables import array_of
 
@@ -41,10 +42,12 @@ __all__ = [
     "array_of",
     "counted",
     "flat_data",
+    "is_scope_name",
     "lazy_face",
     "listening",
     "register_with_keras",
     "save_model",
+    "scope_name",
     "spelled_out",
     "tracked",
     "write_file",

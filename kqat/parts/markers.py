@@ -1,5 +1,6 @@
 """Layers that compute nothing: they tell the exporter which value is which."""
 
+import math
 from typing import Any
 
 import keras
@@ -129,9 +130,11 @@ class Tabulated(keras.layers.Layer):
     def __init__(self, layer: keras.layers.Layer, index: int, bits: int = 8, **kwargs: Any):
         super().__init__(dtype="float32", **kwargs)
         self.layer, self.index, self.bits = layer, index, bits
+        self.sample_shape: tuple[int, ...] = (1,)
 
     def build(self, input_shape: Any) -> None:
         """Builds the layer inside."""
+        self.sample_shape = tuple(input_shape[1:])
         if not self.layer.built:
             self.layer.build(input_shape)
 
@@ -154,7 +157,10 @@ class Tabulated(keras.layers.Layer):
         """The function's value for each integer of `source`; shape (256,) or (65536,), float32."""
         half = 2 ** (source.bits - 1)
         real = source.reals(np.arange(-half, half))
-        return np.asarray(self.layer(keras.ops.convert_to_tensor(real[:, np.newaxis])))[:, 0]
+        # In samples of the shape that the layer reads: its function may ask for sizes and axes.
+        samples = -(-len(real) // math.prod(self.sample_shape))
+        shaped = np.resize(real, (samples, *self.sample_shape))
+        return np.ravel(self.layer(keras.ops.convert_to_tensor(shaped)))[: len(real)]
 
 
 def is_marker(layer: Any, kind: MarkerKind | str) -> bool:

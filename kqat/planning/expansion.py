@@ -153,7 +153,7 @@ def _simpler(
     """What computes the node with simpler layers; `None` where it is simple already."""
     layer = node.layer
     if not isinstance(layer, keras.layers.Layer):
-        return _tried(layer, as_layers(layer, node.name), node.name)
+        return _tried(layer, as_layers(layer, node.name), node.name, origin)
     rule = rule_for(layer, origin)
     if node.masks and takes_masks_off(layer):
         return _opened_layer(node, origin, copies, reads)
@@ -162,16 +162,22 @@ def _simpler(
         return opened(node, origin, copies, reads)
     if rule.decompose_masked and (node.args[1:] or node.kwargs.get("mask") is not None):
         made = rule.decompose_masked(layer, node.name)
-        return None if made is None else _tried(layer, made, node.name)
+        return None if made is None else _tried(layer, made, node.name, origin)
     decompose = rule.decompose_fused if rule.decompose_fused and origin in fused else rule.decompose
     made = decompose(layer, node.name) if decompose else None
-    return None if made is None else _tried(layer, made, node.name)
+    return None if made is None else _tried(layer, made, node.name, origin)
 
 
-def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _tried(
+    operation: Any, made: Callable[..., Any], name: str, origin: str | None = None
+) -> Callable[..., Any]:
     """`made`, after a trial that it computes what `operation` does: a row may not know an option.
 
-    `operation` may be a layer.
+    Args:
+        operation: it may be a layer.
+        made: what is to stand for it.
+        name: of the operation.
+        origin: name of the user's layer that it is a part of; it is that layer itself by default.
 
     Raises:
         UnsupportedLayerError: if it does not.
@@ -202,7 +208,7 @@ def _tried(operation: Any, made: Callable[..., Any], name: str) -> Callable[...,
             # A score far below all others is hidden, by whichever number.
             both = [[keras.ops.maximum(x, FAR_BELOW) for x in pair] for pair in both]
         if not all(_alike(a, b) for a, b in both):
-            raise _other_values(operation, name)
+            raise _other_values(operation, name, origin or name)
         return outputs
 
     return call
@@ -255,17 +261,17 @@ _WHY_OTHER = (
 )
 
 
-def _other_values(operation: Any, name: str) -> UnsupportedLayerError:
-    if is_custom(operation):
+def _other_values(operation: Any, name: str, origin: str) -> UnsupportedLayerError:
+    if isinstance(operation, keras.layers.Layer) and rule_for(operation, name).opens:
         return UnsupportedLayerError(
             f"Expected layer '{name}' of type {type(operation).__name__} to compute what its call "
             f"was seen to do. Received: other values on random inputs, {_WHY_OTHER}. Use "
-            f"keras.ops.where, or leave it float with policy={{'{name}': None}}."
+            f"keras.ops.where, or leave it float with policy={{'{origin}': None}}."
         )
     return UnsupportedLayerError(
         f"Expected '{name}' of type {type(operation).__name__} to compute what its integer "
         f"form does. Received: {_options(operation)}, with which they differ on random "
-        f"inputs. Leave it float with policy={{'{name}': None}}, or compose it of other "
+        f"inputs. Leave it float with policy={{'{origin}': None}}, or compose it of other "
         "functions; and tell us, for kqat should have known."
     )
 
@@ -367,10 +373,10 @@ def _opened_function(
             f"policy={{'{origin}': None}}."
         ) from error
     tell_asides(graph, "layer", origin)
-    table = _table_of_parts(layer, name) if elementwise and len(graph.nodes) > 1 else None
+    table = _table_of_parts(layer, graph, name) if elementwise and len(graph.nodes) > 1 else None
     if reads is not None and table is None:
         reads.note_opened(graph, node, origin)
-    return table or _inlined(graph, name, copies)
+    return _tried(layer, table or _inlined(graph, name, copies), name, origin)
 
 
 def _opened_layer(
@@ -398,7 +404,7 @@ def _opened_layer(
         batched = [ref.shape[:1] == (None,) for ref in node.outputs]
         return _inlined(graph, name, copies, batched)(*args, **kwargs)
 
-    return _tried(layer, call, name)
+    return _tried(layer, call, name, origin)
 
 
 def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
@@ -417,35 +423,56 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         if len(graph.nodes) <= 2:
             return None
         tell_asides(graph, "layer", name)
-        return _table_of_parts(layer, name)
+        return _table_of_parts(layer, graph, name)
     except ModelError:
         if keras.backend.backend() != "tensorflow":
             return None
         try:
             function = TensorFlowFunction.of(layer.call, name="graph")
-            return Elementwise.of(function, name=name)
+            table = Elementwise.of(function, name=name)
         except Exception:  # It branches on a value: opening it tells where.
             return None
+        return table if _computes(table, layer, x) else None
 
 
-def _table_of_parts(layer: Any, name: str) -> Elementwise | None:
+def _table_of_parts(layer: Any, graph: Graph, name: str) -> Elementwise | None:
     """A function of each number alone as one table of what `layer` computes it with.
 
     `None` where it is not written for one number: it names axes, or it holds weights, or a constant
     of equal numbers for all channels. Its parts ship then, one by one.
+
+    Args:
+        layer: what computes the function.
+        graph: of its call at the shape that its input has in the model.
+        name: of the table.
     """
 
-    def parts(x: Any) -> Any:
-        graph = trace_call(layer, (x,), {}, name, is_custom)
+    def parts(x: Any, graph: Graph) -> Any:
         given = [v for node in graph.nodes for v in keras.tree.flatten((node.args, node.kwargs))]
         if any(node.has_weights for node in graph.nodes) or any(map(is_weight, given)):
             raise ValueError("Expected a function without weights. Received: some.")
         return graph.run([x], lambda node, *args, **kwargs: duplicate(node.layer)(*args, **kwargs))
 
-    try:
-        return Elementwise.of(parts, name=name)
-    except Exception:  # Whatever a user's own function raises.
-        return None
+    # A function may read a size or the number of axes, as `x / x.shape[-1] ** 0.5` does: these are
+    # constants of the graph. One that spreads a number over the shape is seen at one number only.
+    ways: list[Callable[[Any], Any]] = [
+        lambda x: parts(x, graph),
+        lambda x: parts(x, trace_call(layer, (x,), {}, name, is_custom)),
+    ]
+    for way in ways:
+        try:
+            table = Elementwise.of(way, name=name)
+            if _computes(table, layer, graph.inputs[0]):
+                return table
+        except Exception:  # Whatever a user's own function raises.
+            continue
+    return None
+
+
+def _computes(table: Elementwise, layer: Any, x: Any) -> bool:
+    """Whether `table` has the values of `layer` at the shape of `x`, by trial."""
+    values = 3 * _trial_values(x, seed=0)  # Far enough to reach the bends of usual functions.
+    return _alike(_trial(layer, (values,), {}), table(values))
 
 
 def _symbolic(ref: Ref) -> Any:

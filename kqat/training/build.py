@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from kqat.base import ModelError, PolicyError
+from kqat.base import ModelError, PolicyError, scope_name
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
 from kqat.parts import PrecisionBoundary, Recurrence, TiedWeight, reads_rows
 from kqat.planning import Group, LayerPlan, Plan, Role, Rounding
@@ -214,7 +214,7 @@ class _Assembly:
                 hides=group.hides,
                 gradient=group.gradient,
                 label=group.label,
-                name=unique_name(name, self.names),
+                name=unique_name(scope_name(name), self.names),
             )
         return self.quantizers[name]
 

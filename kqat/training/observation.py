@@ -51,7 +51,8 @@ class SiteRecord:
     Attributes:
         quantizer, site: which one.
         even, odd: histograms of every other sample.
-        extremes: least and greatest value of each batch.
+        extremes: least and greatest value of each batch, zero included.
+        least, greatest: value of all.
         noisy: the same where noise layers were active, of the first batches.
         has_hidden: whether an attention mask hid values.
     """
@@ -61,6 +62,7 @@ class SiteRecord:
         self.site = site
         self.even, self.odd = Histogram(), Histogram()
         self.extremes: list[tuple[float, float]] = []
+        self.least, self.greatest = np.inf, -np.inf
         self.noisy: list[tuple[float, float]] = []
         self.keys = 0
         self._whole: Histogram | None = None
@@ -89,6 +91,7 @@ class SiteRecord:
                 "in training, or leave the layer before it float."
             )
         self.extremes.append((min(low, 0.0), max(high, 0.0)))
+        self.least, self.greatest = min(self.least, low), max(self.greatest, high)
         for histogram, half, ends in zip((self.even, self.odd), halves, bounds, strict=False):
             histogram.add(half[:, :: _stride(half.shape[1], x.shape[-1])], *ends)
         self._whole = None

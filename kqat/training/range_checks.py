@@ -79,6 +79,12 @@ def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
                 continue
         if record.whole().is_zero() and names.is_zero_by_itself(quantizer, site):
             continue
+        if names.is_input(quantizer, site) and record.least == record.greatest:
+            name = names.of(quantizer, site)
+            value = f"{record.least:.3g}" if record.least else "zero"
+            text = f"'{name}' was {value} in all samples"
+            every.append(Concern("zero", name, 1.0, text))
+            continue
         of_site = _of_site(record, found[quantizer][site], names.of(quantizer, site))
         every += [
             c
@@ -384,13 +390,18 @@ class ValueNames:
         """The name of the value that a call site rounds."""
         node = self.calls.get((quantizer, site))
         if quantizer.sites == 1 or node is None:
-            return quantizer.name.removesuffix("_quantizer")
+            return quantizer.label
         maker = self.producers.get(node.inputs[0])
         while maker is not None and isinstance(maker.layer, ActivationQuantizer):
             maker = self.producers.get(maker.inputs[0])
         if maker is None:
-            return quantizer.name.removesuffix("_quantizer")
+            return quantizer.label
         return self.output_name(maker)
+
+    def is_input(self, quantizer: ActivationQuantizer, site: int) -> bool:
+        """Whether a call site rounds an input of the model."""
+        node = self.calls.get((quantizer, site))
+        return node is not None and node.inputs[0] in self.graph.inputs
 
     def holds_inverses(self, quantizer: ActivationQuantizer, site: int) -> bool:
         """Whether a value is the inverse of another."""
@@ -444,4 +455,4 @@ class ValueNames:
             sources = {self.source_of(ref) for ref in node.inputs} - {None}
             if len([s for s in sources if s and s[0] is quantizer]) > 1:
                 return self.output_name(node)
-        return quantizer.name.removesuffix("_quantizer")
+        return quantizer.label

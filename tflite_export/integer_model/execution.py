@@ -6,7 +6,7 @@ import numpy as np
 
 from kqat.kernels import NUMPY, Arrays
 from tflite_export.integer_model.operators import kernel_of
-from tflite_export.integer_model.program import Program, Step
+from tflite_export.integer_model.program import Program, Step, fitting
 
 
 def execute(program: Program, feeds: Sequence[np.ndarray], runtime: str) -> dict[int, np.ndarray]:
@@ -34,19 +34,24 @@ def execute(program: Program, feeds: Sequence[np.ndarray], runtime: str) -> dict
 def carry_out(
     step: Step, values: Mapping[int, np.ndarray], runtime: str, xp: Arrays = NUMPY
 ) -> dict[int, np.ndarray]:
-    """The outputs of one step, of the values before it; `KERAS` has faster convolutions."""
-    kernel = kernel_of(step, runtime)
-    inputs = []
-    for position, tensor in enumerate(step.inputs):
-        value = None if tensor is None else values.get(tensor.index)
-        if value is None:
-            value = kernel.constants.get(f"input_{position}")
-        inputs.append(_widened(value))
-    outputs = kernel.compute(xp, inputs, kernel.constants)
-    return {
-        tensor.index: np.asarray(value).astype(tensor.dtype)
-        for tensor, value in zip(step.outputs, outputs, strict=True)
-    }
+    """The outputs of one step, of the values before it; `KERAS` has faster convolutions.
+
+    Raises:
+        ExportError: if its arithmetic is not known, or its tensors do not fit one another.
+    """
+    with fitting(step.name):
+        kernel = kernel_of(step, runtime)
+        inputs = []
+        for position, tensor in enumerate(step.inputs):
+            value = None if tensor is None else values.get(tensor.index)
+            if value is None:
+                value = kernel.constants.get(f"input_{position}")
+            inputs.append(_widened(value))
+        outputs = kernel.compute(xp, inputs, kernel.constants)
+        return {
+            tensor.index: np.asarray(value).astype(tensor.dtype)
+            for tensor, value in zip(step.outputs, outputs, strict=True)
+        }
 
 
 def _widened(value: np.ndarray | None) -> np.ndarray | None:

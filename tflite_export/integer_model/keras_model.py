@@ -1,5 +1,6 @@
 """A file as a Keras model of integer arithmetic: one layer per operator."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from kqat.base import ExportError
 from kqat.kernels import KERAS
 from tflite_export import flatbuffer
 from tflite_export.integer_model.operators import Kernel, kernel_of
-from tflite_export.integer_model.program import Program, Step, Tensor, read_program
+from tflite_export.integer_model.program import Program, Step, Tensor, fitting, read_program
 from tflite_export.runtimes import RUNTIMES
 
 ENDS = ("float", "integers")
@@ -41,7 +42,8 @@ def integer_model(
 
     Raises:
         ExportError: if the file's batch is not 1, it has loops, or the arithmetic of an operator is
-            not known; a runtime of another name.
+            not known; a runtime of another name; tensors that do not fit one another, as in a
+            damaged file.
     """
     program = read_program(flatbuffer.read(blob))
     kinds = [inputs] * len(program.inputs) if isinstance(inputs, str) else [*inputs]
@@ -52,26 +54,31 @@ def integer_model(
                 f"Expected inputs of one sample. Received: shape {tensor.shape} of "
                 f"{tensor.name!r}. Convert with batch_size=1."
             )
-    entries = [
-        keras.Input(
-            tensor.shape[1:],
-            dtype="float32" if _is_real(tensor, kind) else _plain_dtype(tensor),
-            name=_layer_name(tensor.name),
-        )
-        for tensor, kind in zip(program.inputs, kinds, strict=True)
-    ]
-    values: dict[int, Any] = {
-        tensor.index: Entry(tensor, rounds=kind == "float", name=f"entry_{i}")(entry)
-        for i, (tensor, kind, entry) in enumerate(zip(program.inputs, kinds, entries, strict=True))
-    }
+    with fitting("the file's inputs"):
+        entries = [
+            keras.Input(
+                tensor.shape[1:],
+                dtype="float32" if _is_real(tensor, kind) else _plain_dtype(tensor),
+                name=_layer_name(tensor.name),
+            )
+            for tensor, kind in zip(program.inputs, kinds, strict=True)
+        ]
+        values: dict[int, Any] = {
+            tensor.index: Entry(tensor, rounds=kind == "float", name=f"entry_{i}")(entry)
+            for i, (tensor, kind, entry) in enumerate(
+                zip(program.inputs, kinds, entries, strict=True)
+            )
+        }
     for number, step in enumerate(program.steps):
-        found = _called(step, f"{step.name.lower()}_{number}", values, runtime)
-        values |= {t.index: y for t, y in zip(step.outputs, found, strict=True)}
+        with fitting(step.name):
+            found = _called(step, f"{step.name.lower()}_{number}", values, runtime)
+            values |= {t.index: y for t, y in zip(step.outputs, found, strict=True)}
     names = _output_names(program)
-    exits = [
-        Exit(tensor, real=outputs == "float", name=name)(values[tensor.index])
-        for tensor, name in zip(program.outputs, names, strict=True)
-    ]
+    with fitting("the file's outputs"):
+        exits = [
+            Exit(tensor, real=outputs == "float", name=name)(values[tensor.index])
+            for tensor, name in zip(program.outputs, names, strict=True)
+        ]
     return keras.Model(
         entries[0] if len(entries) == 1 else entries,
         exits[0] if len(exits) == 1 else exits,
@@ -167,13 +174,17 @@ class IntegerOperator(keras.layers.Layer):
         for position, value in zip(self.positions, values, strict=True):
             given[position] = value
         constants = {key: ops.convert_to_tensor(value) for key, value in self.constants.items()}
-        outputs = [
-            ops.reshape(y, (-1, *tensor.shape))
-            for y, tensor in zip(
-                self.kernel.compute(KERAS, given, constants), self.step.outputs, strict=True
-            )
-        ]
+        computed = self.kernel.compute(KERAS, given, constants)
+        outputs = [_shaped(y, t) for y, t in zip(computed, self.step.outputs, strict=True)]
         return outputs if len(outputs) > 1 else outputs[0]
+
+
+def _shaped(y: Any, tensor: Tensor) -> Any:
+    """What a kernel computed, with the file's own shape behind the samples."""
+    sample = y.shape[1:]
+    if None not in sample and math.prod(sample) != math.prod(tensor.shape):
+        raise ValueError(f"a value of shape {tuple(sample)} where the file has {tensor.shape}")
+    return ops.reshape(y, (-1, *tensor.shape))
 
 
 class Entry(keras.layers.Layer):

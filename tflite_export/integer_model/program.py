@@ -1,6 +1,8 @@
 """A file as a list of steps: which operator, which tensors, their grids and constants."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -104,6 +106,30 @@ class Program:
     outputs: tuple[Tensor, ...]
     steps: tuple[Step, ...]
     description: str
+
+
+@contextlib.contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Turns whatever arithmetic raises where a file's tensors do not fit one another into words.
+
+    A damaged file may have any shape, type or constant in any place, so no list of checks is whole.
+
+    Args:
+        what: is computed, as an operator by its name.
+
+    Raises:
+        ExportError: in the place of any other exception.
+    """
+    try:
+        yield
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"Expected the tensors and options of {what} to fit one another. Received: a file "
+            f"with which its arithmetic raises {type(error).__name__}: {error}. Convert the model "
+            "anew, or run tflite_export.verify without the model to see which runtimes take it."
+        ) from error
 
 
 def read_program(model: ModelT) -> Program:

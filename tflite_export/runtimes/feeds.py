@@ -19,7 +19,7 @@ def as_type(x: np.ndarray, tensor: TensorT) -> np.ndarray:
     Integers, which are indexes (token ids), are returned as they are.
 
     Raises:
-        ExportError: if an integer tensor has no scale.
+        ExportError: if an integer tensor has no scale, or the tensor holds no numbers.
     """
     dtype = flatbuffer.tensor_dtype(tensor)
     if dtype.kind == "f":
@@ -28,6 +28,11 @@ def as_type(x: np.ndarray, tensor: TensorT) -> np.ndarray:
         return (x ^ 0x80).view(np.int8)  # bytes, of which the file's integers are 128 less
     if not np.issubdtype(x.dtype, np.floating):
         return x
+    if dtype.kind not in "iu":
+        raise ExportError(
+            f"Expected an input of numbers. Received: {flatbuffer.tensor_name(tensor)!r} of type "
+            f"{dtype}. Use a file that was made of this model."
+        )
     limits = np.iinfo(dtype)
     scale, zero = _grid(tensor)
     return np.clip(np.floor(x / scale + 0.5) + zero, limits.min, limits.max).astype(dtype)

@@ -219,3 +219,11 @@ def test_foreign_configs_speak_the_whole_protocol() -> None:
     assert not is_foreign_config(Half())
     with pytest.raises(PolicyError, match=r"a tfmot QuantizeConfig\. Received: <"):
         resolve_config(Half())
+
+
+def test_a_scheme_of_tfmot_is_told_from_a_config() -> None:
+    class Scheme:
+        def get_quantize_registry(self) -> None: ...
+
+    with pytest.raises(PolicyError, match=r"'int8' or 'w4a8' in place of a scheme of tfmot"):
+        QuantizePolicy.of(Scheme())

@@ -333,3 +333,63 @@ def test_a_power_of_two_tensors_is_named() -> None:
     x = keras.Input(ROWS.shape[1:])
     with pytest.raises(UnsupportedLayerError, match="one tensor, and numbers, in operation"):
         _parts(keras.Model(x, ops.power(ops.abs(x) + 1.0, ops.tanh(x))))
+
+
+def _over_root_of_channels(x: Any) -> Any:
+    return ops.tanh(x / x.shape[-1] ** 0.5) * 2.0 + 0.1
+
+
+def _by_number_of_axes(x: Any) -> Any:
+    return ops.tanh(x) * 2.0 + 0.1 if len(x.shape) == 3 else ops.sigmoid(x) * 0.3 + 0.2
+
+
+def _over_counted_channels(x: Any) -> Any:
+    count = ops.sum(ops.ones_like(x), axis=-1, keepdims=True)
+    return ops.tanh(x / count) * 2.0 + 0.1
+
+
+def _over_root_in_tensorflow(x: Any) -> Any:
+    return tf.math.erf(x / tf.sqrt(tf.cast(tf.shape(x)[-1], "float32"))) * 2.0
+
+
+class _Applied(layers.Layer):
+    def __init__(self, function: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x: Any) -> Any:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("kind", [layers.Lambda, layers.Activation, _Applied])
+@pytest.mark.parametrize(
+    "function",
+    [
+        _over_root_of_channels,
+        _by_number_of_axes,
+        _over_counted_channels,
+        _over_root_in_tensorflow,
+    ],
+)
+def test_a_function_of_each_number_may_read_the_shape(kind: Any, function: Any) -> None:
+    """Its table would be that of one channel and two axes."""
+    model = keras.Sequential([keras.Input(ROWS.shape[1:]), kind(function)])
+    _same(model, ROWS)
+
+
+def _times_samples(x: Any) -> Any:
+    return x * ops.cast(ops.shape(x)[0], "float32")
+
+
+@pytest.mark.parametrize("kind", [layers.Lambda, layers.Activation, _Applied])
+def test_a_function_of_the_number_of_samples_is_refused(kind: Any) -> None:
+    model = keras.Sequential([keras.Input(ROWS.shape[1:]), kind(_times_samples, name="own")])
+    with pytest.raises(UnsupportedLayerError, match=r"(?s)'own'.*number of samples.*'own': None"):
+        kqat.plan(model)
+
+
+def test_advice_about_a_function_inside_a_layer_names_the_layer() -> None:
+    dense = layers.Dense(3, activation=_times_samples, name="own")
+    model = keras.Sequential([keras.Input(ROWS.shape[1:]), dense])
+    with pytest.raises(UnsupportedLayerError, match=r"policy=\{'own': None\}"):
+        kqat.plan(model)

@@ -79,8 +79,9 @@ def test_halves_that_disagree() -> None:
     assert "inf " not in text
 
 
-def test_zero_inputs_and_dead_values() -> None:
+def test_inputs_of_one_number_and_dead_values() -> None:
     assert "'image' was zero in all samples" in said(small(), np.zeros_like(X))
+    assert "'image' was -2.5 in all samples" in said(small(), np.full_like(X, -2.5))
     dead = small()
     dead.get_layer("conv").bias.assign(np.full(4, -100.0))
     text = said(dead, X)

@@ -125,3 +125,15 @@ def test_inputs_are_rounded_as_they_are_for_the_runtime(
     integers = entry.predict(x, verbose=0).reshape(x.shape)
     graph = flatbuffer.read(blob).subgraphs[0]
     np.testing.assert_array_equal(integers, expected[int(graph.inputs[0])].reshape(x.shape))
+
+
+@pytest.mark.parametrize("shape", [[], [1, 3, 5], [1, 2**30, 2], [1, 1, 1, 1, 1, 1]])
+def test_tensors_that_do_not_fit_are_told(
+    shipped: tuple[keras.Model, bytes, np.ndarray], shape: list[int]
+) -> None:
+    """Of a damaged file; whatever the arithmetic raises of it, the error names the operator."""
+    model = flatbuffer.read(shipped[1])
+    graph = model.subgraphs[0]
+    graph.tensors[int(graph.operators[0].outputs[0])].shape = shape
+    with pytest.raises(ExportError, match=r"CONV_2D to fit one another"):
+        integer_model(flatbuffer.write(model))

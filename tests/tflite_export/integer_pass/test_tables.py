@@ -37,6 +37,15 @@ def test_a_table_holds_the_function_of_every_integer() -> None:
     np.testing.assert_array_equal(table, expected)
 
 
+def test_a_table_is_computed_at_the_shape_of_the_layer() -> None:
+    """A function of each number may read how many channels there are; 256 is no multiple of 15."""
+    source, result = (Site(name, np.float32(0.05), 0, 8, (1,)) for name in ("x", "y"))
+    table = Tabulated(layers.Lambda(lambda x: x / x.shape[-1]), 0)
+    table(np.zeros((1, 3, 5), np.float32))
+    expected = np.floor(np.arange(-128, 128) / 5 + 0.5)
+    np.testing.assert_array_equal(table.lookup(source, result), expected)
+
+
 @pytest.mark.parametrize("function", ["mish", "selu", "softplus", "hard_sigmoid"])
 def test_a_function_without_a_kernel_is_exact_on_every_runtime(function: str) -> None:
     qat, x = _qat(function)

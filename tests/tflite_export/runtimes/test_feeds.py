@@ -35,6 +35,12 @@ def test_indexes_and_floats_are_left_as_they_are() -> None:
         feeds.as_type(np.ones((1, 1), np.float32), tensor(schema.TensorType.INT32, scale=None))
 
 
+@pytest.mark.parametrize("kind", [schema.TensorType.BOOL, schema.TensorType.STRING])
+def test_an_input_that_holds_no_numbers_takes_no_floats(kind: int) -> None:
+    with pytest.raises(ExportError, match=r"of numbers.*'x'"):
+        feeds.as_type(np.ones((1, 4), np.float32), tensor(kind, scale=None))
+
+
 def test_random_integers_take_the_whole_range() -> None:
     model = ModelT()
     graph = schema.SubGraphT()

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from keras import layers as L
 
 import kqat
@@ -82,3 +83,17 @@ def test_what_was_not_compared_is_said() -> None:
     assert str(Exactness(elements=1000, differing=0)) == (
         "exact: all 1,000 integers are those of the kernels"
     )
+
+
+@pytest.mark.parametrize("kind", [schema.TensorType.STRING, schema.TensorType.BOOL])
+def test_a_damaged_type_is_told(shipped: tuple[keras.Model, bytes, np.ndarray], kind: int) -> None:
+    """Runtimes may set the types of values anew; our own arithmetic never raises of it."""
+    _, blob, x = shipped
+    model = flatbuffer.read(blob)
+    graph = model.subgraphs[0]
+    feed = as_type(x, graph.tensors[int(graph.inputs[0])])
+    computed = run(blob, [feed], runtime="litert_reference", tensors="all").tensors
+    graph.tensors[int(graph.operators[0].outputs[0])].type = kind
+    found = exactness(model, computed, "litert_reference")
+    assert not found.is_exact and not found.differing
+    assert "LEAKY_RELU of 'leaky'" in found.unknown
