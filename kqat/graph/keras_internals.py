@@ -45,8 +45,9 @@ class Opened:
     which path a layer inside is reached. `fresh` says that its operations were made just now, and
     will bear other names the next time. `sequence` says that it is a Sequential: what `training`
     stands in its calls is not the user's, but that of the call in which it was built. `masks` are
-    those that inputs bear, by the identity of the input. `asides` says what calls did that is no
-    part of the function, such as to add a loss: a subject and a verb each.
+    those that inputs bear, by the identity of the input. `losses` are those that calls added;
+    `asides` says what else they did that is no part of the function, such as to update a metric: a
+    subject and a verb each.
     """
 
     function: Any
@@ -59,7 +60,33 @@ class Opened:
     fresh: bool = False
     sequence: bool = False
     masks: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    losses: tuple["SeenLoss", ...] = ()
     asides: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SeenLoss:
+    """A loss that a call was seen to add.
+
+    Attributes:
+        layer: that added it.
+        value: the symbolic tensor that is the loss, or that a regularizer makes one of.
+        regularizer: the layer's `activity_regularizer`, where `value` is its output.
+        problem: why it is none that a graph can hold, as it goes on after "a loss that".
+    """
+
+    layer: Any
+    value: Any
+    regularizer: Any = None
+    problem: str = ""
+
+
+@dataclasses.dataclass
+class _Notes:
+    """What calls were seen to do beside what they compute: losses, and what else, in words."""
+
+    losses: list[SeenLoss] = dataclasses.field(default_factory=list)
+    asides: list[str] = dataclasses.field(default_factory=list)
 
 
 def open_model(model: Any) -> Opened:
@@ -265,8 +292,8 @@ def open_call(
     stand_ins = {key: keras.Input(batch_shape=v.shape, dtype=v.dtype) for key, v in read.items()}
     args, kwargs = keras.tree.map_structure(lambda x: stand_ins.get(id(x), x), (args, kwargs))
     given_weights = {key: (stand_ins[key], v) for key, v in read.items()}
-    asides: list[str] = []
-    told = given_weights, asides
+    notes = _Notes()
+    told = given_weights, notes
     function, output, weights, hidden = _called(layer, args, kwargs, tensors, inside, *told)
     if owners := _owners_read(layer, function, inside):
         # It is called, and its variables are read from outside as well.
@@ -295,6 +322,8 @@ def open_call(
         function, output, weights = _with_batch_first(
             layer, function, output, tensors, weights, batch
         )
+        problem = "stands beside values whose first axis is not the batch"
+        notes.losses = [dataclasses.replace(one, problem=problem) for one in notes.losses]
     owners_by_path = {id(part): path for part, path in _paths(layer, inlined)}
     return Opened(
         function,
@@ -306,7 +335,8 @@ def open_call(
         owners_by_path,
         True,
         masks=masks,
-        asides=tuple(dict.fromkeys(asides)),
+        losses=tuple(notes.losses),
+        asides=tuple(dict.fromkeys(notes.asides)),
     )
 
 
@@ -506,13 +536,13 @@ def _called(
     tensors: list[Any],
     inside: list[Any],
     given: Mapping[int, tuple[Any, Any]],
-    asides: list[str],
+    notes: _Notes,
     loops: Sequence[Any] = (),
 ) -> tuple[Any, Any, dict[int, Any], dict[int, str]]:
     """`layer.call` with the variables of `inside` as symbolic tensors.
 
     `given` are variables among the arguments, each with the symbolic tensor that stands for it;
-    `loops` are recurrent layers inside that call their cell step by step. `asides` receives what is
+    `loops` are recurrent layers inside that call their cell step by step. `notes` receives what is
     done that is no part of the function.
 
     Returns:
@@ -520,6 +550,7 @@ def _called(
         that depend on variables alone, and the variables that were read without being seen.
     """
     weights: dict[int, tuple[Any, Any]] = dict(given)
+    notes.losses.clear()  # They were of other symbolic tensors.
     try:
         with PATCHING:
             opened = [p for p in inside if p is layer or not _is_stock(p)]
@@ -528,12 +559,12 @@ def _called(
             with (
                 _masks_told(),
                 _as_inputs(inside, weights),
-                _calls_inlined([*opened, *loops], twins),
+                _calls_inlined([*opened, *loops], twins, notes),
                 _patched(*((loop, "call", _step_by_step(loop)) for loop in loops)),
                 _shapes_told(layer),
                 _keys_of_tensors(),
                 _sizes_known(),
-                _asides_noted(layer, inside, asides),
+                _asides_noted(layer, inside, notes),
                 tensorflow_traced(),
             ):
                 # Keras hands it down to every layer inside that does not say otherwise.
@@ -661,11 +692,14 @@ def _as_inputs(owners: list[Any], made: dict[int, tuple[Any, Any]]) -> Iterator[
         yield
 
 
+_OF_WEIGHTS = "depends on weights alone (let the layer that has them have a regularizer)"
+
+
 @contextlib.contextmanager
-def _asides_noted(layer: Any, inside: Sequence[Any], found: list[str]) -> Iterator[None]:
+def _asides_noted(layer: Any, inside: Sequence[Any], notes: _Notes) -> Iterator[None]:
     """Lets calls add losses and update metrics meanwhile, though Keras takes no symbolic ones.
 
-    `found` receives who does what, but for layers that stay layers: they go on doing it, or are
+    `notes` receive who does what, but for layers that stay layers: they go on doing it, or are
     opened later.
     """
     parts = list(parts_of(layer))
@@ -673,26 +707,43 @@ def _asides_noted(layer: Any, inside: Sequence[Any], found: list[str]) -> Iterat
 
     def note(part: Any, aside: str) -> None:
         if id(part) not in stay:
-            found.append(f"'{part.name}' {aside}")
+            notes.asides.append(f"'{part.name}' {aside} in its call")
 
     def without_update(part: Any, metric: Any) -> Callable[..., None]:
         return lambda *args, **kwargs: note(part, f"updates its metric '{metric.name}'")
 
-    def without_loss(part: Any, loss: Any) -> None:
-        del loss
-        note(part, "adds a loss")
+    def note_loss(part: Any, loss: Any) -> None:
+        if id(part) in stay:
+            return
+        for value in keras.tree.flatten(loss):
+            symbolic = isinstance(value, keras.KerasTensor)
+            notes.losses.append(SeenLoss(part, value, problem="" if symbolic else _OF_WEIGHTS))
 
     updates = [
         (metric, "update_state", without_update(part, metric))
         for part in parts
         for metric in part._metrics
     ]
-    with _patched((keras.layers.Layer, "add_loss", without_loss), *updates):
+    with _patched((keras.layers.Layer, "add_loss", note_loss), *updates):
         yield
 
 
 @contextlib.contextmanager
-def _calls_inlined(opened: Sequence[Any], twins: Mapping[int, Any]) -> Iterator[None]:
+def losses_noted() -> Iterator[list[tuple[Any, Any]]]:
+    """Receives who adds which loss, in place of the layer itself."""
+    found: list[tuple[Any, Any]] = []
+
+    def note(part: Any, loss: Any) -> None:
+        found.extend((part, value) for value in keras.tree.flatten(loss))
+
+    with PATCHING, _patched((keras.layers.Layer, "add_loss", note)):
+        yield found
+
+
+@contextlib.contextmanager
+def _calls_inlined(
+    opened: Sequence[Any], twins: Mapping[int, Any], notes: _Notes
+) -> Iterator[None]:
     """Lets calls of layers show what they do in place of themselves.
 
     Keras does the rest of a call as ever: it builds, hands on masks and `training`. It only records
@@ -702,6 +753,7 @@ def _calls_inlined(opened: Sequence[Any], twins: Mapping[int, Any]) -> Iterator[
     Args:
         opened: the layers.
         twins: the stock layer that each is beside its own `call`, or `None`, by its identity.
+        notes: receive the penalties of their outputs, which Keras makes of no symbolic tensor.
     """
     keys = {id(part) for part in opened}
     stock = {type(twin) for twin in twins.values() if twin is not None}
@@ -714,7 +766,14 @@ def _calls_inlined(opened: Sequence[Any], twins: Mapping[int, Any]) -> Iterator[
         return None if id(operation) in keys else record(operation=operation, **call)
 
     def called_through(part: Any) -> Callable[..., Any]:
-        return lambda *args, **kwargs: part.call(*args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outputs = part.call(*args, **kwargs)
+            penalty = part.activity_regularizer
+            if penalty is not None:
+                notes.losses += [SeenLoss(part, t, penalty) for t in _tensors(outputs)]
+            return outputs
+
+        return call
 
     with _patched(
         (home, "Node", recorded),
@@ -780,6 +839,7 @@ def _stock_twin(layer: Any) -> Any:
     held = {id(value) for value in keras.tree.flatten(list(_state(layer, twin).values()))}
     tracked = {key: [v for v in vars(layer)[key] if id(v) in held] for key in _TRACKED}
     vars(twin).update({**vars(layer), **told, **nodes, **tracked, "name": name})
+    twin.activity_regularizer = None  # A penalty is of what the subclass makes.
     return twin
 
 
@@ -1551,14 +1611,14 @@ def _all_true(shape: Sequence[int | None], mask: Any, axis: int) -> Any:
     return keras.ops.logical_or(mask, keras.ops.logical_not(mask))
 
 
-def _is_of_users(layer: Any) -> bool:
+def is_of_users(layer: Any) -> bool:
     """Whether a layer's class is neither Keras's nor kqat's."""
     return not type(layer).__module__.startswith(("keras.", "kqat.")) and not _is_stock(layer)
 
 
 def _opens_for_masks(layer: Any, borne: Mapping[int, Any]) -> bool:
     """Whether what a layer does with masks shows in its call alone; `borne` are its arguments'."""
-    if _is_of_users(layer):
+    if is_of_users(layer):
         return bool(borne) or _makes_masks(layer)
     return bool(borne) and takes_masks_off(layer)
 
@@ -1747,7 +1807,11 @@ def values_between(
 
 def _calls_between(inputs: Any, outputs: Any) -> list[Any]:
     """The calls that compute `outputs` from `inputs`, in the order of a `keras.Function`."""
-    given = {id(t) for t in _tensors(inputs)}
+    return calls_to(outputs, {id(t) for t in _tensors(inputs)})
+
+
+def calls_to(outputs: Any, given: Collection[int]) -> list[Any]:
+    """As `_calls_between`; `given` are the identities of the inputs."""
     first_seen: dict[int, int] = {}
     after_inputs: list[Any] = []
     waiting = [(call, False) for call in reversed(_makers(_tensors(outputs), given))]

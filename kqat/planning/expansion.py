@@ -15,7 +15,9 @@ import numpy as np
 
 from kqat.base import ModelError, TrainerWarning, UnsupportedLayerError
 from kqat.graph import (
+    AddedLoss,
     Graph,
+    GraphLoss,
     Node,
     Part,
     Ref,
@@ -38,6 +40,7 @@ from kqat.graph import (
     unique_name,
     unmasked,
     values_between,
+    with_losses,
     with_masks,
 )
 from kqat.parts import Elementwise, Learned, Matmul, Select, TensorFlowFunction, is_elementwise
@@ -367,7 +370,8 @@ def _opened_function(
             f"policy={{'{origin}': None}}."
         ) from error
     tell_asides(graph, "layer", origin)
-    table = _table_of_parts(layer, name) if elementwise and len(graph.nodes) > 1 else None
+    whole = _table_of_parts(layer, name) if elementwise and len(graph.nodes) > 1 else None
+    table = None if whole is None else _with_losses_around(whole, graph)
     if reads is not None and table is None:
         reads.note_opened(graph, node, origin)
     return table or _inlined(graph, name, copies)
@@ -416,8 +420,11 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         graph = trace_call(layer, (x,), {}, name, is_custom)
         if len(graph.nodes) <= 2:
             return None
-        tell_asides(graph, "layer", name)
-        return _table_of_parts(layer, name)
+        whole = _table_of_parts(layer, name)
+        table = None if whole is None else _with_losses_around(whole, graph)
+        if table is not None:
+            tell_asides(graph, "layer", name)
+        return table
     except ModelError:
         if keras.backend.backend() != "tensorflow":
             return None
@@ -426,6 +433,45 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
             return Elementwise.of(function, name=name)
         except Exception:  # It branches on a value: opening it tells where.
             return None
+
+
+def _with_losses_around(table: Callable[..., Any], graph: Graph) -> Callable[..., Any] | None:
+    """A table that adds the losses of a graph; `None` if one is of a value inside the graph."""
+    outside = (*graph.inputs, *graph.outputs)
+    if any(ref not in outside for loss in graph.losses for ref in loss.inputs):
+        return None
+    if not graph.losses:
+        return table
+
+    def call(x: Any) -> Any:
+        y = table(x)
+        values = dict(zip(outside, (x, y), strict=True))
+        read = [[values[ref] for ref in loss.inputs] for loss in graph.losses]
+        return with_losses(y, graph.losses, read)
+
+    return call
+
+
+def _with_penalty(layer: Any, simpler: Callable[..., Any], origin: str) -> Callable[..., Any]:
+    """`simpler`, with the penalty of its outputs that Keras adds for the layer in its place.
+
+    Some of these hand the `activity_regularizer` on to a part.
+    """
+    penalty = getattr(layer, "activity_regularizer", None)
+    if penalty is None or is_custom(layer):  # Of a custom layer it is among the losses of its call.
+        return simpler
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        outputs = simpler(*args, **kwargs)
+        given = with_masks(t for t in keras.tree.flatten((args, kwargs)) if is_tensor(t))
+        parts = operations_between(given, outputs)
+        if any(getattr(part, "activity_regularizer", None) is not None for part in parts):
+            return outputs
+        values = [t for t in keras.tree.flatten(outputs) if is_tensor(t)]
+        loss = GraphLoss(AddedLoss(activity_penalty=penalty, label=origin), ())
+        return with_losses(outputs, [loss] * len(values), [[value] for value in values])
+
+    return call
 
 
 def _table_of_parts(layer: Any, name: str) -> Elementwise | None:
@@ -483,7 +529,7 @@ def _inlined(
         tensors = with_masks(t for t in given if is_tensor(t))[: len(graph.inputs)]
         # The graph says which call reads which mask.
         with bearing([(t, None) for t in tensors]):
-            outputs = graph.run(tensors, call)
+            outputs, read = graph.run_with_losses(tensors, call)
         values = keras.tree.flatten(outputs)
         names = [name, *(f"{name}_{i}" for i in range(1, len(values)))]
         wanted = batched or [True] * len(values)
@@ -491,7 +537,8 @@ def _inlined(
             _as_output(x, tensors, n) if has_batch else x
             for x, n, has_batch in zip(values, names, wanted, strict=True)
         ]
-        return keras.tree.pack_sequence_as(outputs, found)
+        packed = keras.tree.pack_sequence_as(outputs, found)
+        return with_losses(packed, graph.losses, read)
 
     return run
 
@@ -656,11 +703,10 @@ def tell_asides(graph: Graph, kind: str, name: str, stacklevel: int = 2) -> None
         stacklevel: as for `warnings.warn`.
     """
     for aside in graph.asides:
-        within = "" if aside.startswith(f"'{name}' ") else f" inside {kind} '{name}'"
+        within = "" if aside.startswith(f"'{name}' ") else f"Inside {kind} '{name}', "
         warnings.warn(
-            f"{aside} in its call{within}. The QAT model does not: compute that in the loss or in "
-            "the metrics that compile takes. A penalty of a layer's output may be a "
-            "keras.layers.ActivityRegularization behind it.",
+            f"{within}{aside}. The QAT model does not: compute that in the loss or in the metrics "
+            "that compile takes.",
             TrainerWarning,
             stacklevel=stacklevel,
         )
@@ -705,7 +751,7 @@ def _simplify(
             "Masking out, or stop the mask before the layer: keras.layers.Reshape hands none on."
         )
     if simpler is not None:
-        return simpler
+        return _with_penalty(node.layer, simpler, origin)
     # Who reads its mask reads it as a tensor of the graph.
     options = {"mask_zero": False} if getattr(node.layer, "mask_zero", False) else {}
     return duplicate(node.layer, node.name, **options)

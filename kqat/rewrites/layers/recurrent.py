@@ -191,6 +191,12 @@ def bidirectional(layer: Any, name: str, *, make: Callable[..., Decomposed] = rn
                 f"Expected a recurrent layer in Bidirectional layer '{name}'. Received: "
                 f"{type(inner).__name__}. Use SimpleRNN, LSTM, GRU, or RNN around their cells."
             )
+        if inner.activity_regularizer is not None:
+            raise UnsupportedLayerError(
+                f"Expected no activity_regularizer in the layers of Bidirectional layer '{name}', "
+                "whose values kqat computes in simpler layers. Received: one. Give it to the "
+                "Bidirectional layer itself, or put keras.layers.ActivityRegularization after it."
+            )
     forward = make(layer.forward_layer, f"{name}_forward")
     backward = make(layer.backward_layer, f"{name}_backward", flip=layer.return_sequences)
     merges = {
@@ -223,11 +229,6 @@ def _check(layer: Any, name: str, cells: "Cells | None") -> None:
             f"Expected stateful=False in layer '{name}'. Received: True. The file keeps no state "
             "from one invocation to the next. Use return_state=True and initial_state, and pass "
             "the states yourself."
-        )
-    if layer.activity_regularizer is not None:
-        raise UnsupportedLayerError(
-            f"Expected no activity_regularizer in layer '{name}', which kqat splits into simpler "
-            "layers. Put keras.layers.ActivityRegularization after it."
         )
     inner = getattr(layer.cell, "cells", [layer.cell])
     unknown = [type(cell).__name__ for cell in inner if cells and type(cell) not in cells]

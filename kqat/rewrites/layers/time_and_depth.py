@@ -58,9 +58,11 @@ def time_distributed(layer: Any, name: str) -> Decomposed:
                 f"model '{inner.name}' of type {type(inner).__name__}. Put each of its layers in a "
                 "TimeDistributed of its own."
             )
+        # Keras adds no penalty of what the inner layer makes.
+        plain = {} if inner.activity_regularizer is None else {"activity_regularizer": None}
         if type(inner) in POINTWISE and getattr(inner, "axis", -1) in (-1, [-1]):
-            return Part(clone(inner, name), inner.get_weights())(x)
-        part = Part(clone(inner, f"{name}_{inner.name}"), inner.get_weights())
+            return Part(clone(inner, name, **plain), inner.get_weights())(x)
+        part = Part(clone(inner, f"{name}_{inner.name}", **plain), inner.get_weights())
         shown = [{}] * x.shape[1] if mask is None else _masks_of_steps(mask, name)
         steps, rows = [], _rows(x, name)
         for i in range(x.shape[1]):
