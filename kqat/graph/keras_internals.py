@@ -1787,11 +1787,15 @@ def operations_between(inputs: Any, outputs: Any) -> list[Any]:
 
 
 def values_between(
-    inputs: Sequence[Any], outputs: Sequence[Any], values: Sequence[Any]
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    values: Sequence[Any],
+    used: Callable[[Any], Any] = lambda operation: operation,
 ) -> list[Any]:
     """The values of symbolic tensors where `inputs`, from which they are computed, have `values`.
 
-    `keras.Function` does it as well, but before Keras 3.14 only for inputs of a model.
+    `used` is what is called in the place of a layer or operation. `keras.Function` does it as well,
+    but before Keras 3.14 only for inputs of a model.
     """
     known = dict(zip(map(id, inputs), values, strict=True))
     for call in _calls_between(inputs, outputs):
@@ -1800,7 +1804,7 @@ def values_between(
         )
         if isinstance(call.operation, keras.layers.MultiHeadAttention):
             attach_masks(call.operation, args, kwargs)
-        results = keras.tree.flatten(unmasked(call.operation(*args, **kwargs)))
+        results = keras.tree.flatten(unmasked(used(call.operation)(*args, **kwargs)))
         known.update((id(t), y) for t, y in zip(call.outputs, results, strict=True))
     return [known[id(t)] for t in outputs]
 

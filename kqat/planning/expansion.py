@@ -30,8 +30,10 @@ from kqat.graph import (
     fill,
     holds_indexes,
     is_half,
+    is_of_users,
     is_tensor,
     operations_between,
+    parts_of,
     rebuild,
     refs_in,
     takes_masks_off,
@@ -43,7 +45,15 @@ from kqat.graph import (
     with_losses,
     with_masks,
 )
-from kqat.parts import Elementwise, Learned, Matmul, Select, TensorFlowFunction, is_elementwise
+from kqat.parts import (
+    Elementwise,
+    Learned,
+    Matmul,
+    Recurrence,
+    Select,
+    TensorFlowFunction,
+    is_elementwise,
+)
 from kqat.registry import as_layers, is_custom, rule_for
 from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight, whole_numbers
 
@@ -119,6 +129,8 @@ def _opens(node: Node, kept: set[str]) -> bool:
     is_layer = isinstance(node.layer, keras.layers.Layer)
     if node.name in kept or not is_layer:
         return False
+    if type(node.layer) is keras.layers.TimeDistributed:
+        return is_of_users(node.layer.layer)  # It stands in the graph itself.
     try:
         return rule_for(node.layer).opens
     except UnsupportedLayerError:  # Expansion says so, by its name.
@@ -380,10 +392,14 @@ def _opened_function(
 def _opened_layer(
     node: Node, origin: str, copies: Copies, reads: WeightReads | None = None
 ) -> Callable[..., Any]:
-    """A custom layer as its parts, which are copies."""
+    """A custom layer as its parts, which are copies; later calls share those with weights."""
     layer, name = node.layer, node.name
+    opened: list[tuple[Any, Any]] = []  # arguments and outputs
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        for given, outputs in opened:
+            if _are_of_a_kind(given, (args, kwargs)):
+                return _called_again(given, outputs, (args, kwargs))
         if not layer.weights and len(node.inputs) == 1 and not kwargs and not node.masks:
             table = _table(layer, args[0], name)
             if table is not None:
@@ -400,9 +416,53 @@ def _opened_layer(
         if reads is not None:
             reads.note_opened(graph, layer, origin)
         batched = [ref.shape[:1] == (None,) for ref in node.outputs]
-        return _inlined(graph, name, copies, batched)(*args, **kwargs)
+        outputs = _inlined(graph, name, copies, batched)(*args, **kwargs)
+        opened.append(((args, kwargs), outputs))
+        return outputs
 
     return _tried(layer, call, name)
+
+
+def _are_of_a_kind(first: Any, second: Any) -> bool:
+    """Whether arguments of two calls differ in nothing but in which tensors they are."""
+
+    def kinds(given: Any) -> list[Any]:
+        return [
+            (tuple(x.shape), str(x.dtype)) if is_tensor(x) and borne_mask(x) is None else x
+            for x in keras.tree.flatten(given)
+        ]
+
+    plain = tuple | bool | int | float | str | None
+    pairs = list(zip(kinds(first), kinds(second), strict=False))
+    same = all(isinstance(a, plain) and type(a) is type(b) and a == b for a, b in pairs)
+    return same and str(_shape_of(first)) == str(_shape_of(second))
+
+
+def _shape_of(structure: Any) -> Any:
+    """A structure with nothing in it."""
+    return keras.tree.map_structure(lambda x: 0, structure)
+
+
+def _called_again(first: Any, outputs: Any, second: Any) -> Any:
+    """What a call computes as an earlier one did, with the same weights.
+
+    Args:
+        first: the arguments of the earlier call.
+        outputs: what it made of them.
+        second: the arguments of this call.
+    """
+    given, now = ([x for x in keras.tree.flatten(one) if is_tensor(x)] for one in (first, second))
+
+    def used(operation: Any) -> Any:
+        if isinstance(operation, AddedLoss):
+            return operation.anew(operation.name)
+        # A layer without weights is made anew, to have its own grid.
+        return operation if getattr(operation, "weights", ()) else duplicate(operation)
+
+    flat = keras.tree.flatten(outputs)
+    made = [y for y in flat if is_tensor(y)]
+    values = dict(zip(map(id, made), values_between(given, made, now, used), strict=True))
+    return keras.tree.map_structure(lambda y: values.get(id(y), y), outputs)
 
 
 def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
@@ -731,6 +791,11 @@ def _of_all_steps(node: Node, origin: str) -> Callable[..., Any]:
     return call
 
 
+def _is_run_by_users_cell(layer: Any) -> bool:
+    """Whether a layer is a recurrence in whose step a cell of the user's own stands itself."""
+    return isinstance(layer, Recurrence) and any(map(is_of_users, parts_of(layer.step)))
+
+
 def _simplify(
     node: Node,
     origin: str,
@@ -750,6 +815,8 @@ def _simplify(
             f"'{origin}' of type {kind}{stays}. Pad to a fixed length, and leave mask_zero and "
             "Masking out, or stop the mask before the layer: keras.layers.Reshape hands none on."
         )
+    if simpler is None and _is_run_by_users_cell(node.layer):
+        return node.layer  # It is of the round before, and no config tells what the cell does.
     if simpler is not None:
         return _with_penalty(node.layer, simpler, origin)
     # Who reads its mask reads it as a tensor of the graph.

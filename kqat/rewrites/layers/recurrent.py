@@ -308,7 +308,8 @@ def _take_apart(builder: "StepBuilder", make_step: "MakeStep", options: dict[str
     recurrence = Recurrence(
         step, sequences, name=builder.name, own_output=builder.own_output, **options
     )
-    recurrence.trainable = builder.trainable
+    if type(builder.cell) in _steps():  # A cell of the user's own stands in the step itself.
+        recurrence.trainable = builder.trainable
     dropout = builder.cell.dropout if isinstance(builder, Builder) else 0.0
     return _Cell(dropout, tuple(builder.projections), recurrence, builder.name)
 
@@ -598,15 +599,14 @@ def _gru(builder: Builder) -> keras.Model:
 def _own_step(builder: StepBuilder) -> keras.Model:
     """What the `call` of a cell of the user's own computes; its output may be none of its states.
 
-    A copy of the cell stands in the step, which is opened as any custom layer.
+    The cell itself stands in the step, and is opened there as any custom layer.
     """
     x, first = builder.read(), _first_states(builder.cell)
     states = [
         keras.Input(state.shape[1:], name=builder.part_name(f"state_{i}"))
         for i, state in enumerate(keras.tree.flatten(first))
     ]
-    cell = duplicate(builder.cell, builder.part_name("cell"))
-    output, after = cell(x, keras.tree.pack_sequence_as(first, states))
+    output, after = builder.cell(x, keras.tree.pack_sequence_as(first, states))
     builder.own_output = True
     return builder.model(states, keras.tree.flatten(after), output)
 
