@@ -710,7 +710,9 @@ def _call_options(
     if "training" in parameters and kwargs.get("training") and not default:
         raise ModelError(
             f"Expected layers that compute as inference does when they ship. Received: "
-            f"training=True in the call of '{layer.name}'. Call it without `training`."
+            f"training=True in the call of '{layer.name}'. Call it without `training`. A file "
+            "draws no random numbers: for several samples of an output (Monte Carlo dropout), "
+            "multiply by a mask that is an input of the model, and draw it before each run."
         )
     said = {k: v for k, v in kwargs.items() if k != "training" and not (k == "mask" and v is None)}
     if "mask" in said and passes_mask_by(layer):
