@@ -20,7 +20,6 @@ from kqat.graph.keras_internals import (
     operations_between,
     option,
     parts_of,
-    sources_of,
     space_to_depth,
     takes_masks_off,
     unmasked,
@@ -44,7 +43,7 @@ from kqat.graph.tracer import (
     unique_name,
     with_losses,
 )
-from kqat.graph.values import fingerprint, holds_indexes, is_half, is_tensor
+from kqat.graph.values import fingerprint, holds_indexes, is_half, is_tensor, sources_of
 
 __all__ = [
     "FUNCTIONAL_MODULE",

@@ -17,6 +17,7 @@ from keras import ops
 
 from kqat.base import ModelError
 from kqat.base.equations import spelled_out
+from kqat.graph.values import made_of
 
 # Letters of an equation that no user's has: the batch, and the two parts beside it on its axis.
 BATCH, OUTER, INNER = "αβγ"
@@ -194,7 +195,8 @@ class BatchFirst:
             )
         array = array.reshape(1, *shape[: place.axis], *beside, *shape[place.axis + 1 :])
         if isinstance(value, keras.Variable):
-            return keras.Variable(array, trainable=value.trainable, name=value.name)
+            made = keras.Variable(array, trainable=value.trainable, name=value.name)
+            return made_of([value], made)
         return array
 
     # Kinds of operations.

@@ -32,7 +32,7 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from kqat.base import ModelError
 from kqat.graph.batch_axis import BatchFirst
 from kqat.graph.tensorflow_calls import tensorflow_traced
-from kqat.graph.values import fingerprint, is_half, varies
+from kqat.graph.values import fingerprint, is_half, made_of, varies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Opened:
     which path a layer inside is reached. `fresh` says that its operations were made just now, and
     will bear other names the next time. `sequence` says that it is a Sequential: what `training`
     stands in its calls is not the user's, but that of the call in which it was built. `masks` are
-    those that inputs bear, by the identity of the input. `losses` are those that calls added;
+    those that inputs bear, by the identity of the input. `losses` are those that calls added, of
+    tensors some of which are not the function's: `renewed` has each with the one in its place.
     `asides` says what else they did that is no part of the function, such as to update a metric: a
     subject and a verb each.
     """
@@ -61,6 +62,7 @@ class Opened:
     sequence: bool = False
     masks: Mapping[int, Any] = dataclasses.field(default_factory=dict)
     losses: tuple["SeenLoss", ...] = ()
+    renewed: Sequence[tuple[Any, Any]] = ()
     asides: tuple[str, ...] = ()
 
 
@@ -311,6 +313,7 @@ def open_call(
         inside = [*inside, *owners]
         found = _called(layer, args, kwargs, tensors, inside, *told, loops)
         function, output, weights, _ = found
+    renewed: list[tuple[Any, Any]] = []
     if _is_moved(function, batch, weights):
         if _reads_masks(function, masks):
             raise ModelError(
@@ -319,11 +322,9 @@ def open_call(
                 "batch elsewhere. Undo what moves it, or stop the mask before the layer: "
                 "keras.layers.Reshape hands none on."
             )
-        function, output, weights = _with_batch_first(
+        function, output, weights, renewed = _with_batch_first(
             layer, function, output, tensors, weights, batch
         )
-        problem = "stands beside values whose first axis is not the batch"
-        notes.losses = [dataclasses.replace(one, problem=problem) for one in notes.losses]
     owners_by_path = {id(part): path for part, path in _paths(layer, inlined)}
     return Opened(
         function,
@@ -336,6 +337,7 @@ def open_call(
         True,
         masks=masks,
         losses=tuple(notes.losses),
+        renewed=renewed,
         asides=tuple(dict.fromkeys(notes.asides)),
     )
 
@@ -452,12 +454,19 @@ def _is_moved(function: Any, batch: int, constant: Mapping[int, Any]) -> bool:
 
 def _with_batch_first(
     layer: Any, function: Any, output: Any, tensors: list[Any], weights: Any, batch: int
-) -> tuple[Any, Any, dict[int, Any]]:
-    """The function, its output structure and the weights among its outputs, the batch first."""
+) -> tuple[Any, Any, dict[int, Any], list[tuple[Any, Any]]]:
+    """The function, its output structure and the weights among its outputs, the batch first.
+
+    The last value has the tensors that had it first already, each with the one in its place.
+    """
     runs = BatchFirst(batch, weights, f"{layer.name}' of type '{type(layer).__name__}")
     with PATCHING, _shapes_told(layer):
         runs.run(_calls(function), tensors)
     made = {key: tensor for key, (tensor, _) in runs.known.items()}
+    before = [t for call in _calls(function) for t in call.outputs if id(t) in made]
+    renewed = [
+        (t, made[id(t)]) for t in before if t.shape[0] == batch and t.shape == made[id(t)].shape
+    ]
     for tensor in _tensors(output):
         if id(tensor) in made and tensor.shape[0] != batch:
             raise ModelError(
@@ -471,7 +480,7 @@ def _with_batch_first(
     inputs = [*tensors, *held.values()]
     with _names_apart(layer, inputs, output):
         function = _function(inputs, keras.tree.flatten(output))
-    return function, output, {key: weights[key] for key in held}
+    return function, output, {key: weights[key] for key in held}, renewed
 
 
 def _of_batch(tensor: Any, batch: int) -> tuple[Any, ...]:
@@ -1087,7 +1096,7 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             name = "_".join(v.name for v in sources[:1]) or "constant"
             trained = any(v.trainable for v in sources)
             made = keras.Variable(np.asarray(value), trainable=trained, name=name)
-            found[key] = _made_of(sources, made)
+            found[key] = made_of(sources, made)
     return {**dict.fromkeys(computed), **found}
 
 
@@ -1108,18 +1117,7 @@ def _first_of_batch(variable: Any, batch: int, layer: Any) -> Any:
             "which was computed with the batch size. Compute it without that."
         )
     made = keras.Variable(array, trainable=variable.trainable, name=variable.name)
-    return _made_of([variable], made)
-
-
-def _made_of(sources: Iterable[Any], variable: Any) -> Any:
-    """A variable that holds what a call computes of others; see `sources_of`."""
-    variable._kqat_sources = [source for v in sources for source in sources_of(v)]
-    return variable
-
-
-def sources_of(variable: Any) -> list[Any]:
-    """The user's variables of which the value of one was computed: for one of his, itself."""
-    return list(getattr(variable, "_kqat_sources", [variable]))
+    return made_of([variable], made)
 
 
 def without_batch(array: np.ndarray, batch: int) -> np.ndarray | None:

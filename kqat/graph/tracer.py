@@ -567,7 +567,8 @@ def _graph_loss(seen: SeenLoss, opened: Opened, refs: Mapping[int, Any], walk: _
     """
     if seen.problem:
         raise _NoFunctionError(seen.problem)
-    known, nodes = dict(refs), []
+    renewed = {id(old): refs[id(new)] for old, new in opened.renewed if id(new) in refs}
+    known, nodes = {**renewed, **refs}, []
     shared = {id(v) for node in walk.nodes for v in getattr(node.layer, "variables", ())}
     for call in calls_to([seen.value], known):
         layer, arguments = call.operation, (call.arguments.args, call.arguments.kwargs)
