@@ -38,10 +38,10 @@ def varies(weight: Any) -> bool:
 
 def made_of(sources: Iterable[Any], variable: Any) -> Any:
     """A variable that holds what a call computes of others; see `sources_of`."""
-    variable._kqat_sources = [source for v in sources for source in sources_of(v)]
+    variable.kqat_sources = [source for v in sources for source in sources_of(v)]
     return variable
 
 
 def sources_of(variable: Any) -> list[Any]:
     """The user's variables of which the value of one was computed: for one of his, itself."""
-    return list(getattr(variable, "_kqat_sources", [variable]))
+    return list(getattr(variable, "kqat_sources", [variable]))
