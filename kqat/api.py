@@ -275,7 +275,7 @@ def _with_right_losses(
     model: keras.Model, graph: Graph, qat: keras.Model, decided: Plan, kinds: Sequence[Preserve]
 ) -> tuple[keras.Model, Plan]:
     """The QAT model without losses that are not the float model's; a warning tells of each."""
-    wrong, problems = wrong_losses(model, graph, qat, bool(decided.graph.losses))
+    wrong, problems = wrong_losses(model, graph, qat, decided.graph.losses)
     _tell_lost(problems, graph, model.name, stacklevel=6)
     before, after = weight_penalties(model), weight_penalties(qat)
     if not same_penalties(before, after):

@@ -5,13 +5,13 @@ tracing of a call does not show, and what it reads may be folded away.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from kqat.graph import Graph, fill, is_of_users, losses_noted, parts_of, trace
+from kqat.graph import Graph, GraphLoss, fill, is_of_users, losses_noted, parts_of, trace
 from kqat.training.unrounded import call_unrounded
 
 # Sums of floats in another order; terms that differ in kind differ by more.
@@ -31,7 +31,7 @@ def may_add_losses(model: keras.Model) -> bool:
 
 
 def wrong_losses(
-    model: keras.Model, graph: Graph, qat: keras.Model, has_losses: bool
+    model: keras.Model, graph: Graph, qat: keras.Model, losses: Sequence[GraphLoss]
 ) -> tuple[set[int], dict[str, str]]:
     """The losses that a QAT model should not add, and those that it lacks.
 
@@ -39,7 +39,7 @@ def wrong_losses(
         model: the float model.
         graph: of that.
         qat: its QAT model, not trained yet.
-        has_losses: whether that adds losses of opened calls.
+        losses: those of opened calls that it adds.
 
     Returns:
         The places of wrong ones among those of the QAT model's graph, and the names of the user's
@@ -50,10 +50,12 @@ def wrong_losses(
     wanted = _added_by(model, given, training=False)
     of_users = any(is_of_users(part) for part in parts_of(model))
     trained = _added_by(model, given, training=True) if of_users else wanted
-    if not (has_losses or wanted.by_label or trained.by_label):
+    problems = {one.layer.label: one.layer.problem for one in losses if one.layer.problem}
+    if wanted is None or trained is None:
+        return {i for i, one in enumerate(losses) if one.layer.problem}, problems
+    if not (losses or wanted.by_label or trained.by_label):
         return set(), {}
     total, found = _added_by_qat(qat, values)
-    problems = {one.label: one.problem for one in found if one.problem}
     # Keras looks for losses in the layers of a model alone.
     gone = {i for i, one in enumerate(found) if one.label in wanted.elsewhere}
     wrong = gone | {i for i, one in enumerate(found) if one.problem}
@@ -118,9 +120,13 @@ class _Found:
     problem: str
 
 
-def _added_by(model: keras.Model, given: Any, training: bool) -> _Added:
-    with keras.StatelessScope(), losses_noted() as found:  # A state stays as it was.
-        outputs = model(given, training=training)
+def _added_by(model: keras.Model, given: Any, training: bool) -> _Added | None:
+    """What a call of a float model adds; `None` where it takes no random samples."""
+    try:
+        with keras.StatelessScope(), losses_noted() as found:  # A state stays as it was.
+            outputs = model(given, training=training)
+    except Exception:  # Whatever a user's own class raises.
+        return None
     inside = {id(part) for part in parts_of(model)}
     by_label: dict[str, list[float]] = {}
     for part, value in found:

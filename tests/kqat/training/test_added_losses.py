@@ -348,3 +348,18 @@ def test_a_gradient_that_is_stopped_stays_stopped(tmp_path: Path) -> None:
         same = {v.path for v in one.trainable_variables if np.array_equal(v, before[v.path])}
         assert same == {path for path in before if "still" in path} and len(same) == 2
     assert tflite_export.inspect(tflite_export.convert(qat)).float_operators == 0
+
+
+class Picky(Penalized):
+    """It takes no samples in training that are beyond one."""
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if training and keras.ops.is_tensor(x) and np.max(np.abs(x)) > 1:
+            raise ValueError("beyond one")
+        return super().call(x)
+
+
+def test_a_layer_that_takes_no_random_samples_in_training_is_quantized() -> None:
+    model = _chain(Picky(), layers.Dense(2))
+    qat = kqat.quantize_model(model, calibration_data=X)
+    assert _losses(qat) == pytest.approx(_losses(model), rel=0.03)
