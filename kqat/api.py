@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -36,14 +36,19 @@ from kqat.planning import (
 from kqat.tfmot import translate_policy
 from kqat.training import (
     DEFAULT_METHOD,
+    Preserve,
     calibrate_for,
     check_method,
     check_preserved,
     is_quantized,
+    may_add_losses,
     of_fixed_shape,
     preserved_kinds,
+    same_penalties,
+    weight_penalties,
     with_unlike_members_apart,
     wrap,
+    wrong_losses,
 )
 
 
@@ -85,6 +90,8 @@ def plan(
         model = with_input_shapes(model, input_shapes)
     graph = _checked_graph(model)
     decided = _plan(graph, policy, model.name)
+    problems = {loss.layer.label: loss.layer.problem for loss in decided.graph.losses}
+    _tell_lost({name: why for name, why in problems.items() if why}, graph, model.name)
     if device is None:
         return decided
     found = misfits(graph, decided, device)
@@ -251,6 +258,8 @@ def quantized_and_plan(
         )
     qat = wrap(decided, kinds)
     check_preserved(qat, kinds)
+    if decided.graph.losses or may_add_losses(model):
+        qat, decided = _with_right_losses(model, graph, qat, decided, kinds)
     if calibration_data is not None:
         calibrate_for(qat, calibration_data, calibration or DEFAULT_METHOD, stacklevel=4)
     elif any(group.is_observed for group in decided.groups):
@@ -261,6 +270,38 @@ def quantized_and_plan(
             stacklevel=3,
         )
     return qat, decided
+
+
+def _with_right_losses(
+    model: keras.Model, graph: Graph, qat: keras.Model, decided: Plan, kinds: Sequence[Preserve]
+) -> tuple[keras.Model, Plan]:
+    """The QAT model without losses that are not the float model's; a warning tells of each."""
+    wrong, problems = wrong_losses(model, graph, qat, decided.graph.losses)
+    _tell_lost(problems, graph, model.name, stacklevel=6)
+    before, after = weight_penalties(model), weight_penalties(qat)
+    if not same_penalties(before, after):
+        warnings.warn(
+            f"Regularizers of the weights of '{model.name}' add {before:.4g} to the loss; in the "
+            f"QAT model, where layers hold other weights, they add {after:.4g}. Where that matters "
+            "write your training loop around the QAT model, with a penalty of your own.",
+            TrainerWarning,
+            stacklevel=4,
+        )
+    if wrong:
+        losses = tuple(one for i, one in enumerate(decided.graph.losses) if i not in wrong)
+        decided = dataclasses.replace(
+            decided, graph=dataclasses.replace(decided.graph, losses=losses)
+        )
+        qat = wrap(decided, kinds)
+    return qat, decided
+
+
+def _tell_lost(problems: Mapping[str, str], graph: Graph, name: str, stacklevel: int = 4) -> None:
+    """Warns of losses that layers of model `name` add, and its QAT model does not: layer -> why."""
+    asides = tuple(
+        f"'{layer}' adds a loss in its call that {why}" for layer, why in problems.items()
+    )
+    tell_asides(dataclasses.replace(graph, asides=asides), "model", name, stacklevel=stacklevel)
 
 
 def _plan(graph: Graph, policy: Any, name: str) -> Plan:

@@ -10,7 +10,6 @@ Keras and TensorFlow are imported by the commands that need them, when they need
 
 import contextlib
 import dataclasses
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,7 +21,15 @@ import click
 import kqat
 import tflite_export
 from kqat import terminal
-from kqat.base import ExportError, KqatError, ModelError, PolicyError, counted, save_model
+from kqat.base import (
+    ExportError,
+    KqatError,
+    ModelError,
+    PolicyError,
+    counted,
+    json_text,
+    save_model,
+)
 from kqat.devices import LITERT, TARGETS
 from kqat.input_files import HDF5, KERAS, TFLITE, check_kind, for_inputs, kind_of, read_data
 from kqat.terminal import WIDTH, in_shell_words, say, tell
@@ -627,7 +634,7 @@ def search(
         "choices": dict(found.choices),
         "pareto": [dataclasses.asdict(point) for point in found.pareto],
     }
-    if not terminal.write_json(json_path, json.dumps(result, indent=1)):
+    if not terminal.write_json(json_path, json_text(result, indent=1)):
         terminal.show_text(found.text())
         click.echo(output)
 
@@ -664,7 +671,7 @@ def inspect(file: Path, target: str | None, json_path: Path | None) -> None:
         "target": target,
         "notes": [*lines, *notes],
     }
-    if terminal.write_json(json_path, json.dumps(table, indent=1, default=_plain)):
+    if terminal.write_json(json_path, json_text(table, indent=1)):
         return
     _show_inspection(found, file.name)
     say(arena)
@@ -740,7 +747,7 @@ def to_c(
         "operators": [*source.operators],
         "arena_bytes": source.arena_bytes,
     }
-    if terminal.write_json(json_path, json.dumps(result, indent=1)):
+    if terminal.write_json(json_path, json_text(result, indent=1)):
         return
     for path in source.files:
         click.echo(path)
@@ -835,7 +842,7 @@ def _check_keras_name(path: Path) -> None:
 def _save_keras(model: Any, path: Path, json_path: Path | None) -> None:
     save_model(model, path)
     result = {"file": str(path), "size_bytes": path.stat().st_size}
-    if not terminal.write_json(json_path, json.dumps(result)):
+    if not terminal.write_json(json_path, json_text(result)):
         click.echo(path)
 
 
@@ -851,7 +858,7 @@ def _convert(qat: Any, path: Path, json_path: Path | None, **options: Any) -> No
         "operators": len(found.operators),
         "float_operators": found.float_operators,
     }
-    if not terminal.write_json(json_path, json.dumps(result)):
+    if not terminal.write_json(json_path, json_text(result)):
         click.echo(f"{path}: {len(blob):,} bytes")
         if found.float_operators:
             say(
@@ -935,11 +942,6 @@ def _show_inspection(found: Any, name: str) -> None:
             counted(operator.constant_bytes),
         )
     terminal.show(table)
-
-
-def _plain(value: Any) -> Any:
-    """A number of NumPy as Python's, for JSON."""
-    return value.item()
 
 
 def _tensor_words(tensor: Any) -> str:

@@ -1,7 +1,6 @@
 """`diagnose`: which layers of a QAT model lose how much, why, and what helps, as measured."""
 
 import dataclasses
-import json
 import os
 import shlex
 import textwrap
@@ -22,7 +21,7 @@ from kqat.analysis.grid_use import (
 )
 from kqat.analysis.remedies import Remedy, advice_against, key_of, tried
 from kqat.analysis.replay import Replay, as_array, as_built, decibels, noise
-from kqat.base import CalibrationError, ModelError, write_file
+from kqat.base import CalibrationError, ModelError, json_text, write_file
 from kqat.graph import Graph, Node, Ref, trace
 from kqat.training import (
     ActivationQuantizer,
@@ -162,7 +161,7 @@ class Diagnosis:
 
     def to_json(self) -> str:
         """All of it as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return json_text(dataclasses.asdict(self), indent=1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON to `path`, whole or not at all."""

@@ -16,6 +16,7 @@ from kqat.base.errors import (
     TrainerWarning,
     UnsupportedLayerError,
 )
+from kqat.base.json_text import json_text
 from kqat.base.keras_registration import register_with_keras
 from kqat.base.lazy_face import lazy_face
 from kqat.base.nested_data import flat_data
@@ -43,6 +44,7 @@ __all__ = [
     "counted",
     "flat_data",
     "is_scope_name",
+    "json_text",
     "lazy_face",
     "listening",
     "register_with_keras",

@@ -5,6 +5,7 @@ are integers times scales, with a `Marker` after every value that is an integer 
 the tables that say what each marker and each weight stands for.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -58,7 +59,8 @@ def freeze(qat: keras.Model) -> FrozenModel:
     Warns:
         CalibrationWarning: if training moved ranges far away from those of calibration.
     """
-    graph = checked_graph(qat)
+    # What is trained no more has no losses.
+    graph = dataclasses.replace(checked_graph(qat), losses=())
     check_planned(graph, qat.name)
     path = non_finite_variable(qat)
     if path is not None:

@@ -4,13 +4,20 @@ from typing import Any
 
 import keras
 
+from kqat.base import ModelError
 from kqat.graph import Graph, Node, Ref, duplicate, rebuild, trace, unique_name
 from kqat.parts import (
     PrecisionBoundary,
     Recurrence,
     Requantize,
 )
-from kqat.training import ActivationQuantizer, QuantizedRecurrence, QuantizeWrapper, check_quantized
+from kqat.training import (
+    ActivationQuantizer,
+    QuantizedRecurrence,
+    QuantizeWrapper,
+    all_layers,
+    check_quantized,
+)
 
 
 def strip(qat: keras.Model) -> keras.Model:
@@ -30,6 +37,14 @@ def strip(qat: keras.Model) -> keras.Model:
 def checked_graph(qat: Any) -> Graph:
     graph = trace(qat)
     check_quantized(qat)
+    for layer in all_layers(qat):
+        mode = getattr(getattr(layer, "layer", layer), "quantization_mode", None)
+        if mode is not None:
+            raise ModelError(
+                f"Expected a QAT model whose weights are floats. Received: '{qat.name}', in which "
+                f"Keras quantized '{layer.name}', by quantize({mode!r}). kqat makes the integers "
+                "itself: load the model as it was before, and give it to tflite_export.convert."
+            )
     return graph
 
 

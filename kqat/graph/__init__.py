@@ -2,6 +2,7 @@
 (`keras_internals`).
 """
 
+from kqat.graph.added_losses import AddedLoss
 from kqat.graph.copies import Part, activation_name, clone, config_of, duplicate, finalize
 from kqat.graph.input_shapes import fits, has_open_sizes, input_shapes, with_input_shapes
 from kqat.graph.keras_internals import (
@@ -12,7 +13,9 @@ from kqat.graph.keras_internals import (
     call_signature,
     depth_to_space,
     frozen_function,
+    is_of_users,
     layer_behind,
+    losses_noted,
     maker_of,
     operations_between,
     option,
@@ -27,6 +30,7 @@ from kqat.graph.sharing import SharedWeight, WeightReads, check_as_many, holders
 from kqat.graph.tensorflow_calls import tensorflow_traced
 from kqat.graph.tracer import (
     Graph,
+    GraphLoss,
     Node,
     Ref,
     copied,
@@ -37,12 +41,15 @@ from kqat.graph.tracer import (
     trace,
     trace_call,
     unique_name,
+    with_losses,
 )
-from kqat.graph.values import holds_indexes, is_half, is_tensor
+from kqat.graph.values import fingerprint, holds_indexes, is_half, is_tensor, sources_of
 
 __all__ = [
     "FUNCTIONAL_MODULE",
+    "AddedLoss",
     "Graph",
+    "GraphLoss",
     "Node",
     "Part",
     "Ref",
@@ -61,6 +68,7 @@ __all__ = [
     "duplicate",
     "fill",
     "finalize",
+    "fingerprint",
     "fits",
     "frozen_function",
     "has_open_sizes",
@@ -68,8 +76,10 @@ __all__ = [
     "holds_indexes",
     "input_shapes",
     "is_half",
+    "is_of_users",
     "is_tensor",
     "layer_behind",
+    "losses_noted",
     "maker_of",
     "non_finite_variable",
     "operations_between",
@@ -77,6 +87,7 @@ __all__ = [
     "parts_of",
     "rebuild",
     "refs_in",
+    "sources_of",
     "space_to_depth",
     "takes_masks_off",
     "tensorflow_traced",
@@ -86,5 +97,6 @@ __all__ = [
     "unmasked",
     "values_between",
     "with_input_shapes",
+    "with_losses",
     "with_masks",
 ]

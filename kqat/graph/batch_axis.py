@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from kqat.base import ModelError, spelled_out
+from kqat.graph.values import made_of
 
 # Letters of an equation that no user's has: the batch, and the two parts beside it on its axis.
 BATCH, OUTER, INNER = "αβγ"
@@ -193,7 +194,8 @@ class BatchFirst:
             )
         array = array.reshape(1, *shape[: place.axis], *beside, *shape[place.axis + 1 :])
         if isinstance(value, keras.Variable):
-            return keras.Variable(array, trainable=value.trainable, name=value.name)
+            made = keras.Variable(array, trainable=value.trainable, name=value.name)
+            return made_of([value], made)
         return array
 
     # Kinds of operations.

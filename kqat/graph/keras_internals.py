@@ -32,7 +32,7 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from kqat.base import ModelError
 from kqat.graph.batch_axis import BatchFirst
 from kqat.graph.tensorflow_calls import tensorflow_traced
-from kqat.graph.values import fingerprint, is_half, varies
+from kqat.graph.values import fingerprint, is_half, made_of, varies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,10 @@ class Opened:
     which path a layer inside is reached. `fresh` says that its operations were made just now, and
     will bear other names the next time. `sequence` says that it is a Sequential: what `training`
     stands in its calls is not the user's, but that of the call in which it was built. `masks` are
-    those that inputs bear, by the identity of the input. `asides` says what calls did that is no
-    part of the function, such as to add a loss: a subject and a verb each.
+    those that inputs bear, by the identity of the input. `losses` are those that calls added, of
+    tensors some of which are not the function's: `renewed` has each with the one in its place.
+    `asides` says what else they did that is no part of the function, such as to update a metric: a
+    subject and a verb each.
     """
 
     function: Any
@@ -59,7 +61,34 @@ class Opened:
     fresh: bool = False
     sequence: bool = False
     masks: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    losses: tuple["SeenLoss", ...] = ()
+    renewed: Sequence[tuple[Any, Any]] = ()
     asides: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SeenLoss:
+    """A loss that a call was seen to add.
+
+    Attributes:
+        layer: that added it.
+        value: the symbolic tensor that is the loss, or that a regularizer makes one of.
+        regularizer: the layer's `activity_regularizer`, where `value` is its output.
+        problem: why it is none that a graph can hold, as it goes on after "a loss that".
+    """
+
+    layer: Any
+    value: Any
+    regularizer: Any = None
+    problem: str = ""
+
+
+@dataclasses.dataclass
+class _Notes:
+    """What calls were seen to do beside what they compute: losses, and what else, in words."""
+
+    losses: list[SeenLoss] = dataclasses.field(default_factory=list)
+    asides: list[str] = dataclasses.field(default_factory=list)
 
 
 def open_model(model: Any) -> Opened:
@@ -265,8 +294,8 @@ def open_call(
     stand_ins = {key: keras.Input(batch_shape=v.shape, dtype=v.dtype) for key, v in read.items()}
     args, kwargs = keras.tree.map_structure(lambda x: stand_ins.get(id(x), x), (args, kwargs))
     given_weights = {key: (stand_ins[key], v) for key, v in read.items()}
-    asides: list[str] = []
-    told = given_weights, asides
+    notes = _Notes()
+    told = given_weights, notes
     function, output, weights, hidden = _called(layer, args, kwargs, tensors, inside, *told)
     if owners := _owners_read(layer, function, inside):
         # It is called, and its variables are read from outside as well.
@@ -284,6 +313,7 @@ def open_call(
         inside = [*inside, *owners]
         found = _called(layer, args, kwargs, tensors, inside, *told, loops)
         function, output, weights, _ = found
+    renewed: list[tuple[Any, Any]] = []
     if _is_moved(function, batch, weights):
         if _reads_masks(function, masks):
             raise ModelError(
@@ -292,7 +322,7 @@ def open_call(
                 "batch elsewhere. Undo what moves it, or stop the mask before the layer: "
                 "keras.layers.Reshape hands none on."
             )
-        function, output, weights = _with_batch_first(
+        function, output, weights, renewed = _with_batch_first(
             layer, function, output, tensors, weights, batch
         )
     owners_by_path = {id(part): path for part, path in _paths(layer, inlined)}
@@ -306,7 +336,9 @@ def open_call(
         owners_by_path,
         True,
         masks=masks,
-        asides=tuple(dict.fromkeys(asides)),
+        losses=tuple(notes.losses),
+        renewed=renewed,
+        asides=tuple(dict.fromkeys(notes.asides)),
     )
 
 
@@ -422,12 +454,19 @@ def _is_moved(function: Any, batch: int, constant: Mapping[int, Any]) -> bool:
 
 def _with_batch_first(
     layer: Any, function: Any, output: Any, tensors: list[Any], weights: Any, batch: int
-) -> tuple[Any, Any, dict[int, Any]]:
-    """The function, its output structure and the weights among its outputs, the batch first."""
+) -> tuple[Any, Any, dict[int, Any], list[tuple[Any, Any]]]:
+    """The function, its output structure and the weights among its outputs, the batch first.
+
+    The last value has the tensors that had it first already, each with the one in its place.
+    """
     runs = BatchFirst(batch, weights, f"{layer.name}' of type '{type(layer).__name__}")
     with PATCHING, _shapes_told(layer):
         runs.run(_calls(function), tensors)
     made = {key: tensor for key, (tensor, _) in runs.known.items()}
+    before = [t for call in _calls(function) for t in call.outputs if id(t) in made]
+    renewed = [
+        (t, made[id(t)]) for t in before if t.shape[0] == batch and t.shape == made[id(t)].shape
+    ]
     for tensor in _tensors(output):
         if id(tensor) in made and tensor.shape[0] != batch:
             raise ModelError(
@@ -441,7 +480,7 @@ def _with_batch_first(
     inputs = [*tensors, *held.values()]
     with _names_apart(layer, inputs, output):
         function = _function(inputs, keras.tree.flatten(output))
-    return function, output, {key: weights[key] for key in held}
+    return function, output, {key: weights[key] for key in held}, renewed
 
 
 def _of_batch(tensor: Any, batch: int) -> tuple[Any, ...]:
@@ -506,13 +545,13 @@ def _called(
     tensors: list[Any],
     inside: list[Any],
     given: Mapping[int, tuple[Any, Any]],
-    asides: list[str],
+    notes: _Notes,
     loops: Sequence[Any] = (),
 ) -> tuple[Any, Any, dict[int, Any], dict[int, str]]:
     """`layer.call` with the variables of `inside` as symbolic tensors.
 
     `given` are variables among the arguments, each with the symbolic tensor that stands for it;
-    `loops` are recurrent layers inside that call their cell step by step. `asides` receives what is
+    `loops` are recurrent layers inside that call their cell step by step. `notes` receives what is
     done that is no part of the function.
 
     Returns:
@@ -520,6 +559,7 @@ def _called(
         that depend on variables alone, and the variables that were read without being seen.
     """
     weights: dict[int, tuple[Any, Any]] = dict(given)
+    notes.losses.clear()  # They were of other symbolic tensors.
     try:
         with PATCHING:
             opened = [p for p in inside if p is layer or not _is_stock(p)]
@@ -528,12 +568,12 @@ def _called(
             with (
                 _masks_told(),
                 _as_inputs(inside, weights),
-                _calls_inlined([*opened, *loops], twins),
+                _calls_inlined([*opened, *loops], twins, notes),
                 _patched(*((loop, "call", _step_by_step(loop)) for loop in loops)),
                 _shapes_told(layer),
                 _keys_of_tensors(),
                 _sizes_known(),
-                _asides_noted(layer, inside, asides),
+                _asides_noted(layer, inside, notes),
                 tensorflow_traced(),
             ):
                 # Keras hands it down to every layer inside that does not say otherwise.
@@ -661,11 +701,14 @@ def _as_inputs(owners: list[Any], made: dict[int, tuple[Any, Any]]) -> Iterator[
         yield
 
 
+_OF_WEIGHTS = "depends on weights alone (let the layer that has them have a regularizer)"
+
+
 @contextlib.contextmanager
-def _asides_noted(layer: Any, inside: Sequence[Any], found: list[str]) -> Iterator[None]:
+def _asides_noted(layer: Any, inside: Sequence[Any], notes: _Notes) -> Iterator[None]:
     """Lets calls add losses and update metrics meanwhile, though Keras takes no symbolic ones.
 
-    `found` receives who does what, but for layers that stay layers: they go on doing it, or are
+    `notes` receive who does what, but for layers that stay layers: they go on doing it, or are
     opened later.
     """
     parts = list(parts_of(layer))
@@ -673,26 +716,43 @@ def _asides_noted(layer: Any, inside: Sequence[Any], found: list[str]) -> Iterat
 
     def note(part: Any, aside: str) -> None:
         if id(part) not in stay:
-            found.append(f"'{part.name}' {aside}")
+            notes.asides.append(f"'{part.name}' {aside} in its call")
 
     def without_update(part: Any, metric: Any) -> Callable[..., None]:
         return lambda *args, **kwargs: note(part, f"updates its metric '{metric.name}'")
 
-    def without_loss(part: Any, loss: Any) -> None:
-        del loss
-        note(part, "adds a loss")
+    def note_loss(part: Any, loss: Any) -> None:
+        if id(part) in stay:
+            return
+        for value in keras.tree.flatten(loss):
+            symbolic = isinstance(value, keras.KerasTensor)
+            notes.losses.append(SeenLoss(part, value, problem="" if symbolic else _OF_WEIGHTS))
 
     updates = [
         (metric, "update_state", without_update(part, metric))
         for part in parts
         for metric in part._metrics
     ]
-    with _patched((keras.layers.Layer, "add_loss", without_loss), *updates):
+    with _patched((keras.layers.Layer, "add_loss", note_loss), *updates):
         yield
 
 
 @contextlib.contextmanager
-def _calls_inlined(opened: Sequence[Any], twins: Mapping[int, Any]) -> Iterator[None]:
+def losses_noted() -> Iterator[list[tuple[Any, Any]]]:
+    """Receives who adds which loss, in place of the layer itself."""
+    found: list[tuple[Any, Any]] = []
+
+    def note(part: Any, loss: Any) -> None:
+        found.extend((part, value) for value in keras.tree.flatten(loss))
+
+    with PATCHING, _patched((keras.layers.Layer, "add_loss", note)):
+        yield found
+
+
+@contextlib.contextmanager
+def _calls_inlined(
+    opened: Sequence[Any], twins: Mapping[int, Any], notes: _Notes
+) -> Iterator[None]:
     """Lets calls of layers show what they do in place of themselves.
 
     Keras does the rest of a call as ever: it builds, hands on masks and `training`. It only records
@@ -702,6 +762,7 @@ def _calls_inlined(opened: Sequence[Any], twins: Mapping[int, Any]) -> Iterator[
     Args:
         opened: the layers.
         twins: the stock layer that each is beside its own `call`, or `None`, by its identity.
+        notes: receive the penalties of their outputs, which Keras makes of no symbolic tensor.
     """
     keys = {id(part) for part in opened}
     stock = {type(twin) for twin in twins.values() if twin is not None}
@@ -714,7 +775,14 @@ def _calls_inlined(opened: Sequence[Any], twins: Mapping[int, Any]) -> Iterator[
         return None if id(operation) in keys else record(operation=operation, **call)
 
     def called_through(part: Any) -> Callable[..., Any]:
-        return lambda *args, **kwargs: part.call(*args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outputs = part.call(*args, **kwargs)
+            penalty = part.activity_regularizer
+            if penalty is not None:
+                notes.losses += [SeenLoss(part, t, penalty) for t in _tensors(outputs)]
+            return outputs
+
+        return call
 
     with _patched(
         (home, "Node", recorded),
@@ -780,6 +848,7 @@ def _stock_twin(layer: Any) -> Any:
     held = {id(value) for value in keras.tree.flatten(list(_state(layer, twin).values()))}
     tracked = {key: [v for v in vars(layer)[key] if id(v) in held] for key in _TRACKED}
     vars(twin).update({**vars(layer), **told, **nodes, **tracked, "name": name})
+    twin.activity_regularizer = None  # A penalty is of what the subclass makes.
     return twin
 
 
@@ -1027,7 +1096,7 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             name = "_".join(v.name for v in sources[:1]) or "constant"
             trained = any(v.trainable for v in sources)
             made = keras.Variable(np.asarray(value), trainable=trained, name=name)
-            found[key] = _made_of(sources, made)
+            found[key] = made_of(sources, made)
     return {**dict.fromkeys(computed), **found}
 
 
@@ -1048,18 +1117,7 @@ def _first_of_batch(variable: Any, batch: int, layer: Any) -> Any:
             "which was computed with the batch size. Compute it without that."
         )
     made = keras.Variable(array, trainable=variable.trainable, name=variable.name)
-    return _made_of([variable], made)
-
-
-def _made_of(sources: Iterable[Any], variable: Any) -> Any:
-    """A variable that holds what a call computes of others; see `sources_of`."""
-    variable._kqat_sources = [source for v in sources for source in sources_of(v)]
-    return variable
-
-
-def sources_of(variable: Any) -> list[Any]:
-    """The user's variables of which the value of one was computed: for one of his, itself."""
-    return list(getattr(variable, "_kqat_sources", [variable]))
+    return made_of([variable], made)
 
 
 def without_batch(array: np.ndarray, batch: int) -> np.ndarray | None:
@@ -1551,14 +1609,14 @@ def _all_true(shape: Sequence[int | None], mask: Any, axis: int) -> Any:
     return keras.ops.logical_or(mask, keras.ops.logical_not(mask))
 
 
-def _is_of_users(layer: Any) -> bool:
+def is_of_users(layer: Any) -> bool:
     """Whether a layer's class is neither Keras's nor kqat's."""
     return not type(layer).__module__.startswith(("keras.", "kqat.")) and not _is_stock(layer)
 
 
 def _opens_for_masks(layer: Any, borne: Mapping[int, Any]) -> bool:
     """Whether what a layer does with masks shows in its call alone; `borne` are its arguments'."""
-    if _is_of_users(layer):
+    if is_of_users(layer):
         return bool(borne) or _makes_masks(layer)
     return bool(borne) and takes_masks_off(layer)
 
@@ -1727,11 +1785,15 @@ def operations_between(inputs: Any, outputs: Any) -> list[Any]:
 
 
 def values_between(
-    inputs: Sequence[Any], outputs: Sequence[Any], values: Sequence[Any]
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    values: Sequence[Any],
+    used: Callable[[Any], Any] = lambda operation: operation,
 ) -> list[Any]:
     """The values of symbolic tensors where `inputs`, from which they are computed, have `values`.
 
-    `keras.Function` does it as well, but before Keras 3.14 only for inputs of a model.
+    `used` is what is called in the place of a layer or operation. `keras.Function` does it as well,
+    but before Keras 3.14 only for inputs of a model.
     """
     known = dict(zip(map(id, inputs), values, strict=True))
     for call in _calls_between(inputs, outputs):
@@ -1740,14 +1802,18 @@ def values_between(
         )
         if isinstance(call.operation, keras.layers.MultiHeadAttention):
             attach_masks(call.operation, args, kwargs)
-        results = keras.tree.flatten(unmasked(call.operation(*args, **kwargs)))
+        results = keras.tree.flatten(unmasked(used(call.operation)(*args, **kwargs)))
         known.update((id(t), y) for t, y in zip(call.outputs, results, strict=True))
     return [known[id(t)] for t in outputs]
 
 
 def _calls_between(inputs: Any, outputs: Any) -> list[Any]:
     """The calls that compute `outputs` from `inputs`, in the order of a `keras.Function`."""
-    given = {id(t) for t in _tensors(inputs)}
+    return calls_to(outputs, {id(t) for t in _tensors(inputs)})
+
+
+def calls_to(outputs: Any, given: Collection[int]) -> list[Any]:
+    """As `_calls_between`; `given` are the identities of the inputs."""
     first_seen: dict[int, int] = {}
     after_inputs: list[Any] = []
     waiting = [(call, False) for call in reversed(_makers(_tensors(outputs), given))]

@@ -9,9 +9,8 @@ import keras
 import numpy as np
 
 from kqat.base import ModelError
-from kqat.graph.keras_internals import sources_of
 from kqat.graph.tracer import Graph
-from kqat.graph.values import fingerprint, varies
+from kqat.graph.values import fingerprint, sources_of, varies
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,20 +18,27 @@ import keras
 import numpy as np
 
 from kqat.base import ModelError, array_of
+from kqat.graph.added_losses import AddedLoss, BatchSize, saved_and_read
+from kqat.graph.copies import duplicate
 from kqat.graph.keras_internals import (
     PATCHING,
     Opened,
+    SeenLoss,
     bearing,
     borne_mask,
     call_signature,
     calls_in_order,
+    calls_to,
     give_readers,
     inner_function,
+    is_of_users,
     maker_name,
+    maker_of,
     moves_batch,
     open_call,
     open_model,
     opened_function,
+    operations_between,
     passes_mask_by,
     typed_inputs,
     without_batch,
@@ -81,6 +88,18 @@ class Node:
         return bool(getattr(self.layer, "weights", ()))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class GraphLoss:
+    """A loss that is computed of values in a graph.
+
+    `layer` hands its first input on and makes the loss of the others, which stand in `inputs`.
+    There are none where it has a problem.
+    """
+
+    layer: AddedLoss
+    inputs: tuple[Ref, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Graph:
     """A flat functional graph; the structures are the model's own, with refs in them."""
@@ -96,7 +115,9 @@ class Graph:
     loses_masks: bool = False
     # Whether some of it is what a `call` of the user's was seen to do.
     was_run: bool = False
-    # What such a `call` did beside it, such as to add a loss: a subject and a verb each.
+    # What calls add to the losses; no node computes it.
+    losses: tuple[GraphLoss, ...] = ()
+    # What such a `call` did beside it, such as to update a metric: a subject and a verb each.
     asides: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -134,6 +155,15 @@ class Graph:
                 results = keras.tree.flatten(call(node, *args, **kwargs))
             values.update(zip(node.outputs, results, strict=True))
         return fill(self.output_struct, values.__getitem__)
+
+    def run_with_losses(
+        self, inputs: Sequence[Any], call: Callable[..., Any]
+    ) -> tuple[Any, list[list[Any]]]:
+        """As `run`; beside the outputs, the values that each loss is made of."""
+        read = [list(loss.inputs) for loss in self.losses]
+        whole = dataclasses.replace(self, output_struct=[self.output_struct, read])
+        outputs, values = whole.run(inputs, call)
+        return outputs, values
 
     def consumers(self) -> dict[Ref, list[Node]]:
         """The nodes that read each value, once per use."""
@@ -189,7 +219,7 @@ def trace(model: Any) -> Graph:
         )
     # The layer's name is saved with a model; the tensor's is not.
     input_names = [maker_name(t) for t in opened.tensors]
-    output_names = [maker_name(t) for t in keras.tree.flatten(whole.output)]
+    output_names = [maker_name(_bare(t)) for t in keras.tree.flatten(whole.output)]
     if opened.fresh:
         makers = {ref: node.name for node in nodes for ref in node.outputs}
         names = tuple(makers[ref] for ref in refs_in(output_struct))
@@ -204,6 +234,7 @@ def trace(model: Any) -> Graph:
         output_masks=output_masks,
         loses_masks=loses_masks,
         was_run=bool(walk.seen),
+        losses=tuple(walk.losses),
         asides=walk.asides,
     )
 
@@ -231,7 +262,8 @@ def trace_call(
     inputs = list(refs.values())
     output_struct = _inline(opened, dict(refs), walk)
     nodes = tuple(walk.nodes)
-    return Graph(nodes, inputs, output_struct, (), (), asides=walk.asides)
+    losses = tuple(walk.losses)
+    return Graph(nodes, inputs, output_struct, (), (), losses=losses, asides=walk.asides)
 
 
 def rebuild(
@@ -262,7 +294,9 @@ def rebuild(
     if given is not None:
         for tensor in fresh.values():
             given(tensor)
-    outputs = graph.run(list(fresh.values()), call)
+    outputs, read = graph.run_with_losses(list(fresh.values()), call)
+    if graph.losses:
+        outputs = with_losses(outputs, graph.losses, read, output_names)
     if output_names:
         flat = keras.tree.flatten(outputs)
         named = [
@@ -279,6 +313,44 @@ def rebuild(
     give_readers(fresh.values())
     with _deep_recursion():
         return keras.Model(fill(graph.input_struct, fresh.__getitem__), outputs, name=name)
+
+
+def with_losses(
+    outputs: Any,
+    losses: Sequence[GraphLoss],
+    read: Sequence[Sequence[Any]],
+    output_names: Sequence[str] = (),
+) -> Any:
+    """The outputs, the first of which adds losses.
+
+    A loss of which a value is not computed any more is left out.
+
+    Args:
+        outputs: symbolic tensors, and weights.
+        losses: of the graph that made them.
+        read: what each loss is made of.
+        output_names: as for `rebuild`.
+    """
+    flat = keras.tree.flatten(outputs)
+    place = next((i for i, t in enumerate(flat) if isinstance(t, keras.KerasTensor)), None)
+    if place is None:
+        return outputs
+    maker, _ = maker_of(flat[place])
+    taken = {operation.name for operation in operations_between((), flat)}
+    for loss, values in zip(losses, read, strict=True):
+        if all(isinstance(value, keras.KerasTensor) for value in values):
+            name = unique_name("added_loss", taken)
+            flat[place] = loss.layer.anew(name)([flat[place], *values])
+    if maker.name in output_names and flat[place] is not keras.tree.flatten(outputs)[place]:
+        # What hands it on bears the output's name.
+        maker.name = unique_name(f"{maker.name}_value", taken)
+    return keras.tree.pack_sequence_as(outputs, flat)
+
+
+def _bare(tensor: Any) -> Any:
+    """The output that a layer makes, before losses were added to it."""
+    layer, inputs = maker_of(tensor)
+    return _bare(inputs[0]) if isinstance(layer, AddedLoss) else tensor
 
 
 def copied(graph: Graph, name: str, copy_of: Callable[[Node], Any]) -> keras.Model:
@@ -379,6 +451,7 @@ class _Walk:
     names: set[str]
     shell: str = ""
     seen: list[Opened] = dataclasses.field(default_factory=list)  # what was opened by running it
+    losses: list[GraphLoss] = dataclasses.field(default_factory=list)
 
     @property
     def asides(self) -> tuple[str, ...]:
@@ -411,6 +484,11 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
         if all(id(t) in refs for t in call.outputs):  # It computes with weights alone.
             continue
         layer = call.operation
+        if isinstance(layer, AddedLoss):
+            first, *values = _map_tensors(call.arguments.args[0], refs)
+            walk.losses.append(GraphLoss(layer, tuple(values)))
+            refs[id(call.outputs[0])] = first
+            continue
         kwargs = {**call.arguments.kwargs, **masks}
         if opened.sequence:
             kwargs.pop("training", None)
@@ -459,10 +537,104 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
             path = opened.owners.get(id(layer), "")
             wraps = layer.name == walk.shell
             prefix = "" if wraps else f"{walk.prefix}{path}{layer.name}_"
-            deeper = _Walk(prefix, walk.nodes, walk.names, seen=walk.seen)
+            deeper = _Walk(prefix, walk.nodes, walk.names, seen=walk.seen, losses=walk.losses)
             outputs = list(_values_in(_inline(inner, inner_refs, deeper)))
         refs.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
+    for seen in opened.losses:
+        try:
+            walk.losses.append(_graph_loss(seen, opened, refs, walk))
+        except _NoFunctionError as error:
+            layer = AddedLoss(label=seen.layer.name, problem=str(error))
+            walk.losses.append(GraphLoss(layer, ()))
     return _map_tensors(opened.output, refs)
+
+
+class _NoFunctionError(Exception):
+    """Why a loss is no function of values in the graph alone."""
+
+
+def _graph_loss(seen: SeenLoss, opened: Opened, refs: Mapping[int, Any], walk: _Walk) -> GraphLoss:
+    """A loss that a call added, as a function of values that the graph computes anyway.
+
+    Args:
+        seen: the loss, a symbolic tensor inside `opened`.
+        opened: what was called.
+        refs: what stands for its symbolic tensors, as far as outputs depend on them.
+        walk: where the model stands.
+
+    Raises:
+        _NoFunctionError: if it depends on more than such values.
+    """
+    if seen.problem:
+        raise _NoFunctionError(seen.problem)
+    renewed = {id(old): refs[id(new)] for old, new in opened.renewed if id(new) in refs}
+    known, nodes = {**renewed, **refs}, []
+    shared = {id(v) for node in walk.nodes for v in getattr(node.layer, "variables", ())}
+    for call in calls_to([seen.value], known):
+        layer, arguments = call.operation, (call.arguments.args, call.arguments.kwargs)
+        args, kwargs = _map_tensors(arguments, known)
+        if isinstance(layer, keras.layers.Layer):
+            variables = {id(v) for v in layer.variables}
+            if is_of_users(layer) or inner_function(layer) or variables & shared:
+                raise _NoFunctionError(f"depends on another call of '{layer.name}'")
+            args, kwargs = _call_options(layer, args, kwargs)
+        elif opened.batch is not None:
+            layer, args, kwargs = _of_any_batch(call, opened.batch, args, kwargs)
+        outputs = tuple(Ref(_shape(t, opened.batch), str(t.dtype)) for t in call.outputs)
+        nodes.append(Node(call.operation.name, layer, args, kwargs, outputs))
+        known.update((id(t), ref) for t, ref in zip(call.outputs, outputs, strict=True))
+    value = known[id(seen.value)]
+    read = keras.tree.flatten([[(n.args, n.kwargs) for n in nodes], value])
+    if any(isinstance(v, keras.Variable) and v.trainable for v in read):
+        raise _NoFunctionError("depends on a trained weight (let add_weight have a regularizer)")
+    if not isinstance(value, Ref):
+        raise _NoFunctionError(
+            "depends on weights alone (let the layer that has them have a regularizer)"
+        )
+    made = {ref for node in nodes for ref in node.outputs}
+    given = tuple(dict.fromkeys(r for r in [*refs_in(read), value] if r not in made))
+    name = seen.layer.name
+    if seen.regularizer is not None:
+        return GraphLoss(AddedLoss(activity_penalty=seen.regularizer, label=name), given)
+    function = _function_of(Graph(tuple(nodes), list(given), value, (), ()), opened.batch)
+    return GraphLoss(AddedLoss(function, label=name), given)
+
+
+def _function_of(graph: Graph, batch: int | None) -> keras.Model:
+    """A functional model of a graph's own inputs, as it is read from a file.
+
+    A number beside a value that equals `batch`, which stood for the batch size, stands for it: a
+    loss is often divided by it. Where it does not, the loss is another one on two samples, and is
+    found to be when the QAT model is made.
+
+    Raises:
+        _NoFunctionError: if a file cannot hold it, or it takes no other number of samples.
+    """
+    inputs = [keras.Input(batch_shape=ref.shape, dtype=ref.dtype) for ref in graph.inputs]
+    batched = [t for t in inputs if t.shape[:1] == (None,)]
+
+    def constant(value: Any) -> Any:
+        if isinstance(value, keras.Variable):
+            value = np.asarray(value)
+        number = isinstance(value, int | float | np.ndarray) or keras.ops.is_tensor(value)
+        if number and not isinstance(value, bool) and np.size(value) == 1 and batched:
+            if float(np.asarray(value).reshape(())) == batch:
+                return BatchSize()(batched[0])
+        return value
+
+    def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = keras.tree.map_structure(constant, (args, kwargs))
+        return duplicate(node.layer)(*args, **kwargs)
+
+    try:
+        output = keras.layers.Identity()(graph.run(inputs, call))
+        function = saved_and_read(keras.Model(inputs, output))
+        function([np.zeros([size or 2 for size in t.shape], t.dtype) for t in inputs])
+    except Exception as error:  # Whatever Keras or a user's own class raises.
+        raise _NoFunctionError(
+            "is no function of values alone that a file can hold, as where random numbers are drawn"
+        ) from error
+    return function
 
 
 def _named_inputs(inner: Opened, args: Any, kwargs: Any) -> Any:
@@ -539,7 +711,9 @@ def _call_options(
     if "training" in parameters and kwargs.get("training") and not default:
         raise ModelError(
             f"Expected layers that compute as inference does when they ship. Received: "
-            f"training=True in the call of '{layer.name}'. Call it without `training`."
+            f"training=True in the call of '{layer.name}'. Call it without `training`. A file "
+            "draws no random numbers: for several samples of an output (Monte Carlo dropout), "
+            "multiply by a mask that is an input of the model, and draw it before each run."
         )
     said = {k: v for k, v in kwargs.items() if k != "training" and not (k == "mask" and v is None)}
     if "mask" in said and passes_mask_by(layer):

@@ -1,5 +1,6 @@
 """What a value in a call is: a symbolic tensor or a constant, quantities or indexes."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -33,3 +34,14 @@ def varies(weight: Any) -> bool:
     """Whether a weight is told from others by its numbers."""
     array = np.asarray(weight)
     return array.size > 1 and bool(array.min() != array.max())
+
+
+def made_of(sources: Iterable[Any], variable: Any) -> Any:
+    """A variable that holds what a call computes of others; see `sources_of`."""
+    variable.kqat_sources = [source for v in sources for source in sources_of(v)]
+    return variable
+
+
+def sources_of(variable: Any) -> list[Any]:
+    """The user's variables of which the value of one was computed: for one of his, itself."""
+    return list(getattr(variable, "kqat_sources", [variable]))

@@ -17,6 +17,7 @@ from kqat.parts.markers import (
     MarkerKind,
     PrecisionBoundary,
     Requantize,
+    StopGradient,
     Tabulated,
     is_marker,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "SpaceToDepth",
     "Stack",
     "StateKind",
+    "StopGradient",
     "Tabulated",
     "Take",
     "TensorFlowFunction",

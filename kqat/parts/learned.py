@@ -15,15 +15,28 @@ class Learned(layers.Layer):
     Args:
         shape: of the value, without the batch axis.
         batched: whether the weight that it holds had a batch axis, of size 1.
+        value_regularizer: of the weight.
     """
 
-    def __init__(self, shape: list[int], batched: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        shape: list[int],
+        batched: bool = True,
+        value_regularizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(autocast=False, **kwargs)
         self.shape, self.batched = list(shape), batched
+        self.value_regularizer = keras.regularizers.get(value_regularizer)
 
     def build(self, input_shape: Any) -> None:
         """Creates the value, zero."""
-        self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros")
+        self.value = self.add_weight(
+            name="value",
+            shape=self.shape,
+            initializer="zeros",
+            regularizer=self.value_regularizer,
+        )
 
     def call(self, x: Any) -> Any:
         """The value, of shape `(batch, *shape)`."""
@@ -37,7 +50,9 @@ class Learned(layers.Layer):
         return keras.KerasTensor((x.shape[0], *self.shape), dtype=self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
-        """Shape and batch axis, beside what every layer has."""
+        """Shape, batch axis and regularizer, beside what every layer has."""
         config = super().get_config()
         config.pop("autocast", None)
-        return {**config, "shape": self.shape, "batched": self.batched}
+        penalty = keras.regularizers.serialize(self.value_regularizer)
+        own = {"shape": self.shape, "batched": self.batched, "value_regularizer": penalty}
+        return {**config, **own}

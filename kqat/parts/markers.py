@@ -88,6 +88,15 @@ class PrecisionBoundary(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("kqat")
+class StopGradient(keras.layers.Identity):
+    """`keras.ops.stop_gradient`: what stands before it is not trained by what stands behind it."""
+
+    def call(self, x: Any) -> Any:
+        """`x`, without a gradient."""
+        return keras.ops.stop_gradient(x)
+
+
+@keras.saving.register_keras_serializable("kqat")
 class Requantize(keras.layers.Layer):
     """Marks where integers of `source_bits` become integers of `bits`; computes nothing.
 

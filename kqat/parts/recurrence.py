@@ -153,9 +153,12 @@ class Recurrence(layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """The serialized step and the options."""
+        return {**self.options(), "step": keras.saving.serialize_keras_object(self.step)}
+
+    def options(self) -> dict[str, Any]:
+        """The config without the step."""
         return {
             **super().get_config(),
-            "step": keras.saving.serialize_keras_object(self.step),
             "sequences": self.sequences,
             "return_sequences": self.return_sequences,
             "return_state": self.return_state,

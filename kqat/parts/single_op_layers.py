@@ -429,13 +429,25 @@ class WithConstant(layers.Layer):
     `value` has the given shape, which broadcasts with that of `x`.
     """
 
-    def __init__(self, kind: ConstantKind | str, shape: list[int], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        kind: ConstantKind | str,
+        shape: list[int],
+        value_regularizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.kind, self.shape = ConstantKind(kind), list(shape)
+        self.value_regularizer = keras.regularizers.get(value_regularizer)
 
     def build(self, input_shape: Any) -> None:
         """Creates the value, zero."""
-        self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros")
+        self.value = self.add_weight(
+            name="value",
+            shape=self.shape,
+            initializer="zeros",
+            regularizer=self.value_regularizer,
+        )
 
     def call(self, x: Any) -> Any:
         """The sum or product."""
@@ -457,8 +469,10 @@ class WithConstant(layers.Layer):
         return (input_shape[0], *np.broadcast_shapes(fixed, tuple(self.shape))[1:])
 
     def get_config(self) -> dict[str, Any]:
-        """The config of every layer, with `kind` and `shape`."""
-        return {**super().get_config(), "kind": self.kind.value, "shape": self.shape}
+        """The config of every layer, with the arguments above."""
+        penalty = keras.regularizers.serialize(self.value_regularizer)
+        own = {"kind": self.kind.value, "shape": self.shape, "value_regularizer": penalty}
+        return {**super().get_config(), **own}
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -524,12 +538,10 @@ class ChannelAffine(layers.Layer):
     ) -> None:
         super().__init__(**kwargs)
         self.scale, self.center = scale, center
-        self.options = {
-            "gamma_regularizer": keras.regularizers.get(gamma_regularizer),
-            "beta_regularizer": keras.regularizers.get(beta_regularizer),
-            "gamma_constraint": keras.constraints.get(gamma_constraint),
-            "beta_constraint": keras.constraints.get(beta_constraint),
-        }
+        self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
+        self.beta_regularizer = keras.regularizers.get(beta_regularizer)
+        self.gamma_constraint = keras.constraints.get(gamma_constraint)
+        self.beta_constraint = keras.constraints.get(beta_constraint)
 
     def build(self, input_shape: Any) -> None:
         """Creates gamma (ones) and beta (zeros), of shape `(channels,)`."""
@@ -542,8 +554,8 @@ class ChannelAffine(layers.Layer):
             name=name,
             shape=(channels,),
             initializer=initializer,
-            regularizer=self.options[f"{name}_regularizer"],
-            constraint=self.options[f"{name}_constraint"],
+            regularizer=getattr(self, f"{name}_regularizer"),
+            constraint=getattr(self, f"{name}_constraint"),
         )
 
     def call(self, x: Any) -> Any:
@@ -558,6 +570,8 @@ class ChannelAffine(layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """The config of every layer, with the options serialized."""
         serialize = keras.saving.serialize_keras_object
-        options = {k: None if v is None else serialize(v) for k, v in self.options.items()}
+        kinds = ("gamma_regularizer", "beta_regularizer", "gamma_constraint", "beta_constraint")
+        given = {kind: getattr(self, kind) for kind in kinds}
+        options = {k: None if v is None else serialize(v) for k, v in given.items()}
         own = {"scale": self.scale, "center": self.center}
         return {**super().get_config(), **own, **options}

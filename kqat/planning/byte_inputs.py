@@ -5,6 +5,7 @@ sums and products with one number that stand between the input and the first lay
 anything else, so these cost no operator: the input's scale and zero point say the same.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -173,6 +174,10 @@ class _Walk:
             output_struct=output_struct,
             input_names=self.graph.input_names,
             output_names=self.graph.output_names,
+            losses=tuple(
+                dataclasses.replace(one, inputs=tuple(values.get(r, r) for r in one.inputs))
+                for one in self.graph.losses
+            ),
         )
 
 

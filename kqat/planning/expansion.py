@@ -15,7 +15,9 @@ import numpy as np
 
 from kqat.base import ModelError, TrainerWarning, UnsupportedLayerError
 from kqat.graph import (
+    AddedLoss,
     Graph,
+    GraphLoss,
     Node,
     Part,
     Ref,
@@ -28,8 +30,10 @@ from kqat.graph import (
     fill,
     holds_indexes,
     is_half,
+    is_of_users,
     is_tensor,
     operations_between,
+    parts_of,
     rebuild,
     refs_in,
     takes_masks_off,
@@ -38,9 +42,18 @@ from kqat.graph import (
     unique_name,
     unmasked,
     values_between,
+    with_losses,
     with_masks,
 )
-from kqat.parts import Elementwise, Learned, Matmul, Select, TensorFlowFunction, is_elementwise
+from kqat.parts import (
+    Elementwise,
+    Learned,
+    Matmul,
+    Recurrence,
+    Select,
+    TensorFlowFunction,
+    is_elementwise,
+)
 from kqat.registry import as_layers, is_custom, rule_for
 from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight, whole_numbers
 
@@ -116,6 +129,8 @@ def _opens(node: Node, kept: set[str]) -> bool:
     is_layer = isinstance(node.layer, keras.layers.Layer)
     if node.name in kept or not is_layer:
         return False
+    if type(node.layer) is keras.layers.TimeDistributed:
+        return is_of_users(node.layer.layer)  # It stands in the graph itself.
     try:
         return rule_for(node.layer).opens
     except UnsupportedLayerError:  # Expansion says so, by its name.
@@ -373,7 +388,8 @@ def _opened_function(
             f"policy={{'{origin}': None}}."
         ) from error
     tell_asides(graph, "layer", origin)
-    table = _table_of_parts(layer, graph, name) if elementwise and len(graph.nodes) > 1 else None
+    whole = _table_of_parts(layer, graph, name) if elementwise and len(graph.nodes) > 1 else None
+    table = None if whole is None else _with_losses_around(whole, graph)
     if reads is not None and table is None:
         reads.note_opened(graph, node, origin)
     return _tried(layer, table or _inlined(graph, name, copies), name, origin)
@@ -382,10 +398,14 @@ def _opened_function(
 def _opened_layer(
     node: Node, origin: str, copies: Copies, reads: WeightReads | None = None
 ) -> Callable[..., Any]:
-    """A custom layer as its parts, which are copies."""
+    """A custom layer as its parts, which are copies; later calls share those with weights."""
     layer, name = node.layer, node.name
+    opened: list[tuple[Any, Any]] = []  # arguments and outputs
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        for given, outputs in opened:
+            if _are_of_a_kind(given, (args, kwargs)):
+                return _called_again(given, outputs, (args, kwargs))
         if not layer.weights and len(node.inputs) == 1 and not kwargs and not node.masks:
             table = _table(layer, args[0], name)
             if table is not None:
@@ -402,9 +422,53 @@ def _opened_layer(
         if reads is not None:
             reads.note_opened(graph, layer, origin)
         batched = [ref.shape[:1] == (None,) for ref in node.outputs]
-        return _inlined(graph, name, copies, batched)(*args, **kwargs)
+        outputs = _inlined(graph, name, copies, batched)(*args, **kwargs)
+        opened.append(((args, kwargs), outputs))
+        return outputs
 
     return _tried(layer, call, name, origin)
+
+
+def _are_of_a_kind(first: Any, second: Any) -> bool:
+    """Whether arguments of two calls differ in nothing but in which tensors they are."""
+
+    def kinds(given: Any) -> list[Any]:
+        return [
+            (tuple(x.shape), str(x.dtype)) if is_tensor(x) and borne_mask(x) is None else x
+            for x in keras.tree.flatten(given)
+        ]
+
+    plain = tuple | bool | int | float | str | None
+    pairs = list(zip(kinds(first), kinds(second), strict=False))
+    same = all(isinstance(a, plain) and type(a) is type(b) and a == b for a, b in pairs)
+    return same and str(_shape_of(first)) == str(_shape_of(second))
+
+
+def _shape_of(structure: Any) -> Any:
+    """A structure with nothing in it."""
+    return keras.tree.map_structure(lambda x: 0, structure)
+
+
+def _called_again(first: Any, outputs: Any, second: Any) -> Any:
+    """What a call computes as an earlier one did, with the same weights.
+
+    Args:
+        first: the arguments of the earlier call.
+        outputs: what it made of them.
+        second: the arguments of this call.
+    """
+    given, now = ([x for x in keras.tree.flatten(one) if is_tensor(x)] for one in (first, second))
+
+    def used(operation: Any) -> Any:
+        if isinstance(operation, AddedLoss):
+            return operation.anew(operation.name)
+        # A layer without weights is made anew, to have its own grid.
+        return operation if getattr(operation, "weights", ()) else duplicate(operation)
+
+    flat = keras.tree.flatten(outputs)
+    made = [y for y in flat if is_tensor(y)]
+    values = dict(zip(map(id, made), values_between(given, made, now, used), strict=True))
+    return keras.tree.map_structure(lambda y: values.get(id(y), y), outputs)
 
 
 def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
@@ -422,8 +486,11 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         graph = trace_call(layer, (x,), {}, name, is_custom)
         if len(graph.nodes) <= 2:
             return None
-        tell_asides(graph, "layer", name)
-        return _table_of_parts(layer, graph, name)
+        whole = _table_of_parts(layer, graph, name)
+        table = None if whole is None else _with_losses_around(whole, graph)
+        if table is not None:
+            tell_asides(graph, "layer", name)
+        return table
     except ModelError:
         if keras.backend.backend() != "tensorflow":
             return None
@@ -433,6 +500,45 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         except Exception:  # It branches on a value: opening it tells where.
             return None
         return table if _computes(table, layer, x) else None
+
+
+def _with_losses_around(table: Callable[..., Any], graph: Graph) -> Callable[..., Any] | None:
+    """A table that adds the losses of a graph; `None` if one is of a value inside the graph."""
+    outside = (*graph.inputs, *graph.outputs)
+    if any(ref not in outside for loss in graph.losses for ref in loss.inputs):
+        return None
+    if not graph.losses:
+        return table
+
+    def call(x: Any) -> Any:
+        y = table(x)
+        values = dict(zip(outside, (x, y), strict=True))
+        read = [[values[ref] for ref in loss.inputs] for loss in graph.losses]
+        return with_losses(y, graph.losses, read)
+
+    return call
+
+
+def _with_penalty(layer: Any, simpler: Callable[..., Any], origin: str) -> Callable[..., Any]:
+    """`simpler`, with the penalty of its outputs that Keras adds for the layer in its place.
+
+    Some of these hand the `activity_regularizer` on to a part.
+    """
+    penalty = getattr(layer, "activity_regularizer", None)
+    if penalty is None or is_custom(layer):  # Of a custom layer it is among the losses of its call.
+        return simpler
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        outputs = simpler(*args, **kwargs)
+        given = with_masks(t for t in keras.tree.flatten((args, kwargs)) if is_tensor(t))
+        parts = operations_between(given, outputs)
+        if any(getattr(part, "activity_regularizer", None) is not None for part in parts):
+            return outputs
+        values = [t for t in keras.tree.flatten(outputs) if is_tensor(t)]
+        loss = GraphLoss(AddedLoss(activity_penalty=penalty, label=origin), ())
+        return with_losses(outputs, [loss] * len(values), [[value] for value in values])
+
+    return call
 
 
 def _table_of_parts(layer: Any, graph: Graph, name: str) -> Elementwise | None:
@@ -510,7 +616,7 @@ def _inlined(
         tensors = with_masks(t for t in given if is_tensor(t))[: len(graph.inputs)]
         # The graph says which call reads which mask.
         with bearing([(t, None) for t in tensors]):
-            outputs = graph.run(tensors, call)
+            outputs, read = graph.run_with_losses(tensors, call)
         values = keras.tree.flatten(outputs)
         names = [name, *(f"{name}_{i}" for i in range(1, len(values)))]
         wanted = batched or [True] * len(values)
@@ -518,7 +624,8 @@ def _inlined(
             _as_output(x, tensors, n) if has_batch else x
             for x, n, has_batch in zip(values, names, wanted, strict=True)
         ]
-        return keras.tree.pack_sequence_as(outputs, found)
+        packed = keras.tree.pack_sequence_as(outputs, found)
+        return with_losses(packed, graph.losses, read)
 
     return run
 
@@ -683,11 +790,10 @@ def tell_asides(graph: Graph, kind: str, name: str, stacklevel: int = 2) -> None
         stacklevel: as for `warnings.warn`.
     """
     for aside in graph.asides:
-        within = "" if aside.startswith(f"'{name}' ") else f" inside {kind} '{name}'"
+        within = "" if aside.startswith(f"'{name}' ") else f"Inside {kind} '{name}', "
         warnings.warn(
-            f"{aside} in its call{within}. The QAT model does not: compute that in the loss or in "
-            "the metrics that compile takes. A penalty of a layer's output may be a "
-            "keras.layers.ActivityRegularization behind it.",
+            f"{within}{aside}. The QAT model does not: compute that in the loss or in the metrics "
+            "that compile takes.",
             TrainerWarning,
             stacklevel=stacklevel,
         )
@@ -712,6 +818,11 @@ def _of_all_steps(node: Node, origin: str) -> Callable[..., Any]:
     return call
 
 
+def _is_run_by_users_cell(layer: Any) -> bool:
+    """Whether a layer is a recurrence in whose step a cell of the user's own stands itself."""
+    return isinstance(layer, Recurrence) and any(map(is_of_users, parts_of(layer.step)))
+
+
 def _simplify(
     node: Node,
     origin: str,
@@ -731,8 +842,10 @@ def _simplify(
             f"'{origin}' of type {kind}{stays}. Pad to a fixed length, and leave mask_zero and "
             "Masking out, or stop the mask before the layer: keras.layers.Reshape hands none on."
         )
+    if simpler is None and _is_run_by_users_cell(node.layer):
+        return node.layer  # It is of the round before, and no config tells what the cell does.
     if simpler is not None:
-        return simpler
+        return _with_penalty(node.layer, simpler, origin)
     # Who reads its mask reads it as a tensor of the graph.
     options = {"mask_zero": False} if getattr(node.layer, "mask_zero", False) else {}
     return duplicate(node.layer, node.name, **options)

@@ -2,13 +2,12 @@
 
 import collections
 import dataclasses
-import json
 import os
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from kqat.base import TextEnum, write_file
+from kqat.base import TextEnum, json_text, write_file
 from kqat.devices import TARGETS, Misfit, misfit_lines
 from kqat.grids import (
     Clamp,
@@ -187,7 +186,7 @@ class Plan:
             "target": self.target,
             "misfits": [dataclasses.asdict(misfit) for misfit in self.misfits],
         }
-        return json.dumps(table, indent=1)
+        return json_text(table, indent=1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON to `path`, whole or not at all."""

@@ -42,6 +42,7 @@ from kqat.planning.repetitions import drop_repetitions
 from kqat.planning.shared_scales import share_scales
 from kqat.planning.step_values import with_own_grids
 from kqat.planning.tied_weights import expand_tied, of_one_config
+from kqat.planning.weight_penalties import keep_penalties
 from kqat.planning.width_changes import match_widths
 from kqat.registry import Output
 
@@ -61,6 +62,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     simple, origins, readers = expand_tied(
         graph, lambda node: node.name in whole, model_name, configs, fused
     )
+    keep_penalties(graph, simple)
     tied = of_one_config(graph, readers)
     simple, origins = drop_repetitions(simple, origins, configs, model_name)
     simple, origins = scale_sums(simple, origins, configs, model_name)

@@ -40,6 +40,7 @@ from kqat.parts import (
     Slice,
     SpaceToDepth,
     Stack,
+    StopGradient,
     Take,
     TiedWeight,
     Unstack,
@@ -379,7 +380,7 @@ LAYERS: dict[type, LayerRule] = {
     ReciprocalSquareRoot: _own(table=True),
     ChannelAffine: _affine(),
     Requantize: _own("QUANTIZE"),
-    **dict.fromkeys((*AUGMENTING, *TRAINING_ONLY), _VANISHES),
+    **dict.fromkeys((*AUGMENTING, *TRAINING_ONLY, StopGradient), _VANISHES),
 }
 
 

@@ -14,7 +14,7 @@ from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import holds_indexes, is_tensor
-from kqat.parts import Elementwise, IndexKind, IndexOperation, Matmul
+from kqat.parts import Elementwise, IndexKind, IndexOperation, Matmul, StopGradient
 from kqat.registry.refusals import OPERATION_REASONS, reason
 from kqat.rewrites import (
     BINARY,
@@ -340,7 +340,7 @@ OPERATIONS: dict[str, Row] = {
     "Dot": _dot,
     "Inner": _inner,
     "Cast": _cast,
-    "StopGradient": lambda operation, name: layers.Identity(name=name),
+    "StopGradient": lambda operation, name: StopGradient(name=name),
     "ConvertToTensor": lambda operation, name: (
         layers.Identity(name=name) if operation.dtype is None else _cast(operation, name)
     ),

@@ -40,7 +40,10 @@ _PYTHON = "computes nothing in a model: it converts, inspects or defines"
 _LOOPS = "runs a Python function in a loop; unroll the loop, or use a recurrent layer"
 _LOSS = "is a loss or metric; compute it outside the model"
 _NAN = "treats NaN or infinity, which integers do not have; use the function without it"
-_SORTS = "sorts, for which TFLite Micro has no kernel; run it after the model"
+_SORTS = (
+    "sorts, for which TFLite Micro has no kernel; run it after the model (for the largest value "
+    "alone, max and argmax ship)"
+)
 _SOLVES = "solves or factors matrices, for which TFLite has no kernel; do it outside the model"
 _COMPLEX = "computes with complex numbers, for which TFLite has no integer kernel"
 _BITS = "works on the bits of integers, for which TFLite Micro has no kernel"

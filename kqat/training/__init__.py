@@ -28,8 +28,14 @@ from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers, QatCallbac
 from kqat.training.clustering import cluster
 from kqat.training.distiller import Distiller
 from kqat.training.finetuning import WarmUpCosine, finetune, finetune_callbacks
+from kqat.training.loss_check import (
+    may_add_losses,
+    same_penalties,
+    weight_penalties,
+    wrong_losses,
+)
 from kqat.training.method_choice import judged_values
-from kqat.training.preservation import preserved_kinds
+from kqat.training.preservation import Preserve, preserved_kinds
 from kqat.training.pruning import Pruning, prune
 from kqat.training.quantized_recurrence import QuantizedRecurrence
 from kqat.training.range_checks import ValueNames
@@ -60,6 +66,7 @@ __all__ = [
     "FreezeObservers",
     "FreezeOscillations",
     "Oscillations",
+    "Preserve",
     "Pruning",
     "QatCallback",
     "QuantizeAfter",
@@ -90,15 +97,19 @@ __all__ = [
     "integers_of",
     "is_quantized",
     "judged_values",
+    "may_add_losses",
     "of_fixed_shape",
     "preserved_kinds",
     "prune",
     "reestimate_batchnorm",
     "rounded_as",
     "rounded_once",
+    "same_penalties",
     "some_samples",
     "uncorrected",
     "warn_of_drift",
+    "weight_penalties",
     "with_unlike_members_apart",
     "wrap",
+    "wrong_losses",
 ]

@@ -227,7 +227,7 @@ class _Assembly:
     def _copy(self, node: Node, decision: LayerPlan) -> Any:
         layer = node.layer
         if node.name in self.plan.steps:
-            config = {**layer.get_config(), "name": unique_name(f"quant_{node.name}", self.names)}
+            config = {**layer.options(), "name": unique_name(f"quant_{node.name}", self.names)}
             config |= {"step": wrap(self.plan.steps[node.name], self.preserve), "label": node.name}
             return QuantizedRecurrence(**config)
         rule = self.plan.rules.get(node.name)

@@ -171,6 +171,7 @@ def _outputs_apart(graph: Graph, parts: Mapping[Node, _Join]) -> tuple[Graph, di
         input_names=graph.input_names,
         output_names=tuple(output_names),
         output_masks=tuple(output_masks),
+        losses=tuple(one for one in graph.losses if not split.keys() & set(one.inputs)),
     ), rest
 
 

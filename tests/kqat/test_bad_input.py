@@ -176,7 +176,8 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "operation": (
         lambda x: keras.ops.sort(x),
-        r"operation 'sort' of type Sort. Leave it float with policy=\{'sort': None\}.*It sorts",
+        r"operation 'sort' of type Sort. Leave it float with policy=\{'sort': None\}.*It sorts"
+        r".*max and argmax ship",
     ),
     "channels first": (
         layers.MaxPooling2D(2, data_format="channels_first", name="pool"),

@@ -5,9 +5,10 @@ The format is that of `node_data_builder.py` of github.com/google-ai-edge/model-
 (`GraphNodeData`).
 """
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from kqat.base import json_text
 
 _LOW, _HIGH = "#f7fbff", "#3a6ea5"
 # Measure -> what it is of a layer (`None` is left out), and whether few is bad.
@@ -37,5 +38,5 @@ def node_data(report: Any) -> dict[str, str]:
             {"stop": stop, "bgColor": color} for stop, color in zip((0, 1), colors, strict=True)
         ]
         if results:
-            found[measure] = json.dumps({"results": results, "gradient": gradient}, indent=1)
+            found[measure] = json_text({"results": results, "gradient": gradient}, indent=1)
     return found

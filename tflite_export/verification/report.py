@@ -1,14 +1,13 @@
 """`Report`: what verification found, as data, as text of 80 columns, as JSON and as HTML."""
 
 import dataclasses
-import json
 import os
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kqat.base import counted, write_file, write_files
+from kqat.base import counted, json_text, write_file, write_files
 from tflite_export.devices import NpuEstimate
 from tflite_export.verification import html_page
 from tflite_export.verification.node_data import node_data
@@ -198,7 +197,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return json_text(dataclasses.asdict(self), indent=1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON to `path`; on failure an older file stays as it was."""

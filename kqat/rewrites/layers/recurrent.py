@@ -191,6 +191,12 @@ def bidirectional(layer: Any, name: str, *, make: Callable[..., Decomposed] = rn
                 f"Expected a recurrent layer in Bidirectional layer '{name}'. Received: "
                 f"{type(inner).__name__}. Use SimpleRNN, LSTM, GRU, or RNN around their cells."
             )
+        if inner.activity_regularizer is not None:
+            raise UnsupportedLayerError(
+                f"Expected no activity_regularizer in the layers of Bidirectional layer '{name}', "
+                "whose values kqat computes in simpler layers. Received: one. Give it to the "
+                "Bidirectional layer itself, or put keras.layers.ActivityRegularization after it."
+            )
     forward = make(layer.forward_layer, f"{name}_forward")
     backward = make(layer.backward_layer, f"{name}_backward", flip=layer.return_sequences)
     merges = {
@@ -223,11 +229,6 @@ def _check(layer: Any, name: str, cells: "Cells | None") -> None:
             f"Expected stateful=False in layer '{name}'. Received: True. The file keeps no state "
             "from one invocation to the next. Use return_state=True and initial_state, and pass "
             "the states yourself."
-        )
-    if layer.activity_regularizer is not None:
-        raise UnsupportedLayerError(
-            f"Expected no activity_regularizer in layer '{name}', which kqat splits into simpler "
-            "layers. Put keras.layers.ActivityRegularization after it."
         )
     inner = getattr(layer.cell, "cells", [layer.cell])
     unknown = [type(cell).__name__ for cell in inner if cells and type(cell) not in cells]
@@ -307,7 +308,8 @@ def _take_apart(builder: "StepBuilder", make_step: "MakeStep", options: dict[str
     recurrence = Recurrence(
         step, sequences, name=builder.name, own_output=builder.own_output, **options
     )
-    recurrence.trainable = builder.trainable
+    if type(builder.cell) in _steps():  # A cell of the user's own stands in the step itself.
+        recurrence.trainable = builder.trainable
     dropout = builder.cell.dropout if isinstance(builder, Builder) else 0.0
     return _Cell(dropout, tuple(builder.projections), recurrence, builder.name)
 
@@ -597,15 +599,14 @@ def _gru(builder: Builder) -> keras.Model:
 def _own_step(builder: StepBuilder) -> keras.Model:
     """What the `call` of a cell of the user's own computes; its output may be none of its states.
 
-    A copy of the cell stands in the step, which is opened as any custom layer.
+    The cell itself stands in the step, and is opened there as any custom layer.
     """
     x, first = builder.read(), _first_states(builder.cell)
     states = [
         keras.Input(state.shape[1:], name=builder.part_name(f"state_{i}"))
         for i, state in enumerate(keras.tree.flatten(first))
     ]
-    cell = duplicate(builder.cell, builder.part_name("cell"))
-    output, after = cell(x, keras.tree.pack_sequence_as(first, states))
+    output, after = builder.cell(x, keras.tree.pack_sequence_as(first, states))
     builder.own_output = True
     return builder.model(states, keras.tree.flatten(after), output)
 

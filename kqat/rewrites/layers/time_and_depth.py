@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part, clone, config_of, is_tensor
+from kqat.graph import Part, clone, config_of, is_of_users, is_tensor
 from kqat.parts import sliced, stacked
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.layers.basic import Decomposed, activated, own_weights
@@ -58,9 +58,13 @@ def time_distributed(layer: Any, name: str) -> Decomposed:
                 f"model '{inner.name}' of type {type(inner).__name__}. Put each of its layers in a "
                 "TimeDistributed of its own."
             )
+        # Keras adds no penalty of what the inner layer makes.
+        plain = {} if inner.activity_regularizer is None else {"activity_regularizer": None}
         if type(inner) in POINTWISE and getattr(inner, "axis", -1) in (-1, [-1]):
-            return Part(clone(inner, name), inner.get_weights())(x)
-        part = Part(clone(inner, f"{name}_{inner.name}"), inner.get_weights())
+            return Part(clone(inner, name, **plain), inner.get_weights())(x)
+        part: Any = inner  # No layer of a user's own is made anew; it is opened for each step.
+        if not is_of_users(inner):
+            part = Part(clone(inner, f"{name}_{inner.name}", **plain), inner.get_weights())
         shown = [{}] * x.shape[1] if mask is None else _masks_of_steps(mask, name)
         steps, rows = [], _rows(x, name)
         for i in range(x.shape[1]):

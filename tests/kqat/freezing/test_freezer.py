@@ -265,3 +265,13 @@ def test_scales_that_were_taken_apart_are_refused() -> None:
     qat = keras.Model(x, layers.Concatenate(name="join")(parts))
     with pytest.raises(FreezeError, match="one scale for all inputs of 'join'"):
         freeze(qat)
+
+
+@pytest.mark.filterwarnings("ignore:.*`quantize` method")
+def test_a_qat_model_that_keras_quantized_is_refused_by_name() -> None:
+    x = keras.Input((4,))
+    model = keras.Model(x, layers.Dense(2, name="head")(layers.Dense(3, activation="relu")(x)))
+    qat = kqat.quantize_model(model, calibration_data=RNG.normal(size=(8, 4)).astype(np.float32))
+    qat.quantize("int8")
+    with pytest.raises(ModelError, match=r"Keras quantized 'quant_\w+', by quantize\('int8'\)"):
+        freeze(qat)

@@ -270,3 +270,79 @@ def test_states_that_a_step_hands_on_are_rounded() -> None:
     assert low < -2.5 and high > 2.5
     error = np.abs(np.asarray(qat(x)) - np.asarray(model(x))).max()
     assert error < 0.02 * np.abs(model(x)).max()
+
+
+class Nameless(layers.Layer):
+    """A cell whose config is a lie: without its factor."""
+
+    state_size = UNITS
+
+    def __init__(self, factor: float = 1.0, config: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.factor, self.config, self.inner = factor, config, layers.Dense(UNITS)
+
+    def build(self, shape: Any) -> None:
+        """Creates the weights."""
+        self.w = self.add_weight(shape=(UNITS, UNITS), name="w")
+        self.inner.build(shape)
+        self.inner.trainable = self.config  # Part of it may be frozen.
+
+    def call(self, x: Any, states: Any) -> Any:
+        """The next state, twice."""
+        h = ops.tanh(self.factor * self.inner(x) + ops.matmul(states[0], self.w))
+        return h, [h]
+
+    def get_config(self) -> dict[str, Any]:
+        """Says nothing of the factor; or nothing at all."""
+        if not self.config:
+            raise NotImplementedError
+        return super().get_config()
+
+
+class NamelessStep(Nameless):
+    """A layer of that kind, which reads its weight in parts."""
+
+    def call(self, x: Any) -> Any:
+        """Products with the halves of the weight."""
+        y = self.factor * self.inner(x)
+        halves = [ops.matmul(y, self.w[:, :2]), ops.tanh(ops.matmul(y, self.w[:, 2:]))]
+        return ops.concatenate(halves, axis=-1)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        """As many as there are units."""
+        return (*shape[:-1], UNITS)
+
+
+def _of_all_steps(factor: float, config: bool) -> Any:
+    return layers.TimeDistributed(NamelessStep(factor, config))
+
+
+def _of_two_calls(factor: float, config: bool) -> Any:
+    layer = NamelessStep(factor, config)
+    return lambda x: layers.Add()([layer(x), layer(layers.ReLU()(x))])
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *given: layers.RNN(Nameless(*given), return_sequences=True),
+        lambda *given: layers.RNN([layers.SimpleRNNCell(FEATURES), Nameless(*given)]),
+        _of_all_steps,
+        _of_two_calls,
+    ],
+    ids=["cell", "stacked", "TimeDistributed", "two calls"],
+)
+def test_users_own_cells_and_steps_are_never_made_anew(make: Any, config: bool) -> None:
+    model = _model(lambda x: make(0.3, config)(x))
+    before = [np.array(v) for v in model.weights]
+    trained = [v.path for v in model.trainable_variables]
+    x = np.random.default_rng(0).normal(size=(32, STEPS, FEATURES)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    # Values of a few units, on grids of 8 bits, in some steps.
+    np.testing.assert_allclose(qat(x), model(x), atol=0.2)
+    np.testing.assert_allclose(kqat.strip(qat)(x), model(x), atol=1e-5)
+    counts = [sum(int(np.prod(v.shape)) for v in m.trainable_variables) for m in (model, qat)]
+    assert counts[0] == counts[1]
+    assert trained == [v.path for v in model.trainable_variables]
+    assert all(map(np.array_equal, before, model.weights))

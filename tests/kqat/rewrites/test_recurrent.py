@@ -109,7 +109,10 @@ def test_initial_states_reach_their_cells() -> None:
             lambda: layers.GRU(2, recurrent_constraint="max_norm"),
             "no recurrent_constraint in layer 'gru",
         ),
-        (lambda: layers.GRU(2, activity_regularizer="l2"), "no activity_regularizer in layer 'gru"),
+        (
+            lambda: layers.Bidirectional(layers.GRU(2, activity_regularizer="l2")),
+            "no activity_regularizer in the layers of Bidirectional layer 'bidirectional",
+        ),
         (
             lambda: layers.Bidirectional(_Reader(2), backward_layer=_Reader(2, True)),
             "a recurrent layer in Bidirectional layer 'bidirectional",

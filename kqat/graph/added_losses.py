@@ -1,0 +1,112 @@
+"""Losses that calls add (`add_loss`, `activity_regularizer`), apart from what a model computes.
+
+They tell nothing about outputs, so the nodes of a graph are without them. They are kept beside it,
+as functions of values in it, and every model that is rebuilt from the graph adds them again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+
+@keras.saving.register_keras_serializable("kqat")
+class AddedLoss(keras.layers.Layer):
+    """Hands its first input on, and adds a loss that it computes of the others.
+
+    Args:
+        function: a functional model of the other inputs, whose output is the loss, or its
+            serialized form. Either this or a regularizer is given.
+        activity_penalty: a regularizer of the second input, as a layer's `activity_regularizer`.
+        label: the name of the user's layer that adds the loss.
+        problem: why there is no such function, as it goes on after "a loss that"; no loss is added
+            then.
+    """
+
+    def __init__(
+        self,
+        function: Any = None,
+        activity_penalty: Any = None,
+        label: str = "",
+        problem: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.supports_masking = True
+        if function is not None and not isinstance(function, keras.Model):
+            function = keras.saving.deserialize_keras_object(function)
+        self.function, self.label, self.problem = function, label, problem
+        self.activity_penalty = keras.regularizers.get(activity_penalty)
+        # Keras's own layers know by what a penalty is divided, which its versions do not agree on.
+        self.penalized = None
+        if self.activity_penalty is not None:
+            penalty = {"activity_regularizer": self.activity_penalty}
+            self.penalized = keras.layers.Activation("linear", autocast=False, **penalty)
+
+    def call(self, inputs: Sequence[Any]) -> Any:
+        """The first input."""
+        first, *values = inputs
+        if self.function is not None:
+            self.add_loss(self.function(list(values)))
+        if self.penalized is not None:
+            self.penalized(values[0])
+        return first
+
+    def compute_mask(self, inputs: Sequence[Any], previous_mask: Any = None) -> Any:
+        """The mask of the first input."""
+        return previous_mask[0] if isinstance(previous_mask, list | tuple) else previous_mask
+
+    def compute_output_spec(self, inputs: Sequence[Any]) -> Any:
+        """The first input's."""
+        return keras.KerasTensor(inputs[0].shape, dtype=inputs[0].dtype)
+
+    def anew(self, name: str) -> "AddedLoss":
+        """One for another model, which shares no variable with this one, and no loss."""
+        function = self.function
+        if function is not None and function.weights:
+            function = keras.models.clone_model(function)
+            function.set_weights(self.function.get_weights())
+        return AddedLoss(function, self.activity_penalty, self.label, self.problem, name=name)
+
+    def get_config(self) -> dict[str, Any]:
+        """The config of every layer, with function and regularizer serialized."""
+        config = super().get_config()
+        config.pop("autocast", None)
+        function = self.function
+        return {
+            **config,
+            "function": function and keras.saving.serialize_keras_object(function),
+            "activity_penalty": keras.regularizers.serialize(self.activity_penalty),
+            "label": self.label,
+            "problem": self.problem,
+        }
+
+
+@keras.saving.register_keras_serializable("kqat")
+class BatchSize(keras.layers.Layer):
+    """The number of samples of its input, as a float32 scalar."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+
+    def call(self, x: Any) -> Any:
+        """The size of the first axis."""
+        return keras.ops.cast(keras.ops.shape(x)[0], "float32")
+
+    def compute_output_spec(self, x: Any) -> Any:
+        """A scalar."""
+        return keras.KerasTensor((), dtype="float32")
+
+    def get_config(self) -> dict[str, Any]:
+        """That of every layer."""
+        config = super().get_config()
+        config.pop("autocast", None)
+        return config
+
+
+def saved_and_read(function: keras.Model) -> keras.Model:
+    """A functional model as it comes out of a file, with the same weights."""
+    config = keras.saving.serialize_keras_object(function)
+    copy = keras.saving.deserialize_keras_object(config)
+    copy.set_weights(function.get_weights())
+    return copy
