@@ -10,7 +10,7 @@ from keras import layers
 from kqat.base import FreezeError, UnsupportedLayerError, array_of
 from kqat.freezing.frozen_weight import EMPTY_SCALE, FrozenWeight
 from kqat.graph import Part, clone
-from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState, TiedWeight
+from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState, TiedWeight, WithConstant
 from kqat.training import QuantizeWrapper
 
 
@@ -126,18 +126,21 @@ def channelwise(
     channels: int,
     free_name: Callable[[str], str] = lambda name: name,
     rounded: np.ndarray | None = None,
+    as_sum: bool = False,
 ) -> tuple[list[FrozenWeight], Callable[..., Any]]:
     """`x * scale + offset` per channel as one integer operator with exact weights.
 
     A 1x1 depthwise convolution has one weight per channel, which is ±127 steps of the channel's
     own scale: no rounding error, and one rounding of the output where MUL and ADD would have two.
-    One scale for all without an offset is a multiplication by a constant.
+    One scale for all without an offset is a multiplication by a constant, and `x + c` and `c - x`
+    can be an addition or subtraction. One number is 127 steps of its own scale there as well.
 
     Args:
         layer: an affine layer.
         channels: size of the last axis of its input.
         free_name: a name -> one that no other layer of the frozen model bears.
         rounded: the offset as training rounds it, of shape `(channels,)` or `(1,)`, if it does.
+        as_sum: whether the layer is to be a sum; see `QuantizeWrapper.ships_as_sum`.
 
     Raises:
         FreezeError: if a factor or offset overflows float32.
@@ -147,6 +150,11 @@ def channelwise(
     if not np.any(offset) and np.all(factor == factor.flat[0]):
         weight = _single_steps(layer.name, factor.flat[:1].reshape(()), False)
         return [weight], layers.Rescaling(float(weight.values), name=layer.name, dtype="float32")
+    if as_sum:
+        weight = _single_steps(layer.name, offset.flat[:1].reshape(()), False, "offset")
+        kind = ConstantKind.ADD if factor.flat[0] > 0 else ConstantKind.SUBTRACT
+        one = WithConstant(kind, [], name=layer.name, dtype="float32")
+        return [weight], Part(one, [weight.values])
     kernel = np.broadcast_to(factor, (channels,)).reshape(1, 1, channels, 1)
     weight = _single_steps(layer.name, kernel, True)
     bias = np.broadcast_to(offset if rounded is None else rounded, (channels,)).astype(np.float32)
@@ -195,12 +203,14 @@ class _AsImage:
         return after(self.part(before(x)))
 
 
-def _single_steps(name: str, factor: np.ndarray, per_channel: bool) -> FrozenWeight:
+def _single_steps(
+    name: str, factor: np.ndarray, per_channel: bool, part: str = "scale"
+) -> FrozenWeight:
     scale = (np.abs(factor) / 127.0).astype(np.float32)
     scale = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(0))
     integers = np.where(scale > 0, np.sign(factor) * 127, 0).astype(np.int8)
     return FrozenWeight(
-        name=f"{name}/scale",
+        name=f"{name}/{part}",
         integers=integers,
         scale=np.where(scale > 0, scale, EMPTY_SCALE),
         bits=8,

@@ -211,7 +211,9 @@ class _GraphFreezer:
         """The float layer, or layers, that compute with the wrapper's integers."""
         if not wrapper.weight_specs:
             rounded = wrapper.bias_on_grid()
-            weights, affine = channelwise(wrapper.layer, channels, self.parts.free_name, rounded)
+            weights, affine = channelwise(
+                wrapper.layer, channels, self.parts.free_name, rounded, wrapper.ships_as_sum
+            )
             self.parts.weights.extend(weights)
             return affine
         weights, part = freeze_layer(wrapper, branch)

@@ -418,13 +418,14 @@ class ConstantKind(TextEnum):
     """What a `WithConstant` computes; `HIDE` adds the bias of a mask, as the layer `Hide` does."""
 
     ADD = "add"
+    SUBTRACT = "subtract"
     MULTIPLY = "multiply"
     HIDE = "hide"
 
 
 @keras.saving.register_keras_serializable("kqat")
 class WithConstant(layers.Layer):
-    """`x + value` or `x * value`; `value` may be trained.
+    """`x + value`, `value - x` or `x * value`; `value` may be trained.
 
     `value` has the given shape, which broadcasts with that of `x`.
     """
@@ -438,7 +439,7 @@ class WithConstant(layers.Layer):
         self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros")
 
     def call(self, x: Any) -> Any:
-        """The sum or product."""
+        """The sum, difference or product."""
         if self.kind is ConstantKind.HIDE:
             return _shown(self.value, x)
         # The value first: Keras has ways of its own to add a vector that comes second. One sample
@@ -446,7 +447,9 @@ class WithConstant(layers.Layer):
         value, missing = self.value, len(x.shape) - len(self.shape)
         if missing > 0 and sum(size != 1 for size in x.shape) < 2:
             value = ops.reshape(value, (*(1,) * missing, *self.shape))
-        if all(size == 1 for size in x.shape[1:]) and sum(size != 1 for size in self.shape) > 1:
+        commutes = self.kind is not ConstantKind.SUBTRACT
+        several = sum(size != 1 for size in self.shape) > 1
+        if commutes and several and all(size == 1 for size in x.shape[1:]):
             # One number for each sample is a vector as well: as many as the value has rows.
             value, x = x, value
         return getattr(ops, self.kind)(value, x)

@@ -99,8 +99,8 @@ def _index(*ops: str) -> LayerRule:
     return LayerRule(output=Output.INDEX, ops=ops)
 
 
-def _affine(refuse: Callable[[Any], str | None] | None = None) -> LayerRule:
-    ops = ("RESHAPE", "DEPTHWISE_CONV_2D", "MUL")
+def _affine(refuse: Callable[[Any], str | None] | None = None, *extra: str) -> LayerRule:
+    ops = ("RESHAPE", "DEPTHWISE_CONV_2D", "MUL", *extra)
     return LayerRule(output=Output.OWN, ops=ops, takes_clamp=True, affine=True, refuse=refuse)
 
 
@@ -229,7 +229,9 @@ LAYERS: dict[type, LayerRule] = {
     layers.SeparableConv2D: _own("DEPTHWISE_CONV_2D", "CONV_2D", decompose=basic.separable),
     layers.BatchNormalization: _affine(rule.last_axis),
     layers.Normalization: _affine(rule.last_axis),
-    layers.Rescaling: dataclasses.replace(_affine(), resolution=rule.resolution_of_multiple),
+    layers.Rescaling: dataclasses.replace(
+        _affine(None, "ADD", "SUB"), resolution=rule.resolution_of_multiple
+    ),
     layers.ReLU: _own("RELU", "LEAKY_RELU", "PRELU", decompose=basic.relu),
     layers.LeakyReLU: _own("LEAKY_RELU", "PRELU"),
     layers.ELU: _own("ELU", wide_table=True, decompose=basic.elu),
@@ -387,6 +389,7 @@ LAYERS: dict[type, LayerRule] = {
 KINDS: dict[tuple[type, str], LayerRule] = {
     **fused_lstms.KINDS,
     (WithConstant, ConstantKind.ADD): _operand("ADD", takes_clamp=True, **_SUM),
+    (WithConstant, ConstantKind.SUBTRACT): _operand("SUB", takes_clamp=True, **_SUM),
     (WithConstant, ConstantKind.HIDE): _operand("ADD", hides=True),
     (WithConstant, ConstantKind.MULTIPLY): _operand("MUL", takes_clamp=True),
     (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
