@@ -21,7 +21,7 @@ from kqat.freezing.recurrences import fused, unrolled
 from kqat.freezing.stripper import checked_graph
 from kqat.freezing.unplanned import check_planned
 from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild
-from kqat.grids import Site, arithmetic
+from kqat.grids import Bounds, Site, arithmetic
 from kqat.parts import (
     ByteInput,
     Hide,
@@ -29,6 +29,7 @@ from kqat.parts import (
     PrecisionBoundary,
     RecurrenceKind,
     TiedWeight,
+    clamp_layer,
     reads_rows,
 )
 from kqat.registry import LayerFacts, Output, stock_facts
@@ -96,8 +97,12 @@ class _GraphFreezer:
         self.producers = graph.producers()
         self.labels = labels(graph)
         self.input_names = dict(zip(graph.inputs, graph.input_keys, strict=True))
+        # A value that only another grid clips is on its own grid before.
         self.rounded = {
-            node.inputs[0] for node in graph.nodes if isinstance(node.layer, ActivationQuantizer)
+            node.inputs[0]
+            for node in graph.nodes
+            if isinstance(node.layer, ActivationQuantizer)
+            and not isinstance(node.layer.clamp, Bounds)
         }
         self.grids: dict[Ref, Site] = {}
         # Values that no input of the model reaches. The converter computes them, and would compute
@@ -234,9 +239,11 @@ class _GraphFreezer:
         layer: ActivationQuantizer = node.layer
         observes = node.kwargs.get("observe", True)
         grid = _site(layer, layer.label)
-        if layer.clamp and observes:
+        # What has to end at bounds does so with its grid, but a constant has none yet.
+        by_grid = isinstance(layer.clamp, Bounds) and not self._is_constant(node)
+        if layer.clamp and observes and not by_grid:
             name = self.parts.free_name(f"kqat_clamp_{len(self.parts.sites)}")
-            x = keras.layers.Activation(layer.clamp, name=name, dtype="float32")(x)
+            x = clamp_layer(layer.clamp, name=name, dtype="float32")(x)
         if self._is_constant(node):
             self._note_constant(node.inputs[0], grid)
             return Value(x, grid)

@@ -23,6 +23,8 @@ from kqat.parts.markers import (
 from kqat.parts.recurrence import Recurrence, Stack, Unstack
 from kqat.parts.single_op_layers import (
     ChannelAffine,
+    Clip,
+    ClipKind,
     ConstantKind,
     ConstantRows,
     DepthToSpace,
@@ -42,6 +44,7 @@ from kqat.parts.single_op_layers import (
     SpaceToDepth,
     Take,
     WithConstant,
+    clamp_layer,
     joined,
     sliced,
     stacked,
@@ -55,6 +58,8 @@ __all__ = [
     "GATES",
     "ByteInput",
     "ChannelAffine",
+    "Clip",
+    "ClipKind",
     "ConstantKind",
     "ConstantRows",
     "DepthToSpace",
@@ -92,6 +97,7 @@ __all__ = [
     "Unstack",
     "WeightUse",
     "WithConstant",
+    "clamp_layer",
     "inverts",
     "is_elementwise",
     "is_marker",

@@ -9,7 +9,7 @@ from keras import layers, ops
 
 from kqat.base import TextEnum, UnsupportedLayerError
 from kqat.graph import depth_to_space, space_to_depth
-from kqat.grids import HIDDEN, LOWEST
+from kqat.grids import HIDDEN, LOWEST, Bounds, Clamp
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -412,6 +412,53 @@ class Hide(layers.Add):
 
 def _shown(bias: Any, scores: Any) -> Any:
     return ops.where(bias < HIDDEN / 2, LOWEST, scores)
+
+
+class ClipKind(TextEnum):
+    """What a `Clip` ships as: a lookup table, or the ends of its output's grid."""
+
+    TABLE = "table"
+    GRID = "grid"
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Clip(layers.Layer):
+    """`x`, but none below `low` and none above `high`; any shape. Either may be infinite."""
+
+    def __init__(
+        self,
+        low: float | None = None,
+        high: float | None = None,
+        kind: ClipKind | str = ClipKind.TABLE,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.bounds = Bounds.from_list((low, high))
+        self.kind = ClipKind(kind)
+
+    def call(self, x: Any) -> Any:
+        """`x` inside the bounds."""
+        return ops.clip(x, self.bounds.low, self.bounds.high)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """The config of every layer, with `low`, `high` and `kind`; `None` is infinite."""
+        low, high = self.bounds.to_list()
+        return {**super().get_config(), "low": low, "high": high, "kind": self.kind.value}
+
+
+def clamp_layer(clamp: Clamp | Bounds, **options: Any) -> layers.Layer:
+    """The layer that computes a clamp; one of Keras's where there is one."""
+    if not isinstance(clamp, Bounds):
+        return layers.Activation(clamp, **options)
+    if clamp.low == 0.0:
+        return layers.ReLU(max_value=clamp.high, **options)
+    if clamp == Bounds(-1.0, 1.0):
+        return layers.Activation("hard_tanh", **options)
+    return Clip(*clamp.to_list(), **options)
 
 
 class ConstantKind(TextEnum):

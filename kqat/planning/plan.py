@@ -11,6 +11,7 @@ from typing import Any
 from kqat.base import TextEnum, write_file
 from kqat.devices import TARGETS, Misfit, misfit_lines
 from kqat.grids import (
+    Bounds,
     Clamp,
     Fixed,
     GradientEstimator,
@@ -18,6 +19,7 @@ from kqat.grids import (
     QuantSpec,
     RangeMethod,
     StepMethod,
+    clamp_to_json,
     gradient_to_dict,
     range_method_to_dict,
     step_method_to_dict,
@@ -49,7 +51,7 @@ class Group:
     name: str
     spec: QuantSpec
     range_method: RangeMethod
-    clamp: Clamp | None
+    clamp: Clamp | Bounds | None
     sites: int
     sources: tuple[str, ...]
     hides: bool = False
@@ -162,7 +164,7 @@ class Plan:
                 "name": group.name,
                 "spec": group.spec.to_dict(),
                 "range": range_method_to_dict(group.range_method),
-                "clamp": group.clamp,
+                "clamp": clamp_to_json(group.clamp),
                 "gradient": gradient_to_dict(group.gradient),
                 "sources": list(group.sources),
             }

@@ -23,6 +23,7 @@ from kqat.planning.additive_masks import check_hidden_values, hide_added_masks
 from kqat.planning.biases import join_biases
 from kqat.planning.byte_inputs import read_bytes
 from kqat.planning.chained_functions import join_functions
+from kqat.planning.clips import clip_by_grids
 from kqat.planning.counted_sums import scale_sums
 from kqat.planning.followers import follow_neighbours
 from kqat.planning.fusions import Fusions, find_fusions
@@ -68,6 +69,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     check_hidden_values(simple, origins)
     simple, origins = split_hard_sigmoids(simple, origins, configs, model_name)
     simple = join_biases(simple, origins, configs, model_name)
+    simple = clip_by_grids(simple, origins, configs, model_name)
     simple = join_functions(simple, origins, configs, model_name)
     simple, origins = fit_ranks(simple, origins, configs, model_name)
     masks = graph.output_masks

@@ -18,6 +18,8 @@ from kqat.grids import Clamp
 from kqat.parts import (
     ByteInput,
     ChannelAffine,
+    Clip,
+    ClipKind,
     ConstantKind,
     ConstantRows,
     DepthToSpace,
@@ -213,6 +215,7 @@ OPENED = _own(opens=True)
 LAYERS: dict[type, LayerRule] = {
     layers.Lambda: FUNCTION,
     Elementwise: _own(table=True),
+    Clip: _own(table=True),
     layers.Dense: dataclasses.replace(
         _conv("FULLY_CONNECTED", (-1,), "RESHAPE"), decompose=basic.dense
     ),
@@ -388,6 +391,7 @@ LAYERS: dict[type, LayerRule] = {
 # Rows of layers that become one of several operators: (class, `kind` or `interpolation`) -> row.
 KINDS: dict[tuple[type, str], LayerRule] = {
     **fused_lstms.KINDS,
+    (Clip, ClipKind.GRID): _own("QUANTIZE", clamp=Clamp.BOUNDS),
     (WithConstant, ConstantKind.ADD): _operand("ADD", takes_clamp=True, **_SUM),
     (WithConstant, ConstantKind.SUBTRACT): _operand("SUB", takes_clamp=True, **_SUM),
     (WithConstant, ConstantKind.HIDE): _operand("ADD", hides=True),
