@@ -1,5 +1,6 @@
 """Layers with weights as they ship: BatchNormalization folded in, weights on their grid."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,15 +11,26 @@ from keras import layers
 from kqat.base import FreezeError, UnsupportedLayerError, array_of
 from kqat.freezing.frozen_weight import EMPTY_SCALE, FrozenWeight
 from kqat.graph import Part, clone
-from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState, TiedWeight, WithConstant
+from kqat.parts import (
+    ChannelAffine,
+    ConstantKind,
+    GateNumbers,
+    LstmState,
+    TiedWeight,
+    WithConstant,
+    is_factor,
+)
 from kqat.training import QuantizeWrapper
 
 
-def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[FrozenWeight], Part]:
+def freeze_layer(
+    wrapper: QuantizeWrapper, branch: int = 0, factor: np.ndarray | None = None
+) -> tuple[list[FrozenWeight], Part]:
     """The frozen weights of a wrapped layer, and the float layer that computes with them.
 
     A folded BatchNormalization multiplies channel scales, which leaves the trained integers as
-    they are (up to the sign of gamma), and joins the bias; both in float64.
+    they are (up to the sign of gamma), and joins the bias; both in float64. So does a `factor` of
+    the output, float64 of shape `(channels,)` or `(1,)`.
 
     Raises:
         FreezeError: if a folded weight or bias overflows float32.
@@ -26,6 +38,11 @@ def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[Frozen
     layer, norms = wrapper.layer, wrapper.normalizations
     norm = norms[branch] if norms else None
     frozen = [_frozen(wrapper, name, branch) for name in wrapper.weight_specs]
+    if factor is not None:
+        frozen = [
+            _times(weight, factor, wrapper, name)
+            for name, weight in zip(wrapper.weight_specs, frozen, strict=True)
+        ]
     by_variable = {
         id(getattr(layer, name)): weight.values
         for name, weight in zip(wrapper.weight_specs, frozen, strict=True)
@@ -36,16 +53,23 @@ def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[Frozen
         changes["kind"] = ConstantKind.ADD
     # Training rounds in float32: where float64 would fall on the other side, training is right.
     rounded = wrapper.bias_on_grid(branch)
+    if rounded is not None and factor is not None:
+        rounded = (rounded.astype(np.float64) * factor).astype(np.float32)
     if norm is not None:
-        factor, offset = _normalization(norm)
+        scales, offset = _normalization(norm)
         bias = np.asarray(array_of(layer.bias), np.float64) if layer.use_bias else 0.0
-        bias = offset + bias * factor
+        bias = (offset + bias * scales) * (1.0 if factor is None else factor)
         _check_fits(bias, layer.name)
         values = [values[0], bias.astype(np.float32) if rounded is None else rounded]
         changes["use_bias"] = True
     elif rounded is not None:
         values = [
             rounded if v is layer.bias else value
+            for v, value in zip(layer.weights, values, strict=True)
+        ]
+    elif factor is not None and getattr(layer, "bias", None) is not None:
+        values = [
+            (array_of(v) * factor).astype(np.float32) if v is layer.bias else value
             for v, value in zip(layer.weights, values, strict=True)
         ]
     if isinstance(layer, TiedWeight) and len(layer.shape) == 2 and not layer.products:
@@ -83,6 +107,30 @@ def _frozen(wrapper: QuantizeWrapper, name: str, branch: int) -> FrozenWeight:
         bits=spec.bits,
         per_channel=spec.axis is not None,
     )
+
+
+def _times(
+    weight: FrozenWeight, factor: np.ndarray, wrapper: QuantizeWrapper, name: str
+) -> FrozenWeight:
+    """A weight whose output is multiplied: the same integers, but for signs, on other scales."""
+    if factor.size > 1:
+        factor = factor.reshape(wrapper.channel_shape(name))
+    scale = weight.scale.astype(np.float64) * np.abs(factor)
+    _check_fits(scale * 127.0, wrapper.layer.name)
+    scale = scale.astype(np.float32)
+    integers = np.where(scale < np.finfo(np.float32).tiny, 0, weight.integers * np.sign(factor))
+    shared = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
+    empty = ~np.any(integers, axis=shared, keepdims=True)
+    return dataclasses.replace(
+        weight, integers=integers.astype(np.int8), scale=np.where(empty, EMPTY_SCALE, scale)
+    )
+
+
+def output_factor(layer: Any) -> np.ndarray | None:
+    """The factor of a layer that only multiplies, float64 of shape `(channels,)` or `(1,)`."""
+    if not is_factor(layer):
+        return None
+    return _affine(layer)[0]
 
 
 def _check_clusters(wrapper: QuantizeWrapper, name: str, integers: np.ndarray) -> None:

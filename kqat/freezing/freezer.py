@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from kqat.base import FreezeError
-from kqat.freezing.folding import channelwise, freeze_layer
+from kqat.freezing.folding import channelwise, freeze_layer, output_factor
 from kqat.freezing.frozen_model import FrozenModel
 from kqat.freezing.frozen_parts import FrozenParts, Value, labels
 from kqat.freezing.frozen_weight import FrozenConstant
@@ -104,6 +104,10 @@ class _GraphFreezer:
             if isinstance(node.layer, ActivationQuantizer)
             and not isinstance(node.layer.clamp, Bounds)
         }
+        # What a kernel's output is multiplied by before it is rounded ships in its weights.
+        self.factors = {
+            self.producers[node.inputs[0]]: node.layer for node in graph.nodes if self._scales(node)
+        }
         self.grids: dict[Ref, Site] = {}
         # Values that no input of the model reaches. The converter computes them, and would compute
         # a marker as well, so they have none. The file holds them on the grid of their reader.
@@ -124,6 +128,13 @@ class _GraphFreezer:
         for ref, value in zip(node.outputs, values, strict=True):
             self._note(ref, value)
         return [value.tensor for value in values]
+
+    def _scales(self, node: Node) -> bool:
+        """Whether a layer multiplies what a kernel makes, before it is rounded."""
+        producer = self.producers.get(node.inputs[0]) if node.inputs else None
+        kernel = producer.layer if producer else None
+        weights = isinstance(kernel, QuantizeWrapper) and bool(kernel.weight_specs)
+        return weights and output_factor(node.layer) is not None
 
     def _is_constant(self, node: Node) -> bool:
         reads_constants = bool(node.inputs) and self.constants.issuperset(node.inputs)
@@ -147,6 +158,8 @@ class _GraphFreezer:
             return self._recurrence(node, self._values(node.inputs, args[0]))
         if isinstance(layer, PrecisionBoundary):
             return [Value(args[0] if self._is_constant(node) else self.parts.fence(args[0]))]
+        if self._scales(node):
+            return [Value(args[0])]
         if not isinstance(layer, QuantizeWrapper):
             facts = stock_facts(layer) if self._grids_read(node) else None
             return self._plain(node, layer, facts, args, kwargs)
@@ -156,7 +169,7 @@ class _GraphFreezer:
             facts = layer.facts if self._grids_read(node) else None
             return self._plain(node, layer.layer, facts, args, kwargs)
         channels = node.outputs[0].shape[-1] or 0
-        make = functools.partial(self._freeze_wrapper, channels, branch)
+        make = functools.partial(self._freeze_wrapper, channels, branch, self.factors.get(node))
         frozen = self.parts.once(layer, make, branch)
         if isinstance(layer.layer, TiedWeight) and reads_rows(layer.layer, kwargs):
             # They are integers of the weight, for whoever reads them on a grid of his own, too.
@@ -212,7 +225,9 @@ class _GraphFreezer:
         self.parts.carried[id(getattr(copy, "layer", copy))] = facts
         return copy
 
-    def _freeze_wrapper(self, channels: int, branch: int, wrapper: QuantizeWrapper) -> Any:
+    def _freeze_wrapper(
+        self, channels: int, branch: int, multiplied_by: Any, wrapper: QuantizeWrapper
+    ) -> Any:
         """The float layer, or layers, that compute with the wrapper's integers."""
         if not wrapper.weight_specs:
             rounded = wrapper.bias_on_grid()
@@ -221,7 +236,8 @@ class _GraphFreezer:
             )
             self.parts.weights.extend(weights)
             return affine
-        weights, part = freeze_layer(wrapper, branch)
+        factor = None if multiplied_by is None else output_factor(multiplied_by)
+        weights, part = freeze_layer(wrapper, branch, factor)
         self.parts.weights.extend(weights)
         self.parts.carried[id(part.layer)] = wrapper.facts
         return part

@@ -461,6 +461,15 @@ def clamp_layer(clamp: Clamp | Bounds, **options: Any) -> layers.Layer:
     return Clip(*clamp.to_list(), **options)
 
 
+def is_factor(layer: Any) -> bool:
+    """Whether a layer does no more than multiply by one number, or by one for each channel."""
+    if type(layer) is ChannelAffine:
+        return layer.gamma is not None and layer.beta is None
+    if type(layer) is not layers.Rescaling or np.any(np.asarray(layer.offset)):
+        return False
+    return np.size(layer.scale) == 1
+
+
 class ConstantKind(TextEnum):
     """What a `WithConstant` computes; `HIDE` adds the bias of a mask, as the layer `Hide` does."""
 

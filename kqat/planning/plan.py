@@ -70,6 +70,7 @@ class Role(TextEnum):
     INTEGER = "integer"
     FLOAT = "float"
     FOLDED = "folded"
+    FACTOR = "factor"
     CLAMP = "clamp"
     TRAINING_ONLY = "training only"
 

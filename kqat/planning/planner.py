@@ -209,7 +209,8 @@ def _layer_plan(
     roundings = quantizers.roundings.get(node.outputs[0], ())
     normalization = fusions.normalization_of(node)
     role, note = _role(planned, fusions, quantizers, node)
-    into = fusions.folded.get(node) or fusions.activations.get(node)
+    folded = fusions.folded.get(node) or fusions.factors.get(node)
+    into = folded or fusions.activations.get(node)
     weights: dict[str, QuantSpec] = {}
     ops: tuple[str, ...] = ()
     if rule and config and role is Role.INTEGER:
@@ -244,6 +245,8 @@ def _role(
         return Role.FLOAT, "the policy leaves it float"
     if node in fusions.folded:
         return Role.FOLDED, f"into {fusions.folded[node].name}"
+    if node in fusions.factors:
+        return Role.FACTOR, f"into the weights of {fusions.factors[node].name}"
     if rule.output is Output.VANISHES:
         return Role.TRAINING_ONLY, "no operator in the file"
     if node in fusions.activations:
