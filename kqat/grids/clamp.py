@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from kqat.base import TextEnum
 
@@ -47,18 +48,21 @@ class Bounds:
         return [end if math.isfinite(end) else None for end in (self.low, self.high)]
 
     @classmethod
-    def from_list(cls, ends: "list[float | None] | tuple[float | None, ...]") -> "Bounds":
+    def from_list(cls, ends: Sequence[float | None]) -> "Bounds":
         """The inverse of `to_list`."""
         low, high = ends
         return cls(-math.inf if low is None else low, math.inf if high is None else high)
 
 
-def clamp_to_json(clamp: Clamp | Bounds | None) -> str | list[float | None] | None:
+SavedClamp = str | list[float | None] | None
+
+
+def clamp_to_json(clamp: Clamp | Bounds | None) -> SavedClamp:
     """A clamp as plain JSON types."""
     return clamp.to_list() if isinstance(clamp, Bounds) else clamp and clamp.value
 
 
-def clamp_from_json(saved: "str | list[float | None] | None") -> Clamp | Bounds | None:
+def clamp_from_json(saved: Clamp | Bounds | SavedClamp) -> Clamp | Bounds | None:
     """The inverse of `clamp_to_json`; takes a clamp itself, too."""
     if saved is None or isinstance(saved, Bounds):
         return saved

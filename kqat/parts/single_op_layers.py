@@ -436,6 +436,12 @@ class Clip(layers.Layer):
         self.bounds = Bounds.from_list((low, high))
         self.kind = ClipKind(kind)
 
+    @classmethod
+    def of(cls, bounds: Bounds, kind: ClipKind = ClipKind.TABLE, **options: Any) -> "Clip":
+        """The layer that clips to `bounds`."""
+        low, high = bounds.to_list()
+        return cls(low, high, kind, **options)
+
     def call(self, x: Any) -> Any:
         """`x` inside the bounds."""
         return ops.clip(x, self.bounds.low, self.bounds.high)
@@ -458,7 +464,7 @@ def clamp_layer(clamp: Clamp | Bounds, **options: Any) -> layers.Layer:
         return layers.ReLU(max_value=clamp.high, **options)
     if clamp == Bounds(-1.0, 1.0):
         return layers.Activation("hard_tanh", **options)
-    return Clip(*clamp.to_list(), **options)
+    return Clip.of(clamp, **options)
 
 
 def is_factor(layer: Any) -> bool:

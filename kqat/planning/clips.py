@@ -48,7 +48,7 @@ def clip_by_grids(graph: Graph, origins: Mapping[str, str], configs: Configs, na
         for function in _FUSED:
             if made[node] == _ACTIVATIONS[function]:
                 return layers.Activation(function, name=node.layer.name)(args[0])
-        return Clip(*made[node].to_list(), ClipKind.GRID, name=node.layer.name)(args[0])
+        return Clip.of(made[node], ClipKind.GRID, name=node.layer.name)(args[0])
 
     changed = trace(rebuild(graph, call, name))
     return dataclasses.replace(changed, output_names=graph.output_names)

@@ -141,7 +141,7 @@ def scaled(x: Any, scale: float, offset: float, name: str) -> Any:
 
 def clip(x: Any, low: float, high: float, name: str) -> Any:
     """The layer `x`, but none below `low` and none above `high`; one of them may be infinite."""
-    return Clip(*Bounds(low, high).to_list(), name=name)(x)
+    return Clip.of(Bounds(low, high), name=name)(x)
 
 
 def _with_constant(kind: ConstantKind, x: Any, value: Any, name: str) -> Any:
