@@ -47,8 +47,8 @@ KINDS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
         ["CONV_2D", "QUANTIZE", "MUL"],
     ),
     "pooled": (
-        lambda x: ops.clip(L.Reshape((36,))(L.MaxPooling2D(2)(x)), -1.0, 1.0),
-        ["MAX_POOL_2D", "RESHAPE", "QUANTIZE"],
+        lambda x: ops.clip(L.MaxPooling1D(2)(L.Reshape((36, 4))(x)), -1.0, 1.0),
+        ["RESHAPE", "MAX_POOL_2D", "RESHAPE", "QUANTIZE"],
     ),
     "beside another": (
         lambda x: L.Concatenate()([conv(x), ops.clip(conv(x), -0.25, 0.5)]),

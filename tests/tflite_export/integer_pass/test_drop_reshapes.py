@@ -236,11 +236,6 @@ def separated(x: Any) -> Any:
     return L.SeparableConv1D(6, 3)(L.MaxPooling1D(2)(x))
 
 
-def grown(x: Any) -> Any:
-    """Two RESHAPEs that make another shape: one stays."""
-    return L.ReLU(name="last")(L.Reshape((2, 3, 8))(L.Reshape((6, 8), name="rows")(L.ReLU()(x))))
-
-
 @pytest.mark.parametrize(
     ("call", "policy", "batch_size", "without", "whole"),
     [
@@ -248,7 +243,6 @@ def grown(x: Any) -> Any:
         pytest.param(separated, "int8", 1, 2, 10, marks=pytest.mark.slow),
         pytest.param(separated, "w4a8", 1, 2, 10, marks=pytest.mark.slow),
         pytest.param(stacked, "int16x8", 2, 3, 6, marks=pytest.mark.slow),
-        pytest.param(grown, "int8", 1, 1, 2, marks=pytest.mark.slow),
     ],
 )
 def test_reshapes_in_a_row_are_one_or_none(
