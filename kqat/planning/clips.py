@@ -90,9 +90,9 @@ def _function(node: Node) -> str | None:
 def _bounds_of(node: Node) -> Bounds | None:
     """The bounds of a node that clips each number, and does nothing else."""
     layer: Any = node.layer
-    if layer.activity_regularizer is not None:  # It reads the value before it is rounded.
-        return None
-    return layer.bounds if type(layer) is Clip else _ACTIVATIONS.get(_function(node) or "")
+    bounds = layer.bounds if type(layer) is Clip else _ACTIVATIONS.get(_function(node) or "")
+    # A regularizer reads the value before it is rounded.
+    return None if bounds is None or layer.activity_regularizer is not None else bounds
 
 
 def _one_after_the_other(first: Bounds, then: Bounds) -> Bounds:
