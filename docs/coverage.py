@@ -115,7 +115,10 @@ def _how(rule: LayerRule) -> str:
     if rule.table:
         return "own range; its operator, or a table" if rule.ops else "own range; a table"
     if rule.affine:
-        return "own range; exact 1×1 depthwise convolution, or a multiplication"
+        return (
+            "own range; exact 1×1 depthwise convolution, one operator with a constant, or in the "
+            "weights of the layer before it"
+        )
     if rule.table_of_rows:
         return "own range; its rows ship on that grid"
     if rule.clamp:

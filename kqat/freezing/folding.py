@@ -1,5 +1,6 @@
 """Layers with weights as they ship: BatchNormalization folded in, weights on their grid."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,15 +11,26 @@ from keras import layers
 from kqat.base import FreezeError, UnsupportedLayerError, array_of
 from kqat.freezing.frozen_weight import EMPTY_SCALE, FrozenWeight
 from kqat.graph import Part, clone
-from kqat.parts import ChannelAffine, ConstantKind, GateNumbers, LstmState, TiedWeight
+from kqat.parts import (
+    ChannelAffine,
+    ConstantKind,
+    GateNumbers,
+    LstmState,
+    TiedWeight,
+    WithConstant,
+    is_factor,
+)
 from kqat.training import QuantizeWrapper
 
 
-def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[FrozenWeight], Part]:
+def freeze_layer(
+    wrapper: QuantizeWrapper, branch: int = 0, factor: np.ndarray | None = None
+) -> tuple[list[FrozenWeight], Part]:
     """The frozen weights of a wrapped layer, and the float layer that computes with them.
 
     A folded BatchNormalization multiplies channel scales, which leaves the trained integers as
-    they are (up to the sign of gamma), and joins the bias; both in float64.
+    they are (up to the sign of gamma), and joins the bias; both in float64. So does a `factor` of
+    the output, float64 of shape `(channels,)` or `(1,)`.
 
     Raises:
         FreezeError: if a folded weight or bias overflows float32.
@@ -26,6 +38,11 @@ def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[Frozen
     layer, norms = wrapper.layer, wrapper.normalizations
     norm = norms[branch] if norms else None
     frozen = [_frozen(wrapper, name, branch) for name in wrapper.weight_specs]
+    if factor is not None:
+        frozen = [
+            _times(weight, factor, wrapper, name)
+            for name, weight in zip(wrapper.weight_specs, frozen, strict=True)
+        ]
     by_variable = {
         id(getattr(layer, name)): weight.values
         for name, weight in zip(wrapper.weight_specs, frozen, strict=True)
@@ -36,16 +53,23 @@ def freeze_layer(wrapper: QuantizeWrapper, branch: int = 0) -> tuple[list[Frozen
         changes["kind"] = ConstantKind.ADD
     # Training rounds in float32: where float64 would fall on the other side, training is right.
     rounded = wrapper.bias_on_grid(branch)
+    if rounded is not None and factor is not None:
+        rounded = (rounded.astype(np.float64) * factor).astype(np.float32)
     if norm is not None:
-        factor, offset = _normalization(norm)
+        scales, offset = _normalization(norm)
         bias = np.asarray(array_of(layer.bias), np.float64) if layer.use_bias else 0.0
-        bias = offset + bias * factor
+        bias = (offset + bias * scales) * (1.0 if factor is None else factor)
         _check_fits(bias, layer.name)
         values = [values[0], bias.astype(np.float32) if rounded is None else rounded]
         changes["use_bias"] = True
     elif rounded is not None:
         values = [
             rounded if v is layer.bias else value
+            for v, value in zip(layer.weights, values, strict=True)
+        ]
+    elif factor is not None and getattr(layer, "bias", None) is not None:
+        values = [
+            (array_of(v) * factor).astype(np.float32) if v is layer.bias else value
             for v, value in zip(layer.weights, values, strict=True)
         ]
     if isinstance(layer, TiedWeight) and len(layer.shape) == 2 and not layer.products:
@@ -83,6 +107,30 @@ def _frozen(wrapper: QuantizeWrapper, name: str, branch: int) -> FrozenWeight:
         bits=spec.bits,
         per_channel=spec.axis is not None,
     )
+
+
+def _times(
+    weight: FrozenWeight, factor: np.ndarray, wrapper: QuantizeWrapper, name: str
+) -> FrozenWeight:
+    """A weight whose output is multiplied: the same integers, but for signs, on other scales."""
+    if factor.size > 1:
+        factor = factor.reshape(wrapper.channel_shape(name))
+    scale = weight.scale.astype(np.float64) * np.abs(factor)
+    _check_fits(scale * 127.0, wrapper.layer.name)
+    scale = scale.astype(np.float32)
+    integers = np.where(scale < np.finfo(np.float32).tiny, 0, weight.integers * np.sign(factor))
+    shared = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
+    empty = ~np.any(integers, axis=shared, keepdims=True)
+    return dataclasses.replace(
+        weight, integers=integers.astype(np.int8), scale=np.where(empty, EMPTY_SCALE, scale)
+    )
+
+
+def output_factor(layer: Any) -> np.ndarray | None:
+    """The factor of a layer that only multiplies, float64 of shape `(channels,)` or `(1,)`."""
+    if not is_factor(layer):
+        return None
+    return _affine(layer)[0]
 
 
 def _check_clusters(wrapper: QuantizeWrapper, name: str, integers: np.ndarray) -> None:
@@ -126,18 +174,21 @@ def channelwise(
     channels: int,
     free_name: Callable[[str], str] = lambda name: name,
     rounded: np.ndarray | None = None,
+    as_sum: bool = False,
 ) -> tuple[list[FrozenWeight], Callable[..., Any]]:
     """`x * scale + offset` per channel as one integer operator with exact weights.
 
     A 1x1 depthwise convolution has one weight per channel, which is ±127 steps of the channel's
     own scale: no rounding error, and one rounding of the output where MUL and ADD would have two.
-    One scale for all without an offset is a multiplication by a constant.
+    One scale for all without an offset is a multiplication by a constant, and `x + c` and `c - x`
+    can be an addition or subtraction. One number is 127 steps of its own scale there as well.
 
     Args:
         layer: an affine layer.
         channels: size of the last axis of its input.
         free_name: a name -> one that no other layer of the frozen model bears.
         rounded: the offset as training rounds it, of shape `(channels,)` or `(1,)`, if it does.
+        as_sum: whether the layer is to be a sum; see `QuantizeWrapper.ships_as_sum`.
 
     Raises:
         FreezeError: if a factor or offset overflows float32.
@@ -147,6 +198,11 @@ def channelwise(
     if not np.any(offset) and np.all(factor == factor.flat[0]):
         weight = _single_steps(layer.name, factor.flat[:1].reshape(()), False)
         return [weight], layers.Rescaling(float(weight.values), name=layer.name, dtype="float32")
+    if as_sum:
+        weight = _single_steps(layer.name, offset.flat[:1].reshape(()), False, "offset")
+        kind = ConstantKind.ADD if factor.flat[0] > 0 else ConstantKind.SUBTRACT
+        one = WithConstant(kind, [], name=layer.name, dtype="float32")
+        return [weight], Part(one, [weight.values])
     kernel = np.broadcast_to(factor, (channels,)).reshape(1, 1, channels, 1)
     weight = _single_steps(layer.name, kernel, True)
     bias = np.broadcast_to(offset if rounded is None else rounded, (channels,)).astype(np.float32)
@@ -195,12 +251,14 @@ class _AsImage:
         return after(self.part(before(x)))
 
 
-def _single_steps(name: str, factor: np.ndarray, per_channel: bool) -> FrozenWeight:
+def _single_steps(
+    name: str, factor: np.ndarray, per_channel: bool, part: str = "scale"
+) -> FrozenWeight:
     scale = (np.abs(factor) / 127.0).astype(np.float32)
     scale = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(0))
     integers = np.where(scale > 0, np.sign(factor) * 127, 0).astype(np.int8)
     return FrozenWeight(
-        name=f"{name}/scale",
+        name=f"{name}/{part}",
         integers=integers,
         scale=np.where(scale > 0, scale, EMPTY_SCALE),
         bits=8,

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from kqat.base import FreezeError
-from kqat.freezing.folding import channelwise, freeze_layer
+from kqat.freezing.folding import channelwise, freeze_layer, output_factor
 from kqat.freezing.frozen_model import FrozenModel
 from kqat.freezing.frozen_parts import FrozenParts, Value, labels
 from kqat.freezing.frozen_weight import FrozenConstant
@@ -22,7 +22,7 @@ from kqat.freezing.recurrences import fused, unrolled
 from kqat.freezing.stripper import checked_graph
 from kqat.freezing.unplanned import check_planned
 from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild
-from kqat.grids import Site, arithmetic
+from kqat.grids import Bounds, Site, arithmetic
 from kqat.parts import (
     ByteInput,
     Hide,
@@ -30,6 +30,7 @@ from kqat.parts import (
     PrecisionBoundary,
     RecurrenceKind,
     TiedWeight,
+    clamp_layer,
     reads_rows,
 )
 from kqat.registry import LayerFacts, Output, stock_facts
@@ -98,8 +99,16 @@ class _GraphFreezer:
         self.producers = graph.producers()
         self.labels = labels(graph)
         self.input_names = dict(zip(graph.inputs, graph.input_keys, strict=True))
+        # A value that only another grid clips is on its own grid before.
         self.rounded = {
-            node.inputs[0] for node in graph.nodes if isinstance(node.layer, ActivationQuantizer)
+            node.inputs[0]
+            for node in graph.nodes
+            if isinstance(node.layer, ActivationQuantizer)
+            and not isinstance(node.layer.clamp, Bounds)
+        }
+        # What a kernel's output is multiplied by before it is rounded ships in its weights.
+        self.factors = {
+            self.producers[node.inputs[0]]: node.layer for node in graph.nodes if self._scales(node)
         }
         self.grids: dict[Ref, Site] = {}
         # Values that no input of the model reaches. The converter computes them, and would compute
@@ -121,6 +130,13 @@ class _GraphFreezer:
         for ref, value in zip(node.outputs, values, strict=True):
             self._note(ref, value)
         return [value.tensor for value in values]
+
+    def _scales(self, node: Node) -> bool:
+        """Whether a layer multiplies what a kernel makes, before it is rounded."""
+        producer = self.producers.get(node.inputs[0]) if node.inputs else None
+        kernel = producer.layer if producer else None
+        weights = isinstance(kernel, QuantizeWrapper) and bool(kernel.weight_specs)
+        return weights and output_factor(node.layer) is not None
 
     def _is_constant(self, node: Node) -> bool:
         reads_constants = bool(node.inputs) and self.constants.issuperset(node.inputs)
@@ -144,6 +160,8 @@ class _GraphFreezer:
             return self._recurrence(node, self._values(node.inputs, args[0]))
         if isinstance(layer, PrecisionBoundary):
             return [Value(args[0] if self._is_constant(node) else self.parts.fence(args[0]))]
+        if self._scales(node):
+            return [Value(args[0])]
         if not isinstance(layer, QuantizeWrapper):
             facts = stock_facts(layer) if self._grids_read(node) else None
             return self._plain(node, layer, facts, args, kwargs)
@@ -153,7 +171,7 @@ class _GraphFreezer:
             facts = layer.facts if self._grids_read(node) else None
             return self._plain(node, layer.layer, facts, args, kwargs)
         channels = node.outputs[0].shape[-1] or 0
-        make = functools.partial(self._freeze_wrapper, channels, branch)
+        make = functools.partial(self._freeze_wrapper, channels, branch, self.factors.get(node))
         frozen = self.parts.once(layer, make, branch)
         if isinstance(layer.layer, TiedWeight) and reads_rows(layer.layer, kwargs):
             # They are integers of the weight, for whoever reads them on a grid of his own, too.
@@ -209,14 +227,19 @@ class _GraphFreezer:
         self.parts.carried[id(getattr(copy, "layer", copy))] = facts
         return copy
 
-    def _freeze_wrapper(self, channels: int, branch: int, wrapper: QuantizeWrapper) -> Any:
+    def _freeze_wrapper(
+        self, channels: int, branch: int, multiplied_by: Any, wrapper: QuantizeWrapper
+    ) -> Any:
         """The float layer, or layers, that compute with the wrapper's integers."""
         if not wrapper.weight_specs:
             rounded = wrapper.bias_on_grid()
-            weights, affine = channelwise(wrapper.layer, channels, self.parts.free_name, rounded)
+            weights, affine = channelwise(
+                wrapper.layer, channels, self.parts.free_name, rounded, wrapper.ships_as_sum
+            )
             self.parts.weights.extend(weights)
             return affine
-        weights, part = freeze_layer(wrapper, branch)
+        factor = None if multiplied_by is None else output_factor(multiplied_by)
+        weights, part = freeze_layer(wrapper, branch, factor)
         self.parts.weights.extend(weights)
         self.parts.carried[id(part.layer)] = wrapper.facts
         return part
@@ -234,9 +257,11 @@ class _GraphFreezer:
         layer: ActivationQuantizer = node.layer
         observes = node.kwargs.get("observe", True)
         grid = _site(layer, layer.label)
-        if layer.clamp and observes:
+        # What has to end at bounds does so with its grid, but a constant has none yet.
+        by_grid = isinstance(layer.clamp, Bounds) and not self._is_constant(node)
+        if layer.clamp and observes and not by_grid:
             name = self.parts.free_name(f"kqat_clamp_{len(self.parts.sites)}")
-            x = keras.layers.Activation(layer.clamp, name=name, dtype="float32")(x)
+            x = clamp_layer(layer.clamp, name=name, dtype="float32")(x)
         if self._is_constant(node):
             self._note_constant(node.inputs[0], grid)
             return Value(x, grid)

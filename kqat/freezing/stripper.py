@@ -10,6 +10,7 @@ from kqat.parts import (
     PrecisionBoundary,
     Recurrence,
     Requantize,
+    clamp_layer,
 )
 from kqat.training import (
     ActivationQuantizer,
@@ -85,7 +86,8 @@ class _Stripper:
             return args[0]
         if isinstance(layer, ActivationQuantizer):
             name = self._name(layer.label, output)
-            return keras.layers.Activation(layer.clamp, name=name)(args[0])
+            assert layer.clamp is not None, "else it is plumbing"
+            return clamp_layer(layer.clamp, name=name)(args[0])
         branch = 0
         if isinstance(layer, QuantizeWrapper):
             branch, kwargs = kwargs.get("branch", 0), layer.layer_options(kwargs)

@@ -5,7 +5,7 @@ activations and step methods for weights.
 from kqat.grids import arithmetic
 from kqat.grids.arithmetic import HIDDEN, LOWEST
 from kqat.grids.bias import bias_steps, least_bias_step, on_bias_grid
-from kqat.grids.clamp import Clamp
+from kqat.grids.clamp import Bounds, Clamp, clamp_from_json, clamp_to_json
 from kqat.grids.gradients.additive_noise import AdditiveNoise
 from kqat.grids.gradients.clipped import Clipped
 from kqat.grids.gradients.element_wise_scaling import ElementWiseScaling
@@ -68,6 +68,7 @@ __all__ = [
     "AdditiveNoise",
     "Anchor",
     "Binary",
+    "Bounds",
     "CalibrationMethod",
     "Clamp",
     "Clipped",
@@ -99,6 +100,8 @@ __all__ = [
     "arithmetic",
     "bias_steps",
     "calibration_method",
+    "clamp_from_json",
+    "clamp_to_json",
     "estimated",
     "gradient_estimator",
     "gradient_from_dict",

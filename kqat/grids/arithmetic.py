@@ -21,7 +21,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kqat.grids.clamp import Clamp
+from kqat.grids.clamp import Bounds, Clamp
 from kqat.grids.spec import QuantSpec
 
 # TensorFlow's kernels flush subnormal floats to zero, and NumPy does not. For a range of at least
@@ -112,12 +112,15 @@ def near_power_of_two(scale: Any) -> Any:
     return straight_through(exp2(ops.round(log2(scale))), scale)
 
 
-def bounds(x: Any, clamp: Clamp | None) -> tuple[Any, Any]:
+def bounds(x: Any, clamp: Clamp | Bounds | None) -> tuple[Any, Any]:
     """Minimum and maximum of `x` and zero after the clamp; float32 scalars without a gradient."""
-    low = ops.zeros((), "float32") if clamp else ops.minimum(ops.min(x), 0.0)
+    least, most = (-math.inf, math.inf) if clamp is None else (clamp.low, clamp.high)
+    low = ops.minimum(ops.min(x), 0.0) if least else ops.zeros((), "float32")
     high = ops.maximum(ops.max(x), 0.0)
-    if clamp is Clamp.RELU6:
-        high = ops.minimum(high, 6.0)
+    if math.isfinite(least) and least:
+        low = ops.maximum(low, least)
+    if math.isfinite(most):
+        high = ops.minimum(high, most)
     return ops.stop_gradient(low), ops.stop_gradient(high)
 
 

@@ -9,7 +9,7 @@ from keras import layers, ops
 
 from kqat.base import TextEnum, UnsupportedLayerError
 from kqat.graph import depth_to_space, space_to_depth
-from kqat.grids import HIDDEN, LOWEST
+from kqat.grids import HIDDEN, LOWEST, Bounds, Clamp
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -414,17 +414,80 @@ def _shown(bias: Any, scores: Any) -> Any:
     return ops.where(bias < HIDDEN / 2, LOWEST, scores)
 
 
+class ClipKind(TextEnum):
+    """What a `Clip` ships as: a lookup table, or the ends of its output's grid."""
+
+    TABLE = "table"
+    GRID = "grid"
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Clip(layers.Layer):
+    """`x`, but none below `low` and none above `high`; any shape. Either may be infinite."""
+
+    def __init__(
+        self,
+        low: float | None = None,
+        high: float | None = None,
+        kind: ClipKind | str = ClipKind.TABLE,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.bounds = Bounds.from_list((low, high))
+        self.kind = ClipKind(kind)
+
+    @classmethod
+    def of(cls, bounds: Bounds, kind: ClipKind = ClipKind.TABLE, **options: Any) -> "Clip":
+        """The layer that clips to `bounds`."""
+        low, high = bounds.to_list()
+        return cls(low, high, kind, **options)
+
+    def call(self, x: Any) -> Any:
+        """`x` inside the bounds."""
+        return ops.clip(x, self.bounds.low, self.bounds.high)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """The config of every layer, with `low`, `high` and `kind`; `None` is infinite."""
+        low, high = self.bounds.to_list()
+        return {**super().get_config(), "low": low, "high": high, "kind": self.kind.value}
+
+
+def clamp_layer(clamp: Clamp | Bounds, **options: Any) -> layers.Layer:
+    """The layer that computes a clamp; one of Keras's where there is one."""
+    if not isinstance(clamp, Bounds):
+        return layers.Activation(clamp, **options)
+    if clamp.low == 0.0:
+        return layers.ReLU(max_value=clamp.high, **options)
+    if clamp == Bounds(-1.0, 1.0):
+        return layers.Activation("hard_tanh", **options)
+    return Clip.of(clamp, **options)
+
+
+def is_factor(layer: Any) -> bool:
+    """Whether a layer does no more than multiply by one number, or by one for each channel."""
+    if type(layer) is ChannelAffine:
+        return layer.gamma is not None and layer.beta is None
+    if type(layer) is not layers.Rescaling or np.any(np.asarray(layer.offset)):
+        return False
+    return np.size(layer.scale) == 1
+
+
 class ConstantKind(TextEnum):
     """What a `WithConstant` computes; `HIDE` adds the bias of a mask, as the layer `Hide` does."""
 
     ADD = "add"
+    SUBTRACT = "subtract"
     MULTIPLY = "multiply"
     HIDE = "hide"
 
 
 @keras.saving.register_keras_serializable("kqat")
 class WithConstant(layers.Layer):
-    """`x + value` or `x * value`; `value` may be trained.
+    """`x + value`, `value - x` or `x * value`; `value` may be trained.
 
     `value` has the given shape, which broadcasts with that of `x`.
     """
@@ -450,7 +513,7 @@ class WithConstant(layers.Layer):
         )
 
     def call(self, x: Any) -> Any:
-        """The sum or product."""
+        """The sum, difference or product."""
         if self.kind is ConstantKind.HIDE:
             return _shown(self.value, x)
         # The value first: Keras has ways of its own to add a vector that comes second. One sample
@@ -458,7 +521,9 @@ class WithConstant(layers.Layer):
         value, missing = self.value, len(x.shape) - len(self.shape)
         if missing > 0 and sum(size != 1 for size in x.shape) < 2:
             value = ops.reshape(value, (*(1,) * missing, *self.shape))
-        if all(size == 1 for size in x.shape[1:]) and sum(size != 1 for size in self.shape) > 1:
+        commutes = self.kind is not ConstantKind.SUBTRACT
+        several = sum(size != 1 for size in self.shape) > 1
+        if commutes and several and all(size == 1 for size in x.shape[1:]):
             # One number for each sample is a vector as well: as many as the value has rows.
             value, x = x, value
         return getattr(ops, self.kind)(value, x)

@@ -30,6 +30,7 @@ from kqat.graph import (
 from kqat.grids import HIDDEN
 from kqat.parts import (
     ChannelAffine,
+    Clip,
     ConstantKind,
     ConstantRows,
     Elementwise,
@@ -71,7 +72,7 @@ _MOVING = (
     layers.Dropout, layers.Cropping1D, layers.Cropping2D, layers.Cropping3D, Slice, Take, *_PADDING,
 )  # fmt: skip
 # Functions of one number, some of which leave low numbers low.
-_FUNCTIONS = (Elementwise, layers.Activation, layers.LeakyReLU, layers.ReLU)
+_FUNCTIONS = (Elementwise, Clip, layers.Activation, layers.LeakyReLU, layers.ReLU)
 # Numbers to try such a function at.
 _LOW = -np.geomspace(1e-2, 1e38, 161, dtype=np.float32)
 # Scores; a function that changes none of these does nothing but bound what is hidden.

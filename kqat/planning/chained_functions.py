@@ -14,7 +14,8 @@ from keras import layers, ops
 
 from kqat.config import QuantizeConfig
 from kqat.graph import Graph, Node, rebuild, trace
-from kqat.parts import Elementwise, ReciprocalSquareRoot
+from kqat.parts import Clip, ClipKind, Elementwise, ReciprocalSquareRoot
+from kqat.planning.layer_configs import row_for
 
 Configs = Mapping[str, QuantizeConfig | None]
 # Layers that ship as a lookup table of 8-bit activations.
@@ -74,8 +75,7 @@ def _chains(graph: Graph, origins: Mapping[str, str], configs: Configs) -> list[
         chain = [node]
         while (previous := before(chain[0])) is not None:
             chain.insert(0, previous)
-        # The scale of a model input may be that of the bytes of a camera: it costs nothing there.
-        while chain and chain[0].inputs[0] not in producers and not _is_table(chain[0]):
+        while chain and _costs_nothing(chain[0], producers.get(chain[0].inputs[0]), config):
             chain.pop(0)
         taken.update(chain)
         if len(chain) > 1 and any(map(_is_table, chain)):
@@ -83,15 +83,29 @@ def _chains(graph: Graph, origins: Mapping[str, str], configs: Configs) -> list[
     return chains
 
 
+def _costs_nothing(
+    node: Node, producer: Node | None, config: Callable[[Node], QuantizeConfig | None]
+) -> bool:
+    """Whether a function that begins a chain is no operator where it stands."""
+    if type(node.layer) is Clip:
+        # The kernel before it saturates there, and its grid is the finer for that.
+        asked = None if producer is None else config(producer)
+        row = None if producer is None else row_for(producer.layer, producer.name, asked)
+        return not _is_table(node) and row is not None and row.takes_clamp
+    # The scale of a model input may be that of the bytes of a camera.
+    return producer is None and not _is_table(node)
+
+
 def _is_table(node: Node) -> bool:
-    return type(node.layer) in _TABLES
+    layer: Any = node.layer
+    return type(layer) in _TABLES or (type(layer) is Clip and layer.kind is ClipKind.TABLE)
 
 
 def _is_function(node: Node) -> bool:
     """Whether a node computes each number from one, with no weights."""
     layer = node.layer
     if type(layer) is not layers.Rescaling:
-        return _is_table(node)
+        return _is_table(node) or type(layer) is Clip
     return np.size(layer.scale) == 1 and np.size(layer.offset) == 1
 
 
@@ -104,6 +118,8 @@ def _function(node: Node, index: int) -> Callable[[Any], Any]:
     if isinstance(layer, layers.Rescaling):
         scale, offset = (float(np.reshape(v, ())) for v in (layer.scale, layer.offset))
         return lambda x: x * scale + offset
+    if isinstance(layer, Clip):
+        return layer.call
     epsilon = layer.epsilon
     return lambda x: ops.rsqrt(ops.maximum(x, 0.0) + epsilon)
 

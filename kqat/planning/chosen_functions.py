@@ -13,7 +13,7 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.graph import Graph, Node, Ref, activation_name, is_tensor, rebuild, trace
-from kqat.parts import Elementwise, IndexKind, IndexOperation, Learned, Select
+from kqat.parts import Clip, Elementwise, IndexKind, IndexOperation, Learned, Select
 
 _COMPARISONS = frozenset(
     (
@@ -131,7 +131,7 @@ def _of_numbers(layer: Any, operands: int) -> Callable[..., Any] | None:
         return None if activation_name(layer.activation) == "softmax" else layer
     if isinstance(layer, layers.Rescaling):
         return layer if np.size(layer.scale) == 1 == np.size(layer.offset) else None
-    if isinstance(layer, Elementwise | layers.LeakyReLU | layers.ReLU | layers.Identity):
+    if isinstance(layer, Elementwise | Clip | layers.LeakyReLU | layers.ReLU | layers.Identity):
         return layer
     if type(layer) is Select:
         return ops.where

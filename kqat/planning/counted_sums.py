@@ -18,6 +18,7 @@ from kqat.config import QuantizeConfig
 from kqat.graph import Graph, Node, activation_name, maker_of, rebuild, trace
 from kqat.grids import Fixed
 from kqat.parts import (
+    Clip,
     ConstantRows,
     Elementwise,
     IndexKind,
@@ -597,7 +598,7 @@ def _is_function(layer: Any) -> bool:
         return np.size(layer.scale) == 1 == np.size(layer.offset)
     if isinstance(layer, layers.Activation):
         return activation_name(layer.activation) != "softmax"
-    return isinstance(layer, Elementwise | ReciprocalSquareRoot | layers.ReLU)
+    return isinstance(layer, Elementwise | Clip | ReciprocalSquareRoot | layers.ReLU)
 
 
 def _of_rows(shape: Any, whole: Any, rows: Any) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import keras
 
 from kqat.graph import Node, Ref, config_of
+from kqat.parts import is_factor
+from kqat.planning.layer_configs import weight_grids
 from kqat.planning.planned_graph import PlannedGraph
 
 
@@ -23,6 +25,8 @@ class Fusions:
     Args:
         folded: BatchNormalization -> the layer with weights that it folds into; a layer that hands
             its input on, between the two, too.
+        factors: layer that only multiplies -> the layer with weights before it. In the file these
+            are multiplied in its place: other scales for the same integers.
         activations: clamp -> the layer whose kernel carries it out as its fused activation.
         clamps: value -> the clamp that makes it, which a quantizer carries out where all values
             of its group have the same clamp.
@@ -30,6 +34,7 @@ class Fusions:
     """
 
     folded: Mapping[Node, Node]
+    factors: Mapping[Node, Node]
     activations: Mapping[Node, Node]
     clamps: Mapping[Ref, Node]
     inside: frozenset[Ref]
@@ -45,14 +50,15 @@ def find_fusions(planned: PlannedGraph) -> Fusions:
     integer = [node for node in planned.graph.nodes if planned.rules[node] is not None]
     folded = _find_folded(planned, [node for node in integer if _is_normalization(node)])
     activations: dict[Node, Node] = {}
-    inside = {node.inputs[0] for node in folded}
+    factors = _find_factors(planned, integer, folded)
+    inside = {node.inputs[0] for node in (*folded, *factors)}
     for node in integer:
         chain = _chain_of_clamp(planned, node)
         if chain:
             activations[node] = chain[0]
             inside |= {member.outputs[0] for member in chain}
     clamps = {node.outputs[0]: node for node in integer if _quantizer_may_clamp(planned, node)}
-    return Fusions(folded, activations, clamps, frozenset(inside))
+    return Fusions(folded, factors, activations, clamps, frozenset(inside))
 
 
 def _is_normalization(node: Node) -> bool:
@@ -93,6 +99,30 @@ def _fold_at_every_call(
     calls = Counter(id(node.layer) for node in nodes)
     alike = all(parts == between[0] for parts in between)
     return alike and all(planned.calls[norm] == count for norm, count in calls.items())
+
+
+def _find_factors(
+    planned: PlannedGraph, integer: list[Node], folded: Mapping[Node, Node]
+) -> dict[Node, Node]:
+    """Layers that only multiply what a layer with weights makes -> that layer.
+
+    Numbers for each channel need weights with scales for each.
+    """
+    found: dict[Node, Node] = {}
+    for node in integer:
+        producer = planned.only_reader_of(node) if is_factor(node.layer) else None
+        kernel = folded.get(producer, producer) if producer else None
+        if kernel is None or planned.states is not None:
+            continue
+        rule, config = planned.rules[kernel], planned.configs[kernel]
+        once = planned.calls[id(node.layer)] == planned.calls[id(kernel.layer)] == 1
+        if rule is None or config is None or not rule.takes_normalization or not once:
+            continue
+        grids = weight_grids(kernel.name, kernel.layer, rule, config)
+        single = isinstance(node.layer, keras.layers.Rescaling)
+        if single or all(spec.axis is not None for spec in grids.values()):
+            found[node] = kernel
+    return found
 
 
 def _what_it_does(node: Node) -> tuple[type, dict[str, Any]]:

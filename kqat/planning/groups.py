@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from kqat.base import PolicyError
 from kqat.graph import Node, Ref
 from kqat.grids import (
+    Bounds,
     Clamp,
     Fixed,
     GradientEstimator,
@@ -44,7 +45,7 @@ class Source:
     ref: Ref
     node: Node | None
     fixed: tuple[float, float] | None
-    clamp: Clamp | None
+    clamp: Clamp | Bounds | None
     ends_at_6: bool
 
 
@@ -148,7 +149,9 @@ def _values_with_a_range(
 def _source(planned: PlannedGraph, fusions: Fusions, name: str, ref: Ref, node: Node) -> Source:
     clamping = fusions.clamps.get(ref)
     rule = planned.rules[clamping] if clamping else None
-    clamp = rule.clamp if rule else None
+    clamp: Clamp | Bounds | None = rule.clamp if rule else None
+    if clamping is not None and clamp is Clamp.BOUNDS:
+        clamp = clamping.layer.bounds
     alone = clamping is not None and clamping not in fusions.activations
     ends_at_6 = alone and clamp is Clamp.RELU6
     return Source(name, ref, node, _fixed_range(planned, node, ref), clamp, ends_at_6)
@@ -191,9 +194,10 @@ def _make_group(
             # The kernel's own scale first, then the group's: an explicit requantization.
             label, grid = f"{source.name}_kernel", QuantSpec(bits=spec.bits)
             first = _group_of_one(label, source, grid, Fixed(*source.fixed), None)
-        elif source.ends_at_6 and clamp is None:
-            # An operator of its own has to end at 6; the group's grid may go beyond.
-            first = _group_of_one(f"{source.name}_clamp", source, spec, method, Clamp.RELU6)
+        elif clamp is None and (source.ends_at_6 or isinstance(source.clamp, Bounds)):
+            # An operator of its own has to end at 6; the group's grid may go beyond. Only the ends
+            # of a grid keep to bounds.
+            first = _group_of_one(f"{source.name}_clamp", source, spec, method, source.clamp)
         if first is not None:
             before.append(first)
             here = (Rounding(first.name, 0, observe=True), *here)
@@ -209,7 +213,7 @@ def _make_group(
 
 
 def _group_of_one(
-    label: str, source: Source, spec: QuantSpec, method: RangeMethod, clamp: Clamp | None
+    label: str, source: Source, spec: QuantSpec, method: RangeMethod, clamp: Clamp | Bounds | None
 ) -> Group:
     """A group that rounds one value before its own group does."""
     return Group(f"{label}_quantizer", spec, method, clamp, 1, (source.name,), label=label)

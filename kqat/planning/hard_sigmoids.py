@@ -37,7 +37,7 @@ def split_hard_sigmoids(
         parts = {part: f"{own}_{part}" for part in ("shift", "relu6")}
         more.update(dict.fromkeys(parts.values(), origins[own]))
         y = layers.Rescaling(1.0, 3.0, name=parts["shift"])(args[0])
-        y = layers.ReLU(6.0, name=parts["relu6"])(y)
+        y = layers.Activation("relu6", name=parts["relu6"])(y)
         return layers.Rescaling(1.0 / 6.0, name=own)(y)
 
     split = trace(rebuild(graph, call, name))

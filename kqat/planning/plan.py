@@ -10,6 +10,7 @@ from typing import Any
 from kqat.base import TextEnum, json_text, write_file
 from kqat.devices import TARGETS, Misfit, misfit_lines
 from kqat.grids import (
+    Bounds,
     Clamp,
     Fixed,
     GradientEstimator,
@@ -17,6 +18,7 @@ from kqat.grids import (
     QuantSpec,
     RangeMethod,
     StepMethod,
+    clamp_to_json,
     gradient_to_dict,
     range_method_to_dict,
     step_method_to_dict,
@@ -48,7 +50,7 @@ class Group:
     name: str
     spec: QuantSpec
     range_method: RangeMethod
-    clamp: Clamp | None
+    clamp: Clamp | Bounds | None
     sites: int
     sources: tuple[str, ...]
     hides: bool = False
@@ -67,6 +69,7 @@ class Role(TextEnum):
     INTEGER = "integer"
     FLOAT = "float"
     FOLDED = "folded"
+    FACTOR = "factor"
     CLAMP = "clamp"
     TRAINING_ONLY = "training only"
 
@@ -161,7 +164,7 @@ class Plan:
                 "name": group.name,
                 "spec": group.spec.to_dict(),
                 "range": range_method_to_dict(group.range_method),
-                "clamp": group.clamp,
+                "clamp": clamp_to_json(group.clamp),
                 "gradient": gradient_to_dict(group.gradient),
                 "sources": list(group.sources),
             }

@@ -23,6 +23,7 @@ from kqat.planning.additive_masks import check_hidden_values, hide_added_masks
 from kqat.planning.biases import join_biases
 from kqat.planning.byte_inputs import read_bytes
 from kqat.planning.chained_functions import join_functions
+from kqat.planning.clips import clip_by_grids
 from kqat.planning.counted_sums import scale_sums
 from kqat.planning.followers import follow_neighbours
 from kqat.planning.fusions import Fusions, find_fusions
@@ -70,6 +71,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
     check_hidden_values(simple, origins)
     simple, origins = split_hard_sigmoids(simple, origins, configs, model_name)
     simple = join_biases(simple, origins, configs, model_name)
+    simple = clip_by_grids(simple, origins, configs, model_name)
     simple = join_functions(simple, origins, configs, model_name)
     simple, origins = fit_ranks(simple, origins, configs, model_name)
     masks = graph.output_masks
@@ -209,7 +211,8 @@ def _layer_plan(
     roundings = quantizers.roundings.get(node.outputs[0], ())
     normalization = fusions.normalization_of(node)
     role, note = _role(planned, fusions, quantizers, node)
-    into = fusions.folded.get(node) or fusions.activations.get(node)
+    folded = fusions.folded.get(node) or fusions.factors.get(node)
+    into = folded or fusions.activations.get(node)
     weights: dict[str, QuantSpec] = {}
     ops: tuple[str, ...] = ()
     if rule and config and role is Role.INTEGER:
@@ -244,6 +247,8 @@ def _role(
         return Role.FLOAT, "the policy leaves it float"
     if node in fusions.folded:
         return Role.FOLDED, f"into {fusions.folded[node].name}"
+    if node in fusions.factors:
+        return Role.FACTOR, f"into the weights of {fusions.factors[node].name}"
     if rule.output is Output.VANISHES:
         return Role.TRAINING_ONLY, "no operator in the file"
     if node in fusions.activations:

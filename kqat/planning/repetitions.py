@@ -17,6 +17,7 @@ from keras import layers
 from kqat.config import QuantizeConfig
 from kqat.graph import Graph, Node, Ref, activation_name, rebuild, trace
 from kqat.parts import (
+    Clip,
     ConstantKind,
     ConstantRows,
     Elementwise,
@@ -197,4 +198,4 @@ def _of_each_number(layer: Any) -> bool:
         return np.size(layer.scale) == 1 == np.size(layer.offset)
     if isinstance(layer, IndexOperation):
         return all(np.size(option) == 1 for option in layer.options.values())
-    return isinstance(layer, Elementwise | layers.ReLU | layers.Identity)
+    return isinstance(layer, Elementwise | Clip | layers.ReLU | layers.Identity)

@@ -18,6 +18,8 @@ from kqat.grids import Clamp
 from kqat.parts import (
     ByteInput,
     ChannelAffine,
+    Clip,
+    ClipKind,
     ConstantKind,
     ConstantRows,
     DepthToSpace,
@@ -100,8 +102,8 @@ def _index(*ops: str) -> LayerRule:
     return LayerRule(output=Output.INDEX, ops=ops)
 
 
-def _affine(refuse: Callable[[Any], str | None] | None = None) -> LayerRule:
-    ops = ("RESHAPE", "DEPTHWISE_CONV_2D", "MUL")
+def _affine(refuse: Callable[[Any], str | None] | None = None, *extra: str) -> LayerRule:
+    ops = ("RESHAPE", "DEPTHWISE_CONV_2D", "MUL", *extra)
     return LayerRule(output=Output.OWN, ops=ops, takes_clamp=True, affine=True, refuse=refuse)
 
 
@@ -214,6 +216,7 @@ OPENED = _own(opens=True)
 LAYERS: dict[type, LayerRule] = {
     layers.Lambda: FUNCTION,
     Elementwise: _own(table=True),
+    Clip: _own(table=True),
     layers.Dense: dataclasses.replace(
         _conv("FULLY_CONNECTED", (-1,), "RESHAPE"), decompose=basic.dense
     ),
@@ -230,7 +233,9 @@ LAYERS: dict[type, LayerRule] = {
     layers.SeparableConv2D: _own("DEPTHWISE_CONV_2D", "CONV_2D", decompose=basic.separable),
     layers.BatchNormalization: _affine(rule.last_axis),
     layers.Normalization: _affine(rule.last_axis),
-    layers.Rescaling: dataclasses.replace(_affine(), resolution=rule.resolution_of_multiple),
+    layers.Rescaling: dataclasses.replace(
+        _affine(None, "ADD", "SUB"), resolution=rule.resolution_of_multiple
+    ),
     layers.ReLU: _own("RELU", "LEAKY_RELU", "PRELU", decompose=basic.relu),
     layers.LeakyReLU: _own("LEAKY_RELU", "PRELU"),
     layers.ELU: _own("ELU", wide_table=True, decompose=basic.elu),
@@ -387,7 +392,9 @@ LAYERS: dict[type, LayerRule] = {
 # Rows of layers that become one of several operators: (class, `kind` or `interpolation`) -> row.
 KINDS: dict[tuple[type, str], LayerRule] = {
     **fused_lstms.KINDS,
+    (Clip, ClipKind.GRID): _own("QUANTIZE", clamp=Clamp.BOUNDS),
     (WithConstant, ConstantKind.ADD): _operand("ADD", takes_clamp=True, **_SUM),
+    (WithConstant, ConstantKind.SUBTRACT): _operand("SUB", takes_clamp=True, **_SUM),
     (WithConstant, ConstantKind.HIDE): _operand("ADD", hides=True),
     (WithConstant, ConstantKind.MULTIPLY): _operand("MUL", takes_clamp=True),
     (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),

@@ -22,6 +22,7 @@ from kqat.rewrites import (
     REARRANGING,
     REDUCING,
     Row,
+    clip,
     function,
     is_number,
     matrix_products,
@@ -106,7 +107,17 @@ def _activation(function: str) -> Row:
 def _clip(operation: Any, name: str) -> Callable[..., Any]:
     if (operation.x_min, operation.x_max) == (0, 6):
         return layers.Activation("relu6", name=name)
-    return _of_integers(operation, name)
+    ends = (operation.x_min, operation.x_max)
+    if not all(end is not None and is_number(end) for end in ends):
+        return _of_integers(operation, name)
+    low, high = (float(np.reshape(end, ())) for end in ends)
+
+    def call(x: Any) -> Any:
+        if whole_numbers.is_whole(x) or not low < high:
+            return _of_integers(operation, name)(x)
+        return clip(x, low, high, name)
+
+    return call
 
 
 def _of_integers(operation: Any, name: str) -> Callable[..., Any]:

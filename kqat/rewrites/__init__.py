@@ -18,7 +18,15 @@ from kqat.rewrites.layers import (
 from kqat.rewrites.layers.basic import Decomposed
 from kqat.rewrites.layers.one_hot import truth
 from kqat.rewrites.layers.recurrent import Builder, bidirectional, rnn
-from kqat.rewrites.operations.binary import BINARY, FAR_BELOW, Row, function, is_number, scaled
+from kqat.rewrites.operations.binary import (
+    BINARY,
+    FAR_BELOW,
+    Row,
+    clip,
+    function,
+    is_number,
+    scaled,
+)
 from kqat.rewrites.operations.nn import NETWORKS
 from kqat.rewrites.operations.reductions import REDUCING
 from kqat.rewrites.operations.shapes import REARRANGING, zeros_around
@@ -39,6 +47,7 @@ __all__ = [
     "attention_masks",
     "basic",
     "bidirectional",
+    "clip",
     "computed",
     "function",
     "is_number",

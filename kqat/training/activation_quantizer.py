@@ -15,6 +15,7 @@ from kqat.graph import layer_behind
 from kqat.grids import (
     FOLLOWING,
     Anchor,
+    Bounds,
     Clamp,
     Fixed,
     GradientEstimator,
@@ -26,6 +27,8 @@ from kqat.grids import (
     RangeForm,
     RangeMethod,
     arithmetic,
+    clamp_from_json,
+    clamp_to_json,
     estimated,
     gradient_from_dict,
     gradient_to_dict,
@@ -116,7 +119,8 @@ class ActivationQuantizer(keras.layers.Layer):
         spec: the grid, one scale per tensor.
         range_method: how the range is found; `Fixed` is never observed.
         clamp: `"relu"`, `"relu6"` or `None`: carried out by the rounding where the range starts
-            at 0, which clips what lies below.
+            at 0, which clips what lies below. `Bounds`, or a list of its two numbers: carried out
+            by the rounding, as the range never goes beyond them.
         sites: number of call sites.
         hides: whether the values are attention scores of which a mask hides some: the range is that
             of the others, with room below.
@@ -132,7 +136,7 @@ class ActivationQuantizer(keras.layers.Layer):
         spec: QuantSpec,
         range_method: RangeMethod,
         *,
-        clamp: Clamp | str | None = None,
+        clamp: Clamp | Bounds | str | list[float | None] | None = None,
         sites: int = 1,
         hides: bool = False,
         label: str | None = None,
@@ -145,7 +149,7 @@ class ActivationQuantizer(keras.layers.Layer):
         super().__init__(autocast=False, **{"dtype": "float32", **kwargs})
         self.spec = spec
         self.range_method = range_method
-        self.clamp = None if clamp is None else Clamp(clamp)
+        self.clamp = clamp_from_json(clamp)
         self.sites = sites
         self.hides = hides
         self.label = label or self.name
@@ -177,7 +181,7 @@ class ActivationQuantizer(keras.layers.Layer):
 
     @property
     def _form(self) -> RangeForm:
-        return RangeForm.of(self.spec, self.clamp is not None)
+        return RangeForm.of(self.spec, isinstance(self.clamp, Clamp))
 
     @property
     def is_frozen(self) -> bool:
@@ -250,6 +254,8 @@ class ActivationQuantizer(keras.layers.Layer):
 
     def clamped(self, x: Any) -> Any:
         """`x` after the clamp alone."""
+        if isinstance(self.clamp, Bounds):
+            return ops.clip(x, self.clamp.low, self.clamp.high)
         if self.clamp is Clamp.RELU:
             return ops.relu(x)
         return ops.relu6(x) if self.clamp is Clamp.RELU6 else x
@@ -422,15 +428,26 @@ class ActivationQuantizer(keras.layers.Layer):
         """As `union`, of numbers: the same float32, without a dozen operators each time."""
         low, high = np.float32(min(lows)), np.float32(max(highs))
         if self.spec.symmetric or not (math.isfinite(low) and math.isfinite(high)):
-            return self._symmetric(*arithmetic.widen(*map(ops.convert_to_tensor, (low, high))))
+            usable = arithmetic.widen(*map(ops.convert_to_tensor, (low, high)))
+            return self._symmetric(*self._inside(*usable))
         low = max(min(low, np.float32(0.0)), np.float32(-arithmetic.LARGEST_BOUND))
         high = min(max(high, np.float32(0.0)), np.float32(arithmetic.LARGEST_BOUND))
-        return low, np.float32(1.0) if high - low < arithmetic.SMALLEST_RANGE else high
+        high = np.float32(1.0) if high - low < arithmetic.SMALLEST_RANGE else high
+        if isinstance(self.clamp, Bounds):
+            low = max(low, np.float32(self.clamp.low))
+            high = min(high, np.float32(self.clamp.high))
+        return low, high
 
     def union(self, site_low: Any, site_high: Any) -> tuple[Any, Any]:
         """The range that holds those of all sites, as the grid allows it."""
         low = ops.reshape(site_low, ()) if site_low.shape[0] == 1 else ops.min(site_low)
-        return self._symmetric(*arithmetic.widen(low, _largest(site_high)))
+        return self._symmetric(*self._inside(*arithmetic.widen(low, _largest(site_high))))
+
+    def _inside(self, low: Any, high: Any) -> tuple[Any, Any]:
+        """The range where it lies inside the bounds, whatever made it wider than the values."""
+        if not isinstance(self.clamp, Bounds):
+            return low, high
+        return ops.maximum(low, self.clamp.low), ops.minimum(high, self.clamp.high)
 
     def _grid(self, site_low: Any, site_high: Any) -> tuple[Any, Any, Any]:
         """Low and high of the group's range, and the step where the loss moves it."""
@@ -603,7 +620,7 @@ class ActivationQuantizer(keras.layers.Layer):
             **config,
             "spec": self.spec.to_dict(),
             "range_method": range_method_to_dict(self.range_method),
-            "clamp": self.clamp and self.clamp.value,
+            "clamp": clamp_to_json(self.clamp),
             "sites": self.sites,
             "hides": self.hides,
             "label": self.label,

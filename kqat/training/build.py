@@ -152,7 +152,7 @@ class _Assembly:
         What is computed inside the kernel before it resolves what that kernel does.
         """
         decision, rule = self.decisions[node.name], self.plan.rules.get(node.name)
-        if decision.role in (Role.FOLDED, Role.CLAMP):
+        if decision.role in (Role.FOLDED, Role.FACTOR, Role.CLAMP):
             return self.resolutions.get(node.inputs[0], {})
         found: dict[str, float] = {}
         if rule is None or rule.resolution is None:

@@ -189,6 +189,7 @@ class QuantizeWrapper(keras.layers.Layer):
         self.freeze_statistics = freeze_statistics
         self.between, self.branches = list(between), list(branches)
         self.facts = facts or stock_facts(layer) or LayerFacts(output=Output.OWN)
+        self._axes = 0  # of the layer's first input
         self._takes_training = "training" in call_signature(layer).parameters
         self._quantizers = _Quantizers()
         self.gradient = gradient
@@ -202,6 +203,7 @@ class QuantizeWrapper(keras.layers.Layer):
         """Builds the layer and the BatchNormalization, and learned steps, which are one."""
         if not self.layer.built and self.computes_with_grids:
             self.layer.build(input_shape)
+        self._axes = len(input_shape)
         for part in (*self.between, *self.normalizations):
             if not part.built:
                 part.build(self.layer.compute_output_shape(input_shape))
@@ -470,7 +472,7 @@ class QuantizeWrapper(keras.layers.Layer):
         It is not where a BatchNormalization takes the `statistics` of a batch.
         """
         if self._is_affine:
-            return not (statistics and self._is_normalization)
+            return not (self.ships_as_sum or (statistics and self._is_normalization))
         if self.normalization is not None:
             return not statistics and list(self.weight_specs) == ["kernel"]
         bias = getattr(self.layer, "bias", None)
@@ -501,6 +503,20 @@ class QuantizeWrapper(keras.layers.Layer):
     def _is_affine(self) -> bool:
         """Whether the layer ships as one weight per channel, 127 steps of a scale of its own."""
         return self.facts.affine and not self.weight_specs
+
+    @property
+    def ships_as_sum(self) -> bool:
+        """Whether the layer is `x + c` or `c - x`, which ships as one ADD or SUB with a constant.
+
+        Values of four axes keep the depthwise convolution: it is one operator as well, and an
+        accelerator has more use for it.
+        """
+        layer: Any = self.layer
+        if not self._is_affine or self._axes == 4 or not isinstance(layer, layers.Rescaling):
+            return False
+        scale, offset = np.ravel(layer.scale), np.ravel(layer.offset)
+        alike = np.all(scale == scale[0]) and np.all(offset == offset[0])
+        return bool(alike and abs(scale[0]) == 1.0 and offset[0] != 0.0)
 
     def bias_on_grid(self, branch: int = 0) -> np.ndarray | None:
         """The bias that ships, a normalization folded in: float32, of the bias's shape.

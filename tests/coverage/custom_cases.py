@@ -225,9 +225,7 @@ CASES: tuple[Case, ...] = (
         (4, 6),
         lambda x: Projection()(x),
         ADD=1,
-        DEPTHWISE_CONV_2D=1,
         FULLY_CONNECTED=1,
-        RESHAPE=2,
     ),
     _case(
         "grayscale",

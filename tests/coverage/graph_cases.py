@@ -199,12 +199,11 @@ def _moves() -> keras.Model:
 
 
 _FUNCTION_OPS = {
-    "ADD": 7, "CAST": 7, "GATHER": 7, "HARD_SWISH": 1, "LOGISTIC": 2, "LOG_SOFTMAX": 1, "MUL": 3,
-    "PRELU": 1, "RELU": 2, "SOFTMAX": 1, "TANH": 1,
+    "ADD": 6, "CAST": 6, "GATHER": 6, "HARD_SWISH": 1, "LOGISTIC": 2, "LOG_SOFTMAX": 1, "MUL": 3,
+    "PRELU": 1, "QUANTIZE": 1, "RELU": 2, "SOFTMAX": 1, "TANH": 1,
 }  # fmt: skip
 _ARITHMETIC_OPS = {
-    "ADD": 1, "DEPTHWISE_CONV_2D": 2, "FULLY_CONNECTED": 2, "MAXIMUM": 1, "MINIMUM": 1, "MUL": 4,
-    "RELU": 1, "RESHAPE": 3, "SUB": 1,
+    "ADD": 2, "FULLY_CONNECTED": 2, "MAXIMUM": 1, "MINIMUM": 1, "MUL": 4, "RELU": 1, "SUB": 2,
 }  # fmt: skip
 _MOVE_OPS = {
     "AVERAGE_POOL_2D": 1, "CONCATENATION": 1, "MAX_POOL_2D": 1, "MEAN": 1, "REDUCE_MAX": 1,

@@ -5,7 +5,7 @@ from typing import Any
 
 from keras import layers as L
 
-from kqat.parts.single_op_layers import ChannelAffine, Matmul, ReciprocalSquareRoot, Slice
+from kqat.parts.single_op_layers import ChannelAffine, Clip, Matmul, ReciprocalSquareRoot, Slice
 from tests.coverage.cases import Case, functional
 
 VECTOR, ROWS, IMAGE, VOLUME = (8,), (8, 3), (8, 8, 3), (4, 6, 8, 3)
@@ -100,7 +100,7 @@ WEIGHTED = (
         lambda x: L.SeparableConv1D(4, 3)(x),
         CONV_2D=1,
         DEPTHWISE_CONV_2D=1,
-        RESHAPE=4,
+        RESHAPE=2,
     ),
     _one(
         "separable2d",
@@ -182,6 +182,7 @@ ACTIVATION_OPS: dict[str, Mapping[str, int]] = {
     "relu6": {"RELU": 1},
     "leaky_relu": {"PRELU": 1},
     "elu": {"ELU": 1},
+    "hard_tanh": {"QUANTIZE": 1},
     "hard_silu": {"HARD_SWISH": 1},
     "silu": {"LOGISTIC": 1, "MUL": 1},
     "sigmoid": {"LOGISTIC": 1},
@@ -190,7 +191,7 @@ ACTIVATION_OPS: dict[str, Mapping[str, int]] = {
     "log_softmax": {"LOG_SOFTMAX": 1},
     **dict.fromkeys(
         (
-            "gelu", "exponential", "celu", "hard_shrink", "hard_sigmoid", "hard_tanh",
+            "gelu", "exponential", "celu", "hard_shrink", "hard_sigmoid",
             "log_sigmoid", "mish", "selu", "soft_shrink", "softplus", "softsign", "sparse_plus",
             "sparse_sigmoid", "squareplus", "tanh_shrink",
         ),
@@ -391,6 +392,7 @@ COMPOSITE = (
     ),
     _one("matmul", (5, 8), _product, BATCH_MATMUL=1, FULLY_CONNECTED=1, TRANSPOSE=1),
     _one("rsqrt", VECTOR, lambda x: ReciprocalSquareRoot()(L.ReLU()(x)), RELU=1, **TABLE),
+    _one("clip", VECTOR, lambda x: Clip(0.5, 1.0)(x), **TABLE),
     _one("channel_affine", IMAGE, lambda x: ChannelAffine()(x), DEPTHWISE_CONV_2D=1),
 )
 

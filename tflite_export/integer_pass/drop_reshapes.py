@@ -1,4 +1,8 @@
-"""Drops RESHAPEs around FULLY_CONNECTED, which flattens its input and keeps its axes itself."""
+"""Drops RESHAPEs that change nothing for who reads them.
+
+FULLY_CONNECTED flattens its input and keeps its axes itself. Of two RESHAPEs in a row the first is
+not needed, nor is the second where it gives the first axes back.
+"""
 
 from typing import Any
 
@@ -24,12 +28,10 @@ def drop_flattening(draft: Draft) -> None:
         if not readers:
             kept.append(operator)
             continue
-        source, dropped = int(operator.inputs[0]), graph.tensors[int(operator.outputs[0])]
+        source = int(operator.inputs[0])
         for reader in readers:
             reader.inputs = [source, *reader.inputs[1:]]
-        tensor = graph.tensors[source]
-        if flatbuffer.tensor_name(dropped) in names and flatbuffer.tensor_name(tensor) not in names:
-            tensor.name = dropped.name
+        _hand_name_on(graph, int(operator.outputs[0]), source, names)
     graph.operators = kept[::-1]
 
 
@@ -50,13 +52,54 @@ def keep_axes(draft: Draft) -> None:
         operator.outputs = [kept]
         options: Any = operator.builtinOptions
         options.keepNumDims = True
-        if _name(graph, flat) in names and _name(graph, kept) not in names:
-            graph.tensors[kept].name = graph.tensors[flat].name
+        _hand_name_on(graph, flat, kept, names)
         for reader in graph.operators:
             reader.inputs = [kept if int(i) in others else int(i) for i in reader.inputs]
         # By identity, as two operators may be equal in all that they hold.
         gone = {id(reshape) for reshape in reshapes}
         graph.operators = [other for other in graph.operators if id(other) not in gone]
+
+
+def join_reshapes(draft: Draft) -> None:
+    """Makes one of two RESHAPEs in a row, or none, in subgraph 0.
+
+    A Conv1D is a convolution of images of one row, between two RESHAPEs. The converter joins those
+    that meet between two such layers only where no marker parts them. A site that only a dropped
+    tensor was named after is given to the tensor that is read in its place.
+    """
+    model, graph = draft.model, draft.graph
+    names = {site.name for sites in draft.labels.named.values() for site in sites}
+    outputs = set(map(int, graph.outputs))
+    reshapes: dict[int, OperatorT] = {}
+    kept: list[OperatorT] = []
+    instead: dict[int, int] = {}  # tensor -> the one of the same numbers and shape that is read
+    for operator in graph.operators:
+        operator.inputs = [instead.get(int(i), int(i)) for i in operator.inputs]
+        if flatbuffer.op_name(model, operator) == "RESHAPE":
+            before, result = reshapes.get(int(operator.inputs[0])), int(operator.outputs[0])
+            if before is not None:
+                operator.inputs = [before.inputs[0], *operator.inputs[1:]]
+            source = int(operator.inputs[0])
+            shapes = [flatbuffer.tensor_shape(graph.tensors[i]) for i in (source, result)]
+            if shapes[0] == shapes[1] and result not in outputs:
+                instead[result] = source
+                _hand_name_on(graph, result, source, names)
+                continue
+            reshapes[result] = operator
+        kept.append(operator)
+    read = {int(i) for operator in kept for i in operator.inputs} | outputs
+    for operator in reshapes.values():
+        source, result = int(operator.inputs[0]), int(operator.outputs[0])
+        if result not in read:
+            _hand_name_on(graph, result, source, names)
+    gone = {id(one) for one in reshapes.values() if int(one.outputs[0]) not in read}
+    graph.operators = [operator for operator in kept if id(operator) not in gone]
+
+
+def _hand_name_on(graph: SubGraphT, dropped: int, source: int, names: set[str]) -> None:
+    """Names `source` after the site of the tensor that it stands in for, if it has none."""
+    if _name(graph, dropped) in names and _name(graph, source) not in names:
+        graph.tensors[source].name = graph.tensors[dropped].name
 
 
 def _that_give_axes_back(model: ModelT, operator: OperatorT) -> list[OperatorT]:

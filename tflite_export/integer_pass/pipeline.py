@@ -11,7 +11,7 @@ from tflite_export.integer_pass.clamps import drop_vast_clamps, fuse_clamps, spl
 from tflite_export.integer_pass.constants import pack_weights, quantize_constants
 from tflite_export.integer_pass.dense_as_conv import convolve_dense
 from tflite_export.integer_pass.draft import Draft, Fact, Pass
-from tflite_export.integer_pass.drop_reshapes import drop_flattening, keep_axes
+from tflite_export.integer_pass.drop_reshapes import drop_flattening, join_reshapes, keep_axes
 from tflite_export.integer_pass.fused_lstm import insert_lstms
 from tflite_export.integer_pass.leaky_relu import multiply_slopes
 from tflite_export.integer_pass.operators import check_operators, set_codes
@@ -110,6 +110,8 @@ PASSES: tuple[Pass, ...] = (
     Pass(name_tensors, needs={Fact.LABELS}, leaves={Fact.NAMES}),
     Pass(drop_flattening, needs={Fact.NAMES}, leaves={Fact.NO_FLATTENING}),
     Pass(keep_axes, needs={Fact.NO_FLATTENING}, leaves={Fact.KEPT_AXES}),
+    # Behind the two that look for a RESHAPE beside FULLY_CONNECTED.
+    Pass(join_reshapes, needs={Fact.KEPT_AXES}, leaves={Fact.JOINED_RESHAPES}),
     Pass(
         join_padding,
         needs={Fact.NAMES, Fact.PACKED, Fact.INTEGER_TENSORS},

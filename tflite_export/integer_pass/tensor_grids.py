@@ -39,7 +39,8 @@ def part_merged_values(draft: Draft) -> None:
 
     The converter computes a product once where two layers with equal weights read one value, as
     they do where a model is untrained. Each has a grid of its own, and the file then has the
-    product on one of them. Where the model itself has two grids there, nothing is put.
+    product on one of them. And it moves a RESHAPE in between where the model has a value on one
+    grid and then on another. Where a layer of the model stands between two grids, nothing is put.
     """
     graph, sites = draft.graph, draft.sites
     placeholders = {id(operator) for operator, _ in [*draft.labels.tables, *draft.labels.lstms]}
@@ -69,6 +70,8 @@ def part_merged_values(draft: Draft) -> None:
 def _is_merged(draft: Draft, name: str, given: Site, own: Site) -> bool:
     """Whether the model has no value of the grid `given` that it hands on to the site `own`.
 
+    A value that the model puts from one grid on the other is none that is handed on.
+
     `name` is that of the operator that writes `own` in the file.
     """
     if same_grid(given, own) or given.bits != own.bits:
@@ -82,7 +85,9 @@ def _is_merged(draft: Draft, name: str, given: Site, own: Site) -> bool:
     )
     while node.inputs and (before := made_by.get(node.inputs[0])) is not None:
         if is_marker(before.layer, "site"):
-            return same_grid(frozen.sites[before.layer.index], own)
+            site = frozen.sites[before.layer.index]
+            at_once = is_marker(node.layer, "site")
+            return same_grid(site, own) or (at_once and same_grid(site, given))
         if not frozen.facts(before).keeps_integers:
             # The value that has this grid is computed here, unless by the operator itself.
             return name not in frozen.facts(before).ops

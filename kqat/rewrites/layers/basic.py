@@ -14,7 +14,7 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, activation_name, clone, config_of, duplicate
-from kqat.parts import Elementwise
+from kqat.parts import Clip, Elementwise
 
 Decomposed = Callable[..., Any]
 
@@ -114,6 +114,8 @@ def relu(layer: Any, name: str) -> Decomposed | None:
         return layers.Activation("relu6" if top == 6 else "relu", name=name)
     if slope and not threshold and top is None:
         return layers.LeakyReLU(negative_slope=slope, name=name)
+    if not slope and not threshold and top > 0:
+        return Clip(0.0, float(top), name=name)
     return Elementwise.of(layer.call, name=name)
 
 

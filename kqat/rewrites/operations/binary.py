@@ -13,9 +13,10 @@ from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, holds_indexes, is_tensor
-from kqat.grids import HIDDEN
+from kqat.grids import HIDDEN, Bounds
 from kqat.parts import (
     ChannelAffine,
+    Clip,
     ConstantKind,
     Elementwise,
     Hide,
@@ -138,6 +139,11 @@ def scaled(x: Any, scale: float, offset: float, name: str) -> Any:
     return layers.Rescaling(scale, offset, name=name)(x)
 
 
+def clip(x: Any, low: float, high: float, name: str) -> Any:
+    """The layer `x`, but none below `low` and none above `high`; one of them may be infinite."""
+    return Clip.of(Bounds(low, high), name=name)(x)
+
+
 def _with_constant(kind: ConstantKind, x: Any, value: Any, name: str) -> Any:
     """`x + value` or `x * value`."""
     product = kind is ConstantKind.MULTIPLY
@@ -198,7 +204,7 @@ def _divide(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _bound(merge: type) -> Row:
-    """`maximum` and `minimum`: with a number a lookup table, or RELU for `maximum(x, 0)`.
+    """`maximum` and `minimum`: with a number a clip, or RELU for `maximum(x, 0)`.
 
     A weight, or an array, becomes a value, and so gets a grid of its own.
     """
@@ -207,9 +213,10 @@ def _bound(merge: type) -> Row:
         def constant(x: Any, c: Any, first: bool, name: str) -> Any:
             if merge is layers.Maximum and is_number(c) and float(np.asarray(c)) == 0.0:
                 return layers.Activation("relu", name=name)(x)
-            if not is_number(c):
-                return merge(name=name)([x, computed(c, x, len(x.shape), f"{name}_weight")])
-            return function(operation, name)(*((c, x) if first else (x, c)))
+            if is_number(c):
+                end, rises = float(np.reshape(c, ())), merge is layers.Maximum
+                return clip(x, end if rises else -np.inf, np.inf if rises else end, name)
+            return merge(name=name)([x, computed(c, x, len(x.shape), f"{name}_weight")])
 
         return binary(merge, constant)(operation, name)
 

@@ -206,6 +206,40 @@ def test_one_factor_for_all_is_a_multiplication() -> None:
     check_invariants(weight)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("offset", [3.0, -0.001])
+def test_one_number_added_is_a_sum(sign: float, offset: float) -> None:
+    affine = layers.Rescaling(sign, offset, name="affine")
+    (weight,), layer = channelwise(affine, 4, as_sum=True)
+    assert (weight.name, weight.per_channel, weight.scale.shape) == ("affine/offset", False, ())
+    assert weight.integers == np.sign(offset) * 127
+    x = normal(3, 5, 4)
+    np.testing.assert_array_equal(as_model(layer, (5, 4))(x), weight.values + np.float32(sign) * x)
+    check_invariants(weight)
+
+
+@pytest.mark.parametrize(
+    ("affine", "shape", "sums"),
+    [
+        (layers.Rescaling(1.0, 2.0), (4,), True),
+        (layers.Rescaling(-1.0, 1.0), (3, 4), True),
+        (layers.Rescaling([1.0] * 4, [2.0] * 4), (2, 2, 3, 4), True),
+        # One operator is all that it takes as it is.
+        (layers.Rescaling(1.0, 2.0), (2, 3, 4), False),
+        (layers.Rescaling(2.0, 2.0), (4,), False),
+        (layers.Rescaling(1.0, [1.0, 2.0, 3.0, 4.0]), (4,), False),
+        (layers.Rescaling(1.0, 0.0), (4,), False),
+        (affine_norm((4,)), (4,), False),
+    ],
+)
+def test_which_affine_layers_are_sums(
+    affine: layers.Layer, shape: tuple[int, ...], sums: bool
+) -> None:
+    wrapper = QuantizeWrapper(affine, {})
+    wrapper(np.zeros((1, *shape), np.float32))
+    assert wrapper.ships_as_sum is sums
+
+
 def test_only_layers_that_scale_and_shift_may_be_called_affine() -> None:
     class Squared(layers.Layer):
         def call(self, x: Any) -> Any:

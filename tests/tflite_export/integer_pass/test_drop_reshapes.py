@@ -1,4 +1,4 @@
-"""RESHAPEs around FULLY_CONNECTED: gone where it does their work itself, and only there."""
+"""RESHAPEs that change nothing for who reads them are gone, and no others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,11 @@ from tflite_export import flatbuffer
 from tflite_export.flatbuffer.edit import new_operator
 from tflite_export.integer_pass import pipeline
 from tflite_export.integer_pass.draft import Draft
-from tflite_export.integer_pass.drop_reshapes import drop_flattening, keep_axes
+from tflite_export.integer_pass.drop_reshapes import (
+    drop_flattening,
+    join_reshapes,
+    keep_axes,
+)
 from tflite_export.runtimes.execution import RUNTIMES, run
 
 IMAGE = (4, 4, 6)
@@ -215,3 +219,69 @@ def test_a_reshape_that_gives_other_axes_stays(reason: str) -> None:
     before = operators(model)
     keep_axes(Draft(model, frozen, frozenset()))
     assert operators(model) == before
+
+
+STEPS = (12, 4)
+
+
+def stacked(x: Any) -> Any:
+    """Three convolutions of rows, the second of which is read twice, and an output inside."""
+    x = L.Conv1D(6, 3, padding="same", activation="relu", name="first")(x)
+    y = L.Conv1D(6, 3, padding="same", name="second")(x)
+    return L.Add(name="sum")([L.Conv1D(6, 3, padding="same", name="third")(y), y])
+
+
+def separated(x: Any) -> Any:
+    x = L.SeparableConv1D(6, 3, padding="same", activation="relu")(x)
+    return L.SeparableConv1D(6, 3)(L.MaxPooling1D(2)(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "policy", "batch_size", "without", "whole"),
+    [
+        (stacked, "int8", 1, 3, 6),
+        pytest.param(separated, "int8", 1, 2, 10, marks=pytest.mark.slow),
+        pytest.param(separated, "w4a8", 1, 2, 10, marks=pytest.mark.slow),
+        pytest.param(stacked, "int16x8", 2, 3, 6, marks=pytest.mark.slow),
+    ],
+)
+def test_reshapes_in_a_row_are_one_or_none(
+    call: Callable[[Any], Any],
+    policy: str,
+    batch_size: int,
+    without: int,
+    whole: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if batch_size > 1:
+        needs_tensorflow("2.21", "a batch of more than one with as many RESHAPEs")
+    qat, x = quantized(STEPS, call, policy)
+    blobs = same_without(join_reshapes, qat, x[:8], batch_size, monkeypatch)
+    found = [operators(flatbuffer.read(blob)).count("RESHAPE") for blob in blobs]
+    assert found == [without, whole]
+
+
+@pytest.mark.parametrize("reason", ["output", "read by another"])
+def test_of_two_reshapes_what_else_reads_stays(reason: str) -> None:
+    frozen = kqat.freeze(quantized(IMAGE, flattened)[0])
+    model = flatbuffer.read(tflite_export.convert(frozen))
+    graph = model.subgraphs[0]
+    dense = graph.operators[-1]
+    source = int(dense.inputs[0])
+    shape = flatbuffer.tensor_shape(graph.tensors[source])
+    flat, back = tensor(model, (1, 96)), tensor(model, shape)
+    graph.operators.insert(-1, new_operator(model, "RESHAPE", [source], [flat]))
+    graph.operators.insert(-1, new_operator(model, "RESHAPE", [flat], [back]))
+    dense.inputs = [back, *dense.inputs[1:]]
+    if reason == "output":
+        graph.outputs = [*graph.outputs, flat, back]
+    else:
+        other = new_operator(model, "RELU", [flat], [tensor(model, (1, 96))])
+        graph.operators.append(other)
+    draft = Draft(model, frozen, frozenset())
+    join_reshapes(draft)
+    if reason == "output":  # Each output is a tensor of its own.
+        assert operators(model).count("RESHAPE") == 2
+    else:
+        assert operators(model).count("RESHAPE") == 1
+        assert int(dense.inputs[0]) == source

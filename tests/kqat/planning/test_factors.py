@@ -1,0 +1,124 @@
+"""What a kernel's output is multiplied by ships in the scales of its weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+
+import kqat
+import tflite_export
+from kqat.planning import Role
+from tests.tflite_export.small_models import operators
+from tflite_export import flatbuffer
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 6, 6, 4)).astype(np.float32)
+GAMMA = np.float32([0.1, -0.5, 0.0, 2.0])
+
+
+@keras.saving.register_keras_serializable("tests")
+class LayerScale(L.Layer):
+    """A trained factor for each channel, as ConvNeXt has one in each block."""
+
+    def build(self, shape: Any) -> None:
+        self.gamma = self.add_weight(name="gamma", shape=(shape[-1],), initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        return x * self.gamma
+
+
+def normalized(x: Any) -> Any:
+    return L.BatchNormalization()(L.Conv2D(4, 3, use_bias=False)(x)) * -2.5
+
+
+def residual(x: Any) -> Any:
+    y = L.Conv2D(4, 1)(L.Conv2D(8, 3, padding="same", activation="relu")(x))
+    return L.ReLU()(x + y * 0.17)
+
+
+KINDS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
+    "dense": (lambda x: x + L.Dense(4)(x) * 0.35, ["FULLY_CONNECTED", "ADD"]),
+    "residual": (residual, ["CONV_2D", "CONV_2D", "ADD"]),
+    "normalized": (normalized, ["CONV_2D"]),
+    "by channel": (lambda x: L.Conv2D(4, 3)(x) * GAMMA, ["CONV_2D"]),
+    "trained": (lambda x: x + LayerScale()(L.Dense(4)(x)), ["FULLY_CONNECTED", "ADD"]),
+    "depthwise": (
+        lambda x: L.ReLU()(
+            L.DepthwiseConv2D(3, depth_multiplier=2)(x) * np.concatenate([GAMMA, -GAMMA])
+        ),
+        ["DEPTHWISE_CONV_2D"],
+    ),
+    "transposed": (lambda x: L.Conv2DTranspose(4, 3)(x) * GAMMA, ["TRANSPOSE_CONV"]),
+    # Something else reads what is multiplied.
+    "read twice": (
+        lambda x: (lambda y: L.Concatenate()([y, y * 0.3]))(L.Conv2D(4, 3)(x)),
+        ["CONV_2D", "MUL", "CONCATENATION"],
+    ),
+    "no kernel": (
+        lambda x: L.MaxPooling2D(2)(L.Conv2D(4, 3)(x)) * 0.5,
+        ["CONV_2D", "MAX_POOL_2D", "MUL"],
+    ),
+}
+
+
+def model_of(call: Callable[[Any], Any]) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    x = keras.Input(X.shape[1:], name="x")
+    model = keras.Model(x, call(x))
+    rng = np.random.default_rng(1)
+    for weight in model.weights:
+        if weight.name in ("bias", "beta", "gamma", "moving_mean"):
+            weight.assign(rng.uniform(-1.0, 1.0, weight.shape))
+    return model
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["int8", *(pytest.param(p, marks=pytest.mark.slow) for p in ("w4a8", "int16x8"))],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_runtime_computes_what_was_trained(kind: str, policy: str) -> None:
+    call, expected = KINDS[kind]
+    model = model_of(call)
+    qat = kqat.quantize_model(model, policy, calibration_data=X)
+    want, got = (np.asarray(m(X, training=False), np.float64) for m in (model, qat))
+    noise = np.mean((got - want) ** 2) / np.mean(want**2)
+    assert -10 * np.log10(noise) > (15.0 if policy == "w4a8" else 33.0)
+    qat.compile(keras.optimizers.SGD(0.01), "mse")
+    qat.fit(X, np.zeros((64, *qat.output.shape[1:])), epochs=1, verbose=0)
+    blob = tflite_export.convert(qat)
+    assert operators(flatbuffer.read(blob)) == expected
+    report = tflite_export.verify(qat, blob, X, samples=4)
+    for part in report.runtimes:
+        assert part.problem is None and part.is_right and part.unmatched == (), part
+        assert part.exact is None or part.exact.is_exact, part
+    # What ships is what was trained, bias and all; a sum or two may be rounded otherwise.
+    device = kqat.integer_model(qat, runtime="litert")
+    trained, shipped = (np.asarray(m(X[:8], training=False)) for m in (qat, device))
+    assert np.mean(np.abs(trained - shipped) > 1e-5 * np.abs(trained).max()) < 0.05
+
+
+def test_calibrated_outputs_and_gradients_are_those_of_the_model_without_it(tmp_path: Any) -> None:
+    """Training goes on in the model's own numbers: the factor is a layer of its own there."""
+    model = model_of(lambda x: LayerScale(name="scale")(L.Conv2D(4, 3, name="conv")(x)))
+    qat = kqat.quantize_model(model, calibration_data=X)
+    kernel = next(v for v in qat.trainable_variables if v.name == "kernel")
+    np.testing.assert_array_equal(kernel, model.get_layer("conv").kernel)
+    assert [v.name for v in qat.trainable_variables] == ["kernel", "bias", "gamma"]
+    (plan,) = (layer for layer in kqat.plan(model).layers if layer.role is Role.FACTOR)
+    assert plan.into == "conv" and plan.ops == ()
+    qat.save(tmp_path / "qat.keras")
+    loaded = keras.models.load_model(tmp_path / "qat.keras")
+    assert tflite_export.convert(loaded) == tflite_export.convert(qat)
+
+
+def test_one_scale_for_all_weights_takes_one_number_only() -> None:
+    single = kqat.QuantizeConfig(weights=kqat.QuantSpec(symmetric=True))
+    for factor, expected in ((0.5, ["CONV_2D"]), (GAMMA, ["CONV_2D", "DEPTHWISE_CONV_2D"])):
+        qat = kqat.quantize_model(
+            model_of(lambda x, by=factor: L.Conv2D(4, 3)(x) * by), single, calibration_data=X
+        )
+        assert operators(flatbuffer.read(tflite_export.convert(qat))) == expected
