@@ -225,7 +225,7 @@ def quantized_and_plan(
     model = of_fixed_shape(model, input_shapes, calibration_data)
     graph = _checked_graph(model)
     _check_weights(model)
-    decided = _plan(graph, policy, model.name)
+    decided = _plan(graph, policy, model.name, kinds)
     for rule in decided.unused_rules:
         warnings.warn(
             f"The policy's rule {rule!r} decides nothing about '{model.name}': earlier rules "
@@ -304,8 +304,9 @@ def _tell_lost(problems: Mapping[str, str], graph: Graph, name: str, stacklevel:
     tell_asides(dataclasses.replace(graph, asides=asides), "model", name, stacklevel=stacklevel)
 
 
-def _plan(graph: Graph, policy: Any, name: str) -> Plan:
-    return make_plan(graph, translate_policy(QuantizePolicy.of(policy), graph), name)
+def _plan(graph: Graph, policy: Any, name: str, kinds: Sequence[Preserve] = ()) -> Plan:
+    translated = translate_policy(QuantizePolicy.of(policy), graph)
+    return make_plan(graph, translated, name, keeps_clusters=Preserve.CLUSTERS in kinds)
 
 
 def _checked_graph(model: Any) -> Graph:

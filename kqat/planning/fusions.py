@@ -13,8 +13,9 @@ from typing import Any
 import keras
 
 from kqat.graph import Node, Ref, config_of
+from kqat.grids import TrainedThreshold
 from kqat.parts import is_factor
-from kqat.planning.layer_configs import weight_grids
+from kqat.planning.layer_configs import weight_grids, weight_step
 from kqat.planning.planned_graph import PlannedGraph
 
 
@@ -45,12 +46,17 @@ class Fusions:
         return next((norm for norm in folded if _is_normalization(norm)), None)
 
 
-def find_fusions(planned: PlannedGraph) -> Fusions:
-    """What folds and what fuses, from the graph's edges and the rows of the registry."""
+def find_fusions(planned: PlannedGraph, *, keeps_clusters: bool = False) -> Fusions:
+    """What folds and what fuses, from the graph's edges and the rows of the registry.
+
+    Args:
+        planned: the graph, and what is decided about it.
+        keeps_clusters: whether training keeps the number of distinct values of weights.
+    """
     integer = [node for node in planned.graph.nodes if planned.rules[node] is not None]
     folded = _find_folded(planned, [node for node in integer if _is_normalization(node)])
     activations: dict[Node, Node] = {}
-    factors = _find_factors(planned, integer, folded)
+    factors = _find_factors(planned, integer, folded, keeps_clusters)
     inside = {node.inputs[0] for node in (*folded, *factors)}
     for node in integer:
         chain = _chain_of_clamp(planned, node)
@@ -102,11 +108,16 @@ def _fold_at_every_call(
 
 
 def _find_factors(
-    planned: PlannedGraph, integer: list[Node], folded: Mapping[Node, Node]
+    planned: PlannedGraph,
+    integer: list[Node],
+    folded: Mapping[Node, Node],
+    keeps_clusters: bool,
 ) -> dict[Node, Node]:
     """Layers that only multiply what a layer with weights makes -> that layer.
 
-    Numbers for each channel need weights with scales for each.
+    Numbers for each channel need weights with scales for each, and turn the integers of some
+    channels over, which would make more distinct ones of clusters. Scales that were trained as
+    powers of two ship as such.
     """
     found: dict[Node, Node] = {}
     for node in integer:
@@ -118,9 +129,13 @@ def _find_factors(
         once = planned.calls[id(node.layer)] == planned.calls[id(kernel.layer)] == 1
         if rule is None or config is None or not rule.takes_normalization or not once:
             continue
-        grids = weight_grids(kernel.name, kernel.layer, rule, config)
+        grids = weight_grids(kernel.name, kernel.layer, rule, config).values()
+        learned = isinstance(weight_step(rule, config), TrainedThreshold)
+        if learned or any(spec.power_of_two for spec in grids):
+            continue
         single = isinstance(node.layer, keras.layers.Rescaling)
-        if single or all(spec.axis is not None for spec in grids.values()):
+        by_channel = all(spec.axis is not None for spec in grids) and not keeps_clusters
+        if single or by_channel:
             found[node] = kernel
     return found
 

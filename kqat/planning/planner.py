@@ -48,8 +48,16 @@ from kqat.planning.width_changes import match_widths
 from kqat.registry import Output
 
 
-def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
+def make_plan(
+    graph: Graph, policy: QuantizePolicy, model_name: str, *, keeps_clusters: bool = False
+) -> Plan:
     """Decides about every layer of `graph`, the graph of a float model.
+
+    Args:
+        graph: of a float model.
+        policy: the user's rules.
+        model_name: for the plan.
+        keeps_clusters: whether training keeps the number of distinct values of weights.
 
     Raises:
         UnsupportedLayerError: if a layer that is to be quantized has no integer form.
@@ -85,6 +93,7 @@ def make_plan(graph: Graph, policy: QuantizePolicy, model_name: str) -> Plan:
         input_configs=input_configs,
         unused_rules=unused,
         output_names=graph.output_names,
+        keeps_clusters=keeps_clusters,
     )
     return dataclasses.replace(plan, tied=tied)
 
@@ -115,6 +124,7 @@ def _decide(
     unused_rules: tuple[str, ...] = (),
     output_names: tuple[str, ...] = (),
     states: tuple[State, ...] | None = None,
+    keeps_clusters: bool = False,
 ) -> Plan:
     """Every decision about a graph of simple layers.
 
@@ -124,6 +134,7 @@ def _decide(
         configs: of the user's layers, by name.
         model_name, input_configs, unused_rules, output_names: for the plan.
         states: of the graph of one step, each before and after it; see `PlannedGraph`.
+        keeps_clusters: see `make_plan`.
     """
     planned = planned_graph(graph, origins, configs, input_configs or {}, states)
     _check_quantities(planned)
@@ -133,7 +144,7 @@ def _decide(
         if config and planned.output_kind(node) is Output.INSIDE
     }
     planned = planned.with_steps(steps)
-    fusions = find_fusions(planned)
+    fusions = find_fusions(planned, keeps_clusters=keeps_clusters)
     shared = share_scales(planned)
     quantizers = place_quantizers(planned, fusions, shared)
     check_given_ranges(planned, fusions, shared, quantizers)
