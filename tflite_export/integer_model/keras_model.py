@@ -1,7 +1,7 @@
 """A file as a Keras model of integer arithmetic: one layer per operator."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -54,6 +54,8 @@ def integer_model(
                 f"Expected inputs of one sample. Received: shape {tensor.shape} of "
                 f"{tensor.name!r}. Convert with batch_size=1."
             )
+    names = _output_names(program)
+    taken = {*names, *(_layer_name(tensor.name) for tensor in program.inputs)}
     with fitting("the file's inputs"):
         entries = [
             keras.Input(
@@ -64,16 +66,18 @@ def integer_model(
             for tensor, kind in zip(program.inputs, kinds, strict=True)
         ]
         values: dict[int, Any] = {
-            tensor.index: Entry(tensor, rounds=kind == "float", name=f"entry_{i}")(entry)
+            tensor.index: Entry(
+                tensor, rounds=kind == "float", name=_free_name(f"entry_{i}", taken)
+            )(entry)
             for i, (tensor, kind, entry) in enumerate(
                 zip(program.inputs, kinds, entries, strict=True)
             )
         }
     for number, step in enumerate(program.steps):
         with fitting(step.name):
-            found = _called(step, f"{step.name.lower()}_{number}", values, runtime)
+            name = _free_name(f"{step.name.lower()}_{number}", taken)
+            found = _called(step, name, values, runtime)
             values |= {t.index: y for t, y in zip(step.outputs, found, strict=True)}
-    names = _output_names(program)
     with fitting("the file's outputs"):
         exits = [
             Exit(tensor, real=outputs == "float", name=name)(values[tensor.index])
@@ -120,6 +124,13 @@ def _output_names(program: Program) -> list[str]:
     return names
 
 
+def _free_name(name: str, taken: Collection[str | None]) -> str:
+    """The name of a layer inside: Keras may call what a user's model gives the same."""
+    while name in taken:
+        name = f"{name}_inside"
+    return name
+
+
 def _called(step: Step, name: str, values: Mapping[int, Any], runtime: str) -> Sequence[Any]:
     layer = IntegerOperator(step, kernel_of(step, runtime), name=name)
     given = [
@@ -151,7 +162,7 @@ class IntegerOperator(keras.layers.Layer):
     """
 
     def __init__(self, step: Step, kernel: Kernel, name: str) -> None:
-        super().__init__(name=name, trainable=False, autocast=False)
+        super().__init__(name=name, trainable=False, autocast=False, dtype="float32")
         self.step = step
         self.kernel = kernel
         self.positions: tuple[int, ...] = ()
@@ -191,7 +202,7 @@ class Entry(keras.layers.Layer):
     """From a model's input to the file's: floats rounded onto its grid, an axis for its batch."""
 
     def __init__(self, tensor: Tensor, rounds: bool, name: str) -> None:
-        super().__init__(name=name, trainable=False, autocast=False)
+        super().__init__(name=name, trainable=False, autocast=False, dtype="float32")
         self.tensor = tensor
         self.rounds = rounds and tensor.grid is not None and tensor.dtype != "float32"
         # A compiler that knows a divisor multiplies by its reciprocal, which rounds differently.
@@ -217,7 +228,7 @@ class Exit(keras.layers.Layer):
     """From the file's output to a model's: real values, or integers; without the file's batch."""
 
     def __init__(self, tensor: Tensor, real: bool, name: str) -> None:
-        super().__init__(name=name, trainable=False, autocast=False)
+        super().__init__(name=name, trainable=False, autocast=False, dtype="float32")
         self.tensor = tensor
         self.real = real and tensor.grid is not None
 

@@ -62,11 +62,13 @@ class SiteTensors:
 
     def _find(self, site: Site, output_name: str | None) -> int | None:
         """The integer tensor of `site`: it bears the site's name, or the model output's."""
-        found = list(self._by_name.get(site.name, ()))
-        if output_name is not None:
-            # A value inside may have the output's name, as that of a layer's first call has.
-            outputs = set(map(int, self._graph.outputs))
-            found += [t for t in self._by_name.get(output_name, ()) if t in outputs]
+        named = self._by_name.get(site.name, [])
+        outputs = set(map(int, self._graph.outputs))
+        # A value inside, or another output, may have this output's name, as that of another call
+        # of its layer has: two clips by one layer have one grid, too.
+        own = self._by_name.get(output_name, []) if output_name is not None else []
+        found = [t for t in own if t in outputs]
+        found += sorted(named, key=outputs.__contains__)
         return next((tensor for tensor in found if self._has_grid(tensor, site)), None)
 
     def _has_grid(self, tensor: int, site: Site) -> bool:

@@ -124,6 +124,20 @@ def test_what_it_makes_wider_stays_inside() -> None:
     assert np.abs(y).max() < 1.01e-3
 
 
+def test_calls_of_one_layer_are_told_apart() -> None:
+    """Both clips have the same grid, and the one has a name that the other's output bears."""
+
+    def call(x: Any) -> Any:
+        clip = L.ReLU(max_value=0.5)
+        return [clip(conv(x)), clip(conv(x))]
+
+    qat = kqat.quantize_model(model_of(call), calibration_data=X)
+    blob = tflite_export.convert(qat)
+    assert operators(blob) == ["CONV_2D", "CONV_2D"]
+    for part in tflite_export.verify(qat, blob, X, samples=4).runtimes:
+        assert part.problem is None and part.is_right and part.unmatched == (), part
+
+
 def test_bounds_in_a_plan() -> None:
     plan = kqat.plan(model_of(lambda x: ops.minimum(conv(x), 2.0)))
     (group,) = (group for group in json.loads(plan.to_json())["groups"] if group["clamp"])

@@ -74,6 +74,31 @@ def test_one_layer_per_operator_and_nothing_to_train(
     assert len(model.non_trainable_weights) == 4
 
 
+def test_a_users_name_may_be_that_of_a_layer_inside() -> None:
+    """Keras calls the second sum of a process `add_1`, which may be the second operator."""
+    x = keras.Input((4,), name="entry_0")
+    model = keras.Model(x, L.Add(name="add_1")([x, L.Dense(4)(x)]))
+    data = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    device = integer_model(tflite_export.convert(qat))
+    assert device.output_names == ["add_1"] and device.inputs[0].name == "entry_0"
+    np.testing.assert_array_equal(device(data), qat(data))
+
+
+def test_it_computes_in_float32_whatever_the_process_trains_in(
+    shipped: tuple[keras.Model, bytes, np.ndarray],
+) -> None:
+    _, blob, x = shipped
+    expected = integer_model(blob)(x)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        found = integer_model(blob)(x)
+    finally:
+        keras.config.set_dtype_policy(before)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_roundings_of_runtimes_are_told_apart(
     shipped: tuple[keras.Model, bytes, np.ndarray],
 ) -> None:
