@@ -112,6 +112,8 @@ def _how(rule: LayerRule) -> str:
         return "traced; ships as what it is made of, or as a table"
     if rule.output is Output.VANISHES:
         return "no operator: it changes nothing in inference"
+    if rule.table and rule.bounds is not None:
+        return "own range, which ends where the function clips: no operator; or a table"
     if rule.table:
         return "own range; its operator, or a table" if rule.ops else "own range; a table"
     if rule.affine:

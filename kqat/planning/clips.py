@@ -13,18 +13,14 @@ from keras import layers
 
 from kqat.config import QuantizeConfig
 from kqat.graph import Graph, Node, activation_name, rebuild, trace
-from kqat.grids import Bounds, Clamp, Fixed, LearnedRangeMethod, arithmetic
+from kqat.grids import Bounds, Fixed, LearnedRangeMethod, arithmetic
 from kqat.parts import Clip, ClipKind
+from kqat.registry import ACTIVATIONS
 
 Configs = Mapping[str, QuantizeConfig | None]
 
-# Activations that clip. Those of which a kernel has the fused activation only join other clips.
-_ACTIVATIONS = {
-    "relu": Bounds(Clamp.RELU.low, Clamp.RELU.high),
-    "relu6": Bounds(Clamp.RELU6.low, Clamp.RELU6.high),
-    "hard_tanh": Bounds(-1.0, 1.0),
-}
-_FUSED = ("relu", "relu6")
+# Clips of which a kernel has the fused activation: they only join others.
+_FUSED = {row.bounds: name for name, row in ACTIVATIONS.items() if row.clamp}
 
 
 def clip_by_grids(graph: Graph, origins: Mapping[str, str], configs: Configs, name: str) -> Graph:
@@ -45,9 +41,8 @@ def clip_by_grids(graph: Graph, origins: Mapping[str, str], configs: Configs, na
             return args[0]
         if node not in made:
             return node.layer(*args, **kwargs)
-        for function in _FUSED:
-            if made[node] == _ACTIVATIONS[function]:
-                return layers.Activation(function, name=node.layer.name)(args[0])
+        if function := _FUSED.get(made[node]):
+            return layers.Activation(function, name=node.layer.name)(args[0])
         return Clip.of(made[node], ClipKind.GRID, name=node.layer.name)(args[0])
 
     changed = trace(rebuild(graph, call, name))
@@ -75,7 +70,7 @@ def _found(
             bounds = _one_after_the_other(inner, bounds)
             row.append(before)
             before = producers.get(before.inputs[0])
-        fused = len(row) == 1 and _function(node) in _FUSED
+        fused = len(row) == 1 and _function(node) in _FUSED.values()
         if not fused and _is_grid(bounds):
             made[node] = bounds
             joined.update(row[1:])
@@ -90,7 +85,9 @@ def _function(node: Node) -> str | None:
 def _bounds_of(node: Node) -> Bounds | None:
     """The bounds of a node that clips each number, and does nothing else."""
     layer: Any = node.layer
-    bounds = layer.bounds if type(layer) is Clip else _ACTIVATIONS.get(_function(node) or "")
+    row = ACTIVATIONS.get(_function(node) or "")
+    own = row.bounds if row else None
+    bounds = layer.bounds if type(layer) is Clip else own
     # A regularizer reads the value before it is rounded.
     return None if bounds is None or layer.activity_regularizer is not None else bounds
 

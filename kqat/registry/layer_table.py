@@ -6,6 +6,7 @@ row is refused by name. `register_layer` adds a row.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.devices import INT8_FIXED
-from kqat.grids import Clamp
+from kqat.grids import Bounds, Clamp
 from kqat.parts import (
     ByteInput,
     ChannelAffine,
@@ -172,7 +173,6 @@ _TABULATED = (
     "celu",
     "hard_shrink",
     "hard_sigmoid",
-    "hard_tanh",
     "log_sigmoid",
     "mish",
     "selu",
@@ -187,8 +187,9 @@ _TABULATED = (
 
 ACTIVATIONS: dict[str, LayerRule] = {
     "linear": _VANISHES,
-    "relu": _own("RELU", clamp=Clamp.RELU),
-    "relu6": _own("RELU", clamp=Clamp.RELU6),
+    "relu": _own("RELU", clamp=Clamp.RELU, bounds=Bounds(0.0, math.inf)),
+    "relu6": _own("RELU", clamp=Clamp.RELU6, bounds=Bounds(0.0, 6.0)),
+    "hard_tanh": _own(table=True, bounds=Bounds(-1.0, 1.0)),
     "leaky_relu": _own("LEAKY_RELU", "PRELU"),
     "elu": _own("ELU", wide_table=True),
     "hard_silu": _own("HARD_SWISH", wide_table=True),

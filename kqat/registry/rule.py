@@ -9,7 +9,7 @@ import numpy as np
 
 from kqat.base import TextEnum
 from kqat.devices import INT16_FIXED
-from kqat.grids import Clamp, QuantSpec
+from kqat.grids import Bounds, Clamp, QuantSpec
 
 # Products of four values were at most one step off, products of six up to three steps (measured on
 # LiteRT by `benchmarks/op_probe.py`).
@@ -41,6 +41,8 @@ class LayerRule:
         rounds: whether a same-scale layer computes new values, which are rounded again.
         clamp: the clamp that the layer computes. It may become the fused activation of the layer
             before.
+        bounds: the least and the greatest value that pass, of a function that clips and does
+            nothing else: the ends of a grid may carry it out.
         takes_clamp: whether a clamp after this layer can be its kernel's fused activation.
         takes_normalization: whether a following BatchNormalization folds into this layer.
         table: whether the layer is an elementwise function that may ship as a lookup table of 256
@@ -80,6 +82,7 @@ class LayerRule:
     fixed_range: tuple[float, float] | None = None
     rounds: bool = False
     clamp: Clamp | None = None
+    bounds: Bounds | None = None
     takes_clamp: bool = False
     takes_normalization: bool = False
     table: bool = False
