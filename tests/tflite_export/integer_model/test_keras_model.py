@@ -137,3 +137,17 @@ def test_tensors_that_do_not_fit_are_told(
     graph.tensors[int(graph.operators[0].outputs[0])].shape = shape
     with pytest.raises(ExportError, match=r"CONV_2D to fit one another"):
         integer_model(flatbuffer.write(model))
+
+
+def test_what_shows_only_when_it_runs_is_told_before(
+    shipped: tuple[keras.Model, bytes, np.ndarray],
+) -> None:
+    model = flatbuffer.read(shipped[1])
+    options = model.subgraphs[0].operators[0].builtinOptions
+    options.strideH = options.strideW = 10**6
+    with pytest.raises(ExportError, match="to fit one another"):
+        integer_model(flatbuffer.write(model))
+    model = flatbuffer.read(shipped[1])
+    model.subgraphs[0].outputs = np.array([], np.int32)
+    with pytest.raises(ExportError, match="0 outputs"):
+        integer_model(flatbuffer.write(model))
