@@ -100,7 +100,8 @@ def _hands_on(node: Node) -> bool:
     ref, layer = node.inputs[0], node.layer
     if not isinstance(layer, keras.layers.Layer) or node.outputs[0].shape != ref.shape:
         return False
-    numbers = np.random.default_rng(0).normal(size=(2, *ref.shape[1:])).astype(ref.dtype)
+    sizes = [size or 1 for size in ref.shape[1:]]
+    numbers = np.random.default_rng(0).normal(size=(2, *sizes)).astype(ref.dtype)
     args, kwargs = fill((node.args, node.kwargs), lambda _: keras.ops.convert_to_tensor(numbers))
     try:
         with keras.StatelessScope():
