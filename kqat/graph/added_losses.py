@@ -15,9 +15,10 @@ class AddedLoss(keras.layers.Layer):
     """Hands its first input on, and adds a loss that it computes of the others.
 
     Args:
-        function: a functional model of the other inputs, whose output is the loss, or its
-            serialized form. Either this or a regularizer is given.
-        activity_penalty: a regularizer of the second input, as a layer's `activity_regularizer`.
+        function: a functional model of the other inputs, or its serialized form. Its output is the
+            loss, or what the regularizer is of. Either this or a regularizer is given, or both.
+        activity_penalty: a regularizer, as a layer's `activity_regularizer`; without a function it
+            is of the second input.
         label: the name of the user's layer that adds the loss.
         problem: why there is no such function, as it goes on after "a loss that"; no loss is added
             then.
@@ -47,9 +48,11 @@ class AddedLoss(keras.layers.Layer):
         """The first input."""
         first, *values = inputs
         if self.function is not None:
-            self.add_loss(self.function(list(values)))
+            values = [self.function(list(values))]
         if self.penalized is not None:
             self.penalized(values[0])
+        elif self.function is not None:
+            self.add_loss(values[0])
         return first
 
     def compute_mask(self, inputs: Sequence[Any], previous_mask: Any = None) -> Any:
@@ -67,6 +70,27 @@ class AddedLoss(keras.layers.Layer):
             function = keras.models.clone_model(function)
             function.set_weights(self.function.get_weights())
         return AddedLoss(function, self.activity_penalty, self.label, self.problem, name=name)
+
+    def of_members(self, inputs: Sequence[Any], members: Sequence[Any], axis: int) -> "AddedLoss":
+        """The same loss, for a model in which what it reads is not joined any more.
+
+        Args:
+            inputs: what the loss is made of, one symbolic tensor for each.
+            members: for each of these, the members that stand for it, or `None`.
+            axis: along which members were joined.
+
+        Returns:
+            A loss that takes the members in the place of what they were joined to.
+        """
+        given: list[Any] = []
+        values: list[Any] = []
+        for whole, parts in zip(inputs, members, strict=True):
+            given += parts or [whole]
+            values.append(keras.layers.Concatenate(axis=axis)(parts) if parts else whole)
+        old = self.anew(self.name).function
+        value = keras.layers.Identity()(values[0] if old is None else old(values))
+        function = saved_and_read(keras.Model(given, value))
+        return AddedLoss(function, self.activity_penalty, self.label, self.problem)
 
     def get_config(self) -> dict[str, Any]:
         """The config of every layer, with function and regularizer serialized."""

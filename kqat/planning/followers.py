@@ -1,17 +1,19 @@
 """Layers left float that compute nothing follow their neighbours.
 
-A Flatten or a Dropout hands on what it is given. Left float between integers, by a rule of the
-policy or because nobody annotated it, it would only turn them into floats and back.
+A Flatten or a Dropout hands on what it is given, and so does a layer of a user's own that only adds
+a loss of it. Left float between integers, by a rule of the policy or because nobody annotated it,
+it would only turn them into floats and back.
 """
 
 from collections.abc import Mapping
 
 import keras
+import numpy as np
 
 from kqat.base import UnsupportedLayerError
 from kqat.config import QuantizeConfig
-from kqat.graph import Graph, Node, Ref
-from kqat.registry import LayerRule, Output, rule_for
+from kqat.graph import Graph, Node, Ref, fill, trace_call
+from kqat.registry import LayerRule, Output, is_custom, rule_for
 
 # Operators that move values; others with one scale for input and output compute (a maximum).
 _MOVES = frozenset({"RESHAPE", "TRANSPOSE", "STRIDED_SLICE"})
@@ -44,8 +46,9 @@ class _Followers:
         self.outputs = frozenset(graph.outputs)
         self.rules = {node: _rule(node) for node in graph.nodes}
         self.configs = dict(configs)
-        moving = [n for n in graph.nodes if self._moves(n) and not n.inputs[0].holds_indexes]
-        self.followers = {node for node in moving if configs[node.name] is None}
+        floats = [node for node in graph.nodes if configs[node.name] is None]
+        moving = [n for n in floats if self._moves(n) and not n.inputs[0].holds_indexes]
+        self.followers = {*moving}
         for node in graph.nodes:
             if node in self.followers:
                 self.configs[node.name] = self._neighbour(node)
@@ -54,6 +57,8 @@ class _Followers:
         rule = self.rules[node]
         if len(node.inputs) != 1 or len(node.outputs) != 1:
             return False
+        if _hands_on(node):
+            return True
         if rule is None:
             return type(node.layer).__name__ in _MOVING_OPERATIONS
         same = rule.output is Output.SAME and not rule.rounds
@@ -85,6 +90,29 @@ class _Followers:
                 return None
             found = found or config
         return found
+
+
+def _hands_on(node: Node) -> bool:
+    """Whether a layer returns the very numbers that it is given, as a Rescaling by 1 does.
+
+    The converter takes it out, and leaves nothing between integers and integers.
+    """
+    ref, layer = node.inputs[0], node.layer
+    if not isinstance(layer, keras.layers.Layer) or node.outputs[0].shape != ref.shape:
+        return False
+    sizes = [size or 1 for size in ref.shape[1:]]
+    numbers = np.random.default_rng(0).normal(size=(2, *sizes)).astype(ref.dtype)
+    args, kwargs = fill((node.args, node.kwargs), lambda _: keras.ops.convert_to_tensor(numbers))
+    try:
+        with keras.StatelessScope():
+            same = np.array_equal(layer(*args, **kwargs), numbers)
+        if same and _rule(node) is None:  # It is opened then.
+            x = keras.KerasTensor(ref.shape, dtype=ref.dtype)
+            args, kwargs = fill((node.args, node.kwargs), lambda _: x)
+            trace_call(layer, args, kwargs, node.name, is_custom)
+    except Exception:  # Whatever a user's own class raises: left float, it need not be opened.
+        return False
+    return same
 
 
 def _rule(node: Node) -> LayerRule | None:

@@ -16,7 +16,19 @@ import keras
 import numpy as np
 from keras import layers
 
-from kqat.graph import Graph, Node, Part, Ref, clone, duplicate, rebuild, unique_name
+from kqat.graph import (
+    AddedLoss,
+    Graph,
+    GraphLoss,
+    Node,
+    Part,
+    Ref,
+    clone,
+    duplicate,
+    is_of_users,
+    rebuild,
+    unique_name,
+)
 from kqat.training.calibration import CalibrationWarning, batches, run_batches
 from kqat.training.range_checks import LOST_BITS
 
@@ -54,6 +66,7 @@ def with_unlike_members_apart(
         CalibrationWarning: of a join whose readers cannot take a factor up.
     """
     parts = _parts_of_joins(graph, _widths(graph, data))
+    graph = _with_penalties_beside(graph, parts)
     graph, parts = _outputs_apart(graph, parts)
     readers, calls = graph.consumers(), graph.calls()
     factors: dict[Node, np.ndarray] = {}
@@ -73,6 +86,10 @@ def with_unlike_members_apart(
         scaled[join] = found.factors
         each = np.repeat(found.factors, [ref.shape[-1] or 1 for ref in join.inputs])
         factors |= dict.fromkeys(readers[join.outputs[0]], each)
+    members = {join.outputs[0]: join.inputs for join in scaled}
+    axes = {join.outputs[0]: join.layer.axis for join in scaled}
+    losses = tuple(_of_members(one, members, axes) for one in graph.losses)
+    graph = dataclasses.replace(graph, losses=losses)
     return rebuild(
         graph, _Copies(scaled, factors).call, name, graph.output_names, graph.output_masks
     )
@@ -109,7 +126,8 @@ def _widths(graph: Graph, data: Any) -> dict[Ref, float]:
 
 def _is_join(node: Node) -> bool:
     kind = type(node.layer).__name__
-    return kind == "Concatenate" and len(node.inputs) > 1 and not node.outputs[0].holds_indexes
+    stock = kind == "Concatenate" and not is_of_users(node.layer)
+    return stock and len(node.inputs) > 1 and not node.outputs[0].holds_indexes
 
 
 def _parts_of_joins(graph: Graph, widths: Mapping[Ref, float]) -> dict[Node, _Join]:
@@ -137,6 +155,7 @@ def _outputs_apart(graph: Graph, parts: Mapping[Node, _Join]) -> tuple[Graph, di
     taken = {*graph.input_names, *graph.output_names, *(node.name for node in graph.nodes)}
     nodes, split = list(graph.nodes), dict[Ref, list[Ref]]()
     names: dict[Ref, list[str]] = {}
+    axes = {join.outputs[0]: join.layer.axis for join in parts}
     for join, found in parts.items():
         ref = join.outputs[0]
         if readers[ref] or graph.outputs.count(ref) != 1 or not set(found.runs[0]) <= {*producers}:
@@ -171,8 +190,39 @@ def _outputs_apart(graph: Graph, parts: Mapping[Node, _Join]) -> tuple[Graph, di
         input_names=graph.input_names,
         output_names=tuple(output_names),
         output_masks=tuple(output_masks),
-        losses=tuple(one for one in graph.losses if not split.keys() & set(one.inputs)),
+        losses=tuple(_of_members(one, split, axes) for one in graph.losses),
     ), rest
+
+
+def _with_penalties_beside(graph: Graph, parts: Mapping[Node, _Join]) -> Graph:
+    """`graph` with the penalties of joins among its losses: the joins will make other outputs."""
+    penalties = {join: getattr(join.layer, "activity_regularizer", None) for join in parts}
+    losses = tuple(
+        GraphLoss(AddedLoss(activity_penalty=penalty, label=join.name), join.outputs)
+        for join, penalty in penalties.items()
+        if penalty is not None
+    )
+    return dataclasses.replace(graph, losses=(*graph.losses, *losses))
+
+
+def _of_members(
+    loss: GraphLoss, members: Mapping[Ref, Sequence[Ref]], axes: Mapping[Ref, int]
+) -> GraphLoss:
+    """A loss that reads the members of joins in their place, as these are taken apart or scaled."""
+    for ref, parts in members.items():
+        if ref in loss.inputs:
+            wholes = [_input_of(one) for one in loss.inputs]
+            apart = [
+                [_input_of(part) for part in parts] if one == ref else None for one in loss.inputs
+            ]
+            layer = loss.layer.of_members(wholes, apart, axes[ref])
+            read = [p for one in loss.inputs for p in (parts if one == ref else [one])]
+            loss = GraphLoss(layer, tuple(read))
+    return loss
+
+
+def _input_of(ref: Ref) -> Any:
+    return keras.Input(batch_shape=ref.shape, dtype=ref.dtype)
 
 
 def _joined(run: Sequence[Ref], axis: int) -> tuple[int | None, ...]:
@@ -240,6 +290,9 @@ class _Copies:
         return keras.tree.map_structure(times, (args, kwargs))
 
     def _copy(self, node: Node) -> Any:
+        if node in self.scaled and isinstance(node.layer, keras.layers.Layer):
+            # The penalty is of what it joined unscaled, and is among the graph's losses.
+            return layers.Concatenate(axis=node.layer.axis, name=node.name)
         if node not in self.factors:
             return duplicate(node.layer, node.name)
         kernel, axis = _TAKES_FACTORS[type(node.layer)]

@@ -419,7 +419,8 @@ class QuantizeWrapper(keras.layers.Layer):
             scale = _scale_of(quantizer)
             if trains and self.controls.rounds is not None:
                 scale = scale * self.controls.rounds.value  # A step of zero rounds no bias.
-        if scale is not None and not drops and self._ships_bias(statistics):
+        ships = scale is not None and self._ships_bias(statistics)
+        if ships and not (drops or self._penalizes_outputs):
             return self._call_as_shipped(scale, branch, trains, x, *args, **kwargs)
         weights = {name: self._numbers(name, branch, trains) for name in self.weight_specs}
         error = None
@@ -442,10 +443,19 @@ class QuantizeWrapper(keras.layers.Layer):
             return normalize(self.layer, x, statistics, error)
         else:
             y = self.layer(x, *args, **kwargs)
+            if error is not None and self._is_affine:
+                y = y + ops.cast(error, y.dtype)
         for part in self.between:
             y = part(y, training=training)
         norms = self.normalizations
         return normalize(norms[branch], y, statistics, error) if norms else y
+
+    @property
+    def _penalizes_outputs(self) -> bool:
+        """Whether a penalty is of an output that no layer makes where all ships as one kernel."""
+        folded = [self.layer, *self.normalizations] if self.normalizations else []
+        layers = [self.layer] if self._is_affine else folded
+        return any(getattr(one, "activity_regularizer", None) is not None for one in layers)
 
     @property
     def _is_normalization(self) -> bool:

@@ -48,6 +48,11 @@ def integer_model(
     program = read_program(flatbuffer.read(blob))
     kinds = [inputs] * len(program.inputs) if isinstance(inputs, str) else [*inputs]
     _check_arguments(runtime, kinds, outputs)
+    if not (program.inputs and program.outputs):
+        raise ExportError(
+            f"Expected a file with inputs and outputs. Received: {len(program.inputs)} inputs and "
+            f"{len(program.outputs)} outputs. Convert the model again."
+        )
     for tensor in program.inputs:
         if tensor.shape[:1] not in ((), (1,)):
             raise ExportError(
@@ -83,11 +88,22 @@ def integer_model(
             Exit(tensor, real=outputs == "float", name=name)(values[tensor.index])
             for tensor, name in zip(program.outputs, names, strict=True)
         ]
-    return keras.Model(
+    model = keras.Model(
         entries[0] if len(entries) == 1 else entries,
         exits[0] if len(exits) == 1 else exits,
         name="integer_model",
     )
+    _check_runs(model)
+    return model
+
+
+def _check_runs(model: keras.Model) -> None:
+    """Raises where one sample does not come out as one: symbolic tensors may have any number."""
+    sample = [np.zeros((1, *entry.shape[1:]), entry.dtype) for entry in model.inputs]
+    with fitting("the file's operators"):
+        for y in keras.tree.flatten(model(sample if len(sample) > 1 else sample[0])):
+            if y.shape[0] != 1:
+                raise ValueError(f"{y.shape[0]} samples where the file has one")
 
 
 def _check_arguments(runtime: str, inputs: Sequence[str], outputs: str) -> None:

@@ -201,6 +201,10 @@ def _window(step: Step, kernel: tuple[int, int], options: Any) -> sums.Window:
     padding = ((0, 0), (0, 0))
     if options.padding == schema.Padding.SAME:
         padding = sums.same_padding((rows, columns), kernel, strides, dilations)
+    for size, side, apart, added in zip(kernel, (rows, columns), dilations, padding, strict=True):
+        # Each place of a window is an operation: a damaged size would take hours.
+        if (size - 1) * apart >= side + sum(added):
+            raise ValueError(f"a window of {size} places over {side}")
     return sums.Window(strides=strides, dilations=dilations, padding=padding)
 
 

@@ -3,10 +3,12 @@
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 from keras import layers as L
 
 import kqat
+import tflite_export
 
 
 def sequence(*parts: Any) -> keras.Model:
@@ -60,6 +62,32 @@ def test_what_an_annotated_layer_hands_on_stays_an_integer() -> None:
 def test_others_stay_float(parts: tuple[Any, ...]) -> None:
     names = {part.name for part in parts if part.name.startswith("odd")}
     assert set(floats(sequence(*parts), {"odd*": None})) == names
+
+
+class Penalty(L.Layer):
+    def call(self, x: Any) -> Any:
+        self.add_loss(keras.ops.mean(keras.ops.square(x)))
+        return x
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        Penalty(name="odd"),
+        L.Lambda(lambda x: x, name="odd"),
+        L.Rescaling(1.0, name="odd"),
+        L.ReLU(negative_slope=1.0, name="odd"),
+    ],
+    ids=["penalty", "lambda", "rescaling", "relu"],
+)
+def test_what_the_converter_would_take_out_is_an_integer(odd: L.Layer) -> None:
+    model = keras.Sequential([keras.Input((4,)), L.Dense(3), odd, L.Dense(2)])
+    data = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+    qat = kqat.quantize_model(model, {"odd": None}, calibration_data=data)
+    operators = tflite_export.inspect(tflite_export.convert(qat)).counts()
+    assert not {"QUANTIZE", "DEQUANTIZE"} & set(operators)
+    model(data), qat(data)
+    assert len(qat.losses) == len(model.losses)
 
 
 def test_a_follower_has_the_width_of_its_neighbour() -> None:

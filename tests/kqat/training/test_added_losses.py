@@ -363,3 +363,30 @@ def test_a_layer_that_takes_no_random_samples_in_training_is_quantized() -> None
     model = _chain(Picky(), layers.Dense(2))
     qat = kqat.quantize_model(model, calibration_data=X)
     assert _losses(qat) == pytest.approx(_losses(model), rel=0.03)
+
+
+PENALIZED: dict[str, Callable[[Any], Any]] = {
+    "BatchNormalization": lambda x: layers.BatchNormalization(activity_regularizer="l2")(x),
+    "Rescaling": lambda x: layers.Rescaling(0.3, 0.1, activity_regularizer="l2")(x),
+    "folded": lambda x: layers.BatchNormalization(activity_regularizer="l2")(
+        layers.Dense(4, activity_regularizer="l1")(x)
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", list(PENALIZED))
+def test_penalties_of_what_ships_as_a_kernel_are_added(kind: str, training: bool) -> None:
+    x = keras.Input((WIDTH,))
+    model = keras.Model(x, PENALIZED[kind](layers.Dense(6, activation="relu")(x)))
+    norms = [one for one in model.layers if isinstance(one, layers.BatchNormalization)]
+    for norm in norms:  # A folded kernel is another one than the layer's own.
+        norm.moving_variance.assign(np.full(norm.moving_variance.shape, 0.05))
+    qat = kqat.quantize_model(model, calibration_data=X)
+    model(X, training=training)
+    before = sorted(map(float, model.losses))
+    qat(X, training=training)
+    np.testing.assert_allclose(sorted(map(float, qat.losses)), before, rtol=0.05)
+    found = qat.predict(X, verbose=0)
+    wanted = model.predict(X, verbose=0)
+    assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()

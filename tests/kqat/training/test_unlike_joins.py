@@ -98,3 +98,45 @@ def test_what_nothing_can_take_up_is_told() -> None:
 def test_alike_members_stay_joined() -> None:
     model = model_of(lambda m: L.Concatenate(name="both")(m[1:]))
     assert kqat.adapt(model, calibration_data=X).output_names == ["both"]
+
+
+class Joined(keras.Model):
+    """A model inside, which joins values and adds a loss of the whole and of one member."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.join = L.Concatenate(name="both")
+
+    def call(self, members: list[Any]) -> Any:
+        joined = self.join(members)
+        self.add_loss(ops.mean(ops.square(joined)) + ops.mean(members[1]))
+        return joined
+
+
+@pytest.mark.parametrize("head", [lambda y: y, L.Dense(3, name="head")], ids=["end", "inside"])
+@pytest.mark.parametrize(
+    "joined", [lambda m: L.Concatenate(activity_regularizer="l2")(m), lambda m: Joined()(m)],
+    ids=["penalty", "call"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:`build")
+def test_losses_of_a_join_stay_what_they_were(joined: Any, head: Any) -> None:
+    model = model_of(lambda m: head(joined(m)))
+    apart = kqat.adapt(model, calibration_data=X)
+    copy = keras.models.model_from_json(apart.to_json())
+    copy.set_weights(apart.get_weights())
+    model(X), apart(X), copy(X)
+    (before,) = model.losses
+    np.testing.assert_allclose(apart.losses, [before], rtol=1e-5)
+    np.testing.assert_allclose(copy.losses, [before], rtol=1e-5)
+
+
+class Concatenate(L.Concatenate):
+    """A user's own, of the same name."""
+
+    def call(self, inputs: Any) -> Any:
+        return super().call([inputs[0] + 1.0, *inputs[1:]])
+
+
+def test_a_users_own_join_is_not_taken_for_the_stock_one() -> None:
+    model = model_of(Concatenate(name="own"))
+    np.testing.assert_allclose(kqat.adapt(model, calibration_data=X)(X), model(X), rtol=1e-5)

@@ -162,3 +162,27 @@ def test_tensors_that_do_not_fit_are_told(
     graph.tensors[int(graph.operators[0].outputs[0])].shape = shape
     with pytest.raises(ExportError, match=r"CONV_2D to fit one another"):
         integer_model(flatbuffer.write(model))
+
+
+def test_a_window_beyond_its_image_is_told_at_once() -> None:
+    model = keras.Sequential([keras.Input((8, 8, 2)), L.AveragePooling2D(2)])
+    x = np.random.default_rng(0).normal(size=(8, 8, 8, 2)).astype("float32")
+    blob = tflite_export.convert(kqat.quantize_model(model, calibration_data=x))
+    tree = flatbuffer.read(blob)
+    tree.subgraphs[0].operators[0].builtinOptions.filterWidth = 58626
+    with pytest.raises(ExportError, match="a window of 58626 places over 8"):
+        integer_model(flatbuffer.write(tree))
+
+
+def test_what_shows_only_when_it_runs_is_told_before(
+    shipped: tuple[keras.Model, bytes, np.ndarray],
+) -> None:
+    model = flatbuffer.read(shipped[1])
+    options = model.subgraphs[0].operators[0].builtinOptions
+    options.strideH = options.strideW = 10**6
+    with pytest.raises(ExportError, match="to fit one another"):
+        integer_model(flatbuffer.write(model))
+    model = flatbuffer.read(shipped[1])
+    model.subgraphs[0].outputs = np.array([], np.int32)
+    with pytest.raises(ExportError, match="0 outputs"):
+        integer_model(flatbuffer.write(model))
