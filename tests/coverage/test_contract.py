@@ -21,7 +21,7 @@ from kqat.devices.kernels import KERNELS, LITERT, TABLE_OPS
 from kqat.graph.tracer import Graph, trace
 from kqat.parts.byte_input import ByteInput
 from kqat.parts.learned import Learned
-from kqat.parts.markers import Requantize
+from kqat.parts.markers import Requantize, StopGradient
 from kqat.parts.recurrence import Recurrence
 from kqat.parts.single_op_layers import ConstantRows, Hide, Hold
 from kqat.parts.tied_weight import TiedWeight
@@ -384,9 +384,10 @@ def test_every_row_has_a_case() -> None:
     # inputs (`test_byte_inputs.py` there), attention puts Hide where a mask is, and tracing puts
     # Learned where a weight is a value: the case "class_token". One-hot codes are ConstantRows. A
     # weight that is read in two ways is a TiedWeight: the case "table_read_both_ways".
+    # The operation `stop_gradient`, which has a case, ships as a StopGradient.
     # Masks of recurrent layers are tried in `tests/kqat/rewrites/test_masked_recurrence.py`.
     tried = {*(type(layer) for layer in nodes), *AUGMENTING, Requantize, ByteInput, Hide, Learned}
-    tried |= {ConstantRows, Hold, TiedWeight, keras.layers.Masking}
+    tried |= {ConstantRows, Hold, StopGradient, TiedWeight, keras.layers.Masking}
     assert set(LAYERS) - tried == set()
     kinds = [
         keras.activations.serialize(layer.activation)

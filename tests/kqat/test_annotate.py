@@ -27,7 +27,7 @@ def conv(name: str, **options: Any) -> layers.Layer:
 def annotated() -> keras.Model:
     """Two of four layers, one of them called twice and with a name that is a pattern."""
     x = keras.Input((6, 6, 3), name="image")
-    twice = quantize_annotate_layer(conv("conv[ab]"), W4)
+    twice = quantize_annotate_layer(conv("conv.ab"), W4)
     y = layers.BatchNormalization(name="norm")(conv("plain")(twice(twice(x))))
     y = layers.GlobalAveragePooling2D(name="mean")(y)
     return keras.Model(x, quantize_annotate_layer(layers.Dense(2, name="head"))(y), name="model")
@@ -83,8 +83,8 @@ def test_only_annotated_layers_are_quantized() -> None:
     images = np.random.default_rng(0).normal(size=(128, 6, 6, 3))  # 16 would be told to be few.
     qat = quantize_apply(model, calibration_data=images)
     wrapped = {w.layer.name: w for w in qat.layers if isinstance(w, QuantizeWrapper)}
-    assert set(wrapped) == {"conv[ab]", "head"}
-    assert wrapped["conv[ab]"].weight_specs["kernel"].bits == 4
+    assert set(wrapped) == {"conv.ab", "head"}
+    assert wrapped["conv.ab"].weight_specs["kernel"].bits == 4
     assert wrapped["head"].weight_specs["kernel"].bits == 8
     kept = [layer.name for layer in qat.layers if layer.name in ("plain", "norm", "mean")]
     assert kept == ["plain", "norm", "mean"]

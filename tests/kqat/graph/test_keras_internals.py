@@ -181,10 +181,11 @@ def _patches() -> dict[str, tuple[Callable[[], Any], list[Any]]]:
     model = keras.Sequential([keras.Input((4,)), Residual(), Doubled(4)])
     own, stock = model.layers
     twins = {id(own): None, id(stock): keras_internals._stock_twin(stock)}
+    notes = keras_internals._Notes()
     return {
         "sizes": (keras_internals._sizes_known, []),
         "keys": (keras_internals._keys_of_tensors, []),
-        "calls": (lambda: keras_internals._calls_inlined([own, stock], twins), [own, stock]),
+        "calls": (lambda: keras_internals._calls_inlined([own, stock], twins, notes), [own, stock]),
         "inputs": (lambda: keras_internals._as_inputs([own, stock], {}), [own, stock]),
         "shapes": (lambda: keras_internals._shapes_told(own), [own.norm]),
         "names": (lambda: keras_internals._names_apart(own, [], []), [own, own.dense]),

@@ -186,7 +186,7 @@ def test_a_policy_without_tfmot_stays_itself() -> None:
 
 def test_model_inputs_have_a_quantizer_of_their_own() -> None:
     config = Config({"kernel": weight()}, output=(fixed(-1, 1),))
-    model = chain(layers.Dense(3, name="[first]"), layers.Dense(3, name="second"), shape=(8,))
+    model = chain(layers.Dense(3, name="first"), layers.Dense(3, name="second"), shape=(8,))
     assert ranges(kqat.plan(model, config))["x"] == INPUT_CONFIG.activation_range
     # A rule of ours for the input still counts.
     mine = kqat.QuantizeConfig(activation_range=kqat.Fixed(-3.0, 3.0))
