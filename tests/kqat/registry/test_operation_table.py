@@ -179,7 +179,7 @@ EQUATIONS: dict[str, Callable[[Any, Any], Any]] = {
     ),
     "of constants and one": lambda x, y: ops.einsum("cd,de,bije->bijc", MATRIX, MATRIX.T, x),
     "behind dots": lambda x, y: ops.einsum("...ic,...jc->...ij", x, y),
-    "behind dots, one side summed": lambda x, y: ops.einsum("...nd,...kd->...nd", x, y),
+    "behind dots, one side summed": lambda x, y: ops.einsum("...rc,...kc->...rc", x, y),
     "behind dots, of other ranks": lambda x, y: ops.einsum("b...c,bc->b...", x, y[:, 0, 0]),
     "behind dots, one repeated": lambda x, y: ops.einsum("...ic,...jc->...ij", x, y[:, :1]),
     "behind dots, by a matrix": lambda x, y: ops.einsum("...c,...cd->...d", x, MATRIX),
