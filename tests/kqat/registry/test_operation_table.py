@@ -184,6 +184,9 @@ EQUATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "behind dots, one repeated": lambda x, y: ops.einsum("...ic,...jc->...ij", x, y[:, :1]),
     "behind dots, by a matrix": lambda x, y: ops.einsum("...c,...cd->...d", x, MATRIX),
     "behind dots, one matrix": lambda x, y: ops.einsum("...ic,...cd->...id", x, MATRIX[None]),
+    "behind dots, a matrix for each": lambda x, y: ops.einsum(
+        "...ic,...cd->...id", x, np.stack([MATRIX, MATRIX * 2.0, -MATRIX, MATRIX + 1.0])
+    ),
     "of three, behind dots": lambda x, y: ops.einsum("...c,...c,c->...", x, y, MATRIX[:, 0]),
     "implicit": lambda x, y: ops.einsum("aij,jk", x[:, 0], MATRIX),
 }
