@@ -91,7 +91,7 @@ def plan(
     graph = _checked_graph(model)
     decided = _plan(graph, policy, model.name)
     problems = {loss.layer.label: loss.layer.problem for loss in decided.graph.losses}
-    _tell_lost({name: why for name, why in problems.items() if why}, graph, model.name)
+    _tell_lost({name: why for name, why in problems.items() if why}, model.name)
     if device is None:
         return decided
     found = misfits(graph, decided, device)
@@ -250,7 +250,7 @@ def quantized_and_plan(
             TrainerWarning,
             stacklevel=3,
         )
-    tell_asides(graph, "model", model.name, stacklevel=4)
+    tell_asides(graph.asides, "model", model.name, stacklevel=4)
     if not decided.groups:
         raise ModelError(
             f"Expected a layer to quantize. Received: '{model.name}', which computes nothing, or "
@@ -277,7 +277,7 @@ def _with_right_losses(
 ) -> tuple[keras.Model, Plan]:
     """The QAT model without losses that are not the float model's; a warning tells of each."""
     wrong, problems = wrong_losses(model, graph, qat, decided.graph.losses)
-    _tell_lost(problems, graph, model.name, stacklevel=6)
+    _tell_lost(problems, model.name, stacklevel=6)
     before, after = weight_penalties(model), weight_penalties(qat)
     if not same_penalties(before, after):
         warnings.warn(
@@ -296,12 +296,10 @@ def _with_right_losses(
     return qat, decided
 
 
-def _tell_lost(problems: Mapping[str, str], graph: Graph, name: str, stacklevel: int = 4) -> None:
+def _tell_lost(problems: Mapping[str, str], name: str, stacklevel: int = 4) -> None:
     """Warns of losses that layers of model `name` add, and its QAT model does not: layer -> why."""
-    asides = tuple(
-        f"'{layer}' adds a loss in its call that {why}" for layer, why in problems.items()
-    )
-    tell_asides(dataclasses.replace(graph, asides=asides), "model", name, stacklevel=stacklevel)
+    asides = [f"'{layer}' adds a loss in its call that {why}" for layer, why in problems.items()]
+    tell_asides(asides, "model", name, stacklevel=stacklevel)
 
 
 def _plan(graph: Graph, policy: Any, name: str, kinds: Sequence[Preserve] = ()) -> Plan:
@@ -326,10 +324,12 @@ def _checked_graph(model: Any) -> Graph:
                 "annotated layers as they ask and leaves the others float; or quantize the model "
                 "from before it was annotated."
             )
-        if isinstance(node.layer, keras.layers.Layer) and not is_scope_name(node.layer.name):
+        # The name of a layer in a model inside begins with that of the model.
+        if not is_scope_name(node.name):
             raise ModelError(
-                "Expected names of layers to have letters of a to z, digits and _.>- alone: "
-                f"TensorFlow runs no other in fit, nor converts it. Received: {node.layer.name!r}. "
+                "Expected names of layers and of models inside to have letters of a to z, digits "
+                "and _.>- alone: TensorFlow runs no other in fit, nor converts it. Received: "
+                f"{node.name!r}. "
                 "Make the model with other names and hand on the weights, with "
                 "keras.models.clone_model(model, clone_function=…) and set_weights."
             )

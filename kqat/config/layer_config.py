@@ -378,13 +378,16 @@ def resolve_config(value: ConfigLike) -> Any:
         return PRESETS[value]
     if value is None or isinstance(value, QuantizeConfig) or is_foreign_config(value):
         return value
-    # tfmot's schemes are for its quantize_apply.
-    is_scheme = callable(getattr(value, "get_quantize_registry", None))
+    advice = ""
+    if callable(getattr(value, "get_quantize_registry", None)):
+        # A scheme of tfmot, as its quantize_apply takes.
+        advice = (
+            " Say 'int8' or 'w4a8' in place of a scheme of tfmot, and preserve='sparsity' or "
+            "'clusters' for one that keeps zeros or clusters."
+        )
     raise PolicyError(
         f"Expected None, a preset's name, a QuantizeConfig or a tfmot QuantizeConfig. "
-        f"Received: {value!r}."
-        + " Say 'int8' or 'w4a8' in place of a scheme of tfmot, and preserve='sparsity' or "
-        "'clusters' for one that keeps zeros or clusters." * is_scheme
+        f"Received: {value!r}.{advice}"
     )
 
 

@@ -8,8 +8,9 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import TextEnum, UnsupportedLayerError
-from kqat.graph import depth_to_space, space_to_depth
+from kqat.graph import activation_name, depth_to_space, space_to_depth
 from kqat.grids import HIDDEN, LOWEST, Bounds, Clamp
+from kqat.parts.elementwise import Elementwise
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -465,6 +466,19 @@ def clamp_layer(clamp: Clamp | Bounds, **options: Any) -> layers.Layer:
     if clamp == Bounds(-1.0, 1.0):
         return layers.Activation("hard_tanh", **options)
     return Clip.of(clamp, **options)
+
+
+# Activations of Keras that compute each number of a row from all of it.
+_OF_ROWS = ("softmax", "log_softmax")
+
+
+def computes_each_number(layer: Any) -> bool:
+    """Whether a layer, which has no weights, computes each number of its input by itself."""
+    if isinstance(layer, layers.Activation):
+        return activation_name(layer.activation) not in _OF_ROWS
+    if isinstance(layer, layers.Rescaling):
+        return np.size(layer.scale) == 1 == np.size(layer.offset)
+    return isinstance(layer, Elementwise | Clip | layers.ReLU)
 
 
 def is_factor(layer: Any) -> bool:

@@ -12,8 +12,15 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from kqat.graph import Graph, Node, Ref, activation_name, is_tensor, rebuild, trace
-from kqat.parts import Clip, Elementwise, IndexKind, IndexOperation, Learned, Select
+from kqat.graph import Graph, Node, Ref, is_tensor, rebuild, trace
+from kqat.parts import (
+    Elementwise,
+    IndexKind,
+    IndexOperation,
+    Learned,
+    Select,
+    computes_each_number,
+)
 
 _COMPARISONS = frozenset(
     (
@@ -127,11 +134,7 @@ def _of_numbers(layer: Any, operands: int) -> Callable[..., Any] | None:
         if any(np.size(option) != 1 for option in layer.options.values()):
             return None
         return (lambda *x: layer(list(x))) if operands > 1 else layer
-    if isinstance(layer, layers.Activation):
-        return None if activation_name(layer.activation) == "softmax" else layer
-    if isinstance(layer, layers.Rescaling):
-        return layer if np.size(layer.scale) == 1 == np.size(layer.offset) else None
-    if isinstance(layer, Elementwise | Clip | layers.LeakyReLU | layers.ReLU | layers.Identity):
+    if computes_each_number(layer) or isinstance(layer, layers.LeakyReLU | layers.Identity):
         return layer
     if type(layer) is Select:
         return ops.where

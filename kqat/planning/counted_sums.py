@@ -15,10 +15,9 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.config import QuantizeConfig
-from kqat.graph import Graph, Node, activation_name, maker_of, rebuild, trace
+from kqat.graph import Graph, Node, maker_of, rebuild, trace
 from kqat.grids import Fixed
 from kqat.parts import (
-    Clip,
     ConstantRows,
     Elementwise,
     IndexKind,
@@ -30,6 +29,7 @@ from kqat.parts import (
     ReduceKind,
     Select,
     Slice,
+    computes_each_number,
     inverts,
 )
 from kqat.planning.expansion import compute_alike
@@ -594,11 +594,7 @@ def _keeps(layer: Any, read: list[Any]) -> bool:
 
 def _is_function(layer: Any) -> bool:
     """Whether a layer computes each number from one, with no weights."""
-    if isinstance(layer, layers.Rescaling):
-        return np.size(layer.scale) == 1 == np.size(layer.offset)
-    if isinstance(layer, layers.Activation):
-        return activation_name(layer.activation) != "softmax"
-    return isinstance(layer, Elementwise | Clip | ReciprocalSquareRoot | layers.ReLU)
+    return computes_each_number(layer) or isinstance(layer, ReciprocalSquareRoot)
 
 
 def _of_rows(shape: Any, whole: Any, rows: Any) -> bool:

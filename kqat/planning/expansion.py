@@ -7,7 +7,7 @@ up by tracing their own `call`.
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -387,7 +387,7 @@ def _opened_function(
             f"'{origin}' of type {type(layer).__name__}, which is neither. {error} To do that use "
             f"policy={{'{origin}': None}}."
         ) from error
-    tell_asides(graph, "layer", origin)
+    tell_asides(graph.asides, "layer", origin)
     whole = _table_of_parts(layer, graph, name) if elementwise and len(graph.nodes) > 1 else None
     table = None if whole is None else _with_losses_around(whole, graph)
     if reads is not None and table is None:
@@ -418,7 +418,7 @@ def _opened_layer(
                 f"policy={{'{origin}': None}}, name its weights there in a kqat.QuantizeConfig, or "
                 "describe it with kqat.register_layer."
             ) from error
-        tell_asides(graph, "layer", origin)
+        tell_asides(graph.asides, "layer", origin)
         if reads is not None:
             reads.note_opened(graph, layer, origin)
         batched = [ref.shape[:1] == (None,) for ref in node.outputs]
@@ -489,7 +489,7 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         whole = _table_of_parts(layer, graph, name)
         table = None if whole is None else _with_losses_around(whole, graph)
         if table is not None:
-            tell_asides(graph, "layer", name)
+            tell_asides(graph.asides, "layer", name)
         return table
     except ModelError:
         if keras.backend.backend() != "tensorflow":
@@ -780,16 +780,16 @@ def _reads_masks(layer: Any, origin: str) -> bool:
     return rule.masks or rule.opens
 
 
-def tell_asides(graph: Graph, kind: str, name: str, stacklevel: int = 2) -> None:
-    """Warns of what calls do in training beside what `graph` computes.
+def tell_asides(asides: Iterable[str], kind: str, name: str, stacklevel: int = 2) -> None:
+    """Warns of what calls do in training that the QAT model does not.
 
     Args:
-        graph: of the layer or model.
+        asides: see `Graph.asides`.
         kind: `"layer"` or `"model"`.
         name: of it.
         stacklevel: as for `warnings.warn`.
     """
-    for aside in graph.asides:
+    for aside in asides:
         within = "" if aside.startswith(f"'{name}' ") else f"Inside {kind} '{name}', "
         warnings.warn(
             f"{within}{aside}. The QAT model does not: compute that in the loss or in the metrics "

@@ -57,13 +57,7 @@ class _Followers:
         rule = self.rules[node]
         if len(node.inputs) != 1 or len(node.outputs) != 1:
             return False
-        if _hands_on(node):
-            return True
-        if rule is None:
-            return type(node.layer).__name__ in _MOVING_OPERATIONS
-        same = rule.output is Output.SAME and not rule.rounds
-        same = same and (rule.decompose is None or rule.decompose(node.layer, node.name) is None)
-        return rule.output is Output.VANISHES or (same and _MOVES.issuperset(rule.ops))
+        return _moves_by_its_row(node, rule) or _hands_on(node)
 
     def _neighbour(self, node: Node) -> QuantizeConfig | None:
         producer = self.producers.get(node.inputs[0])
@@ -90,6 +84,14 @@ class _Followers:
                 return None
             found = found or config
         return found
+
+
+def _moves_by_its_row(node: Node, rule: LayerRule | None) -> bool:
+    if rule is None:
+        return type(node.layer).__name__ in _MOVING_OPERATIONS
+    same = rule.output is Output.SAME and not rule.rounds
+    same = same and (rule.decompose is None or rule.decompose(node.layer, node.name) is None)
+    return rule.output is Output.VANISHES or (same and _MOVES.issuperset(rule.ops))
 
 
 def _hands_on(node: Node) -> bool:

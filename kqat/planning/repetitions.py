@@ -15,17 +15,16 @@ import numpy as np
 from keras import layers
 
 from kqat.config import QuantizeConfig
-from kqat.graph import Graph, Node, Ref, activation_name, rebuild, trace
+from kqat.graph import Graph, Node, Ref, rebuild, trace
 from kqat.parts import (
-    Clip,
     ConstantKind,
     ConstantRows,
-    Elementwise,
     IndexOperation,
     Reduce,
     Select,
     Take,
     WithConstant,
+    computes_each_number,
 )
 from kqat.planning.expansion import compute_alike
 
@@ -192,10 +191,6 @@ def _axis_after(read: Any, out: Any, axis: int) -> int | None:
 
 def _of_each_number(layer: Any) -> bool:
     """Whether a layer computes a number of each number of its one input."""
-    if isinstance(layer, layers.Activation):
-        return activation_name(layer.activation) != "softmax"
-    if isinstance(layer, layers.Rescaling):
-        return np.size(layer.scale) == 1 == np.size(layer.offset)
     if isinstance(layer, IndexOperation):
         return all(np.size(option) == 1 for option in layer.options.values())
-    return isinstance(layer, Elementwise | Clip | layers.ReLU | layers.Identity)
+    return computes_each_number(layer) or isinstance(layer, layers.Identity)

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from kqat.base import ExportError, LoweringError, array_of, scope_name
+from kqat.base import ExportError, LoweringError, array_of
 from kqat.freezing import (
     ByteInput,
     FrozenLSTM,
@@ -145,11 +145,10 @@ def _marked(marker: Marker, x: Any) -> Any:
     """
     import tensorflow as tf
 
-    name = scope_name(marker.name)
     if marker.kind is not MarkerKind.SITE:
-        with tf.name_scope(name):
+        with tf.name_scope(marker.name):
             pass
-    with tf.name_scope(name):
+    with tf.name_scope(marker.name):
         return marker.call(x)
 
 

@@ -40,6 +40,9 @@ def test_a_layer_that_tensorflow_cannot_run_is_refused_by_name() -> None:
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="my layer")])
     with pytest.raises(ModelError, match=r"'my layer'.*clone_model"):
         kqat.plan(model)
+    inside = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="dense")], name="my model")
+    with pytest.raises(ModelError, match=r"'my model_dense'.*clone_model"):
+        kqat.plan(keras.Sequential([keras.Input((4,)), inside]))
     renamed = keras.models.clone_model(
         model,
         clone_function=lambda layer: type(layer).from_config(

@@ -7,7 +7,13 @@ import keras
 import pytest
 from keras import ops
 
-from kqat.parts import ConstantKind, Tabulated, WithConstant
+from kqat.parts import (
+    ConstantKind,
+    Tabulated,
+    WithConstant,
+    computes_each_number,
+    is_elementwise,
+)
 from kqat.parts.single_op_layers import (
     DepthToSpace,
     Matmul,
@@ -18,6 +24,7 @@ from kqat.parts.single_op_layers import (
     SpaceToDepth,
     Take,
 )
+from kqat.registry import ACTIVATIONS
 
 SLICE, TAKE = (lambda: Slice([1], [3], [1]), (4,)), (lambda: Take([0, 2], 1), (4,))
 
@@ -76,3 +83,9 @@ def test_a_vector_beside_a_matrix_keeps_its_axes(kind: ConstantKind, samples: in
     expected = layer(keras.Input((1, 4))).shape[1:]
     found = layer(ops.ones((samples, 1, 4))).shape
     assert tuple(found) == (samples, *expected) == (samples, 8, 4)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_of_each_number_are_told_from_those_of_rows(name: str) -> None:
+    layer = keras.layers.Activation(name)
+    assert computes_each_number(layer) == is_elementwise(layer, (None, 5))

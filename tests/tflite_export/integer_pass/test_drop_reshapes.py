@@ -105,13 +105,18 @@ def named(model: flatbuffer.ModelT, operator: flatbuffer.OperatorT) -> str:
     return flatbuffer.op_name(model, operator)
 
 
-@pytest.mark.parametrize("reader", ["RELU", "output", "keep_num_dims", "weights", "vector"])
-def test_a_reshape_that_is_needed_stays(reader: str) -> None:
+def with_dense_at_the_end() -> tuple[Any, flatbuffer.ModelT, flatbuffer.OperatorT, int]:
+    """The frozen model, its file, the last FULLY_CONNECTED and the tensor that it flattens."""
     frozen = kqat.freeze(quantized(IMAGE, flattened)[0])
     model = flatbuffer.read(tflite_export.convert(frozen))
+    dense = model.subgraphs[0].operators[-1]
+    return frozen, model, dense, int(dense.inputs[0])
+
+
+@pytest.mark.parametrize("reader", ["RELU", "output", "keep_num_dims", "weights", "vector"])
+def test_a_reshape_that_is_needed_stays(reader: str) -> None:
+    frozen, model, dense, source = with_dense_at_the_end()
     graph = model.subgraphs[0]
-    dense = graph.operators[-1]
-    source = int(dense.inputs[0])
     value = tensor(model, (1, 96))
     graph.operators.insert(-1, new_operator(model, "RESHAPE", [source], [value]))
     dense.inputs = [value, *dense.inputs[1:]]
@@ -263,11 +268,8 @@ def test_reshapes_in_a_row_are_one_or_none(
 
 @pytest.mark.parametrize("reason", ["output", "read by another"])
 def test_of_two_reshapes_what_else_reads_stays(reason: str) -> None:
-    frozen = kqat.freeze(quantized(IMAGE, flattened)[0])
-    model = flatbuffer.read(tflite_export.convert(frozen))
+    frozen, model, dense, source = with_dense_at_the_end()
     graph = model.subgraphs[0]
-    dense = graph.operators[-1]
-    source = int(dense.inputs[0])
     shape = flatbuffer.tensor_shape(graph.tensors[source])
     flat, back = tensor(model, (1, 96)), tensor(model, shape)
     graph.operators.insert(-1, new_operator(model, "RESHAPE", [source], [flat]))
