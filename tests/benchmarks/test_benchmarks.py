@@ -68,6 +68,7 @@ def test_resnet8_is_that_of_the_recipes() -> None:
     np.testing.assert_array_equal(mine.predict(x, verbose=0), recipe.predict(x, verbose=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_both_keras_build_the_same_network(name: str) -> None:
     network = NETWORKS[name]

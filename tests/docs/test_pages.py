@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs"
 # Pages that take more than a few seconds: they train, try methods, or search.
 SLOW = {
-    "custom-training", "debug-a-gap", "from-tfmot", "mixed-precision", "pruning", "quick-start",
-    "recurrent", "transfer-learning", "transformers",
+    "custom-training", "debug-a-gap", "from-tfmot", "microcontroller", "mixed-precision", "pruning",
+    "quick-start", "recurrent", "transfer-learning", "transformers",
 }  # fmt: skip
 TEXTS = [*sorted(FOLDER.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 

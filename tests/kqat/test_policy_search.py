@@ -35,6 +35,7 @@ def network() -> tuple[keras.Model, np.ndarray]:
 CHOICES = ("int8", "w4a8", "w2a8")
 
 
+@pytest.mark.slow
 def test_no_other_policy_within_the_budget_loses_less(
     network: tuple[keras.Model, np.ndarray], tmp_path: Path
 ) -> None:

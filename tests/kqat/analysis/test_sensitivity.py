@@ -49,6 +49,7 @@ def test_the_noise_of_a_layer_is_that_of_a_model_with_its_weights_rounded() -> N
     assert "conv" in str(found) and "w3a8" in str(found)
 
 
+@pytest.mark.slow
 def test_the_loss_and_its_hessian_agree_where_errors_are_small() -> None:
     model, x, y = network()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

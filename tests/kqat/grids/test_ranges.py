@@ -296,6 +296,7 @@ def test_batches_near_what_was_seen_move_nothing(batch: tuple[float, float]) -> 
     np.testing.assert_array_equal(moved([batch] * 200), [0.5, 1.5])
 
 
+@pytest.mark.slow
 def test_quiet_batches_narrow_a_range_late_and_slowly() -> None:
     np.testing.assert_array_equal(moved([(0.0, 0.0)] * 1000), [0.5, 1.5])
     assert np.all(moved([(0.0, 0.0)] * 3000) < [0.25, 0.75])

@@ -168,7 +168,9 @@ def _noise_db(model: keras.Model, qat: keras.Model, data: Any) -> float:
     return float(10 * np.log10(np.mean(np.square(expected)) / noise))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if i % 3 else ()) for i, c in enumerate(CASES)]
+)
 def test_scores_keep_their_grid(case: str) -> None:
     """Where the grid held the mask's number, one integer was left for all scores."""
     keras.utils.set_random_seed(0)

@@ -90,6 +90,7 @@ def detection_head() -> keras.Model:
     return keras.Model(inputs, L.Concatenate(axis=1)(ends))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "counts"),
     [

@@ -105,6 +105,7 @@ def test_a_table_of_ranges_shows_sixteen_bits() -> None:
     assert row.split() == ["drop_int16", "Requantize", "integer", "own,", "int16"]
 
 
+@pytest.mark.slow
 def test_sixteen_bits_train_save_load_and_strip(tmp_path: Path) -> None:
     model = chain()
     x = inputs_of(model, 64)

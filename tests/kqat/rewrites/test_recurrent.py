@@ -165,6 +165,7 @@ def test_a_range_is_that_of_all_steps() -> None:
     assert [q.sites for q in recurrence.parts.quantizers] == [1, 1]
 
 
+@pytest.mark.slow
 def test_training_moves_a_range_once_per_batch_and_not_when_frozen() -> None:
     qat = kqat.quantize_model(_model(layers.GRU(UNITS)), calibration_data=_data())
     qat.compile("sgd", "mse")
@@ -178,6 +179,7 @@ def test_training_moves_a_range_once_per_batch_and_not_when_frozen() -> None:
     assert [q.range() for q in quantizers] == ranges
 
 
+@pytest.mark.slow
 def test_the_first_batch_finds_ranges_without_calibration() -> None:
     model, x = _model(layers.LSTM(UNITS, name="rnn")), _data()
     with pytest.warns(kqat.RangeWarning):

@@ -231,6 +231,7 @@ def test_what_a_qat_model_adds_is_what_the_float_model_adds(kind: str, tmp_path:
     assert counts[0] == counts[1]
 
 
+@pytest.mark.slow
 def test_an_added_loss_trains_and_changes_no_file() -> None:
     files, layer = [], None
     for adds in (False, True):

@@ -157,6 +157,7 @@ def test_a_float_model_is_refused(callback: Any) -> None:
         fit(model, callback(0), epochs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learned", [False, True])
 def test_freezing_traces_the_training_step_once(
     learned: bool, monkeypatch: pytest.MonkeyPatch
@@ -190,6 +191,7 @@ def test_freezing_traces_the_training_step_once(
     assert set(counts) == {len(traces)}
 
 
+@pytest.mark.slow
 def test_frozen_learned_ranges_stay_though_the_optimizer_has_momentum(tmp_path: Path) -> None:
     config = kqat.QuantizeConfig(activation_range="lsq_plus")
     qat = kqat.quantize_model(float_model(), config, calibration_data=X[:8])

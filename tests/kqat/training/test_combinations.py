@@ -52,6 +52,7 @@ def steps_off(qat: keras.Model) -> int:
     return max(part.max_steps for part in report.runtimes if part.problem is None)
 
 
+@pytest.mark.slow
 def test_bits_fall_and_zeros_and_clusters_stay() -> None:
     model = few()
     qat = preserving(config(4, "lsq"), model)
@@ -72,6 +73,7 @@ def test_a_student_keeps_zeros_and_clusters() -> None:
     check_kept(qat, model, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["2:4", "channel"])
 def test_what_is_pruned_in_patterns_is_clustered_then_quantized(pattern: str) -> None:
     keras.utils.set_random_seed(0)

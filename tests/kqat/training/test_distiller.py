@@ -89,6 +89,7 @@ def test_a_student_comes_closer_and_is_saved(
     assert [w.bits for w in kqat.freeze(loaded.student).weights] == [2, 2]
 
 
+@pytest.mark.slow
 def test_structures_of_inputs_and_outputs_are_the_students() -> None:
     inputs = {"a": keras.Input((3,), name="a"), "b": keras.Input((3,), name="b")}
     z = layers.Add(name="sum")(list(inputs.values()))

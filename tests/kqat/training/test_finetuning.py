@@ -109,6 +109,7 @@ def test_datasets_and_validation_go_through_to_fit() -> None:
     assert len(history["val_loss"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras says it of a generator.
 def test_steps_that_are_not_known_change_the_rate_by_epochs() -> None:
     seen = EachStep(rate)

@@ -123,6 +123,7 @@ def test_scales_in_the_file_are_powers_of_two(name: str) -> None:
     check_numbers(file_of(qat), frozen)
 
 
+@pytest.mark.slow
 def test_ttq_has_two_magnitudes_in_a_channel_of_the_file() -> None:
     qat = quantized(CONFIGS["ttq 8"])
     qat.fit(IMAGES, TARGETS, batch_size=16, epochs=2, verbose=0)

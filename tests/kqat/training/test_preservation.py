@@ -76,6 +76,7 @@ def test_zeros_stay_zeros_in_the_file(policy: str, tmp_path: Path) -> None:
     assert (kqat.strip(loaded).get_layer("head").kernel.numpy()[before["head"] == 0] == 0).all()
 
 
+@pytest.mark.slow
 def test_zeros_move_where_nobody_keeps_them() -> None:
     keras.utils.set_random_seed(0)
     pruned = kqat.prune(network(), 0.5)
@@ -122,6 +123,7 @@ def test_clusters_are_kept_in_the_file(policy: str | None, clusters: int, tmp_pa
     assert (frozen.weights[-1].integers[zero] == 0).all()
 
 
+@pytest.mark.slow
 def test_clusters_part_where_nobody_keeps_them() -> None:
     keras.utils.set_random_seed(0)
     few = kqat.cluster(network(), 8)

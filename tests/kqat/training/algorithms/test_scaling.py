@@ -265,6 +265,7 @@ def commuting() -> tuple[keras.Model, np.ndarray]:
     return model, np.random.default_rng(0).normal(size=(32, 14, 14, 3)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_factors_pass_what_commutes_with_them(
     commuting: tuple[keras.Model, np.ndarray],
 ) -> None:
@@ -304,6 +305,7 @@ def test_what_does_not_commute_is_named(between: Callable[[Any, Any], Any], word
         algorithms.equalize(qat, np.zeros((2, 3, 3, 3), np.float32))
 
 
+@pytest.mark.slow
 def test_scaled_model_trains_and_ships(block: tuple[keras.Model, np.ndarray]) -> None:
     model, data = block
     qat = algorithms.smooth_quant(kqat.quantize_model(model, calibration_data=data), data)

@@ -50,6 +50,7 @@ def test_frozen_and_dropped_layers_are_left_as_they_are() -> None:
     np.testing.assert_array_equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "callback",
     [lambda: kqat.FreezeBatchNorm(0), kqat.StochasticRounding, lambda: kqat.QuantizeAfter(99)],

@@ -47,6 +47,7 @@ def test_it_rounds_from_the_step_on_without_a_new_trace(monkeypatch: pytest.Monk
     assert set(again.seen) == {1.0}
 
 
+@pytest.mark.slow
 def test_a_fit_that_ends_before_leaves_a_model_that_rounds() -> None:
     qat = quantized()
     fit(qat, kqat.QuantizeAfter(50), epochs=1)

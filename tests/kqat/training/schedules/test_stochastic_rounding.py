@@ -8,6 +8,7 @@ from kqat.base.errors import ModelError
 from tests.kqat.training.schedules.models import EachStep, Traces, fit, quantized, wrapper
 
 
+@pytest.mark.slow
 def test_a_weight_becomes_one_of_its_neighbours_with_the_weight_as_mean() -> None:
     """Gupta et al. 2015, section 3.1."""
     qat = quantized({"*": kqat.QuantizeConfig(weight_step="max_abs")}, rate=0.0)
