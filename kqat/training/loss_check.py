@@ -56,35 +56,50 @@ def wrong_losses(
     if not (losses or wanted.by_label or trained.by_label):
         return set(), {}
     total, found = _added_by_qat(qat, values)
+    wrong, unlike = _unlike_the_float_models(wanted, found, total)
+    problems = {**dict.fromkeys(unlike, _WHY), **problems}
+    if of_users:
+        others = _others_in_training(wanted, trained) - problems.keys()
+        problems |= dict.fromkeys(others, _WHY)
+        wrong |= {i for i, one in enumerate(found) if one.label in others}
+    return wrong, problems
+
+
+def _unlike_the_float_models(
+    wanted: "_Added", found: Sequence["_Found"], total: float
+) -> tuple[set[int], Collection[str]]:
+    """The places of losses that the float model does not add so, and the layers of lost ones."""
     # Keras looks for losses in the layers of a model alone.
     gone = {i for i, one in enumerate(found) if one.label in wanted.elsewhere}
-    wrong = gone | {i for i, one in enumerate(found) if one.problem}
-    if not _alike(wanted.total(), total - sum(found[i].number for i in gone)):
-        for label in {one.label: one for one in found}:
-            places = [i for i, one in enumerate(found) if one.label == label]
-            numbers = wanted.by_label.get(label, [])
-            if len(numbers) == len(places):
-                pairs = zip(places, numbers, strict=True)
-                more = {i for i, number in pairs if not _alike(found[i].number, number)}
-            else:  # A part of the layer bears another name.
-                more = set()
-            wrong |= more
-            if more:
-                problems.setdefault(label, _WHY)
-        if wrong == gone:
-            lost = [label for label in wanted.by_label if label not in {o.label for o in found}]
-            problems |= dict.fromkeys(lost or wanted.by_label, _WHY)
-    if of_users:
-        both = zip(wanted.outputs, trained.outputs, strict=True)
-        # Dropout and its kin change what a loss is computed of.
-        same = all(np.array_equal(*pair) for pair in both)
-        for label, numbers in trained.by_label.items():
-            before = wanted.by_label.get(label, [])
-            other = same and not _alike(sum(numbers), sum(before))
-            if label not in problems and (len(numbers) != len(before) or other):
-                problems[label] = _WHY
-                wrong |= {i for i, one in enumerate(found) if one.label == label}
-    return wrong, problems
+    known = gone | {i for i, one in enumerate(found) if one.problem}
+    if _alike(wanted.total(), total - sum(found[i].number for i in gone)):
+        return known, ()
+    unlike: dict[str, set[int]] = {}
+    for label in {one.label: one for one in found}:
+        places = [i for i, one in enumerate(found) if one.label == label]
+        numbers = wanted.by_label.get(label, [])
+        if len(numbers) != len(places):
+            continue  # A part of the layer bears another name.
+        pairs = zip(places, numbers, strict=True)
+        if others := {i for i, number in pairs if not _alike(found[i].number, number)}:
+            unlike[label] = others
+    wrong = known.union(*unlike.values())
+    if wrong != gone:
+        return wrong, unlike
+    lost = [label for label in wanted.by_label if label not in {one.label for one in found}]
+    return wrong, lost or wanted.by_label.keys()
+
+
+def _others_in_training(wanted: "_Added", trained: "_Added") -> set[str]:
+    """The layers whose losses are others in training than in inference."""
+    # Dropout and its kin change what a loss is computed of.
+    same = all(np.array_equal(*pair) for pair in zip(wanted.outputs, trained.outputs, strict=True))
+    return {
+        label
+        for label, numbers in trained.by_label.items()
+        for before in [wanted.by_label.get(label, [])]
+        if len(numbers) != len(before) or (same and not _alike(sum(numbers), sum(before)))
+    }
 
 
 def weight_penalties(model: keras.Model) -> float:
