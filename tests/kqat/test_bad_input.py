@@ -399,7 +399,7 @@ def test_adapters_inside_a_layer_are_refused_by_name() -> None:
     attention = layers.MultiHeadAttention(2, 3, name="attention")
     model = keras.Model(x, attention(x, x))
     attention.query_dense.enable_lora(2)
-    with pytest.raises(UnsupportedLayerError, match="'query' inside 'attention'.*LoRA"):
+    with pytest.raises(UnsupportedLayerError, match=r"'query' inside 'attention'.*LoRA"):
         kqat.plan(model)
 
 

@@ -84,5 +84,5 @@ def test_weights_that_are_taken_over_are_not_drawn_first(
 def test_weights_that_a_config_has_no_place_for_are_refused() -> None:
     """As where a layer that another owns was replaced after that was made."""
     part = Part(L.Dense(2, name="dense"), [np.zeros((3, 2)), np.zeros(2), np.zeros(1)])
-    with pytest.raises(ModelError, match="the 2 weights that the config of layer 'dense'.* 3"):
+    with pytest.raises(ModelError, match=r"the 2 weights that the config of layer 'dense'.* 3"):
         part(keras.Input((3,)))
