@@ -21,6 +21,7 @@ from kqat.graph import (
     Graph,
     check_as_many,
     non_finite_variable,
+    parts_of,
     trace,
     with_input_shapes,
 )
@@ -316,7 +317,8 @@ def _checked_graph(model: Any) -> Graph:
         )
     graph = trace(model)
     for node in graph.nodes:
-        _check_whole_weights(node.layer)
+        for part in parts_of(node.layer) if isinstance(node.layer, keras.layers.Layer) else ():
+            _check_whole_weights(part, node.name)
         if getattr(node.layer, "is_annotation", False):
             raise ModelError(
                 f"Expected a model without annotated layers. Received: '{model.name}', in which "
@@ -342,22 +344,23 @@ def _checked_graph(model: Any) -> Graph:
     return graph
 
 
-def _check_whole_weights(layer: Any) -> None:
-    """Checks that a layer's weights are floats, of one kernel.
+def _check_whole_weights(layer: Any, node: str) -> None:
+    """Checks that a layer's weights are floats, of one kernel; it may be a part of layer `node`.
 
     Raises:
         UnsupportedLayerError: if Keras quantized the layer, or gave it adapters.
     """
+    where = f"'{node}'" if layer.name == node else f"'{layer.name}' inside '{node}'"
     mode = getattr(layer, "quantization_mode", None)
     if mode is not None:
         raise UnsupportedLayerError(
-            f"Expected float weights in layer '{layer.name}'. Received: weights that Keras "
+            f"Expected float weights in layer {where}. Received: weights that Keras "
             f"quantized, by quantize({mode!r}). Give kqat the model as it was before; it finds the "
             "integers itself."
         )
     if getattr(layer, "lora_enabled", False):
         raise UnsupportedLayerError(
-            f"Expected one kernel in layer '{layer.name}'. Received: LoRA adapters beside it. "
+            f"Expected one kernel in layer {where}. Received: LoRA adapters beside it. "
             "model.save_weights(path) adds them to the kernels: load that file into the model as "
             "it was before enable_lora, and give kqat that."
         )

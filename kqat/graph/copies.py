@@ -42,9 +42,25 @@ class Part:
             if self._take_over is not None:
                 self._take_over(*weights)
             else:
+                self._check_number(len(weights))
                 self.layer.set_weights(weights)
                 finalize(self.layer)
         return output
+
+    def _check_number(self, received: int) -> None:
+        """Checks that the layer has a place for all weights.
+
+        Raises:
+            ModelError: if it has not.
+        """
+        expected = len(self.layer.weights)
+        if received != expected:
+            raise ModelError(
+                f"Expected the {expected} weights that the config of layer '{self.layer.name}' of "
+                f"type {type(self.layer).__name__} makes. Received: {received}, as where a layer "
+                "inside it was replaced by another. Write a layer of your own of these parts, or "
+                "leave it as it was made."
+            )
 
 
 @contextlib.contextmanager

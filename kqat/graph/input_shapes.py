@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from kqat.base import ModelError
-from kqat.graph.keras_internals import input_struct, maker_name
+from kqat.graph.keras_internals import input_struct, maker_name, masks_told
 from kqat.graph.tracer import keys_of, paths_of
 
 Shape = tuple[int | None, ...]
@@ -61,7 +61,8 @@ def with_input_shapes(model: keras.Model, given: Any) -> keras.Model:
     fresh = keras.tree.map_structure(
         lambda t: keras.Input(shapes[names[id(t)]], dtype=t.dtype, name=maker_name(t)), struct
     )
-    return keras.Model(fresh, model(fresh), name=model.name)
+    with masks_told():
+        return keras.Model(fresh, model(fresh), name=model.name)
 
 
 def _by_name(struct: Any) -> dict[str, Any]:

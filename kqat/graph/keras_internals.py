@@ -132,22 +132,44 @@ def open_model(model: Any) -> Opened:
             f"dict. Received: '{model.name}' of type {type(model).__name__}, whose call takes "
             f"{names}. Use keras.Model([{names}], model({names})) with a keras.Input for each."
         )
-    opened = open_call(model, (inputs,), {})
-    # Of the data that such a model was called on, Keras recorded no type.
-    indexes = _looked_up(opened.function, {id(t): frozenset({id(t)}) for t in opened.tensors})
-    if not indexes:
-        return opened
-    found = {id(t) for t in opened.tensors if id(t) in indexes}
-    pairs = zip(keras.tree.flatten(inputs), opened.tensors, strict=True)
-    typed = [
-        keras.Input(t.shape[1:], dtype="int32", name=maker_name(t)) if id(i) in found else t
-        for t, i in pairs
-    ]
-    return open_call(model, (keras.tree.pack_sequence_as(inputs, typed),), {})
+    return _open_untyped(model, inputs)
+
+
+def _open_untyped(model: Any, inputs: Any) -> Opened:
+    """A subclassed model: of the data that it was called on, Keras recorded no type."""
+    flat = keras.tree.flatten(inputs)
+
+    def opened_with(indexes: frozenset[int]) -> Opened:
+        typed = [
+            keras.Input(t.shape[1:], dtype="int32", name=maker_name(t)) if i in indexes else t
+            for i, t in enumerate(flat)
+        ]
+        return open_call(model, (keras.tree.pack_sequence_as(inputs, typed),), {})
+
+    tried: frozenset[int] = frozenset()
+    try:
+        opened = opened_with(tried)
+    except ModelError:
+        tried = frozenset(range(len(flat)))
+        try:  # By floats, Keras picks no rows.
+            opened = opened_with(tried)
+        except ModelError:
+            tried = frozenset()
+        if not tried:
+            raise
+    read = _looked_up(opened.function, {id(t): frozenset({id(t)}) for t in opened.tensors})
+    indexes = frozenset(i for i, t in enumerate(opened.tensors) if id(t) in read)
+    return opened if indexes == tried else opened_with(indexes)
+
+
+# Operations of which an argument holds indexes, whichever type it has.
+_INDEXED_BY = {"Take": "indices", "TakeAlongAxis": "indices", "OneHot": "x"}
 
 
 def _looked_up(function: Any, inputs: Mapping[int, frozenset[int]]) -> frozenset[int]:
-    """Which inputs an Embedding reads as indexes: as they are, or what operations make of them.
+    """Which inputs are read as indexes: as they are, or what operations make of them.
+
+    An Embedding reads such, and operations that pick by places or make codes of them.
 
     Args:
         function: a Functional model or a `keras.Function`.
@@ -164,13 +186,20 @@ def _looked_up(function: Any, inputs: Mapping[int, frozenset[int]]) -> frozenset
         if isinstance(layer, keras.layers.Embedding):
             found |= read
         elif not isinstance(layer, keras.layers.Layer):
+            argument = _INDEXED_BY.get(type(layer).__name__)
+            if argument is not None:
+                found |= known.get(id(_given(call).get(argument)), none)
             # Comparisons and later casts tell nothing about what they are made of.
             cast = type(layer).__name__ == "Cast" and id(call.input_tensors[0]) in inputs
             made = [t for t in call.outputs if cast or keras.backend.is_float_dtype(t.dtype)]
             known.update((id(t), read) for t in made)
-        elif any(isinstance(part, keras.layers.Embedding) for part in parts_of(layer)):
+        elif any(_may_look_up(part) for part in parts_of(layer)):
             found |= _looked_up_inside(call, known)
     return found
+
+
+def _may_look_up(layer: Any) -> bool:
+    return isinstance(layer, keras.layers.Embedding) or not _is_stock(layer)
 
 
 def _looked_up_inside(call: Any, known: Mapping[int, frozenset[int]]) -> frozenset[int]:
@@ -566,7 +595,7 @@ def _called(
             # Before symbolic tensors stand for the variables that they hold.
             twins = {id(part): _stock_twin(part) for part in opened}
             with (
-                _masks_told(),
+                masks_told(),
                 _as_inputs(inside, weights),
                 _calls_inlined([*opened, *loops], twins, notes),
                 _patched(*((loop, "call", _step_by_step(loop)) for loop in loops)),
@@ -605,7 +634,9 @@ def _first_line(error: Exception) -> str:
     """What an error says, without what Keras writes around it."""
     text = str(error)
     inner = re.search(r"\x1b\[1m(.*?)\x1b\[0m", text, re.DOTALL)
-    lines = (inner.group(1) if inner else text).strip().splitlines()
+    # What a layer inside a layer says stands in what Keras writes around both.
+    said = re.split(r"\x1b\[1m|Error encountered:", inner.group(1) if inner else text)[-1]
+    lines = said.strip().splitlines()
     return lines[0] if lines else f"{type(error).__name__}."
 
 
@@ -772,7 +803,9 @@ def _calls_inlined(
     record = home.Node
 
     def recorded(operation: Any, **call: Any) -> Any:
-        return None if id(operation) in keys else record(operation=operation, **call)
+        if id(operation) in keys:
+            return None
+        return record(operation=operation, **_as_read(operation, call))
 
     def called_through(part: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -790,6 +823,23 @@ def _calls_inlined(
         *((cls, "call", _to_twins(cls.call, twins, states)) for cls in stock),
     ):
         yield
+
+
+def _as_read(operation: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """What Keras records of a call, without the mask that MultiHeadAttention does not read.
+
+    It takes the query's mask off the query, whatever a caller gives.
+    """
+    if getattr(type(operation), "call", None) is not keras.layers.MultiHeadAttention.call:
+        return call
+    args, kwargs = call["call_args"], call["call_kwargs"]
+    given = call_signature(operation).bind_partial(*args, **kwargs).arguments
+    borne = borne_mask(given["query"])
+    if (mask := given.get("query_mask")) is None or mask is borne:
+        return call
+    first = dict(zip(given, args[:1], strict=False))
+    others = {name: value for name, value in given.items() if name not in first}
+    return {**call, "call_args": args[:1], "call_kwargs": {**others, "query_mask": borne}}
 
 
 def _to_twins(
@@ -880,7 +930,7 @@ def _names_in(function: Any) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _masks_told() -> Iterator[None]:
+def masks_told() -> Iterator[None]:
     """Leaves out what Keras told the user when the model was built: which layer drops a mask."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not support masking")
@@ -906,7 +956,7 @@ def bearing(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
     try:
         for value, mask in pairs:
             set_keras_mask(value, mask)
-        with _masks_told():
+        with masks_told():
             yield
     finally:
         for value, mask in before:

@@ -700,7 +700,8 @@ def _call_options(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's arguments: the first by position, and of the rest those that say something.
 
-    `training=False` is left out: Keras itself overrides it in `fit`.
+    `training=False` is left out where it is the default: Keras itself overrides it in `fit`. Layers
+    that augment data do so by default; whoever calls one alone shall see what inference computes.
 
     Raises:
         ModelError: if that is `training=True`.
@@ -716,6 +717,8 @@ def _call_options(
             "multiply by a mask that is an input of the model, and draw it before each run."
         )
     said = {k: v for k, v in kwargs.items() if k != "training" and not (k == "mask" and v is None)}
+    if default:
+        said["training"] = False
     if "mask" in said and passes_mask_by(layer):
         del said["mask"]
     first = next(iter(parameters), None)

@@ -164,6 +164,7 @@ _MEAN: dict[str, Any] = {"resolution": rule.resolution_of_mean}
 _SUM: dict[str, Any] = {"resolution": rule.resolution_of_sum}
 _PAIRWISE = {"takes_clamp": True, "decompose": basic.pairwise}
 _POOL = {"refuse": rule.channels_last}
+_GLOBAL_MEAN: dict[str, Any] = {**_MEAN, "decompose": basic.global_mean}
 
 # If the input's scale is larger than this, TFLite Micro's LOGISTIC and TANH saturate too early.
 _MICRO_LARGEST_SCALE = 4.0
@@ -258,13 +259,14 @@ LAYERS: dict[type, LayerRule] = {
         "AVERAGE_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d, **_POOL
     ),
     layers.GlobalAveragePooling1D: _own(
-        "MEAN", **_MEAN, **_POOL, **_MASKS, decompose_masked=step_masks.mean_of_shown
+        "MEAN", **_GLOBAL_MEAN, **_MASKS, decompose_masked=step_masks.mean_of_shown
     ),
-    layers.GlobalAveragePooling2D: _own("MEAN", **_MEAN, **_POOL),
-    layers.GlobalAveragePooling3D: _own("MEAN", **_MEAN, **_POOL),
-    layers.GlobalMaxPooling1D: _same("REDUCE_MAX", **_POOL),
-    layers.GlobalMaxPooling2D: _same("REDUCE_MAX", **_POOL),
-    layers.GlobalMaxPooling3D: _same("REDUCE_MAX", **_POOL),
+    layers.GlobalAveragePooling2D: _own("MEAN", **_GLOBAL_MEAN),
+    layers.GlobalAveragePooling3D: _own("MEAN", **_GLOBAL_MEAN),
+    **dict.fromkeys(
+        (layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D),
+        _same("REDUCE_MAX", decompose=basic.global_max),
+    ),
     layers.Add: _own("ADD", **_SUM, **_PAIRWISE),
     Hide: _own("ADD", hides=True),
     layers.Subtract: _own("SUB", **_SUM, takes_clamp=True),

@@ -1,6 +1,7 @@
 """Finds ranges from typical data, so that training starts at post-training quality."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -508,7 +509,10 @@ def _indexes(array: np.ndarray, name: str, tables: list[Any]) -> np.ndarray:
 
 
 def _tables(graph: Graph, ref: Ref) -> list[Any]:
-    """The layers that look up rows at the very integers of `ref`."""
+    """The layers that look up rows at the very integers of `ref`, at all of them.
+
+    What looks up a part of them, as one column of users and films, is checked when it is computed.
+    """
     found: list[Any] = []
     waiting, consumers = [ref], graph.consumers()
     while waiting:
@@ -517,8 +521,16 @@ def _tables(graph: Graph, ref: Ref) -> list[Any]:
             if reads_rows(layer, node.kwargs):
                 found.append(layer)
             elif not isinstance(layer, IndexOperation):
-                waiting += [output for output in node.outputs if output.holds_indexes]
+                waiting += [
+                    output
+                    for output in node.outputs
+                    if output.holds_indexes and _numbers(output) >= _numbers(ref)
+                ]
     return found
+
+
+def _numbers(ref: Ref) -> int:
+    return math.prod(size or 1 for size in ref.shape[1:])
 
 
 def _check_computed(graph: Graph, tensors: list[Any], before: int) -> None:

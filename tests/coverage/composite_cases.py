@@ -199,7 +199,6 @@ CASES: tuple[Case, ...] = (
         "conv1d_transpose",
         (6, 3),
         lambda x: L.Conv1DTranspose(4, 3, strides=2, padding="same", activation="relu")(x),
-        RELU=1,
         RESHAPE=2,
         TRANSPOSE_CONV=1,
     ),

@@ -256,6 +256,19 @@ POOL = (
     _one("global_max1d", ROWS, lambda x: L.GlobalMaxPooling1D()(x), REDUCE_MAX=1),
     _one("global_max2d", IMAGE, lambda x: L.GlobalMaxPooling2D(keepdims=True)(x), REDUCE_MAX=1),
     _one("global_max3d", VOLUME, lambda x: L.GlobalMaxPooling3D()(x), REDUCE_MAX=1),
+    _one(
+        "global_pools_channels_first",
+        ROWS,
+        lambda x: L.Concatenate()(
+            [
+                L.GlobalAveragePooling1D(data_format="channels_first")(x),
+                L.GlobalMaxPooling1D(data_format="channels_first")(x),
+            ]
+        ),
+        MEAN=1,
+        REDUCE_MAX=1,
+        CONCATENATION=1,
+    ),
 )
 
 MERGE = (

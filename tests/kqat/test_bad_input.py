@@ -394,6 +394,15 @@ def test_adapters_are_refused_and_the_way_out_works(tmp_path: Any) -> None:
     assert kqat.plan(plain).layers
 
 
+def test_adapters_inside_a_layer_are_refused_by_name() -> None:
+    x = keras.Input((4, 6))
+    attention = layers.MultiHeadAttention(2, 3, name="attention")
+    model = keras.Model(x, attention(x, x))
+    attention.query_dense.enable_lora(2)
+    with pytest.raises(UnsupportedLayerError, match=r"'query' inside 'attention'.*LoRA"):
+        kqat.plan(model)
+
+
 def test_float64_is_taken_as_float32() -> None:
     x = keras.Input((4,), dtype="float64")
     hidden = layers.Dense(8, dtype="float64", activation="relu")(x)

@@ -14,7 +14,7 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, activation_name, clone, config_of, duplicate
-from kqat.parts import Clip, Elementwise
+from kqat.parts import Clip, Elementwise, Reduce, ReduceKind
 
 Decomposed = Callable[..., Any]
 
@@ -129,6 +129,24 @@ def silu(layer: Any, name: str) -> Decomposed:
     gate = layers.Activation("sigmoid", name=f"{name}_sigmoid")
     product = layers.Multiply(name=name)
     return lambda x: product([x, gate(x)])
+
+
+def global_mean(layer: Any, name: str) -> Decomposed | None:
+    """`GlobalAveragePooling` with the channels first: the mean over the axes behind them."""
+    return _global_pool(layer, ReduceKind.MEAN, name)
+
+
+def global_max(layer: Any, name: str) -> Decomposed | None:
+    """`GlobalMaxPooling` with the channels first: the maximum over the axes behind them."""
+    return _global_pool(layer, ReduceKind.MAX, name)
+
+
+def _global_pool(layer: Any, kind: ReduceKind, name: str) -> Decomposed | None:
+    # MEAN and REDUCE_MAX take any axes, so nothing need be transposed.
+    if layer.data_format == "channels_last":
+        return None
+    axes = list(range(2, len(layer.input.shape)))
+    return Reduce(kind, axes, layer.keepdims, name=name)
 
 
 def pairwise(layer: Any, name: str) -> Decomposed | None:

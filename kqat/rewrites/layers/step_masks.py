@@ -64,6 +64,12 @@ def mean_of_shown(layer: Any, name: str) -> Decomposed:
 
     A row without steps has mean zero, where Keras has NaN.
     """
+    if layer.data_format != "channels_last":
+        raise UnsupportedLayerError(
+            f"Expected data_format='channels_last' in layer '{name}', whose input has a mask. "
+            f"Received: {layer.data_format!r}, with which the steps are the last axis, and a mask "
+            "is of the first. Permute the input, or take the mask off it."
+        )
 
     def call(x: Any, mask: Any = None) -> Any:
         shown = truth_of_steps(mask, name)

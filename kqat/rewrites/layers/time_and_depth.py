@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Part, clone, config_of, is_of_users, is_tensor
+from kqat.graph import Part, activation_name, clone, config_of, is_of_users, is_tensor
 from kqat.parts import sliced, stacked
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.layers.basic import Decomposed, activated, own_weights
@@ -170,10 +170,13 @@ def conv_1d_transpose(layer: Any, name: str) -> Decomposed:
     )
     kernel, *bias = own_weights(layer)
     part = Part(conv, [kernel[np.newaxis], *bias])
+    # Behind the product a ReLU is fused; a function of the user's own may know the axes.
+    fuses = activation_name(layer.activation) is not None
+    made = activated(layer, name, part) if fuses else part
 
     def call(x: Any) -> Any:
         image = layers.Reshape((1, *x.shape[1:]), name=f"{name}_image")(x)
-        y = part(image)
+        y = made(image)
         return layers.Reshape(y.shape[2:], name=name)(y)
 
-    return activated(layer, name, call)
+    return call if fuses else activated(layer, name, call)

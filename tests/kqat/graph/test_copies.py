@@ -8,7 +8,8 @@ import pytest
 from keras import layers as L
 
 import kqat
-from kqat.graph.copies import clone, duplicate
+from kqat.base import ModelError
+from kqat.graph.copies import Part, clone, duplicate
 
 
 class Block(L.Layer):
@@ -78,3 +79,10 @@ def test_weights_that_are_taken_over_are_not_drawn_first(
     assert np.array_equal(copy(x), want)
     # They are what a config says.
     assert copy.layer.get_config() == {**layer.get_config(), "name": copy.layer.name}
+
+
+def test_weights_that_a_config_has_no_place_for_are_refused() -> None:
+    """As where a layer that another owns was replaced after that was made."""
+    part = Part(L.Dense(2, name="dense"), [np.zeros((3, 2)), np.zeros(2), np.zeros(1)])
+    with pytest.raises(ModelError, match=r"the 2 weights that the config of layer 'dense'.* 3"):
+        part(keras.Input((3,)))

@@ -38,6 +38,18 @@ class Placed(layers.Layer):
         return self.words(x) + self.places(ops.arange(STEPS))
 
 
+class Rows(layers.Layer):
+    """A table of words without an Embedding."""
+
+    def build(self, input_shape: Any) -> None:
+        """Makes the table."""
+        self.table = self.add_weight(shape=(WORDS, WIDTH), name="table")
+
+    def call(self, x: Any) -> Any:
+        """Its rows."""
+        return ops.take(self.table, x, axis=0)
+
+
 def _table(name: str | None = None, mask_zero: bool = True) -> Any:
     return layers.Embedding(WORDS, WIDTH, mask_zero=mask_zero, name=name)
 
@@ -67,6 +79,8 @@ NETS: dict[str, Callable[[], keras.Model]] = {
     "table in a layer": lambda: Net(lambda x, t, g: g(t(x)), Placed(), layers.LSTM(3)),
     "table in a model": lambda: Net(lambda x, t, d: d(t(x)), _nested(), layers.Dense(3)),
     "part of the words": lambda: Net(lambda x, t, f: f(t(x[:, 1:])), _plain(), layers.Flatten()),
+    "rows of a weight": lambda: Net(lambda x, t, f: f(t(x)), Rows(), layers.Flatten()),
+    "codes": lambda: Net(lambda x, d: d(ops.one_hot(x[:, 0], WORDS)), layers.Dense(3)),
     "cast": lambda: Net(lambda x, t, f: f(t(ops.cast(x, "int32"))), _plain(), layers.Flatten()),
 }
 

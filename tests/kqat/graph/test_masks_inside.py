@@ -87,6 +87,18 @@ class Doubles(layers.Layer):
         return x * 2.0
 
 
+class Decodes(layers.Layer):
+    """Gives attention the mask of a query that bears none, which Keras passes over."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.attention, self.supports_masking = _attention(), True
+
+    def call(self, x: Any, mask: Any = None) -> Any:
+        """What steps of the doubled input attend to."""
+        return self.attention(x * 2.0, x, query_mask=mask, key_mask=mask)
+
+
 class Block(keras.Model):
     """A subclassed model inside a model."""
 
@@ -133,6 +145,7 @@ def _tokens() -> Any:
 # What reads an embedded input with a mask.
 INTO: dict[str, Callable[[Any], Any]] = {
     "attention": lambda x: Whole([_attention(), layers.Add()], _added)(x),
+    "mask of a query without": lambda x: Decodes()(x),
     "recurrence": lambda x: Whole([layers.Dropout(0.1), _rnn()], lambda x, drop, rnn: rnn(drop(x)))(
         x
     ),
@@ -160,7 +173,14 @@ OUT_OF: dict[str, Callable[[], Any]] = {
     "model": lambda: keras.Sequential([keras.Input((STEPS,), dtype="int32"), _tokens()]),
 }
 # The others run whenever anything is tested.
-QUICK = ("recurrence", "hands its own on", "takes it off", "mask for those behind", "Sequential")
+QUICK = (
+    "mask of a query without",
+    "recurrence",
+    "hands its own on",
+    "takes it off",
+    "mask for those behind",
+    "Sequential",
+)
 
 
 def _words(samples: int = 16) -> np.ndarray:

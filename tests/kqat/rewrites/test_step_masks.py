@@ -55,6 +55,11 @@ def test_a_float_mask_is_refused() -> None:
         kqat.plan(keras.Model(x, y))
 
 
+def test_a_mask_of_steps_in_the_last_axis_is_refused() -> None:
+    with pytest.raises(UnsupportedLayerError, match=r"'channels_last' in layer 'pool', .* mask"):
+        kqat.plan(_model(4, data_format="channels_first"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["int8", "int16x8"])
 def test_the_file_leaves_masked_steps_out(policy: str) -> None:

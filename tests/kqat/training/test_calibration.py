@@ -465,3 +465,30 @@ def test_weights_are_rounded_once_and_anew_for_the_next_calibration() -> None:
     wrapper.rounded("kernel")
     wrapper.rounded("kernel")
     assert len(rounded) == 4
+
+
+def test_data_are_augmented_in_training_alone() -> None:
+    """Keras's layers that augment do so by default, wherever one of them is called by itself."""
+    x = RNG.uniform(size=(32, 2, 2, 1)).astype(np.float32)
+    augmenting = layers.RandomBrightness(1.0, value_range=(0.0, 1.0), seed=0)
+    rest = [layers.Flatten(), layers.Dense(2, "relu"), layers.Dense(2)]
+    model = keras.Sequential([keras.Input((2, 2, 1)), augmenting, *rest])
+    qat = kqat.quantize_model(model, calibration_data=x)
+    wanted = np.asarray(model(x, training=False))
+    noise = np.abs(np.asarray(qat(x, training=False)) - wanted).mean()
+    assert noise < 0.02 * np.abs(wanted).mean()
+    assert np.abs(np.asarray(qat(x, training=True)) - wanted).mean() > 10 * noise
+
+
+def test_columns_are_looked_up_in_tables_of_their_own() -> None:
+    """An index is held against the tables that read it, not those that read its neighbours."""
+    columns = keras.Input((2,), dtype="int32", name="columns")
+    rows = [
+        layers.Embedding(size, 3, name=name)(columns[:, i])
+        for i, (size, name) in enumerate([(4, "users"), (9, "films")])
+    ]
+    model = keras.Model(columns, layers.Multiply()(rows))
+    data = np.stack([np.arange(32) % 4, np.arange(32) % 9], axis=1).astype(np.int32)
+    kqat.quantize_model(model, calibration_data=data)
+    with pytest.raises(kqat.CalibrationError, match=r"from 0 to 3 for 'users', .* Received: 4"):
+        kqat.quantize_model(model, calibration_data=data[:, ::-1])
