@@ -199,7 +199,8 @@ def _tried(
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        outputs = made(*args, **kwargs)
+        # The parts compute what inference does, whatever is asked for.
+        outputs = made(*args, **{k: v for k, v in kwargs.items() if k != "training"})
         tensors = with_masks(t for t in keras.tree.flatten((args, kwargs)) if is_tensor(t))
         values = {id(t): _trial_values(t, seed) for seed, t in enumerate(tensors)}
         args, kwargs = keras.tree.map_structure(lambda x: values.get(id(x), x), (args, kwargs))
