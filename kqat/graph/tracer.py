@@ -480,7 +480,9 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
     """
     refs.update(opened.weights)
     walk.seen.extend([opened] if opened.fresh else [])
-    for call, masks, borne, maker in calls_in_order(opened.function, refs, opened.masks):
+    for call, masks, borne, maker in calls_in_order(
+        opened.function, refs, opened.masks, opened.made_masks
+    ):
         if all(id(t) in refs for t in call.outputs):  # It computes with weights alone.
             continue
         layer = call.operation
