@@ -1271,6 +1271,18 @@ def _calls(function: Any) -> list[Any]:
     return [call for call in ordered if not call.is_input]
 
 
+def infer_by_default(model: Any) -> None:
+    """Lets a functional model that is called without `training` infer, as all its layers do.
+
+    `call` of Keras's Resizing and its kin has `training=True` for a default, which Keras records
+    and hands on to all layers behind: their statistics and ranges would move. What the model is
+    called with still goes before.
+    """
+    for call in _calls(model):
+        if call.arguments.kwargs.get("training"):
+            call.arguments.kwargs["training"] = False
+
+
 def masks_of(function: Any, tensors: Sequence[Any]) -> list[Any]:
     """The masks that tensors inside a function bear when it runs, symbolic; `None` for none."""
     live = _masks_read(_calls(function), {}).live
