@@ -23,6 +23,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -45,7 +46,8 @@ class Opened:
     which path a layer inside is reached. `fresh` says that its operations were made just now, and
     will bear other names the next time. `sequence` says that it is a Sequential: what `training`
     stands in its calls is not the user's, but that of the call in which it was built. `masks` are
-    those that inputs bear, by the identity of the input. `losses` are those that calls added, of
+    those that inputs bear, by the identity of the input, and `made_masks` those that layers opened
+    inside gave to what they return. `losses` are those that calls added, of
     tensors some of which are not the function's: `renewed` has each with the one in its place.
     `asides` says what else they did that is no part of the function, such as to update a metric: a
     subject and a verb each.
@@ -61,6 +63,7 @@ class Opened:
     fresh: bool = False
     sequence: bool = False
     masks: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    made_masks: Mapping[int, Any] = dataclasses.field(default_factory=dict)
     losses: tuple["SeenLoss", ...] = ()
     renewed: Sequence[tuple[Any, Any]] = ()
     asides: tuple[str, ...] = ()
@@ -85,9 +88,13 @@ class SeenLoss:
 
 @dataclasses.dataclass
 class _Notes:
-    """What calls were seen to do beside what they compute: losses, and what else, in words."""
+    """What calls were seen to do beside what they compute: losses, and what else, in words.
+
+    `masks` are those that opened layers gave to what they return, by the identity of that.
+    """
 
     losses: list[SeenLoss] = dataclasses.field(default_factory=list)
+    masks: dict[int, Any] = dataclasses.field(default_factory=dict)
     asides: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -344,7 +351,7 @@ def open_call(
         function, output, weights, _ = found
     renewed: list[tuple[Any, Any]] = []
     if _is_moved(function, batch, weights):
-        if _reads_masks(function, masks):
+        if _reads_masks(function, masks, notes.masks):
             raise ModelError(
                 f"Expected the batch on the first axis of all values in '{layer.name}' of type "
                 f"{type(layer).__name__}, in which layers read a mask. Received: values with the "
@@ -365,6 +372,7 @@ def open_call(
         owners_by_path,
         True,
         masks=masks,
+        made_masks=dict(notes.masks),
         losses=tuple(notes.losses),
         renewed=renewed,
         asides=tuple(dict.fromkeys(notes.asides)),
@@ -589,6 +597,7 @@ def _called(
     """
     weights: dict[int, tuple[Any, Any]] = dict(given)
     notes.losses.clear()  # They were of other symbolic tensors.
+    notes.masks.clear()
     try:
         with PATCHING:
             opened = [p for p in inside if p is layer or not _is_stock(p)]
@@ -598,6 +607,7 @@ def _called(
                 masks_told(),
                 _as_inputs(inside, weights),
                 _calls_inlined([*opened, *loops], twins, notes),
+                _masks_noted([part for part in opened if part is not layer], notes),
                 _patched(*((loop, "call", _step_by_step(loop)) for loop in loops)),
                 _shapes_told(layer),
                 _keys_of_tensors(),
@@ -840,6 +850,29 @@ def _as_read(operation: Any, call: dict[str, Any]) -> dict[str, Any]:
     first = dict(zip(given, args[:1], strict=False))
     others = {name: value for name, value in given.items() if name not in first}
     return {**call, "call_args": args[:1], "call_kwargs": {**others, "query_mask": borne}}
+
+
+@contextlib.contextmanager
+def _masks_noted(opened: Sequence[Any], notes: _Notes) -> Iterator[None]:
+    """Notes the masks that opened layers give to their outputs, as no call of theirs is recorded.
+
+    Args:
+        opened: layers inside the one that is traced.
+        notes: receive the masks.
+    """
+
+    def noted(part: Any) -> Callable[..., Any]:
+        give = part._set_mask_metadata
+
+        def given(inputs: Any, outputs: Any, previous_mask: Any) -> None:
+            bare = [t for t in _tensors(outputs) if borne_mask(t) is None]
+            give(inputs, outputs, previous_mask)
+            notes.masks |= {id(t): m for t in bare if (m := borne_mask(t)) is not None}
+
+        return given
+
+    with _patched(*((part, "_set_mask_metadata", noted(part)) for part in opened)):
+        yield
 
 
 def _to_twins(
@@ -1211,7 +1244,7 @@ def _where(error: Exception) -> str:
 
 
 def calls_in_order(
-    function: Any, known: Collection[int], masks: Mapping[int, Any]
+    function: Any, known: Collection[int], masks: Mapping[int, Any], made_masks: Mapping[int, Any]
 ) -> Iterator[tuple[Any, dict[str, Any], dict[int, Any], str | None]]:
     """The calls of `function`, each after those whose tensors or masks it reads.
 
@@ -1223,12 +1256,13 @@ def calls_in_order(
         function: a Functional model or a `keras.Function`.
         known: identities of tensors, to which the caller adds a call's outputs before the next.
         masks: those that inputs of `function` bear.
+        made_masks: those that layers opened inside it gave to what they return.
 
     Raises:
         ModelError: if a mask cannot be followed to what it is computed from.
     """
     calls = _calls(function)
-    read = _masks_read(calls, masks)
+    read = _masks_read(calls, masks, made_masks)
     inputs = [*function.inputs, *masks.values()]
     if wanted := read.tensors():
         # What computes a mask leads to no output.
@@ -1285,6 +1319,18 @@ def _calls(function: Any) -> list[Any]:
     by_depth = function._nodes_by_depth
     ordered = (call for depth in sorted(by_depth, reverse=True) for call in by_depth[depth])
     return [call for call in ordered if not call.is_input]
+
+
+def infer_by_default(model: Any) -> None:
+    """Lets a functional model that is called without `training` infer, as all its layers do.
+
+    `call` of Keras's Resizing and its kin has `training=True` for a default, which Keras records
+    and hands on to all layers behind: their statistics and ranges would move. What the model is
+    called with still goes before.
+    """
+    for call in _calls(model):
+        if call.arguments.kwargs.get("training"):
+            call.arguments.kwargs["training"] = False
 
 
 def masks_of(function: Any, tensors: Sequence[Any]) -> list[Any]:
@@ -1356,14 +1402,18 @@ class _MasksRead:
         ]
 
 
-def _masks_read(calls: list[Any], masks: Mapping[int, Any]) -> _MasksRead:
+def _masks_read(
+    calls: list[Any], masks: Mapping[int, Any], returned: Mapping[int, Any] = MappingProxyType({})
+) -> _MasksRead:
     """The masks of calls, the first of which read tensors with `masks`.
+
+    `returned` are those of tensors that an opened layer, of which there is no call, returned.
 
     Keras does this when a model runs, call by call: MultiHeadAttention takes the masks off the
     tensors that it reads, so that those who come later see none. What symbolic tensors bear is
     what they had before any call ran.
     """
-    result = _MasksRead(live=dict(masks))
+    result = _MasksRead(live={**returned, **masks})
     live = result.live
     # Tensors whose mask, as it was made when the model was built, hides nothing.
     unhidden: set[int] = set()
@@ -1416,7 +1466,10 @@ def _masks_read(calls: list[Any], masks: Mapping[int, Any]) -> _MasksRead:
             if isinstance(layer, keras.layers.Masking):
                 made = _calls_between(call.input_tensors, after)
                 result.makers.update((id(maker), layer.name) for maker in made)
-        live.update((id(t), m) for t, m in zip(call.outputs, after, strict=False))
+        live.update(
+            (id(t), returned.get(id(t)) if m is None else m)
+            for t, m in zip(call.outputs, after, strict=False)
+        )
         if isinstance(layer, keras.layers.MultiHeadAttention):
             live.update((id(t), None) for t in _tensors(list(tensors.values())))
     return result
@@ -1564,11 +1617,15 @@ def _handed_on(
     return after
 
 
-def _reads_masks(function: Any, masks: Mapping[int, Any]) -> bool:
-    """Whether masks of a function's inputs lead to its outputs."""
-    if not masks:
+def _reads_masks(
+    function: Any, masks: Mapping[int, Any], made: Mapping[int, Any] = MappingProxyType({})
+) -> bool:
+    """Whether masks of a function's inputs, or those `made` inside, lead to its outputs."""
+    if not masks and not made:
         return False
-    wanted = _masks_read(_calls(function), masks).tensors()
+    wanted = _masks_read(_calls(function), masks, made).tensors()
+    if {id(t) for t in wanted} & {id(mask) for mask in made.values()}:
+        return True
     calls = _calls_between(function.inputs, [*function.outputs, *wanted])
     read = _tensors([wanted, *((c.arguments.args, c.arguments.kwargs) for c in calls)])
     return bool({id(t) for t in read} & {id(mask) for mask in masks.values()})

@@ -30,6 +30,7 @@ from kqat.graph.keras_internals import (
     calls_in_order,
     calls_to,
     give_readers,
+    infer_by_default,
     inner_function,
     is_of_users,
     maker_name,
@@ -312,7 +313,9 @@ def rebuild(
         outputs = keras.tree.pack_sequence_as(outputs, named)
     give_readers(fresh.values())
     with _deep_recursion():
-        return keras.Model(fill(graph.input_struct, fresh.__getitem__), outputs, name=name)
+        model = keras.Model(fill(graph.input_struct, fresh.__getitem__), outputs, name=name)
+    infer_by_default(model)
+    return model
 
 
 def with_losses(
@@ -480,7 +483,9 @@ def _inline(opened: Opened, refs: dict[int, Any], walk: _Walk) -> Any:
     """
     refs.update(opened.weights)
     walk.seen.extend([opened] if opened.fresh else [])
-    for call, masks, borne, maker in calls_in_order(opened.function, refs, opened.masks):
+    for call, masks, borne, maker in calls_in_order(
+        opened.function, refs, opened.masks, opened.made_masks
+    ):
         if all(id(t) in refs for t in call.outputs):  # It computes with weights alone.
             continue
         layer = call.operation

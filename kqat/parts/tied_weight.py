@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 from kqat.base import TextEnum
@@ -94,7 +95,7 @@ class TiedWeight(layers.Layer):
         elif use in (WeightUse.PRODUCT, WeightUse.TRANSPOSED):
             shape = (*x.shape[:-1], self.shape[1 if use == WeightUse.PRODUCT else 0])
         else:
-            shape = x.shape
+            shape = (x.shape[0], *np.broadcast_shapes(x.shape[1:], self.shape))
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:

@@ -25,11 +25,15 @@ from kqat.graph import (
     WeightReads,
     config_of,
     holders,
+    holds_indexes,
+    is_tensor,
+    operations_between,
     rebuild,
     trace,
 )
-from kqat.parts import ConstantKind, TiedWeight, WeightUse, WithConstant
+from kqat.parts import ChannelAffine, ConstantKind, Learned, TiedWeight, WeightUse, WithConstant
 from kqat.planning.expansion import expand
+from kqat.rewrites import zero
 
 Configs = Mapping[str, QuantizeConfig | None]
 # Names of the user's layers that read one weight.
@@ -209,14 +213,19 @@ def _rebuilt(
     graph: Graph, origins: Mapping[str, str], name: str, made: Mapping[int, Callable[..., Any]]
 ) -> tuple[Graph, dict[str, str]]:
     """The graph with other callables in the place of some layers, by their identity."""
+    parts = dict(origins)
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
-        return made.get(id(node.layer), node.layer)(*args, **kwargs)
+        output = made.get(id(node.layer), node.layer)(*args, **kwargs)
+        if id(node.layer) in made:
+            for part in operations_between([t for t in args if is_tensor(t)], output):
+                parts.setdefault(part.name, origins[node.layer.name])
+        return output
 
     built = trace(rebuild(graph, call, name))
     built = dataclasses.replace(built, output_names=graph.output_names)
     kept = {node.layer.name for node in built.nodes}
-    return built, {layer: origin for layer, origin in origins.items() if layer in kept}
+    return built, {layer: origin for layer, origin in parts.items() if layer in kept}
 
 
 def _calls_merged(
@@ -329,12 +338,20 @@ def _held(layer: Any, variable: Any) -> _Held | None:
         bias = np.asarray(layer.bias, np.float32) if layer.use_bias else None
         linear = layer.activation in (None, keras.activations.linear)
         return _Held(array, WeightUse.PRODUCT, bias) if linear else None
+    if isinstance(layer, Learned):
+        return _Held(_without_leading_ones(array), WeightUse.SUM)
+    if isinstance(layer, ChannelAffine) and layer.scale != layer.center:
+        return _Held(array, WeightUse.FACTOR if layer.scale else WeightUse.SUM)
     uses = {ConstantKind.ADD: WeightUse.SUM, ConstantKind.MULTIPLY: WeightUse.FACTOR}
     if isinstance(layer, WithConstant) and layer.kind in uses:
-        while array.ndim > 1 and array.shape[0] == 1:
-            array = array[0]
-        return _Held(array, uses[layer.kind])
+        return _Held(_without_leading_ones(array), uses[layer.kind])
     return None
+
+
+def _without_leading_ones(array: np.ndarray) -> np.ndarray:
+    while array.ndim > 1 and array.shape[0] == 1:
+        array = array[0]
+    return array
 
 
 def _together(
@@ -378,10 +395,19 @@ def _together(
     )
     part = Part(tied, [base, *biases])
 
-    def with_options(given: dict[str, Any]) -> Callable[..., Any]:
-        return lambda x: part(x, **given)
+    def with_options(layer: Any, given: dict[str, Any]) -> Callable[..., Any]:
+        if not isinstance(layer, Learned):
+            return lambda x: part(x, **given)
 
-    return {key: with_options(given) for key, given in uses.items()}
+        # A constant on the grid of who reads it cannot be on the weight's: it is added to zero.
+        def value(x: Any) -> Any:
+            if holds_indexes(x):
+                raise _refused(shared, name, f"of which '{layer.name}' stands beside indexes")
+            return part(zero(x, len(layer.shape), layer.name), **given)
+
+        return value
+
+    return {id(layer): with_options(layer, uses[id(layer)]) for layer, _ in found}
 
 
 def _take_options(
@@ -393,6 +419,10 @@ def _take_options(
         ModelError: if the layer has options that a `TiedWeight` lacks.
     """
     prefix = "embeddings" if isinstance(layer, layers.Embedding) else "kernel"
+    if isinstance(layer, ChannelAffine):
+        prefix = "gamma" if layer.scale else "beta"
+    if isinstance(layer, Learned):
+        prefix = "value"
     for kind in ("regularizer", "constraint"):
         given = getattr(layer, f"{prefix}_{kind}", None)
         before = options.get(f"kernel_{kind}")

@@ -30,7 +30,7 @@ from kqat.rewrites.operations.binary import (
 from kqat.rewrites.operations.nn import NETWORKS
 from kqat.rewrites.operations.reductions import REDUCING
 from kqat.rewrites.operations.shapes import REARRANGING, zeros_around
-from kqat.rewrites.operations.weights import WANT_BATCH, as_values, computed, is_weight
+from kqat.rewrites.operations.weights import WANT_BATCH, as_values, computed, is_weight, zero
 
 __all__ = [
     "BINARY",
@@ -62,5 +62,6 @@ __all__ = [
     "time_and_depth",
     "truth",
     "whole_numbers",
+    "zero",
     "zeros_around",
 ]

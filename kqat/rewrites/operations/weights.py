@@ -107,14 +107,25 @@ def emitted(weight: Any, like: Any, rank: int, name: str) -> Any:
 def computed(weight: Any, like: Any, rank: int, name: str) -> Any:
     """A weight as a value that an operator computes: zero plus the weight."""
     array, trained = _value(weight, rank, name)
-    first = _first_element(like, len(array.shape), name)
     if holds_indexes(like):
+        first = _first_element(like, len(array.shape), name)
         none = IndexOperation(IndexKind.MULTIPLY, {"x2": 0}, name=f"{name}_zero")(first)
         row = rows(array.reshape(1, -1), none, f"{name}_row", trained)
         return layers.Reshape(array.shape, name=name)(row)
-    zero = layers.Subtract(name=f"{name}_zero")([first, first])
     layer = WithConstant(ConstantKind.ADD, [1, *array.shape], name=name, trainable=trained)
-    return Part(layer, [array[None]])(zero)
+    return Part(layer, [array[None]])(zero(like, len(array.shape), name))
+
+
+def zero(like: Any, rank: int, name: str) -> Any:
+    """Zero for each sample of a tensor of quantities, of shape `(batch, 1, …)`.
+
+    Args:
+        like: the tensor.
+        rank: how many axes of 1 follow the batch.
+        name: that the parts' names begin with.
+    """
+    first = _first_element(like, rank, name)
+    return layers.Subtract(name=f"{name}_zero")([first, first])
 
 
 def _first_element(x: Any, rank: int, name: str) -> Any:

@@ -221,6 +221,29 @@ def test_masks_come_out_of_layers_and_models(name: str) -> None:
     _check(_model(layers.LSTM(3), OUT_OF[name]()))
 
 
+@pytest.mark.parametrize("doubled", [False, True], ids=["of a layer", "of an operation"])
+def test_a_mask_is_made_and_read_inside_one_layer(doubled: bool) -> None:
+    """A layer inside gives it to what another layer, or an operation, returns."""
+    padded = Padding(
+        [layers.Embedding(WORDS, WIDTH)], lambda x, table: table(x) * 2.0 if doubled else table(x)
+    )
+    parts = [padded, _attention(), layers.Add()]
+    _check(_model(lambda x: x, Whole(parts, lambda x, pad, *parts: _added(pad(x), *parts))))
+
+
+def _moves_its_batch(x: Any, padded: Any, attention: Any, add: Any) -> Any:
+    steps = ops.reshape(padded(x), (-1, 1, WIDTH))
+    return _added(padded(x), attention, add) + ops.reshape(steps * 2.0, (-1, STEPS, WIDTH))
+
+
+def test_a_mask_made_inside_a_layer_that_moves_its_batch_is_refused() -> None:
+    padded = Padding([layers.Embedding(WORDS, WIDTH)], lambda x, table: table(x) * 2.0)
+    with pytest.raises(kqat.UnsupportedLayerError, match="in which layers read a mask"):
+        kqat.plan(
+            _model(lambda x: x, Whole([padded, _attention(), layers.Add()], _moves_its_batch))
+        )
+
+
 @pytest.mark.slow
 def test_a_layer_that_stays_as_it_is_hands_its_mask_on() -> None:
     model = _model(layers.LSTM(3), Tokens(name="own"))

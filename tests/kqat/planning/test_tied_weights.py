@@ -1,5 +1,6 @@
 """A weight that several layers read is one variable in training, on one grid."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,22 @@ class Positions(L.Layer):
         return ops.tanh(x * self.table + self.table) + ops.take(self.table, places, axis=0)
 
 
+class Token(L.Layer):
+    """A token before all steps, and behind them the sum that carries it past."""
+
+    def __init__(self, factor: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def build(self, input_shape: Any) -> None:
+        self.token = self.add_weight(shape=(1, 1, WIDTH), initializer="normal", name="token")
+
+    def call(self, x: Any) -> Any:
+        token = ops.tile(self.token, (ops.shape(x)[0], 1, 1))
+        y = ops.mean(ops.tanh(ops.concatenate([token, x], axis=1)), axis=1, keepdims=True)
+        return y * self.token if self.factor else y + token
+
+
 class Own(L.Layer):
     def build(self, input_shape: Any) -> None:
         self.w = self.add_weight(shape=(WIDTH, WIDTH), name="w")
@@ -131,6 +148,11 @@ def positions() -> keras.Model:
     model = keras.Model([ids, places], layer(table()(ids), places))
     layer.table.assign(RNG.normal(size=(STEPS, WIDTH)))
     return model
+
+
+def of_steps(*layers: Any) -> keras.Model:
+    x = keras.Input((STEPS, WIDTH))
+    return keras.Model(x, functools.reduce(lambda y, layer: layer(y), layers, x))
 
 
 def of_vectors(*layers: Any) -> keras.Model:
@@ -206,6 +228,8 @@ KINDS: dict[str, tuple[Callable[[], keras.Model], int]] = {
     "equal numbers elsewhere": (twins, 1),
     "positions": (positions, 1),
     "decoder": (decoder, 1),
+    "token": (lambda: of_steps(Token()), 1),
+    "token as a factor": (lambda: of_steps(Token(factor=True)), 1),
     "subclassed": (subclassed, 1),
     "inside a layer": (inside, 1),
     "layer called twice": (called_twice, 0),
@@ -232,8 +256,12 @@ def test_one_variable_is_trained_by_all_uses(kind: str) -> None:
     model = build()
     before = [np.array(weight) for weight in model.weights]
     qat = kqat.quantize_model(model, calibration_data=data_of(model))
-    # Biases that are added behind a product were none of its own, so there may be fewer.
-    sizes, own = (sorted(tuple(v.shape) for v in m.trainable_variables) for m in (qat, model))
+    # Biases that are added behind a product were none of its own, so there may be fewer. A weight
+    # that is put to several uses has no axes of one before the others.
+    sizes, own = (
+        sorted(tuple(n for n in v.shape if n > 1) for v in m.trainable_variables)
+        for m in (qat, model)
+    )
     assert sizes == own
     held = [q.layer for q in qat.layers if isinstance(q, kqat.QuantizeWrapper)]
     assert sum(isinstance(layer, TiedWeight) for layer in held) == tied

@@ -251,3 +251,17 @@ def test_a_per_tensor_fold_is_rounded_as_it_ships() -> None:
     found = unseen(model, QuantizeConfig(weights=spec))(IMAGES)
     # Sums of 27 float32 products in another order; one step of the weights is 0.016.
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("resize", [keras.layers.UpSampling2D(2), keras.layers.Resizing(9, 9)])
+def test_a_call_without_training_infers_behind_layers_that_train_by_default(resize: Any) -> None:
+    """Keras's Resizing, as which UpSampling2D ships, has `training=True` for a default."""
+    qat = unseen(model_of(lambda x: norm()(conv("conv", 3)(resize(x)))))
+    again = keras.Model.from_config(qat.get_config())
+    again.set_weights(qat.get_weights())
+    for model in (qat, again):
+        before = weights_by_name(model)
+        found = model(IMAGES)
+        np.testing.assert_equal(weights_by_name(model), before)
+        np.testing.assert_array_equal(found, model(IMAGES, training=False))
+        assert np.any(found != model(IMAGES, training=True))
