@@ -110,6 +110,10 @@ class _GraphFreezer:
         self.factors = {
             self.producers[node.inputs[0]]: node.layer for node in graph.nodes if self._scales(node)
         }
+        # What scales and shifts the input of a kernel ships in its weights and its bias.
+        self.affines = {
+            name for node in graph.nodes for name in node.kwargs.get("input_affines") or ()
+        }
         self.grids: dict[Ref, Site] = {}
         # Values that no input of the model reaches. The converter computes them, and would compute
         # a marker as well, so they have none. The file holds them on the grid of their reader.
@@ -162,6 +166,8 @@ class _GraphFreezer:
             return [Value(args[0] if self._is_constant(node) else self.parts.fence(args[0]))]
         if self._scales(node):
             return [Value(args[0])]
+        if layer.name in self.affines:
+            return [Value(args[0], self.grids.get(node.inputs[0]))]
         if not isinstance(layer, QuantizeWrapper):
             facts = stock_facts(layer) if self._grids_read(node) else None
             return self._plain(node, layer, facts, args, kwargs)

@@ -73,7 +73,7 @@ def fit_bias(
     bias: np.ndarray,
     input_scale: np.float32,
     bits: int = 8,
-    output_scale: np.float32 = np.float32(0.0),
+    output_scale: np.float32 | float = 0.0,
 ) -> tuple[Weights, Bias]:
     """The integer bias, and the weights on a coarser grid in channels where it would overflow.
 
