@@ -22,7 +22,7 @@ from kqat.freezing.recurrences import fused, unrolled
 from kqat.freezing.stripper import checked_graph
 from kqat.freezing.unplanned import check_planned
 from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild
-from kqat.grids import Bounds, Site, arithmetic
+from kqat.grids import Bounds, Clamp, Site, arithmetic
 from kqat.parts import (
     ByteInput,
     Hide,
@@ -265,9 +265,12 @@ class _GraphFreezer:
         grid = _site(layer, layer.label)
         # What has to end at bounds does so with its grid, but a constant has none yet.
         by_grid = isinstance(layer.clamp, Bounds) and not self._is_constant(node)
-        if layer.clamp and observes and not by_grid:
+        clamp = None if by_grid else layer.clamp
+        if by_grid and layer.spec.symmetric and layer.clamp.low == 0.0:
+            clamp = Clamp.RELU  # Only the upper end of such a grid is that of the clip.
+        if clamp and observes:
             name = self.parts.free_name(f"kqat_clamp_{len(self.parts.sites)}")
-            x = clamp_layer(layer.clamp, name=name, dtype="float32")(x)
+            x = clamp_layer(clamp, name=name, dtype="float32")(x)
         if self._is_constant(node):
             self._note_constant(node.inputs[0], grid)
             return Value(x, grid)
