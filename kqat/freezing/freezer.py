@@ -265,9 +265,11 @@ class _GraphFreezer:
         grid = _site(layer, layer.label)
         # What has to end at bounds does so with its grid, but a constant has none yet.
         by_grid = isinstance(layer.clamp, Bounds) and not self._is_constant(node)
-        clamp = None if by_grid else layer.clamp
-        if by_grid and layer.spec.symmetric and layer.clamp.low == 0.0:
-            clamp = Clamp.RELU  # Only the upper end of such a grid is that of the clip.
+        clamp: Clamp | Bounds | None = layer.clamp
+        if isinstance(layer.clamp, Bounds) and by_grid:
+            # Of a grid with both ends alike only the upper one is that of the clip.
+            above_zero = layer.spec.symmetric and layer.clamp.low == 0.0
+            clamp = Clamp.RELU if above_zero else None
         if clamp and observes:
             name = self.parts.free_name(f"kqat_clamp_{len(self.parts.sites)}")
             x = clamp_layer(clamp, name=name, dtype="float32")(x)
