@@ -6,6 +6,7 @@ from kqat.devices import edge_tpu_shapes
 from kqat.devices.edge_tpu_shapes import shape_limit, too_many_axes, version_limit
 from kqat.devices.kernels import (
     APPROXIMATE,
+    HALVES_AWAY,
     INPUT_SCALES,
     INT8_FIXED,
     INT16,
@@ -40,6 +41,7 @@ from kqat.devices.targets import (
 
 __all__ = [
     "APPROXIMATE",
+    "HALVES_AWAY",
     "INPUT_SCALES",
     "INT8_FIXED",
     "INT16",

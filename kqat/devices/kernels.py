@@ -219,6 +219,11 @@ INPUT_SCALES: dict[str, tuple[float, float]] = {
 }
 
 
+# Operators whose kernels round halves of a step away from the integer zero, on every runtime: most
+# values behind a ReLU are integers below zero, so that half of a pair's means come out lower.
+HALVES_AWAY = ("AVERAGE_POOL_2D",)
+
+
 def ops_at(ops: Sequence[str], bits: int, axes: int) -> tuple[str, ...]:
     """The operators of a row that a layer may become, for activations of `bits` bits.
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from kqat.base import ModelError, PolicyError, scope_name
+from kqat.devices import HALVES_AWAY
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
 from kqat.parts import PrecisionBoundary, Recurrence, TiedWeight, reads_rows
 from kqat.planning import Group, LayerPlan, Plan, Role, Rounding
@@ -200,6 +201,10 @@ class _Assembly:
         more: dict[str, Any] = {}
         if resolution := self.resolutions.get(ref):
             more["resolution"] = resolution
+        producer = self.producers.get(ref)
+        rule = self.plan.rules.get(producer.name) if producer else None
+        if rule is not None and set(rule.ops) & set(HALVES_AWAY):
+            more["halves_away"] = True
         for rounding in self.plan.roundings.get(ref, ()):
             quantizer = self._quantizer(rounding)
             tensor = quantizer(tensor, site=rounding.site, observe=rounding.observe, **more)
