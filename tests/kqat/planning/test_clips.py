@@ -108,6 +108,9 @@ def test_a_grid_of_sixteen_bits_ends_there_at_both_ends_or_above_zero(
         assert part.exact is None or part.exact.is_exact, part
     want, got = (np.asarray(m(X, training=False), np.float64) for m in (model, qat))
     assert 10 * np.log10(np.mean(want**2) / np.mean((got - want) ** 2)) > 40.0
+    shipped = np.asarray(kqat.integer_model(qat, runtime="litert")(X[:8], training=False))
+    step = tflite_export.inspect(blob).outputs[0].scale
+    assert want.min() - step <= shipped.min() and shipped.max() <= want.max() + step
 
 
 FREE = {
