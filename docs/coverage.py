@@ -119,7 +119,7 @@ def _how(rule: LayerRule) -> str:
     if rule.affine:
         return (
             "own range; exact 1×1 depthwise convolution, one operator with a constant, or in the "
-            "weights of the layer before it"
+            "weights of the layer before or behind it"
         )
     if rule.table_of_rows:
         return "own range; its rows ship on that grid"

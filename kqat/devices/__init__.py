@@ -6,6 +6,8 @@ from kqat.devices import edge_tpu_shapes
 from kqat.devices.edge_tpu_shapes import shape_limit, too_many_axes, version_limit
 from kqat.devices.kernels import (
     APPROXIMATE,
+    HALVES_AWAY,
+    INPUT_SCALES,
     INT8_FIXED,
     INT16,
     INT16_FIXED,
@@ -39,6 +41,8 @@ from kqat.devices.targets import (
 
 __all__ = [
     "APPROXIMATE",
+    "HALVES_AWAY",
+    "INPUT_SCALES",
     "INT8_FIXED",
     "INT16",
     "INT16_FIXED",

@@ -207,6 +207,23 @@ PACKS_AS = {"FULLY_CONNECTED": "CONV_2D"}
 STAND_INS = {"LEAKY_RELU": "PRELU", "MEAN": "FULLY_CONNECTED"}
 
 
+# Operator -> the scales that its kernels take for their inputs: above the first number and below
+# the second. With others TFLite ends the process: smaller ones make a multiplier of zero, and the
+# multipliers of comparisons are below one
+# (https://github.com/tensorflow/tensorflow/blob/master/tensorflow/lite/kernels/comparisons.cc).
+INPUT_SCALES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("SOFTMAX", "LOG_SOFTMAX"), (2.0**-26, math.inf)),
+    **dict.fromkeys(
+        ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL"), (0.0, 1.0)
+    ),
+}
+
+
+# Operators whose kernels round halves of a step away from the integer zero, on every runtime: most
+# values behind a ReLU are integers below zero, so that half of a pair's means come out lower.
+HALVES_AWAY = ("AVERAGE_POOL_2D",)
+
+
 def ops_at(ops: Sequence[str], bits: int, axes: int) -> tuple[str, ...]:
     """The operators of a row that a layer may become, for activations of `bits` bits.
 

@@ -53,12 +53,14 @@ def freeze_layer(
         changes["kind"] = ConstantKind.ADD
     # Training rounds in float32: where float64 would fall on the other side, training is right.
     rounded = wrapper.bias_on_grid(branch)
+    moved: Any = wrapper.moved_by_inputs(branch) if rounded is None else None
     if rounded is not None and factor is not None:
         rounded = (rounded.astype(np.float64) * factor).astype(np.float32)
     if norm is not None:
         scales, offset = _normalization(norm)
         bias = np.asarray(array_of(layer.bias), np.float64) if layer.use_bias else 0.0
-        bias = (offset + bias * scales) * (1.0 if factor is None else factor)
+        bias = offset + bias * scales + (0.0 if moved is None else moved)
+        bias = bias * (1.0 if factor is None else factor)
         _check_fits(bias, layer.name)
         values = [values[0], bias.astype(np.float32) if rounded is None else rounded]
         changes["use_bias"] = True
@@ -67,9 +69,11 @@ def freeze_layer(
             rounded if v is layer.bias else value
             for v, value in zip(layer.weights, values, strict=True)
         ]
-    elif factor is not None and getattr(layer, "bias", None) is not None:
+    elif (factor is not None or moved is not None) and getattr(layer, "bias", None) is not None:
+        bias = array_of(layer.bias) + (0.0 if moved is None else moved)
+        bias = (bias * (1.0 if factor is None else factor)).astype(np.float32)
         values = [
-            (array_of(v) * factor).astype(np.float32) if v is layer.bias else value
+            bias if v is layer.bias else value
             for v, value in zip(layer.weights, values, strict=True)
         ]
     if isinstance(layer, TiedWeight) and len(layer.shape) == 2 and not layer.products:
@@ -97,6 +101,9 @@ def _frozen(wrapper: QuantizeWrapper, name: str, branch: int) -> FrozenWeight:
             _check_fits(folded * spec.qmax, wrapper.layer.name)
             scale = folded.astype(np.float32)
     integers = np.where(scale < np.finfo(np.float32).tiny, 0.0, integers)
+    idle = wrapper.idle_inputs(name)
+    if idle is not None:
+        integers = np.where(idle, 0.0, integers)
     _check_clusters(wrapper, name, integers)
     shared = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
     empty = ~np.any(integers, axis=shared, keepdims=True)

@@ -22,7 +22,7 @@ from kqat.freezing.recurrences import fused, unrolled
 from kqat.freezing.stripper import checked_graph
 from kqat.freezing.unplanned import check_planned
 from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild
-from kqat.grids import Bounds, Site, arithmetic
+from kqat.grids import Bounds, Clamp, Site, arithmetic
 from kqat.parts import (
     ByteInput,
     Hide,
@@ -110,6 +110,10 @@ class _GraphFreezer:
         self.factors = {
             self.producers[node.inputs[0]]: node.layer for node in graph.nodes if self._scales(node)
         }
+        # What scales and shifts the input of a kernel ships in its weights and its bias.
+        self.affines = {
+            name for node in graph.nodes for name in node.kwargs.get("input_affines") or ()
+        }
         self.grids: dict[Ref, Site] = {}
         # Values that no input of the model reaches. The converter computes them, and would compute
         # a marker as well, so they have none. The file holds them on the grid of their reader.
@@ -162,6 +166,8 @@ class _GraphFreezer:
             return [Value(args[0] if self._is_constant(node) else self.parts.fence(args[0]))]
         if self._scales(node):
             return [Value(args[0])]
+        if layer.name in self.affines:
+            return [Value(args[0], self.grids.get(node.inputs[0]))]
         if not isinstance(layer, QuantizeWrapper):
             facts = stock_facts(layer) if self._grids_read(node) else None
             return self._plain(node, layer, facts, args, kwargs)
@@ -259,9 +265,14 @@ class _GraphFreezer:
         grid = _site(layer, layer.label)
         # What has to end at bounds does so with its grid, but a constant has none yet.
         by_grid = isinstance(layer.clamp, Bounds) and not self._is_constant(node)
-        if layer.clamp and observes and not by_grid:
+        clamp: Clamp | Bounds | None = layer.clamp
+        if isinstance(layer.clamp, Bounds) and by_grid:
+            # Of a grid with both ends alike only the upper one is that of the clip.
+            above_zero = layer.spec.symmetric and layer.clamp.low == 0.0
+            clamp = Clamp.RELU if above_zero else None
+        if clamp and observes:
             name = self.parts.free_name(f"kqat_clamp_{len(self.parts.sites)}")
-            x = clamp_layer(layer.clamp, name=name, dtype="float32")(x)
+            x = clamp_layer(clamp, name=name, dtype="float32")(x)
         if self._is_constant(node):
             self._note_constant(node.inputs[0], grid)
             return Value(x, grid)

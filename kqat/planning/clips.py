@@ -58,7 +58,7 @@ def _found(
     joined: set[Node] = set()
     for node in graph.nodes:
         bounds, config = _bounds_of(node), configs[origins[node.layer.name]]
-        if bounds is None or calls[id(node.layer)] != 1 or not _has_free_range(config):
+        if bounds is None or calls[id(node.layer)] != 1:
             continue
         before, row = producers.get(node.inputs[0]), [node]
         while before is not None and (inner := _bounds_of(before)) is not None:
@@ -71,7 +71,7 @@ def _found(
             row.append(before)
             before = producers.get(before.inputs[0])
         fused = len(row) == 1 and _function(node) in _FUSED.values()
-        if not fused and _is_grid(bounds):
+        if not fused and _is_grid(bounds) and _has_free_range(config, bounds):
             made[node] = bounds
             joined.update(row[1:])
     return {node: bounds for node, bounds in made.items() if node not in joined}, joined
@@ -104,13 +104,16 @@ def _is_grid(bounds: Bounds) -> bool:
     return bounded and bounds.low <= 0.0 and high
 
 
-def _has_free_range(config: QuantizeConfig | None) -> bool:
+def _has_free_range(config: QuantizeConfig | None, bounds: Bounds) -> bool:
     """Whether the range of a layer's output can keep to bounds, on a grid of its own ends.
 
-    A range that is given or learned lies where it lies, a symmetric one has both ends alike, and
-    an estimator knows of no clip.
+    A range that is given or learned lies where it lies, and an estimator knows of no clip. A
+    symmetric one has both ends alike; where the lower bound is zero, a RELU sees to that.
     """
-    if config is None or config.activation.bits != 8 or config.activation.symmetric:
+    if config is None:
+        return False
+    symmetric = config.activation.symmetric or config.activation.bits > 8
+    if symmetric and not (math.isfinite(bounds.high) and bounds.low in (0.0, -bounds.high)):
         return False
     given = isinstance(config.activation_range, Fixed | LearnedRangeMethod)
     return not given and config.activation_gradient is None

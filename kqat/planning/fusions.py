@@ -15,6 +15,7 @@ import keras
 from kqat.graph import Node, Ref, config_of
 from kqat.grids import TrainedThreshold
 from kqat.parts import is_factor
+from kqat.planning.affine_inputs import find_before
 from kqat.planning.layer_configs import weight_grids, weight_step
 from kqat.planning.planned_graph import PlannedGraph
 
@@ -31,6 +32,8 @@ class Fusions:
         activations: clamp -> the layer whose kernel carries it out as its fused activation.
         clamps: value -> the clamp that makes it, which a quantizer carries out where all values
             of its group have the same clamp.
+        before: layer that multiplies and adds a number for each channel -> the layers with weights
+            behind it. In the file their weights and biases do both.
         inside: values that never exist as integers: they lie between two layers of one kernel.
     """
 
@@ -38,12 +41,17 @@ class Fusions:
     factors: Mapping[Node, Node]
     activations: Mapping[Node, Node]
     clamps: Mapping[Ref, Node]
+    before: Mapping[Node, tuple[Node, ...]]
     inside: frozenset[Ref]
 
     def normalization_of(self, node: Node) -> Node | None:
         """The BatchNormalization that folds into a layer."""
         folded = (norm for norm, into in self.folded.items() if into is node)
         return next((norm for norm in folded if _is_normalization(norm)), None)
+
+    def before_kernel(self, node: Node) -> tuple[Node, ...]:
+        """The layers that scale and shift the input of a layer with weights, first to last."""
+        return tuple(one for one, kernels in self.before.items() if node in kernels)
 
 
 def find_fusions(planned: PlannedGraph, *, keeps_clusters: bool = False) -> Fusions:
@@ -57,14 +65,16 @@ def find_fusions(planned: PlannedGraph, *, keeps_clusters: bool = False) -> Fusi
     folded = _find_folded(planned, [node for node in integer if _is_normalization(node)])
     activations: dict[Node, Node] = {}
     factors = _find_factors(planned, integer, folded, keeps_clusters)
+    before = find_before(planned, integer, folded, factors, keeps_clusters)
     inside = {node.inputs[0] for node in (*folded, *factors)}
+    inside |= {node.outputs[0] for node in before}
     for node in integer:
         chain = _chain_of_clamp(planned, node)
         if chain:
             activations[node] = chain[0]
             inside |= {member.outputs[0] for member in chain}
     clamps = {node.outputs[0]: node for node in integer if _quantizer_may_clamp(planned, node)}
-    return Fusions(folded, factors, activations, clamps, frozenset(inside))
+    return Fusions(folded, factors, activations, clamps, before, frozenset(inside))
 
 
 def _is_normalization(node: Node) -> bool:

@@ -88,6 +88,8 @@ class LayerPlan:
         weight_gradient: what stands for the derivative of their rounding; `None` is what
             `weight_step` says.
         normalization: name of the BatchNormalization that folds into it.
+        scaled_by: names of the layers before it, first to last, whose factors and offsets fold into
+            its weights and bias.
         group: name of the group whose quantizer rounds its output.
         ops: the TFLite operators that it may become.
         bits: width of its activations; 0 where it is float.
@@ -110,6 +112,7 @@ class LayerPlan:
     into: str | None = None
     output: Output | None = None
     weight_gradient: GradientEstimator | None = None
+    scaled_by: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

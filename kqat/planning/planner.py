@@ -145,7 +145,7 @@ def _decide(
     }
     planned = planned.with_steps(steps)
     fusions = find_fusions(planned, keeps_clusters=keeps_clusters)
-    shared = share_scales(planned)
+    shared = share_scales(planned, fusions.before)
     quantizers = place_quantizers(planned, fusions, shared)
     check_given_ranges(planned, fusions, shared, quantizers)
 
@@ -223,7 +223,8 @@ def _layer_plan(
     normalization = fusions.normalization_of(node)
     role, note = _role(planned, fusions, quantizers, node)
     folded = fusions.folded.get(node) or fusions.factors.get(node)
-    into = folded or fusions.activations.get(node)
+    behind = next(iter(fusions.before.get(node, ())), None)
+    into = folded or behind or fusions.activations.get(node)
     weights: dict[str, QuantSpec] = {}
     ops: tuple[str, ...] = ()
     if rule and config and role is Role.INTEGER:
@@ -240,6 +241,7 @@ def _layer_plan(
         weight_step=weight_step(rule, config) if rule and config else MaxAbs(),
         weight_gradient=config.weight_gradient if config else None,
         normalization=normalization.name if normalization else None,
+        scaled_by=tuple(one.name for one in fusions.before_kernel(node)),
         group=roundings[-1].group if roundings else None,
         ops=ops,
         bits=config.activation.bits if config else 0,
@@ -260,6 +262,9 @@ def _role(
         return Role.FOLDED, f"into {fusions.folded[node].name}"
     if node in fusions.factors:
         return Role.FACTOR, f"into the weights of {fusions.factors[node].name}"
+    if node in fusions.before:
+        names = ", ".join(kernel.name for kernel in fusions.before[node])
+        return Role.FACTOR, f"into the weights of {names}"
     if rule.output is Output.VANISHES:
         return Role.TRAINING_ONLY, "no operator in the file"
     if node in fusions.activations:

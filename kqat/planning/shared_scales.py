@@ -5,7 +5,9 @@ outputs (TFLite quantization specification). So do the states of a recurrence be
 step.
 """
 
-from kqat.graph import Ref
+from collections.abc import Collection
+
+from kqat.graph import Node, Ref
 from kqat.planning.planned_graph import PlannedGraph
 from kqat.registry import Output
 
@@ -29,14 +31,20 @@ class SharedScales:
             self._above[b] = a
 
 
-def share_scales(planned: PlannedGraph) -> SharedScales:
-    """The sets of values that must share one scale, from the graph's edges."""
+def share_scales(planned: PlannedGraph, scaling: Collection[Node] = ()) -> SharedScales:
+    """The sets of values that must share one scale, from the graph's edges.
+
+    Args:
+        planned: the graph, and what is known of its nodes.
+        scaling: layers that a kernel behind them computes, so that they hand integers on.
+    """
     shared = SharedScales()
     for before, after in planned.states or ():
         shared.join(before, after)
     for node in planned.graph.nodes:
         kind = planned.output_kind(node)
-        moves = kind is Output.SAME or (kind is Output.VANISHES and planned.is_integer(node))
+        vanishes = kind is Output.VANISHES and planned.is_integer(node)
+        moves = kind is Output.SAME or vanishes or node in scaling
         if not moves or node.outputs[0].holds_indexes:
             continue
         for ref in (*node.inputs, *node.outputs[1:]):

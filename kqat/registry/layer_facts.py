@@ -29,6 +29,7 @@ class LayerFacts:
             lookup table ships instead.
         hides: whether it adds a mask's bias to attention scores.
         affine: whether it is `x * scale + offset`, one pair per channel.
+        input_axis: the axis of its one weight that belongs to the channels of its input.
     """
 
     output: Output
@@ -41,6 +42,7 @@ class LayerFacts:
     largest_input_scale: float = math.inf
     hides: bool = False
     affine: bool = False
+    input_axis: int | None = None
 
     @classmethod
     def of(cls, rule: LayerRule) -> "LayerFacts":
@@ -56,6 +58,7 @@ class LayerFacts:
             largest_input_scale=rule.largest_input_scale,
             hides=rule.hides,
             affine=rule.affine,
+            input_axis=rule.input_axis,
         )
 
     def ships_as_table(self, bits: int, input_scale: float) -> bool:

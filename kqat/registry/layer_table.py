@@ -74,6 +74,7 @@ def _conv(op: str, axes: tuple[int, ...], *extra: str) -> LayerRule:
         weights={"kernel": axes},
         takes_clamp=True,
         takes_normalization=True,
+        input_axis=-2,
         decompose=basic.split_activation,
         refuse=rule.channels_last,
     )
@@ -227,7 +228,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.DepthwiseConv1D: _conv("DEPTHWISE_CONV_2D", (-2, -1), "RESHAPE"),
     layers.DepthwiseConv2D: _conv("DEPTHWISE_CONV_2D", (-2, -1)),
     layers.Conv2DTranspose: dataclasses.replace(
-        _conv("TRANSPOSE_CONV", (-2,), "RELU"), refuse=rule.not_dilated
+        _conv("TRANSPOSE_CONV", (-2,), "RELU"), input_axis=None, refuse=rule.not_dilated
     ),
     layers.SeparableConv1D: _own(
         "DEPTHWISE_CONV_2D", "CONV_2D", "RESHAPE", decompose=basic.separable

@@ -45,6 +45,8 @@ class LayerRule:
             nothing else: the ends of a grid may carry it out.
         takes_clamp: whether a clamp after this layer can be its kernel's fused activation.
         takes_normalization: whether a following BatchNormalization folds into this layer.
+        input_axis: the axis of its one weight that belongs to the channels of its input, of a layer
+            that is linear in both: a factor of each channel may as well be one of the weights.
         table: whether the layer is an elementwise function that may ship as a lookup table of 256
             entries; `ops` then names its own operator, if there is one.
         wide_table: whether the layer ships as a lookup table if activations have 16 bits, because
@@ -85,6 +87,7 @@ class LayerRule:
     bounds: Bounds | None = None
     takes_clamp: bool = False
     takes_normalization: bool = False
+    input_axis: int | None = None
     table: bool = False
     wide_table: bool = False
     largest_input_scale: float = math.inf

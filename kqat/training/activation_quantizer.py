@@ -40,6 +40,8 @@ from kqat.training.older_files import with_label
 
 # Calibration weighs as many batches as the moving average of training remembers, at least.
 _LEAST_WEIGHT = 100.0
+# Of a step: a mean of fewer values than 500 is nowhere nearer to a half without being one.
+_TIP = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,16 +229,20 @@ class ActivationQuantizer(keras.layers.Layer):
         observe: bool = True,
         training: bool | None = None,
         resolution: Mapping[str, float] | None = None,
+        halves_away: bool = False,
     ) -> Any:
         """`x` rounded; any shape. `site` and `observe` say which range `x` shapes, and whether.
 
         `resolution` says what the integer kernel that makes `x` resolves, where `x` may be all but
         zero beside the kernel's inputs: name of the `ActivationQuantizer` of an input -> share of
         its scale. A finer grid would hold only the float errors of a sum, and no range is so narrow
-        that its scale falls below.
+        that its scale falls below. With `halves_away` halves of a step are rounded away from the
+        integer zero, as the kernel that makes `x` does.
         """
         dtype = x.dtype
         x = ops.cast(x, "float32")
+        if halves_away:
+            x = self._tipped(x, *self._range_now())
         if isinstance(self.range_method, Fixed):
             rounded = self.rounded_on(x, *self.fixed_range(), training=bool(training))
             return ops.cast(rounded, dtype)
@@ -476,14 +482,32 @@ class ActivationQuantizer(keras.layers.Layer):
     def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
         return arithmetic.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)
 
-    def rounded(self, x: Any, lows: Sequence[float], highs: Sequence[float]) -> Any:
+    def rounded(
+        self, x: Any, lows: Sequence[float], highs: Sequence[float], *, halves_away: bool = False
+    ) -> Any:
         """`x` as it would be rounded had its call sites these ranges."""
         grid = *(ops.convert_to_tensor(v, "float32") for v in self.union_of(lows, highs)), None
-        return ops.cast(self._round(ops.cast(x, "float32"), grid, False), x.dtype)
+        dtype, x = x.dtype, ops.cast(x, "float32")
+        if halves_away:
+            x = self._tipped(x, *grid[:2])
+        return ops.cast(self._round(x, grid, False), dtype)
 
     def rounded_on(self, x: Any, low: Any, high: Any, *, training: bool = False) -> Any:
         """`x` (float32) rounded on the range `[low, high]`, as in training or in inference."""
         return self._round(x, (low, high, None), training)
+
+    def _range_now(self) -> tuple[Any, Any]:
+        if isinstance(self.range_method, Fixed):
+            low, high = (ops.convert_to_tensor(v, "float32") for v in self.fixed_range())
+            return low, high
+        return self._grid(self.site_low.value, self.site_high.value)[:2]
+
+    def _tipped(self, x: Any, low: Any, high: Any) -> Any:
+        """`x` (float32) off its halves of a step, so that these are rounded away from zero."""
+        scale = (high - low) / float(self.spec.qmax - self.spec.qmin)
+        usable = ops.where(scale > 0.0, scale, 1.0)
+        integers = x / usable + (float(self.spec.qmin) - ops.round(low / usable))
+        return x + ops.stop_gradient(ops.sign(integers) * (scale * _TIP))
 
     def _round(self, x: Any, grid: tuple[Any, Any, Any], training: bool) -> Any:
         # A range on both sides of zero clamps nothing at zero, nor does an estimator know of the
@@ -603,6 +627,7 @@ class ActivationQuantizer(keras.layers.Layer):
         observe: bool = True,
         training: bool | None = None,
         resolution: Mapping[str, float] | None = None,
+        halves_away: bool = False,
     ) -> Any:
         """The input's shape and dtype."""
         if observe and resolution:

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from kqat.base import ModelError, PolicyError, scope_name
+from kqat.devices import HALVES_AWAY
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
 from kqat.parts import PrecisionBoundary, Recurrence, TiedWeight, reads_rows
 from kqat.planning import Group, LayerPlan, Plan, Role, Rounding
@@ -129,7 +130,11 @@ class _Assembly:
         else:
             layer = self._layer(node, decision)
             grid = self.grids.get(node.inputs[0]) if node.inputs else None
-            if grid is not None and _rounds_bias(layer):
+            before = [self._layer_called(name).name for name in decision.scaled_by]
+            if before:
+                kwargs["input_affines"] = before
+            takes = decision.role is not Role.FACTOR
+            if grid is not None and takes and _rounds_bias(layer):
                 kwargs["input_quantizer"] = grid
             value = layer(*args, **kwargs, **self._branch(node, decision))
         if not self.integer[node]:
@@ -196,6 +201,10 @@ class _Assembly:
         more: dict[str, Any] = {}
         if resolution := self.resolutions.get(ref):
             more["resolution"] = resolution
+        producer = self.producers.get(ref)
+        rule = self.plan.rules.get(producer.name) if producer else None
+        if rule is not None and set(rule.ops) & set(HALVES_AWAY):
+            more["halves_away"] = True
         for rounding in self.plan.roundings.get(ref, ()):
             quantizer = self._quantizer(rounding)
             tensor = quantizer(tensor, site=rounding.site, observe=rounding.observe, **more)
@@ -224,6 +233,11 @@ class _Assembly:
             self.copies[key] = self._copy(node, decision)
         return self.copies[key]
 
+    def _layer_called(self, name: str) -> Any:
+        """The layer in the QAT model of the node of this name."""
+        part = self._layer(self._node(name), self.decisions[name])
+        return getattr(part, "layer", part)
+
     def _copy(self, node: Node, decision: LayerPlan) -> Any:
         layer = node.layer
         if node.name in self.plan.steps:
@@ -231,7 +245,10 @@ class _Assembly:
             config |= {"step": wrap(self.plan.steps[node.name], self.preserve), "label": node.name}
             return QuantizedRecurrence(**config)
         rule = self.plan.rules.get(node.name)
-        affine = decision.role is Role.INTEGER and rule is not None and rule.affine
+        computes = decision.role is Role.INTEGER or any(
+            node.name in other.scaled_by for other in self.plan.layers
+        )
+        affine = computes and rule is not None and rule.affine
         # No process that loads the model can be expected to know a row that a user registered.
         carries_facts = rule is not None and rule is registered_rule(layer)
         if not (decision.weights or affine or carries_facts):

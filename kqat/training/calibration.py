@@ -41,6 +41,7 @@ from kqat.training.range_checks import (
     coarse_kernels,
     concerns,
     lost_output,
+    refused_scales,
 )
 from kqat.training.weight_wrapper import QuantizeWrapper, rounded_once, uncorrected
 
@@ -114,7 +115,7 @@ def calibrate_for(
         lost = list(_lost(graph, tensors, choice, corrects))
     lost += coarse_kernels(graph, observer, choice.noise)
     take_over(model, choice, corrects=corrects)
-    doubtful = [*concerns(graph, observer, choice.ranges), *lost]
+    doubtful = [*concerns(graph, observer, choice.ranges), *refused_scales(graph), *lost]
     if doubtful:
         warnings.warn(as_text(model.name, doubtful), CalibrationWarning, stacklevel=stacklevel)
 

@@ -261,7 +261,9 @@ def _on_grid(
     if layer not in ranges:
         return layer(x, **kwargs) if isinstance(layer.range_method, Fixed) else layer.clamped(x)
     sites = ranges[layer].values()
-    return layer.rounded(x, [site.low for site in sites], [site.high for site in sites])
+    away = bool(kwargs.get("halves_away"))
+    lows, highs = [site.low for site in sites], [site.high for site in sites]
+    return layer.rounded(x, lows, highs, halves_away=away)
 
 
 def mean_of(wrapper: QuantizeWrapper, value: Any) -> np.ndarray | None:

@@ -50,8 +50,11 @@ def rounded_as(
 ) -> Any:
     """The weight `name` rounded to another grid than its own, in the variable's shape."""
     value: Any = keras.ops.cast(getattr(wrapper.layer, name).value, "float32")
-    if wrapper.normalization is None or spec.axis is not None:
+    fold = wrapper.input_fold(name)
+    if wrapper.normalization is not None and spec.axis is None:
+        behind = wrapper.fold_factor(name, branch)
+        fold = behind if fold is None else fold * behind
+    if fold is None:
         return method.fake_quantize(value, method.step(value, spec), spec)
-    fold = wrapper.fold_factor(name, branch)
     folded = value * fold
     return method.fake_quantize(folded, method.step(folded, spec), spec) / fold

@@ -71,6 +71,12 @@ class _Quantizers:
         # Rounded weights and their scales by name and branch, while `keep_rounded` says so.
         self.kept: dict[tuple[str, int], tuple[Any, Any]] | None = None
         self.corrects = True
+        # What scales and shifts the input, first to last, and folds into the weights and the bias.
+        self.affines: list[QuantizeWrapper] = []
+
+    def find_affines(self, x: Any, names: Sequence[str]) -> None:
+        found = [layer_behind(x, name) for name in names]
+        self.affines = [layer for layer in found if isinstance(layer, QuantizeWrapper)]
 
     def find(self, x: Any, name: str, branch: int, bias: int | None) -> None:
         found = layer_behind(x, name)
@@ -368,14 +374,17 @@ class QuantizeWrapper(keras.layers.Layer):
         training: bool | None = None,
         branch: int = 0,
         input_quantizer: str | None = None,
+        input_affines: Sequence[str] = (),
         **kwargs: Any,
     ) -> Any:
         """What the layer (and BatchNormalization) computes with rounded weights.
 
         `x` and further arguments are those of the layer. `input_quantizer` is the name of the
         `ActivationQuantizer` on whose grid `x` lies; the bias is rounded to the grid that it has
-        in the file. Where the statistics of a batch normalize, no such bias is added: there the
-        output is moved by the rounding error that the bias of the moving statistics has.
+        in the file. `input_affines` are the names of the layers that scale and shift what lies on
+        that grid to `x`; in the file the weights and the bias do so. Where the statistics of a
+        batch normalize, no such bias is added: there the output is moved by the rounding error
+        that the bias of the moving statistics has.
         """
         statistics = bool(training and not self.freeze_statistics)
         quantizer = self._quantizers.by_name.get(input_quantizer)
@@ -541,7 +550,10 @@ class QuantizeWrapper(keras.layers.Layer):
         if self._is_affine:
             return np.asarray(self._affine_as_shipped(_scale_now(quantizer))[1])
         numbers = self._numbers("kernel", branch)
-        return np.asarray(self._as_shipped(_scale_now(quantizer), branch, numbers)[1])
+        kernel, scale, moved = self._kernel_as_shipped(branch, numbers)
+        return np.asarray(
+            self._bias_as_shipped(_scale_now(quantizer) * scale, branch, kernel, moved)
+        )
 
     def _call_as_shipped(
         self, input_scale: Any, branch: int, trains: bool, /, *args: Any, **kwargs: Any
@@ -571,9 +583,23 @@ class QuantizeWrapper(keras.layers.Layer):
     def _as_shipped(
         self, input_scale: Any, branch: int, numbers: tuple[Any, Any], trains: bool = False
     ) -> tuple[Any, Any]:
-        """The kernel and the bias that ship, both as reals; `numbers` are the kernel's."""
+        """The kernel and the bias that ship, both as reals; `numbers` are the kernel's.
+
+        Without what scales and shifts the input, which is done here before the layer is called.
+        """
+        kernel, scale, moved = self._kernel_as_shipped(branch, numbers)
+        bias = self._bias_as_shipped(input_scale * scale, branch, kernel, moved, trains)
+        return kernel, bias if moved is None else bias - moved
+
+    def _kernel_as_shipped(self, branch: int, numbers: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+        """The kernel and its scale in the file, and the bias that an offset of the input makes.
+
+        The kernel is that of the input as the layer gets it here.
+        """
         (name,) = self.weight_specs
         kernel, scale = numbers
+        if self._quantizers.affines:
+            kernel = kernel / self.input_fold(name)
         if self.normalization is not None:
             factor = normalization_factor(self.normalizations[branch])
             fold = ops.reshape(factor, self.channel_shape(name))
@@ -583,10 +609,65 @@ class QuantizeWrapper(keras.layers.Layer):
                 kernel = arithmetic.straight_through(kernel, unfolded * fold)
             else:
                 kernel, scale = kernel * fold, scale * ops.abs(fold)
+        return kernel, scale, self._moved_by_inputs(kernel)
+
+    def _bias_as_shipped(
+        self, step: Any, branch: int, kernel: Any, moved: Any, trains: bool = False
+    ) -> Any:
+        """The bias in the file, of a scale `step` in the shape of the kernel's."""
         bias, shift = self._exact_bias(branch), self._shift(trains)
-        if shift is not None:
-            bias = bias + shift
-        return kernel, self._rounded_bias(bias, kernel, input_scale * scale)
+        for part in (shift, moved):
+            bias = bias if part is None else bias + part
+        return self._rounded_bias(bias, kernel, step)
+
+    def _moved_by_inputs(self, kernel: Any) -> Any:
+        """What an offset of the input adds to each output, without a gradient, or `None`."""
+        if not self._quantizers.affines:
+            return None
+        (name,) = self.weight_specs
+        offset = ops.reshape(self._input_numbers()[1], self._input_shape(name))
+        axes = {a % len(kernel.shape) for a in self.facts.channel_axes.get(name) or ()}
+        others = [axis for axis in range(len(kernel.shape)) if axis not in axes]
+        return ops.stop_gradient(ops.reshape(ops.sum(kernel * offset, axis=others), (-1,)))
+
+    def moved_by_inputs(self, branch: int = 0) -> np.ndarray | None:
+        """What an offset of the input adds to the bias in the file, `(outputs,)`, or `None`."""
+        if not self._quantizers.affines:
+            return None
+        return np.asarray(self._kernel_as_shipped(branch, self._numbers("kernel", branch))[2])
+
+    def _input_numbers(self) -> tuple[Any, Any]:
+        """Factor and offset of all that scales and shifts the input, `(channels,)` or `(1,)`."""
+        factor, offset = ops.ones((1,), "float32"), ops.zeros((1,), "float32")
+        for affine in self._quantizers.affines:
+            times, plus = affine_numbers(affine.layer)
+            factor, offset = factor * times, offset * times + plus
+        return factor, offset
+
+    def _input_shape(self, name: str) -> list[int]:
+        """The shape in which one number per input channel broadcasts over weight `name`."""
+        shape = [1] * len(self._variable(name).shape)
+        assert self.facts.input_axis is not None, "planning asked for it"
+        shape[self.facts.input_axis] = -1
+        return shape
+
+    def input_fold(self, name: str) -> Any:
+        """The factors of the input, shaped to broadcast over weight `name`, or `None`.
+
+        A factor of zero, which cannot be unfolded, is replaced by one, see `idle_inputs`.
+        """
+        if not self._quantizers.affines:
+            return None
+        factor = self._input_numbers()[0]
+        factor = ops.where(factor == 0.0, ops.ones_like(factor), factor)
+        return ops.stop_gradient(ops.reshape(factor, self._input_shape(name)))
+
+    def idle_inputs(self, name: str) -> np.ndarray | None:
+        """Where the file has no weight, as a factor of zero takes its input away; or `None`."""
+        if not self._quantizers.affines:
+            return None
+        factor = np.asarray(self._input_numbers()[0])
+        return np.reshape(factor == 0.0, self._input_shape(name))
 
     def _tied_bias(self, input_scale: Any, number: int, numbers: tuple[Any, Any]) -> dict[int, Any]:
         """A bias of a tied weight on its grid, by its identity; `numbers` are the weight's."""
@@ -658,7 +739,7 @@ class QuantizeWrapper(keras.layers.Layer):
     @staticmethod
     def layer_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Of the arguments of a call of the wrapper those that are the layer's."""
-        own = ("training", "branch", "input_quantizer")
+        own = ("training", "branch", "input_quantizer", "input_affines")
         return {k: v for k, v in kwargs.items() if k not in own}
 
     def _variable(self, name: str) -> keras.Variable:
@@ -673,7 +754,7 @@ class QuantizeWrapper(keras.layers.Layer):
         return on_grid if fold is None else on_grid / fold
 
     def on_grid(self, name: str, branch: int = 0, training: bool = False) -> Any:
-        """The rounded weight, integers times `scale(name)`; folded where `folds_before(name)`.
+        """The rounded weight times `fold(name)`, integers times `scale(name)`.
 
         In training it may be something else, as a callback or an estimator with noise has it.
         """
@@ -763,12 +844,22 @@ class QuantizeWrapper(keras.layers.Layer):
         return spec.axis is None or powers
 
     def _fold_before(self, name: str, branch: int) -> Any:
-        return (
-            ops.stop_gradient(self.fold_factor(name, branch)) if self.folds_before(name) else None
-        )
+        fold = self.input_fold(name)
+        if self.folds_before(name):
+            behind = ops.stop_gradient(self.fold_factor(name, branch))
+            fold = behind if fold is None else fold * behind
+        return fold
+
+    def fold(self, name: str, branch: int = 0) -> Any:
+        """What a weight is multiplied by before it is rounded, to broadcast over it.
+
+        That is a BatchNormalization's factor where `folds_before(name)`, and what scales the input.
+        """
+        fold = self._fold_before(name, branch)
+        return 1.0 if fold is None else fold
 
     def folded(self, name: str, branch: int = 0) -> Any:
-        """The weight `name` before it is rounded, float32; folded where `folds_before(name)`."""
+        """The weight `name` before it is rounded, float32, times `fold(name)`."""
         return self._folded(name, branch)
 
     def _folded(self, name: str, branch: int = 0) -> Any:
@@ -802,9 +893,12 @@ class QuantizeWrapper(keras.layers.Layer):
         training: bool | None = None,
         branch: int = 0,
         input_quantizer: str | None = None,
+        input_affines: Sequence[str] = (),
         **kwargs: Any,
     ) -> Any:
         """The layer's output shape and dtype."""
+        if input_affines:
+            self._quantizers.find_affines(x, input_affines)
         if input_quantizer is not None:
             self._quantizers.find(x, input_quantizer, branch, kwargs.get("bias"))
         if not self.computes_with_grids:

@@ -81,3 +81,16 @@ def test_a_callback_of_no_compiled_model_says_so() -> None:
     callback.set_model(keras.Sequential([keras.Input((6,)), L.Dense(2)]))
     with pytest.raises(ModelError, match="compiled model for GapCallback"):
         callback.on_epoch_end(0, {})
+
+
+def test_halves_of_means_are_rounded_as_kernels_round_them() -> None:
+    """Half of all means of two are halves of a step, and most values behind a ReLU below zero."""
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(64, 16, 4)).astype(np.float32)
+    given = keras.Input(x.shape[1:])
+    model = keras.Model(given, L.AveragePooling1D(2)(L.ReLU()(given)))
+    qat = kqat.quantize_model(model, calibration_data=x)
+    device = kqat.integer_model(qat, runtime="litert")
+    trained, shipped = (np.asarray(m(x, training=False)) for m in (qat, device))
+    scale = tflite_export.inspect(tflite_export.convert(qat)).outputs[0].scale
+    assert np.abs(trained - shipped).max() < 0.01 * scale

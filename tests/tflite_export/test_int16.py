@@ -97,6 +97,16 @@ def test_a_bias_beyond_48_bits_coarsens_the_weights() -> None:
     assert narrow.scale[0] > fitted.scale[0] > weights.scale[0]
 
 
+def test_the_bias_of_a_dead_channel_is_not_multiplied_by_zero() -> None:
+    """No kernel has a multiplier below 2**-32, nor a bias behind such a one."""
+    weights = Weights(np.array([[0], [100]], np.int8), np.float32([2.0**-40, 1e-3]), 0)
+    given, output = np.float32(1e-4), np.float32(2e-4)
+    fitted, bias = fit_bias(weights, np.float32([1.0, 1.0]), given, 16, output)
+    assert bias.scale[0] >= output * 2.0**-32
+    np.testing.assert_allclose(bias.integers * bias.scale.astype(np.float64), 1.0, rtol=1e-6)
+    assert fitted.scale[1] == weights.scale[1] and not np.any(fitted.integers[0])
+
+
 def _network() -> keras.Model:
     def call(x: Any) -> Any:
         x = L.Conv2D(8, 3, padding="same", use_bias=False, name="stem")(x)

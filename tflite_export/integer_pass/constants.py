@@ -164,7 +164,9 @@ def _quantize_weights(
     if position is not None:
         like = tensors[int(operator.inputs[position])]
         site = draft.sites[draft.activations(operator, rule)[0]]
-        weights, bias = fit_bias(weights, _values(draft, like), site.scale, site.bits)
+        output = draft.sites.get(int(operator.outputs[0]), site)
+        floats = _values(draft, like)
+        weights, bias = fit_bias(weights, floats, site.scale, site.bits, output.scale)
         operator.inputs[position] = _add(draft, like, bias.integers, bias.scale, 0)
         # The operator tells whose bias it is; the converter's name lists all that it fused.
         tensors[int(operator.inputs[position])].name = None

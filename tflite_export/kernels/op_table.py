@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from kqat.devices import INT8_FIXED, INT16, PACKED, runtimes_with
+from kqat.devices import INPUT_SCALES, INT8_FIXED, INT16, PACKED, runtimes_with
 
 Shape = tuple[int, ...]
 # The multiply-accumulates of one invocation, by the shapes of all inputs and of the first output.
@@ -153,7 +153,8 @@ def _same(version: int = 2, first: bool = True, **options: Any) -> OpRule:
     return OpRule(scales="same", version=version, activations=(0,) if first else None, **options)
 
 
-def _fixed(op: str, least: float = 0.0) -> OpRule:
+def _fixed(op: str) -> OpRule:
+    least = INPUT_SCALES[op][0] if op in INPUT_SCALES else 0.0
     grid = INT8_FIXED[op].scale, INT8_FIXED[op].zero_point
     return OpRule(scales="fixed", version=2, fixed=grid, least_input_scale=least)
 
@@ -201,10 +202,10 @@ OP_TABLE: dict[str, OpRule] = {
     "EXP": _own(1),
     "BATCH_MATMUL": _own(macs=_matmul_macs, resolver_method="AddBatchMatMul"),
     "MEAN": _own(activations=(0,)),
-    "SOFTMAX": _fixed("SOFTMAX", least=2.0**-26),
+    "SOFTMAX": _fixed("SOFTMAX"),
     "LOGISTIC": _fixed("LOGISTIC"),
     "TANH": _fixed("TANH"),
-    "LOG_SOFTMAX": _fixed("LOG_SOFTMAX", least=2.0**-26),
+    "LOG_SOFTMAX": _fixed("LOG_SOFTMAX"),
     "L2_NORMALIZATION": _fixed("L2_NORMALIZATION"),
     "MAX_POOL_2D": _same(),
     "AVERAGE_POOL_2D": _same(),
@@ -236,7 +237,7 @@ OP_TABLE: dict[str, OpRule] = {
     "CAST": _none(1),  # truth values to indexes
     "DIV": _none(1),  # of indexes, towards zero; all others are of quantities
     **{f"LOGICAL_{name}": _none(1) for name in ("AND", "OR", "NOT")},
-    **{name: _none(2, input_scale_below=1.0) for name in _COMPARISONS},
+    **{name: _none(2, input_scale_below=INPUT_SCALES[name][1]) for name in _COMPARISONS},
     "UNIDIRECTIONAL_SEQUENCE_LSTM": _own(
         1,
         activations=(0,),

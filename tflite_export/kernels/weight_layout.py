@@ -25,6 +25,11 @@ ACTIVATION_DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.int8), 16: np.dtyp
 BIAS_DTYPES: dict[int, type[np.signedinteger]] = {8: np.int32, 16: np.int64}
 
 
+# `QuantizeMultiplier` has no shift below -31
+# (https://github.com/tensorflow/tensorflow/blob/master/tensorflow/lite/kernels/internal/quantization_util.cc).
+_LEAST_MULTIPLIER = 2.0**-31
+
+
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """Integer weights in the file's axis order.
@@ -64,7 +69,11 @@ class Bias:
 
 
 def fit_bias(
-    weights: Weights, bias: np.ndarray, input_scale: np.float32, bits: int = 8
+    weights: Weights,
+    bias: np.ndarray,
+    input_scale: np.float32,
+    bits: int = 8,
+    output_scale: np.float32 | float = 0.0,
 ) -> tuple[Weights, Bias]:
     """The integer bias, and the weights on a coarser grid in channels where it would overflow.
 
@@ -72,12 +81,16 @@ def fit_bias(
     scale too fine for the bias to fit int32. There the scale is enlarged until the bias has
     magnitude 2**30, and the weights are rounded anew: they move by half of `|bias| / 2**30` per
     input step at the most, far below one output step. For activations of 16 `bits` the bias is
-    int64, and 2**46 in the place of 2**30.
+    int64, and 2**46 in the place of 2**30. There a step of the sum must not be less than
+    2**-31 of the `output_scale` either: TFLite takes a multiplier below 2**-32 for zero, and with
+    it the whole bias.
     """
     from kqat.grids import bias_steps, least_bias_step
 
     product = np.float64(input_scale) * weights.scale.astype(np.float64)
     needed = least_bias_step(bias, bits)
+    if bits > 8:
+        needed = np.maximum(needed, np.where(bias != 0.0, output_scale * _LEAST_MULTIPLIER, 0.0))
     if len(weights.scale) == 1:
         needed = needed.max(keepdims=True)
     if np.any(needed > product):

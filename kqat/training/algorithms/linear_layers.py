@@ -187,18 +187,19 @@ def with_chosen_integers(
         x, y = (patches(wrapper.layer, _floats(v)) for v in (rounded, exact))
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         turned = np.swapaxes(x, 1, 2) / x.shape[1]
-        fold: Any = np.asarray(wrapper.fold_factor()) if wrapper.folds_before("kernel") else 1.0
         kernel: Any = wrapper.layer.kernel
-        scale = np.broadcast_to(np.asarray(wrapper.scale("kernel")), kernel.shape)
+        # In units of the kernel as it is, before what folds in.
+        scale = np.asarray(wrapper.scale("kernel")) / np.asarray(wrapper.fold("kernel"))
+        scale = np.broadcast_to(scale, kernel.shape)
         problem = LinearProblem(
-            weights=to_matrices(wrapper.layer, np.asarray(kernel, np.float64) * fold),
+            weights=to_matrices(wrapper.layer, np.asarray(kernel, np.float64)),
             scale=to_matrices(wrapper.layer, np.asarray(scale, np.float64)),
             limit=wrapper.weight_specs["kernel"].qmax,
             gram=turned @ x,
             cross=turned @ y,
         )
         integers = to_kernel(wrapper.layer, choose(problem))
-        kernel.assign((integers * scale / fold).astype(np.float32))
+        kernel.assign((integers * scale).astype(np.float32))
 
     layer_by_layer(graph, samples(data, graph), visit, corrects=True)
     return copy

@@ -127,9 +127,7 @@ class FreezeOscillations(QatCallback):
         for wrapper, name, followed in self._tracked:
             followed.freeze(integers_of(wrapper, name), self.momentum, threshold)
             variable = getattr(wrapper.layer, name)
-            held = followed.held.value * wrapper.scale(name)
-            if wrapper.folds_before(name):
-                held = held / wrapper.fold_factor(name)
+            held = followed.held.value * wrapper.scale(name) / wrapper.fold(name)
             held = ops.cast(held, variable.dtype)
             variable.assign(ops.where(followed.frozen.value > 0.0, held, variable.value))
 

@@ -33,6 +33,14 @@ def operators(blob: bytes) -> list[str]:
     return [op.name for op in tflite_export.inspect(blob).operators]
 
 
+@keras.saving.register_keras_serializable("tests")
+class Ends(L.Layer):
+    """A clip whose ends are unlike."""
+
+    def call(self, x: Any) -> Any:
+        return ops.clip(x, -0.25, 0.5)
+
+
 TABLE = ["CAST", "ADD", "GATHER"]
 KINDS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     "clip": (lambda x: ops.clip(conv(x), -0.5, 1.5), ["CONV_2D"]),
@@ -80,6 +88,31 @@ def test_a_grid_ends_where_the_clip_does(kind: str) -> None:
     np.testing.assert_allclose(stripped(X), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (KINDS["relu"][0], ["CONV_2D"]),
+        pytest.param(KINDS["input"][0], ["QUANTIZE"], marks=pytest.mark.slow),
+        pytest.param(lambda x: L.ReLU(max_value=2.0)(x), ["RELU"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_grid_of_sixteen_bits_ends_there_at_both_ends_or_above_zero(
+    call: Callable[[Any], Any], expected: list[str]
+) -> None:
+    model = model_of(call)
+    qat = kqat.quantize_model(model, "int16x8", calibration_data=X)
+    blob = tflite_export.convert(qat)
+    assert operators(blob) == expected
+    for part in tflite_export.verify(qat, blob, X, samples=4).runtimes:
+        assert part.problem is None and part.is_right, part
+        assert part.exact is None or part.exact.is_exact, part
+    want, got = (np.asarray(m(X, training=False), np.float64) for m in (model, qat))
+    assert 10 * np.log10(np.mean(want**2) / np.mean((got - want) ** 2)) > 40.0
+    shipped = np.asarray(kqat.integer_model(qat, runtime="litert")(X[:8], training=False))
+    step = tflite_export.inspect(blob).outputs[0].scale
+    assert want.min() - step <= shipped.min() and shipped.max() <= want.max() + step
+
+
 FREE = {
     # Both ends of its grid are alike.
     "symmetric": "int16x8",
@@ -90,7 +123,7 @@ FREE = {
 
 @pytest.mark.parametrize("policy", FREE.values(), ids=FREE)
 def test_a_grid_whose_ends_are_not_free_does_not_clip(policy: Any) -> None:
-    model = model_of(lambda x: L.ReLU(max_value=0.5, name="ends")(conv(x)))
+    model = model_of(lambda x: Ends(name="ends")(conv(x)))
     qat = kqat.quantize_model(model, policy, calibration_data=X)
     assert "GATHER" in operators(tflite_export.convert(qat))
 
