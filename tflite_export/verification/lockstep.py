@@ -14,10 +14,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.devices import APPROXIMATE
 from kqat.freezing import FrozenModel, Marker, Node, Ref, is_marker
 from kqat.grids import Site
 from tflite_export.integer_pass import call_layer
+from tflite_export.verification.coarse_kernels import allowed_steps
 from tflite_export.verification.layer_profile import GridUse, grid_use
 from tflite_export.verification.report import SiteDifference
 from tflite_export.verification.site_tensors import SiteTensors
@@ -226,7 +226,9 @@ class _Walk:
                 max_steps=int(steps.max(initial=0)),
                 differing=int(np.count_nonzero(steps)),
                 ties=int(np.count_nonzero(steps * tied)),
-                allowed_steps=APPROXIMATE.get((operator, site.bits), 1),
+                allowed_steps=allowed_steps(
+                    operator, site.bits, self.tensors.step(tensor), self.runtime, self.computed
+                ),
             )
         )
         return actual

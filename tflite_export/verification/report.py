@@ -19,7 +19,7 @@ class SiteDifference:
 
     Of those, `ties` lie exactly between two steps in float arithmetic, as the average of two
     integers often does. A kernel may round such a value to either step. `allowed_steps` is more
-    than one if the kernel approximates (`kqat.devices.APPROXIMATE`).
+    than one if the kernel approximates (`tflite_export.verification.coarse_kernels`).
     """
 
     name: str
@@ -280,7 +280,8 @@ def _runtime_lines(part: RuntimeReport) -> list[str]:
         share = 100 * row.differing / max(row.elements, 1)
         ties = f", {100 * row.ties / row.differing:.0f} % halfway" if row.ties else ""
         lines += _wrapped(
-            f"{operator:<23} max {row.max_steps} {share:7.3f} % of {row.elements:,} differ{ties}",
+            f"{operator:<23} max {row.max_steps} {share:7.3f} % of {row.elements:,} differ{ties}"
+            + (KNOWN.format(row.allowed_steps) if 1 < row.max_steps <= row.allowed_steps else ""),
             "    ",
         )
     if part.unmatched:
@@ -309,6 +310,8 @@ def _estimate_lines(npu: NpuEstimate) -> list[str]:
     return lines
 
 
+# Behind the steps of a kernel that approximates.
+KNOWN = " (its kernel is known for up to {})"
 HALFWAY = "halfway: exactly between two steps, so that either of them is right"
 LAYER_LEGEND = (
     "bits: weights/values; clip: share of values outside the range; grid: share of its integers "

@@ -1,14 +1,17 @@
 """Which tensor of a file holds the integers of which site of the frozen model."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from kqat.base import ExportError
 from kqat.freezing import FrozenModel, is_marker
 from kqat.grids import Site
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT
+from tflite_export.integer_model import Step, read_program
 from tflite_export.kernels import ACTIVATION_DTYPES
 from tflite_export.runtimes import as_type, has_grid
 
@@ -80,14 +83,29 @@ class SiteTensors:
 
     def operator(self, tensor: int) -> str:
         """The operator that computed a tensor; RESHAPEs that no layer asked for are passed over."""
+        producer = self._producers.get(self._before_reshapes(tensor))
+        return "input" if producer is None else flatbuffer.op_name(self._model, producer)
+
+    def step(self, tensor: int) -> Step | None:
+        """That operator with its tensors and options; `None` for an input, and for an odd file."""
+        return self._steps.get(self._before_reshapes(tensor))
+
+    @functools.cached_property
+    def _steps(self) -> dict[int, Step]:
+        try:
+            steps = read_program(self._model).steps
+        except ExportError:
+            return {}
+        return {output.index: step for step in steps for output in step.outputs}
+
+    def _before_reshapes(self, tensor: int) -> int:
         producer = self._producers.get(tensor)
-        if producer is None:
-            return "input"
-        name, source = flatbuffer.op_name(self._model, producer), int(producer.inputs[0])
-        source_name = flatbuffer.tensor_name(self._graph.tensors[source])
-        if name == "RESHAPE" and source_name not in self._site_names:
-            return self.operator(source)
-        return name
+        if producer is None or flatbuffer.op_name(self._model, producer) != "RESHAPE":
+            return tensor
+        source = int(producer.inputs[0])
+        if flatbuffer.tensor_name(self._graph.tensors[source]) in self._site_names:
+            return tensor
+        return self._before_reshapes(source)
 
     def feeds(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Float inputs as the file takes them."""

@@ -1,0 +1,48 @@
+"""By how many steps a kernel may be off whose arithmetic is coarser than its output's grid."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from kqat.devices import APPROXIMATE
+from kqat.kernels import resizing
+from tflite_export.integer_model import Step, kind_of
+
+
+def allowed_steps(
+    operator: str, bits: int, step: Step | None, runtime: str, computed: Mapping[int, np.ndarray]
+) -> int:
+    """The steps by which an output may differ from exact arithmetic.
+
+    One is the rounding. `kqat.devices.APPROXIMATE` lists the kernels that are off by more on any
+    input. RESIZE_BILINEAR is off by what it misses a place, times how unlike neighbours are there.
+
+    Args:
+        operator: the name of the operator.
+        bits: of its output.
+        step: the operator with its tensors and options, `None` if they are not known.
+        runtime: the name of the runtime.
+        computed: index of a tensor -> the integers that the runtime computed, (samples, …).
+    """
+    allowed = APPROXIMATE.get((operator, bits), 1)
+    if operator != "RESIZE_BILINEAR" or step is None:
+        return allowed
+    images = computed.get(step.given(0).index)
+    if images is None:
+        return allowed
+    given, result = step.given(0).shape, step.result.shape
+    images = images.reshape(-1, *given[1:]).astype(np.int64)
+    options = step.options
+    off = 0.0
+    for axis in (1, 2):
+        missed = resizing.misplaced(
+            given[axis],
+            result[axis],
+            corners=bool(options.alignCorners),
+            centers=bool(options.halfPixelCenters),
+            xnnpack=kind_of(step, runtime) == "xnnpack",
+        )
+        off += missed * float(np.abs(np.diff(images, axis=axis)).max(initial=0))
+    # The two roundings fall together to one step more than what is missed.
+    return allowed + math.floor(off)
