@@ -80,7 +80,9 @@ class _Repetitions:
         """Each such value, and the axis along which it is repeated."""
         axes: dict[Ref, int] = {}
         for node in self.graph.nodes:
-            if node.layer.name not in self.parts or self.calls[id(node.layer)] > 1 or node.kwargs:
+            if node.layer.name not in self.parts or self.calls[id(node.layer)] > 1:
+                continue
+            if node.kwargs.keys() - {"training"}:
                 continue
             axis = self._starts(node)
             if axis is None:

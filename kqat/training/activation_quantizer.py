@@ -40,8 +40,8 @@ from kqat.training.older_files import with_label
 
 # Calibration weighs as many batches as the moving average of training remembers, at least.
 _LEAST_WEIGHT = 100.0
-# Of a step: a mean of fewer values than 500 is nowhere nearer to a half without being one.
-_TIP = 1e-3
+# Of a step: a mean of fewer values than 2,000 is nowhere nearer to a half without being one.
+_TIP = 2.0**-12
 
 
 @dataclasses.dataclass(frozen=True)

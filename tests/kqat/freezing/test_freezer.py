@@ -60,8 +60,12 @@ def run_rounded(frozen: FrozenModel, x: np.ndarray) -> Any:
     def call(node: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_marker(node.layer, "site"):
             return node.layer(*args, **kwargs)
-        site = frozen.sites[node.layer.index]
-        return keras.ops.convert_to_tensor(site.reals(site.integers(np.asarray(args[0]))))
+        site, values = frozen.sites[node.layer.index], np.asarray(args[0])
+        if site.name == "pool":  # Kernels of AVERAGE_POOL_2D round halves away from integer zero.
+            integers = values / site.scale + site.zero_point
+            integers = np.rint(integers + np.copysign(2.0**-12, integers))
+            values = (integers - site.zero_point) * site.scale
+        return keras.ops.convert_to_tensor(site.reals(site.integers(values)))
 
     return trace(frozen.model).run([x], call)
 
