@@ -48,7 +48,9 @@ def test_other_inputs_and_classes(model: type) -> None:
     assert (built.input_shape, built.output_shape) == ((None, 24, 16, 2), (None, 3))
 
 
-@pytest.mark.parametrize("width", [0.35, 0.5, 1.0, 1.4])
+@pytest.mark.parametrize(
+    "width", [0.35, *(pytest.param(w, marks=pytest.mark.slow) for w in (0.5, 1.0, 1.4))]
+)
 def test_mobilenet_v2_has_the_weights_of_keras_applications(width: float) -> None:
     # Strides hold no weights, so the paper's network of the same width is the reference.
     reference = keras.applications.MobileNetV2(
@@ -65,6 +67,7 @@ def test_mobilenet_v2_pools_over_four_by_four() -> None:
         assert pooling.input.shape == (None, 4, 4, 1280)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", [STRIDES, FAST_STRIDES])
 def test_mobilenet_v2_computes_the_same_in_either_keras(strides: tuple[int, ...]) -> None:
     new, old = (mobilenet_v2(strides=strides, framework=f) for f in (keras, tf_keras))

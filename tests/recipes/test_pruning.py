@@ -57,7 +57,8 @@ def test_zeros_move_unless_they_are_kept(model: keras.Model) -> None:
     assert not pruning.zeros_are_kept(sparse, model)
 
 
-@pytest.mark.parametrize("policy", ["int8", pytest.param("w4a8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["int8", "w4a8"])
 def test_kept_zeros_ship(model: keras.Model, policy: str) -> None:
     pruning.prune(model, 0.5)
     pruning.keep_zeros(model)

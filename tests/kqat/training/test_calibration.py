@@ -303,7 +303,7 @@ def noisy(*noise: Any) -> tuple[keras.Model, np.ndarray]:
     return model, RNG.normal(size=(64, 12, 4)).astype(np.float32)
 
 
-@pytest.mark.parametrize("size", [1, 8, 32])
+@pytest.mark.parametrize("size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 32))])
 @pytest.mark.parametrize(
     "noise",
     [layers.Dropout(0.5), layers.Dropout(0.8), layers.Dropout(0.99), layers.SpatialDropout1D(0.8),

@@ -54,7 +54,7 @@ def wrappers(qat: keras.Model) -> dict[str, kqat.QuantizeWrapper]:
     return {wrapper.layer.name: wrapper for wrapper in found}
 
 
-@pytest.mark.parametrize("axis", ["channel", None])
+@pytest.mark.parametrize("axis", ["channel", pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "bits"), [(n, w[0]) for n, (_, w) in METHODS.items()])
 def test_frozen_integers_are_the_trained_ones(name: str, bits: int, axis: Any) -> None:
     qat = trained(config(name, bits, axis))

@@ -84,7 +84,10 @@ def verified(make: Any, policy: Any) -> tuple[Report, bytes]:
     return tflite_export.verify(qat, blob, data[:2], runtimes=("litert_reference",)), blob
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "transformer" else pytest.mark.slow) for n in CASES],
+)
 def test_the_work_is_that_of_each_layer(name: str) -> None:
     make, policy, expected = CASES[name]
     report, blob = verified(make, policy)
