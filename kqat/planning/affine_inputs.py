@@ -13,9 +13,9 @@ import keras
 import numpy as np
 
 from kqat.graph import Node, Ref
-from kqat.grids import Fixed
+from kqat.grids import Fixed, LearnedMethod
 from kqat.parts import is_factor
-from kqat.planning.layer_configs import weight_grids
+from kqat.planning.layer_configs import weight_grids, weight_step
 from kqat.planning.planned_graph import PlannedGraph
 from kqat.registry import Output
 
@@ -48,7 +48,8 @@ def find_before(
     for node in reversed(integer):
         rule = planned.rules[node]
         if rule is not None and rule.affine and node not in taken and _is_alone(planned, node):
-            kernels = search.behind(node.outputs[0], _numbers(node))
+            numbers = _numbers(node)
+            kernels = [] if numbers.are_to_come else search.behind(node.outputs[0], numbers)
             if kernels:
                 found[node] = tuple(dict.fromkeys(kernels))
     return dict(reversed(found.items()))
@@ -63,10 +64,15 @@ def _is_alone(planned: PlannedGraph, node: Node) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Numbers:
-    """What a layer multiplies by, of shape `(channels,)` or `(1,)`, and whether it adds, too."""
+    """What a layer multiplies by, of shape `(channels,)` or `(1,)`, and whether it adds, too.
+
+    Those of statistics that nobody has taken yet are to come: training on features of unlike sizes
+    makes the factors as unlike, and the weights of the large ones would round to zero.
+    """
 
     factor: np.ndarray
     adds: bool
+    are_to_come: bool
 
     @property
     def is_one_factor(self) -> bool:
@@ -88,7 +94,9 @@ def _numbers(node: Node) -> _Numbers:
     factor = (one - zero).reshape(-1)
     alike = all(np.all(part == part.flat[0]) for part in (factor, zero))
     single = alike and not layer.variables
-    return _Numbers(factor[:1] if single else factor, adds)
+    takes_statistics = layer.trainable and bool(layer.non_trainable_variables)
+    are_to_come = alike and factor.size > 1 and takes_statistics
+    return _Numbers(factor[:1] if single else factor, adds, are_to_come)
 
 
 class _Search:
@@ -147,6 +155,10 @@ class _Search:
             return False
         grids = weight_grids(node.name, layer, rule, config)
         if self.planned.calls[id(layer)] != 1 or list(grids) != list(rule.weights):
+            return False
+        # A step that is trained is one of the weights as they are: an optimizer moves it by an
+        # amount that a factor of 1/255 would make 255 times as much.
+        if isinstance(weight_step(rule, config), LearnedMethod):
             return False
         ((name, spec),) = grids.items()
         has_bias = node in self.normalized or layer.use_bias

@@ -210,6 +210,27 @@ def test_what_a_kernel_cannot_take_up_stays_before_it() -> None:
     assert not before_kernel(without_bias)  # Nothing there takes an offset up.
     assert not before_kernel(by_channel, {"multiply*": ranged})  # A range of a value in a kernel.
     assert not before_kernel(lambda x: L.Conv2D(4, 3, groups=2)(x * ALIKE))
+    learned = kqat.QuantizeConfig(weight_step="lsq")  # An optimizer moves it by so much.
+    assert not before_kernel(KINDS["moved"][0], learned)
+
+
+def test_statistics_that_are_to_come_are_not_folded_before_them() -> None:
+    """Features of unlike sizes would leave the large ones no integers."""
+    x = keras.Input((4,))
+    norm = L.BatchNormalization()
+    model = keras.Model(x, L.Dense(3)(norm(x)))
+
+    def is_folded() -> bool:
+        return any(layer.role is Role.FACTOR for layer in kqat.plan(model).layers)
+
+    assert not is_folded()
+    norm.trainable = False  # They stay as they are.
+    assert is_folded()
+    norm.trainable = True
+    norm.moving_variance.assign([1.0, 2.0, 1.0, 1.0])
+    assert is_folded()
+    norm.moving_variance.assign([1.0, 1e6, 1.0, 1.0])
+    assert not is_folded()
 
 
 def test_one_scale_for_all_weights_takes_one_number_only() -> None:
