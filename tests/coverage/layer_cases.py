@@ -150,10 +150,9 @@ AFFINE = (
         "rescaling_offset",
         IMAGE,
         lambda x: _conv(L.Rescaling(1 / 127.5, -1.0)(x)),
-        DEPTHWISE_CONV_2D=1,
         CONV_2D=1,
     ),
-    _one("rescaling", IMAGE, lambda x: _conv(L.Rescaling(1 / 127.5)(x)), MUL=1, CONV_2D=1),
+    _one("rescaling", IMAGE, lambda x: _conv(L.Rescaling(1 / 127.5)(x)), CONV_2D=1),
     _one(
         "normalization",
         IMAGE,
