@@ -510,7 +510,8 @@ def _with_batch_first(
                 f"Expected outputs with the batch alone on their first axis. Received: "
                 f"'{layer.name}' of type {type(layer).__name__}, one of whose outputs has the "
                 f"shape {tuple(tensor.shape)}, where {batch} stands for the batch. Undo inside it "
-                "what moved the batch."
+                "what moved the batch. keras.ops.squeeze without axis= drops a batch of 1 as well: "
+                "name the axes."
             )
     output = keras.tree.map_structure(lambda t: made.get(id(t), t), output)
     held = {id(t): t for t in _tensors(output) if id(t) in weights}

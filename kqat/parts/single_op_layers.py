@@ -94,9 +94,16 @@ def _triple(key: Any, size: Any, name: str, first: bool) -> tuple[Any, Any, int]
     """`(begin, end, step)` of one axis."""
     if first and key == slice(None):
         return (0, None, 1)
-    if first or not isinstance(key, int | slice):
+    if first:
         raise UnsupportedLayerError(
-            f"Expected slices and numbers behind the batch axis in '{name}'. Received: {key!r}."
+            f"Expected the first axis, the batch, to be taken whole in '{name}', as by x[:, …]. "
+            f"Received: {key!r} for it. Pick along the axes behind it. What drops axes by their "
+            "size, as keras.ops.squeeze without axis=, drops a batch of 1 too: name the axes."
+        )
+    if not isinstance(key, int | slice):
+        raise UnsupportedLayerError(
+            f"Expected slices and numbers behind the batch axis in '{name}'. Received: {key!r}. "
+            "Pick several places by keras.ops.take(x, places, axis=…)."
         )
     if isinstance(key, int):
         start = key % size

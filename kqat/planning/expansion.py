@@ -208,15 +208,17 @@ def _tried(
             attach_masks(operation, args, kwargs)
         if type(operation).__name__ in WANT_BATCH:
             args = keras.tree.map_structure(_for_two_samples, args)
-        # Models inside may keep the `training` of the call that built them.
-        inference = {"training": False} if isinstance(operation, keras.layers.Layer) else {}
         masked = [t for t in tensors if borne_mask(t) is not None]
         pairs = [(values[id(t)], values[id(borne_mask(t))]) for t in masked]
         with keras.StatelessScope(), bearing(pairs):  # A state stays as it was.
-            expected = _trial(operation, args, inference | kwargs)
+            expected = _trial(operation, args, kwargs)
         found = keras.tree.flatten(outputs)
         computed_now = [y for y in found if is_tensor(y)]
-        results = values_between(tensors, computed_now, list(values.values()))
+        try:
+            results = values_between(tensors, computed_now, list(values.values()), _inferring)
+        except Exception:  # Such as of a shape: a part computes another one in inference.
+            _check_parts(tensors, computed_now, origin or name)
+            raise
         by_tensor = dict(zip(map(id, computed_now), results, strict=True))
         found = [by_tensor.get(id(y), y) for y in found]
         both: Any = zip(keras.tree.flatten(expected), found, strict=True)
@@ -228,6 +230,17 @@ def _tried(
         return outputs
 
     return call
+
+
+def _check_parts(inputs: Sequence[Any], outputs: Sequence[Any], origin: str) -> None:
+    """Checks that the registry has rows for the layers between symbolic tensors.
+
+    Raises:
+        UnsupportedLayerError: if it has not.
+    """
+    for part in operations_between(inputs, outputs):
+        if isinstance(part, keras.layers.Layer):
+            rule_for(part, origin)
 
 
 def check_computes(graph: Graph, model: keras.Model) -> None:
@@ -242,9 +255,7 @@ def check_computes(graph: Graph, model: keras.Model) -> None:
         return
 
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
-        is_layer = isinstance(node.layer, keras.layers.Layer)
-        inference = is_layer and "training" in call_signature(node.layer).parameters
-        return _trial(node.layer, args, kwargs | ({"training": False} if inference else {}))
+        return _trial(node.layer, args, kwargs)
 
     values = {ref: _trial_values(ref, seed) for seed, ref in enumerate(graph.inputs)}
     with keras.StatelessScope():  # A state stays as it was.
@@ -299,12 +310,21 @@ def _for_trial(operation: Any) -> Any:
     return type(operation)((2, *operation.shape[1:]))
 
 
+def _inferring(operation: Any) -> Callable[..., Any]:
+    """An operation as it infers: a layer may train by default, as Keras's augmenting ones do.
+
+    Models inside it may keep the `training` of the call that built them.
+    """
+    inference = {"training": False} if isinstance(operation, keras.layers.Layer) else {}
+    return lambda *args, **kwargs: operation(*args, **{**kwargs, **inference})
+
+
 def _trial(operation: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation computes of two samples, beside weights that were tiled to a batch of one.
+    """What an operation infers of two samples, beside weights that were tiled to a batch of one.
 
     Most broadcast such a weight; an attention, of which it is the query, does not.
     """
-    operation = _for_trial(operation)
+    operation = _inferring(_for_trial(operation))
     try:
         return operation(*args, **kwargs)
     except Exception:  # Whatever Keras or a user's own class raises of shapes that do not fit.
@@ -375,7 +395,7 @@ def _opened_function(
     layer, name = node.layer, node.name
     shape = node.inputs[0].shape
     single = len(node.inputs) == 1
-    elementwise = single and is_elementwise(layer, shape)
+    elementwise = single and is_elementwise(_inferring(layer), shape)
     try:
         symbols = {ref: _symbolic(ref) for ref in node.inputs}  # One, however often it is read.
         args, kwargs = fill((node.args, node.kwargs), symbols.__getitem__)
@@ -479,7 +499,7 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
     TensorFlow's graph.
     """
     try:
-        if not is_elementwise(layer, tuple(x.shape)):
+        if not is_elementwise(_inferring(layer), tuple(x.shape)):
             return None
     except Exception:  # Whatever a user's own class raises: opening it tells where.
         return None
@@ -496,7 +516,10 @@ def _table(layer: Any, x: Any, name: str) -> Callable[..., Any] | None:
         if keras.backend.backend() != "tensorflow":
             return None
         try:
-            function = TensorFlowFunction.of(layer.call, name="graph")
+            takes_training = "training" in call_signature(layer).parameters
+            inference = {"training": False} if takes_training else {}
+            infers = functools.partial(layer.call, **inference)
+            function = TensorFlowFunction.of(infers, name="graph")
             table = Elementwise.of(function, name=name)
         except Exception:  # It branches on a value: opening it tells where.
             return None

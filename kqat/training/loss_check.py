@@ -59,7 +59,7 @@ def wrong_losses(
     wrong, unlike = _unlike_the_float_models(wanted, found, total)
     problems = {**dict.fromkeys(unlike, _WHY), **problems}
     if of_users:
-        others = _others_in_training(wanted, trained) - problems.keys()
+        others = [n for n in _others_in_training(wanted, trained) if n not in problems]
         problems |= dict.fromkeys(others, _WHY)
         wrong |= {i for i, one in enumerate(found) if one.label in others}
     return wrong, problems
@@ -90,16 +90,16 @@ def _unlike_the_float_models(
     return wrong, lost or wanted.by_label.keys()
 
 
-def _others_in_training(wanted: "_Added", trained: "_Added") -> set[str]:
+def _others_in_training(wanted: "_Added", trained: "_Added") -> list[str]:
     """The layers whose losses are others in training than in inference."""
     # Dropout and its kin change what a loss is computed of.
     same = all(np.array_equal(*pair) for pair in zip(wanted.outputs, trained.outputs, strict=True))
-    return {
+    return [
         label
         for label, numbers in trained.by_label.items()
         for before in [wanted.by_label.get(label, [])]
         if len(numbers) != len(before) or (same and not _alike(sum(numbers), sum(before)))
-    }
+    ]
 
 
 def weight_penalties(model: keras.Model) -> float:

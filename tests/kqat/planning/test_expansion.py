@@ -149,3 +149,36 @@ def test_what_is_computed_of_weights_may_come_first() -> None:
     x = keras.Input((6, 8), name="x")
     model = keras.Model(x, Learned(name="own")(x))
     np.testing.assert_allclose(_parts(model)(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)
+
+
+class TrainsByDefault(layers.Layer):
+    """Adds noise where nothing is said, as Keras's augmenting layers change images."""
+
+    def __init__(self, function: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x: Any, training: bool = True) -> Any:
+        """The function of what may be noisy."""
+        return self.function(x + keras.random.normal(ops.shape(x)) if training else x)
+
+
+def test_layers_that_train_by_default_are_tried_as_they_infer() -> None:
+    """What stands for them does not train, and functions of each number are found."""
+    tf = pytest.importorskip("tensorflow")
+    x = keras.Input((2, 4, 4, 1))
+    brightness = layers.RandomBrightness(1.0, value_range=(0.0, 1.0))
+    y = layers.TimeDistributed(brightness)(x)
+    y = TrainsByDefault(lambda v: ops.tanh(v) * v + ops.sin(v), name="waves")(y)
+    y = TrainsByDefault(lambda v: tf.raw_ops.Erfc(x=v), name="tail")(y)
+    parts = {layer.name: layer for layer in _parts(keras.Model(x, y)).layers}
+    for name in ("waves", "tail"):
+        assert type(parts[name]).__name__ == "Elementwise"
+
+
+def test_what_a_wrapped_layer_is_refused_for_is_said() -> None:
+    """Not what Keras says of the shape that it has in inference."""
+    x = keras.Input((2, 4, 4, 1))
+    model = keras.Model(x, layers.TimeDistributed(layers.RandomCrop(2, 2), name="steps")(x))
+    with pytest.raises(kqat.UnsupportedLayerError, match=r"'steps'.* resizes in inference"):
+        kqat.plan(model)

@@ -123,3 +123,22 @@ def test_paddings_ship_as_one_operator() -> None:
         assert not part.unmatched
         assert part.exact is not None
         assert part.exact.is_exact
+
+
+class Squeezed(layers.Layer):
+    """Drops all axes of size one, the batch among them where it is of one sample."""
+
+    def __init__(self, undo: Callable[[Any], Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.undo = undo
+
+    def call(self, x: Any) -> Any:
+        """What is made of the axes that are left."""
+        return self.undo(ops.squeeze(x))
+
+
+@pytest.mark.parametrize("undo", [lambda y: y[None, 1:], lambda y: ops.expand_dims(y, 0)])
+def test_a_batch_of_one_that_is_dropped_is_refused_with_what_to_do(undo: Any) -> None:
+    x = keras.Input((1, 6), batch_size=1)
+    with pytest.raises(kqat.UnsupportedLayerError, match="squeeze without axis="):
+        kqat.plan(keras.Model(x, Squeezed(undo, name="own")(x)))
