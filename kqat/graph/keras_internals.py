@@ -90,11 +90,13 @@ class SeenLoss:
 class _Notes:
     """What calls were seen to do beside what they compute: losses, and what else, in words.
 
-    `masks` are those that opened layers gave to what they return, by the identity of that.
+    `masks` are those that opened layers gave to what they return, by the identity of that, which
+    `masked` holds: no later tensor is to have the identity of one that nobody reads.
     """
 
     losses: list[SeenLoss] = dataclasses.field(default_factory=list)
     masks: dict[int, Any] = dataclasses.field(default_factory=dict)
+    masked: list[Any] = dataclasses.field(default_factory=list)
     asides: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -869,6 +871,7 @@ def _masks_noted(opened: Sequence[Any], notes: _Notes) -> Iterator[None]:
             bare = [t for t in _tensors(outputs) if borne_mask(t) is None]
             give(inputs, outputs, previous_mask)
             notes.masks |= {id(t): m for t in bare if (m := borne_mask(t)) is not None}
+            notes.masked += [t for t in bare if id(t) in notes.masks]
 
         return given
 
