@@ -48,7 +48,7 @@ def _sequences(node: Node, inputs: list[Value], parts: FrozenParts) -> list[list
     """The steps of each sequence, in its order."""
     sequences = []
     for index, value in enumerate(inputs):
-        unstack = Unstack(name=parts.free_name(f"{node.name}_unstack_{index}"))
+        unstack = Unstack(dtype="float32", name=parts.free_name(f"{node.name}_unstack_{index}"))
         sequences.append([Value(tensor, value.grid) for tensor in unstack(value.tensor)])
     return sequences
 
@@ -71,14 +71,16 @@ def _zeros(x: Any, shape: tuple[int, ...], name: str, parts: FrozenParts) -> Any
     """Zeros of a shape without the batch, computed from `x`: a constant would be folded away."""
     size, given = math.prod(shape), math.prod(x.shape[1:])
     if len(x.shape) > 2:
-        x = keras.layers.Reshape((given,), name=parts.free_name(f"{name}_row"))(x)
+        x = keras.layers.Reshape((given,), dtype="float32", name=parts.free_name(f"{name}_row"))(x)
     if size > given:
-        longer = keras.layers.Concatenate(name=parts.free_name(f"{name}_longer"))
+        longer = keras.layers.Concatenate(dtype="float32", name=parts.free_name(f"{name}_longer"))
         x = longer([x] * -(-size // given))
-    part = Slice([0], [size], [1], name=parts.free_name(f"{name}_part"))(x)
+    part = Slice([0], [size], [1], dtype="float32", name=parts.free_name(f"{name}_part"))(x)
     if len(shape) > 1:
-        part = keras.layers.Reshape(shape, name=parts.free_name(f"{name}_shaped"))(part)
-    return keras.layers.Subtract(name=parts.free_name(name))([part, part])
+        part = keras.layers.Reshape(shape, dtype="float32", name=parts.free_name(f"{name}_shaped"))(
+            part
+        )
+    return keras.layers.Subtract(dtype="float32", name=parts.free_name(name))([part, part])
 
 
 def _results(
@@ -86,7 +88,9 @@ def _results(
 ) -> list[Value]:
     """The node's outputs, of the first state after each step and the states after the last."""
     layer: QuantizedRecurrence = node.layer
-    stacked = Stack(name=parts.free_name(f"{node.name}_stack"))(layer.in_order(outputs))
+    stacked = Stack(dtype="float32", name=parts.free_name(f"{node.name}_stack"))(
+        layer.in_order(outputs)
+    )
     tensors = layer.results(stacked, [state.tensor for state in states])
     tensors = tensors if layer.return_state else [tensors]
     grids = [states[0].grid, *(state.grid for state in states[layer.own_output :])]
@@ -119,16 +123,18 @@ def fused(
     backwards = [*range(x.tensor.shape[1])][::-1]
     if layer.go_backwards:
         turned = f"{name}_backwards"
-        tensor = Take(backwards, 1, name=parts.free_name(turned))(x.tensor)
+        tensor = Take(backwards, 1, dtype="float32", name=parts.free_name(turned))(x.tensor)
         x = parts.mark(turned, tensor, source)
     own_name = name if name == layer.label else parts.free_name(name)
-    whole = FrozenLSTM(gates, source=source, carry=carry, result=result, name=own_name)
+    whole = FrozenLSTM(
+        gates, source=source, carry=carry, result=result, dtype="float32", name=own_name
+    )
     parts.lstms.append(whole)
     if layer.return_sequences and not layer.flip:
         return [parts.mark(name, whole(x.tensor), result)]
     y = parts.mark(f"{name}_steps", whole(x.tensor), result).tensor
     if layer.return_sequences:
-        y = Take(backwards, 1, name=parts.free_name(f"{name}_flip"))(y)
+        y = Take(backwards, 1, dtype="float32", name=parts.free_name(f"{name}_flip"))(y)
     else:
         y = _last(y, f"{name}_last", parts)
     return [parts.mark(name, y, result)]
@@ -137,5 +143,11 @@ def fused(
 def _last(x: Any, name: str, parts: FrozenParts) -> Any:
     """The last step of a sequence, shape `(batch, units)`."""
     steps, units = x.shape[1:]
-    part = Slice([steps - 1, 0], [steps, units], [1, 1], name=parts.free_name(f"{name}_slice"))(x)
-    return keras.layers.Reshape((units,), name=parts.free_name(name))(part)
+    part = Slice(
+        [steps - 1, 0],
+        [steps, units],
+        [1, 1],
+        dtype="float32",
+        name=parts.free_name(f"{name}_slice"),
+    )(x)
+    return keras.layers.Reshape((units,), dtype="float32", name=parts.free_name(name))(part)

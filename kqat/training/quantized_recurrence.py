@@ -36,7 +36,7 @@ class QuantizedRecurrence(Recurrence):
     def __init__(
         self, step: keras.Model, sequences: int, *, label: str | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(step, sequences, **kwargs)
+        super().__init__(step, sequences, autocast=False, **{**kwargs, "dtype": "float32"})
         self.label = label or self.name
         self.parts = Parts.of(trace(step))
         self._outer = _SequenceQuantizers()

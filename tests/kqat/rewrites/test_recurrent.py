@@ -289,3 +289,30 @@ def test_a_layer_that_stays_float_is_unrolled_too(whole: Any) -> None:
     part = report.on("litert_reference")
     assert part.problem is None
     assert part.max_steps <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        (layers.SimpleRNN, "mixed_float16"),
+        pytest.param(layers.LSTM, "mixed_bfloat16", marks=pytest.mark.slow),
+        pytest.param(layers.GRU, "mixed_float16", marks=pytest.mark.slow),
+    ],
+)
+def test_mixed_precision_trains_and_ships(kind: type, precision: str, tmp_path: Any) -> None:
+    """Ranges were read as half-precision numbers, and steps of the file were of those."""
+    keras.config.set_dtype_policy(precision)
+    model, x = _model(kind(UNITS, return_sequences=True, go_backwards=True)), _data()
+    qat = kqat.quantize_model(model, calibration_data=x)
+    error = np.asarray(qat(x), np.float64) - np.asarray(model(x), np.float64)
+    assert np.mean(error**2) < 1e-3 * np.mean(np.asarray(model(x), np.float64) ** 2)
+    before = [np.array(v) for v in qat.trainable_variables]
+    qat.compile(keras.optimizers.SGD(0.01), "mse")
+    qat.fit(x, np.zeros((len(x), STEPS, UNITS)), verbose=0)
+    assert all(np.any(v != old) for v, old in zip(qat.trainable_variables, before, strict=True))
+    qat.save(tmp_path / "qat.keras")
+    loaded = keras.models.load_model(tmp_path / "qat.keras")
+    blob = tflite_export.convert(loaded)
+    assert blob == tflite_export.convert(qat)
+    report = tflite_export.verify(qat, blob, x, samples=4)
+    assert report.float_operators == 0 and all(p.is_right for p in report.runtimes), report
