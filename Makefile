@@ -37,7 +37,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	$(PY) -m codespell_lib
 
-# Line coverage is that of the fast tests: counting lines makes the slow ones 1.4 times as long.
+# Line coverage is that of the fast tests: counting lines makes tests longer, and slow ones are long.
 check: lint docs
 	$(MAKE) test PYTEST_FLAGS="$(PYTEST_FLAGS) $(COVERAGE) --cov-fail-under=90"
 	$(MAKE) test-slow

@@ -158,14 +158,12 @@ def _open_untyped(model: Any, inputs: Any) -> Opened:
     tried: frozenset[int] = frozenset()
     try:
         opened = opened_with(tried)
-    except ModelError:
+    except ModelError as error:
         tried = frozenset(range(len(flat)))
         try:  # By floats, Keras picks no rows.
             opened = opened_with(tried)
         except ModelError:
-            tried = frozenset()
-        if not tried:
-            raise
+            raise error  # noqa: B904  It has a cause of its own.
     read = _looked_up(opened.function, {id(t): frozenset({id(t)}) for t in opened.tensors})
     indexes = frozenset(i for i, t in enumerate(opened.tensors) if id(t) in read)
     return opened if indexes == tried else opened_with(indexes)

@@ -102,6 +102,8 @@ class _Assembly:
         self.plan = plan
         self.preserve = preserve
         self.decisions: dict[str, LayerPlan] = {layer.name: layer for layer in plan.layers}
+        # What scales and shifts the input of a kernel is called as an own layer in training.
+        self.scaling = {name for layer in plan.layers for name in layer.scaled_by}
         self.producers = plan.graph.producers()
         self.integer = {
             node: self.decisions[node.name].role is not Role.FLOAT for node in plan.graph.nodes
@@ -245,9 +247,7 @@ class _Assembly:
             config |= {"step": wrap(self.plan.steps[node.name], self.preserve), "label": node.name}
             return QuantizedRecurrence(**config)
         rule = self.plan.rules.get(node.name)
-        computes = decision.role is Role.INTEGER or any(
-            node.name in other.scaled_by for other in self.plan.layers
-        )
+        computes = decision.role is Role.INTEGER or node.name in self.scaling
         affine = computes and rule is not None and rule.affine
         # No process that loads the model can be expected to know a row that a user registered.
         carries_facts = rule is not None and rule is registered_rule(layer)

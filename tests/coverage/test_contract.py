@@ -209,10 +209,11 @@ def steps(qat: keras.Model, x: Any) -> tuple[set[str], set[str]]:
     first, second = snapshots.values
     for variable in qat.variables:
         variable.assign(first[variable.path])
-    return tuple(  # type: ignore[return-value]
-        {path for path in old if not np.array_equal(old[path], new[path])}
-        for old, new in ((before, first), (first, second))
-    )
+    return _moved(before, first), _moved(first, second)
+
+
+def _moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> set[str]:
+    return {path for path, value in before.items() if not np.array_equal(value, after[path])}
 
 
 def outputs(model: keras.Model, x: Any) -> list[np.ndarray]:

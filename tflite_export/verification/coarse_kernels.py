@@ -7,11 +7,12 @@ import numpy as np
 
 from kqat.devices import APPROXIMATE
 from kqat.kernels import resizing
-from tflite_export.integer_model import Step, kind_of
+from tflite_export.integer_model import kind_of
+from tflite_export.verification.site_tensors import SiteTensors
 
 
 def allowed_steps(
-    operator: str, bits: int, step: Step | None, runtime: str, computed: Mapping[int, np.ndarray]
+    tensors: SiteTensors, tensor: int, bits: int, runtime: str, computed: Mapping[int, np.ndarray]
 ) -> int:
     """The steps by which an output may differ from exact arithmetic.
 
@@ -19,17 +20,18 @@ def allowed_steps(
     input. RESIZE_BILINEAR is off by what it misses a place, times how unlike neighbours are there.
 
     Args:
-        operator: the name of the operator.
-        bits: of its output.
-        step: the operator with its tensors and options, `None` if they are not known.
+        tensors: those of the file.
+        tensor: the output.
+        bits: of the output.
         runtime: the name of the runtime.
         computed: index of a tensor -> the integers that the runtime computed, (samples, …).
     """
+    operator = tensors.operator(tensor)
     allowed = APPROXIMATE.get((operator, bits), 1)
-    if operator != "RESIZE_BILINEAR" or step is None:
-        return allowed
-    images = computed.get(step.given(0).index)
-    if images is None:
+    # Reading a step takes reading the file's constants.
+    step = tensors.step(tensor) if operator == "RESIZE_BILINEAR" else None
+    images = None if step is None else computed.get(step.given(0).index)
+    if step is None or images is None:
         return allowed
     given, result = step.given(0).shape, step.result.shape
     images = images.reshape(-1, *given[1:]).astype(np.int64)

@@ -227,7 +227,7 @@ class _Walk:
                 differing=int(np.count_nonzero(steps)),
                 ties=int(np.count_nonzero(steps * tied)),
                 allowed_steps=allowed_steps(
-                    operator, site.bits, self.tensors.step(tensor), self.runtime, self.computed
+                    self.tensors, tensor, site.bits, self.runtime, self.computed
                 ),
             )
         )
