@@ -126,9 +126,7 @@ def fused(
         tensor = Take(backwards, 1, dtype="float32", name=parts.free_name(turned))(x.tensor)
         x = parts.mark(turned, tensor, source)
     own_name = name if name == layer.label else parts.free_name(name)
-    whole = FrozenLSTM(
-        gates, source=source, carry=carry, result=result, dtype="float32", name=own_name
-    )
+    whole = FrozenLSTM(gates, source=source, carry=carry, result=result, name=own_name)
     parts.lstms.append(whole)
     if layer.return_sequences and not layer.flip:
         return [parts.mark(name, whole(x.tensor), result)]

@@ -11,6 +11,7 @@ from keras import layers
 import kqat
 import tflite_export
 from kqat.base.errors import UnsupportedLayerError
+from kqat.config.layer_config import QuantizeConfig
 from kqat.graph.tracer import rebuild, trace
 from kqat.planning.expansion import expand
 from kqat.training.build import all_layers
@@ -292,18 +293,21 @@ def test_a_layer_that_stays_float_is_unrolled_too(whole: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision"),
+    ("kind", "policy", "precision"),
     [
-        (layers.SimpleRNN, "mixed_float16"),
-        pytest.param(layers.LSTM, "mixed_bfloat16", marks=pytest.mark.slow),
-        pytest.param(layers.GRU, "mixed_float16", marks=pytest.mark.slow),
+        (layers.SimpleRNN, "int8", "mixed_float16"),
+        (layers.LSTM, QuantizeConfig(recurrence="fused"), "mixed_bfloat16"),
+        pytest.param(layers.LSTM, "int8", "mixed_bfloat16", marks=pytest.mark.slow),
+        pytest.param(layers.GRU, "int8", "mixed_float16", marks=pytest.mark.slow),
     ],
 )
-def test_mixed_precision_trains_and_ships(kind: type, precision: str, tmp_path: Any) -> None:
+def test_mixed_precision_trains_and_ships(
+    kind: type, policy: Any, precision: str, tmp_path: Any
+) -> None:
     """Ranges were read as half-precision numbers, and steps of the file were of those."""
     keras.config.set_dtype_policy(precision)
     model, x = _model(kind(UNITS, return_sequences=True, go_backwards=True)), _data()
-    qat = kqat.quantize_model(model, calibration_data=x)
+    qat = kqat.quantize_model(model, policy, calibration_data=x)
     error = np.asarray(qat(x), np.float64) - np.asarray(model(x), np.float64)
     assert np.mean(error**2) < 1e-3 * np.mean(np.asarray(model(x), np.float64) ** 2)
     before = [np.array(v) for v in qat.trainable_variables]
