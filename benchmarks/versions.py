@@ -10,6 +10,7 @@ docs/versions.md lists what was run. `--list` prints, for pip, what is installed
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -87,8 +88,12 @@ def check_contents(wheel: Path) -> None:
 
 
 def run(command: Sequence[str | Path], folder: Path | None = None) -> None:
-    """Runs a program and ends this one if it fails."""
-    done = subprocess.run([str(part) for part in command], cwd=folder, check=False)
+    """Runs a program and ends this one if it fails.
+
+    A checkout on PYTHONPATH would be taken for the installed package, by pip too.
+    """
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(part) for part in command], cwd=folder, env=clean, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} ended with {done.returncode}")
 
