@@ -197,6 +197,7 @@ MODELS: dict[str, Build] = {
     "ADD": _two(lambda x: layers.Add()(x)),
     "SUB": _two(lambda x: layers.Subtract()(x)),
     "MUL": _two(lambda x: layers.Multiply()(x)),
+    "SQUARED_DIFFERENCE": _two(lambda x: ops.square(layers.Subtract()(x))),
     "MAXIMUM": _two(lambda x: layers.Maximum()(x)),
     "MINIMUM": _two(lambda x: layers.Minimum()(x)),
     "CONCATENATION": _two(lambda x: layers.Concatenate()(x)),

@@ -48,6 +48,7 @@ def _calls() -> dict[str, Call]:
         "ADD": lambda x: x + 0.5 * x,
         "SUB": lambda x: 0.3 - x,
         "MUL": lambda x: x * x,
+        "SQUARED_DIFFERENCE": lambda x: tf.math.squared_difference(x, 0.5 * x),
         "RELU": tf.nn.relu,
         "LEAKY_RELU": lambda x: tf.nn.leaky_relu(x, 0.3),
         "ELU": tf.nn.elu,

@@ -26,6 +26,8 @@ from tflite_export.weight_storage import compress as compress_weights
 LARGEST_BYTES = 2**31
 # XNNPACK takes no larger one (`src/operators/convolution-nhwc.c`).
 LARGEST_MULTIPLIER = 256
+# Operator -> by how many bits its int8 kernel lifts an input, and the power of that in the result.
+LIFTED = {"ADD": (20, 1), "SUB": (20, 1), "SQUARED_DIFFERENCE": (7, 2)}
 IO_TYPES = {"int8": "INT8", "int16": "INT16", "uint8": "UINT8", "float32": "FLOAT32"}
 # What `convert` is asked for -> the encodings that it tries.
 COMPRESS: dict[str | None, tuple[str, ...]] = {
@@ -150,6 +152,7 @@ def assemble(
     marked = lower(frozen, batch_size, tables_computed)
     model = quantize(marked, frozen, runtimes, whole_bytes)
     _check_multipliers(model)
+    _check_lifted(model)
     _Interface(model, frozen).apply(list(input_types), list(output_types))
     share_constants(model)
     if methods:
@@ -192,6 +195,32 @@ def _check_multipliers(model: ModelT) -> None:
                 f"{step:.3g} beside an output scale of {scale:.3g}. Its outputs hardly differ, as "
                 "behind a ReLU that never fires: train the layer again, take it out, or leave it "
                 "float by the policy."
+            )
+
+
+def _check_lifted(model: ModelT) -> None:
+    """Raises where the result of lifted int8 values would have to be lifted further.
+
+    ADD, SUB and SQUARED_DIFFERENCE lift both inputs by some bits and multiply the result down to
+    the output's scale. Where that would be a factor of one or more, TFLite Micro's kernels end the
+    process and LiteRT's compute other values.
+    """
+    graph = model.subgraphs[0]
+    for operator in graph.operators:
+        name = flatbuffer.op_name(model, operator)
+        output = graph.tensors[int(operator.outputs[0])]
+        if name not in LIFTED or output.type != schema.TensorType.INT8:
+            continue
+        bits, power = LIFTED[name]
+        scales = [graph.tensors[int(i)].quantization.scale[0] for i in operator.inputs]
+        step = float(2.0 * max(scales)) ** power / 2.0 ** (bits * power)
+        scale = float(output.quantization.scale[0])
+        if step >= scale:
+            raise ExportError(
+                f"Expected a scale above {step:.3g} for '{flatbuffer.tensor_name(output)}', the "
+                f"least that {name} can compute from inputs of a scale of {max(scales):.3g}. "
+                f"Received: {scale:.3g}. Give it a wider range by the policy, or none, which "
+                "follows the data."
             )
 
 

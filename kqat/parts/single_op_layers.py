@@ -583,6 +583,21 @@ class Matmul(layers.Layer):
 
 
 @keras.saving.register_keras_serializable("kqat")
+class SquaredDifference(layers.Layer):
+    """`(a - b) ** 2` of `[a, b]`, elementwise; shapes broadcast."""
+
+    def call(self, inputs: Any) -> Any:
+        """The square of the difference."""
+        a, b = inputs
+        return ops.square(ops.subtract(a, b))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The shape after broadcasting."""
+        batch = input_shape[0][0]
+        return (batch, *np.broadcast_shapes(*(tuple(shape[1:]) for shape in input_shape)))
+
+
+@keras.saving.register_keras_serializable("kqat")
 class ReciprocalSquareRoot(layers.Layer):
     """`1 / sqrt(x + epsilon)`, elementwise, for `x >= 0`."""
 

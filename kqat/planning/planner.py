@@ -41,6 +41,7 @@ from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
 from kqat.planning.rank_limits import fit_ranks
 from kqat.planning.repetitions import drop_repetitions
 from kqat.planning.shared_scales import share_scales
+from kqat.planning.squared_differences import join_squares
 from kqat.planning.step_values import with_own_grids
 from kqat.planning.tied_weights import expand_tied, of_one_config
 from kqat.planning.weight_penalties import keep_penalties
@@ -78,6 +79,7 @@ def make_plan(
     simple, origins = hide_added_masks(simple, origins, whole, model_name)
     check_hidden_values(simple, origins)
     simple, origins = split_hard_sigmoids(simple, origins, configs, model_name)
+    simple = join_squares(simple, origins, configs, model_name)
     simple = join_biases(simple, origins, configs, model_name)
     simple = clip_by_grids(simple, origins, configs, model_name)
     simple = join_functions(simple, origins, configs, model_name)

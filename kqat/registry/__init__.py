@@ -16,7 +16,7 @@ from kqat.registry.layer_table import (
 )
 from kqat.registry.operation_table import FUNCTIONS, NETWORKS, OPERATIONS, REDUCING, as_layers
 from kqat.registry.refusals import LAYER_REASONS, OPERATION_REASONS
-from kqat.registry.rule import LayerRule, Output, channel_axes
+from kqat.registry.rule import LayerRule, Output, Resolution, channel_axes
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,6 +30,7 @@ __all__ = [
     "LayerFacts",
     "LayerRule",
     "Output",
+    "Resolution",
     "as_layers",
     "channel_axes",
     "is_custom",

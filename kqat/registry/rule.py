@@ -16,6 +16,7 @@ from kqat.grids import Bounds, Clamp, QuantSpec
 MOST_FACTORS = 4
 # Of a step of an addend. What its own rounding leaves has 20 times the power of a rounding to that.
 _SHARE_OF_A_STEP = 1.0 / 16.0
+Resolution = float | tuple[float, int]
 
 
 class Output(TextEnum):
@@ -64,9 +65,9 @@ class LayerRule:
         masks: whether the layer's decomposition uses the masks of its call.
         affine: whether the layer is `x * scale + offset`, with one pair per channel.
         resolution: for a layer whose output may be all but zero beside its inputs, as values cancel
-            in a sum: the finest useful scale of its output in scales of an input, from the layer
-            and how many values of that input make how many of the output; `None` where values do
-            not cancel.
+            in a sum: the finest useful scale of its output in scales of an input (or a share, and
+            to what power the scale is taken), from the layer and how many values of that input make
+            how many of the output; `None` where values do not cancel.
         decompose: layer and name -> a callable of the same inputs, made of simpler layers, or
             `None` if the layer is simple already.
         decompose_masked: the same for a call that is given a mask.
@@ -96,7 +97,7 @@ class LayerRule:
     hides: bool = False
     masks: bool = False
     affine: bool = False
-    resolution: Callable[[Any, int, int], float] | None = None
+    resolution: Callable[[Any, int, int], Resolution] | None = None
     decompose: Callable[[Any, str], Callable[..., Any] | None] | None = None
     decompose_masked: Callable[[Any, str], Callable[..., Any] | None] | None = None
     decompose_fused: Callable[[Any, str], Callable[..., Any] | None] | None = None
@@ -126,6 +127,14 @@ def resolution_of_sum(layer: Any, values: int, results: int) -> float:
 def resolution_of_remainder(layer: Any, values: int, results: int) -> float:
     """Room for 16 steps of the values in the 8 bits of a mean of errors."""
     return 1.0 / 8.0
+
+
+def resolution_of_square(layer: Any, values: int, results: int) -> tuple[float, int]:
+    """The square of what a sum resolves; SQUARED_DIFFERENCE computes at no sixteenth of it.
+
+    Its kernel multiplies by `4 * scale**2 / (2**14 * result's scale)`, which must be less than one.
+    """
+    return _SHARE_OF_A_STEP**2, 2
 
 
 def resolution_of_multiple(layer: Any, values: int, results: int) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ from kqat.grids import (
     range_method_from_dict,
     range_method_to_dict,
 )
+from kqat.registry import Resolution
 from kqat.training.controls import Controls
 from kqat.training.older_files import with_label
 
@@ -77,17 +79,22 @@ class SiteRange:
 
 
 class _Sources:
-    """The quantizers of the inputs of what a call site rounds, with shares of their scales.
+    """The quantizers of the inputs of what a call site rounds; a share of a power of each scale.
 
     They are found where the model's graph is made. Keras, which would take their variables for the
     layer's too, does not look in here.
     """
 
     def __init__(self) -> None:
-        self.by_site: dict[int, list[tuple[ActivationQuantizer, float]]] = {}
+        self.by_site: dict[int, list[tuple[ActivationQuantizer, float, int]]] = {}
 
-    def get(self, site: int) -> list[tuple["ActivationQuantizer", float]]:
+    def get(self, site: int) -> list[tuple["ActivationQuantizer", float, int]]:
         return self.by_site.get(site, [])
+
+
+def _power(scale: Any, power: int) -> Any:
+    """By products, of which the first power has none: `fit` computes this at every step."""
+    return functools.reduce(operator.mul, [scale] * power)
 
 
 class _LastRange:
@@ -228,16 +235,16 @@ class ActivationQuantizer(keras.layers.Layer):
         site: int = 0,
         observe: bool = True,
         training: bool | None = None,
-        resolution: Mapping[str, float] | None = None,
+        resolution: Mapping[str, Resolution] | None = None,
         halves_away: bool = False,
     ) -> Any:
         """`x` rounded; any shape. `site` and `observe` say which range `x` shapes, and whether.
 
         `resolution` says what the integer kernel that makes `x` resolves, where `x` may be all but
         zero beside the kernel's inputs: name of the `ActivationQuantizer` of an input -> share of
-        its scale. A finer grid would hold only the float errors of a sum, and no range is so narrow
-        that its scale falls below. With `halves_away` halves of a step are rounded away from the
-        integer zero, as the kernel that makes `x` does.
+        its scale, or a share and a power of that scale. A finer grid would hold only the float
+        errors of a sum, and no range is so narrow that its scale falls below. With `halves_away`
+        halves of a step are rounded away from the integer zero, as the kernel that makes `x` does.
         """
         dtype = x.dtype
         x = ops.cast(x, "float32")
@@ -423,11 +430,11 @@ class ActivationQuantizer(keras.layers.Layer):
             return None
         levels = float(self.spec.qmax - self.spec.qmin)
         if scale_of is not None:
-            finest = [scale_of(source) * share for source, share in sources]
+            finest = [_power(scale_of(source), power) * share for source, share, power in sources]
             # As tensors would have it: a product of Python's where there is nothing to compare.
             one = finest[0] if len(finest) == 1 else max(map(np.float32, finest))
             return np.float32(one * levels)
-        finest = [source.scale() * share for source, share in sources]
+        finest = [_power(source.scale(), power) * share for source, share, power in sources]
         return functools.reduce(ops.maximum, finest) * levels
 
     def union_of(self, lows: Sequence[float], highs: Sequence[float]) -> tuple[Any, Any]:
@@ -626,15 +633,18 @@ class ActivationQuantizer(keras.layers.Layer):
         site: int = 0,
         observe: bool = True,
         training: bool | None = None,
-        resolution: Mapping[str, float] | None = None,
+        resolution: Mapping[str, Resolution] | None = None,
         halves_away: bool = False,
     ) -> Any:
         """The input's shape and dtype."""
         if observe and resolution:
             found = [(layer_behind(x, name), share) for name, share in resolution.items()]
             # Rows of a tied weight have no quantizer; those of the other inputs say enough.
-            found = [(q, s) for q, s in found if isinstance(q, ActivationQuantizer)]
-            self._sources.by_site[site] = found
+            self._sources.by_site[site] = [
+                (source, *(share if isinstance(share, list | tuple) else (share, 1)))
+                for source, share in found
+                if isinstance(source, ActivationQuantizer)
+            ]
         return keras.KerasTensor(x.shape, dtype=x.dtype)
 
     def get_config(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from kqat.devices import HALVES_AWAY
 from kqat.graph import Node, Part, Ref, clone, duplicate, fill, rebuild, unique_name
 from kqat.parts import PrecisionBoundary, Recurrence, TiedWeight, reads_rows
 from kqat.planning import Group, LayerPlan, Plan, Role, Rounding
-from kqat.registry import LayerFacts, registered_rule
+from kqat.registry import LayerFacts, Resolution, registered_rule
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.preservation import Preserve, preserved_in, turned_over
 from kqat.training.quantized_recurrence import QuantizedRecurrence
@@ -114,7 +114,7 @@ class _Assembly:
         self.grids: dict[Ref, str | None] = {}  # the name of the quantizer on whose grid a value is
         self.forms: dict[tuple[Ref, bool], Any] = {}
         # What a value that is not rounded yet resolves, see `ActivationQuantizer.call`.
-        self.resolutions: dict[Ref, dict[str, float]] = {}
+        self.resolutions: dict[Ref, dict[str, Resolution]] = {}
         names = (node.name for node in plan.graph.nodes)
         self.names = {*plan.input_names, *plan.output_names, *names}
 
@@ -153,7 +153,7 @@ class _Assembly:
         values = keras.tree.flatten(value)
         return [self._rounded(ref, v) for ref, v in zip(node.outputs, values, strict=True)]
 
-    def _resolution(self, node: Node) -> dict[str, float]:
+    def _resolution(self, node: Node) -> dict[str, Resolution]:
         """The finest useful scale of a node's output: quantizer of an input -> share of its scale.
 
         What is computed inside the kernel before it resolves what that kernel does.
@@ -161,7 +161,7 @@ class _Assembly:
         decision, rule = self.decisions[node.name], self.plan.rules.get(node.name)
         if decision.role in (Role.FOLDED, Role.FACTOR, Role.CLAMP):
             return self.resolutions.get(node.inputs[0], {})
-        found: dict[str, float] = {}
+        found: dict[str, Resolution] = {}
         if rule is None or rule.resolution is None:
             return found
         results = _size(node.outputs[0])

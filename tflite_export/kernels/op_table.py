@@ -190,6 +190,7 @@ OP_TABLE: dict[str, OpRule] = {
     "ADD": _own(),
     "SUB": _own(),
     "MUL": _own(),
+    "SQUARED_DIFFERENCE": _own(),
     "RELU": _own(),
     # TFLite Micro's RELU6 does not rescale. RELU does, and clamps to the output's range, which
     # ends at 6.

@@ -1,0 +1,118 @@
+"""The square of a difference is one operator, whose difference is never rounded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+from keras import ops
+
+import kqat
+import tflite_export
+from kqat.base.errors import ExportError
+from kqat.parts import SquaredDifference
+from kqat.registry import rule_for
+from kqat.registry.rule import resolution_of_square
+from tests.tflite_export.small_models import operators
+from tflite_export import flatbuffer
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 6, 4)).astype(np.float32)
+SQUARE = "SQUARED_DIFFERENCE"
+
+
+def model_of(call: Callable[[Any], Any]) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    x = keras.Input(X.shape[1:], name="x")
+    return keras.Model(x, call(x))
+
+
+def halves(x: Any) -> tuple[Any, Any]:
+    return L.Dense(4, name="a")(x), L.Dense(4, name="b")(x)
+
+
+def minus(x: Any, name: str | None = None) -> Any:
+    return L.Subtract(name=name)(halves(x))
+
+
+def read_twice(x: Any) -> Any:
+    difference = minus(x)
+    return ops.square(difference) + difference
+
+
+def an_output(x: Any) -> Any:
+    difference = minus(x)
+    return [difference, ops.square(difference)]
+
+
+@pytest.mark.parametrize(
+    ("call", "policy", "squares", "others"),
+    [
+        (lambda x: ops.square(minus(x)), "int8", 1, 0),
+        (lambda x: minus(x) ** 2, "w4a8", 1, 0),
+        (lambda x: (lambda d: d * d)(minus(x)), "int8", 1, 0),
+        (lambda x: ops.square(x - L.GlobalAveragePooling1D(keepdims=True)(x)), "int8", 1, 0),
+        (lambda x: ops.var(x, axis=1), "int8", 1, 0),
+        (lambda x: ops.std(x, axis=-1), "int8", 1, 0),
+        (lambda x: ops.moments(x, axes=1)[1], "int8", 1, 0),
+        # What else reads a difference reads it rounded. TFLite Micro alone has a kernel of 16 bits.
+        (read_twice, "int8", 0, 1),
+        (an_output, "int8", 0, 1),
+        (lambda x: ops.square(minus(x)), "int16x8", 0, 1),
+        (lambda x: ops.square(minus(x, "wide")), {"wide": "int16x8", "*": "int8"}, 0, 1),
+    ],
+)
+def test_differences_that_only_a_square_reads(
+    call: Callable[[Any], Any], policy: Any, squares: int, others: int
+) -> None:
+    found = [op for layer in kqat.plan(model_of(call), policy).layers for op in layer.ops]
+    assert [found.count(op) for op in (SQUARE, "SUB")] == [squares, others]
+
+
+def test_every_runtime_computes_what_was_trained() -> None:
+    """Also where the values hardly differ: no kernel computes at a scale too small."""
+
+    def call(x: Any) -> Any:
+        a, b = halves(x)
+        near = L.Rescaling(1.0 + 1e-5, name="near")(a)
+        return [
+            ops.sum(ops.square(a - b), axis=-1),
+            ops.square(a - L.GlobalMaxPooling1D(keepdims=True)(b)),
+            ops.square(near - a),
+        ]
+
+    model = model_of(call)
+    with pytest.warns(kqat.CalibrationWarning):  # of the last one, whose sums are of a step
+        qat = kqat.quantize_model(model, calibration_data=X)
+    blob = tflite_export.convert(qat)
+    assert operators(flatbuffer.read(blob)).count(SQUARE) == 3
+    report = tflite_export.verify(qat, blob, X, samples=8)
+    for part in report.runtimes:
+        assert part.is_right and part.problem is None and part.unmatched == (), part
+        assert part.exact is not None and part.exact.is_exact, part
+        assert part.by_operator()[SQUARE].max_steps <= 1
+    for want, got in zip(model(X)[:2], qat(X)[:2], strict=True):
+        wanted = np.asarray(want, np.float64)
+        noise = np.mean((wanted - np.asarray(got, np.float64)) ** 2)
+        assert 10 * np.log10(np.mean(wanted**2) / noise) > 36.0
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_given_range_that_no_kernel_computes(squared: bool) -> None:
+    """LiteRT computes values 254 steps off, without a word, and TFLite Micro ends the process."""
+    model = model_of(lambda x: minus(x, "last") ** 2 if squared else minus(x, "last"))
+    tiny = kqat.QuantizeConfig(activation_range=kqat.Fixed(0.0, 1e-5))
+    last = model.layers[-1].name if squared else "last"
+    qat = kqat.quantize_model(model, {"last": tiny, last: tiny, "*": "int8"}, calibration_data=X)
+    with pytest.raises(ExportError, match=f"scale above .* for '{last}'.*wider range"):
+        tflite_export.convert(qat)
+
+
+def test_the_least_scale_is_one_that_the_kernel_multiplies_by() -> None:
+    """`4 * scale**2 / (2**14 * result's scale)` is less than one, for every scale of the input."""
+    share, power = resolution_of_square(SquaredDifference(), 1, 1)
+    assert power == 2 and 4.0 / (2**14 * share) < 1.0
+    row = rule_for(SquaredDifference())
+    assert row.resolution is resolution_of_square
