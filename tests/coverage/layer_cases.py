@@ -5,7 +5,14 @@ from typing import Any
 
 from keras import layers as L
 
-from kqat.parts.single_op_layers import ChannelAffine, Clip, Matmul, ReciprocalSquareRoot, Slice
+from kqat.parts.single_op_layers import (
+    ChannelAffine,
+    Clip,
+    Matmul,
+    ReciprocalSquareRoot,
+    Slice,
+    SquaredDifference,
+)
 from tests.coverage.cases import Case, functional
 
 VECTOR, ROWS, IMAGE, VOLUME = (8,), (8, 3), (8, 8, 3), (4, 6, 8, 3)
@@ -378,6 +385,10 @@ def _vanishing(shape: tuple[int, ...], make: Callable[[], Any]) -> Case:
 VANISHING = tuple(_vanishing(shape, make) for shape, make in _TRAINING_ONLY)
 
 
+def _square(x: Any) -> Any:
+    return SquaredDifference()([x, L.GlobalMaxPooling1D(keepdims=True)(x)])
+
+
 def _product(x: Any) -> Any:
     return Matmul()([x, L.Permute((2, 1))(L.Dense(8)(x))])
 
@@ -402,6 +413,7 @@ COMPOSITE = (
         FULLY_CONNECTED=4,
         **_ATTENTION,
     ),
+    _one("squared_difference", (5, 8), _square, REDUCE_MAX=1, SQUARED_DIFFERENCE=1),
     _one("matmul", (5, 8), _product, BATCH_MATMUL=1, FULLY_CONNECTED=1, TRANSPOSE=1),
     _one("rsqrt", VECTOR, lambda x: ReciprocalSquareRoot()(L.ReLU()(x)), RELU=1, **TABLE),
     _one("clip", VECTOR, lambda x: Clip(0.5, 1.0)(x), **TABLE),

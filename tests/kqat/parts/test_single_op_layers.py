@@ -22,6 +22,7 @@ from kqat.parts.single_op_layers import (
     Remainder,
     Slice,
     SpaceToDepth,
+    SquaredDifference,
     Take,
 )
 from kqat.registry import ACTIVATIONS
@@ -61,6 +62,7 @@ def test_a_move_foresees_the_type_that_it_gives(
         (Matmul(), [(2, 3, 4), (1, 4, 5)], "float32"),
         (Matmul(), [(1, 3, 4), (2, 4, 5)], "float32"),
         (Matmul(dtype="mixed_float16"), [(3, 4), (4, 5)], "float32"),
+        (SquaredDifference(), [(3, 4), (3, 1)], "float32"),
         (ReciprocalSquareRoot(), [(3, 4)], "float32"),
         (Tabulated(keras.layers.Activation("tanh"), 0), [(3, 4)], "float32"),
     ],
