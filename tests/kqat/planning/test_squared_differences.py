@@ -99,14 +99,21 @@ def test_every_runtime_computes_what_was_trained() -> None:
         assert 10 * np.log10(np.mean(wanted**2) / noise) > 36.0
 
 
-@pytest.mark.parametrize("squared", [False, True])
-def test_a_given_range_that_no_kernel_computes(squared: bool) -> None:
+@pytest.mark.parametrize(
+    ("call", "width"),
+    [
+        (lambda x: minus(x, "last"), 1e-5),
+        (lambda x: minus(x, "last") ** 2, 1e-5),
+        (lambda x: L.Add(name="last")(halves(x)), 1e-2),
+    ],
+)
+def test_a_given_range_that_no_kernel_computes(call: Callable[[Any], Any], width: float) -> None:
     """LiteRT computes values 254 steps off, without a word, and TFLite Micro ends the process."""
-    model = model_of(lambda x: minus(x, "last") ** 2 if squared else minus(x, "last"))
-    tiny = kqat.QuantizeConfig(activation_range=kqat.Fixed(0.0, 1e-5))
-    last = model.layers[-1].name if squared else "last"
-    qat = kqat.quantize_model(model, {"last": tiny, last: tiny, "*": "int8"}, calibration_data=X)
-    with pytest.raises(ExportError, match=f"scale above .* for '{last}'.*wider range"):
+    model = model_of(call)
+    tiny = kqat.QuantizeConfig(activation_range=kqat.Fixed(0.0, width))
+    end = model.layers[-1].name
+    qat = kqat.quantize_model(model, {"last": tiny, end: tiny, "*": "int8"}, calibration_data=X)
+    with pytest.raises(ExportError, match=f"scale above .* for '{end}'.*wider range"):
         tflite_export.convert(qat)
 
 
