@@ -26,9 +26,16 @@ from tflite_export.weight_storage import compress as compress_weights
 LARGEST_BYTES = 2**31
 # XNNPACK takes no larger one (`src/operators/convolution-nhwc.c`).
 LARGEST_MULTIPLIER = 256
-# Operator -> by how many bits its int8 kernel lifts an input, and the power of that in the result.
-# TFLite's kernels of ADD lift by 20; XNNPACK's takes a step of an input below 256 of the output.
-LIFTED = {"ADD": (9, 1), "SUB": (20, 1), "SQUARED_DIFFERENCE": (7, 2)}
+# (Operator, bits of its values) -> by how many bits its kernel lifts an input, and the power of
+# that in the result. TFLite's ADD of int8 lifts by 20; XNNPACK's takes a step of an input below 256
+# steps of the output.
+LIFTED = {
+    ("ADD", 8): (9, 1),
+    ("SUB", 8): (20, 1),
+    ("SQUARED_DIFFERENCE", 8): (7, 2),
+    ("ADD", 16): (15, 1),
+    ("SUB", 16): (15, 1),
+}
 IO_TYPES = {"int8": "INT8", "int16": "INT16", "uint8": "UINT8", "float32": "FLOAT32"}
 # What `convert` is asked for -> the encodings that it tries.
 COMPRESS: dict[str | None, tuple[str, ...]] = {
@@ -200,7 +207,7 @@ def _check_multipliers(model: ModelT) -> None:
 
 
 def _check_lifted(model: ModelT) -> None:
-    """Raises where the result of lifted int8 values would have to be lifted further.
+    """Raises where the result of lifted values would have to be lifted further.
 
     ADD, SUB and SQUARED_DIFFERENCE lift both inputs by some bits and multiply the result down to
     the output's scale. Where that would be a factor of one or more, TFLite Micro's kernels end the
@@ -210,9 +217,10 @@ def _check_lifted(model: ModelT) -> None:
     for operator in graph.operators:
         name = flatbuffer.op_name(model, operator)
         output = graph.tensors[int(operator.outputs[0])]
-        if name not in LIFTED or output.type != schema.TensorType.INT8:
+        width = {schema.TensorType.INT8: 8, schema.TensorType.INT16: 16}.get(output.type, 0)
+        if (name, width) not in LIFTED:
             continue
-        bits, power = LIFTED[name]
+        bits, power = LIFTED[name, width]
         scales = [graph.tensors[int(i)].quantization.scale[0] for i in operator.inputs]
         step = float(2.0 * max(scales)) ** power / 2.0 ** (bits * power)
         scale = float(output.quantization.scale[0])

@@ -100,19 +100,23 @@ def test_every_runtime_computes_what_was_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "width"),
+    ("call", "bits", "width"),
     [
-        (lambda x: minus(x, "last"), 1e-5),
-        (lambda x: minus(x, "last") ** 2, 1e-5),
-        (lambda x: L.Add(name="last")(halves(x)), 1e-2),
+        (lambda x: minus(x, "last"), 8, 1e-6),
+        (lambda x: minus(x, "last") ** 2, 8, 1e-6),
+        (lambda x: L.Add(name="last")(halves(x)), 8, 1e-2),
+        (lambda x: L.Add(name="last")([x, x]), 16, 1e-4),
     ],
 )
-def test_a_given_range_that_no_kernel_computes(call: Callable[[Any], Any], width: float) -> None:
-    """LiteRT computes values 254 steps off, without a word, and TFLite Micro ends the process."""
+def test_a_given_range_that_no_kernel_computes(
+    call: Callable[[Any], Any], bits: int, width: float
+) -> None:
+    """LiteRT computes values 254 steps off, without a word, or ends the process."""
     model = model_of(call)
-    tiny = kqat.QuantizeConfig(activation_range=kqat.Fixed(0.0, width))
-    end = model.layers[-1].name
-    qat = kqat.quantize_model(model, {"last": tiny, end: tiny, "*": "int8"}, calibration_data=X)
+    grid = kqat.QuantSpec(bits=bits, symmetric=bits == 16)
+    tiny = kqat.QuantizeConfig(activation=grid, activation_range=kqat.Fixed(-width, width))
+    end, rest = model.layers[-1].name, {8: "int8", 16: "int16x8"}[bits]
+    qat = kqat.quantize_model(model, {"last": tiny, end: tiny, "*": rest}, calibration_data=X)
     with pytest.raises(ExportError, match=f"scale above .* for '{end}'.*wider range"):
         tflite_export.convert(qat)
 
