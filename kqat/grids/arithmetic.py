@@ -55,21 +55,22 @@ def no_narrower(low: Any, high: Any, width: Any) -> tuple[Any, Any]:
     """The range, widened to `width` at least.
 
     It grows alike on both sides of zero where it has both, otherwise on the one that it has. An
-    empty range stays empty.
+    empty range stays empty, as `widen` gives it a width of one; if that is too narrow, it grows
+    above zero.
 
     Args:
         low, high: float32, `low <= 0 <= high`.
         width: float32, of a shape that broadcasts with them.
     """
     lacks = ops.relu(width - (high - low))
-    lacks = ops.where(high > low, lacks, 0.0)
+    lacks = ops.where(ops.logical_or(high > low, width > 1.0), lacks, 0.0)
     below = ops.where(low < 0.0, ops.where(high > 0.0, 0.5, 1.0), 0.0)
     return low - lacks * below, high + lacks * (1.0 - below)
 
 
 def no_narrower_number(low: float, high: float, width: float) -> tuple[float, float]:
     """`no_narrower` of a range of Python's numbers, without a dozen operators: the same float32."""
-    lacks = np.float32(max(width - (high - low), 0.0) if high > low else 0.0)
+    lacks = np.float32(max(width - (high - low), 0.0) if high > low or width > 1.0 else 0.0)
     below = np.float32(0.0 if low >= 0.0 else 0.5 if high > 0.0 else 1.0)
     wider = np.float32(low) - lacks * below, np.float32(high) + lacks * (np.float32(1.0) - below)
     return float(wider[0]), float(wider[1])

@@ -195,7 +195,7 @@ ACTIVATIONS: dict[str, LayerRule] = {
     "hard_tanh": _own(table=True, bounds=Bounds(-1.0, 1.0)),
     "leaky_relu": _own("LEAKY_RELU", "PRELU"),
     "elu": _own("ELU", wide_table=True),
-    "hard_silu": _own("HARD_SWISH", wide_table=True),
+    "hard_silu": _own("HARD_SWISH", wide_table=True, resolution=rule.resolution_of_hard_swish),
     "gelu": _own("GELU", table=True),
     "exponential": _own("EXP", table=True),
     **{name: _own(table=True) for name in _TABULATED},

@@ -137,6 +137,14 @@ def resolution_of_square(layer: Any, values: int, results: int) -> tuple[float, 
     return _SHARE_OF_A_STEP**2, 2
 
 
+def resolution_of_hard_swish(layer: Any, values: int, results: int) -> float:
+    """Twice the least: HARD_SWISH lifts its input by 7 bits, and multiplies by less than one then.
+
+    Inputs that are far below -3, but for a few, have results that are all but zero.
+    """
+    return 1.0 / 64.0
+
+
 def resolution_of_multiple(layer: Any, values: int, results: int) -> float:
     """As of a sum, for a Rescaling, which hands on what its input resolves."""
     return float(np.max(np.abs(layer.scale))) * _SHARE_OF_A_STEP

@@ -363,3 +363,6 @@ def test_a_range_of_numbers_is_widened_as_one_of_tensors() -> None:
     for low, high, width in sizes.tolist():
         want = tuple(float(x) for x in arithmetic.no_narrower(-low, high, width))
         assert arithmetic.no_narrower_number(-low, high, width) == want
+        empty = low == high == 0.0 and width <= 1.0
+        assert empty or want[1] - want[0] == pytest.approx(max(width, high + low), rel=1e-5)
+        assert not empty or want == (0.0, 0.0)

@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 import kqat
+import tflite_export
 from kqat import ActivationQuantizer, MinMax, QuantizeConfig
 from kqat.graph.tracer import trace
 from kqat.planning.planner import make_plan
@@ -391,6 +392,7 @@ def cancelling() -> keras.Model:
             layers.Subtract(name="same")([ops.sigmoid(x), 1.0 - ops.sigmoid(-x)])
         ),
         layers.Rescaling(12.0, name="sum")(layers.GlobalAveragePooling1D()(centered)),
+        layers.Multiply(name="square")([(alike := x - x * 1.0000001), alike]),
     ]
     return keras.Model(x, outputs, name="model")
 
@@ -412,8 +414,29 @@ def test_no_grid_is_finer_than_what_a_sum_resolves(calibrated: bool) -> None:
     assert scale["pooled"] >= scale["centered"] / 12 * 0.999
     assert scale["sum"] >= scale["centered"] / 16 * 0.999
     assert scale["clamped"] >= 1 / 256 / 16 * 0.999
+    assert scale["square"] >= (scale["x"] / 16) ** 2 * 0.999
     clamped = qat.get_layer("clamped_quantizer")
     assert clamped.range()[0] == 0.0
+
+
+def test_what_was_zero_beside_large_inputs_has_a_grid_that_kernels_compute() -> None:
+    """A range that was not found is a guess, of a width of one: too narrow beside inputs of 1e4."""
+
+    def ones() -> layers.Layer:
+        return layers.Dense(4, kernel_initializer="ones")
+
+    x = keras.Input((8,), name="x")
+    outputs = [
+        layers.Activation("hard_silu", name="dead")(x),
+        ops.square(layers.Subtract()([ones()(x), ones()(x)])),
+    ]
+    data = np.float32(-1e4) * RNG.uniform(0.1, 1.0, (64, 8)).astype(np.float32)
+    with pytest.warns(kqat.CalibrationWarning, match="zero in all samples"):
+        qat = kqat.quantize_model(keras.Model(x, outputs, name="model"), calibration_data=data)
+    scale = {name: float(qat.get_layer(f"{name}_quantizer").scale()) for name in ("x", "dead")}
+    assert scale["dead"] == pytest.approx(scale["x"] / 64, rel=1e-5)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), data, samples=4)
+    assert all(part.is_right and part.problem is None for part in report.runtimes)
 
 
 def test_what_a_sum_resolves_is_known_after_loading(tmp_path: Path) -> None:
