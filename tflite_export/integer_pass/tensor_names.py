@@ -1,7 +1,8 @@
 """Names tensors after the sites whose values they hold."""
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -13,44 +14,77 @@ from tflite_export.flatbuffer import ModelT, OperatorT, SubGraphT
 from tflite_export.integer_pass.draft import Draft
 
 _MOVES = ("RESHAPE", "TRANSPOSE")  # the converter may carry markers across these
-_ANY = math.inf  # the last marker may have been carried across any number of them
+
+
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """A site, the tensor that holds it, and so the order in which the ones before it are read."""
+
+    site: Site
+    tensor: int
 
 
 def name_tensors(draft: Draft) -> None:
     """Names the tensors of subgraph 0 after their sites.
 
     Where several markers stood on one tensor, the converter had moved them there across RESHAPEs
-    and TRANSPOSEs. Walking back over these operators gives each site the tensor of its own shape,
-    behind as many TRANSPOSEs as the model has between the sites. A site has none where the
-    converter made one RESHAPE of the two around it.
+    and TRANSPOSEs. Walking back over these operators gives each site the tensor of its own shape
+    whose values lie in the model's order. A site has none where the converter made one RESHAPE of
+    the two around it.
+
+    The placeholder of a table is a marker to the converter, which moves a TRANSPOSE from behind it
+    to before it, and before the marker of the value that the table reads. So what is known of a
+    table's result tells the order of its input.
     """
     model, graph = draft.model, draft.graph
-    producers = {int(o): op for op in graph.operators for o in op.outputs}
+    tables = {int(op.outputs[0]): op for op, _ in draft.labels.tables}
+    # A lookup is several operators by now, its placeholder one that keeps the order.
+    producers = {int(o): op for op in graph.operators for o in op.outputs} | tables
     markers = {
         draft.frozen.sites[node.layer.index]: node
         for node in draft.frozen.graph.nodes
         if is_marker(node.layer, "site")
     }
     made_by = draft.frozen.graph.producers()
-    for index, named in draft.labels.named.items():
-        tensor, turns, later = index, _ANY, named[-1]
-        known: tuple[Site, int] | None = None
-        for site in reversed(named):
-            turns += _turns_between(markers[site], markers[later], made_by)
-            found, left = _back_to(model, tensor, site, turns, producers)
-            later = site
+
+    def lies_in_order(site: Site, tensor: int, later: _Named | None) -> bool:
+        """Whether a tensor holds a site's values in the model's order, as `later` tells it."""
+        if later is None:
+            return True  # The last marker may have been carried across any number of moves.
+        between = _moves_between(markers[site], markers[later.site], made_by)
+        moves = _moves_in_file(tensor, later.tensor, producers)
+        return _have_one_order(model, markers[site], between, tensor, moves)
+
+    ends: dict[int, _Named] = {}  # what a table reads, directly or moved -> what is known behind it
+    for index in _from_the_end(graph, draft.labels.named):
+        tensor: int | None = index
+        known = ends.get(index)
+        for site in reversed(draft.labels.named[index]):
+            found = next(
+                (
+                    one
+                    for one in _before_moves(model, tensor, producers)
+                    if _holds(model, one, site) and lies_in_order(site, one, known)
+                ),
+                None,
+            )
             if found is None:
                 continue
-            if known is not None:
-                ours = _order_between(markers[site], markers[known[0]], made_by, graph)
-                if not np.array_equal(ours, _order_in_file(model, found, known[1], producers)):
-                    continue  # Two transpositions of the model are one of the file.
-            known = site, found
+            known = _Named(site, found)
             graph.tensors[found].name = site.name.encode()
-            before = _before_move(model, found, producers)
-            if before is None:
+            tensor = _before_move(model, found, producers)
+            if tensor is None:
                 break
-            tensor, turns = before, left - _is_turn(model, producers[found])
+        table = tables.get(_before_moves(model, index, producers)[-1])
+        if table is not None and known is not None:
+            for source in _before_moves(model, int(table.inputs[0]), producers):
+                ends.setdefault(source, known)
+
+
+def _from_the_end(graph: SubGraphT, tensors: Iterable[int]) -> list[int]:
+    """Tensors in the order in which they are computed, the last one first."""
+    places = {int(o): i for i, op in enumerate(graph.operators) for o in op.outputs}
+    return sorted(tensors, key=lambda tensor: places.get(tensor, -1), reverse=True)
 
 
 def _moves_between(earlier: Node, later: Node, made_by: Mapping[Ref, Node]) -> list[Node]:
@@ -67,41 +101,57 @@ def _moves_between(earlier: Node, later: Node, made_by: Mapping[Ref, Node]) -> l
     return moves if node is earlier else []
 
 
-def _turns_between(earlier: Node, later: Node, made_by: Mapping[Ref, Node]) -> int:
-    """How many transpositions the model has between two markers."""
-    turns = 0
-    for node in _moves_between(earlier, later, made_by):
-        if isinstance(node.layer, keras.layers.Permute):
-            shape = [size or 1 for size in node.inputs[0].shape]
-            turns += _reorders([0, *node.layer.dims], shape)
-    return turns
+def _moves_in_file(earlier: int, later: int, producers: Mapping[int, OperatorT]) -> list[OperatorT]:
+    """The operators that hand a tensor on as another one, in order."""
+    moves = list[OperatorT]()
+    while later != earlier:
+        moves.insert(0, producers[later])
+        later = int(producers[later].inputs[0])
+    return moves
 
 
-def _order_between(
-    earlier: Node, later: Node, made_by: Mapping[Ref, Node], graph: SubGraphT
-) -> np.ndarray:
-    """Where each value of `later` stood in `earlier`, by the moves that the model has between."""
+def _have_one_order(
+    model: ModelT,
+    marker: Node,
+    between: Sequence[Node],
+    tensor: int,
+    moves: Sequence[OperatorT],
+) -> bool:
+    """Whether the moves of the model leave the values of a site where those of the file do.
+
+    Args:
+        model: the file.
+        marker: of the site.
+        between: the moves behind it in the model.
+        tensor: its tensor.
+        moves: those behind it in the file.
+    """
+    graph = model.subgraphs[0]
+    turns = [op for op in moves if flatbuffer.op_name(model, op) == "TRANSPOSE"]
+    if not turns and not any(isinstance(node.layer, keras.layers.Permute) for node in between):
+        return True
     batch = flatbuffer.tensor_shape(graph.tensors[int(graph.inputs[0])])[0]
+    ours = _order_between(marker, between, batch)
+    return bool(np.array_equal(ours, _order_in_file(model, tensor, moves)))
+
+
+def _order_between(earlier: Node, moves: Sequence[Node], batch: int) -> np.ndarray:
+    """Where each value stood at the marker `earlier`, once the model has moved it."""
     shape = (batch, *(int(size or 1) for size in earlier.outputs[0].shape[1:]))
     order: np.ndarray = np.arange(math.prod(shape)).reshape(shape)
-    for move in _moves_between(earlier, later, made_by):
+    for move in moves:
         if isinstance(move.layer, keras.layers.Permute):
             order = order.transpose(0, *move.layer.dims)
         order = order.reshape(batch, *(int(size or 1) for size in move.outputs[0].shape[1:]))
     return order.reshape(-1)
 
 
-def _order_in_file(
-    model: ModelT, earlier: int, later: int, producers: dict[int, OperatorT]
-) -> np.ndarray:
-    """Where each value of a tensor stood in an earlier one, by the moves between them."""
-    tensors, moves, current = model.subgraphs[0].tensors, list[OperatorT](), later
-    while current != earlier:
-        moves.append(producers[current])
-        current = int(producers[current].inputs[0])
+def _order_in_file(model: ModelT, earlier: int, moves: Sequence[OperatorT]) -> np.ndarray:
+    """Where each value stood in the tensor `earlier`, once the file has moved it."""
+    tensors = model.subgraphs[0].tensors
     shape = flatbuffer.tensor_shape(tensors[earlier])
     order: np.ndarray = np.arange(math.prod(shape)).reshape(shape)
-    for move in reversed(moves):
+    for move in moves:
         axes = None
         if flatbuffer.op_name(model, move) == "TRANSPOSE":
             axes = flatbuffer.tensor_data(model, tensors[int(move.inputs[1])])
@@ -110,36 +160,18 @@ def _order_in_file(
     return order.reshape(-1)
 
 
-def _back_to(
-    model: ModelT, tensor: int, site: Site, turns: float, producers: dict[int, OperatorT]
-) -> tuple[int | None, float]:
-    """The tensor of `site`, at or before `tensor`, and how many of the `turns` are left there."""
-    current: int | None = tensor
-    while current is not None and turns >= 0:
-        if turns in (0, _ANY) and _holds(model, current, site):
-            return current, 0
-        before = _before_move(model, current, producers)
-        turns -= before is not None and _is_turn(model, producers[current])
-        current = before
-    return None, turns
+def _before_moves(
+    model: ModelT, tensor: int | None, producers: Mapping[int, OperatorT]
+) -> list[int]:
+    """A tensor, and what it was before each of the moves that it comes from."""
+    found: list[int] = []
+    while tensor is not None:
+        found.append(tensor)
+        tensor = _before_move(model, tensor, producers)
+    return found
 
 
-def _is_turn(model: ModelT, operator: OperatorT) -> bool:
-    """Whether an operator changes the order of values."""
-    if flatbuffer.op_name(model, operator) != "TRANSPOSE":
-        return False
-    tensors = model.subgraphs[0].tensors
-    order = flatbuffer.tensor_data(model, tensors[int(operator.inputs[1])])
-    shape = flatbuffer.tensor_shape(tensors[int(operator.inputs[0])])
-    return order is None or _reorders([int(i) for i in order], shape)
-
-
-def _reorders(order: Sequence[int], shape: Sequence[int]) -> bool:
-    moved = [axis for axis in order if shape[axis] > 1]
-    return moved != sorted(moved)
-
-
-def _before_move(model: ModelT, tensor: int, producers: dict[int, OperatorT]) -> int | None:
+def _before_move(model: ModelT, tensor: int, producers: Mapping[int, OperatorT]) -> int | None:
     producer = producers.get(tensor)
     if producer is None or flatbuffer.op_name(model, producer) not in _MOVES:
         return None

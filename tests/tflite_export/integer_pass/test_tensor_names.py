@@ -51,3 +51,17 @@ def test_a_move_that_the_model_has_twice_and_the_file_once() -> None:
     report = tflite_export.verify(qat, tflite_export.convert(qat), ROWS)
     for part in report.runtimes:
         assert part.problem is None and part.max_steps <= 1
+
+
+def test_a_transposition_that_the_converter_takes_before_a_table() -> None:
+    """It stands behind the function in the model; as many steps as channels hide its move."""
+    keras.utils.set_random_seed(0)
+    x = keras.Input((4, 4), name="x")
+    y = layers.Activation("gelu", name="gelu")(layers.Dense(4, name="dense")(x))
+    model = keras.Model(x, layers.Dense(3, name="last")(layers.Permute((2, 1), name="turned")(y)))
+    data = ROWS[:, :4]
+    qat = kqat.quantize_model(model, calibration_data=data)
+    blob = tflite_export.convert(qat)
+    (part,) = tflite_export.verify(qat, blob, data, runtimes=["litert_reference"]).runtimes
+    assert part.max_steps <= 1 and part.unmatched == ()
+    assert {site.name: site.operator for site in part.sites}["dense"] == "FULLY_CONNECTED"
