@@ -56,7 +56,9 @@ def name_tensors(draft: Draft) -> None:
         return _have_one_order(model, markers[site], between, tensor, moves)
 
     ends: dict[int, _Named] = {}  # what a table reads, directly or moved -> what is known behind it
+    found_for: dict[int, list[_Named]] = {}
     for index in _from_the_end(graph, draft.labels.named):
+        found_for[index] = []
         tensor: int | None = index
         known = ends.get(index)
         for site in reversed(draft.labels.named[index]):
@@ -71,7 +73,7 @@ def name_tensors(draft: Draft) -> None:
             if found is None:
                 continue
             known = _Named(site, found)
-            graph.tensors[found].name = site.name.encode()
+            found_for[index].append(known)
             tensor = _before_move(model, found, producers)
             if tensor is None:
                 break
@@ -79,6 +81,10 @@ def name_tensors(draft: Draft) -> None:
         if table is not None and known is not None:
             for source in _before_moves(model, int(table.inputs[0]), producers):
                 ends.setdefault(source, known)
+    # Where two sites are one tensor, lockstep finds the other by its values: the last name stays.
+    for index in draft.labels.named:
+        for one in found_for[index]:
+            graph.tensors[one.tensor].name = one.site.name.encode()
 
 
 def _from_the_end(graph: SubGraphT, tensors: Iterable[int]) -> list[int]:
