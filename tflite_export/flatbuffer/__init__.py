@@ -1,6 +1,6 @@
 """The bytes of a `.tflite` and its tree: `read`, `write`, `inspect`, and edits of a tree."""
 
-from tflite_export.flatbuffer.edit import add_tensor, new_operator, operator_code
+from tflite_export.flatbuffer.edit import add_tensor, new_operator, new_reshape, operator_code
 from tflite_export.flatbuffer.inspection import (
     DECODE,
     Inspection,
@@ -42,6 +42,7 @@ __all__ = [
     "inspect_model",
     "is_numeric",
     "new_operator",
+    "new_reshape",
     "op_name",
     "operator_code",
     "read",

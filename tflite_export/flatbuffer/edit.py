@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from tflite_export.flatbuffer.tree import ModelT, OperatorT
+from tflite_export.flatbuffer.tree import ModelT, OperatorT, tensor_shape
 
 
 def add_tensor(
@@ -50,6 +50,17 @@ def new_operator(
     operator = schema.OperatorT()
     operator.inputs, operator.outputs = inputs, outputs
     operator.opcodeIndex = operator_code(model, getattr(schema.BuiltinOperator, name), version)
+    return operator
+
+
+def new_reshape(model: ModelT, source: int, result: int) -> OperatorT:
+    """A RESHAPE of a tensor of subgraph 0 to another one, which has its shape already."""
+    shape = np.asarray(tensor_shape(model.subgraphs[0].tensors[result]), np.int32)
+    numbers = add_tensor(model, shape.shape, schema.TensorType.INT32, data=shape)
+    operator = new_operator(model, "RESHAPE", [source, numbers], [result])
+    operator.builtinOptionsType = schema.BuiltinOptions.ReshapeOptions
+    operator.builtinOptions = schema.ReshapeOptionsT()
+    operator.builtinOptions.newShape = shape
     return operator
 
 

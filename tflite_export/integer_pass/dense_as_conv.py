@@ -5,13 +5,12 @@ one scale per channel. The sums and their requantization are the same.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export import flatbuffer
-from tflite_export.flatbuffer import ModelT, OperatorT, TensorT, new_operator, operator_code
+from tflite_export.flatbuffer import ModelT, OperatorT, TensorT, new_reshape, operator_code
 from tflite_export.integer_pass.draft import Draft
 from tflite_export.kernels import OP_TABLE, PACKED_TYPES, pack, quantization
 
@@ -63,7 +62,7 @@ def _convolution(model: ModelT, operator: OperatorT) -> list[OperatorT]:
     operator.outputs = [product]
     version = OP_TABLE["CONV_2D"].packing(_BITS).version
     operator.opcodeIndex = operator_code(model, schema.BuiltinOperator.CONV_2D, version)
-    return [_reshape(model, source, image), operator, _reshape(model, product, int(output))]
+    return [new_reshape(model, source, image), operator, new_reshape(model, product, int(output))]
 
 
 def _image(model: ModelT, like: int, shape: tuple[int, ...]) -> int:
@@ -75,18 +74,5 @@ def _no_bias(model: ModelT, image: int, matrix: TensorT) -> int:
     """A bias of zeros, which LiteRT's reference kernel of CONV_2D demands."""
     scale = np.float64(model.subgraphs[0].tensors[image].quantization.scale[0])
     grid = quantization(scale * matrix.quantization.scale, matrix.quantization.zeroPoint, 0)
-    return _constant(model, np.zeros(matrix.shape[0], np.int32), grid)
-
-
-def _constant(model: ModelT, values: np.ndarray, grid: Any = None) -> int:
-    kind = schema.TensorType.INT32
-    return flatbuffer.add_tensor(model, values.shape, kind, grid=grid, data=values)
-
-
-def _reshape(model: ModelT, source: int, result: int) -> OperatorT:
-    shape = np.asarray(flatbuffer.tensor_shape(model.subgraphs[0].tensors[result]), np.int32)
-    operator = new_operator(model, "RESHAPE", [source, _constant(model, shape)], [result])
-    operator.builtinOptionsType = schema.BuiltinOptions.ReshapeOptions
-    operator.builtinOptions = schema.ReshapeOptionsT()
-    operator.builtinOptions.newShape = shape
-    return operator
+    zeros = np.zeros(matrix.shape[0], np.int32)
+    return flatbuffer.add_tensor(model, zeros.shape, schema.TensorType.INT32, grid=grid, data=zeros)

@@ -46,6 +46,7 @@ class Fact(enum.Enum):
     NO_FLATTENING = "no RESHAPE only flattens for FULLY_CONNECTED, which does that itself"
     KEPT_AXES = "no RESHAPE only gives FULLY_CONNECTED's rows the input's axes back"
     JOINED_RESHAPES = "no RESHAPE reads what another one writes"
+    CARRIED_RESHAPES = "no RESHAPE stands before what can compute as well on what it reads"
     PADDING_INSIDE = "no PAD stands before convolutions that can pad so themselves"
     DENSE_PACKED = "4-bit matrices that only CONV_2D reads packed are those of a CONV_2D"
 

@@ -7,6 +7,7 @@ integer weights those that training used.
 from kqat.devices import RUNTIMES
 from kqat.freezing import FrozenModel
 from tflite_export.flatbuffer import ModelT
+from tflite_export.integer_pass.carry_reshapes import carry_reshapes
 from tflite_export.integer_pass.clamps import drop_vast_clamps, fuse_clamps, split_clamps
 from tflite_export.integer_pass.constants import pack_weights, quantize_constants
 from tflite_export.integer_pass.dense_as_conv import convolve_dense
@@ -112,6 +113,12 @@ PASSES: tuple[Pass, ...] = (
     Pass(keep_axes, needs={Fact.NO_FLATTENING}, leaves={Fact.KEPT_AXES}),
     # Behind the two that look for a RESHAPE beside FULLY_CONNECTED.
     Pass(join_reshapes, needs={Fact.KEPT_AXES}, leaves={Fact.JOINED_RESHAPES}),
+    # The parts of a table compute number by number, too.
+    Pass(
+        carry_reshapes,
+        needs={Fact.JOINED_RESHAPES, Fact.TABLES, Fact.INTEGER_TENSORS},
+        leaves={Fact.CARRIED_RESHAPES},
+    ),
     Pass(
         join_padding,
         needs={Fact.NAMES, Fact.PACKED, Fact.INTEGER_TENSORS},

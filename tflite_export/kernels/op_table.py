@@ -58,6 +58,8 @@ class OpRule:
         input_scale_below: the inputs' scales must lie below it, for the same reason.
         macs: the multiply-accumulates of one invocation, or `None` for an operator that multiplies
             no matrix. It is asked about files of any writer: shapes may be of any rank.
+        elementwise: whether each number of the output is computed of one number of each input,
+            whose numbers are repeated where it has fewer.
         resolver_method: the method of TFLite Micro's `MicroMutableOpResolver` that registers the
             operator, where its name is not `Add` and the operator's in camel case.
     """
@@ -76,6 +78,7 @@ class OpRule:
     least_input_scale: float = 0.0
     input_scale_below: float = math.inf
     macs: Macs | None = None
+    elementwise: bool = False
     resolver_method: str | None = None
 
     @property
@@ -149,14 +152,18 @@ def _own(version: int = 2, **options: Any) -> OpRule:
     return OpRule(scales="own", version=version, **options)
 
 
+def _each(version: int = 2, **options: Any) -> OpRule:
+    return _own(version, elementwise=True, **options)
+
+
 def _same(version: int = 2, first: bool = True, **options: Any) -> OpRule:
     return OpRule(scales="same", version=version, activations=(0,) if first else None, **options)
 
 
-def _fixed(op: str) -> OpRule:
+def _fixed(op: str, **options: Any) -> OpRule:
     least = INPUT_SCALES[op][0] if op in INPUT_SCALES else 0.0
     grid = INT8_FIXED[op].scale, INT8_FIXED[op].zero_point
-    return OpRule(scales="fixed", version=2, fixed=grid, least_input_scale=least)
+    return OpRule(scales="fixed", version=2, fixed=grid, least_input_scale=least, **options)
 
 
 def _none(version: int, **options: Any) -> OpRule:
@@ -187,32 +194,32 @@ OP_TABLE: dict[str, OpRule] = {
         bias=3,
         macs=_transpose_conv_macs,
     ),
-    "ADD": _own(),
-    "SUB": _own(),
-    "MUL": _own(),
-    "SQUARED_DIFFERENCE": _own(),
-    "RELU": _own(),
+    "ADD": _each(),
+    "SUB": _each(),
+    "MUL": _each(),
+    "SQUARED_DIFFERENCE": _each(),
+    "RELU": _each(),
     # TFLite Micro's RELU6 does not rescale. RELU does, and clamps to the output's range, which
     # ends at 6.
-    "RELU6": _own(ships_as="RELU"),
-    "LEAKY_RELU": _own(),
-    "PRELU": OpRule(scales="own", activations=(0,), weights=1, keras_order=()),
-    "ELU": _own(1),
-    "HARD_SWISH": _own(1),
-    "GELU": _own(1),
-    "EXP": _own(1),
+    "RELU6": _each(ships_as="RELU"),
+    "LEAKY_RELU": _each(),
+    "PRELU": OpRule(scales="own", activations=(0,), weights=1, keras_order=(), elementwise=True),
+    "ELU": _each(1),
+    "HARD_SWISH": _each(1),
+    "GELU": _each(1),
+    "EXP": _each(1),
     "BATCH_MATMUL": _own(macs=_matmul_macs, resolver_method="AddBatchMatMul"),
     "MEAN": _own(activations=(0,)),
     "SOFTMAX": _fixed("SOFTMAX"),
-    "LOGISTIC": _fixed("LOGISTIC"),
-    "TANH": _fixed("TANH"),
+    "LOGISTIC": _fixed("LOGISTIC", elementwise=True),
+    "TANH": _fixed("TANH", elementwise=True),
     "LOG_SOFTMAX": _fixed("LOG_SOFTMAX"),
     "L2_NORMALIZATION": _fixed("L2_NORMALIZATION"),
     "MAX_POOL_2D": _same(),
     "AVERAGE_POOL_2D": _same(),
     "REDUCE_MAX": _same(),
-    "MAXIMUM": _same(first=False),
-    "MINIMUM": _same(first=False),
+    "MAXIMUM": _same(first=False, elementwise=True),
+    "MINIMUM": _same(first=False, elementwise=True),
     "CONCATENATION": _same(first=False),
     "RESHAPE": _same(1),
     "DEPTH_TO_SPACE": _same(1),
@@ -229,16 +236,19 @@ OP_TABLE: dict[str, OpRule] = {
     "RESIZE_NEAREST_NEIGHBOR": _same(),
     # The table of an Embedding is a constant in the activation's place.
     "GATHER": _same(),
-    "SELECT_V2": OpRule(scales="same", version=1, activations=(1, 2)),
+    "SELECT_V2": OpRule(scales="same", version=1, activations=(1, 2), elementwise=True),
     "SELECT": OpRule(scales="same", version=1, activations=(1, 2), ships_as="SELECT_V2"),
     "REDUCE_MIN": _same(),
     "REDUCE_PROD": _own(activations=(0,)),
     "ARG_MAX": _none(2, activations=(0,)),
     "ARG_MIN": _none(2, activations=(0,)),
-    "CAST": _none(1),  # truth values to indexes
-    "DIV": _none(1),  # of indexes, towards zero; all others are of quantities
-    **{f"LOGICAL_{name}": _none(1) for name in ("AND", "OR", "NOT")},
-    **{name: _none(2, input_scale_below=INPUT_SCALES[name][1]) for name in _COMPARISONS},
+    "CAST": _none(1, elementwise=True),  # truth values to indexes
+    "DIV": _none(1, elementwise=True),  # of indexes, towards zero; all others are of quantities
+    **{f"LOGICAL_{name}": _none(1, elementwise=True) for name in ("AND", "OR", "NOT")},
+    **{
+        name: _none(2, input_scale_below=INPUT_SCALES[name][1], elementwise=True)
+        for name in _COMPARISONS
+    },
     "UNIDIRECTIONAL_SEQUENCE_LSTM": _own(
         1,
         activations=(0,),
@@ -247,8 +257,8 @@ OP_TABLE: dict[str, OpRule] = {
         macs=_lstm_macs,
         resolver_method="AddUnidirectionalSequenceLSTM",
     ),
-    "QUANTIZE": _own(1),
-    "DEQUANTIZE": _own(2),
+    "QUANTIZE": _each(1),
+    "DEQUANTIZE": _each(2),
 }
 
 
