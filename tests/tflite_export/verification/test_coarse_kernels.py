@@ -48,3 +48,19 @@ def test_places_are_missed_by_the_rounding_of_the_scale(result: int, missed: flo
     found = resizing.misplaced(32, result, corners=False, centers=True, xnnpack=False)
     assert found == pytest.approx(missed)
     assert resizing.misplaced(32, result, corners=False, centers=True, xnnpack=True) < 2**-11
+
+
+@pytest.mark.parametrize("classes", [8, 100])
+def test_a_softmax_of_16_bits_sums_what_it_takes_for_no_less_than_exp_of_minus_ten(
+    classes: int,
+) -> None:
+    """Of 100 classes it is off by more than 100 steps, where ten were excused: a file that is right."""
+    x = keras.Input((classes,), name="x")
+    model = keras.Model(x, keras.layers.Softmax(name="last")(x))
+    data = np.random.default_rng(0).normal(size=(32, classes)).astype(np.float32) * 40.0
+    qat = kqat.quantize_model(model, "int16x8", calibration_data=data)
+    report = tflite_export.verify(qat, tflite_export.convert(qat), data)
+    for part in report.runtimes:
+        row = part.by_operator()["SOFTMAX"]
+        assert part.is_right and part.exact is not None and part.exact.is_exact
+        assert 10 < row.max_steps <= row.allowed_steps == 10 + 2 * classes
