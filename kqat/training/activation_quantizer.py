@@ -483,13 +483,17 @@ class ActivationQuantizer(keras.layers.Layer):
     def _moved(self) -> Any:
         """What training adds to the numbers of a learned range."""
         moved, frozen = self.moved.value, self.controls.frozen
-        if frozen is None and not self.frozen:
-            return moved
-        kept = ops.where(self.kept.value < _NOT_KEPT, self.kept.value, ops.stop_gradient(moved))
         if self.frozen:
             # Keras warns of a trainable variable without a gradient, not of a gradient of zero.
-            return kept + moved * 0.0
-        return moved * (1.0 - frozen.value) + kept * frozen.value
+            return self._kept() + moved * 0.0
+        if frozen is None:
+            return moved
+        return moved * (1.0 - frozen.value) + self._kept() * frozen.value
+
+    def _kept(self) -> Any:
+        """What was moved when the range was frozen."""
+        kept, moved = self.kept.value, ops.stop_gradient(self.moved.value)
+        return ops.where(kept < _NOT_KEPT, kept, moved)
 
     def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
         return arithmetic.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)
