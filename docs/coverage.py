@@ -110,6 +110,8 @@ def _activations() -> Iterator[Row]:
 def _how(rule: LayerRule) -> str:
     if rule.opens:
         return "traced; ships as what it is made of, or as a table"
+    if rule.output is Output.VANISHES and rule.decompose:
+        return "no operator, of inputs that it leaves as they are; others are refused"
     if rule.output is Output.VANISHES:
         return "no operator: it changes nothing in inference"
     if rule.table and rule.bounds is not None:

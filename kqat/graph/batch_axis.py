@@ -481,6 +481,43 @@ def _roll(mover: BatchFirst, call: Any) -> Made:
     return [(ops.roll(x, shift, axes if np.ndim(axis) else axes[0]), place)]
 
 
+def _repeat(mover: BatchFirst, call: Any) -> Made:
+    """Each entry as often as asked for: beside the batch, a further part within."""
+    x, place, rank = mover.tensor(call)
+    times, axis = call.operation.repeats, call.operation.axis
+    if axis is None or np.size(times) != 1:
+        raise mover.mixed(call)
+    times, axis = int(np.reshape(times, ())), axis % rank
+    if axis != place.axis:
+        return [(ops.repeat(x, times, axis=place.axes(rank)[axis][0]), place)]
+    if times == 1:
+        return [(x, place)]
+    at = 1 + place.axis + (place.outer > 1)
+    x = ops.expand_dims(x, at) if place.inner == 1 else x
+    new = dataclasses.replace(place, inner=place.inner * times)
+    return [(ops.repeat(x, times, axis=at), new)]
+
+
+def _tile(mover: BatchFirst, call: Any) -> Made:
+    """All entries again and again: beside the batch, a further part without."""
+    x, place, rank = mover.tensor(call)
+    given = call.operation.repeats
+    times = [given] if isinstance(given, int) else [*given]
+    if len(times) > rank:
+        raise mover.mixed(call)
+    times = [1] * (rank - len(times)) + times
+    beside = times[place.axis]
+    if beside > 1 and place.outer == 1:
+        x = ops.expand_dims(x, 1 + place.axis)
+    new = dataclasses.replace(place, outer=place.outer * beside)
+    ours = [1] * len(x.shape)
+    for axis, axes in enumerate(new.axes(rank)):
+        # Of the parts beside the batch the outer one comes first.
+        if axes:
+            ours[axes[0]] = times[axis]
+    return [(ops.tile(x, ours), new)]
+
+
 def _pad(mover: BatchFirst, call: Any) -> Made:
     x, place, rank = mover.tensor(call)
     if any(call.operation.pad_width[place.axis]):
@@ -519,6 +556,8 @@ _RULES: dict[str, Callable[[BatchFirst, Any], Made]] = {
     "GetItem": _get_item,
     "Take": _take,
     "Roll": _roll,
+    "Repeat": _repeat,
+    "Tile": _tile,
     "Argmax": _index_of("argmax"),
     "Argmin": _index_of("argmin"),
     "OneHot": _one_hot,

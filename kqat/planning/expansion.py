@@ -183,6 +183,11 @@ def _simpler(
     return None if made is None else _tried(layer, made, node.name, origin)
 
 
+def _without_training(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call but for `training`."""
+    return {name: value for name, value in options.items() if name != "training"}
+
+
 def _tried(
     operation: Any, made: Callable[..., Any], name: str, origin: str | None = None
 ) -> Callable[..., Any]:
@@ -200,7 +205,7 @@ def _tried(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # The parts compute what inference does, whatever is asked for.
-        outputs = made(*args, **{k: v for k, v in kwargs.items() if k != "training"})
+        outputs = made(*args, **_without_training(kwargs))
         tensors = with_masks(t for t in keras.tree.flatten((args, kwargs)) if is_tensor(t))
         values = {id(t): _trial_values(t, seed) for seed, t in enumerate(tensors)}
         args, kwargs = keras.tree.map_structure(lambda x: values.get(id(x), x), (args, kwargs))
@@ -233,14 +238,27 @@ def _tried(
 
 
 def _check_parts(inputs: Sequence[Any], outputs: Sequence[Any], origin: str) -> None:
-    """Checks that the registry has rows for the layers between symbolic tensors.
+    """Checks that the layers between symbolic tensors have rows, and what becomes of each.
 
     Raises:
-        UnsupportedLayerError: if it has not.
+        UnsupportedLayerError: if there is a layer that has no row, or not with these shapes.
     """
-    for part in operations_between(inputs, outputs):
-        if isinstance(part, keras.layers.Layer):
-            rule_for(part, origin)
+
+    def checked(part: Any) -> Callable[..., Any]:
+        if not isinstance(part, keras.layers.Layer):
+            return part
+        rule = rule_for(part, origin)
+        made = rule.decompose(part, part.name) if rule.decompose else None
+        if made is None:
+            return part
+        return lambda *args, **kwargs: made(*args, **_without_training(kwargs))
+
+    try:
+        values_between(inputs, outputs, inputs, checked)
+    except UnsupportedLayerError:
+        raise
+    except Exception:  # Of the same kind as the caller's own, which it raises.
+        return
 
 
 def check_computes(graph: Graph, model: keras.Model) -> None:

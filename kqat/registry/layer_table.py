@@ -288,6 +288,7 @@ LAYERS: dict[type, LayerRule] = {
         if (cls := getattr(layers, f"Adaptive{kind}Pooling{n}D", None))
     },
     layers.CenterCrop: _same("STRIDED_SLICE", decompose=basic.center_crop, **_POOL),
+    layers.RandomCrop: LayerRule(output=Output.VANISHES, decompose=basic.random_crop),
     layers.CategoryEncoding: _composite(
         one_hot.category_encoding, "GATHER", "REDUCE_MAX", "MEAN", "MUL", "RESHAPE"
     ),

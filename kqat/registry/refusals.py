@@ -32,7 +32,6 @@ LAYER_REASONS: dict[str, str] = {
     ),
     "MaxNumBoundingBoxes": "prepares labels, not inputs; run it before the model",
     "Pipeline": "holds preprocessing of many kinds; put its layers into the model one by one",
-    "RandomCrop": "crops in training and resizes in inference; run it before the model",
 }  # fmt: skip
 
 _CREATES = "takes no tensor of the model: Keras computes it when the model is built"

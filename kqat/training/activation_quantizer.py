@@ -44,6 +44,9 @@ from kqat.training.older_files import with_label
 _LEAST_WEIGHT = 100.0
 # Of a step: a mean of fewer values than 2,000 is nowhere nearer to a half without being one.
 _TIP = 2.0**-12
+# What was moved when the range was frozen, where it was not. Weights of such an epoch may come back
+# into a frozen range: as those of the best epoch do, which a callback restores.
+_NOT_KEPT = 3e38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +189,7 @@ class ActivationQuantizer(keras.layers.Layer):
             terms = (self.range_method.terms(self._form),)
             self.moved = self.add_weight(name="moved", shape=terms, initializer="zeros")
             # What was moved when the range was frozen: an optimizer with momentum moves on.
-            self.kept = self._state("kept", np.zeros(terms))
+            self.kept = self._state("kept", np.full(terms, _NOT_KEPT))
 
     @property
     def _form(self) -> RangeForm:
@@ -248,6 +251,7 @@ class ActivationQuantizer(keras.layers.Layer):
         """
         dtype = x.dtype
         x = ops.cast(x, "float32")
+        self.controls.are_read |= bool(training)
         if halves_away:
             x = self._tipped(x, *self._range_now())
         if isinstance(self.range_method, Fixed):
@@ -294,8 +298,8 @@ class ActivationQuantizer(keras.layers.Layer):
         for variable, value in zip(self._ranges(), values, strict=True):
             variable.assign(value)
         if isinstance(self.range_method, LearnedRangeMethod):
-            for variable in (self.moved, self.kept):
-                variable.assign(ops.zeros_like(variable))
+            self.moved.assign(ops.zeros_like(self.moved))
+            self.kept.assign(np.full(self.kept.shape, _NOT_KEPT, np.float32))
 
     def reset(self) -> None:
         """Forgets what was observed."""
@@ -478,13 +482,18 @@ class ActivationQuantizer(keras.layers.Layer):
 
     def _moved(self) -> Any:
         """What training adds to the numbers of a learned range."""
-        if self.is_frozen:
+        moved, frozen = self.moved.value, self.controls.frozen
+        if self.frozen:
             # Keras warns of a trainable variable without a gradient, not of a gradient of zero.
-            return self.kept.value + self.moved.value * 0.0
-        frozen = self.controls.frozen
+            return self._kept() + moved * 0.0
         if frozen is None:
-            return self.moved.value
-        return self.moved.value * (1.0 - frozen.value) + self.kept.value * frozen.value
+            return moved
+        return moved * (1.0 - frozen.value) + self._kept() * frozen.value
+
+    def _kept(self) -> Any:
+        """What was moved when the range was frozen."""
+        kept, moved = self.kept.value, ops.stop_gradient(self.moved.value)
+        return ops.where(kept < _NOT_KEPT, kept, moved)
 
     def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
         return arithmetic.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)

@@ -5,12 +5,14 @@ The last epochs then train with exactly the numbers that ship. For statistics th
 lost accuracy where it was measured (`benchmarks/finetune.md`).
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 
-from kqat.base import ModelError
+from kqat.base import ModelError, TrainerWarning
+from kqat.graph import parts_of
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers, check_quantized
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -19,7 +21,15 @@ Quantizing = ActivationQuantizer | QuantizeWrapper
 
 
 class QatCallback(keras.callbacks.Callback):
-    """A callback that needs a QAT model."""
+    """A callback that needs a QAT model.
+
+    Where it changes what the training step computes, the step has to be traced anew. `fit` does so.
+    A compiled step of the user's own goes on as it was; `on_epoch_end` then warns.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed: list[Quantizing] = []
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Checks that the model is one."""
@@ -38,6 +48,36 @@ class QatCallback(keras.callbacks.Callback):
             for layer in self.quantizing_layers()
             if isinstance(layer, QuantizeWrapper) and layer.weight_specs
         ]
+
+    def epochs_and_steps(self) -> tuple[int, int | None]:
+        """How long training will be: epochs, and steps of each, where these are known.
+
+        Raises:
+            ModelError: if a loop of the user's own does not say how many epochs there are.
+        """
+        given = self.params or {}
+        if given.get("epochs") is None:
+            raise ModelError(
+                f"Expected the number of epochs for {type(self).__name__}, whose schedule spans "
+                "all of them. Received: none. In a loop of your own write keras.callbacks."
+                "CallbackList(callbacks, model=model, epochs=..., steps=...)."
+            )
+        return given["epochs"] or 1, given.get("steps")
+
+    def optimizer(self) -> Any:
+        """The optimizer of the model that is trained.
+
+        Raises:
+            ModelError: if a loop of the user's own has another one.
+        """
+        found = getattr(self.model, "optimizer", None)
+        if found is None:
+            raise ModelError(
+                f"Expected a compiled model for {type(self).__name__}, which reads its optimizer. "
+                f"Received: '{self.model.name}', which has none. In a loop of your own call "
+                "model.compile(optimizer), and train with model.optimizer."
+            )
+        return found
 
     def control(self, layers: Sequence[Quantizing], field: str, initial: float) -> keras.Variable:
         """One variable for a number of all `layers`, which the training step reads.
@@ -60,8 +100,34 @@ class QatCallback(keras.callbacks.Callback):
         if any(v is None for v in found):
             for layer in layers:
                 setattr(layer.controls, field, variable)
-            self.model.make_train_function(force=True)
+            self.trace_again(layers)
+        self._changed = list(layers)
         return variable
+
+    def trace_again(self, layers: Sequence[Quantizing]) -> None:
+        """Lets the steps of training and of inference be traced anew: `layers` changed.
+
+        Those of inference of each model inside too, as of the one that a trainer trains.
+        """
+        for layer in layers:
+            layer.controls.are_read = False
+        self._changed = list(layers)
+        self.model.make_train_function(force=True)
+        for part in parts_of(self.model):
+            if isinstance(part, keras.Model):
+                part.test_function = part.predict_function = None
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Warns where no training step of the epoch knew of what changed."""
+        if self._changed and not any(layer.controls.are_read for layer in self._changed):
+            warnings.warn(
+                f"{type(self).__name__} changed nothing in epoch {epoch}: the training step was "
+                "compiled before, or calls the QAT model without training=True. Call "
+                "on_train_begin before the first step of a tf.function, or make a new one.",
+                TrainerWarning,
+                stacklevel=2,
+            )
+        self._changed = []
 
 
 def check_backend(name: str) -> None:
@@ -121,15 +187,15 @@ class _FreezeAt(QatCallback):
         """Freezes, once `epoch` is reached."""
         if epoch < self.epoch or self._frozen:
             return
-        for layer in self.quantizing_layers():
-            if self._freezes(layer):
-                self._freeze(layer)
+        frozen = [layer for layer in self.quantizing_layers() if self._freezes(layer)]
+        for layer in frozen:
+            self._freeze(layer)
         self._frozen = True
         if self._flag is not None:
             self._flag.assign(1.0)
         if self._traces_again:
             # The training step was traced with the old settings.
-            self.model.make_train_function(force=True)
+            self.trace_again(frozen)
 
     def _freezes(self, layer: Quantizing) -> bool:
         raise NotImplementedError

@@ -21,6 +21,8 @@ class Controls:
         seeds: where that noise comes from.
         dampening: the weight of the oscillation penalty in the loss.
         still: whether weights are rounded as in inference, without noise, in training too.
+        are_read: whether a training step called the layer since a callback last asked for more of
+            it. A step that was compiled before goes on without what was asked.
     """
 
     def __init__(self, *, still: bool = False) -> None:
@@ -30,6 +32,7 @@ class Controls:
         self.random: keras.Variable | None = None
         self.seeds: Any = None
         self.dampening: keras.Variable | None = None
+        self.are_read = False
 
     def thaws(self) -> Any:
         """A boolean tensor, whether values may still move; `None` if no callback may freeze."""

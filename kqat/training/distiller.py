@@ -76,15 +76,20 @@ class Distiller(keras.Model):
         ours = [_layer(student, name).output for name in self.features]
         for name, own, other in zip(self.features, ours, theirs, strict=True):
             _check_shapes("features", f"'{name}'", [own], [other])
-        # One run of each model gives its outputs and its features.
-        self._student_run = keras.Model(student.inputs, [*student.outputs, *ours])
+        # One run of each model gives its outputs and its features; the student's also its inputs in
+        # their order, as Keras finds it out where they come as a dict by names.
+        several = len(student.inputs) > 1
+        given = student.input if several else student.inputs
+        self._student_run = keras.Model(given, [*student.inputs, *student.outputs, *ours])
         self._teacher_run = keras.Model(teacher.inputs, [*teacher.outputs, *theirs])
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """The student's outputs; in training the teacher's losses are added."""
-        flat = keras.tree.flatten(inputs)
-        ours = keras.tree.flatten(self._student_run(flat, training=training))
+        inputs = inputs if len(self.student.inputs) > 1 else keras.tree.flatten(inputs)
+        found = keras.tree.flatten(self._student_run(inputs, training=training))
+        count = len(self.student.inputs)
+        flat, ours = found[:count], found[count:]
         count = len(self.student.outputs)
         if training:
             answers = keras.tree.flatten(self._teacher_run(flat, training=False))

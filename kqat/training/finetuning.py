@@ -69,7 +69,8 @@ class WarmUpCosine(QatCallback):
         """Finds how many steps there are, and the highest rate."""
         super().on_train_begin(logs)
         self._highest = recommended_rate(self.model) if self.peak is None else self.peak
-        self._epochs, self._steps = self.params.get("epochs") or 1, self.params.get("steps") or 0
+        self._epochs, steps = self.epochs_and_steps()
+        self._steps = steps or 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes the epoch; where its steps are not known, the rate changes here only."""
@@ -83,7 +84,7 @@ class WarmUpCosine(QatCallback):
             self._set(self._epoch + (batch + 0.5) / self._steps)
 
     def _set(self, epochs: float) -> None:
-        self.model.optimizer.learning_rate = self.rate(epochs / self._epochs)
+        self.optimizer().learning_rate = self.rate(epochs / self._epochs)
 
     def rate(self, share: float) -> float:
         """The rate when `share` of all steps are done."""

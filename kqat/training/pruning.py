@@ -146,6 +146,13 @@ class Pruning(keras.callbacks.Callback):
                 self._masks[id(layer)] = mask(layer, np.asarray(kernel), share, self.pattern)
             kernel.assign(np.asarray(kernel) * self._masks[id(layer)])
 
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Sets them to zero again: an optimizer with `use_ema` has just averaged all weights."""
+        for layer in kernels(self.model, self.only, "prune"):
+            kernel: Any = layer.kernel
+            if id(layer) in self._masks:
+                kernel.assign(np.asarray(kernel) * self._masks[id(layer)])
+
 
 def checked_pattern(sparsity: float, pattern: str) -> Pattern:
     """The pattern of that name.

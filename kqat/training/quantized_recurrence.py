@@ -62,6 +62,10 @@ class QuantizedRecurrence(Recurrence):
                 lambda: self._scan(inputs, _Pass(self.parts, stored))[0],
                 lambda: self._scan(inputs, _Pass(self.parts, None))[0],
             )
+        for quantizer in quantizers:
+            quantizer.controls.are_read = True
+        for wrapper in self.parts.wrappers:
+            wrapper.controls.are_read = True
         masks = self._masks(inputs)
         bounds = ops.cond(known, lambda: stored, lambda: self._first_bounds(inputs, masks))
         bounds = keras.tree.map_structure(ops.stop_gradient, bounds)

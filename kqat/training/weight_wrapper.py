@@ -386,6 +386,7 @@ class QuantizeWrapper(keras.layers.Layer):
         batch normalize, no such bias is added: there the output is moved by the rounding error
         that the bias of the moving statistics has.
         """
+        self.controls.are_read |= bool(training)
         statistics = bool(training and not self.freeze_statistics)
         quantizer = self._quantizers.by_name.get(input_quantizer)
         if training and self.controls.dampening is not None:

@@ -301,6 +301,22 @@ def adaptive_pool(layer: Any, name: str) -> Decomposed:
     return call
 
 
+def random_crop(layer: Any, name: str) -> Decomposed:
+    """`RandomCrop` of images that have its size already: nothing, in training too."""
+
+    def call(x: Any) -> Any:
+        rows = -2 if layer.data_format == "channels_first" else -3
+        size, wanted = (x.shape[rows], x.shape[rows + 1]), (layer.height, layer.width)
+        if size != wanted:
+            raise UnsupportedLayerError(
+                f"Expected images of {wanted} in layer '{name}' of type RandomCrop, which crops in "
+                f"training and resizes in inference. Received: {size}. Crop before the model."
+            )
+        return layers.Identity(name=name, dtype=x.dtype)(x)
+
+    return call
+
+
 def center_crop(layer: Any, name: str) -> Decomposed:
     """`CenterCrop` as a slice of the middle of the image."""
 

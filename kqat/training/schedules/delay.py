@@ -51,4 +51,4 @@ class QuantizeAfter(QatCallback):
             self._rounds.assign(1.0)
 
     def _done(self) -> int:
-        return int(self.model.optimizer.iterations)
+        return int(self.optimizer().iterations)

@@ -94,7 +94,7 @@ class FallingBits(QatCallback):
 
     def _set(self, bits: int | None) -> None:
         """Gives all weights grids of `bits` where their own are narrower; `None`: their own."""
-        changed = False
+        changed = []
         for wrapper, planned in self._planned.items():
             specs = {
                 name: spec if bits is None else _widened(spec, bits)
@@ -103,10 +103,9 @@ class FallingBits(QatCallback):
             if specs != wrapper.weight_specs:
                 wrapper.weight_specs = specs
                 wrapper.start_steps()
-                changed = True
+                changed.append(wrapper)
         if changed:
-            self.model.make_train_function(force=True)
-            self.model.test_function = self.model.predict_function = None
+            self.trace_again(changed)
 
 
 def _widened(spec: QuantSpec, bits: int) -> QuantSpec:

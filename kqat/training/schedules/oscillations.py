@@ -43,7 +43,7 @@ class DampenOscillations(QatCallback):
         """Lets the training step read the weight of the penalty."""
         super().on_train_begin(logs)
         self._weight = self.control(self.wrappers(), "dampening", 0.0)
-        self._progress.start(self.params)
+        self._progress.start(*self.epochs_and_steps())
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes the epoch."""
@@ -101,7 +101,7 @@ class FreezeOscillations(QatCallback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts to follow the weights, at their integers now."""
         super().on_train_begin(logs)
-        self._progress.start(self.params)
+        self._progress.start(*self.epochs_and_steps())
         self._tracked = [
             (wrapper, name, FrozenOscillations(integers_of(wrapper, name)))
             for wrapper in self.wrappers()
@@ -126,10 +126,18 @@ class FreezeOscillations(QatCallback):
     def _follow(self, threshold: Any) -> None:
         for wrapper, name, followed in self._tracked:
             followed.freeze(integers_of(wrapper, name), self.momentum, threshold)
+        self._hold()
+
+    def _hold(self) -> None:
+        for wrapper, name, followed in self._tracked:
             variable = getattr(wrapper.layer, name)
             held = followed.held.value * wrapper.scale(name) / wrapper.fold(name)
             held = ops.cast(held, variable.dtype)
             variable.assign(ops.where(followed.frozen.value > 0.0, held, variable.value))
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Puts the frozen ones back: an optimizer with `use_ema` has just averaged all weights."""
+        self._hold()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds the shares to the logs."""
@@ -220,8 +228,8 @@ class _Progress:
         self.epochs: int = 1
         self.steps: int | None = None
 
-    def start(self, params: dict[str, Any]) -> None:
-        self.epochs, self.steps = params.get("epochs") or 1, params.get("steps")
+    def start(self, epochs: int, steps: int | None) -> None:
+        self.epochs, self.steps = epochs, steps
 
     def raised(self, batch: int) -> float:
         """From 0 to 1 along half a cosine; by whole epochs where their steps are not known."""

@@ -93,9 +93,27 @@ def tokens_of_windows(own: Any, x: Any) -> Any:
     return ops.reshape(y, (-1, 10, 8))
 
 
+def repeated_for_windows(own: Any, x: Any) -> Any:
+    """One query of each sample for all of its windows, as in GCViT; steps and features again."""
+    b, w = ops.shape(x)[0], ops.reshape(x, (-1, 3, 8))
+    query = ops.mean(x, axis=1, keepdims=True)
+    w = w * ops.repeat(query, ops.shape(w)[0] // b, axis=0) + own.bias
+    w = ops.repeat(ops.repeat(w, 2, axis=0), 2, axis=1) * ops.repeat(query, 4, axis=0)
+    return ops.reshape(w, (-1, 24, 8))
+
+
+def tiled_for_windows(own: Any, x: Any) -> Any:
+    """All samples again for each of the windows outside of the batch."""
+    y = ops.transpose(ops.reshape(x, (-1, 3, 2, 8)), (1, 0, 2, 3))
+    y = ops.reshape(y, (-1, 2, 8)) * ops.tile(x[:, :2], (3, 1, 1)) + own.bias
+    y = ops.tile(ops.tile(y, (2, 1, 2)), (2, 1))[..., :8]
+    return ops.transpose(ops.reshape(y, (6, -1, 4, 8)), (1, 0, 2, 3))
+
+
 CALLS = (
     queries_in_front, picked_in_front, windows, windows_outside, steps_first, one_by_one,
     equation_beside_a_weight, summed_over_windows, nearest, tokens_of_windows,
+    repeated_for_windows, tiled_for_windows,
 )  # fmt: skip
 
 

@@ -246,6 +246,27 @@ def test_config_comes_back(method: RangeMethod) -> None:
     )  # fmt: skip
 
 
+def test_a_learned_range_is_the_trained_one_however_it_was_frozen() -> None:
+    layer, later = quantizer(LearnedRange()), np.array([3.0, 2.0])
+    layer(normal(50), training=True)
+    start = layer.range()
+    layer.moved.assign([1.0, -1.0])
+    trained, weights = layer.range(), layer.get_weights()
+    assert trained != start
+    layer.trainable = False
+    assert layer.range() == trained
+    layer.trainable = True
+    layer.freeze()
+    layer.moved.assign(later)
+    assert layer.range() == trained
+    # Weights of an epoch before, as EarlyStopping restores them: nothing had been kept.
+    layer.set_weights(weights)
+    layer.moved.assign(later)
+    frozen = layer.range()
+    layer.frozen = False
+    assert frozen == layer.range() != trained
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_dtype_is_kept_and_the_range_is_float32(dtype: str) -> None:
     keras.config.set_dtype_policy("mixed_float16")

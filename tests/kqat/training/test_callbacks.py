@@ -1,5 +1,6 @@
 """Callbacks in a real `fit`: what moves before an epoch and holds still from it on."""
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -201,9 +202,11 @@ def test_frozen_learned_ranges_stay_though_the_optimizer_has_momentum(tmp_path: 
     note = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: seen.append([q.range() for q in quantizers])
     )
+    qat.predict(X, verbose=0)  # Traced before anything was frozen.
     fit(qat, FreezeObservers(1), note, epochs=3)
     start = [q.range() for q in quantizers]
     assert seen[0] == seen[1] == seen[2] == start
+    np.testing.assert_array_equal(qat.predict(X, verbose=0), qat(X))
     qat.save(tmp_path / "qat.keras")
     loaded = keras.models.load_model(tmp_path / "qat.keras")
     fit(loaded, epochs=1)
@@ -217,6 +220,51 @@ def test_a_step_that_was_traced_before_learns_of_the_flags() -> None:
     recorder = fit(qat, FreezeObservers(1), FreezeBatchNorm(1), epochs=2)
     assert len(ending(recorder.moved(0), "/count", *STATISTICS)) == 7
     assert ending(recorder.moved(1), *RANGES, *STATISTICS) == set()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_compiled_step_that_does_not_learn_of_a_change_is_told_of(learns: bool) -> None:
+    """A user's own `tf.function` of before `on_train_begin` no longer calls the layers."""
+    qat = kqat.quantize_model(float_model(), "w4a8", calibration_data=X)
+    qat(X[:2], training=True)
+    around = keras.Sequential([qat])
+    every = FreezeObservers(0), FreezeBatchNorm(0), kqat.DampenOscillations(), kqat.FallingBits()
+    for callback in every:
+        callbacks = keras.callbacks.CallbackList([callback], model=around, epochs=2)
+        qat.make_predict_function()
+        callbacks.on_train_begin()
+        callbacks.on_epoch_begin(0)
+        assert qat.predict_function is None
+        if learns:
+            qat(X[:2], training=True)
+        words = f"^{type(callback).__name__} changed nothing"
+        told = pytest.warns(kqat.TrainerWarning, match=words)
+        with contextlib.nullcontext() if learns else told:
+            callbacks.on_epoch_end(0)
+        callbacks.on_epoch_end(1)
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "words"),
+    [
+        (kqat.WarmUpCosine, {}, "number of epochs for WarmUpCosine"),
+        (kqat.DampenOscillations, {}, "number of epochs for DampenOscillations"),
+        (kqat.FreezeOscillations, {}, "number of epochs for FreezeOscillations"),
+        (kqat.WarmUpCosine, {"epochs": 1}, "compiled model for WarmUpCosine"),
+        (lambda: kqat.QuantizeAfter(1), {"epochs": 1}, "compiled model for QuantizeAfter"),
+    ],
+)
+def test_a_loop_that_tells_too_little_is_refused(callback: Any, options: Any, words: str) -> None:
+    model = keras.Sequential([keras.Input((4,)), layers.ReLU()])
+    qat = kqat.quantize_model(model, calibration_data=X)
+    callbacks = keras.callbacks.CallbackList([callback()], model=qat, **options)
+
+    def begin() -> None:
+        callbacks.on_train_begin()
+        callbacks.on_epoch_begin(0)
+
+    with pytest.raises(ModelError, match=words):
+        begin()
 
 
 def test_an_activity_regularizer_keeps_its_loss() -> None:

@@ -60,6 +60,17 @@ def test_the_losses_are_those_of_the_papers(data: tuple[np.ndarray, np.ndarray])
     assert both.losses == []
 
 
+def test_inputs_by_name_reach_the_inputs_of_these_names() -> None:
+    """Not in the order of the names, in which Keras flattens a dict."""
+    inputs = [keras.Input((3,), name=name) for name in ("right", "left")]
+    student = keras.Model(inputs, layers.Dense(2)(layers.Concatenate()(inputs)))
+    right, left = (np.full((1, 3), value, np.float32) for value in (1.0, 2.0))
+    distiller = kqat.Distiller(student, keras.models.clone_model(student), kind="values")
+    expected = student([right, left])
+    for given in ({"left": left, "right": right}, [right, left]):
+        np.testing.assert_array_equal(distiller(given, training=True), expected)
+
+
 @pytest.mark.slow
 def test_a_student_comes_closer_and_is_saved(
     data: tuple[np.ndarray, np.ndarray], tmp_path: Path

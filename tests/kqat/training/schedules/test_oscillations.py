@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -57,12 +58,14 @@ def test_frozen_weights_keep_their_integers_whatever_the_optimizer_does(axis: An
         ])  # fmt: skip
 
     callback = kqat.FreezeOscillations((0.15, 0.15), momentum=0.2)
+    qat.compile(keras.optimizers.Adam(0.05, use_ema=True, ema_momentum=0.5), "mse")
     seen = EachStep(integers)
     history = fit(qat, callback, seen, epochs=12).history
     frozen = np.concatenate([f.frozen.numpy().reshape(-1) for *_, f in callback._tracked])
     held = np.concatenate([f.held.numpy().reshape(-1) for *_, f in callback._tracked])
     assert 0 < frozen.sum() < frozen.size
     np.testing.assert_array_equal(seen.seen[-1][frozen > 0], held[frozen > 0])
+    np.testing.assert_array_equal(integers(qat)[frozen > 0], held[frozen > 0])
     assert history["frozen"][-1] == pytest.approx(frozen.mean())
     assert history["frozen"] == sorted(history["frozen"])
     assert 0.0 <= history["oscillating"][-1] <= 1.0
