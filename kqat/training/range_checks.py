@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from kqat.devices import INPUT_SCALES
+from kqat.devices import LEAST_INPUT_SCALES
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import Fixed, Histogram
 from kqat.parts import (
@@ -131,7 +131,7 @@ _ADVICE = {
     "inverse": "Divide both by the number of steps first, so that divisors are of like size",
     "coarse": "Give the layer that makes it 'int16x8', with a grid of 1/32768; or let the model "
     "end before it, with the logits, where it is an output",
-    "refused": "Scale it before, and what it is compared with alike; or train what is dead there",
+    "refused": "Scale it before, or train what is dead there",
     "lost": "kqat.diagnose(model, qat, data) shows which roundings cost it and tries what helps; "
     "training may win it back",
 }
@@ -191,7 +191,7 @@ def coarse_kernels(
 
 
 def refused_scales(graph: Graph) -> Iterator[Concern]:
-    """Values of scales that a kernel which reads them does not take; no file would run.
+    """Values of scales too small for a kernel that reads them; no file would run.
 
     Args:
         graph: of a calibrated QAT model.
@@ -200,22 +200,20 @@ def refused_scales(graph: Graph) -> Iterator[Concern]:
     told: set[Site] = set()
     for node in graph.nodes:
         facts = getattr(node.layer, "facts", None) or stock_facts(node.layer)
-        kernels = [op for op in (facts.ops if facts else ()) if op in INPUT_SCALES]
+        kernels = [op for op in (facts.ops if facts else ()) if op in LEAST_INPUT_SCALES]
         for source in (names.source_of(ref) for ref in node.inputs if kernels):
             if source is None or source in told:
                 continue
-            above, below = INPUT_SCALES[kernels[0]]
+            least = LEAST_INPUT_SCALES[kernels[0]]
             scale, name = float(source[0].scale()), names.of(*source)
-            if above < scale < below:
+            if scale > least:
                 continue
             told.add(source)
-            small = scale <= above
-            which = f"above {above:.3g}" if small else f"below {below:.3g}"
             text = (
                 f"'{name}' has a scale of {scale:.3g}, and {kernels[0]}, which reads it, takes "
-                f"those {which}: such a file would not run"
+                f"those above {least:.3g}: such a file would not run"
             )
-            yield Concern("refused", name, max(above / scale if small else scale / below, 1), text)
+            yield Concern("refused", name, least / scale, text)
 
 
 def _demands_grid(maker: Node | None) -> bool:
