@@ -127,6 +127,7 @@ _ADVICE = {
     "kqat.QuantizeConfig(activation_range=kqat.MinMax()) covers all",
     "unlike": "kqat.adapt(model, calibration_data=…) makes separate outputs, or scales the members "
     "alike before they meet",
+    "chosen": "Scale them alike before they meet",
     "drowned": "Scale them alike before they are added",
     "inverse": "Divide both by the number of steps first, so that divisors are of like size",
     "coarse": "Give the layer that makes it 'int16x8', with a grid of 1/32768; or let the model "
@@ -138,6 +139,7 @@ _ADVICE = {
 # What helps besides where a tensor has 8 bits.
 _WIDER = {
     "unlike": "; or give that layer 'int16x8'",
+    "chosen": ", or give that layer 'int16x8'",
     "drowned": ", or give that layer 'int16x8'",
     "inverse": ", or give that layer 'int16x8'",
 }
@@ -325,13 +327,16 @@ def _unlike_members(
         return
     site = max(losses, key=lambda one: losses[one])
     lost = losses[site]
-    meeting = names.meeting_of(quantizer)
+    meetings, meeting = names.meetings_of(quantizer), names.meeting_of(quantizer)
+    # What is chosen from, as by a maximum, cannot be parted into outputs.
+    is_parted = any(isinstance(node.layer, layers.Concatenate) for node in meetings)
+    kind = "unlike" if is_parted or not meetings else "chosen"
     text = (
         f"'{meeting}' has one scale for values of unlike size: '{names.of(quantizer, site)}' spans "
         f"{ranges[site].high - ranges[site].low:.4g} of {whole:.4g} and loses {lost:.1f} of its "
         f"{quantizer.spec.bits} bits"
     )
-    yield Concern("unlike", meeting, lost, text, quantizer.spec.bits == 16)
+    yield Concern(kind, meeting, lost, text, quantizer.spec.bits == 16)
 
 
 def _drowned(graph: Graph, found: Found, names: "ValueNames") -> Iterator[Concern]:
@@ -477,10 +482,16 @@ class ValueNames:
             ref = node.inputs[0]
         return None
 
+    def meetings_of(self, quantizer: ActivationQuantizer) -> list[Node]:
+        """The nodes in which members of a group meet, and make no truth values."""
+        return [
+            node
+            for node in self.graph.nodes
+            if not node.outputs[0].holds_indexes
+            and len({s for s in map(self.source_of, node.inputs) if s and s[0] is quantizer}) > 1
+        ]
+
     def meeting_of(self, quantizer: ActivationQuantizer) -> str:
         """The name of the value in which the members of a group first meet."""
-        for node in self.graph.nodes:
-            sources = {self.source_of(ref) for ref in node.inputs} - {None}
-            if len([s for s in sources if s and s[0] is quantizer]) > 1:
-                return self.output_name(node)
-        return quantizer.label
+        meetings = self.meetings_of(quantizer)
+        return self.output_name(meetings[0]) if meetings else quantizer.label

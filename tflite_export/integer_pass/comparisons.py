@@ -175,7 +175,7 @@ def _is_right(name: str, site: Site, given: np.ndarray, numbers: np.ndarray) -> 
         return False
     integers, scale, zero = constant_on_grid(given, None)
     lifted = _lifted(_integers(site), site.scale, site.zero_point)
-    found = _holds_for(name, lifted, _lifted(integers, scale[()], zero))
+    found = _holds_for(name, lifted, _lifted(integers, np.float32(scale), zero))
     return np.array_equal(found, _holds_for(name, site.reals(_integers(site)), numbers))
 
 

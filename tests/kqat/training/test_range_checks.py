@@ -126,6 +126,16 @@ def test_members_of_unlike_size(nested: bool) -> None:
     assert "unlike" not in said(joined(4.0), X)
 
 
+def test_what_adapt_cannot_part_is_no_advice_of_it() -> None:
+    x = keras.Input((4,), name="x")
+    far = layers.Dense(4, kernel_initializer=keras.initializers.Constant(50.0), name="far")(x)
+    near = layers.Dense(4, name="near")(x)
+    text = said(keras.Model(x, keras.ops.where(x > 0.5, far, near)), X[:, 0, :4, 0])
+    assert "has one scale for values of unlike size: 'near' spans" in text
+    assert "Scale them alike before they meet, or give that layer 'int16x8'" in text
+    assert "adapt" not in text
+
+
 def test_addends_of_unlike_size() -> None:
     text = said(joined(3000.0, residual=True), X)
     assert "'both' adds values of unlike size: " in text
