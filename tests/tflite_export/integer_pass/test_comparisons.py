@@ -118,15 +118,16 @@ def test_files_compare_as_training_does(policy: str, steps: dict[str, int]) -> N
     for array, ends in zip(data, ENDS.values(), strict=True):
         array[0, 0, :2] = ends
     qat = kqat.quantize_model(model, policy, calibration_data=data)
-    blob = tflite_export.convert(qat)
+    frozen = kqat.freeze(qat)
+    blob = tflite_export.convert(frozen)
     counts = Counter(operators(flatbuffer.read(blob)))
     assert {name: counts[name] for name in steps} == steps, counts
     assert counts.total() == sum(steps.values()) + len(outputs) + 2  # slices
     if policy != "int8":  # Of which tests/coverage has cases.
-        report = tflite_export.verify(qat, blob, data, samples=4)
+        report = tflite_export.verify(frozen, blob, data, samples=4)
         assert all(part.exact and part.exact.is_exact for part in report.runtimes), report
     # Every integer of each grid, or as many, in an order of its own.
-    sites = {site.name: site for site in kqat.freeze(qat).sites}
+    sites = {site.name: site for site in frozen.sites}
     given = [RNG.permutation(integers(sites[name]))[:256].reshape(1, 64, 4) for name in ENDS]
     reals = [sites[name].reals(v) for name, v in zip(ENDS, given, strict=True)]
     expected = [np.asarray(value) for value in qat(reals)]
