@@ -6,11 +6,12 @@ from kqat.devices import edge_tpu_shapes
 from kqat.devices.edge_tpu_shapes import shape_limit, too_many_axes, version_limit
 from kqat.devices.kernels import (
     APPROXIMATE,
+    COMPARISONS,
     HALVES_AWAY,
-    INPUT_SCALES,
     INT8_FIXED,
     INT16,
     INT16_FIXED,
+    LEAST_INPUT_SCALES,
     LITERT,
     MOST_AXES,
     NEVER_PACKED,
@@ -41,11 +42,12 @@ from kqat.devices.targets import (
 
 __all__ = [
     "APPROXIMATE",
+    "COMPARISONS",
     "HALVES_AWAY",
-    "INPUT_SCALES",
     "INT8_FIXED",
     "INT16",
     "INT16_FIXED",
+    "LEAST_INPUT_SCALES",
     "LITERT",
     "MOST_AXES",
     "NEAREST",

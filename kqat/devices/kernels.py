@@ -162,7 +162,9 @@ APPROXIMATE: dict[tuple[str, int], int] = {
 
 
 # These operators compute on booleans and indexes, so they run whatever the activations' width.
-INDEX_OPS = frozenset({"CAST", "LOGICAL_AND", "LOGICAL_OR", "LOGICAL_NOT"})
+# Comparisons of 16 bits are of int32, behind a CAST.
+COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
+INDEX_OPS = frozenset({"CAST", "LOGICAL_AND", "LOGICAL_OR", "LOGICAL_NOT", *COMPARISONS})
 
 
 def runtimes_with(op: str, bits: int) -> frozenset[str]:
@@ -207,16 +209,9 @@ PACKS_AS = {"FULLY_CONNECTED": "CONV_2D"}
 STAND_INS = {"LEAKY_RELU": "PRELU", "MEAN": "FULLY_CONNECTED"}
 
 
-# Operator -> the scales that its kernels take for their inputs: above the first number and below
-# the second. With others TFLite ends the process: smaller ones make a multiplier of zero, and the
-# multipliers of comparisons are below one
-# (https://github.com/tensorflow/tensorflow/blob/master/tensorflow/lite/kernels/comparisons.cc).
-INPUT_SCALES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("SOFTMAX", "LOG_SOFTMAX"), (2.0**-26, math.inf)),
-    **dict.fromkeys(
-        ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL"), (0.0, 1.0)
-    ),
-}
+# Operator -> the scale above which its kernels take their input. At smaller ones they make a
+# multiplier of zero, and TFLite ends the process.
+LEAST_INPUT_SCALES: dict[str, float] = dict.fromkeys(("SOFTMAX", "LOG_SOFTMAX"), 2.0**-26)
 
 
 # Operators whose kernels round halves of a step away from the integer zero, on every runtime: most

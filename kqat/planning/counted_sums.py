@@ -186,8 +186,7 @@ class _Quotient:
         if self.mask is not None:
             ones = self.mask.integers(f"{name}_shown")
         else:
-            weighted = Elementwise.of(_is_not_zero, name=f"{name}_weighted")(self.below)
-            some = IndexOperation(IndexKind.GREATER, {"x2": 0.5}, name=f"{name}_some")(weighted)
+            some = IndexOperation(IndexKind.NOT_EQUAL, {"x2": 0.0}, name=f"{name}_some")(self.below)
             ones = whole_numbers.as_integers(some, f"{name}_shown")
         ones = _reshaped(ones, (*rows, steps), f"{name}_each")
         count = whole_numbers.folded(IndexKind.ADD, ones, [len(rows) + 1], True, f"{name}_count")
@@ -241,10 +240,6 @@ def _has(product: Any, factor: Any) -> bool:
         return True
     moves = type(maker) is layers.Multiply or _keeps(maker, read)
     return moves and any(_has(one, factor) for one in read)
-
-
-def _is_not_zero(x: Any) -> Any:
-    return ops.cast(ops.not_equal(x, 0), x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

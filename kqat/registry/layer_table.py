@@ -105,6 +105,11 @@ def _index(*ops: str) -> LayerRule:
     return LayerRule(output=Output.INDEX, ops=ops)
 
 
+def _comparison(op: str) -> LayerRule:
+    """Of quantities also as integers, which the others prepare."""
+    return _index(op, "CAST", "MUL", "SUB")
+
+
 def _affine(refuse: Callable[[Any], str | None] | None = None, *extra: str) -> LayerRule:
     ops = ("RESHAPE", "DEPTHWISE_CONV_2D", "MUL", *extra)
     return LayerRule(output=Output.OWN, ops=ops, takes_clamp=True, affine=True, refuse=refuse)
@@ -425,12 +430,12 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (IndexOperation, IndexKind.MAXIMUM): _index("MAXIMUM"),
     (IndexOperation, IndexKind.MINIMUM): _index("MINIMUM"),
     (IndexOperation, IndexKind.PAD): _index("PAD", "PADV2"),
-    (IndexOperation, IndexKind.EQUAL): _index("EQUAL"),
-    (IndexOperation, IndexKind.NOT_EQUAL): _index("NOT_EQUAL"),
-    (IndexOperation, IndexKind.GREATER): _index("GREATER"),
-    (IndexOperation, IndexKind.GREATER_EQUAL): _index("GREATER_EQUAL"),
-    (IndexOperation, IndexKind.LESS): _index("LESS"),
-    (IndexOperation, IndexKind.LESS_EQUAL): _index("LESS_EQUAL"),
+    (IndexOperation, IndexKind.EQUAL): _comparison("EQUAL"),
+    (IndexOperation, IndexKind.NOT_EQUAL): _comparison("NOT_EQUAL"),
+    (IndexOperation, IndexKind.GREATER): _comparison("GREATER"),
+    (IndexOperation, IndexKind.GREATER_EQUAL): _comparison("GREATER_EQUAL"),
+    (IndexOperation, IndexKind.LESS): _comparison("LESS"),
+    (IndexOperation, IndexKind.LESS_EQUAL): _comparison("LESS_EQUAL"),
     (IndexOperation, IndexKind.CONCATENATE): _index("CONCATENATION"),
     (IndexOperation, IndexKind.LOGICAL_AND): _index("LOGICAL_AND"),
     (IndexOperation, IndexKind.LOGICAL_OR): _index("LOGICAL_OR"),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from kqat.devices import INPUT_SCALES
+from kqat.devices import LEAST_INPUT_SCALES
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import Fixed, Histogram
 from kqat.parts import (
@@ -127,17 +127,19 @@ _ADVICE = {
     "kqat.QuantizeConfig(activation_range=kqat.MinMax()) covers all",
     "unlike": "kqat.adapt(model, calibration_data=…) makes separate outputs, or scales the members "
     "alike before they meet",
+    "chosen": "Scale them alike before they meet",
     "drowned": "Scale them alike before they are added",
     "inverse": "Divide both by the number of steps first, so that divisors are of like size",
     "coarse": "Give the layer that makes it 'int16x8', with a grid of 1/32768; or let the model "
     "end before it, with the logits, where it is an output",
-    "refused": "Scale it before, and what it is compared with alike; or train what is dead there",
+    "refused": "Scale it before, or train what is dead there",
     "lost": "kqat.diagnose(model, qat, data) shows which roundings cost it and tries what helps; "
     "training may win it back",
 }
 # What helps besides where a tensor has 8 bits.
 _WIDER = {
     "unlike": "; or give that layer 'int16x8'",
+    "chosen": ", or give that layer 'int16x8'",
     "drowned": ", or give that layer 'int16x8'",
     "inverse": ", or give that layer 'int16x8'",
 }
@@ -191,7 +193,7 @@ def coarse_kernels(
 
 
 def refused_scales(graph: Graph) -> Iterator[Concern]:
-    """Values of scales that a kernel which reads them does not take; no file would run.
+    """Values of scales too small for a kernel that reads them; no file would run.
 
     Args:
         graph: of a calibrated QAT model.
@@ -200,22 +202,20 @@ def refused_scales(graph: Graph) -> Iterator[Concern]:
     told: set[Site] = set()
     for node in graph.nodes:
         facts = getattr(node.layer, "facts", None) or stock_facts(node.layer)
-        kernels = [op for op in (facts.ops if facts else ()) if op in INPUT_SCALES]
+        kernels = [op for op in (facts.ops if facts else ()) if op in LEAST_INPUT_SCALES]
         for source in (names.source_of(ref) for ref in node.inputs if kernels):
             if source is None or source in told:
                 continue
-            above, below = INPUT_SCALES[kernels[0]]
+            least = LEAST_INPUT_SCALES[kernels[0]]
             scale, name = float(source[0].scale()), names.of(*source)
-            if above < scale < below:
+            if scale > least:
                 continue
             told.add(source)
-            small = scale <= above
-            which = f"above {above:.3g}" if small else f"below {below:.3g}"
             text = (
                 f"'{name}' has a scale of {scale:.3g}, and {kernels[0]}, which reads it, takes "
-                f"those {which}: such a file would not run"
+                f"those above {least:.3g}: such a file would not run"
             )
-            yield Concern("refused", name, max(above / scale if small else scale / below, 1), text)
+            yield Concern("refused", name, least / scale, text)
 
 
 def _demands_grid(maker: Node | None) -> bool:
@@ -327,13 +327,16 @@ def _unlike_members(
         return
     site = max(losses, key=lambda one: losses[one])
     lost = losses[site]
-    meeting = names.meeting_of(quantizer)
+    meetings, meeting = names.meetings_of(quantizer), names.meeting_of(quantizer)
+    # What is chosen from, as by a maximum, cannot be parted into outputs.
+    is_parted = any(isinstance(node.layer, layers.Concatenate) for node in meetings)
+    kind = "unlike" if is_parted or not meetings else "chosen"
     text = (
         f"'{meeting}' has one scale for values of unlike size: '{names.of(quantizer, site)}' spans "
         f"{ranges[site].high - ranges[site].low:.4g} of {whole:.4g} and loses {lost:.1f} of its "
         f"{quantizer.spec.bits} bits"
     )
-    yield Concern("unlike", meeting, lost, text, quantizer.spec.bits == 16)
+    yield Concern(kind, meeting, lost, text, quantizer.spec.bits == 16)
 
 
 def _drowned(graph: Graph, found: Found, names: "ValueNames") -> Iterator[Concern]:
@@ -479,10 +482,16 @@ class ValueNames:
             ref = node.inputs[0]
         return None
 
+    def meetings_of(self, quantizer: ActivationQuantizer) -> list[Node]:
+        """The nodes in which members of a group meet, and make no truth values."""
+        return [
+            node
+            for node in self.graph.nodes
+            if not node.outputs[0].holds_indexes
+            and len({s for s in map(self.source_of, node.inputs) if s and s[0] is quantizer}) > 1
+        ]
+
     def meeting_of(self, quantizer: ActivationQuantizer) -> str:
         """The name of the value in which the members of a group first meet."""
-        for node in self.graph.nodes:
-            sources = {self.source_of(ref) for ref in node.inputs} - {None}
-            if len([s for s in sources if s and s[0] is quantizer]) > 1:
-                return self.output_name(node)
-        return quantizer.label
+        meetings = self.meetings_of(quantizer)
+        return self.output_name(meetings[0]) if meetings else quantizer.label

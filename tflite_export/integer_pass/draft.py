@@ -33,6 +33,7 @@ class Fact(enum.Enum):
     GRIDS = "every tensor that a same-scale operator reads or writes has the grid of the others"
     OWN_GRIDS = "layers with equal weights that read one value have a grid each behind it"
     FLOAT_ISLANDS = "the operators that compute on integers are told from those on floats"
+    COMPARISONS = "comparisons that no int8 kernel makes aright are of int32"
     CHECKED = "integer operators have the grids that their kernels demand"
     CONSTANTS = "integer operators read integer weights, biases and other constants"
     PACKED = "weights of few bits are in whole bytes where all the runtimes read them so"

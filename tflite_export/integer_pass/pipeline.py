@@ -9,6 +9,7 @@ from kqat.freezing import FrozenModel
 from tflite_export.flatbuffer import ModelT
 from tflite_export.integer_pass.carry_reshapes import carry_reshapes
 from tflite_export.integer_pass.clamps import drop_vast_clamps, fuse_clamps, split_clamps
+from tflite_export.integer_pass.comparisons import compare_integers
 from tflite_export.integer_pass.constants import pack_weights, quantize_constants
 from tflite_export.integer_pass.dense_as_conv import convolve_dense
 from tflite_export.integer_pass.draft import Draft, Fact, Pass
@@ -71,8 +72,13 @@ PASSES: tuple[Pass, ...] = (
         leaves={Fact.FLOAT_ISLANDS},
     ),
     Pass(
-        check_operators,
+        compare_integers,
         needs={Fact.GRIDS, Fact.OWN_GRIDS, Fact.FLOAT_ISLANDS, Fact.FLOAT_TENSORS},
+        leaves={Fact.COMPARISONS},
+    ),
+    Pass(
+        check_operators,
+        needs={Fact.COMPARISONS, Fact.FLOAT_TENSORS},
         leaves={Fact.CHECKED},
     ),
     Pass(

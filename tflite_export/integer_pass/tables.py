@@ -42,7 +42,7 @@ def insert_tables(draft: Draft) -> None:
         table, (source, result) = chosen[id(operator)], (operator.inputs[0], operator.outputs[0])
         grids = sites[source], sites[result]
         dtype = TENSOR_TYPES[ACTIVATION_DTYPES[grids[1].bits]]
-        writer = _Writer(draft.model, grids[1].name, source, dtype)
+        writer = Int32Writer(draft.model, grids[1].name, source, dtype)
         if grids[1].bits == 8 or draft.runtimes <= LITERT:
             _whole(writer, table.lookup(*grids), source, result, grids[1])
         else:
@@ -52,7 +52,7 @@ def insert_tables(draft: Draft) -> None:
     graph.operators = kept
 
 
-def _whole(writer: "_Writer", table: np.ndarray, source: int, result: int, site: Site) -> None:
+def _whole(writer: "Int32Writer", table: np.ndarray, source: int, result: int, site: Site) -> None:
     """A GATHER from a table with an entry for every integer."""
     wide = writer.cast(source, name="wide")
     index = writer.by("ADD", wide, len(table) // 2, name="index")
@@ -61,7 +61,7 @@ def _whole(writer: "_Writer", table: np.ndarray, source: int, result: int, site:
     writer.gather(entries, index, result)
 
 
-def _pieces(writer: "_Writer", pieces: Pieces, source: int, result: int) -> None:
+def _pieces(writer: "Int32Writer", pieces: Pieces, source: int, result: int) -> None:
     """The operators that compute `Pieces.evaluate`."""
     half = INTEGERS // 2
     x = writer.by("ADD", writer.cast(source), half)
@@ -84,7 +84,7 @@ def _pieces(writer: "_Writer", pieces: Pieces, source: int, result: int) -> None
     writer.cast(writer.by("ADD", line, offset), result)
 
 
-class _Writer:
+class Int32Writer:
     """Writes operators on values of one shape; each method returns the tensor of its result."""
 
     def __init__(self, model: ModelT, name: str, like: int, dtype: int):

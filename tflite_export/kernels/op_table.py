@@ -14,7 +14,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from kqat.devices import INPUT_SCALES, INT8_FIXED, INT16, PACKED, runtimes_with
+from kqat.devices import (
+    COMPARISONS,
+    INT8_FIXED,
+    INT16,
+    LEAST_INPUT_SCALES,
+    PACKED,
+    runtimes_with,
+)
 
 Shape = tuple[int, ...]
 # The multiply-accumulates of one invocation, by the shapes of all inputs and of the first output.
@@ -161,7 +168,7 @@ def _same(version: int = 2, first: bool = True, **options: Any) -> OpRule:
 
 
 def _fixed(op: str, **options: Any) -> OpRule:
-    least = INPUT_SCALES[op][0] if op in INPUT_SCALES else 0.0
+    least = LEAST_INPUT_SCALES.get(op, 0.0)
     grid = INT8_FIXED[op].scale, INT8_FIXED[op].zero_point
     return OpRule(scales="fixed", version=2, fixed=grid, least_input_scale=least, **options)
 
@@ -169,8 +176,6 @@ def _fixed(op: str, **options: Any) -> OpRule:
 def _none(version: int, **options: Any) -> OpRule:
     return OpRule(scales="none", version=version, **options)
 
-
-_COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
 
 OP_TABLE: dict[str, OpRule] = {
     "CONV_2D": _conv(3, (1, 2, 3, 0), 0, packed=_packed("CONV_2D", {4: 7}), macs=_per_output(1)),
@@ -245,10 +250,9 @@ OP_TABLE: dict[str, OpRule] = {
     "CAST": _none(1, elementwise=True),  # truth values to indexes
     "DIV": _none(1, elementwise=True),  # of indexes, towards zero; all others are of quantities
     **{f"LOGICAL_{name}": _none(1, elementwise=True) for name in ("AND", "OR", "NOT")},
-    **{
-        name: _none(2, input_scale_below=INPUT_SCALES[name][1], elementwise=True)
-        for name in _COMPARISONS
-    },
+    # Multipliers of the int8 kernels are below one
+    # (https://github.com/tensorflow/tensorflow/blob/master/tensorflow/lite/kernels/comparisons.cc).
+    **{name: _none(2, input_scale_below=1.0, elementwise=True) for name in COMPARISONS},
     "UNIDIRECTIONAL_SEQUENCE_LSTM": _own(
         1,
         activations=(0,),

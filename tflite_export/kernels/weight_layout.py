@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from kqat.base import LoweringError
-
 if TYPE_CHECKING:  # Both import Keras, which nobody needs who reads a file.
     from kqat.freezing import FrozenWeight
     from kqat.grids import Site
@@ -137,18 +135,10 @@ def constant_on_grid(data: np.ndarray, site: "Site | None") -> tuple[np.ndarray,
         data: its float32 values.
         site: the grid that it must have; `None` for the number of a comparison, which gets a grid
             of its own.
-
-    Raises:
-        LoweringError: if the number is too large for a comparison's kernel.
     """
     if site is not None:
         return site.integers(data), np.asarray(site.scale), site.zero_point
     size = float(np.abs(data).max())
-    if size >= 127.0:
-        raise LoweringError(
-            f"Expected numbers below 127 to compare with, which int8 kernels take. Received: "
-            f"{size:.3g}. Scale both sides down."
-        )
     scale = np.float32(size / 127.0 or 2.0**-7)
     return np.rint(data / scale), np.asarray(scale), 0
 

@@ -97,23 +97,10 @@ def index_operation(operation: Any, name: str) -> Callable[..., Any]:
         if len(tensors) == len(args):
             return IndexOperation(kind, name=name)(tensors if len(args) > 1 else tensors[0])
         constant = np.asarray(next(a for a in args if not is_tensor(a)))
-        of_quantity = not holds_indexes(tensors[0]) and constant.size == 1
-        if of_quantity and kind in _EQUALITY and float(constant.reshape(())) == 0.0:
-            numbers = Elementwise.of(_is_not_zero, name=f"{name}_numbers")(tensors[0])
-            return IndexOperation(_EQUALITY[kind], {"x2": 0.5}, name=name)(numbers)
         option = {"x2" if is_tensor(args[0]) else "x1": constant.tolist()}
         return IndexOperation(kind, option, name=name)(tensors[0])
 
     return call
-
-
-# A kernel's comparison of small numbers with zero is coarser than their grid; a table is exact, and
-# what it says is compared as this.
-_EQUALITY = {IndexKind.EQUAL: IndexKind.LESS, IndexKind.NOT_EQUAL: IndexKind.GREATER}
-
-
-def _is_not_zero(x: Any) -> Any:
-    return ops.cast(ops.not_equal(x, 0), x.dtype)
 
 
 _KINDS = {

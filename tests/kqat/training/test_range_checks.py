@@ -94,9 +94,6 @@ def test_scales_that_a_kernel_refuses_are_told() -> None:
     tiny = layers.Dense(3, kernel_initializer=keras.initializers.Constant(1e-9), name="tiny")
     text = said(keras.Model(x, layers.Softmax()(tiny(x))), X[:, 0, :4, 0])
     assert "'tiny' has a scale of " in text and "SOFTMAX, which reads it, takes those above" in text
-    vast = layers.Dense(4, name="vast")(x) * 1e4
-    text = said(keras.Model(x, keras.ops.where(vast > x, x, vast)), X[:, 0, :4, 0])
-    assert "GREATER, which reads it, takes those below 1: such a file would not run" in text
 
 
 def test_clipping_tells_share_and_how_far() -> None:
@@ -127,6 +124,16 @@ def test_members_of_unlike_size(nested: bool) -> None:
     assert "of its 8 bits" in text
     assert "separate outputs" in text
     assert "unlike" not in said(joined(4.0), X)
+
+
+def test_what_adapt_cannot_part_is_no_advice_of_it() -> None:
+    x = keras.Input((4,), name="x")
+    far = layers.Dense(4, kernel_initializer=keras.initializers.Constant(50.0), name="far")(x)
+    near = layers.Dense(4, name="near")(x)
+    text = said(keras.Model(x, keras.ops.where(x > 0.5, far, near)), X[:, 0, :4, 0])
+    assert "has one scale for values of unlike size: 'near' spans" in text
+    assert "Scale them alike before they meet, or give that layer 'int16x8'" in text
+    assert "adapt" not in text
 
 
 def test_addends_of_unlike_size() -> None:
