@@ -68,14 +68,19 @@ class Int16Kernel:
         runtimes: the runtimes that have the int16 kernel.
         fixed_scale: scale of the output, if the kernel demands one.
         packed: the runtimes whose kernel also takes weights of four bits, packed two a byte.
+        input_scale_below: with inputs of this scale or more the kernel's products overflow.
     """
 
     version: int
     runtimes: frozenset[str] = RUNTIMES
     fixed_scale: float | None = None
     packed: frozenset[str] = frozenset()
+    input_scale_below: float = math.inf
 
 
+# LOGISTIC and TANH multiply by 4096 * 3 and SOFTMAX differences by 65535 / 10, in 32 bits (the
+# copies of `kqat.kernels` overflow as the kernels do: at 5.3 and at 5).
+_SCALE_OF_OVERFLOW = 5.0
 # The operators with an int16 kernel. Versions are from TensorFlow's `lite/tools/versioning/
 # op_version.cc`. LOG_SOFTMAX has no int16 kernel on any runtime, and PRELU has none that takes int8
 # slopes. ELU, HARD_SWISH, GELU and EXP lack one on some runtimes and ship as lookup tables.
@@ -93,9 +98,9 @@ INT16: dict[str, Int16Kernel] = {
     "LEAKY_RELU": Int16Kernel(2),
     "BATCH_MATMUL": Int16Kernel(3),
     "MEAN": Int16Kernel(3),
-    "SOFTMAX": Int16Kernel(3, fixed_scale=INT16_FIXED.scale),
-    "LOGISTIC": Int16Kernel(3, fixed_scale=INT16_FIXED.scale),
-    "TANH": Int16Kernel(3, fixed_scale=INT16_FIXED.scale),
+    "SOFTMAX": Int16Kernel(3, fixed_scale=INT16_FIXED.scale, input_scale_below=_SCALE_OF_OVERFLOW),
+    "LOGISTIC": Int16Kernel(3, fixed_scale=INT16_FIXED.scale, input_scale_below=_SCALE_OF_OVERFLOW),
+    "TANH": Int16Kernel(3, fixed_scale=INT16_FIXED.scale, input_scale_below=_SCALE_OF_OVERFLOW),
     "MAX_POOL_2D": Int16Kernel(3),
     "AVERAGE_POOL_2D": Int16Kernel(3),
     "REDUCE_MAX": Int16Kernel(3, LITERT),
@@ -212,6 +217,12 @@ STAND_INS = {"LEAKY_RELU": "PRELU", "MEAN": "FULLY_CONNECTED"}
 # Operator -> the scale above which its kernels take their input. At smaller ones they make a
 # multiplier of zero, and TFLite ends the process.
 LEAST_INPUT_SCALES: dict[str, float] = dict.fromkeys(("SOFTMAX", "LOG_SOFTMAX"), 2.0**-26)
+
+
+def input_scales(op: str, bits: int) -> tuple[float, float]:
+    """The scales between which an operator takes inputs of `bits` bits, these two left out."""
+    below = INT16[op].input_scale_below if bits == 16 and op in INT16 else math.inf
+    return LEAST_INPUT_SCALES.get(op, 0.0), below
 
 
 # Operators whose kernels round halves of a step away from the integer zero, on every runtime: most

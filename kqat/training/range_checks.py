@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from kqat.devices import LEAST_INPUT_SCALES
+from kqat.devices import input_scales
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import Fixed, Histogram
 from kqat.parts import (
@@ -193,7 +193,7 @@ def coarse_kernels(
 
 
 def refused_scales(graph: Graph) -> Iterator[Concern]:
-    """Values of scales too small for a kernel that reads them; no file would run.
+    """Values of scales that a kernel which reads them does not take; no file would be right.
 
     Args:
         graph: of a calibrated QAT model.
@@ -202,20 +202,22 @@ def refused_scales(graph: Graph) -> Iterator[Concern]:
     told: set[Site] = set()
     for node in graph.nodes:
         facts = getattr(node.layer, "facts", None) or stock_facts(node.layer)
-        kernels = [op for op in (facts.ops if facts else ()) if op in LEAST_INPUT_SCALES]
-        for source in (names.source_of(ref) for ref in node.inputs if kernels):
-            if source is None or source in told:
+        for source in map(names.source_of, node.inputs):
+            if source is None or source in told or facts is None:
                 continue
-            least = LEAST_INPUT_SCALES[kernels[0]]
             scale, name = float(source[0].scale()), names.of(*source)
-            if scale > least:
-                continue
-            told.add(source)
-            text = (
-                f"'{name}' has a scale of {scale:.3g}, and {kernels[0]}, which reads it, takes "
-                f"those above {least:.3g}: such a file would not run"
-            )
-            yield Concern("refused", name, least / scale, text)
+            for kernel in facts.ops:
+                least, below = input_scales(kernel, source[0].spec.bits)
+                if least < scale < below:
+                    continue
+                told.add(source)
+                which = f"above {least:.3g}" if scale <= least else f"below {below:.3g}"
+                text = (
+                    f"'{name}' has a scale of {scale:.3g}, and {kernel}, which reads it, takes "
+                    f"those {which}: no such file is made"
+                )
+                yield Concern("refused", name, max(least / scale, scale / below), text)
+                break
 
 
 def _demands_grid(maker: Node | None) -> bool:

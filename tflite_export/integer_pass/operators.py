@@ -85,9 +85,12 @@ def _check_marked(draft: Draft, operator: OperatorT, rule: OpRule) -> None:
 def _check_input_scales(draft: Draft, operator: OperatorT, rule: OpRule) -> None:
     name = draft.op_name(operator)
     for site in (draft.sites[tensor] for tensor in draft.activations(operator, rule)):
-        if site.scale >= rule.input_scale_below:
+        below = rule.input_scale_below
+        if site.bits == 16 and name in INT16:
+            below = INT16[name].input_scale_below
+        if site.scale >= below:
             raise LoweringError(
-                f"Expected a scale below {rule.input_scale_below} into {name}. Received: "
+                f"Expected a scale below {below} into {name}. Received: "
                 f"{site.scale} for '{site.name}'. Scale it down."
             )
         if site.scale <= rule.least_input_scale:

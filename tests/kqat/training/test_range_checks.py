@@ -9,7 +9,9 @@ import pytest
 from keras import layers
 
 import kqat
+import tflite_export
 from kqat import CalibrationWarning, Fixed, MinMax, QuantizeConfig
+from kqat.base.errors import LoweringError
 
 RNG = np.random.default_rng(0)
 X = RNG.uniform(-1, 1, (128, 8, 8, 3)).astype(np.float32)
@@ -94,6 +96,18 @@ def test_scales_that_a_kernel_refuses_are_told() -> None:
     tiny = layers.Dense(3, kernel_initializer=keras.initializers.Constant(1e-9), name="tiny")
     text = said(keras.Model(x, layers.Softmax()(tiny(x))), X[:, 0, :4, 0])
     assert "'tiny' has a scale of " in text and "SOFTMAX, which reads it, takes those above" in text
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "tanh", "softmax"])
+def test_scales_at_which_a_kernel_of_16_bits_overflows_are_told_and_refused(function: str) -> None:
+    """Its file was made, and was off by as many steps as its output has."""
+    x = keras.Input((4,), name="large")
+    model = keras.Model(x, layers.Activation(function, name="last")(x))
+    data = X[:, 0, :4, 0] * (2.0**15 * 6.0 / np.abs(X[:, 0, :4, 0]).max())
+    with pytest.warns(kqat.CalibrationWarning, match="'large' has a scale of 6, .* those below 5"):
+        qat = kqat.quantize_model(model, "int16x8", calibration_data=data)
+    with pytest.raises(LoweringError, match="scale below 5.0 .* for 'large'"):
+        tflite_export.convert(qat)
 
 
 def test_clipping_tells_share_and_how_far() -> None:
