@@ -106,7 +106,7 @@ def test_scales_at_which_a_kernel_of_16_bits_overflows_are_told_and_refused(func
     data = X[:, 0, :4, 0] * (2.0**15 * 6.0 / np.abs(X[:, 0, :4, 0]).max())
     with pytest.warns(kqat.CalibrationWarning, match="'large' has a scale of 6, .* those below 5"):
         qat = kqat.quantize_model(model, "int16x8", calibration_data=data)
-    with pytest.raises(LoweringError, match="scale below 5.0 .* for 'large'"):
+    with pytest.raises(LoweringError, match=r"scale below 5\.0 .* for 'large'"):
         tflite_export.convert(qat)
 
 
