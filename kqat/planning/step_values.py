@@ -2,7 +2,8 @@
 
 The inputs of a step are rounded outside of it. Where an operator demands one scale for such an
 input and for other values, as a concatenation with a state does, the input takes on the others'
-grid inside the step. A state that a step hands on as it is gets the rounding that all states have.
+grid inside the step. A state that a step hands on as it is, or chooses from other values, gets the
+rounding that all states have.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ def with_own_grids(planned: PlannedGraph, sequences: int, bits: int) -> Graph:
     others = {shared.root(ref) for ref in (*made, *graph.inputs[sequences:])}
     steps = [ref for ref in graph.inputs[:sequences] if not ref.holds_indexes]
     wanted = [ref for ref in steps if shared.root(ref) in others]
-    handed_on = {ref for ref in graph.outputs if _is_handed_on(planned, ref)}
+    handed_on = {ref for ref in graph.outputs if _lacks_rounding(planned, ref)}
     if not wanted and not handed_on:
         return graph
     taken = {*graph.input_names, *(node.name for node in graph.nodes)}
@@ -59,10 +60,15 @@ def with_own_grids(planned: PlannedGraph, sequences: int, bits: int) -> Graph:
     )
 
 
-def _is_handed_on(planned: PlannedGraph, ref: Ref) -> bool:
-    """Whether an output of a step is an input of it, behind layers that compute nothing at most."""
+def _lacks_rounding(planned: PlannedGraph, ref: Ref) -> bool:
+    """Whether an output of a step is not rounded as it is made: an input, or one of other values.
+
+    Layers that compute nothing may stand behind it.
+    """
     node = planned.producers.get(ref)
     if node is None:
         return True
-    vanishes = planned.output_kind(node) is Output.VANISHES
-    return vanishes and _is_handed_on(planned, node.inputs[0])
+    kind, rule = planned.output_kind(node), planned.rules[node]
+    if kind is Output.VANISHES:
+        return _lacks_rounding(planned, node.inputs[0])
+    return kind is Output.SAME and not (rule and rule.rounds)

@@ -316,10 +316,15 @@ class _Pass:
         return (high - low) / float(before.spec.qmax - before.spec.qmin)
 
     def step(self, values: list[Any], seen: list[list[Any]]) -> list[Any]:
-        """One step; appends the value at each site to `seen`."""
+        """One step; appends the value at each site to `seen`.
+
+        States keep their type: under mixed precision a loop of float32 may have steps of float16.
+        """
         # Keras 3.10 loads a step of one output as one that returns it alone, not in a list.
         states = self.parts.graph.run(values, functools.partial(self.call, seen))
-        return list(keras.tree.flatten(states))
+        states = keras.tree.flatten(states)
+        before = values[len(values) - len(states) :]
+        return [ops.cast(new, old.dtype) for new, old in zip(states, before, strict=True)]
 
     def call(self, seen: list[list[Any]], node: Node, *args: Any, **kwargs: Any) -> Any:
         """The value of one node of the step; see `kqat.graph.tracer.Graph.run`."""

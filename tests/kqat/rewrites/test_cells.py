@@ -10,8 +10,10 @@ import pytest
 from keras import layers, ops
 
 import kqat
+import tflite_export
 from kqat.base.errors import UnsupportedLayerError
 from kqat.graph.tracer import rebuild, trace
+from kqat.parts import Requantize
 from kqat.planning.expansion import expand
 from kqat.training.build import all_layers
 from tests.coverage.recurrent_cases import Gated
@@ -346,3 +348,36 @@ def test_users_own_cells_and_steps_are_never_made_anew(make: Any, config: bool) 
     assert counts[0] == counts[1]
     assert trained == [v.path for v in model.trainable_variables]
     assert all(map(np.array_equal, before, model.weights))
+
+
+class Choosing(layers.SimpleRNNCell):
+    """A cell whose next state is chosen: from what it computes and, as it is, the state before."""
+
+    def call(self, x: Any, states: Any, training: bool = False) -> Any:
+        new, _ = super().call(x, states, training=training)
+        state = ops.maximum(new, states[0])
+        return state, [state]
+
+
+def test_states_that_are_chosen_are_rounded() -> None:
+    """The plan ended in a KeyError: no operator made a range of such a state."""
+    plan = kqat.plan(_model(layers.RNN(Choosing(UNITS))))
+    (step,) = plan.steps.values()
+    assert [node.name for node in step.graph.nodes if isinstance(node.layer, Requantize)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cell", "precision"), [(lambda: Choosing(UNITS), "float32"), (Gated, "mixed_float16")]
+)
+def test_cells_of_the_users_own_ship(cell: Any, precision: str) -> None:
+    """Under mixed precision the loop over the steps ended in an error of TensorFlow: their states were float16."""
+    keras.config.set_dtype_policy(precision)
+    x = np.random.default_rng(0).normal(size=(16, STEPS, FEATURES)).astype(np.float32)
+    model = _model(layers.RNN(cell(), return_sequences=True))
+    qat = kqat.quantize_model(model, calibration_data=x)
+    qat.compile(keras.optimizers.SGD(0.01), "mse")
+    qat.fit(x, np.zeros((16, *model.output.shape[1:])), verbose=0)
+    assert np.all(np.isfinite(qat.predict(x, verbose=0)))
+    report = tflite_export.verify(qat, tflite_export.convert(qat), x, samples=4)
+    assert report.float_operators == 0 and all(p.is_right for p in report.runtimes), report
