@@ -371,7 +371,7 @@ def test_states_that_are_chosen_are_rounded() -> None:
     ("cell", "precision"), [(lambda: Choosing(UNITS), "float32"), (Gated, "mixed_float16")]
 )
 def test_cells_of_the_users_own_ship(cell: Any, precision: str) -> None:
-    """Under mixed precision the loop over the steps ended in an error of TensorFlow: their states were float16."""
+    """Under mixed precision the loop over the steps failed: their states were float16."""
     keras.config.set_dtype_policy(precision)
     x = np.random.default_rng(0).normal(size=(16, STEPS, FEATURES)).astype(np.float32)
     model = _model(layers.RNN(cell(), return_sequences=True))
