@@ -27,9 +27,7 @@ class QatCallback(keras.callbacks.Callback):
     A compiled step of the user's own goes on as it was; `on_epoch_end` then warns.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._changed: list[Quantizing] = []
+    _changed: Sequence[Quantizing] = ()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Checks that the model is one."""
@@ -101,7 +99,7 @@ class QatCallback(keras.callbacks.Callback):
             for layer in layers:
                 setattr(layer.controls, field, variable)
             self.trace_again(layers)
-        self._changed = list(layers)
+        self._changed = tuple(layers)
         return variable
 
     def trace_again(self, layers: Sequence[Quantizing]) -> None:
@@ -111,7 +109,7 @@ class QatCallback(keras.callbacks.Callback):
         """
         for layer in layers:
             layer.controls.are_read = False
-        self._changed = list(layers)
+        self._changed = tuple(layers)
         self.model.make_train_function(force=True)
         for part in parts_of(self.model):
             if isinstance(part, keras.Model):
@@ -127,7 +125,7 @@ class QatCallback(keras.callbacks.Callback):
                 TrainerWarning,
                 stacklevel=2,
             )
-        self._changed = []
+        self._changed = ()
 
 
 def check_backend(name: str) -> None:
