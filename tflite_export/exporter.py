@@ -218,8 +218,9 @@ def _check_lifted(model: ModelT) -> None:
         name = flatbuffer.op_name(model, operator)
         output = graph.tensors[int(operator.outputs[0])]
         width = {schema.TensorType.INT8: 8, schema.TensorType.INT16: 16}.get(output.type, 0)
-        is_zero = len({int(i) for i in operator.inputs}) == 1 and name == "SUB"
-        if (name, width) not in LIFTED or is_zero:  # A zero state is zero by any factor.
+        # A recurrence begins with a value less itself: on LiteRT zero, whatever the factor.
+        is_zero = name == "SUB" and len({int(i) for i in operator.inputs}) == 1
+        if (name, width) not in LIFTED or is_zero:
             continue
         bits, power = LIFTED[name, width]
         scales = [graph.tensors[int(i)].quantization.scale[0] for i in operator.inputs]

@@ -166,9 +166,9 @@ APPROXIMATE: dict[tuple[str, int], int] = {
 }
 
 
+COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
 # These operators compute on booleans and indexes, so they run whatever the activations' width.
 # Comparisons of 16 bits are of int32, behind a CAST.
-COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
 INDEX_OPS = frozenset({"CAST", "LOGICAL_AND", "LOGICAL_OR", "LOGICAL_NOT", *COMPARISONS})
 
 

@@ -14,7 +14,7 @@ import keras
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.devices import INT8_FIXED
+from kqat.devices import COMPARISONS, INT8_FIXED
 from kqat.grids import Bounds, Clamp
 from kqat.parts import (
     ByteInput,
@@ -430,12 +430,7 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (IndexOperation, IndexKind.MAXIMUM): _index("MAXIMUM"),
     (IndexOperation, IndexKind.MINIMUM): _index("MINIMUM"),
     (IndexOperation, IndexKind.PAD): _index("PAD", "PADV2"),
-    (IndexOperation, IndexKind.EQUAL): _comparison("EQUAL"),
-    (IndexOperation, IndexKind.NOT_EQUAL): _comparison("NOT_EQUAL"),
-    (IndexOperation, IndexKind.GREATER): _comparison("GREATER"),
-    (IndexOperation, IndexKind.GREATER_EQUAL): _comparison("GREATER_EQUAL"),
-    (IndexOperation, IndexKind.LESS): _comparison("LESS"),
-    (IndexOperation, IndexKind.LESS_EQUAL): _comparison("LESS_EQUAL"),
+    **{(IndexOperation, IndexKind[name]): _comparison(name) for name in COMPARISONS},
     (IndexOperation, IndexKind.CONCATENATE): _index("CONCATENATION"),
     (IndexOperation, IndexKind.LOGICAL_AND): _index("LOGICAL_AND"),
     (IndexOperation, IndexKind.LOGICAL_OR): _index("LOGICAL_OR"),

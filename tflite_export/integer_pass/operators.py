@@ -3,7 +3,7 @@
 from ai_edge_litert import schema_py_generated as schema
 
 from kqat.base import LoweringError
-from kqat.devices import INT16
+from kqat.devices import INT16, input_scales
 from tflite_export.flatbuffer import OperatorT, operator_code
 from tflite_export.integer_pass.draft import Draft
 from tflite_export.kernels import PACKED_TYPES, OpRule, fixed_output, kernel_version
@@ -85,9 +85,7 @@ def _check_marked(draft: Draft, operator: OperatorT, rule: OpRule) -> None:
 def _check_input_scales(draft: Draft, operator: OperatorT, rule: OpRule) -> None:
     name = draft.op_name(operator)
     for site in (draft.sites[tensor] for tensor in draft.activations(operator, rule)):
-        below = rule.input_scale_below
-        if site.bits == 16 and name in INT16:
-            below = INT16[name].input_scale_below
+        below = min(rule.input_scale_below, input_scales(name, site.bits)[1])
         if site.scale >= below:
             raise LoweringError(
                 f"Expected a scale below {below} into {name}. Received: "

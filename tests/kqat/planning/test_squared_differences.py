@@ -111,7 +111,7 @@ def test_every_runtime_computes_what_was_trained() -> None:
 def test_a_given_range_that_no_kernel_computes(
     call: Callable[[Any], Any], bits: int, width: float
 ) -> None:
-    """LiteRT computes values 254 steps off, without a word, or ends the process."""
+    """LiteRT computes other values, without a word, or ends the process."""
     model = model_of(call)
     grid = kqat.QuantSpec(bits=bits, symmetric=bits == 16)
     tiny = kqat.QuantizeConfig(activation=grid, activation_range=kqat.Fixed(-width, width))

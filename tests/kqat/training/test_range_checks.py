@@ -100,7 +100,7 @@ def test_scales_that_a_kernel_refuses_are_told() -> None:
 
 @pytest.mark.parametrize("function", ["sigmoid", "tanh", "softmax"])
 def test_scales_at_which_a_kernel_of_16_bits_overflows_are_told_and_refused(function: str) -> None:
-    """Its file was made, and was off by as many steps as its output has."""
+    """Its file was made, and its values were wrong."""
     x = keras.Input((4,), name="large")
     model = keras.Model(x, layers.Activation(function, name="last")(x))
     data = X[:, 0, :4, 0] * (2.0**15 * 6.0 / np.abs(X[:, 0, :4, 0]).max())
