@@ -113,7 +113,8 @@ def lab() -> Figure:
     )
     for kind, label, color, shift in bars:
         drawn = axes.bar(places + shift, accuracy[kind], 0.38, color=color, label=label)
-        axes.bar_label(drawn, fmt="%.1f", fontsize=9)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the line of float
+        axes.bar_label(drawn, fmt="%.1f", fontsize=9, padding=2, bbox=behind, zorder=3)
     start = 100 * rows["FP32, half pruned"]["accuracy"]
     axes.axhline(start, color=GREY, linewidth=1, linestyle="--", label=f"float, {start:.1f} %")
     sizes = [rows[f"QAT {policy}"]["file_bytes"] / 1000 for policy in policies]

@@ -82,7 +82,7 @@ def convert(
             which decode fast; `"smallest"` takes prefix codes too, bit by bit, where these are
             smaller. Such a file does not run on LiteRT.
         float_weights: `"float16"` rounds the weights of layers that the plan leaves float, by
-            2**-11 of their size at most, and halves their bytes; for `target="litert"`.
+            `2**-11` of their size at most, and halves their bytes; for `target="litert"`.
         weights: how weights of four bits or fewer are stored: `"packed"`, two or four a byte,
             wherever the target has the kernel; `"unpacked"`, one a byte. `None` packs them where
             that costs no time: for `"litert"` those of FULLY_CONNECTED only, as its packed

@@ -30,8 +30,9 @@ class QuantSpec:
         symmetric: whether real zero is integer zero.
         narrow_range: whether the lowest integer is left out (−127 … 127 for 8 bits).
         power_of_two: whether a symmetric grid's scale is a power of two, of weights or activations.
-            With 16 bits it is one from 2**-15 to 2**-9, the scales that the tanh of a fused LSTM
-            can read. The scales of weights are those of the file, a BatchNormalization folded in.
+            With 16 bits it is one from `2**-15` to `2**-9`, the scales that the tanh of a fused
+            LSTM can read. The scales of weights are those of the file, a BatchNormalization folded
+            in.
         axis: `None` for one scale per tensor; an axis or a tuple of axes for one scale per index
             along them; `"channel"` for the output-channel axis that the registry names.
 

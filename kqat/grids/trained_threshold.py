@@ -22,10 +22,10 @@ class TrainedThreshold(LearnedMethod, LearnedRangeMethod):
 
     The trained number is the logarithm `l = log2(t)` of the threshold. The scale is a power of two,
 
-        s             = 2**ceil(l) / 2**(bits - 1), or / 2**bits where all values are >= 0
-        output        = clip(round(x / s), n, p) * s
-        d out/d l     = s * ln(2) * (round(x / s) - x / s inside the grid; n below it; p above it)
-        d out/d x     = 1 inside the grid, else 0
+        s         = 2**ceil(l) / 2**(bits - 1), or / 2**bits where all values are >= 0
+        output    = clip(round(x / s), n, p) * s
+        d out/d l = s * ln(2) * (n below the grid; p above it; round(x / s) - x / s inside)
+        d out/d x = 1 inside the grid, else 0
 
     where `[n, p]` are the integers of the grid. Weights are inside it if they round to one of its
     integers, activations if they lie between its lowest and its highest value. Activations behind a

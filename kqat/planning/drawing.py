@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from kqat.base import KqatError
+from kqat.base import KqatError, shortened
 from kqat.devices import misfit_lines
 from kqat.planning.layered_layout import Layout, layered
 from kqat.planning.plan import LayerPlan, Plan, Role, output_scale, weights_text
@@ -158,7 +158,10 @@ def _input_box(plan: Plan, key: str, name: str, ref: Any, shared: Mapping[str, i
         words += f", scale {shared[group.name]}"
     shape = "×".join("?" if n is None else str(n) for n in ref.shape[1:])
     return Box(
-        key, "port", (_short(name), f"input {shape}", words), f"input {name} {shape}: {words}"
+        key,
+        "port",
+        (shortened(name, _LONGEST), f"input {shape}", words),
+        f"input {name} {shape}: {words}",
     )
 
 
@@ -174,12 +177,12 @@ def _box(
     kinds = [m.kind for m in members if m.role is not Role.TRAINING_ONLY] or [decision.kind]
     counted = collections.Counter(kinds)
     words = " + ".join(k if n == 1 else f"{n} {k}" for k, n in counted.items())
-    lines = [_short(key), _short(words)]
+    lines = [shortened(key, _LONGEST), shortened(words, _LONGEST)]
     weights = weights_text(decision)
     weights = f"weights {weights}" if weights else ""
     scale = output_scale(rounded, groups, shared) if decision.role is not Role.FLOAT else "float"
     scale = scale.replace("shared", "scale").replace("own", "own scale")
-    lines += [_short(", ".join(part for part in (weights, scale) if part))]
+    lines += [shortened(", ".join(part for part in (weights, scale) if part), _LONGEST)]
     title = "\n".join(
         f"{m.name} ({m.kind}): {m.role}" + (f", into {m.into}" if m.into else "") for m in members
     )
@@ -189,13 +192,6 @@ def _box(
     if notes:
         title += "\n" + "\n".join(notes)
     return Box(key, _kind(decision), tuple(line for line in lines if line), title)
-
-
-def _short(text: str) -> str:
-    if len(text) <= _LONGEST:
-        return text
-    tail = _LONGEST // 2 - 1
-    return f"{text[: _LONGEST - tail - 1]}…{text[-tail:]}"
 
 
 def _size(box: Box) -> tuple[float, float]:

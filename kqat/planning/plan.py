@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from kqat.base import TextEnum, json_text, write_file
+from kqat.base import TextEnum, json_text, shortened, write_file
 from kqat.devices import TARGETS, Misfit, misfit_lines
 from kqat.grids import (
     Bounds,
@@ -283,10 +283,7 @@ class _Cell:
     def text(self, width: int) -> str:
         """The cell in `width` characters, its name shortened in the middle."""
         room = max(width - len(self.words), _LEAST_NAME)
-        if len(self.name) <= room:
-            return (self.words + self.name).ljust(width)
-        tail = (room - 1) // 2
-        return f"{self.words}{self.name[: room - 1 - tail]}…{self.name[-tail:]}"
+        return (self.words + shortened(self.name, room)).ljust(width)
 
 
 # The columns, and how narrow one may become before the others do, for a name cannot be told from

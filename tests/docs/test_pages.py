@@ -1,5 +1,6 @@
 """The code of every page runs and prints what the page says; every link leads somewhere."""
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -54,6 +55,20 @@ def assert_compiles(code: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("page", [*pages.pages(), ROOT / "README.md"], ids=lambda page: page.stem)
+def test_code_needs_no_scrolling(page: Path) -> None:
+    # So many columns stand beside the table of contents, and in half a screen of a laptop.
+    text = page.read_text()
+    wide = [
+        f"{page.name}:{block.line + place}: {line}"
+        for block in pages.blocks(text)
+        if text[: block.start].splitlines()[-1].startswith("```")  # it is shown
+        for place, line in enumerate(block.code.splitlines())
+        if len(line) > 80
+    ]
+    assert not wide, wide
+
+
 def test_blocks_are_found_in_their_order() -> None:
     text = (
         "<!-- setup\na = 1\n-->\n```python\nb = a\n```\n"
@@ -104,6 +119,19 @@ def test_every_public_name_has_an_entry() -> None:
     names -= {"kqat.TARGETS", "kqat.algorithms", "tflite_export.TARGETS", "tflite_export.RUNTIMES"}
     assert names - entries == set()
     assert {e for e in entries if e not in names} == set()
+
+
+def test_no_power_is_taken_for_bold_text() -> None:
+    # In Markdown, 2**-15 to 2**-9 without backticks shows -15 to 2 in bold.
+    code = re.compile(r"`[^`]*`|\n\n {4}.*(\n {4}.*)*")
+    found = [
+        f"{face.__name__}.{name}: {line.strip()}"
+        for face in (kqat, tflite_export, algorithms)
+        for name in face.__all__
+        for line in code.sub("", inspect.getdoc(getattr(face, name)) or "").splitlines()
+        if re.search(r"\w\*\*", line)
+    ]
+    assert not found
 
 
 def test_every_page_is_in_the_navigation() -> None:

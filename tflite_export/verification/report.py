@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kqat.base import counted, json_text, write_file, write_files
+from kqat.base import counted, json_text, shortened, write_file, write_files
 from tflite_export.devices import NpuEstimate
 from tflite_export.verification import html_page
 from tflite_export.verification.node_data import node_data
@@ -326,7 +326,7 @@ def _layer_lines(layers: tuple[LayerReport, ...]) -> list[str]:
     head = f"{'layer':<22} {'bits':>5} {'scale':>9} {'clip':>6} {'grid':>5} {'SQNR':>5}"
     lines = ["", f"{head} {'steps':>5} {'MACs':>7} {'bytes':>7}", "-" * 80]
     for row in layers:
-        name = " ".join(row.name.split())[-22:]
+        name = shortened(" ".join(row.name.split()), 22)
         bits = f"{row.weight_bits or '-'}/{row.bits or '-'}"
         scale = "" if row.scale is None else f"{row.scale:.3g}"
         lines.append(
