@@ -166,6 +166,21 @@ APPROXIMATE: dict[tuple[str, int], int] = {
 }
 
 
+# (Operator, bits) -> the steps of its output by which the sum that its kernel divides by may be too
+# large, for each number that it sums. SOFTMAX of 16 bits rounds each exp to 1/32768 and takes none
+# below exp(-10), 1.5 times that.
+SUMMED_TOO_MUCH: dict[tuple[str, int], int] = {("SOFTMAX", 16): 2}
+
+
+def lost_in_sums(op: str, bits: int, summed: int) -> float:
+    """The share of a value that is lost at most where its kernel sums so many numbers.
+
+    It is lost where all but one of them are far below the largest.
+    """
+    excess = SUMMED_TOO_MUCH.get((op, bits), 0) * summed * INT16_FIXED.scale
+    return excess / (1.0 + excess)
+
+
 COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
 # These operators compute on booleans and indexes, so they run whatever the activations' width.
 # Comparisons of 16 bits are of int32, behind a CAST.

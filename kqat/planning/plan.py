@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kqat.base import TextEnum, json_text, shortened, write_file
-from kqat.devices import TARGETS, Misfit, misfit_lines
+from kqat.devices import TARGETS, Misfit, lost_in_sums, misfit_lines
 from kqat.grids import (
     Bounds,
     Clamp,
@@ -260,10 +260,26 @@ class Plan:
                 "stores them as int8, and the argument weights= of tflite_export.convert decides "
                 "otherwise"
             )
+        notes += self._losses_in_sums()
         notes += [f"rule decides nothing: {rule}" for rule in self.unused_rules]
         if self.target is not None and not self.misfits:
             notes.append(f"target {self.target}: every layer fits")
         notes += [f"target {self.target}: {text}" for text in misfit_lines(self.misfits)]
+        return notes
+
+    def _losses_in_sums(self) -> list[str]:
+        """What kernels lose that sum many numbers."""
+        notes = [note for plan in self.steps.values() for note in plan._losses_in_sums()]
+        shapes = {node.name: node.outputs[0].shape for node in self.graph.nodes}
+        for layer in self.layers:
+            summed = (shapes.get(layer.name) or (1,))[-1] or 1
+            loss = max((lost_in_sums(op, layer.bits, summed) for op in layer.ops), default=0.0)
+            if loss >= _LARGE_LOSS:
+                notes.append(
+                    f"{layer.name}: the kernel of {layer.bits} bits makes values up to {loss:.1%} "
+                    f"too small where most of the {summed:,} numbers of a row are far below the "
+                    "largest: end the model before it, or leave it float or 'int8'"
+                )
         return notes
 
     def _shared(self) -> list[Group]:
@@ -286,6 +302,8 @@ class _Cell:
         return (self.words + shortened(self.name, room)).ljust(width)
 
 
+# The share of a value from which on a plan tells what its kernel loses.
+_LARGE_LOSS = 0.01
 # The columns, and how narrow one may become before the others do, for a name cannot be told from
 # its ends alone.
 _COLUMNS = ("layer", "type", "becomes", "weights", "output scale")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kqat.devices import APPROXIMATE
+from kqat.devices import APPROXIMATE, SUMMED_TOO_MUCH
 from kqat.kernels import resizing
 from tflite_export.integer_model import kind_of
 from tflite_export.verification.site_tensors import SiteTensors
@@ -18,8 +18,8 @@ def allowed_steps(
 
     One is the rounding. `kqat.devices.APPROXIMATE` lists the kernels that are off by more on any
     input. RESIZE_BILINEAR is off by what it misses a place, times how unlike neighbours are there.
-    SOFTMAX of 16 bits rounds each exp to 1/32768 and takes none below exp(-10), 1.5 times that: the
-    sum that it divides by is two steps too large for each class, where all but one are far below.
+    `SUMMED_TOO_MUCH` there has those that divide by too large a sum, as SOFTMAX of 16 bits does
+    where all classes but one are far below the largest.
 
     Args:
         tensors: those of the file.
@@ -30,8 +30,8 @@ def allowed_steps(
     """
     operator = tensors.operator(tensor)
     allowed = APPROXIMATE.get((operator, bits), 1)
-    if operator == "SOFTMAX" and bits == 16:
-        return allowed + 2 * int(computed[tensor].shape[-1])
+    if (per_number := SUMMED_TOO_MUCH.get((operator, bits))) is not None:
+        return allowed + per_number * int(computed[tensor].shape[-1])
     # Reading a step takes reading the file's constants.
     step = tensors.step(tensor) if operator == "RESIZE_BILINEAR" else None
     images = None if step is None else computed.get(step.given(0).index)

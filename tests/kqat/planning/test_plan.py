@@ -73,6 +73,20 @@ def test_packed_weights_and_misfits_are_said_below_the_table() -> None:
 LONG = "stage_with_a_name_that_says_everything_block_{}_depthwise"
 
 
+@pytest.mark.parametrize(
+    ("classes", "policy", "loss"),
+    [(1000, "int16x8", "5.8%"), (1000, "int8", None), (100, "int16x8", None)],
+)
+def test_a_softmax_whose_kernel_sums_too_much_is_said_before_training(
+    classes: int, policy: str, loss: str | None
+) -> None:
+    flat, head = layers.Flatten(), layers.Dense(classes, "softmax", name="head")
+    found = [note for note in plan_of(flat, head, policy=policy).notes() if "too small" in note]
+    assert [note.startswith("head_softmax: ") and f"up to {loss}" in note for note in found] == (
+        [True] if loss else []
+    )
+
+
 @pytest.mark.parametrize("width", [64, 80, 200])
 def test_a_line_fits_and_names_are_shortened_in_the_middle(width: int) -> None:
     chain = [
