@@ -1,6 +1,7 @@
 """What integer kernels demand of operators (`op_table`) and of weights."""
 
 from tflite_export.kernels.op_table import (
+    LARGEST_MULTIPLIER,
     OP_TABLE,
     OpRule,
     fixed_output,
@@ -22,6 +23,7 @@ from tflite_export.kernels.weight_layout import (
 
 __all__ = [
     "ACTIVATION_DTYPES",
+    "LARGEST_MULTIPLIER",
     "OP_TABLE",
     "PACKED_TYPES",
     "TENSOR_TYPES",

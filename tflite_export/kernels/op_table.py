@@ -28,6 +28,24 @@ Shape = tuple[int, ...]
 Macs = Callable[[Sequence[Shape], Shape], int]
 
 
+# One step of the sum of products must be less steps of the output: XNNPACK takes no larger
+# multiplier (`src/operators/convolution-nhwc.c`), and others saturate.
+LARGEST_MULTIPLIER = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Lift:
+    """How a kernel brings two inputs of unlike scales to one, to multiply the result down.
+
+    Args:
+        bits: by which it shifts an input to the left.
+        power: of the lifted input in the result.
+    """
+
+    bits: int
+    power: int = 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """The kernels of one operator that take weights of fewer than eight bits.
@@ -63,6 +81,7 @@ class OpRule:
         packed: bits -> the kernels that take weights of so many.
         least_input_scale: the input's scale must exceed it, or the kernel ends the process.
         input_scale_below: the inputs' scales must lie below it, for the same reason.
+        lifts: bits of the values -> how the kernel lifts its inputs, where it does.
         macs: the multiply-accumulates of one invocation, or `None` for an operator that multiplies
             no matrix. It is asked about files of any writer: shapes may be of any rank.
         elementwise: whether each number of the output is computed of one number of each input,
@@ -84,6 +103,7 @@ class OpRule:
     packed: Mapping[int, Packing] = dataclasses.field(default_factory=dict)
     least_input_scale: float = 0.0
     input_scale_below: float = math.inf
+    lifts: Mapping[int, Lift] = dataclasses.field(default_factory=dict)
     macs: Macs | None = None
     elementwise: bool = False
     resolver_method: str | None = None
@@ -199,10 +219,12 @@ OP_TABLE: dict[str, OpRule] = {
         bias=3,
         macs=_transpose_conv_macs,
     ),
-    "ADD": _each(),
-    "SUB": _each(),
+    # TFLite's ADD of int8 lifts by 20 bits; XNNPACK's takes a step of an input below 256 steps of
+    # the output.
+    "ADD": _each(lifts={8: Lift(9), 16: Lift(15)}),
+    "SUB": _each(lifts={8: Lift(20), 16: Lift(15)}),
     "MUL": _each(),
-    "SQUARED_DIFFERENCE": _each(),
+    "SQUARED_DIFFERENCE": _each(lifts={8: Lift(7, power=2)}),
     "RELU": _each(),
     # TFLite Micro's RELU6 does not rescale. RELU does, and clamps to the output's range, which
     # ends at 6.
