@@ -27,6 +27,8 @@ from kqat.grids.spec import QuantSpec
 # TensorFlow's kernels flush subnormal floats to zero, and NumPy does not. For a range of at least
 # this width a step is at least 2**-116, so no intermediate result that matters is subnormal.
 SMALLEST_RANGE = 2.0**-100
+# The width of a range that no value other than zero was seen for: any would do, zero is exact on all.
+UNSEEN_WIDTH = 1.0
 # With bounds of at most this magnitude `high - low` does not overflow.
 LARGEST_BOUND = 2.0**126
 # The bias that an integer attention mask adds to a masked score. It is larger than the spread of
@@ -43,19 +45,19 @@ def widen(low: Any, high: Any) -> tuple[Any, Any]:
     """Makes a range usable: it contains zero, is not empty and does not overflow.
 
     A range narrower than `SMALLEST_RANGE`, such as that of an activation that is always zero, gets
-    `high = 1`; zero is exact on that grid too. Bounds beyond `LARGEST_BOUND` are clipped to it.
+    `high = UNSEEN_WIDTH`; zero is exact on that grid too. Bounds beyond `LARGEST_BOUND` are clipped to it.
     NaN stays NaN.
     """
     low = ops.maximum(ops.minimum(low, 0.0), -LARGEST_BOUND)
     high = ops.minimum(ops.maximum(high, 0.0), LARGEST_BOUND)
-    return low, ops.where(high - low < SMALLEST_RANGE, ops.ones_like(high), high)
+    return low, ops.where(high - low < SMALLEST_RANGE, ops.full_like(high, UNSEEN_WIDTH), high)
 
 
 def no_narrower(low: Any, high: Any, width: Any) -> tuple[Any, Any]:
     """The range, widened to `width` at least.
 
     It grows alike on both sides of zero where it has both, otherwise on the one that it has. An
-    empty range stays empty, as `widen` gives it a width of one; if that is too narrow, it grows
+    empty range stays empty, as `widen` gives it a width of its own; if that is too narrow, it grows
     above zero.
 
     Args:
@@ -63,14 +65,15 @@ def no_narrower(low: Any, high: Any, width: Any) -> tuple[Any, Any]:
         width: float32, of a shape that broadcasts with them.
     """
     lacks = ops.relu(width - (high - low))
-    lacks = ops.where(ops.logical_or(high > low, width > 1.0), lacks, 0.0)
+    lacks = ops.where(ops.logical_or(high > low, width > UNSEEN_WIDTH), lacks, 0.0)
     below = ops.where(low < 0.0, ops.where(high > 0.0, 0.5, 1.0), 0.0)
     return low - lacks * below, high + lacks * (1.0 - below)
 
 
 def no_narrower_number(low: float, high: float, width: float) -> tuple[float, float]:
     """`no_narrower` of a range of Python's numbers, without a dozen operators: the same float32."""
-    lacks = np.float32(max(width - (high - low), 0.0) if high > low or width > 1.0 else 0.0)
+    grows = high > low or width > UNSEEN_WIDTH
+    lacks = np.float32(max(width - (high - low), 0.0) if grows else 0.0)
     below = np.float32(0.0 if low >= 0.0 else 0.5 if high > 0.0 else 1.0)
     wider = np.float32(low) - lacks * below, np.float32(high) + lacks * (np.float32(1.0) - below)
     return float(wider[0]), float(wider[1])

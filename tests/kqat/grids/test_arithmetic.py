@@ -356,13 +356,19 @@ def test_broken_weights_show_in_the_scale(value: float) -> None:
     np.testing.assert_array_equal(np.isfinite(scale), [[True, False, True]])
 
 
-def test_a_range_of_numbers_is_widened_as_one_of_tensors() -> None:
+@pytest.mark.parametrize("unseen", [1.0, 20.0])
+def test_a_range_of_numbers_is_widened_as_one_of_tensors(
+    unseen: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The width of a range that nothing was seen for is one number, for all of them."""
+    monkeypatch.setattr(arithmetic, "UNSEEN_WIDTH", unseen)
+    assert_same(arithmetic.widen(*tensors(0.0, 0.0)), [0.0, unseen])
     generator = np.random.default_rng(0)
     sizes = np.float32(10.0) ** generator.uniform(-6, 4, (400, 3)).astype(np.float32)
     sizes[:100, 0], sizes[50:150, 1] = 0.0, 0.0
     for low, high, width in sizes.tolist():
         want = tuple(float(x) for x in arithmetic.no_narrower(-low, high, width))
         assert arithmetic.no_narrower_number(-low, high, width) == want
-        empty = low == high == 0.0 and width <= 1.0
+        empty = low == high == 0.0 and width <= unseen
         assert empty or want[1] - want[0] == pytest.approx(max(width, high + low), rel=1e-5)
         assert not empty or want == (0.0, 0.0)
