@@ -1096,6 +1096,17 @@ def _shapes_told(layer: Any) -> Iterator[None]:
         yield
 
 
+def called_as_run(layer: Any, *args: Any) -> Any:
+    """What a layer returns of symbolic tensors, as its `call` returns it when it is run.
+
+    Keras asks `compute_output_shape` first. A cell may leave its states out there, as
+    `keras.layers.RNN` reads none but what its `call` returns.
+    """
+    run = functools.partial(keras.Operation.compute_output_spec, layer)
+    with PATCHING, _patched((layer, "compute_output_spec", run)):
+        return layer(*args)
+
+
 @contextlib.contextmanager
 def _names_apart(layer: Any, inputs: Iterable[Any], outputs: Any) -> Iterator[None]:
     """Gives all that computes `outputs` names of its own meanwhile, as Keras demands of a function.

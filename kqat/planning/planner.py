@@ -106,6 +106,7 @@ def _step_plan(recurrence: Recurrence, origin: str, config: QuantizeConfig) -> P
     given = dict.fromkeys((node.name for node in graph.nodes), config)
     simple, parts, _ = expand_tied(graph, lambda node: False, recurrence.step.name, given)
     origins = dict.fromkeys(parts, origin)
+    simple = join_squares(simple, origins, configs, recurrence.step.name)
     simple, origins = fit_ranks(simple, origins, configs, recurrence.step.name)
     before = simple.inputs[recurrence.sequences :]
     states = tuple(zip(before, simple.outputs, strict=True))

@@ -2,8 +2,9 @@
 
 The inputs of a step are rounded outside of it. Where an operator demands one scale for such an
 input and for other values, as a concatenation with a state does, the input takes on the others'
-grid inside the step. A state that a step hands on as it is, or chooses from other values, gets the
-rounding that all states have.
+grid inside the step. So it does where values on its grid are rounded inside, as its means are. A
+state that a step hands on as it is, or chooses from other values, gets the rounding that all states
+have.
 """
 
 import dataclasses
@@ -24,8 +25,7 @@ def with_own_grids(planned: PlannedGraph, sequences: int, bits: int) -> Graph:
         bits: of its activations.
     """
     graph, shared = planned.graph, share_scales(planned)
-    own = (Output.OWN, Output.FIXED, Output.INSIDE)
-    made = [ref for n in graph.nodes if planned.output_kind(n) in own for ref in n.outputs]
+    made = [ref for n in graph.nodes if _makes_values(planned, n) for ref in n.outputs]
     others = {shared.root(ref) for ref in (*made, *graph.inputs[sequences:])}
     steps = [ref for ref in graph.inputs[:sequences] if not ref.holds_indexes]
     wanted = [ref for ref in steps if shared.root(ref) in others]
@@ -58,6 +58,13 @@ def with_own_grids(planned: PlannedGraph, sequences: int, bits: int) -> Graph:
     return dataclasses.replace(
         graph, nodes=(*before.values(), *nodes, *behind.values()), output_struct=outputs
     )
+
+
+def _makes_values(planned: PlannedGraph, node: Node) -> bool:
+    """Whether the outputs of a node are rounded in the step, be it on the grid of its inputs."""
+    kind, rule = planned.output_kind(node), planned.rules[node]
+    rounds = kind is Output.SAME and rule is not None and rule.rounds
+    return rounds or kind in (Output.OWN, Output.FIXED, Output.INSIDE)
 
 
 def _lacks_rounding(planned: PlannedGraph, ref: Ref) -> bool:

@@ -449,7 +449,8 @@ class ActivationQuantizer(keras.layers.Layer):
             return self._symmetric(*self._inside(*usable))
         low = max(min(low, np.float32(0.0)), np.float32(-arithmetic.LARGEST_BOUND))
         high = min(max(high, np.float32(0.0)), np.float32(arithmetic.LARGEST_BOUND))
-        high = np.float32(1.0) if high - low < arithmetic.SMALLEST_RANGE else high
+        if high - low < arithmetic.SMALLEST_RANGE:
+            high = np.float32(arithmetic.UNSEEN_WIDTH)
         if isinstance(self.clamp, Bounds):
             low = max(low, np.float32(self.clamp.low))
             high = min(high, np.float32(self.clamp.high))
@@ -508,8 +509,11 @@ class ActivationQuantizer(keras.layers.Layer):
             x = self._tipped(x, *grid[:2])
         return ops.cast(self._round(x, grid, False), dtype)
 
-    def rounded_on(self, x: Any, low: Any, high: Any, *, training: bool = False) -> Any:
+    def rounded_on(
+        self, x: Any, low: Any, high: Any, *, training: bool = False, halves_away: bool = False
+    ) -> Any:
         """`x` (float32) rounded on the range `[low, high]`, as in training or in inference."""
+        x = self._tipped(x, low, high) if halves_away else x
         return self._round(x, (low, high, None), training)
 
     def _range_now(self) -> tuple[Any, Any]:

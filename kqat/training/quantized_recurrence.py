@@ -351,7 +351,13 @@ class _Pass:
         if self.bounds is None:
             return node.layer.clamped(x)
         low, high = self.bounds[id(node.layer)]
-        rounded = node.layer.rounded_on(ops.cast(x, "float32"), low, high, training=self.training)
+        rounded = node.layer.rounded_on(
+            ops.cast(x, "float32"),
+            low,
+            high,
+            training=self.training,
+            halves_away=node.kwargs.get("halves_away", False),
+        )
         return ops.cast(rounded, x.dtype)
 
 

@@ -1,9 +1,12 @@
 """`kqat.integer_model` and `GapCallback`: a data set judged as the device will judge it."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
 from keras import layers as L
+from keras import ops
 
 import kqat
 import tflite_export
@@ -83,14 +86,37 @@ def test_a_callback_of_no_compiled_model_says_so() -> None:
         callback.on_epoch_end(0, {})
 
 
+class MeansOfPairs(L.Layer):
+    """A cell of means, of its state too and so on that one's grid, or of its input alone."""
+
+    state_size = 8
+
+    def __init__(self, of_states: bool) -> None:
+        super().__init__()
+        self.of_states, self.pool = of_states, L.AveragePooling1D(2)
+
+    def call(self, x: Any, states: list[Any]) -> Any:
+        """Each pair's mean, or a function of it that is looked up, twice."""
+        x = ops.maximum(x, states[0]) if self.of_states else x
+        means = self.pool(ops.reshape(x, (-1, 8, 1)))
+        row = ops.reshape(ops.concatenate([means, means], axis=1), (-1, 8))
+        row = row if self.of_states else ops.softplus(row)
+        return row, [row]
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """That of the output alone, as Keras's RNN does not ask for it."""
+        return input_shape
+
+
 def test_halves_of_means_are_rounded_as_kernels_round_them() -> None:
     """Half of all means of two are halves of a step, and most values behind a ReLU below zero."""
     keras.utils.set_random_seed(0)
-    x = np.random.default_rng(0).normal(size=(64, 16, 4)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(64, 2, 8)).astype(np.float32)
     given = keras.Input(x.shape[1:])
-    model = keras.Model(given, L.AveragePooling1D(2)(L.ReLU()(given)))
-    qat = kqat.quantize_model(model, calibration_data=x)
+    row = L.ReLU()(given)
+    means = [L.AveragePooling1D(2)(row), *(L.RNN(MeansOfPairs(of))(row) for of in (False, True))]
+    qat = kqat.quantize_model(keras.Model(given, means), calibration_data=x)
     device = kqat.integer_model(qat, runtime="litert")
-    trained, shipped = (np.asarray(m(x, training=False)) for m in (qat, device))
-    scale = tflite_export.inspect(tflite_export.convert(qat)).outputs[0].scale
-    assert np.abs(trained - shipped).max() < 0.01 * scale
+    ends = tflite_export.inspect(tflite_export.convert(qat)).outputs
+    for trained, shipped, end in zip(qat(x), device(x), ends, strict=True):
+        assert np.abs(np.subtract(trained, shipped)).max() < 0.01 * end.scale

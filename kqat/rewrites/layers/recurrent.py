@@ -19,7 +19,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Node, Part, duplicate, is_tensor, trace
+from kqat.graph import Node, Part, called_as_run, duplicate, is_tensor, trace
 from kqat.parts import Hold, Recurrence, Slice
 from kqat.rewrites.layers.basic import Decomposed, activation_layer
 from kqat.rewrites.layers.step_masks import truth_of_steps
@@ -606,7 +606,7 @@ def _own_step(builder: StepBuilder) -> keras.Model:
         keras.Input(state.shape[1:], name=builder.part_name(f"state_{i}"))
         for i, state in enumerate(keras.tree.flatten(first))
     ]
-    output, after = builder.cell(x, keras.tree.pack_sequence_as(first, states))
+    output, after = called_as_run(builder.cell, x, keras.tree.pack_sequence_as(first, states))
     builder.own_output = True
     return builder.model(states, keras.tree.flatten(after), output)
 

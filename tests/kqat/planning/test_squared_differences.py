@@ -47,6 +47,16 @@ def an_output(x: Any) -> Any:
     return [difference, ops.square(difference)]
 
 
+class Energy(L.Layer):
+    """A cell that squares how far its input is from its state."""
+
+    state_size = 4
+
+    def call(self, x: Any, states: list[Any]) -> Any:
+        """The squared distance, and the next state."""
+        return ops.square(x - states[0]), [ops.tanh(x)]
+
+
 @pytest.mark.parametrize(
     ("call", "policy", "squares", "others"),
     [
@@ -57,6 +67,7 @@ def an_output(x: Any) -> Any:
         (lambda x: ops.var(x, axis=1), "int8", 1, 0),
         (lambda x: ops.std(x, axis=-1), "int8", 1, 0),
         (lambda x: ops.moments(x, axes=1)[1], "int8", 1, 0),
+        (lambda x: L.RNN(Energy())(x), "int8", 1, 1),  # Zeros to begin with are a SUB.
         # What else reads a difference reads it rounded. TFLite Micro alone has a kernel of 16 bits.
         (read_twice, "int8", 0, 1),
         (an_output, "int8", 0, 1),

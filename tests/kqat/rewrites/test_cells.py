@@ -105,11 +105,12 @@ def test_zeros_before_the_first_step_cost_no_product() -> None:
         lambda x: layers.RNN(Gated(), return_sequences=True, return_state=True)(x),
         lambda x: layers.RNN([Gated(), layers.GRUCell(3)])(x),
         lambda x: layers.Bidirectional(layers.RNN(Scaled(UNITS), return_sequences=True))(x),
+        lambda x: layers.RNN(OneShape(UNITS), return_sequences=True)(x),
         lambda x: layers.RNN(Gated(), go_backwards=True)(
             x, initial_state=[x[:, 0, :UNITS], x[:, 1, :UNITS]]
         ),
     ],
-    ids=["tensor", "gru", "stack", "own", "own-in-stack", "subclass", "own-given"],
+    ids=["tensor", "gru", "stack", "own", "own-in-stack", "subclass", "own-shape", "own-given"],
 )
 def test_cells_compute_what_they_did(call: Any) -> None:
     _check(_model(call))
@@ -123,6 +124,15 @@ class Scaled(layers.SimpleRNNCell):
         """Twice the state."""
         y, after = super().call(sequence, states, training=training)
         return 2.0 * y, after
+
+
+@register
+class OneShape(Scaled):
+    """A cell that tells the shape of its output alone: `keras.layers.RNN` asks for none."""
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """That of the output."""
+        return (input_shape[0], self.units)
 
 
 @pytest.mark.parametrize("kind", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
