@@ -27,7 +27,7 @@ from kqat.grids.spec import QuantSpec
 # TensorFlow's kernels flush subnormal floats to zero, and NumPy does not. For a range of at least
 # this width a step is at least 2**-116, so no intermediate result that matters is subnormal.
 SMALLEST_RANGE = 2.0**-100
-# The width of a range that no value other than zero was seen for: any would do, zero is exact on all.
+# The width of a range for which no value but zero was seen: zero is exact on a grid of any width.
 UNSEEN_WIDTH = 1.0
 # With bounds of at most this magnitude `high - low` does not overflow.
 LARGEST_BOUND = 2.0**126
@@ -45,8 +45,8 @@ def widen(low: Any, high: Any) -> tuple[Any, Any]:
     """Makes a range usable: it contains zero, is not empty and does not overflow.
 
     A range narrower than `SMALLEST_RANGE`, such as that of an activation that is always zero, gets
-    `high = UNSEEN_WIDTH`; zero is exact on that grid too. Bounds beyond `LARGEST_BOUND` are clipped to it.
-    NaN stays NaN.
+    `high = UNSEEN_WIDTH`; zero is exact on that grid too. Bounds beyond `LARGEST_BOUND` are clipped
+    to it. NaN stays NaN.
     """
     low = ops.maximum(ops.minimum(low, 0.0), -LARGEST_BOUND)
     high = ops.minimum(ops.maximum(high, 0.0), LARGEST_BOUND)

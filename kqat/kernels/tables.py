@@ -105,6 +105,12 @@ def elu(x: np.ndarray) -> np.ndarray:
     return np.where(x < 0, np.expm1(np.minimum(x, 0)), x)
 
 
+def elu_by_micro(x: np.ndarray) -> np.ndarray:
+    """Of floats, as TFLite Micro computes it: of tiny ones, exp is one or the float32 below it."""
+    exp = np.exp(np.minimum(x, 0)).astype(np.float32)
+    return np.where(x < 0, exp.astype(np.float64) - 1, x)
+
+
 def _high(a: Any, b: Any) -> np.ndarray:
     """The upper 16 bits of twice the product, rounded; saturating."""
     return np.minimum((np.asarray(a) * np.asarray(b) + (1 << 14)) >> 15, 2**15 - 1)

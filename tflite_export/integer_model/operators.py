@@ -542,6 +542,8 @@ _FLOAT_FUNCTIONS: dict[str, tables.Function] = {
     "GELU": tables.gelu,
     "RSQRT": lambda x: 1 / np.sqrt(x),
 }
+# Those that TFLite Micro computes otherwise (`tensorflow/lite/micro/kernels/elu.cc`).
+_FLOAT_FUNCTIONS_OF_MICRO: dict[str, tables.Function] = {"ELU": tables.elu_by_micro}
 
 
 @makes(*_FLOAT_FUNCTIONS)
@@ -554,7 +556,8 @@ def function(step: Step, runtime: str) -> Kernel:
     if kind == "micro" and step.name in ("LOGISTIC", "TANH"):
         return _table(step, normalizers.squashed(given, result, step.name))
     fill = tables.sampled_by_xnnpack if kind == "xnnpack" else tables.sampled
-    return _table(step, fill(given, result, _FLOAT_FUNCTIONS[step.name]))
+    of_micro = _FLOAT_FUNCTIONS_OF_MICRO if kind == "micro" else {}
+    return _table(step, fill(given, result, of_micro.get(step.name, _FLOAT_FUNCTIONS[step.name])))
 
 
 @makes("QUANTIZE")

@@ -1,7 +1,13 @@
 """Each operator's arithmetic is its kernel's: no integer differs, on any runtime."""
 
+import warnings
+
+import keras
+import numpy as np
 import pytest
 
+import kqat
+import tflite_export
 from benchmarks import op_probe
 from benchmarks.op_probe import NOT_EXACT, files
 from tflite_export.flatbuffer import read
@@ -49,6 +55,21 @@ def op_probe_runs(operator: str, precision: op_probe.Precision) -> set[str]:
 )
 def test_no_integer_differs(operator: str) -> None:
     check(operator)
+
+
+@pytest.mark.skipif(not supports("tflite_micro"), reason="needs the extra tflm")
+def test_elu_of_tiny_values_is_the_kernels() -> None:
+    """TFLite Micro subtracts one from a float32 near one, of which 2**-24 is left."""
+    x = keras.Input((64,), name="x")
+    model = keras.Model(x, keras.layers.ELU(name="elu")(x))
+    data = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32) * 2e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kqat.CalibrationWarning)
+        qat = kqat.quantize_model(model, calibration_data=data)
+    blob = tflite_export.convert(qat)
+    for part in tflite_export.verify(qat, blob, data, runtimes=["litert", "tflite_micro"]).runtimes:
+        assert part.by_operator()["ELU"].elements and part.exact is not None
+        assert part.exact.is_exact, part.runtime
 
 
 def test_every_row_of_the_op_table_has_its_arithmetic() -> None:
