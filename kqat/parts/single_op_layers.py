@@ -503,12 +503,13 @@ class ConstantKind(TextEnum):
     ADD = "add"
     SUBTRACT = "subtract"
     MULTIPLY = "multiply"
+    SQUARED_DIFFERENCE = "squared_difference"
     HIDE = "hide"
 
 
 @keras.saving.register_keras_serializable("kqat")
 class WithConstant(layers.Layer):
-    """`x + value`, `value - x` or `x * value`; `value` may be trained.
+    """`x + value`, `value - x`, `x * value` or `(x - value) ** 2`; `value` may be trained.
 
     `value` has the given shape, which broadcasts with that of `x`.
     """
@@ -534,7 +535,7 @@ class WithConstant(layers.Layer):
         )
 
     def call(self, x: Any) -> Any:
-        """The sum, difference or product."""
+        """The sum, difference or product, or the square of the difference."""
         if self.kind is ConstantKind.HIDE:
             return _shown(self.value, x)
         # The value first: Keras has ways of its own to add a vector that comes second. One sample
@@ -547,6 +548,8 @@ class WithConstant(layers.Layer):
         if commutes and several and all(size == 1 for size in x.shape[1:]):
             # One number for each sample is a vector as well: as many as the value has rows.
             value, x = x, value
+        if self.kind is ConstantKind.SQUARED_DIFFERENCE:
+            return ops.square(ops.subtract(value, x))
         return getattr(ops, self.kind)(value, x)
 
     def compute_output_shape(self, input_shape: Any) -> Any:

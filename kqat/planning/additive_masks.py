@@ -336,7 +336,7 @@ class _Search:
         if isinstance(layer, WithConstant) and layer.kind is ConstantKind.HIDE:
             mask = Mask(np.asarray(layer.value, np.float32))
             return _Sum((mask,), operands, changes=not self.ends_in_softmax(node.outputs[0]))
-        value = _addend(node)
+        value = addend(node)
         if value is None or not (hidden := value * gain <= LEAST_ADDED).any():
             return _Sum((), operands)
         others = np.where(hidden, np.float32(0), value)
@@ -519,7 +519,7 @@ class _Search:
 
     def _joined(self, node: Node, scale: float, gain: float) -> list[Mask] | None:
         """The masks that a sum, or the lowest of several, joins to one."""
-        layer, value = node.layer, _addend(node)
+        layer, value = node.layer, addend(node)
         signs = [1.0] * len(node.inputs) if type(layer) is layers.Minimum else _signs(node)
         if value is not None:
             value, signs = scale * value, [1.0]
@@ -549,7 +549,7 @@ def _factor(layer: Any) -> float | None:
     return None
 
 
-def _addend(node: Node) -> np.ndarray | None:
+def addend(node: Node) -> np.ndarray | None:
     """The constant that a layer adds, if it does only that."""
     layer = node.layer
     if getattr(layer, "trainable", False):  # An operation that stays as it is has no such thing.
@@ -617,7 +617,7 @@ def _holds_far_numbers(node: Node) -> bool:
     layer = node.layer
     if _hides(layer):
         return True
-    held: list[Any] = [_addend(node)]
+    held: list[Any] = [addend(node)]
     if isinstance(layer, layers.Rescaling):
         held += [layer.scale, layer.offset]
     if isinstance(layer, ConstantRows):

@@ -112,8 +112,10 @@ def _alone(node: Node, readers: Mapping[Any, list[Node]], graph: Graph) -> bool:
 
 
 def _addend(node: Node) -> np.ndarray | None:
-    """What a node adds to each channel, if it does nothing else."""
+    """What a node adds to each channel, if it does nothing else: its value is no part of a loss."""
     layer, channels = node.layer, node.outputs[0].shape[-1]
+    if getattr(layer, "activity_regularizer", None) is not None:
+        return None
     if isinstance(layer, ChannelAffine) and layer.gamma is None and layer.beta is not None:
         return np.asarray(layer.beta, np.float32)
     if type(layer) is not layers.Rescaling or not np.all(np.asarray(layer.scale) == 1.0):

@@ -1,18 +1,20 @@
 """The square of a difference is one layer, as it is one kernel: SQUARED_DIFFERENCE.
 
-The distance of two embeddings and a variance begin so. The kernel squares a difference that it
-never rounds, where SUB rounds one to 8 bits for MUL to read.
+The distance of two embeddings and a variance begin so, and the distance from a constant. The kernel
+squares a difference that it never rounds, where SUB rounds one to 8 bits for MUL to read.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from keras import layers
 
 from kqat.config import QuantizeConfig
-from kqat.graph import Graph, Node, Ref, rebuild, trace
-from kqat.parts import SquaredDifference
+from kqat.graph import Graph, Node, Part, Ref, rebuild, trace
+from kqat.parts import ConstantKind, SquaredDifference, WithConstant
+from kqat.planning.additive_masks import addend
 
 Configs = Mapping[str, QuantizeConfig | None]
 
@@ -42,7 +44,8 @@ def join_squares(graph: Graph, origins: Mapping[str, str], configs: Configs, nam
             return None
         alone = set(readers[ref]) == {node} and ref not in graph.outputs
         once = calls[id(node.layer)] == calls[id(found.layer)] == 1
-        return found if alone and once and _is_difference(found) else None
+        joins = alone and once and _is_difference(found)
+        return found if joins and not (_is_penalized(node) or _is_penalized(found)) else None
 
     squares = {node: found for node in graph.nodes if (found := difference(node)) is not None}
     if not squares:
@@ -53,14 +56,38 @@ def join_squares(graph: Graph, origins: Mapping[str, str], configs: Configs, nam
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         if node in differences:
             read[node.outputs[0]] = args[0]
-            return args[0][0]  # Nothing reads it.
+            return args[0] if len(node.inputs) == 1 else args[0][0]  # Nothing reads it.
         if node in squares:
-            return SquaredDifference(name=node.layer.name)(read[node.inputs[0]])
+            return _square(node.layer.name, squares[node], read[node.inputs[0]])
         return node.layer(*args, **kwargs)
 
     joined = trace(rebuild(graph, call, name))
     return dataclasses.replace(joined, output_names=graph.output_names)
 
 
+def _is_penalized(node: Node) -> bool:
+    return getattr(node.layer, "activity_regularizer", None) is not None
+
+
 def _is_difference(node: Node) -> bool:
-    return type(node.layer) is layers.Subtract and len(set(node.inputs)) == 2
+    two = type(node.layer) is layers.Subtract and len(set(node.inputs)) == 2
+    return two or _constant(node) is not None
+
+
+def _constant(node: Node) -> np.ndarray | None:
+    """What a node takes off its one input, if it does nothing else and is not trained."""
+    layer: Any = node.layer
+    if type(layer) is layers.Rescaling:
+        shifts = np.size(layer.scale) == np.size(layer.offset) == 1 and layer.scale == 1.0
+        return np.reshape(-np.float32(layer.offset), ()) if shifts else None
+    added = addend(node)
+    return None if added is None else -added
+
+
+def _square(name: str, difference: Node, given: Any) -> Any:
+    """The layer that squares a difference: of `given`, one value or two."""
+    constant = _constant(difference)
+    if constant is None:
+        return SquaredDifference(name=name)(given)
+    kind, shape = ConstantKind.SQUARED_DIFFERENCE, list(constant.shape)
+    return Part(WithConstant(kind, shape, name=name, trainable=False), [constant])(given)

@@ -409,6 +409,9 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (WithConstant, ConstantKind.SUBTRACT): _operand("SUB", takes_clamp=True, **_SUM),
     (WithConstant, ConstantKind.HIDE): _operand("ADD", hides=True),
     (WithConstant, ConstantKind.MULTIPLY): _operand("MUL", takes_clamp=True),
+    (WithConstant, ConstantKind.SQUARED_DIFFERENCE): _operand(
+        "SQUARED_DIFFERENCE", resolution=rule.resolution_of_square
+    ),
     (layers.Resizing, "nearest"): _resize("RESIZE_NEAREST_NEIGHBOR"),
     (layers.Resizing, "bilinear"): _resize("RESIZE_BILINEAR"),
     (Padding, PaddingKind.LOWEST): _same("PADV2"),

@@ -86,8 +86,9 @@ def test_it_joins_at_all_calls_of_a_layer_or_none() -> None:
         (lambda x: L.Conv2D(4, 3, activation="relu")(x) + CONSTANT, "int8"),
         (lambda x: L.Conv2D(4, 1)(x) + np.ones((6, 6, 4), np.float32), "int8"),
         (lambda x: L.Conv2D(4, 3, name="conv")(x) + CONSTANT, {"conv": "w4a8"}),
+        (lambda x: L.Rescaling(1.0, 2.0, activity_regularizer="l2")(L.Dense(4)(x)), "int8"),
     ],
-    ids=["read_twice", "behind_an_activation", "of_places", "of_another_config"],
+    ids=["read_twice", "behind_an_activation", "of_places", "of_another_config", "penalized"],
 )
 def test_what_is_no_bias_stays_a_sum(build: Callable[[Any], Any], policy: Any) -> None:
     x = keras.Input(SHAPE)

@@ -67,7 +67,15 @@ class Energy(L.Layer):
         (lambda x: ops.var(x, axis=1), "int8", 1, 0),
         (lambda x: ops.std(x, axis=-1), "int8", 1, 0),
         (lambda x: ops.moments(x, axes=1)[1], "int8", 1, 0),
+        (lambda x: (x - 0.5) ** 2, "int8", 1, 0),
+        (lambda x: (x - X[0]) ** 2, "int8", 1, 0),
+        (lambda x: (x - X[0, 0]) ** 2, "int8", 1, 0),
+        # A constant that a bias takes in costs nothing.
+        (lambda x: (L.Dense(4)(x) - 0.5) ** 2, "int8", 0, 0),
         (lambda x: L.RNN(Energy())(x), "int8", 1, 1),  # Zeros to begin with are a SUB.
+        # What a penalty is of is a value of its own.
+        (lambda x: L.Rescaling(1.0, 2.0, activity_regularizer="l2")(x) ** 2, "int8", 0, 1),
+        (lambda x: L.Subtract(activity_regularizer="l2")(halves(x)) ** 2, "int8", 0, 1),
         # What else reads a difference reads it rounded. TFLite Micro alone has a kernel of 16 bits.
         (read_twice, "int8", 0, 1),
         (an_output, "int8", 0, 1),
@@ -92,19 +100,21 @@ def test_every_runtime_computes_what_was_trained() -> None:
             ops.sum(ops.square(a - b), axis=-1),
             ops.square(a - L.GlobalMaxPooling1D(keepdims=True)(b)),
             ops.square(near - a),
+            ops.square(x - X[0]),
+            ops.square(x - X[0, 0] + 0.5),
         ]
 
     model = model_of(call)
     with pytest.warns(kqat.CalibrationWarning):  # of the last one, whose sums are of a step
         qat = kqat.quantize_model(model, calibration_data=X)
     blob = tflite_export.convert(qat)
-    assert operators(flatbuffer.read(blob)).count(SQUARE) == 3
+    assert operators(flatbuffer.read(blob)).count(SQUARE) == 5
     report = tflite_export.verify(qat, blob, X, samples=8)
     for part in report.runtimes:
         assert part.is_right and part.problem is None and part.unmatched == (), part
         assert part.exact is not None and part.exact.is_exact, part
         assert part.by_operator()[SQUARE].max_steps <= 1
-    for want, got in zip(model(X)[:2], qat(X)[:2], strict=True):
+    for want, got in zip(*([*m(X)[:2], *m(X)[3:]] for m in (model, qat)), strict=True):
         wanted = np.asarray(want, np.float64)
         noise = np.mean((wanted - np.asarray(got, np.float64)) ** 2)
         assert 10 * np.log10(np.mean(wanted**2) / noise) > 36.0
