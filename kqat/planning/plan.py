@@ -260,30 +260,31 @@ class Plan:
                 "stores them as int8, and the argument weights= of tflite_export.convert decides "
                 "otherwise"
             )
-        notes += self._losses_in_sums()
+        notes += _losses_in_sums(self)
         notes += [f"rule decides nothing: {rule}" for rule in self.unused_rules]
         if self.target is not None and not self.misfits:
             notes.append(f"target {self.target}: every layer fits")
         notes += [f"target {self.target}: {text}" for text in misfit_lines(self.misfits)]
         return notes
 
-    def _losses_in_sums(self) -> list[str]:
-        """What kernels lose that sum many numbers."""
-        notes = [note for plan in self.steps.values() for note in plan._losses_in_sums()]
-        shapes = {node.name: node.outputs[0].shape for node in self.graph.nodes}
-        for layer in self.layers:
-            summed = (shapes.get(layer.name) or (1,))[-1] or 1
-            loss = max((lost_in_sums(op, layer.bits, summed) for op in layer.ops), default=0.0)
-            if loss >= _LARGE_LOSS:
-                notes.append(
-                    f"{layer.name}: the kernel of {layer.bits} bits makes values up to {loss:.1%} "
-                    f"too small where most of the {summed:,} numbers of a row are far below the "
-                    "largest: end the model before it, or leave it float or 'int8'"
-                )
-        return notes
-
     def _shared(self) -> list[Group]:
         return [group for group in self.groups if group.sites > 1]
+
+
+def _losses_in_sums(plan: Plan) -> list[str]:
+    """What kernels lose that sum many numbers, in sentences."""
+    notes = [note for step in plan.steps.values() for note in _losses_in_sums(step)]
+    shapes = {node.name: node.outputs[0].shape for node in plan.graph.nodes}
+    for layer in plan.layers:
+        summed = (shapes.get(layer.name) or (1,))[-1] or 1
+        loss = max((lost_in_sums(op, layer.bits, summed) for op in layer.ops), default=0.0)
+        if loss >= _LARGE_LOSS:
+            notes.append(
+                f"{layer.name}: the kernel of {layer.bits} bits makes values up to {loss:.1%} "
+                f"too small where most of the {summed:,} numbers of a row are far below the "
+                "largest: end the model before it, or leave it float or 'int8'"
+            )
+    return notes
 
 
 @dataclasses.dataclass(frozen=True)
