@@ -17,7 +17,7 @@ from tflite_export import flatbuffer
 from tflite_export.devices import check_limits, check_target, computed, runtimes_of
 from tflite_export.flatbuffer import ModelT, TensorT, new_operator, share_constants
 from tflite_export.integer_pass import quantize
-from tflite_export.kernels import OP_TABLE, quantization
+from tflite_export.kernels import LIFTED, OP_TABLE, least_output_scale, quantization
 from tflite_export.lowering import lower
 from tflite_export.weight_storage import METHODS, halve_weights
 from tflite_export.weight_storage import compress as compress_weights
@@ -26,16 +26,6 @@ from tflite_export.weight_storage import compress as compress_weights
 LARGEST_BYTES = 2**31
 # XNNPACK takes no larger one (`src/operators/convolution-nhwc.c`).
 LARGEST_MULTIPLIER = 256
-# (Operator, bits of its values) -> by how many bits its kernel lifts an input, and the power of
-# that in the result. TFLite's ADD of int8 lifts by 20; XNNPACK's takes a step of an input below 256
-# steps of the output.
-LIFTED = {
-    ("ADD", 8): (9, 1),
-    ("SUB", 8): (20, 1),
-    ("SQUARED_DIFFERENCE", 8): (7, 2),
-    ("ADD", 16): (15, 1),
-    ("SUB", 16): (15, 1),
-}
 IO_TYPES = {"int8": "INT8", "int16": "INT16", "uint8": "UINT8", "float32": "FLOAT32"}
 # What `convert` is asked for -> the encodings that it tries.
 COMPRESS: dict[str | None, tuple[str, ...]] = {
@@ -218,18 +208,14 @@ def _check_lifted(model: ModelT) -> None:
         name = flatbuffer.op_name(model, operator)
         output = graph.tensors[int(operator.outputs[0])]
         width = {schema.TensorType.INT8: 8, schema.TensorType.INT16: 16}.get(output.type, 0)
-        # A recurrence begins with a value less itself: on LiteRT zero, whatever the factor.
-        is_zero = name == "SUB" and len({int(i) for i in operator.inputs}) == 1
-        if (name, width) not in LIFTED or is_zero:
+        if (name, width) not in LIFTED:
             continue
-        bits, power = LIFTED[name, width]
-        scales = [graph.tensors[int(i)].quantization.scale[0] for i in operator.inputs]
-        step = float(2.0 * max(scales)) ** power / 2.0 ** (bits * power)
-        scale = float(output.quantization.scale[0])
+        most = max(graph.tensors[int(i)].quantization.scale[0] for i in operator.inputs)
+        step, scale = least_output_scale(name, width, most), float(output.quantization.scale[0])
         if step >= scale:
             raise ExportError(
                 f"Expected a scale above {step:.3g} for '{flatbuffer.tensor_name(output)}', the "
-                f"least that {name} can compute from inputs of a scale of {max(scales):.3g}. "
+                f"least that {name} can compute from inputs of a scale of {most:.3g}. "
                 f"Received: {scale:.3g}. Give it a wider range by the policy, or none, which "
                 "follows the data."
             )

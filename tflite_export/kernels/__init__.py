@@ -1,10 +1,12 @@
 """What integer kernels demand of operators (`op_table`) and of weights."""
 
 from tflite_export.kernels.op_table import (
+    LIFTED,
     OP_TABLE,
     OpRule,
     fixed_output,
     kernel_version,
+    least_output_scale,
     missing_kernels,
     multiply_accumulates,
 )
@@ -22,6 +24,7 @@ from tflite_export.kernels.weight_layout import (
 
 __all__ = [
     "ACTIVATION_DTYPES",
+    "LIFTED",
     "OP_TABLE",
     "PACKED_TYPES",
     "TENSOR_TYPES",
@@ -31,6 +34,7 @@ __all__ = [
     "fit_bias",
     "fixed_output",
     "kernel_version",
+    "least_output_scale",
     "missing_kernels",
     "multiply_accumulates",
     "pack",

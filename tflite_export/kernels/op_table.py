@@ -295,3 +295,29 @@ def multiply_accumulates(op: str, inputs: Sequence[Shape], outputs: Sequence[Sha
 def missing_kernels(ops: tuple[str, ...], runtime: str, bits: int = 8) -> tuple[str, ...]:
     """The operators of `ops` whose kernel for activations of `bits` bits `runtime` lacks."""
     return tuple(op for op in ops if op not in OP_TABLE or runtime not in runtimes_with(op, bits))
+
+
+# (Operator, bits of its values) -> by how many bits its kernel lifts an input, and the power of
+# that in the result. TFLite's ADD of int8 lifts by 20; XNNPACK's takes a step of an input below 256
+# steps of the output.
+LIFTED = {
+    ("ADD", 8): (9, 1),
+    ("SUB", 8): (20, 1),
+    ("SQUARED_DIFFERENCE", 8): (7, 2),
+    ("ADD", 16): (15, 1),
+    ("SUB", 16): (15, 1),
+}
+
+
+def least_output_scale(operator: str, bits: int, largest: float) -> float:
+    """The scale that an output has to lie above; zero where any scale will do.
+
+    Args:
+        operator: its name.
+        bits: of its values.
+        largest: of the scales of its inputs.
+    """
+    if (operator, bits) not in LIFTED:
+        return 0.0
+    lift, power = LIFTED[operator, bits]
+    return float(2.0 * largest) ** power / 2.0 ** (lift * power)
