@@ -214,6 +214,24 @@ def test_frozen_learned_ranges_stay_though_the_optimizer_has_momentum(tmp_path: 
     assert found == start
 
 
+def test_frozen_learned_ranges_come_back_from_a_backup(tmp_path: Path) -> None:
+    """As they were frozen, not as the momentum of the optimizer has moved their numbers since."""
+    config = kqat.QuantizeConfig(activation_range="lsq_plus")
+
+    def trained(name: str, epochs: int) -> keras.Model:
+        keras.utils.set_random_seed(0)
+        qat = kqat.quantize_model(float_model(), config, calibration_data=X[:8])
+        qat.compile(keras.optimizers.Adam(0.05), "mse", run_eagerly=True)
+        backup = keras.callbacks.BackupAndRestore(tmp_path / name, delete_checkpoint=False)
+        fit(qat, FreezeObservers(1), backup, epochs=epochs, batch_size=32)
+        return qat
+
+    whole = trained("whole", 3)
+    trained("parts", 2)
+    for own, other in zip(trained("parts", 3).weights, whole.weights, strict=True):
+        np.testing.assert_array_equal(own, other)
+
+
 def test_a_step_that_was_traced_before_learns_of_the_flags() -> None:
     qat = quantized(eager=False)
     fit(qat, epochs=1)
