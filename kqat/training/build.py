@@ -270,6 +270,9 @@ class _Assembly:
             # The row of a tied weight is that of one of its uses.
             facts=None if rule is None or isinstance(layer, TiedWeight) else LayerFacts.of(rule),
             name=unique_name(f"quant_{node.name}", self.names),
+            # What is frozen has frozen steps, and thaws as layers do: Keras takes no notice where a
+            # flag is set to what it is.
+            trainable=any(part.trainable for part in (layer, *norms)),
         )
         weights = [part.get_weights() for part in (layer, *norms)]
         if len(norms) == 1:
