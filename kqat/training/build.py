@@ -45,6 +45,15 @@ def check_quantized(model: keras.Model, purpose: str = "") -> None:
         )
 
 
+def trained_model(model: keras.Model) -> keras.Model:
+    """The QAT model that `fit` trains: `model`, or what a trainer around one says that it is.
+
+    A trainer, as `kqat.Distiller`, names it by an attribute or property `trained_model`, where its
+    outputs are those of that model.
+    """
+    return getattr(model, "trained_model", model)
+
+
 def check_preserved(qat: keras.Model, kinds: Sequence[Preserve]) -> None:
     """Raises PolicyError where a QAT model keeps nothing of what it was asked to keep."""
     kept = [

@@ -113,7 +113,7 @@ def test_what_is_not_trained_stays_untrained() -> None:
 
 
 def test_what_was_frozen_thaws_layer_by_layer() -> None:
-    """With its learned steps, as in a float model: Keras ignores a flag that is set to what it is."""
+    """With its learned steps; Keras ignores a flag that is set to what it is."""
     model = model_of(network)
     model.get_layer("conv1").trainable = model.get_layer("norm1").trainable = False
     qat = unseen(model, "w4a8")

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 import kqat
@@ -230,6 +231,20 @@ def test_frozen_learned_ranges_come_back_from_a_backup(tmp_path: Path) -> None:
     trained("parts", 2)
     for own, other in zip(trained("parts", 3).weights, whole.weights, strict=True):
         np.testing.assert_array_equal(own, other)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_statistics_freeze_under_mixed_precision(policy: str) -> None:
+    """Both ways through a compiled step have one type, the one with a bias that ships too."""
+    keras.config.set_dtype_policy(policy)
+    qat, flag = quantized(), keras.Variable(0.0)
+    for layer in qat.layers:
+        if isinstance(layer, kqat.QuantizeWrapper):
+            layer.controls.frozen = flag
+    step = tf.function(lambda x: qat(x, training=True))
+    moving, frozen = step(X), [flag.assign(1.0), step(X)][1]
+    assert moving.dtype == frozen.dtype
+    assert np.any(np.asarray(moving) != np.asarray(frozen))
 
 
 def test_a_step_that_was_traced_before_learns_of_the_flags() -> None:
