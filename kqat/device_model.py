@@ -11,6 +11,7 @@ import keras
 
 from kqat.base import ModelError
 from kqat.freezing import FrozenModel, freeze
+from kqat.training import trained_model
 
 
 def integer_model(
@@ -59,7 +60,8 @@ class GapCallback(keras.callbacks.Callback):
     The QAT model is converted and its integer model evaluated with the loss and metrics that `fit`
     was compiled with. A callback behind it can go by these logs, as
     `keras.callbacks.EarlyStopping("val_accuracy_device", mode="max", restore_best_weights=True)`
-    does.
+    does. Of a `kqat.Distiller` it is the student; a trainer of your own says by an attribute
+    `trained_model` which model it trains.
 
     Args:
         data: what `evaluate` takes: `(x, y)`, `(x, y, sample_weight)`, or a data set.
@@ -82,7 +84,15 @@ class GapCallback(keras.callbacks.Callback):
                 f"Expected a compiled model for GapCallback. Received: '{self.model.name}', which "
                 "is not compiled. Use model.compile first."
             )
-        device = integer_model(self.model, self.runtime)
+        qat = trained_model(self.model)
+        if not hasattr(qat, "inputs"):
+            raise ModelError(
+                "Expected a QAT model for GapCallback, or a trainer that has it as the attribute "
+                f"trained_model. Received: '{qat.name}' of type {type(qat).__name__}, which has "
+                "none. Set self.trained_model to the QAT model inside, if its outputs are the "
+                "trainer's."
+            )
+        device = integer_model(qat, self.runtime)
         _compile_alike(device, self.model)
         found = _evaluated(device, self.data, self.batch_size)
         if logs is not None:

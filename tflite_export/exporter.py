@@ -17,7 +17,7 @@ from tflite_export import flatbuffer
 from tflite_export.devices import check_limits, check_target, computed, runtimes_of
 from tflite_export.flatbuffer import ModelT, TensorT, new_operator, share_constants
 from tflite_export.integer_pass import quantize
-from tflite_export.kernels import LARGEST_MULTIPLIER, OP_TABLE, quantization
+from tflite_export.kernels import LARGEST_MULTIPLIER, OP_TABLE, least_output_scale, quantization
 from tflite_export.lowering import lower
 from tflite_export.weight_storage import METHODS, halve_weights
 from tflite_export.weight_storage import compress as compress_weights
@@ -206,18 +206,15 @@ def _check_lifted(model: ModelT) -> None:
         name = flatbuffer.op_name(model, operator)
         output = graph.tensors[int(operator.outputs[0])]
         width = {schema.TensorType.INT8: 8, schema.TensorType.INT16: 16}.get(output.type, 0)
-        lift = OP_TABLE[name].lifts.get(width) if name in OP_TABLE else None
-        # A recurrence begins with a value less itself: on LiteRT zero, whatever the factor.
-        is_zero = name == "SUB" and len({int(i) for i in operator.inputs}) == 1
-        if lift is None or is_zero:
+        if name not in OP_TABLE or width not in OP_TABLE[name].lifts:
             continue
-        scales = [graph.tensors[int(i)].quantization.scale[0] for i in operator.inputs]
-        step = float(2.0 * max(scales) / 2.0**lift.bits) ** lift.power
+        most = max(graph.tensors[int(i)].quantization.scale[0] for i in operator.inputs)
+        step = least_output_scale(name, width, most)
         scale = float(output.quantization.scale[0])
         if step >= scale:
             raise ExportError(
                 f"Expected a scale above {step:.3g} for '{flatbuffer.tensor_name(output)}', the "
-                f"least that {name} can compute from inputs of a scale of {max(scales):.3g}. "
+                f"least that {name} can compute from inputs of a scale of {most:.3g}. "
                 f"Received: {scale:.3g}. Give it a wider range by the policy, or none, which "
                 "follows the data."
             )

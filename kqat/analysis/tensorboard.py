@@ -23,6 +23,7 @@ from kqat.training import (
     as_tensors,
     integers_of,
     some_samples,
+    trained_model,
 )
 
 # Of the moving average of oscillating, and how often a weight does that is counted.
@@ -110,8 +111,9 @@ class TensorBoardQuantization(QatCallback):
         if key == self._key:
             return
         self._key = key
-        graph = trace(self.model)
-        self._tensors = rounded_tensors(self.model, graph)
+        model = trained_model(self.model)
+        graph = trace(model)
+        self._tensors = rounded_tensors(model, graph)
         if self.data is not None and self._inputs is None:
             self._inputs = as_tensors(some_samples(self.data, graph, SAMPLES), graph)
         self._measure = _compiled(_Measurement(graph, self._tensors, self._inputs).numbers)

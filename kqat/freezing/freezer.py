@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.base import FreezeError
+from kqat.base import FreezeError, array_of
 from kqat.freezing.folding import channelwise, freeze_layer, output_factor
 from kqat.freezing.frozen_model import FrozenModel
 from kqat.freezing.frozen_parts import FrozenParts, Value, labels
@@ -54,8 +54,8 @@ def freeze(qat: keras.Model) -> FrozenModel:
 
     Raises:
         ModelError: if `qat` is no QAT model, or layers were added to it since it was planned.
-        FreezeError: if a range was never observed, or a weight is not finite or overflows
-            where BatchNormalization folds into it.
+        FreezeError: if a range was never observed, all trained variables are zero, or a weight is
+            not finite or overflows where BatchNormalization folds into it.
 
     Warns:
         CalibrationWarning: if training moved ranges far away from those of calibration.
@@ -68,6 +68,15 @@ def freeze(qat: keras.Model) -> FrozenModel:
         raise FreezeError(
             f"Expected finite weights and ranges. Received: NaN or infinity in '{path}' of "
             f"'{qat.name}'. Its training diverged; go back to a checkpoint."
+        )
+    trained = qat.trainable_variables
+    if trained and not any(np.any(array_of(variable)) for variable in trained):
+        raise FreezeError(
+            f"Expected weights other than zero in '{qat.name}'. Received: zeros in all "
+            f"{len(trained)} trained variables. An optimizer with use_ema=True puts its averages "
+            "in the place of all weights at the end of fit, and they are zero where it took no "
+            "step: with mixed_float16 it takes none while the scaled loss overflows. Train the "
+            "model again, for more steps or in float32."
         )
     warn_of_drift(qat, stacklevel=2)
     parts = FrozenParts(graph)

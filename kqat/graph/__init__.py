@@ -8,6 +8,7 @@ from kqat.graph.input_shapes import fits, has_open_sizes, input_shapes, with_inp
 from kqat.graph.keras_internals import (
     FUNCTIONAL_MODULE,
     attach_masks,
+    average_anew,
     bearing,
     borne_mask,
     call_signature,
@@ -58,6 +59,7 @@ __all__ = [
     "WeightReads",
     "activation_name",
     "attach_masks",
+    "average_anew",
     "bearing",
     "borne_mask",
     "call_signature",

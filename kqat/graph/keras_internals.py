@@ -2008,5 +2008,22 @@ def _has_own_call(model: Any) -> bool:
     return not owner.__module__.startswith("keras.")
 
 
+def average_anew(optimizer: Any, variables: Sequence[keras.Variable]) -> None:
+    """Lets an optimizer with `use_ema=True` average these variables from their values now on.
+
+    Args:
+        optimizer: any, also one in a `LossScaleOptimizer`, or `None`.
+        variables: those that were given other values than the optimizer's.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if not variables or not getattr(optimizer, "use_ema", False) or not optimizer.built:
+        return
+    changed = {id(variable) for variable in variables}
+    averages = optimizer._model_variables_moving_average
+    for variable, average in zip(optimizer._trainable_variables, averages, strict=True):
+        if id(variable) in changed and average is not None:
+            average.assign(variable)
+
+
 # The module that files of Keras 3 name for a Functional model, a class that has no public name.
 FUNCTIONAL_MODULE = "keras.src.models.functional"

@@ -10,6 +10,7 @@ from kqat.training.build import (
     check_preserved,
     check_quantized,
     is_quantized,
+    trained_model,
     wrap,
 )
 from kqat.training.calibration import (
@@ -106,6 +107,7 @@ __all__ = [
     "rounded_once",
     "same_penalties",
     "some_samples",
+    "trained_model",
     "uncorrected",
     "warn_of_drift",
     "weight_penalties",

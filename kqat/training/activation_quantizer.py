@@ -45,8 +45,9 @@ _LEAST_WEIGHT = 100.0
 # Of a step: a mean of fewer values than 2,000 is nowhere nearer to a half without being one.
 _TIP = 2.0**-12
 # What was moved when the range was frozen, where it was not. Weights of such an epoch may come back
-# into a frozen range: as those of the best epoch do, which a callback restores.
-_NOT_KEPT = 3e38
+# into a frozen range: as those of the best epoch do, which a callback restores. Replicas may add
+# such numbers up, and older files have 3e38: all of `_KEPT_BELOW` and more say the same.
+_NOT_KEPT, _KEPT_BELOW = 1e30, 1e29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +202,9 @@ class ActivationQuantizer(keras.layers.Layer):
         return self.frozen or not self.trainable
 
     def freeze(self) -> None:
-        """Keeps the range as it is from now on."""
+        """Keeps the range as it is from now on; one that was frozen in a backup, as it was."""
         if isinstance(self.range_method, LearnedRangeMethod) and not self.frozen:
-            self.kept.assign(self.moved)
+            self.kept.assign(self._kept())
         self.frozen = True
 
     def _state(self, name: str, initial: np.ndarray) -> keras.Variable:
@@ -494,7 +495,7 @@ class ActivationQuantizer(keras.layers.Layer):
     def _kept(self) -> Any:
         """What was moved when the range was frozen."""
         kept, moved = self.kept.value, ops.stop_gradient(self.moved.value)
-        return ops.where(kept < _NOT_KEPT, kept, moved)
+        return ops.where(kept < _KEPT_BELOW, kept, moved)
 
     def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
         return arithmetic.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)
@@ -615,6 +616,11 @@ class ActivationQuantizer(keras.layers.Layer):
         method = self.range_method
         assert isinstance(method, LearnedRangeMethod)
         low, high, count = self.site_low.value, self.site_high.value, self.count.value
+        # A range that moves is not the one that was frozen before.
+        none, frozen = ops.full(self.kept.shape, _NOT_KEPT, "float32"), self.controls.frozen
+        self.kept.assign(
+            none if frozen is None else ops.where(frozen.value > 0.5, self.kept.value, none)
+        )
         new = ops.logical_and(ops.arange(self.sites) == site, count == 0.0)
         least, most = ops.cond(
             ops.any(new),

@@ -45,6 +45,15 @@ def check_quantized(model: keras.Model, purpose: str = "") -> None:
         )
 
 
+def trained_model(model: keras.Model) -> keras.Model:
+    """The QAT model that `fit` trains: `model`, or what a trainer around one says that it is.
+
+    A trainer, as `kqat.Distiller`, names it by an attribute or property `trained_model`, where its
+    outputs are those of that model.
+    """
+    return getattr(model, "trained_model", model)
+
+
 def check_preserved(qat: keras.Model, kinds: Sequence[Preserve]) -> None:
     """Raises PolicyError where a QAT model keeps nothing of what it was asked to keep."""
     kept = [
@@ -270,6 +279,9 @@ class _Assembly:
             # The row of a tied weight is that of one of its uses.
             facts=None if rule is None or isinstance(layer, TiedWeight) else LayerFacts.of(rule),
             name=unique_name(f"quant_{node.name}", self.names),
+            # What is frozen has frozen steps, and thaws as layers do: Keras takes no notice where a
+            # flag is set to what it is.
+            trainable=any(part.trainable for part in (layer, *norms)),
         )
         weights = [part.get_weights() for part in (layer, *norms)]
         if len(norms) == 1:

@@ -84,6 +84,11 @@ class Distiller(keras.Model):
         self._teacher_run = keras.Model(teacher.inputs, [*teacher.outputs, *theirs])
         self.built = True
 
+    @property
+    def trained_model(self) -> keras.Model:
+        """The student: what callbacks convert, measure and estimate."""
+        return self.student
+
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """The student's outputs; in training the teacher's losses are added."""
         inputs = inputs if len(self.student.inputs) > 1 else keras.tree.flatten(inputs)

@@ -47,7 +47,8 @@ class WarmUpCosine(QatCallback):
         warm_up: the share of all steps of `fit` in which it rises.
 
     Raises:
-        ModelError: if `peak` is not above zero, or `warm_up` not inside [0, 1).
+        ModelError: if `peak` is not above zero, `warm_up` not inside [0, 1), or the rate of the
+            optimizer a schedule.
 
     Reference: Loshchilov & Hutter 2017, section 3 (https://arxiv.org/abs/1608.03983), without
     restarts; Goyal et al. 2017, section 2.2 (https://arxiv.org/abs/1706.02677).
@@ -84,7 +85,15 @@ class WarmUpCosine(QatCallback):
             self._set(self._epoch + (batch + 0.5) / self._steps)
 
     def _set(self, epochs: float) -> None:
-        self.optimizer().learning_rate = self.rate(epochs / self._epochs)
+        optimizer = self.optimizer()
+        try:
+            optimizer.learning_rate = self.rate(epochs / self._epochs)
+        except (AttributeError, TypeError) as error:
+            raise ModelError(
+                "Expected an optimizer whose learning rate is a number, which WarmUpCosine sets. "
+                f"Received: {type(optimizer).__name__} with a schedule or a function of its own. "
+                "Compile with a number, or leave WarmUpCosine (of kqat.finetune_callbacks) out."
+            ) from error
 
     def rate(self, share: float) -> float:
         """The rate when `share` of all steps are done."""

@@ -183,9 +183,15 @@ class QuantizeWrapper(keras.layers.Layer):
         super().__init__(autocast=False, **{"dtype": "float32", **kwargs})
         self.layer = layer
         self.weight_specs = dict(weights)
+        # What ships, whatever a callback has put in their place for a while.
+        self.planned_specs = dict(weights)
         self.normalization = normalization
         self.weight_step = weight_step
         self.steps: dict[str, keras.Variable] = {}
+        # The widths of the grids that learned steps are of, in the order of `weight_specs`; and
+        # whether calls ask for them. See `take_grids`.
+        self.step_bits: keras.Variable | None = None
+        self.asks_step_bits = False
         self.preserve = dict(preserve or {})
         self.masks: dict[str, keras.Variable] = {}
         self.assignments: dict[str, keras.Variable] = {}
@@ -215,6 +221,9 @@ class QuantizeWrapper(keras.layers.Layer):
                 part.build(self.layer.compute_output_shape(input_shape))
         if isinstance(self.weight_step, LearnedMethod):
             self.steps = {name: self._new_step(name) for name in self.weight_specs}
+        if self.steps:
+            self.step_bits = self._kept_state("step_bits", (len(self.steps),), "int32")
+            self.step_bits.assign(self._widths())
         for name, kept in self.preserve.items():
             shape = self._variable(name).shape
             if kept.sparsity:
@@ -256,14 +265,23 @@ class QuantizeWrapper(keras.layers.Layer):
         return variable
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
-        """As Keras's; files of before calibration corrected biases hold no correction."""
+        """As Keras's; older files hold no correction of the bias, or no widths of steps."""
         own = [*self.steps.values(), *self._states]
-        if self.correction is None or len(store) != len(own) - 2:
-            super().load_own_variables(store)
+        corrects = [v for v in (self.correction, self.corrected) if v is not None]
+        widths = [self.step_bits] if self.step_bits is not None else []
+        for lacking in ([], widths, corrects, [*widths, *corrects]):
+            if len(store) == len(own) - len(lacking):
+                break
+        else:
+            super().load_own_variables(store)  # It tells what is wrong.
             return
-        for index, variable in enumerate(own[:-2]):
+        held = [v for v in own if not any(v is one for one in lacking)]
+        for index, variable in enumerate(held):
             variable.assign(store[str(index)])
-        self.correct(None)
+        if lacking and corrects and any(v is corrects[0] for v in lacking):
+            self.correct(None)
+        # Weights of a stage of `kqat.FallingBits` may come into the planned grids.
+        self.asks_step_bits |= not self._steps_fit()
 
     @property
     def takes_correction(self) -> bool:
@@ -352,6 +370,29 @@ class QuantizeWrapper(keras.layers.Layer):
         if isinstance(method, LearnedMethod):
             for name, step in self.steps.items():
                 step.assign(method.initial(self._folded(name), self._step_spec(name)))
+        if self.step_bits is not None:
+            self.step_bits.assign(self._widths())
+
+    def take_grids(self, specs: Mapping[str, QuantSpec]) -> list[keras.Variable]:
+        """Lets weights be rounded on other grids; returns the learned steps that start anew.
+
+        Those are the ones that are of another width: not those which a backup of this stage gave
+        back. From then on calls ask whether steps are of their grids, as weights of another stage
+        may come back at any time: a step that is not is replaced by the one that it would start at.
+        """
+        self.weight_specs = dict(specs)
+        self.asks_step_bits = isinstance(self.weight_step, LearnedMethod)
+        if self._steps_fit():
+            return []
+        self.start_steps()
+        return list(self.steps.values())
+
+    def _widths(self) -> list[int]:
+        return [self.weight_specs[name].bits for name in self.steps]
+
+    def _steps_fit(self) -> bool:
+        """Whether learned steps are of the grids that weights are rounded on now."""
+        return self.step_bits is None or array_of(self.step_bits).tolist() == self._widths()
 
     def set_weights(self, weights: Any) -> None:
         """As every layer's; a Normalization inside computes with them at once."""
@@ -401,7 +442,12 @@ class QuantizeWrapper(keras.layers.Layer):
         thaws = self.controls.thaws() if statistics and self.takes_statistics else None
         if thaws is None:
             return computed(statistics)
-        return ops.cond(thaws, lambda: computed(True), lambda: computed(False))
+        # Under mixed precision a bias that ships is added in float32.
+        return ops.cond(
+            thaws,
+            lambda: ops.cast(computed(True), "float32"),
+            lambda: ops.cast(computed(False), "float32"),
+        )
 
     @property
     def takes_statistics(self) -> bool:
@@ -826,7 +872,14 @@ class QuantizeWrapper(keras.layers.Layer):
     def _step(self, name: str, folded: Any) -> Any:
         spec, method = self._step_spec(name), self.weight_step
         if isinstance(method, LearnedMethod):
-            return method.scale(self.steps[name].value, spec)
+            learned = method.scale(self.steps[name].value, spec)
+            if not self.asks_step_bits or self.step_bits is None:
+                return learned
+            return ops.cond(
+                self.step_bits.value[list(self.steps).index(name)] == spec.bits,
+                lambda: learned,
+                lambda: ops.stop_gradient(method.step(folded, spec)),
+            )
         return ops.stop_gradient(method.step(folded, spec))
 
     def _grid_scale(self, step: Any, spec: QuantSpec) -> Any:

@@ -1,5 +1,6 @@
 """`kqat.integer_model` and `GapCallback`: a data set judged as the device will judge it."""
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -106,6 +107,39 @@ class MeansOfPairs(L.Layer):
     def compute_output_shape(self, input_shape: Any) -> Any:
         """That of the output alone, as Keras's RNN does not ask for it."""
         return input_shape
+
+
+class Trainer(keras.Model):
+    def __init__(self, inner: keras.Model) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return self.inner(x, training=training)
+
+
+def test_a_trainer_that_does_not_say_what_it_trains_is_told_how() -> None:
+    callback, trainer = kqat.GapCallback((X, Y)), Trainer(keras.Sequential([L.Dense(2)]))
+    trainer.compile("sgd", "mse")
+    callback.set_model(trainer)
+    with pytest.raises(ModelError, match=r"attribute trained_model. Received: 'trainer'"):
+        callback.on_epoch_end(0, {})
+
+
+@pytest.mark.slow
+def test_callbacks_find_the_student_of_a_distiller(tmp_path: Path) -> None:
+    qat = trained()
+    teacher = keras.Sequential([keras.Input((6,)), L.Dense(int(qat.output.shape[-1]))])
+    distiller = kqat.Distiller(qat, teacher, kind="values")
+    distiller.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
+    board = kqat.TensorBoardQuantization(tmp_path, data=X)
+    logs = distiller.fit(
+        X, Y, epochs=1, verbose=0, batch_size=len(X), callbacks=[kqat.GapCallback((X, Y)), board]
+    ).history
+    device = kqat.integer_model(qat)
+    device.compile(loss="sparse_categorical_crossentropy")
+    assert logs["val_loss_device"] == [pytest.approx(device.evaluate(X, Y, verbose=0))]
+    assert list((tmp_path / "quantization").iterdir())
 
 
 def test_halves_of_means_are_rounded_as_kernels_round_them() -> None:

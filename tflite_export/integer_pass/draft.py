@@ -34,6 +34,7 @@ class Fact(enum.Enum):
     OWN_GRIDS = "layers with equal weights that read one value have a grid each behind it"
     FLOAT_ISLANDS = "the operators that compute on integers are told from those on floats"
     COMPARISONS = "comparisons that no int8 kernel makes aright are of int32"
+    OWN_DIFFERENCES = "a value less itself is on a grid that the kernel of SUB computes"
     CHECKED = "integer operators have the grids that their kernels demand"
     CONSTANTS = "integer operators read integer weights, biases and other constants"
     PACKED = "weights of few bits are in whole bytes where all the runtimes read them so"

@@ -17,6 +17,7 @@ from tflite_export.integer_pass.drop_reshapes import drop_flattening, join_resha
 from tflite_export.integer_pass.fused_lstm import insert_lstms
 from tflite_export.integer_pass.leaky_relu import multiply_slopes
 from tflite_export.integer_pass.operators import check_operators, set_codes
+from tflite_export.integer_pass.own_differences import part_own_differences
 from tflite_export.integer_pass.row_means import multiply_rows
 from tflite_export.integer_pass.same_padding import join_padding
 from tflite_export.integer_pass.shared_products import split_shared_products
@@ -77,8 +78,13 @@ PASSES: tuple[Pass, ...] = (
         leaves={Fact.COMPARISONS},
     ),
     Pass(
+        part_own_differences,
+        needs={Fact.GRIDS, Fact.OWN_GRIDS, Fact.FLOAT_ISLANDS, Fact.FLOAT_TENSORS},
+        leaves={Fact.OWN_DIFFERENCES},
+    ),
+    Pass(
         check_operators,
-        needs={Fact.COMPARISONS, Fact.FLOAT_TENSORS},
+        needs={Fact.COMPARISONS, Fact.OWN_DIFFERENCES, Fact.FLOAT_TENSORS},
         leaves={Fact.CHECKED},
     ),
     Pass(

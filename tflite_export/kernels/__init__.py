@@ -6,6 +6,7 @@ from tflite_export.kernels.op_table import (
     OpRule,
     fixed_output,
     kernel_version,
+    least_output_scale,
     missing_kernels,
     multiply_accumulates,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "fit_bias",
     "fixed_output",
     "kernel_version",
+    "least_output_scale",
     "missing_kernels",
     "multiply_accumulates",
     "pack",

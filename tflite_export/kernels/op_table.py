@@ -317,3 +317,15 @@ def multiply_accumulates(op: str, inputs: Sequence[Shape], outputs: Sequence[Sha
 def missing_kernels(ops: tuple[str, ...], runtime: str, bits: int = 8) -> tuple[str, ...]:
     """The operators of `ops` whose kernel for activations of `bits` bits `runtime` lacks."""
     return tuple(op for op in ops if op not in OP_TABLE or runtime not in runtimes_with(op, bits))
+
+
+def least_output_scale(operator: str, bits: int, largest: float) -> float:
+    """The scale that an output has to lie above; zero where any scale will do.
+
+    Args:
+        operator: its name.
+        bits: of its values.
+        largest: of the scales of its inputs.
+    """
+    lift = OP_TABLE[operator].lifts.get(bits) if operator in OP_TABLE else None
+    return 0.0 if lift is None else float(2.0 * largest / 2.0**lift.bits) ** lift.power

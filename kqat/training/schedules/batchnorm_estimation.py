@@ -8,7 +8,7 @@ import keras
 from kqat.base import ModelError
 from kqat.graph import Node, trace
 from kqat.training import calibration
-from kqat.training.build import check_quantized
+from kqat.training.build import check_quantized, trained_model
 from kqat.training.callbacks import QatCallback
 from kqat.training.controls import Controls
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -110,4 +110,4 @@ class ReestimateBatchNorm(QatCallback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Estimates."""
-        reestimate_batchnorm(self.model, self.data)
+        reestimate_batchnorm(trained_model(self.model), self.data)

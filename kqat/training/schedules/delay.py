@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+from keras import ops
 
 from kqat.base import ModelError
 from kqat.training.callbacks import QatCallback
@@ -40,6 +41,11 @@ class QuantizeAfter(QatCallback):
         self._rounds = self.control(list(self.quantizing_layers()), "rounds", 1.0)
         self._rounds.assign(float(self._done() >= self.steps))
 
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Reads the steps again, which a callback behind this one may have given back."""
+        if self._rounds is not None:
+            self._rounds.assign(float(self._done() >= self.steps))
+
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Rounds, once the steps were taken."""
         if self._rounds is not None and self._done() >= self.steps:
@@ -51,4 +57,5 @@ class QuantizeAfter(QatCallback):
             self._rounds.assign(1.0)
 
     def _done(self) -> int:
-        return int(self.optimizer().iterations)
+        # A strategy has one variable for each replica, and accumulated gradients make it a tensor.
+        return int(ops.convert_to_numpy(ops.convert_to_tensor(self.optimizer().iterations)))

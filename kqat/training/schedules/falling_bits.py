@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kqat.base import ModelError, SpecError
+from kqat.graph import average_anew
 from kqat.grids import LearnedMethod, QuantSpec
 from kqat.training.callbacks import QatCallback
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -16,8 +17,10 @@ class FallingBits(QatCallback):
     `FallingBits((8, 6), epochs=2)` trains two epochs with weights of 8 bits, two with 6, and the
     rest with what the policy asks for. A weight whose own grid is as wide as a stage or wider keeps
     it. Learned steps start anew in each stage, where they lose least. The end of `fit` puts the
-    planned grids back in any case: they are what ships. A checkpoint of an earlier stage has the
-    wider grid.
+    planned grids back in any case: they are what ships. A saved model of an earlier stage has the
+    wider grid. Weights of one alone, as `keras.callbacks.EarlyStopping(restore_best_weights=True)`
+    restores them, come into the planned grids, where learned steps count as started anew. Such
+    weights never trained on what ships: let it begin with the last stage (`start_from_epoch`).
 
     Each stage traces the training step anew, since widths are constants of it.
 
@@ -50,7 +53,8 @@ class FallingBits(QatCallback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Notes the planned grids, and checks that wider ones can take their place."""
         super().on_train_begin(logs)
-        self._planned = {w: dict(w.weight_specs) for w in self.wrappers()}
+        # A fit that was interrupted has put nothing back.
+        self._planned = {w: dict(w.planned_specs) for w in self.wrappers()}
         for wrapper, specs in self._planned.items():
             for name, spec in specs.items():
                 self._check(wrapper, name, spec)
@@ -101,9 +105,8 @@ class FallingBits(QatCallback):
                 for name, spec in planned.items()
             }
             if specs != wrapper.weight_specs:
-                wrapper.weight_specs = specs
-                wrapper.start_steps()
                 changed.append(wrapper)
+            average_anew(getattr(self.model, "optimizer", None), wrapper.take_grids(specs))
         if changed:
             self.trace_again(changed)
 

@@ -72,7 +72,8 @@ class FreezeOscillations(QatCallback):
 
     The threshold falls along half a cosine over all steps of `fit`. In the logs of an epoch,
     `oscillating` is the share of weights with `f` above the final threshold, and `frozen` the share
-    of those that stay. With `steps_per_execution` above one, a step is one execution.
+    of those that stay. With `steps_per_execution` above one, a step is one execution. A backup does
+    not hold what is followed: a fit that goes on from one follows the weights anew.
 
     Args:
         threshold: of the first and the last step.
@@ -149,7 +150,7 @@ class FreezeOscillations(QatCallback):
             np.count_nonzero(np.asarray(followed.frequency) > self.threshold[1])
             for *_, followed in self._tracked
         )
-        logs["oscillating"], logs["frozen"] = often / every, frozen / every
+        logs["oscillating"], logs["frozen"] = float(often) / every, frozen / every
 
 
 class Oscillations:

@@ -14,7 +14,8 @@ class StochasticRounding(QatCallback):
 
     A weight `w = (n + r) * s` with `0 <= r < 1` becomes `(n + 1) * s` with the probability `r`,
     else `n * s`: the mean is `w`. Gradients are those of the config. `evaluate` and the file round
-    to the nearest integer at all times. The training step is not traced anew.
+    to the nearest integer at all times. The training step is not traced anew. The random numbers
+    are not in a backup: a fit that goes on from one draws them from the seed again.
 
     Args:
         until: the first epoch that rounds to the nearest; `None` for none.

@@ -112,6 +112,18 @@ def test_what_is_not_trained_stays_untrained() -> None:
     assert not qat.get_layer("quant_conv1").normalization.trainable
 
 
+def test_what_was_frozen_thaws_layer_by_layer() -> None:
+    """With its learned steps; Keras ignores a flag that is set to what it is."""
+    model = model_of(network)
+    model.get_layer("conv1").trainable = model.get_layer("norm1").trainable = False
+    qat = unseen(model, "w4a8")
+    assert not [v.path for v in qat.trainable_variables if "conv1" in v.path or "norm1" in v.path]
+    for layer in qat.layers:
+        layer.trainable = True
+    thawed = {v.path.split("/")[-1] for v in qat.get_layer("quant_conv1").trainable_variables}
+    assert thawed == {"kernel_step", "kernel", "gamma", "beta"}
+
+
 def test_weights_on_the_grid_change_nothing() -> None:
     model = on_grid(model_of(network))
     qat = unseen(model)

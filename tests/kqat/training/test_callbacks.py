@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 import kqat
@@ -212,6 +213,38 @@ def test_frozen_learned_ranges_stay_though_the_optimizer_has_momentum(tmp_path: 
     fit(loaded, epochs=1)
     found = [la.range() for la in loaded.layers if isinstance(la, kqat.ActivationQuantizer)]
     assert found == start
+
+
+def test_frozen_learned_ranges_come_back_from_a_backup(tmp_path: Path) -> None:
+    """As they were frozen, not as the momentum of the optimizer has moved their numbers since."""
+    config = kqat.QuantizeConfig(activation_range="lsq_plus")
+
+    def trained(name: str, epochs: int) -> keras.Model:
+        keras.utils.set_random_seed(0)
+        qat = kqat.quantize_model(float_model(), config, calibration_data=X[:8])
+        qat.compile(keras.optimizers.Adam(0.05), "mse", run_eagerly=True)
+        backup = keras.callbacks.BackupAndRestore(tmp_path / name, delete_checkpoint=False)
+        fit(qat, FreezeObservers(1), backup, epochs=epochs, batch_size=32)
+        return qat
+
+    whole = trained("whole", 3)
+    trained("parts", 2)
+    for own, other in zip(trained("parts", 3).weights, whole.weights, strict=True):
+        np.testing.assert_array_equal(own, other)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_statistics_freeze_under_mixed_precision(policy: str) -> None:
+    """Both ways through a compiled step have one type, the one with a bias that ships too."""
+    keras.config.set_dtype_policy(policy)
+    qat, flag = quantized(), keras.Variable(0.0)
+    for layer in qat.layers:
+        if isinstance(layer, kqat.QuantizeWrapper):
+            layer.controls.frozen = flag
+    step = tf.function(lambda x: qat(x, training=True))
+    moving, frozen = step(X), [flag.assign(1.0), step(X)][1]
+    assert moving.dtype == frozen.dtype
+    assert np.any(np.asarray(moving) != np.asarray(frozen))
 
 
 def test_a_step_that_was_traced_before_learns_of_the_flags() -> None:

@@ -35,6 +35,16 @@ def test_the_rate_rises_and_falls_over_all_steps() -> None:
 
 
 @pytest.mark.parametrize(
+    "rate", [keras.optimizers.schedules.CosineDecay(0.1, 8), lambda: 0.1], ids=["schedule", "own"]
+)
+def test_an_optimizer_with_a_rate_of_its_own_is_refused(rate: Any) -> None:
+    qat = quantized()
+    qat.compile(keras.optimizers.SGD(rate), "mse")
+    with pytest.raises(ModelError, match=r"rate is a number.*Received: SGD with a schedule"):
+        qat.fit(X, Y, verbose=0, callbacks=kqat.finetune_callbacks(1))
+
+
+@pytest.mark.parametrize(
     ("policy", "expected"),
     [
         ("int8", 3e-4),

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import layers
 
 from kqat.grids.spec import QuantSpec
+from kqat.grids.weight_steps.learned_step import LearnedStep
 from kqat.training.weight_wrapper import QuantizeWrapper
 from tests.kqat import reference
 
@@ -329,3 +330,21 @@ def test_mixed_precision_keeps_the_layers_state() -> None:
     wrapped.layer.state.assign(1.0001)
     wrapped(normal(5, 4))
     assert wrapped.layer.state.numpy() == np.float32(1.0001)
+
+
+@pytest.mark.parametrize("lacking", ["nothing", "widths", "correction", "widths and correction"])
+def test_files_of_older_releases_load(lacking: str) -> None:
+    wrapped = QuantizeWrapper(
+        layers.Dense(2), {"kernel": per(-1, bits=4)}, weight_step=LearnedStep()
+    )
+    wrapped.build((None, 3))
+    held = [np.full((1, 2), 0.5, np.float32)]
+    held += [] if "widths" in lacking else [np.int32([8])]  # Of a stage of FallingBits.
+    held += [] if "correction" in lacking else [np.float32([3.0, 4.0]), np.int32(5)]
+    wrapped.load_own_variables({str(index): value for index, value in enumerate(held)})
+    np.testing.assert_array_equal(wrapped.steps["kernel"], held[0])
+    np.testing.assert_array_equal(wrapped.step_bits, [4 if "widths" in lacking else 8])
+    assert wrapped.asks_step_bits == ("widths" not in lacking)
+    np.testing.assert_array_equal(
+        wrapped.correction, [0.0, 0.0] if "correction" in lacking else [3.0, 4.0]
+    )

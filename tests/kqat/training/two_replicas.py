@@ -23,9 +23,10 @@ def main() -> None:
     rng = np.random.default_rng(0)
     # The second half of each batch, which the second replica sees, spreads ten times as far.
     x = rng.normal(size=(16, 4)) * np.tile(np.repeat([1.0, 10.0], 4), 2)[:, np.newaxis]
-    qat.fit(
-        x.astype(np.float32), np.zeros((16, 3), np.float32), batch_size=8, shuffle=False, verbose=0
-    )
+    options = {"batch_size": 8, "shuffle": False, "verbose": 0}
+    # The callback reads how many steps there were, of which each replica keeps count.
+    options["callbacks"] = [kqat.QuantizeAfter(0)]
+    qat.fit(x.astype(np.float32), np.zeros((16, 3), np.float32), **options)
     copies = {
         variable.path: [copy.numpy().tolist() for copy in variable.value.values]
         for variable in qat.variables

@@ -1,5 +1,6 @@
 """Widths that fall: what each epoch trains with, and that the planned grid is what ships."""
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -71,3 +72,68 @@ def test_widths_that_do_not_fall_are_refused(bits: Any, options: Any, match: str
 def test_a_method_for_one_width_is_refused_before_training(config: Any, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         fit(quantized(config), kqat.FallingBits((8,)), epochs=1)
+
+
+class _Stop(keras.callbacks.Callback):
+    """Ctrl-C at the beginning of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+def _eager(**options: Any) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    qat = quantized()
+    qat.compile(keras.optimizers.Adam(**options), "mse", run_eagerly=True)
+    return qat
+
+
+def _fit_whole(qat: keras.Model, *callbacks: Any, epochs: int = 4) -> None:
+    fit(qat, kqat.FallingBits((8,), epochs=2), *callbacks, epochs=epochs, batch_size=64)
+
+
+@pytest.mark.parametrize(
+    ("stop", "same_process"),
+    [(2, False), *(pytest.param(1, same, marks=pytest.mark.slow) for same in (False, True))],
+)
+def test_an_interrupted_fit_goes_on_as_if_it_had_not_been(
+    stop: int, same_process: bool, tmp_path: Path
+) -> None:
+    """From a backup: in a stage its steps stay, at its end those of the next one start."""
+    whole, qat = _eager(), _eager()
+    _fit_whole(whole)
+    with pytest.raises(KeyboardInterrupt):
+        _fit_whole(qat, keras.callbacks.BackupAndRestore(tmp_path), _Stop(stop))
+    again = qat if same_process else _eager()
+    _fit_whole(again, keras.callbacks.BackupAndRestore(tmp_path))
+    assert widths(again)[0] == 4
+    for own, other in zip(again.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_array_equal(own, other)
+
+
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_weights_of_a_wide_stage_that_come_back_have_steps_of_the_planned_grid(first: bool) -> None:
+    qat = _eager(learning_rate=0.01)
+    best = keras.callbacks.EarlyStopping(
+        "loss", mode="max", restore_best_weights=True
+    )  # The first.
+    falls = kqat.FallingBits((8,))
+    fit(qat, *((falls, best) if first else (best, falls)), epochs=2, batch_size=64)
+    one = wrapper(qat)
+    start = one.weight_step.step(one.folded("kernel"), one.weight_specs["kernel"])
+    np.testing.assert_array_equal(one.scale("kernel"), start)
+    (weight,) = (w for w in kqat.freeze(qat).weights if w.name == "head/kernel")
+    np.testing.assert_array_equal(np.ravel(weight.scale), np.ravel(start))
+
+
+def test_averages_of_steps_are_of_one_stage() -> None:
+    """A mean of steps of 8 bits and of 4 would clip most weights."""
+    qat = _eager(learning_rate=0.0, use_ema=True, ema_momentum=0.9)
+    start = np.asarray(wrapper(qat).scale("kernel"))
+    fit(qat, kqat.FallingBits((8,)), epochs=2, batch_size=64)
+    np.testing.assert_allclose(wrapper(qat).scale("kernel"), start, rtol=1e-6)
