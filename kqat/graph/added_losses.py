@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -126,6 +127,35 @@ class BatchSize(keras.layers.Layer):
         config = super().get_config()
         config.pop("autocast", None)
         return config
+
+
+@keras.saving.register_keras_serializable("kqat")
+class OfEachSample(keras.layers.Layer):
+    """A constant for each sample of its input, as the lengths that a loss is given.
+
+    Args:
+        value: the constant, without the batch axis, as nested lists of numbers.
+        kind: its type.
+    """
+
+    def __init__(self, value: Any, kind: str, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.value, self.kind = value, kind
+
+    def call(self, x: Any) -> Any:
+        """The constant, as often as `x` has samples."""
+        one = keras.ops.convert_to_tensor(self.value, self.kind)
+        return keras.ops.repeat(one[None], keras.ops.shape(x)[0], axis=0)
+
+    def compute_output_spec(self, x: Any) -> Any:
+        """The constant's shape behind the batch axis."""
+        return keras.KerasTensor((x.shape[0], *np.shape(self.value)), dtype=self.kind)
+
+    def get_config(self) -> dict[str, Any]:
+        """That of every layer, with `value` and `kind`."""
+        config = super().get_config()
+        config.pop("autocast", None)
+        return {**config, "value": self.value, "kind": self.kind}
 
 
 def saved_and_read(function: keras.Model) -> keras.Model:

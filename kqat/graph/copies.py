@@ -10,7 +10,7 @@ import keras
 from keras import layers
 
 from kqat.base import ModelError
-from kqat.graph.keras_internals import parts_of
+from kqat.graph.keras_internals import parts_of, told_output_shape
 
 
 class Part:
@@ -170,7 +170,11 @@ def _made_anew(layer: Any, changes: dict[str, Any]) -> keras.layers.Layer:
         return layers.Identity(**own)
     config = {**config_of(layer), **changes}
     if type(layer) is layers.Lambda:
-        own = {"arguments": layer.arguments, "mask": layer.mask}
+        own = {
+            "arguments": layer.arguments,
+            "mask": layer.mask,
+            "output_shape": told_output_shape(layer),
+        }
         kept = {key: config[key] for key in ("name", "dtype", "trainable")}
         return layers.Lambda(layer.function, **own, **kept)
     if isinstance(layer, layers.Activation) and "activation" not in changes:

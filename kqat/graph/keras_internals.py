@@ -1779,6 +1779,11 @@ def attach_masks(layer: Any, args: Any, kwargs: Any) -> None:
             value._keras_mask = mask
 
 
+def told_output_shape(layer: keras.layers.Lambda) -> Any:
+    """The `output_shape` that a Lambda was given: a shape, a function of one, or `None`."""
+    return layer._output_shape
+
+
 def passes_mask_by(layer: Any) -> bool:
     """Whether a layer takes a mask and computes the same without it."""
     if isinstance(layer, keras.layers.Lambda):

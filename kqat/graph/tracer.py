@@ -18,7 +18,7 @@ import keras
 import numpy as np
 
 from kqat.base import ModelError, array_of
-from kqat.graph.added_losses import AddedLoss, BatchSize, saved_and_read
+from kqat.graph.added_losses import AddedLoss, BatchSize, OfEachSample, saved_and_read
 from kqat.graph.copies import duplicate
 from kqat.graph.keras_internals import (
     PATCHING,
@@ -610,7 +610,8 @@ def _function_of(graph: Graph, batch: int | None) -> keras.Model:
 
     A number beside a value that equals `batch`, which stood for the batch size, stands for it: a
     loss is often divided by it. Where it does not, the loss is another one on two samples, and is
-    found to be when the QAT model is made.
+    found to be when the QAT model is made. An array of one sample, as the lengths of sequences,
+    is repeated for each where an operation does not take it beside more.
 
     Raises:
         _NoFunctionError: if a file cannot hold it, or it takes no other number of samples.
@@ -627,9 +628,22 @@ def _function_of(graph: Graph, batch: int | None) -> keras.Model:
                 return BatchSize()(batched[0])
         return value
 
+    def of_each(value: Any) -> Any:
+        array = isinstance(value, np.ndarray) or keras.ops.is_tensor(value)
+        if not array or isinstance(value, keras.KerasTensor) or not batched:
+            return value
+        if np.ndim(value) == 0 or np.shape(value)[0] != 1:
+            return value
+        one = np.asarray(value)
+        return OfEachSample(one[0].tolist(), str(one.dtype))(batched[0])
+
     def call(node: Node, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = keras.tree.map_structure(constant, (args, kwargs))
-        return duplicate(node.layer)(*args, **kwargs)
+        try:
+            return duplicate(node.layer)(*args, **kwargs)
+        except Exception:  # Each operation has its own for shapes that do not fit.
+            args, kwargs = keras.tree.map_structure(of_each, (args, kwargs))
+            return duplicate(node.layer)(*args, **kwargs)
 
     try:
         output = keras.layers.Identity()(graph.run(inputs, call))

@@ -32,6 +32,7 @@ from kqat.graph import (
     is_half,
     is_of_users,
     is_tensor,
+    maker_of,
     operations_between,
     parts_of,
     rebuild,
@@ -226,15 +227,19 @@ def _tried(
             raise
         by_tensor = dict(zip(map(id, computed_now), results, strict=True))
         found = [by_tensor.get(id(y), y) for y in found]
-        both: Any = zip(keras.tree.flatten(expected), found, strict=True)
-        if type(operation).__name__ in ("Where", "Pad"):
-            # A score far below all others is hidden, by whichever number.
-            both = [[keras.ops.maximum(x, FAR_BELOW) for x in pair] for pair in both]
-        if not all(_alike(a, b) for a, b in both):
+        both = zip(keras.tree.flatten(expected), found, strict=True)
+        if not all(_alike(_raised(a), _raised(b)) for a, b in both):
             raise _other_values(operation, name, origin or name)
         return outputs
 
     return call
+
+
+def _raised(x: Any) -> Any:
+    """Values of which none is far below all others: such a score is hidden, by whichever number."""
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
+        return x
+    return keras.ops.maximum(x, FAR_BELOW)
 
 
 def _check_parts(inputs: Sequence[Any], outputs: Sequence[Any], origin: str) -> None:
@@ -719,6 +724,10 @@ def _expand_once(
         if not any(is_tensor(t) for t in flat) and any(is_weight(t) for t in flat):
             likes = likes or seen[:1]
             outputs = _of_weights(node, args, kwargs, likes[0])
+            # What reads such a value in this round may take it for the number that it is.
+            for value in filter(is_tensor, keras.tree.flatten(outputs)):
+                maker, _ = maker_of(value)
+                learned[id(value)] = maker, likes[0]
         else:
             outputs = unmasked(made(node, user, args, kwargs))
         _check_outputs(node, graph, outputs)

@@ -358,7 +358,18 @@ LAYERS: dict[type, LayerRule] = {
     layers.Conv1DTranspose: _composite(
         time_and_depth.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU", **_POOL
     ),
-    layers.Masking: _composite(step_masks.masking),
+    layers.Masking: _composite(
+        step_masks.masking,
+        "STRIDED_SLICE",
+        "RESHAPE",
+        "CONCATENATION",
+        "NOT_EQUAL",
+        "CAST",
+        "GATHER",
+        "REDUCE_MAX",
+        "GREATER",
+        "SELECT_V2",
+    ),
     layers.TimeDistributed: _composite(time_and_depth.time_distributed, *_STEPS, **_MASKS),
     **dict.fromkeys((layers.SimpleRNN, layers.GRU), _RECURRENT),
     **dict.fromkeys((layers.LSTM, layers.RNN), _LSTM),

@@ -299,15 +299,15 @@ def _cast(operation: Any, name: str) -> Callable[..., Any]:
         to_float = str(operation.dtype).startswith(("float", "bfloat"))
         if to_float and holds_indexes(x):
             return whole_numbers.quantity(x, name)
+        to_bool, from_bool = operation.dtype == "bool", x.dtype == "bool"
+        if to_bool and not from_bool:
+            return IndexOperation(IndexKind.NOT_EQUAL, {"x2": 0}, name=name)(x)
         if not to_float and not holds_indexes(x):
             raise UnsupportedLayerError(
                 f"Expected a cast from float to float, or from integer to integer, in operation "
                 f"'{name}'. Received: {x.dtype} -> {operation.dtype}. A quantity is no index; "
                 "compare it, or compute indexes with argmax."
             )
-        to_bool, from_bool = operation.dtype == "bool", x.dtype == "bool"
-        if to_bool and not from_bool:
-            return IndexOperation(IndexKind.NOT_EQUAL, {"x2": 0}, name=name)(x)
         if from_bool and not to_bool:
             return IndexOperation(IndexKind.MULTIPLY, {"x2": 1}, name=name)(x)
         return layers.Identity(name=name)(x)

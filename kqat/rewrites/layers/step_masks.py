@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import holds_indexes, is_tensor
@@ -12,6 +12,7 @@ from kqat.parts import Hold, IndexKind, IndexOperation, Matmul
 from kqat.rewrites.layers.basic import Decomposed
 from kqat.rewrites.layers.one_hot import rows
 from kqat.rewrites.layers.whole_numbers import folded
+from kqat.rewrites.operations.binary import FAR_BELOW
 
 # Factors above the largest of a group over this lie on one grid: the least is then 64 of 255 steps
 # of an 8-bit grid, and so at most 0.8 % off.
@@ -19,24 +20,31 @@ _GROUP = 4
 
 
 def masking(layer: Any, name: str) -> Decomposed:
-    """`Masking` of steps that are all zeros: it hands its input on, as they are zeros already.
+    """`Masking`: of steps that are all zeros it hands its input on, as they are zeros already.
 
     The mask itself stands in the graph as the comparisons that Keras makes it of. They read the
-    rounded input. Zero is a point of every grid, so a step of zeros is masked in the file as well;
-    so is a step in which each number rounds to zero, in training as in the file.
+    rounded input, and compare it with the rounded value that marks the steps. So a step of that
+    value is masked in the file as well; so is a step in which each number rounds to it, in training
+    as in the file. Such steps become zeros, as in Keras.
 
     Raises:
-        UnsupportedLayerError: if another value than zero marks the steps.
+        UnsupportedLayerError: if a value marks the steps that no grid holds beside others.
     """
-    if np.size(layer.mask_value) != 1 or float(np.asarray(layer.mask_value).item()) != 0.0:
+    value = np.asarray(layer.mask_value, np.float32)
+    if not value.any():
+        return layers.Identity(name=name)
+    if not np.all(np.isfinite(value) & (np.abs(value) < -FAR_BELOW)):
         raise UnsupportedLayerError(
-            f"Expected mask_value=0.0 in Masking layer '{name}'. Received: {layer.mask_value}. "
-            "Zero alone is a point of every integer grid; another value is rounded, so that steps "
-            "with it would not be found. Pad with zeros, as x[(x == "
-            f"{np.asarray(layer.mask_value).tolist()}).all(-1)] = 0 does in NumPy, in training and "
-            "on the device."
+            f"Expected a mask_value in Masking layer '{name}' beside which a grid holds other "
+            f"values. Received: {layer.mask_value}. Pad with zeros, as x[(x == {value.tolist()})"
+            ".all(-1)] = 0 does in NumPy, in training and on the device."
         )
-    return layers.Identity(name=name)
+
+    def call(x: Any) -> Any:
+        shown = ops.any(ops.not_equal(x, value), axis=-1, keepdims=True)
+        return ops.where(shown, x, 0.0)
+
+    return call
 
 
 def truth_of_steps(mask: Any, name: str) -> Any:

@@ -27,7 +27,7 @@ from kqat.parts import (
     within_domain,
 )
 from kqat.rewrites.layers.one_hot import truth
-from kqat.rewrites.operations.weights import computed, emitted
+from kqat.rewrites.operations.weights import computed, emitted, on_grid_of
 
 Row = Callable[[Any, str], Callable[..., Any]]
 
@@ -89,7 +89,11 @@ def _check_rank(x: Any, y: Any, name: str) -> None:
 
 
 def index_operation(operation: Any, name: str) -> Callable[..., Any]:
-    """Arithmetic on indexes, and comparisons: the result is an index or boolean, not a quantity."""
+    """Arithmetic on indexes, and comparisons: the result is an index or boolean, not a quantity.
+
+    A constant that a quantity may be equal to is rounded as the quantity is. Its own value is
+    between two points of the grid, so that nothing would ever be equal to it.
+    """
     kind = _KINDS[type(operation).__name__]
 
     def call(*args: Any) -> Any:
@@ -97,6 +101,9 @@ def index_operation(operation: Any, name: str) -> Callable[..., Any]:
         if len(tensors) == len(args):
             return IndexOperation(kind, name=name)(tensors if len(args) > 1 else tensors[0])
         constant = np.asarray(next(a for a in args if not is_tensor(a)))
+        if kind in _EQUALITIES and not holds_indexes(tensors[0]) and _is_between(constant):
+            rounded = on_grid_of(tensors[0], constant, name)
+            return IndexOperation(kind, name=name)([tensors[0], rounded])
         option = {"x2" if is_tensor(args[0]) else "x1": constant.tolist()}
         return IndexOperation(kind, option, name=name)(tensors[0])
 
@@ -119,6 +126,17 @@ _KINDS = {
     "LogicalOr": IndexKind.LOGICAL_OR,
     "LogicalNot": IndexKind.LOGICAL_NOT,
 }
+
+
+_EQUALITIES = (IndexKind.EQUAL, IndexKind.NOT_EQUAL)
+
+
+def _is_between(constant: np.ndarray) -> bool:
+    """Whether a constant may lie between two points of a grid: zero lies on every one.
+
+    None holds what is far below all values; a mask of scores may be told by it.
+    """
+    return bool(np.any(constant != 0) and np.all(np.isfinite(constant) & (constant > FAR_BELOW)))
 
 
 def scaled(x: Any, scale: float, offset: float, name: str) -> Any:

@@ -116,6 +116,27 @@ def computed(weight: Any, like: Any, rank: int, name: str) -> Any:
     return Part(layer, [array[None]])(zero(like, len(array.shape), name))
 
 
+def on_grid_of(x: Any, constant: Any, name: str) -> Any:
+    """A constant as values of the grid of `x`, whose range then holds it.
+
+    It stands beside a number of `x` for that: what is joined has one scale.
+
+    Args:
+        x: quantities `(batch, …)`.
+        constant: numbers without the batch, whose shape broadcasts with that of `x`.
+        name: that the parts' names begin with.
+    """
+    rank = len(x.shape)
+    array, _ = _value(constant, rank, name)
+    first = _first_element(x, 1, name)
+    flat = emitted(array.reshape(1, -1), x, 2, f"{name}_constant")
+    whole = layers.Concatenate(axis=-1, name=f"{name}_beside")([first, flat])
+    row = Slice([1], [1 + array.size], [1], name=f"{name}_rounded")(whole)
+    if array.shape == row.shape[1:]:
+        return row
+    return layers.Reshape(array.shape, name=f"{name}_number")(row)
+
+
 def zero(like: Any, rank: int, name: str) -> Any:
     """Zero for each sample of a tensor of quantities, of shape `(batch, 1, …)`.
 

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers as L
 
 import kqat
@@ -86,3 +87,15 @@ def test_weights_that_a_config_has_no_place_for_are_refused() -> None:
     part = Part(L.Dense(2, name="dense"), [np.zeros((3, 2)), np.zeros(2), np.zeros(1)])
     with pytest.raises(ModelError, match=r"the 2 weights that the config of layer 'dense'.* 3"):
         part(keras.Input((3,)))
+
+
+def test_a_copy_of_a_lambda_knows_its_output_shape() -> None:
+    """Keras cannot find it of a function that runs Python code, as `tf.numpy_function` does."""
+
+    def unseen(x: Any) -> Any:
+        return tf.numpy_function(np.tanh, [x], tf.float32)
+
+    layer = L.Lambda(unseen, output_shape=(3,))
+    assert duplicate(layer)(keras.Input((3,))).shape == (None, 3)
+    by_function = clone(L.Lambda(unseen, output_shape=lambda shape: shape))
+    assert by_function(keras.Input((4,))).shape == (None, 4)

@@ -60,6 +60,13 @@ def _floats(shown: Any) -> Any:
     return ops.cast(shown, "float32")[:, None, :]
 
 
+class _Hiding(layers.Layer):
+    """Scores that leave a layer of the user's own are hidden already."""
+
+    def call(self, scores: Any, shown: Any) -> Any:
+        return ops.where(shown[:, None], scores, -1e9)
+
+
 CASES: dict[str, tuple[Any, How]] = {
     "sum": (_causal, lambda s, m: s + (1 - _EARLIER) * -1e9),
     "difference": (_causal, lambda s, m: s - (1 - _EARLIER) * 1e9),
@@ -119,6 +126,7 @@ CASES: dict[str, tuple[Any, How]] = {
         lambda s, m: layers.Add()([s, (1.0 - _floats(m)) * -1e9, s]),
     ),
     "with the higher": (_padding, lambda s, m: ops.minimum(s, ops.where(m[:, None], 1e9, -1e9))),
+    "where in a layer": (_padding, lambda s, m: _Hiding(name="hiding")(s, m)),
     "given as floats": (_given, lambda s, m: s + (1.0 - m)[:, None, :] * -1e9),
     "given, product": (_given, lambda s, m: s * m[:, None, :] - 1e9 * (1.0 - m[:, None, :])),
 }
@@ -178,6 +186,18 @@ def test_scores_keep_their_grid(case: str) -> None:
     model, data = make(how)
     qat = kqat.quantize_model(model, calibration_data=data)
     assert _noise_db(model, qat, data) > 25
+
+
+def test_a_number_that_fills_a_tensor_hides_as_well() -> None:
+    """Outside of any layer it was a value like others, as is -1e9 in graph attention."""
+    nodes, edges = keras.Input((6, 8)), keras.Input((6, 6))
+    scores = ops.matmul(nodes, ops.transpose(nodes, (0, 2, 1))) * 0.3
+    hidden = ops.where(edges > 0, scores, -1e9 * ops.ones_like(scores))
+    model = keras.Model([nodes, edges], ops.matmul(ops.softmax(hidden), nodes))
+    generator = np.random.default_rng(0)
+    linked = np.maximum(generator.random((64, 6, 6)) < 0.4, np.eye(6)).astype(np.float32)
+    data = [generator.normal(size=(64, 6, 8)).astype(np.float32), linked]
+    assert _noise_db(model, kqat.quantize_model(model, calibration_data=data), data) > 25
 
 
 @pytest.mark.parametrize(

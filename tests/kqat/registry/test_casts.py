@@ -44,7 +44,13 @@ def constant_first(x: Any, shown: Any) -> Any:
     return x * ops.cast(both, x.dtype)[..., None]
 
 
-CALLS = (hidden_scores, mean_of_shown, truth_and_back, constant_first)
+def truth_of_quantities(x: Any, shown: Any) -> Any:
+    """Floats as truth values: all but zero, which every grid has."""
+    some = ops.cast(ops.relu(x) * ops.cast(shown, x.dtype)[..., None], "bool")
+    return ops.where(some, x, 0.25 * x)
+
+
+CALLS = (hidden_scores, mean_of_shown, truth_and_back, constant_first, truth_of_quantities)
 
 
 def _model(call: Callable[[Any, Any], Any], mask: str = "int32") -> keras.Model:

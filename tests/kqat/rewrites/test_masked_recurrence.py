@@ -35,9 +35,9 @@ def _of_words(make: Make) -> keras.Model:
     return _filled(keras.Model(x, make(embedded), name="net"))
 
 
-def _of_numbers(make: Make) -> keras.Model:
+def _of_numbers(make: Make, padding: float = 0.0) -> keras.Model:
     x = keras.Input((STEPS, WIDTH), name="x")
-    return _filled(keras.Model(x, make(layers.Masking(name="masking")(x)), name="net"))
+    return _filled(keras.Model(x, make(layers.Masking(padding, name="masking")(x)), name="net"))
 
 
 def _words(samples: int = 24) -> np.ndarray:
@@ -55,10 +55,10 @@ def _words(samples: int = 24) -> np.ndarray:
     return words
 
 
-def _numbers(samples: int = 24) -> np.ndarray:
+def _numbers(samples: int = 24, padding: float = 0.0) -> np.ndarray:
     counts = (_words(samples) != 0)[..., None]
     values = np.random.default_rng(2).normal(size=(samples, STEPS, WIDTH))
-    return (values * counts).astype(np.float32)
+    return np.where(counts, values, padding).astype(np.float32)
 
 
 def _expanded(model: keras.Model) -> keras.Model:
@@ -144,17 +144,34 @@ def test_wholes_compute_what_the_layers_compute(name: str) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_masking_finds_steps_of_zeros() -> None:
-    model, x = _of_numbers(layers.GRU(UNITS, return_sequences=True)), _numbers()
+@pytest.mark.parametrize("padding", [0.0, -1.3])
+def test_masking_finds_steps_of_one_value(padding: float) -> None:
+    model = _of_numbers(layers.GRU(UNITS, return_sequences=True), padding)
+    x = _numbers(padding=padding)
     np.testing.assert_allclose(_expanded(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [-1.3, pytest.param(-10.0, marks=pytest.mark.slow)])
+def test_a_file_finds_steps_of_a_value_between_two_points_of_its_grid(padding: float) -> None:
+    """The rounded input was compared with the value itself, which no integer stands for."""
+    model = _of_numbers(layers.Dense(2), padding)
+    x = _numbers(padding=padding)
+    qat = kqat.quantize_model(model, calibration_data=x)
+    nothing = np.asarray(qat(np.zeros_like(x)))[0, 0]
+    shown = (x != np.float32(padding)).any(-1)
+    found = np.asarray(qat(x))
+    assert (found[~shown] == nothing).all() and not (found[shown] == nothing).all(-1).any()
+    report = tflite_export.verify(qat, tflite_export.convert(qat), x, samples=4)
+    assert report.is_full_integer and all(part.is_right for part in report.runtimes), report
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
-            lambda x: layers.LSTM(UNITS, name="rnn")(layers.Masking(-1.0, name="pad")(x)),
-            "Expected mask_value=0.0 in Masking layer 'pad'. Received: -1.0",
+            lambda x: layers.LSTM(UNITS, name="rnn")(layers.Masking(-1e9, name="pad")(x)),
+            "Expected a mask_value in Masking layer 'pad' beside which a grid holds other values. "
+            "Received: -1000000000.0",
         ),
         (
             lambda x: _twice(layers.GRU(UNITS, name="rnn"), x),

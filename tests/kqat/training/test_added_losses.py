@@ -71,6 +71,16 @@ class Codebook(layers.Layer):
         return x + ops.stop_gradient(found - x)
 
 
+class Transcript(layers.Layer):
+    """The loss of Keras's example of captchas, which is given lengths for each sample."""
+
+    def call(self, x: Any) -> Any:
+        every = ops.ones((ops.shape(x)[0],), "int32")
+        labels = ops.broadcast_to(ops.convert_to_tensor([[1, 2]]), (ops.shape(x)[0], 2))
+        self.add_loss(ops.mean(ops.ctc_loss(labels, x, 2 * every, 4 * every)))
+        return x
+
+
 class Penalized(layers.Layer):
     """Two losses of what it makes, one of a part of it; with or without them."""
 
@@ -164,6 +174,7 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
     "divergence": lambda: _chain(Latent()),
     "balance": lambda: _chain(Experts()),
     "codebook": lambda: _chain(layers.Dense(WIDTH), layers.Reshape((2, 4)), Codebook()),
+    "lengths of each sample": lambda: _rows(layers.Dense(3, "softmax"), Transcript()),
     "called twice": _shared,
     "subclassed model": _own,
     "subclassed model inside": lambda: _chain(layers.Dense(WIDTH), _own()),
