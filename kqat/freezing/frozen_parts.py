@@ -71,7 +71,11 @@ class FrozenParts:
         """A layer that may ship as a lookup table for integers of `bits` bits."""
         index = len(self.tables)
         name = self.free_name(f"{name}_table_{index}")
-        self.tables.append(Tabulated(clone(layer, dtype="float32"), index, bits, name=name))
+        function = clone(layer, dtype="float32")
+        if layer.weights:  # A number that was trained is one of the function's.
+            function.build((None, 1))
+            function.set_weights(layer.get_weights())
+        self.tables.append(Tabulated(function, index, bits, name=name))
         return self.tables[-1]
 
     def _site_name(self, name: str) -> str:

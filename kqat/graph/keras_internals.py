@@ -612,6 +612,7 @@ def _called(
                 _patched(*((loop, "call", _step_by_step(loop)) for loop in loops)),
                 _shapes_told(layer),
                 _keys_of_tensors(),
+                _arrays_give_way(),
                 _sizes_known(),
                 _asides_noted(layer, inside, notes),
                 tensorflow_traced(),
@@ -1017,6 +1018,29 @@ def _keys_of_tensors() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _arrays_give_way() -> Iterator[None]:
+    """Lets `array * x` be the symbolic tensor's product, as it is that of a tensor of a backend.
+
+    NumPy would ask the tensor for its numbers.
+    """
+    with _patched((keras.KerasTensor, "__array_ufunc__", None)):
+        yield
+
+
+class _AbsentError(AttributeError, TypeError):
+    """What TensorFlow's tensors have and symbolic ones lack.
+
+    Of a TypeError TensorFlow takes that the tensor is none of its own, and asks for another way to
+    compute its function; of an AttributeError it does not.
+    """
+
+
+def _absent(owner: Any, name: str) -> Any:
+    kind = "shape" if isinstance(owner, tuple) else "symbolic tensor"
+    raise _AbsentError(f"A {kind} has no attribute {name!r}.")
+
+
 class _Shape(tuple[Any, ...]):
     """A shape that also answers as TensorFlow's does, for which `call` may have been written."""
 
@@ -1041,6 +1065,8 @@ class _Shape(tuple[Any, ...]):
     def is_fully_defined(self) -> bool:
         return None not in self
 
+    __getattr__ = _absent
+
     def __getitem__(self, key: Any) -> Any:
         part = super().__getitem__(key)
         return _Shape(part) if isinstance(key, slice) else part
@@ -1060,6 +1086,7 @@ def _sizes_known() -> Iterator[None]:
         (functions.Size, "symbolic_call", lambda operation, x: math.prod(x.shape)),
         (home, "shape", property(lambda tensor: _Shape(shape.fget(tensor)), shape.fset)),
         (home, "get_shape", lambda tensor: tensor.shape),
+        (home, "__getattr__", _absent),
     ):
         yield
 

@@ -12,6 +12,9 @@ from kqat.base import ModelError
 from kqat.graph.tracer import Graph
 from kqat.graph.values import fingerprint, sources_of, varies
 
+# Operations that read another weight than their second operand: its inverse, or its negative.
+_CHANGE_SECOND = frozenset(("Divide", "TrueDivide", "Subtract"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Read:
@@ -117,10 +120,13 @@ class WeightReads:
             reverse = node.kwargs.get("reverse", node.args[1:2] == (True,))
             way = int(both and bool(reverse) and getattr(node.layer, "tie_weights", False))
             self._add(variable, Read((id(node.layer), way), name, True, is_float))
+        changes = type(node.layer).__name__ in _CHANGE_SECOND
         for value in keras.tree.flatten((node.args, node.kwargs)):
             if isinstance(value, keras.Variable):
+                changed = changes and any(value is second for second in node.args[1:2])
                 for source in sources_of(value):
-                    whole = value is source or fingerprint(value) == fingerprint(source)
+                    same = value is source or fingerprint(value) == fingerprint(source)
+                    whole = same and not changed
                     numbers = None if whole else np.array(value, np.float32)
                     self._add(source, Read(place, name, whole, is_float, numbers))
             elif isinstance(value, np.ndarray) or keras.ops.is_tensor(value):

@@ -210,6 +210,11 @@ def _local_response(option: Any, x: Any) -> Any:
     return x * ops.power(sums * option("alpha") + option("bias"), -option("beta"))
 
 
+def _contrast(option: Any, x: Any, factor: Any) -> Any:
+    mean = ops.mean(x, axis=(-3, -2), keepdims=True)
+    return (x - mean) * factor + mean
+
+
 def _resize(kind: str) -> Row:
     def call(option: Any, x: Any, size: Any) -> Any:
         _is(option, "half_pixel_centers", True)
@@ -424,6 +429,7 @@ _TABLE: dict[str, Row] = {
     "ExtractImagePatches": _patches,
     "FusedBatchNormV3": _batch_normalization,
     "LRN": _local_response,
+    "AdjustContrastv2": _contrast,
     "ResizeBilinear": _resize("bilinear"),
     "ResizeNearestNeighbor": _resize("nearest"),
     "SpaceToDepth": _blocks("space_to_depth"),

@@ -1,7 +1,14 @@
 """Layers that Keras lacks: each becomes one TFLite operator, or marks a value for the exporter."""
 
 from kqat.parts.byte_input import ByteInput
-from kqat.parts.elementwise import Elementwise, inverts, is_elementwise, within_domain
+from kqat.parts.elementwise import (
+    Elementwise,
+    LearnedPower,
+    inverts,
+    is_elementwise,
+    power,
+    within_domain,
+)
 from kqat.parts.learned import Learned
 from kqat.parts.lstm_step import (
     CARRY,
@@ -75,6 +82,7 @@ __all__ = [
     "IndexKind",
     "IndexOperation",
     "Learned",
+    "LearnedPower",
     "LstmState",
     "Marker",
     "MarkerKind",
@@ -110,6 +118,7 @@ __all__ = [
     "is_factor",
     "is_marker",
     "joined",
+    "power",
     "reads_rows",
     "sliced",
     "stacked",

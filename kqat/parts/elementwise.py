@@ -62,6 +62,41 @@ class Elementwise(keras.layers.Layer):
         return {**super().get_config(), "function": function}
 
 
+@keras.saving.register_keras_serializable("kqat")
+class LearnedPower(keras.layers.Layer):
+    """`x ** exponent` of each number, as generalized mean pooling has it; any shape.
+
+    The exponent is one number, which trains. Ships as a lookup table.
+    """
+
+    def build(self, input_shape: Any) -> None:
+        """Creates the exponent, 1."""
+        self.exponent = self.add_weight(name="exponent", shape=(), initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        """The power of each element."""
+        return power(x, ops.cast(self.exponent, x.dtype))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape."""
+        return input_shape
+
+
+def power(x: Any, exponent: Any) -> Any:
+    """`x ** exponent` for one exponent, finite with its gradients: 0 where it has no real value.
+
+    A clip behind which a model takes a root, as `maximum(x, 1e-6)`, may round to zero, where the
+    gradient of the root is infinite.
+    """
+    size = ops.absolute(x)
+    value = ops.power(ops.maximum(size, MARGIN), exponent)
+    whole = ops.equal(exponent, ops.round(exponent))
+    sign = ops.where(whole, 1.0 - 2.0 * ops.mod(exponent, 2.0), 0.0)
+    value = ops.where(ops.less(x, 0.0), ops.cast(sign, value.dtype) * value, value)
+    vanishes = ops.logical_and(ops.less(size, MARGIN), ops.greater(exponent, 0.0))
+    return ops.where(vanishes, ops.zeros_like(value), value)
+
+
 def is_elementwise(function: Callable[[Any], Any], shape: tuple[int | None, ...]) -> bool:
     """Whether `function` of a tensor of `shape` computes each output from one input, by trial.
 

@@ -327,8 +327,16 @@ def _other_values(operation: Any, name: str, origin: str) -> UnsupportedLayerErr
 
 
 def _for_trial(operation: Any) -> Any:
-    """The operation for two samples, where it holds a shape for another number of them."""
-    if type(operation).__name__ != "BroadcastTo":
+    """The operation for two samples, where it holds a shape for another number of them.
+
+    Keras's ConvTranspose hands its options on in the wrong order, and so runs as a function only.
+    """
+    kind = type(operation).__name__
+    if kind == "ConvTranspose":
+        options = ("strides", "padding", "output_padding", "data_format", "dilation_rate")
+        given = {option: getattr(operation, option) for option in options}
+        return functools.partial(keras.ops.conv_transpose, **given)
+    if kind != "BroadcastTo":
         return operation
     return type(operation)((2, *operation.shape[1:]))
 

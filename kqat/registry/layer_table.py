@@ -30,6 +30,7 @@ from kqat.parts import (
     IndexKind,
     IndexOperation,
     Learned,
+    LearnedPower,
     Matmul,
     Padding,
     PaddingKind,
@@ -225,6 +226,7 @@ OPENED = _own(opens=True)
 LAYERS: dict[type, LayerRule] = {
     layers.Lambda: FUNCTION,
     Elementwise: _own(table=True),
+    LearnedPower: _own(table=True),
     Clip: _own(table=True),
     layers.Dense: dataclasses.replace(
         _conv("FULLY_CONNECTED", (-1,), "RESHAPE"), decompose=basic.dense

@@ -13,8 +13,16 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import holds_indexes, is_tensor
-from kqat.parts import Elementwise, IndexKind, IndexOperation, Matmul, StopGradient
+from kqat.graph import Part, holds_indexes, is_tensor
+from kqat.parts import (
+    Elementwise,
+    IndexKind,
+    IndexOperation,
+    LearnedPower,
+    Matmul,
+    StopGradient,
+    power,
+)
 from kqat.registry.refusals import OPERATION_REASONS, reason
 from kqat.rewrites import (
     BINARY,
@@ -211,12 +219,46 @@ def _elu(operation: Any, name: str) -> Callable[..., Any]:
 
 
 def _power(operation: Any, name: str) -> Callable[..., Any]:
+    """A power, of whose two numbers one may be a weight."""
+
     def call(a: Any, b: Any) -> Any:
-        if is_tensor(a) and is_number(b) and float(np.asarray(b)) == 2.0:
+        a, b = (_number_of(v) for v in (a, b))
+        weight = next((v for v in (a, b) if isinstance(v, keras.Variable)), None)
+        if weight is not None:
+            return _power_of_weight(a, b, weight, name)
+        if not (is_tensor(a) and is_number(b)):
+            return function(operation, name)(a, b)
+        exponent = float(np.asarray(b).reshape(()))
+        if exponent == 2.0:
             return _squared(a, name)
-        return function(operation, name)(a, b)
+        if exponent == round(exponent) and exponent > 0:
+            return function(operation, name)(a, b)
+        return Elementwise.of(lambda x: power(x, exponent), name=name)(a)
 
     return call
+
+
+def _number_of(value: Any) -> Any:
+    """A weight of one number that is not trained, as that number; else what is given."""
+    is_weight = isinstance(value, keras.Variable)
+    if not is_weight or value.trainable or np.size(value) != 1:
+        return value
+    return float(np.asarray(value).reshape(()))
+
+
+def _power_of_weight(a: Any, b: Any, weight: Any, name: str) -> Any:
+    """`x ** weight`, or `weight ** x` as `exp(x * log(weight))`."""
+    if np.size(weight) != 1 or (weight is a and float(np.asarray(weight).reshape(())) <= 0):
+        raise UnsupportedLayerError(
+            f"Expected one number that is trained, above zero if it is the base, in operation "
+            f"'{name}' of type Power. Received: a weight of shape {tuple(weight.shape)}. Its "
+            "lookup table is the same for all channels: train one number, or leave it float."
+        )
+    number = np.asarray(weight, np.float32).reshape(())
+    if weight is b:
+        return Part(LearnedPower(name=name, trainable=weight.trainable), [number])(a)
+    logarithm = keras.Variable(np.log(number), trainable=weight.trainable, name="logarithm")
+    return layers.Activation("exponential", name=name)(ops.multiply(b, logarithm))
 
 
 def _matmul(operation: Any, name: str) -> Callable[..., Any]:

@@ -124,7 +124,7 @@ OPERATION_REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "cdist conv_transpose cross cumprod diag diagflat diagonal diff "
+            "cdist cross cumprod diag diagflat diagonal diff "
             "extract_sequences fold heaviside hypot isclose isin kron ldexp nextafter outer "
             "ptp rearrange select sparsemax trace trapezoid unfold"
         ).split(),
@@ -151,7 +151,7 @@ OPERATION_REASONS: dict[str, str] = {
         "model, or use resize",
     ),
     **dict.fromkeys(
-        "extract_patches_3d gaussian_blur sobel_edges".split(),
+        "extract_patches_3d".split(),
         "is a convolution with a fixed kernel; use a DepthwiseConv2D with that kernel",
     ),
     **dict.fromkeys(

@@ -42,6 +42,7 @@ from kqat.training.range_checks import (
     concerns,
     lost_output,
     refused_scales,
+    unlike_channels,
 )
 from kqat.training.weight_wrapper import QuantizeWrapper, rounded_once, uncorrected
 
@@ -114,6 +115,7 @@ def calibrate_for(
         choice = best(graph, observer, tensors, methods, corrects=corrects)
         lost = list(_lost(graph, tensors, choice, corrects))
     lost += coarse_kernels(graph, observer, choice.noise)
+    lost += unlike_channels(graph, choice.unrounded, choice.ranges)
     take_over(model, choice, corrects=corrects)
     doubtful = [*concerns(graph, observer, choice.ranges), *refused_scales(graph), *lost]
     if doubtful:

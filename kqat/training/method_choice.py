@@ -65,11 +65,13 @@ class Choice:
             layer; none where weights are not those of the float model.
         noise: power of the errors of rounding over that of the values, by output of the graph; none
             where nothing was tried.
+        unrounded: the values of these outputs, and those of `judged_values`, without rounding.
     """
 
     ranges: dict[ActivationQuantizer, dict[int, SiteRange]]
     corrections: dict[QuantizeWrapper, np.ndarray]
     noise: Mapping[Ref, float]
+    unrounded: Mapping[Ref, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def best(
@@ -118,7 +120,7 @@ def best(
         noise = math.sqrt(_noise_at(ends, want, got) * _noise_at(outputs, want, got))
         if chosen is None or noise < least * 10.0 ** (-MARGIN_DB / 10.0):
             each = {ref: _noise(want[ref], got[ref]) for ref in outputs}
-            chosen, least = Choice(ranges, corrections, each), noise
+            chosen, least = Choice(ranges, corrections, each, want), noise
     assert chosen is not None, "there is a method to try"
     return chosen
 

@@ -41,6 +41,8 @@ LARGEST_NOISE = 0.1
 COARSE_NOISE = 10.0**-2.5
 # Bits that a member of a group with one scale may lose.
 LOST_BITS = 3.0
+# Bits that must be left to a channel of an output.
+LEFT_BITS = 3.0
 # Half of all inverses lie below so many steps: they are some 10 % off.
 SMALL_STEPS, SMALL_SHARE = 4.0, 0.5
 # How many tensors are named for one reason.
@@ -129,6 +131,8 @@ _ADVICE = {
     "alike before they meet",
     "chosen": "Scale them alike before they meet",
     "drowned": "Scale them alike before they are added",
+    "channels": "Train on targets of like size, or let a layer and an output of its own make each "
+    "kind of value",
     "inverse": "Divide both by the number of steps first, so that divisors are of like size",
     "coarse": "Give the layer that makes it 'int16x8', with a grid of 1/32768; or let the model "
     "end before it, with the logits, where it is an output",
@@ -141,6 +145,7 @@ _WIDER = {
     "unlike": "; or give that layer 'int16x8'",
     "chosen": ", or give that layer 'int16x8'",
     "drowned": ", or give that layer 'int16x8'",
+    "channels": "; or give that layer 'int16x8'",
     "inverse": ", or give that layer 'int16x8'",
 }
 
@@ -190,6 +195,45 @@ def coarse_kernels(
                 f"that its kernel demands leaves an SQNR of {-10.0 * math.log10(cut.noise):.1f} dB"
             )
             yield Concern("coarse", name, cut.noise, text)
+
+
+def unlike_channels(
+    graph: Graph, values: Mapping[Ref, np.ndarray], ranges: Found
+) -> Iterator[Concern]:
+    """Outputs of one kernel whose channels are of unlike size, as of boxes in pixels and scores.
+
+    Channels that never change are left out, as are those of a ReLU, of which some are always
+    nearly dead.
+
+    Args:
+        graph: of the QAT model.
+        values: of the last roundings before the outputs, where nothing is rounded.
+        ranges: that were found.
+    """
+    names = ValueNames(graph)
+    for ref in graph.outputs:
+        source = names.source_of(ref)
+        node = None if source is None else names.calls.get(source)
+        if source is None or node is None or source[0].clamp is not None:
+            continue
+        maker, made = names.producers.get(node.inputs[0]), values.get(node.outputs[0])
+        if maker is None or not isinstance(maker.layer, QuantizeWrapper):
+            continue
+        if source[0] not in ranges or made is None or made.size < FEW_SAMPLES * made.shape[-1]:
+            continue
+        channels = made.reshape(-1, made.shape[-1])
+        widths = channels.max(axis=0) - channels.min(axis=0)
+        whole, bits = _width(ranges[source[0]], source[1]), source[0].spec.bits
+        small = np.flatnonzero((widths > 0.0) & (widths * 2.0 ** (bits - LEFT_BITS) < whole))
+        if not len(small):
+            continue
+        name, worst = names.of(*source), small[np.argmin(widths[small])]
+        lost = math.log2(whole / widths[worst])
+        text = (
+            f"'{name}' has one scale for channels of unlike size: channel {worst} spans "
+            f"{widths[worst]:.4g} of {whole:.4g} and loses {lost:.1f} of its {bits} bits"
+        )
+        yield Concern("channels", name, lost, text, bits == 16)
 
 
 def refused_scales(graph: Graph) -> Iterator[Concern]:

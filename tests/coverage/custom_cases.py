@@ -61,6 +61,20 @@ class Projection(L.Layer):
 
 
 @register
+class GeneralizedMean(L.Layer):
+    """Pooling between the mean and the maximum, by an exponent that is trained."""
+
+    def build(self, shape: Any) -> None:
+        """Creates the exponent."""
+        three = keras.initializers.Constant(3.0)
+        self.exponent = self.add_weight(name="exponent", shape=(), initializer=three)
+
+    def call(self, x: Any) -> Any:
+        """The mean of powers of the steps."""
+        return ops.mean(ops.sigmoid(x) ** self.exponent, axis=1)
+
+
+@register
 class ClassToken(L.Layer):
     """A weight in front of a sequence, for each sample of a batch of any size."""
 
@@ -242,6 +256,16 @@ CASES: tuple[Case, ...] = (
         FULLY_CONNECTED=3,
         SOFTMAX=1,
         TRANSPOSE=1,
+    ),
+    _case(
+        "generalized_mean",
+        ROWS,
+        lambda x: GeneralizedMean()(x),
+        ADD=1,
+        CAST=1,
+        GATHER=1,
+        LOGISTIC=1,
+        MEAN=1,
     ),
     _case("class_token", ROWS, lambda x: ClassToken()(x), CONCATENATION=1),
     Case(

@@ -20,6 +20,7 @@ from kqat.base.errors import ExportError, TargetError
 from kqat.devices.kernels import KERNELS, LITERT, TABLE_OPS
 from kqat.graph.tracer import Graph, trace
 from kqat.parts.byte_input import ByteInput
+from kqat.parts.elementwise import LearnedPower
 from kqat.parts.learned import Learned
 from kqat.parts.markers import Requantize, StopGradient
 from kqat.parts.recurrence import Recurrence
@@ -408,11 +409,12 @@ def test_every_row_has_a_case() -> None:
     # where widths meet (`tests/kqat/planning/test_width_changes.py`) and ByteInput behind uint8
     # inputs (`test_byte_inputs.py` there), attention puts Hide where a mask is, and tracing puts
     # Learned where a weight is a value: the case "class_token". One-hot codes are ConstantRows. A
-    # weight that is read in two ways is a TiedWeight: the case "table_read_both_ways".
+    # weight that is read in two ways is a TiedWeight: the case "table_read_both_ways". An exponent
+    # that is trained makes a LearnedPower: the case "generalized_mean".
     # The operation `stop_gradient`, which has a case, ships as a StopGradient.
     # Masks of recurrent layers are tried in `tests/kqat/rewrites/test_masked_recurrence.py`.
     tried = {*(type(layer) for layer in nodes), *AUGMENTING, Requantize, ByteInput, Hide, Learned}
-    tried |= {ConstantRows, Hold, StopGradient, TiedWeight, keras.layers.Masking}
+    tried |= {ConstantRows, Hold, LearnedPower, StopGradient, TiedWeight, keras.layers.Masking}
     assert set(LAYERS) - tried == set()
     kinds = [
         keras.activations.serialize(layer.activation)
@@ -421,5 +423,7 @@ def test_every_row_has_a_case() -> None:
     ]
     assert [name for name in ACTIVATIONS if name not in kinds] == []
     # A Fourier transform needs zeros, and broadcast_to the batch size, which only a layer of the
-    # user's has: the case "fourier", and `tests/kqat/registry/test_operation_table.py`.
-    assert set(OPERATIONS) - {type(layer).__name__ for layer in nodes} == {"FFT2", "BroadcastTo"}
+    # user's has: the case "fourier", and `tests/kqat/registry/test_operation_table.py`. Keras runs
+    # conv_transpose there only, too: `tests/kqat/graph/test_tracing_of_calls.py`.
+    beside = set(OPERATIONS) - {type(layer).__name__ for layer in nodes}
+    assert beside == {"FFT2", "BroadcastTo", "ConvTranspose"}

@@ -112,6 +112,37 @@ def _conv(kind: str) -> Row:
     return row
 
 
+def _conv_transpose(operation: Any, name: str) -> Callable[..., Any]:
+    """`conv_transpose` with a constant or trainable kernel."""
+
+    def call(x: Any, kernel: Any) -> Any:
+        axes = len(x.shape) - 2
+        if is_tensor(kernel) or axes > 2:
+            raise UnsupportedLayerError(
+                f"Expected one or two axes, and a constant or a variable as kernel, in operation "
+                f"'{name}' of type ConvTranspose. Received: {axes} axes, and "
+                f"{'a tensor' if is_tensor(kernel) else 'a constant'} as kernel. Integer kernels "
+                "take constant weights only. Leave it float, or make the kernel a variable."
+            )
+        trained = isinstance(kernel, keras.Variable) and kernel.trainable
+        array = np.asarray(kernel, np.float32)
+        layer = getattr(layers, f"Conv{axes}DTranspose")(
+            filters=array.shape[-2],
+            kernel_size=array.shape[:-2],
+            strides=operation.strides,
+            padding=operation.padding,
+            output_padding=operation.output_padding,
+            dilation_rate=operation.dilation_rate,
+            data_format=operation.data_format,
+            use_bias=False,
+            trainable=trained,
+            name=name,
+        )
+        return Part(layer, [array])(x)
+
+    return call
+
+
 def _grayscale(operation: Any, name: str) -> Callable[..., Any]:
     """ITU-R BT.601 luma, as Keras has it."""
 
@@ -123,6 +154,52 @@ def _grayscale(operation: Any, name: str) -> Callable[..., Any]:
             )
         kernel = np.array([[0.2989], [0.5870], [0.1140]], np.float32)
         return matrix_products.einsum("...y,yz->...z", images, kernel, name)
+
+    return call
+
+
+def _filtered(images: Any, kernels: np.ndarray, padding: str, name: str) -> Any:
+    """Each channel by itself, by fixed kernels of shape `(rows, columns, kernels)`."""
+    array = np.repeat(kernels[:, :, None], images.shape[-1], axis=2).astype(np.float32)
+    layer = layers.DepthwiseConv2D(
+        kernel_size=array.shape[:2], depth_multiplier=array.shape[-1], padding=padding,
+        data_format="channels_last", use_bias=False, trainable=False, name=name,
+    )  # fmt: skip
+    return Part(layer, [array])(images)
+
+
+def _check_images(operation: Any, images: Any, name: str) -> None:
+    if operation.data_format != "channels_last" or len(images.shape) != 4:
+        raise UnsupportedLayerError(
+            f"Expected batches of images with data_format='channels_last' in operation '{name}'. "
+            f"Received: shape {tuple(images.shape)} and {operation.data_format}. Permute."
+        )
+
+
+def _blur(operation: Any, name: str) -> Callable[..., Any]:
+    """A Gaussian of fixed width, cut off at the size of the kernel."""
+
+    def call(images: Any) -> Any:
+        _check_images(operation, images, name)
+        places = [np.arange(size) - (size - 1) / 2 for size in operation.kernel_size]
+        bells = [np.exp(-0.5 * (x / s) ** 2) for x, s in zip(places, operation.sigma, strict=True)]
+        across, down = (bell / bell.sum() for bell in bells)
+        kernel = np.outer(down, across).reshape(*operation.kernel_size, 1)
+        return _filtered(images, kernel, "same", name)
+
+    return call
+
+
+def _sobel(operation: Any, name: str) -> Callable[..., Any]:
+    """Differences down and across, of images that are mirrored at their borders."""
+
+    def call(images: Any) -> Any:
+        _check_images(operation, images, name)
+        down = np.outer([-1, 0, 1], [1, 2, 1])
+        borders = ((0, 0), (1, 1), (1, 1), (0, 0))
+        wider = ops.pad(images, borders, mode="reflect")
+        edges = _filtered(wider, np.stack([down, down.T], axis=-1), "valid", f"{name}_edges")
+        return layers.Reshape((*images.shape[1:], 2), name=name)(edges)
 
     return call
 
@@ -261,6 +338,8 @@ NETWORKS: dict[str, Row] = {
     "ExtractPatches": extract_patches,
     "FFT2": _fft2,
     "RGBToGrayscale": _grayscale,
+    "GaussianBlur": _blur,
+    "SobelEdges": _sobel,
     "CropImages": _framed(layers.Cropping2D, "cropping", -1),
     "PadImages": _framed(layers.ZeroPadding2D, "padding", 1),
     "MaxPool": _pool("Max"),
@@ -269,6 +348,7 @@ NETWORKS: dict[str, Row] = {
     "AdaptiveAveragePool": _adaptive_pool("Average"),
     "Conv": _conv("Conv"),
     "DepthwiseConv": _conv("DepthwiseConv"),
+    "ConvTranspose": _conv_transpose,
     "Normalize": _normalize,
     "DotProductAttention": _dot_product_attention,
 }

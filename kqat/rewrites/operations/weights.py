@@ -26,9 +26,9 @@ from kqat.rewrites.layers.one_hot import rows
 TAKE_WEIGHTS = frozenset(
     (
         "Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum", "Where",
-        "FFT2",
+        "Power", "FFT2",
         "Matmul", "Einsum", "Tensordot", "Dot", "Inner", "Take", "Conv", "DepthwiseConv",
-        "DotProductAttention", "SimpleRNNCell", "GRUCell", "LSTMCell",
+        "ConvTranspose", "DotProductAttention", "SimpleRNNCell", "GRUCell", "LSTMCell",
     )
 )  # fmt: skip
 # Those among them whose operands all have the batch's size.

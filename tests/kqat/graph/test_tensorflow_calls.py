@@ -47,6 +47,8 @@ def of_images(own: Any, x: Any) -> Any:
     """Functions of images, which are made of others."""
     image = tf.reshape(x, tf.stack([tf.shape(x)[0], 4, 4, 3]))
     image = tf.image.resize(tf.image.per_image_standardization(image), tf.shape(image)[1:3] * 2)
+    gray = tf.image.adjust_contrast(tf.image.rgb_to_grayscale(image), 1.5)
+    image = image + tf.image.grayscale_to_rgb(gray)
     image = tf.nn.conv2d(image, np.ones((3, 3, 3, 2), np.float32), 1, "SAME")
     image = tf.image.crop_to_bounding_box(tf.image.flip_left_right(image), 1, 2, 6, 4)
     edges = tf.image.sobel_edges(tf.nn.max_pool2d(image, 2, 2, "VALID"))

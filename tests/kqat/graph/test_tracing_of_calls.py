@@ -98,6 +98,11 @@ def masked(own: Any, x: Any) -> Any:
 
 CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "left of an operator": lambda own, x: own.scale * x + own.bias,
+    "right of an array": lambda own, x: np.arange(8.0) * x - np.eye(6, dtype="float32")[::-1] @ x,
+    "a power": lambda own, x: ops.absolute(x) ** own.scale + ops.exp(own.scale) ** x,
+    "a transposed convolution": lambda own, x: ops.conv_transpose(
+        x, ops.tile(own.matrix[None], (3, 1, 1)), 2
+    ),
     "right of a matrix product": lambda own, x: x @ own.matrix,
     "left of a matrix product": lambda own, x: ops.matmul(
         own.position, ops.transpose(x, (0, 2, 1))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kqat.parts.elementwise import DOMAINS, Elementwise, is_elementwise
+from kqat.parts.elementwise import DOMAINS, Elementwise, is_elementwise, power
 
 SHAPE = (None, 4, 5)
 COUNTER = np.arange(5, dtype=np.float32)
@@ -64,3 +64,19 @@ def test_inside_its_domain_a_function_and_its_gradient_are_finite(name: str) -> 
         y = getattr(ops, name.lower())(guarded(x))
     assert np.isfinite(y).all()
     assert np.isfinite(tape.gradient(y, x)).all()
+
+
+@pytest.mark.parametrize("exponent", [3.0, 2.0, 1.0, 0.5, 1 / 3, -1.5, -1.0])
+def test_a_power_and_its_gradients_are_finite(exponent: float) -> None:
+    """Also at zero, onto which a clip behind which a root is taken may be rounded."""
+    tf = pytest.importorskip("tensorflow")
+    x = tf.constant([-2.0, -0.5, 0.0, 0.5, 2.0])
+    trained = tf.constant(exponent)
+    with tf.GradientTape() as tape:
+        tape.watch([x, trained])
+        y = power(x, trained)
+    assert all(np.isfinite(g).all() for g in (y, *tape.gradient(y, [x, trained])))
+    with np.errstate(all="ignore"):
+        want = np.power(x.numpy(), np.float32(exponent))
+    known = np.isfinite(want)
+    np.testing.assert_allclose(y.numpy()[known], want[known], rtol=1e-5)

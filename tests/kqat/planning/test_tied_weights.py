@@ -362,6 +362,10 @@ def _fused(x: Any, w: Any) -> Any:
     return (w[0] * x + w[1] * ops.tanh(x)) / (ops.sum(w) + 1e-4)
 
 
+def _softened(x: Any, w: Any) -> Any:
+    return ops.softplus(w * x) / w
+
+
 @pytest.mark.parametrize("initializer", ["normal", "ones"])
 @pytest.mark.parametrize(
     ("shape", "function"),
@@ -424,7 +428,9 @@ def test_the_steps_of_a_time_distributed_layer_train_one_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "function", "count"), [((), _gated, 2), ((2,), _fused, 3)], ids=["gate", "pyramid"]
+    ("shape", "function", "count"),
+    [((), _gated, 2), ((), _softened, 2), ((2,), _fused, 3)],
+    ids=["gate", "inverse", "pyramid"],
 )
 def test_numbers_of_a_weight_train_by_themselves_and_that_is_said(
     shape: Any, function: Callable[..., Any], count: int

@@ -140,6 +140,22 @@ def test_members_of_unlike_size(nested: bool) -> None:
     assert "unlike" not in said(joined(4.0), X)
 
 
+@pytest.mark.parametrize("behind", [(), (layers.Reshape((-1, 6)),), (layers.ReLU(),)])
+def test_channels_of_unlike_size(behind: Any) -> None:
+    """Boxes in pixels and scores of one convolution; behind a ReLU some are always small."""
+    head = layers.Conv2D(6, 1, name="head")
+    model = keras.Sequential([keras.Input((8, 8, 3), name="image"), head, *behind], name="net")
+    kernel, bias = head.get_weights()
+    head.set_weights([kernel * np.array([300, 300, 300, 1, 1, 1]), bias])
+    text = said(model, X)
+    if any(isinstance(layer, layers.ReLU) for layer in behind):
+        assert text == ""
+        return
+    assert "'head' has one scale for channels of unlike size: channel" in text
+    assert "of its 8 bits. Train on targets of like size, or let a layer and an output" in text
+    assert said(model, X, "int16x8") == ""
+
+
 def test_what_adapt_cannot_part_is_no_advice_of_it() -> None:
     x = keras.Input((4,), name="x")
     far = layers.Dense(4, kernel_initializer=keras.initializers.Constant(50.0), name="far")(x)
