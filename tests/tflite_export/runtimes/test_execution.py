@@ -416,3 +416,22 @@ def test_wrong_names_are_refused(image: bytes) -> None:
 def test_other_files_are_refused() -> None:
     with pytest.raises(ExportError, match="Expected a TFLite file"):
         execution.run(b"no model", [], runtime="litert")
+
+
+@pytest.mark.skipif(not tf.__version__.startswith("2.21."), reason="phones.md says it of 2.21")
+def test_the_interpreter_inside_tensorflow_multiplies_tensors_wrongly() -> None:
+    blob = _convert(lambda x: tf.matmul(x, x, transpose_b=True), (1, 24, 16), int8=True)
+    x = np.random.default_rng(2).integers(-128, 128, (1, 24, 16)).astype(np.int8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It is deprecated.
+        interpreter = tf.lite.Interpreter(model_content=blob)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
+    interpreter.invoke()
+    theirs = interpreter.get_tensor(interpreter.get_output_details()[0]["index"]).astype(int)
+    right, fast = (
+        execution.run(blob, [x], runtime=runtime).outputs[0].astype(int)
+        for runtime in ("litert_reference", "litert")
+    )
+    assert np.max(np.abs(fast - right)) <= 1
+    assert np.max(np.abs(theirs - right)) > 1
