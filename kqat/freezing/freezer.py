@@ -54,8 +54,9 @@ def freeze(qat: keras.Model) -> FrozenModel:
 
     Raises:
         ModelError: if `qat` is no QAT model, or layers were added to it since it was planned.
-        FreezeError: if a range was never observed, all trained variables are zero, or a weight is
-            not finite or overflows where BatchNormalization folds into it.
+        FreezeError: if a range was never observed, an optimizer that averages left zeros in all
+            trained variables, or a weight is not finite or overflows where BatchNormalization folds
+            into it.
 
     Warns:
         CalibrationWarning: if training moved ranges far away from those of calibration.
@@ -69,15 +70,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
             f"Expected finite weights and ranges. Received: NaN or infinity in '{path}' of "
             f"'{qat.name}'. Its training diverged; go back to a checkpoint."
         )
-    trained = qat.trainable_variables
-    if trained and not any(np.any(array_of(variable)) for variable in trained):
-        raise FreezeError(
-            f"Expected weights other than zero in '{qat.name}'. Received: zeros in all "
-            f"{len(trained)} trained variables. An optimizer with use_ema=True puts its averages "
-            "in the place of all weights at the end of fit, and they are zero where it took no "
-            "step: with mixed_float16 it takes none while the scaled loss overflows. Train the "
-            "model again, for more steps or in float32."
-        )
+    _check_averages(qat)
     warn_of_drift(qat, stacklevel=2)
     parts = FrozenParts(graph)
     wrappers = [layer for layer in all_layers(qat) if isinstance(layer, QuantizeWrapper)]
@@ -94,6 +87,27 @@ def freeze(qat: keras.Model) -> FrozenModel:
         output_names=graph.output_keys,
     )
     return frozen.with_facts(find_node_facts(frozen.graph, parts.sites, parts.carried))
+
+
+def _check_averages(qat: keras.Model) -> None:
+    """Raises where averages of no step stand in the place of all weights.
+
+    Zeros alone are no fault: so begin a head on a frozen backbone, and the slopes of a PReLU.
+    """
+    optimizer = getattr(qat, "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+    trained = qat.trainable_variables
+    if not getattr(optimizer, "use_ema", False) or not trained:
+        return
+    if any(np.any(array_of(variable)) for variable in trained):
+        return
+    raise FreezeError(
+        f"Expected weights other than zero in '{qat.name}'. Received: zeros in all {len(trained)} "
+        "trained variables. An optimizer with use_ema=True puts its averages in the place of all "
+        "weights at the end of fit, and they are zero where it took no step: with mixed_float16 it "
+        "takes none while the scaled loss overflows. Train the model again, for more steps or in "
+        "float32."
+    )
 
 
 class _GraphFreezer:

@@ -170,9 +170,13 @@ def test_weights_that_diverged_do_not_ship() -> None:
 def test_averages_of_no_step_do_not_ship() -> None:
     """An optimizer that averages and takes no step leaves zeros, as `fit` ends."""
     qat = kqat.quantize_model(model_of(conv()), calibration_data=IMAGES)
+    for variable in qat.trainable_variables:
+        variable.assign(np.zeros(variable.shape))
+    assert tflite_export.convert(qat), "zeros alone are no fault"
     optimizer = keras.optimizers.SGD(use_ema=True)
     optimizer.build(qat.trainable_variables)
     optimizer.finalize_variable_values(qat.trainable_variables)
+    qat.compile(optimizer, "mse")
     with pytest.raises(FreezeError, match=r"zeros in all 2 trained variables. .*use_ema=True"):
         tflite_export.convert(qat)
 
