@@ -251,8 +251,9 @@ def _power_of_weight(a: Any, b: Any, weight: Any, name: str) -> Any:
     if np.size(weight) != 1 or (weight is a and float(np.asarray(weight).reshape(())) <= 0):
         raise UnsupportedLayerError(
             f"Expected one number that is trained, above zero if it is the base, in operation "
-            f"'{name}' of type Power. Received: a weight of shape {tuple(weight.shape)}. Its "
-            "lookup table is the same for all channels: train one number, or leave it float."
+            f"'{name}' of type Power. Received: a weight of shape {tuple(weight.shape)}, "
+            f"{np.ravel(weight)[:3]}. Its lookup table is the same for all channels: train one "
+            "number, or leave it float."
         )
     number = np.asarray(weight, np.float32).reshape(())
     if weight is b:

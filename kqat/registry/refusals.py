@@ -151,10 +151,6 @@ OPERATION_REASONS: dict[str, str] = {
         "model, or use resize",
     ),
     **dict.fromkeys(
-        "extract_patches_3d".split(),
-        "is a convolution with a fixed kernel; use a DepthwiseConv2D with that kernel",
-    ),
-    **dict.fromkeys(
         "empty_like".split(),
         "makes numbers that nobody knows; use zeros_like",
     ),

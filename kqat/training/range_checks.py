@@ -43,6 +43,8 @@ COARSE_NOISE = 10.0**-2.5
 LOST_BITS = 3.0
 # Bits that must be left to a channel of an output.
 LEFT_BITS = 3.0
+# Outputs of more channels are classes or features, of which some may well be nearly unused.
+MOST_KINDS = 32
 # Half of all inverses lie below so many steps: they are some 10 % off.
 SMALL_STEPS, SMALL_SHARE = 4.0, 0.5
 # How many tensors are named for one reason.
@@ -131,8 +133,8 @@ _ADVICE = {
     "alike before they meet",
     "chosen": "Scale them alike before they meet",
     "drowned": "Scale them alike before they are added",
-    "channels": "Train on targets of like size, or let a layer and an output of its own make each "
-    "kind of value",
+    "channels": "If it matters, train on targets of like size, or let a layer and an output of its "
+    "own make each kind of value",
     "inverse": "Divide both by the number of steps first, so that divisors are of like size",
     "coarse": "Give the layer that makes it 'int16x8', with a grid of 1/32768; or let the model "
     "end before it, with the logits, where it is an output",
@@ -203,7 +205,7 @@ def unlike_channels(
     """Outputs of one kernel whose channels are of unlike size, as of boxes in pixels and scores.
 
     Channels that never change are left out, as are those of a ReLU, of which some are always
-    nearly dead.
+    nearly dead, and outputs of many channels.
 
     Args:
         graph: of the QAT model.
@@ -221,17 +223,19 @@ def unlike_channels(
             continue
         if source[0] not in ranges or made is None or made.size < FEW_SAMPLES * made.shape[-1]:
             continue
+        if made.shape[-1] > MOST_KINDS:
+            continue
         channels = made.reshape(-1, made.shape[-1])
         widths = channels.max(axis=0) - channels.min(axis=0)
-        whole, bits = _width(ranges[source[0]], source[1]), source[0].spec.bits
-        small = np.flatnonzero((widths > 0.0) & (widths * 2.0 ** (bits - LEFT_BITS) < whole))
+        widest, bits = float(widths.max()), source[0].spec.bits
+        small = np.flatnonzero((widths > 0.0) & (widths * 2.0 ** (bits - LEFT_BITS) < widest))
         if not len(small):
             continue
         name, worst = names.of(*source), small[np.argmin(widths[small])]
-        lost = math.log2(whole / widths[worst])
+        lost = math.log2(widest / widths[worst])
         text = (
             f"'{name}' has one scale for channels of unlike size: channel {worst} spans "
-            f"{widths[worst]:.4g} of {whole:.4g} and loses {lost:.1f} of its {bits} bits"
+            f"{widths[worst]:.4g} of {widest:.4g} and loses {lost:.1f} of its {bits} bits"
         )
         yield Concern("channels", name, lost, text, bits == 16)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers, ops
 
 from kqat.base import array_of
@@ -192,6 +193,7 @@ class QuantizeWrapper(keras.layers.Layer):
         # whether calls ask for them. See `take_grids`.
         self.step_bits: keras.Variable | None = None
         self.asks_step_bits = False
+        self._starts_steps = False
         self.preserve = dict(preserve or {})
         self.masks: dict[str, keras.Variable] = {}
         self.assignments: dict[str, keras.Variable] = {}
@@ -222,8 +224,9 @@ class QuantizeWrapper(keras.layers.Layer):
         if isinstance(self.weight_step, LearnedMethod):
             self.steps = {name: self._new_step(name) for name in self.weight_specs}
         if self.steps:
-            self.step_bits = self._kept_state("step_bits", (len(self.steps),), "int32")
-            self.step_bits.assign(self._widths())
+            # Floats, as a device may keep integers apart; of such averages are taken, too.
+            widths = np.array(self._widths(), np.float32)
+            self.step_bits = self._kept_state("step_bits", widths.shape, "float32", widths)
         for name, kept in self.preserve.items():
             shape = self._variable(name).shape
             if kept.sparsity:
@@ -251,11 +254,13 @@ class QuantizeWrapper(keras.layers.Layer):
             return False
         return activation_name(layer.activation) == "linear"
 
-    def _kept_state(self, name: str, shape: Any, dtype: str) -> keras.Variable:
+    def _kept_state(
+        self, name: str, shape: Any, dtype: str, initial: np.ndarray | None = None
+    ) -> keras.Variable:
         variable = self.add_weight(
             name=name,
             shape=shape,
-            initializer="zeros",
+            initializer="zeros" if initial is None else lambda shape, dtype=None: initial,
             dtype=dtype,
             trainable=False,
             autocast=False,
@@ -280,8 +285,10 @@ class QuantizeWrapper(keras.layers.Layer):
             variable.assign(store[str(index)])
         if lacking and corrects and any(v is corrects[0] for v in lacking):
             self.correct(None)
-        # Weights of a stage of `kqat.FallingBits` may come into the planned grids.
-        self.asks_step_bits |= not self._steps_fit()
+        # Weights of a stage of `kqat.FallingBits` may come into the planned grids, or those of a
+        # model of another width. The weights themselves are not here yet.
+        self._starts_steps = not self._steps_fit()
+        self.asks_step_bits |= self._starts_steps
 
     @property
     def takes_correction(self) -> bool:
@@ -392,7 +399,8 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def _steps_fit(self) -> bool:
         """Whether learned steps are of the grids that weights are rounded on now."""
-        return self.step_bits is None or array_of(self.step_bits).tolist() == self._widths()
+        bits = self.step_bits
+        return bits is None or np.rint(array_of(bits)).tolist() == self._widths()
 
     def set_weights(self, weights: Any) -> None:
         """As every layer's; a Normalization inside computes with them at once."""
@@ -428,6 +436,12 @@ class QuantizeWrapper(keras.layers.Layer):
         that the bias of the moving statistics has.
         """
         self.controls.are_read |= bool(training)
+        if training and self._starts_steps:
+            # As training is traced: from here on steps are learned. What only infers computes with
+            # where they start.
+            self._starts_steps = False
+            with tf.init_scope():
+                self.start_steps()
         statistics = bool(training and not self.freeze_statistics)
         quantizer = self._quantizers.by_name.get(input_quantizer)
         if training and self.controls.dampening is not None:
@@ -876,7 +890,7 @@ class QuantizeWrapper(keras.layers.Layer):
             if not self.asks_step_bits or self.step_bits is None:
                 return learned
             return ops.cond(
-                self.step_bits.value[list(self.steps).index(name)] == spec.bits,
+                ops.round(self.step_bits.value[list(self.steps).index(name)]) == spec.bits,
                 lambda: learned,
                 lambda: ops.stop_gradient(method.step(folded, spec)),
             )

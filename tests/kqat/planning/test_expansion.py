@@ -182,3 +182,16 @@ def test_what_a_wrapped_layer_is_refused_for_is_said() -> None:
     model = keras.Model(x, layers.TimeDistributed(layers.RandomCrop(2, 2), name="steps")(x))
     with pytest.raises(kqat.UnsupportedLayerError, match=r"'steps_.*' .* resizes in inference"):
         kqat.plan(model)
+
+
+class Logarithm(layers.Layer):
+    """Minus infinity where a value is below zero, and a guarded logarithm in the parts."""
+
+    def call(self, x: Any) -> Any:
+        """The logarithm of what a ReLU leaves."""
+        return ops.log(ops.relu(x))
+
+
+def test_what_is_infinite_may_be_far_below() -> None:
+    x = keras.Input((4,), name="x")
+    kqat.plan(keras.Model(x, layers.Dense(2)(Logarithm(name="logarithm")(x))))

@@ -152,8 +152,14 @@ def test_channels_of_unlike_size(behind: Any) -> None:
         assert text == ""
         return
     assert "'head' has one scale for channels of unlike size: channel" in text
-    assert "of its 8 bits. Train on targets of like size, or let a layer and an output" in text
+    assert (
+        "of its 8 bits. If it matters, train on targets of like size, or let a layer and an output"
+        in text
+    )
     assert said(model, X, "int16x8") == ""
+    # As the prior of rare classes: far from zero, and alike.
+    head.set_weights([np.full_like(kernel, 0.01) * [1, 2, 1, 2, 1, 2], bias - 4.6])
+    assert "channels" not in said(model, X)
 
 
 def test_what_adapt_cannot_part_is_no_advice_of_it() -> None:

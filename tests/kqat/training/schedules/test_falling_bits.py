@@ -137,3 +137,28 @@ def test_averages_of_steps_are_of_one_stage() -> None:
     start = np.asarray(wrapper(qat).scale("kernel"))
     fit(qat, kqat.FallingBits((8,)), epochs=2, batch_size=64)
     np.testing.assert_allclose(wrapper(qat).scale("kernel"), start, rtol=1e-6)
+
+
+def test_steps_of_another_width_start_anew_where_training_begins(tmp_path: Path) -> None:
+    """Weights of 8 bits as the beginning of those of 4: steps of zero gradient trained nothing."""
+    wide, qat = (
+        quantized(
+            kqat.QuantizeConfig(
+                weights=kqat.QuantSpec(
+                    bits=bits, symmetric=True, narrow_range=True, axis="channel"
+                ),
+                weight_step="lsq",
+            ),
+            rate=1e-4,
+        )
+        for bits in (8, 4)
+    )
+    wide.save_weights(tmp_path / "wide.weights.h5")
+    qat.load_weights(tmp_path / "wide.weights.h5")
+    one = wrapper(qat)
+    start = np.asarray(one.weight_step.step(one.folded("kernel"), one.weight_specs["kernel"]))
+    np.testing.assert_array_equal(one.scale("kernel"), start)
+    fit(qat, epochs=1)
+    assert np.all(np.asarray(one.scale("kernel")) != start)
+    np.testing.assert_allclose(one.steps["kernel"], one.scale("kernel"))
+    np.testing.assert_allclose(one.scale("kernel"), start, atol=1e-3)
