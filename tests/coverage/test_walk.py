@@ -25,6 +25,7 @@ def _newest_keras() -> None:
 # Functions that are another function's second name, or whose operation bears another.
 SAME = {
     "abs": "Absolute",
+    "extract_patches_3d": "ExtractPatches",
     "fft2": "FFT2",
     "hard_swish": "HardSilu",
     "rgb_to_grayscale": "RGBToGrayscale",

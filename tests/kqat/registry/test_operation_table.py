@@ -18,6 +18,7 @@ from tests.newer_keras import needs_keras
 
 CHANNELS = np.array([0.5, -1.0, 2.0], np.float32)
 
+VOLUMES = hasattr(ops.image, "extract_patches_3d")
 MATRIX = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
 
 
@@ -115,7 +116,11 @@ CASES: dict[str, Callable[[Any, Any], Any]] = {
     "Rot90": lambda x, y: [ops.rot90(x, k, axes=(2, 1)) for k in (-1, 0, 1)],
     "Take": lambda x, y: ops.take(x, [[0, 2], [3, -1]], axis=1),
     "TakeAlongAxis": lambda x, y: ops.take_along_axis(x, np.int32([[[[2, 0]]]]), axis=3),
-    "ExtractPatches": lambda x, y: ops.image.extract_patches(x, (2, 3), padding="same"),
+    "ExtractPatches": lambda x, y: [
+        ops.image.extract_patches(x, (2, 3), padding="same"),
+        # Keras 3.10 has none of volumes.
+        *([ops.image.extract_patches_3d(x[:, None], (1, 2, 2))] if VOLUMES else []),
+    ],
     "ConvertToTensor": lambda x, y: ops.convert_to_tensor(x) * 2.0,
     "ZerosLike": lambda x, y: x + ops.zeros_like(y),
     "OnesLike": lambda x, y: x + ops.ones_like(y),
