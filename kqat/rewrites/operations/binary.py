@@ -134,9 +134,10 @@ _EQUALITIES = (IndexKind.EQUAL, IndexKind.NOT_EQUAL)
 def _is_between(constant: np.ndarray) -> bool:
     """Whether a constant may lie between two points of a grid: zero lies on every one.
 
-    None holds what is far below all values; a mask of scores may be told by it.
+    None holds what is far beyond all values; a mask of scores may be told by it. A grid that was
+    widened to hold it would leave nothing of the values.
     """
-    return bool(np.any(constant != 0) and np.all(np.isfinite(constant) & (constant > FAR_BELOW)))
+    return bool(np.any(constant != 0) and np.all(np.abs(constant) < -FAR_BELOW))
 
 
 def scaled(x: Any, scale: float, offset: float, name: str) -> Any:

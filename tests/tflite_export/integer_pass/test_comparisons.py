@@ -100,6 +100,7 @@ def compared(x: dict[str, Any]) -> dict[str, Any]:
         "two of like size": x["usual"] > x["more"],
         "the same once more": x["usual"] <= x["more"],
         "between two points of the grid": ops.equal(x["usual"], 0.7),
+        "beyond all": ops.equal(x["more"], 1e9),
         "between two points of it each": ops.not_equal(np.float32([-1.1, 0, 0.7, 0.9]), x["more"]),
         "two of one grid": x["usual"][:, :32] > x["usual"][:, 32:],
     }
