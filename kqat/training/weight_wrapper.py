@@ -438,10 +438,11 @@ class QuantizeWrapper(keras.layers.Layer):
         self.controls.are_read |= bool(training)
         if training and self._starts_steps:
             # As training is traced: from here on steps are learned. What only infers computes with
-            # where they start.
+            # where they start. A stage of `kqat.FallingBits` may have begun that they are of.
             self._starts_steps = False
             with tf.init_scope():
-                self.start_steps()
+                if not self._steps_fit():
+                    self.start_steps()
         statistics = bool(training and not self.freeze_statistics)
         quantizer = self._quantizers.by_name.get(input_quantizer)
         if training and self.controls.dampening is not None:
