@@ -60,8 +60,8 @@ class GapCallback(keras.callbacks.Callback):
     The QAT model is converted and its integer model evaluated with the loss and metrics that `fit`
     was compiled with. A callback behind it can go by these logs, as
     `keras.callbacks.EarlyStopping("val_accuracy_device", mode="max", restore_best_weights=True)`
-    does. Of a `kqat.Distiller` it is the student; a trainer of your own says by an attribute
-    `trained_model` which model it trains.
+    does. In a `kqat.Distiller` the QAT model is the student. A trainer of your own names its QAT
+    model by an attribute `trained_model`.
 
     Args:
         data: what `evaluate` takes: `(x, y)`, `(x, y, sample_weight)`, or a data set.

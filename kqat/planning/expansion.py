@@ -242,7 +242,7 @@ def _hides(x: Any) -> bool:
         return False
     values = np.asarray(keras.ops.cast(x, "float32"))
     below = values[np.isfinite(values) & (values < FAR_BELOW)]
-    return bool(len(below)) and bool(np.all(below <= LOWEST))
+    return bool(len(below) and np.all(below <= LOWEST))
 
 
 def _raised(x: Any) -> Any:

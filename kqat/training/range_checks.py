@@ -221,11 +221,11 @@ def unlike_channels(
         maker, made = names.producers.get(node.inputs[0]), values.get(node.outputs[0])
         if maker is None or not isinstance(maker.layer, QuantizeWrapper):
             continue
-        if source[0] not in ranges or made is None or made.size < FEW_SAMPLES * made.shape[-1]:
-            continue
-        if made.shape[-1] > MOST_KINDS:
+        if source[0] not in ranges or made is None or made.shape[-1] > MOST_KINDS:
             continue
         channels = made.reshape(-1, made.shape[-1])
+        if len(channels) < FEW_SAMPLES:
+            continue
         widths = channels.max(axis=0) - channels.min(axis=0)
         widest, bits = float(widths.max()), source[0].spec.bits
         small = np.flatnonzero((widths > 0.0) & (widths * 2.0 ** (bits - LEFT_BITS) < widest))

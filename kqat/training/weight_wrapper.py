@@ -224,7 +224,8 @@ class QuantizeWrapper(keras.layers.Layer):
         if isinstance(self.weight_step, LearnedMethod):
             self.steps = {name: self._new_step(name) for name in self.weight_specs}
         if self.steps:
-            # Floats, as a device may keep integers apart; of such averages are taken, too.
+            # Floats: TensorFlow keeps int32 variables on the host, and a mean of the weights of two
+            # checkpoints would cut an integer off.
             widths = np.array(self._widths(), np.float32)
             self.step_bits = self._kept_state("step_bits", widths.shape, "float32", widths)
         for name, kept in self.preserve.items():
@@ -280,10 +281,11 @@ class QuantizeWrapper(keras.layers.Layer):
         else:
             super().load_own_variables(store)  # It tells what is wrong.
             return
-        held = [v for v in own if not any(v is one for one in lacking)]
+        missing = {id(variable) for variable in lacking}
+        held = [variable for variable in own if id(variable) not in missing]
         for index, variable in enumerate(held):
             variable.assign(store[str(index)])
-        if lacking and corrects and any(v is corrects[0] for v in lacking):
+        if id(self.correction) in missing:
             self.correct(None)
         # Weights of a stage of `kqat.FallingBits` may come into the planned grids, or those of a
         # model of another width. The weights themselves are not here yet.

@@ -36,8 +36,8 @@ def integer_model(
         runtime: whose rounding: `"litert"` (XNNPACK where it has a kernel), `"litert_reference"`,
             `"litert_builtin"` or `"tflite_micro"` (which CMSIS-NN agrees with).
         inputs: `"float"` takes what the float model takes and rounds it onto the input's grid, half
-            up, as `tflite_export.verify` does; `"integers"` takes the file's integers, as are the
-            bytes of a model with `uint8` inputs. One for all, or one for each input.
+            up, as `tflite_export.verify` does; `"integers"` takes the file's integers: for `uint8`
+            inputs the bytes as they are. One for all, or one for each input.
         outputs: `"float"` gives real values on the output's grid, `"integers"` the integers.
 
     Raises:

@@ -28,8 +28,8 @@ Shape = tuple[int, ...]
 Macs = Callable[[Sequence[Shape], Shape], int]
 
 
-# One step of the sum of products must be less steps of the output: XNNPACK takes no larger
-# multiplier (`src/operators/convolution-nhwc.c`), and others saturate.
+# One step of a sum of products must be less than so many steps of the output, as XNNPACK takes no
+# larger multiplier (`src/operators/convolution-nhwc.c`).
 LARGEST_MULTIPLIER = 256
 
 

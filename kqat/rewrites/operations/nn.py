@@ -77,7 +77,7 @@ def _adaptive_pool(kind: str) -> Row:
 
 
 def _conv(kind: str) -> Row:
-    """`conv` and `depthwise_conv` with a constant or trainable kernel."""
+    """`conv`, `depthwise_conv` and `conv_transpose` with a constant or trainable kernel."""
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(x: Any, kernel: Any) -> Any:
@@ -89,12 +89,16 @@ def _conv(kind: str) -> Row:
                 )
             trained = isinstance(kernel, keras.Variable) and kernel.trainable
             array = np.asarray(kernel, np.float32)
-            own = {"filters": array.shape[-1]} if kind == "Conv" else {}
-            if kind == "DepthwiseConv":
+            axes = len(x.shape) - 2
+            class_name = f"{kind}{axes}D"
+            if kind == "ConvTranspose":
+                class_name = f"Conv{axes}DTranspose"
+                own = {"filters": array.shape[-2], "output_padding": operation.output_padding}
+            elif kind == "DepthwiseConv":
                 own = {"depth_multiplier": array.shape[-1]}
-            elif array.shape[-2] != x.shape[-1]:
-                own["groups"] = x.shape[-1] // array.shape[-2]
-            layer = getattr(layers, f"{kind}{len(x.shape) - 2}D")(
+            else:
+                own = {"filters": array.shape[-1], "groups": x.shape[-1] // array.shape[-2]}
+            layer = getattr(layers, class_name)(
                 kernel_size=array.shape[:-2],
                 strides=operation.strides,
                 padding=operation.padding,
@@ -110,37 +114,6 @@ def _conv(kind: str) -> Row:
         return call
 
     return row
-
-
-def _conv_transpose(operation: Any, name: str) -> Callable[..., Any]:
-    """`conv_transpose` with a constant or trainable kernel."""
-
-    def call(x: Any, kernel: Any) -> Any:
-        axes = len(x.shape) - 2
-        if is_tensor(kernel) or axes > 2:
-            raise UnsupportedLayerError(
-                f"Expected one or two axes, and a constant or a variable as kernel, in operation "
-                f"'{name}' of type ConvTranspose. Received: {axes} axes, and "
-                f"{'a tensor' if is_tensor(kernel) else 'a constant'} as kernel. Integer kernels "
-                "take constant weights only. Leave it float, or make the kernel a variable."
-            )
-        trained = isinstance(kernel, keras.Variable) and kernel.trainable
-        array = np.asarray(kernel, np.float32)
-        layer = getattr(layers, f"Conv{axes}DTranspose")(
-            filters=array.shape[-2],
-            kernel_size=array.shape[:-2],
-            strides=operation.strides,
-            padding=operation.padding,
-            output_padding=operation.output_padding,
-            dilation_rate=operation.dilation_rate,
-            data_format=operation.data_format,
-            use_bias=False,
-            trainable=trained,
-            name=name,
-        )
-        return Part(layer, [array])(x)
-
-    return call
 
 
 def _grayscale(operation: Any, name: str) -> Callable[..., Any]:
@@ -172,7 +145,7 @@ def _check_images(operation: Any, images: Any, name: str) -> None:
     if operation.data_format != "channels_last" or len(images.shape) != 4:
         raise UnsupportedLayerError(
             f"Expected batches of images with data_format='channels_last' in operation '{name}'. "
-            f"Received: shape {tuple(images.shape)} and {operation.data_format}. Permute."
+            f"Received: shape {tuple(images.shape)} and {operation.data_format}. Permute before it."
         )
 
 
@@ -348,7 +321,7 @@ NETWORKS: dict[str, Row] = {
     "AdaptiveAveragePool": _adaptive_pool("Average"),
     "Conv": _conv("Conv"),
     "DepthwiseConv": _conv("DepthwiseConv"),
-    "ConvTranspose": _conv_transpose,
+    "ConvTranspose": _conv("ConvTranspose"),
     "Normalize": _normalize,
     "DotProductAttention": _dot_product_attention,
 }

@@ -39,12 +39,11 @@ class QuantizeAfter(QatCallback):
         """Lets the training step read whether it rounds."""
         super().on_train_begin(logs)
         self._rounds = self.control(list(self.quantizing_layers()), "rounds", 1.0)
-        self._rounds.assign(float(self._done() >= self.steps))
+        self._follow()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Reads the steps again, which a callback behind this one may have given back."""
-        if self._rounds is not None:
-            self._rounds.assign(float(self._done() >= self.steps))
+        self._follow()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Rounds, once the steps were taken."""
@@ -55,6 +54,10 @@ class QuantizeAfter(QatCallback):
         """Rounds: a later `fit` without this callback is an ordinary one."""
         if self._rounds is not None:
             self._rounds.assign(1.0)
+
+    def _follow(self) -> None:
+        if self._rounds is not None:
+            self._rounds.assign(float(self._done() >= self.steps))
 
     def _done(self) -> int:
         # A strategy has one variable for each replica, and accumulated gradients make it a tensor.

@@ -18,9 +18,9 @@ class FallingBits(QatCallback):
     rest with what the policy asks for. A weight whose own grid is as wide as a stage or wider keeps
     it. Learned steps start anew in each stage, where they lose least. The end of `fit` puts the
     planned grids back in any case: they are what ships. A saved model of an earlier stage has the
-    wider grid. Weights of one alone, as `keras.callbacks.EarlyStopping(restore_best_weights=True)`
-    restores them, come into the planned grids, where learned steps count as started anew. Such
-    weights never trained on what ships: let it begin with the last stage (`start_from_epoch`).
+    wider grid. `keras.callbacks.EarlyStopping(restore_best_weights=True)` may restore the weights
+    of an earlier stage into the planned grids; learned steps start anew there. Such weights were
+    never trained on the grids that ship: let it begin with the last stage (`start_from_epoch`).
 
     Each stage traces the training step anew, since widths are constants of it.
 

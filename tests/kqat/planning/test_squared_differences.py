@@ -142,6 +142,16 @@ def test_a_given_range_that_no_kernel_computes(
         tflite_export.convert(qat)
 
 
+def test_a_given_range_that_no_kernel_squares_into() -> None:
+    """The difference and its square are one operator where the policy gives both one config."""
+    model = model_of(lambda x: minus(x, "difference") ** 2)
+    tiny = kqat.QuantizeConfig(activation_range=kqat.Fixed(-1e-9, 1e-9))
+    policy = {"difference": tiny, "power*": tiny, "*": "int8"}
+    qat = kqat.quantize_model(model, policy, calibration_data=X)
+    with pytest.raises(ExportError, match=r"for 'power', the least that SQUARED_DIFFERENCE can"):
+        tflite_export.convert(qat)
+
+
 def test_the_least_scale_is_one_that_the_kernel_multiplies_by() -> None:
     """`4 * scale**2 / (2**14 * result's scale)` is less than one, for every scale of the input."""
     share, power = resolution_of_square(SquaredDifference(), 1, 1)

@@ -127,6 +127,21 @@ def verdicts(found: Report) -> list[tuple[str, str]]:
     return [(kind, words) for kind, _, words in rows]
 
 
+def test_long_names_lose_their_middle_in_the_table_of_layers() -> None:
+    rows = (layer("global_average_pooling2d"), layer("dense"))
+    text = str(dataclasses.replace(report(), layers=rows))
+    assert "\nglobal_aver…_pooling2d " in text and "\ndense " in text
+
+
+def test_headings_stand_over_their_columns() -> None:
+    """The first cell of the second row of headings is over numbers; of the first, over names."""
+    text = report().to_html()
+    head = text.split("<thead>")[1].split("</thead>")[0]
+    assert "<tr><th>steps</th>" in head and 'class="left"' not in head
+    sticks = re.findall(r"([^{}]*)\{[^{}]*(?:position: sticky|text-align: left)", text)
+    assert sticks and all("thead th:first" not in who and " th:first" in who for who in sticks)
+
+
 def test_a_share_that_is_not_zero_does_not_read_as_zero() -> None:
     shares = (0.0, 2e-5, 1e-4, 0.5, 1.0)
     assert [html_page._percent(share) for share in shares] == ["0", "< 0.01", "0.01", "50", "100"]
