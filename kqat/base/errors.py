@@ -63,5 +63,6 @@ class RuntimeUnavailableError(ExportError):
 class TrainerWarning(UserWarning):
     """The model's own training step, or what it does with a mask, is not part of the QAT model.
 
-    Or what a callback changes is not part of a training step that was compiled before.
+    Or what a callback changes is not part of a training step that was compiled before. Or what it
+    changed for a stage of training would ship.
     """

@@ -7,12 +7,13 @@ the tables that say what each marker and each weight stands for.
 
 import dataclasses
 import functools
+import warnings
 from typing import Any
 
 import keras
 import numpy as np
 
-from kqat.base import FreezeError, array_of
+from kqat.base import FreezeError, TrainerWarning, array_of
 from kqat.freezing.folding import channelwise, freeze_layer, output_factor
 from kqat.freezing.frozen_model import FrozenModel
 from kqat.freezing.frozen_parts import FrozenParts, Value, labels
@@ -60,6 +61,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
 
     Warns:
         CalibrationWarning: if training moved ranges far away from those of calibration.
+        TrainerWarning: if weights are on the grids of a stage of `kqat.FallingBits`, which ship.
     """
     # What is trained no more has no losses.
     graph = dataclasses.replace(checked_graph(qat), losses=())
@@ -74,6 +76,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
     warn_of_drift(qat, stacklevel=2)
     parts = FrozenParts(graph)
     wrappers = [layer for layer in all_layers(qat) if isinstance(layer, QuantizeWrapper)]
+    _warn_of_stages(wrappers, qat.name, stacklevel=2)
     with rounded_once(wrappers):
         model = rebuild(graph, _GraphFreezer(graph, parts).call, qat.name)
     frozen = FrozenModel(
@@ -87,6 +90,29 @@ def freeze(qat: keras.Model) -> FrozenModel:
         output_names=graph.output_keys,
     )
     return frozen.with_facts(find_node_facts(frozen.graph, parts.sites, parts.carried))
+
+
+def _warn_of_stages(wrappers: list[QuantizeWrapper], name: str, *, stacklevel: int) -> None:
+    """Warns where a callback has put other grids in the place of the planned ones.
+
+    They are what the model computes with now, and so what ships.
+    """
+    found = [
+        f"{now.bits} bits, planned with {wrapper.planned_specs[weight].bits}, in "
+        f"'{wrapper.layer.name}'"
+        for wrapper in wrappers
+        for weight, now in wrapper.weight_specs.items()
+        if now != wrapper.planned_specs[weight]
+    ]
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        warnings.warn(
+            f"Weights of '{name}' are on the grids of a stage of kqat.FallingBits, which ship: "
+            f"{found[0]}{more}. A fit that was interrupted leaves them so. Call fit again with the "
+            "callback, or the callback's on_train_end(), which puts the planned grids back.",
+            TrainerWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _check_averages(qat: keras.Model) -> None:

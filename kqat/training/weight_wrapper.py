@@ -985,6 +985,8 @@ class QuantizeWrapper(keras.layers.Layer):
         norm = self.normalization
         config = super().get_config()
         config.pop("autocast", None)
+        if self.planned_specs != self.weight_specs:  # A callback's stage is not over.
+            config["planned"] = {name: spec.to_dict() for name, spec in self.planned_specs.items()}
         return {
             **config,
             "layer": serialize(self.layer),
@@ -1005,7 +1007,8 @@ class QuantizeWrapper(keras.layers.Layer):
         restore = keras.saving.deserialize_keras_object
         norm = config.pop("normalization")
         layer = restore(config.pop("layer"))
-        weights = {name: QuantSpec(**spec) for name, spec in config.pop("weights").items()}
+        weights = _specs(config.pop("weights"))
+        planned = _specs(config.pop("planned", {}))
         method = step_method_from_dict(config.pop("weight_step"))
         norm = None if norm is None else restore(norm)
         gradient = gradient_from_dict(config.pop("gradient", None))
@@ -1017,4 +1020,10 @@ class QuantizeWrapper(keras.layers.Layer):
         }
         more |= {"weight_step": method, "facts": facts, "gradient": gradient}
         more["preserve"] = kept
-        return cls(layer, weights, norm, **more, **config)
+        wrapper = cls(layer, weights, norm, **more, **config)
+        wrapper.planned_specs = planned or wrapper.planned_specs
+        return wrapper
+
+
+def _specs(config: dict[str, Any]) -> dict[str, QuantSpec]:
+    return {name: QuantSpec(**spec) for name, spec in config.items()}

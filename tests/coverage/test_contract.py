@@ -145,7 +145,7 @@ class Trial:
 
     @functools.cached_property
     def report(self) -> tflite_export.Report:
-        return tflite_export.verify(self.frozen, self.blob, self.x, samples=SAMPLES)
+        return tflite_export.verify(self.qat, self.blob, self.x, samples=SAMPLES)
 
     def load(self) -> keras.Model:
         """The model from its `.keras` file, without custom objects."""

@@ -1,6 +1,6 @@
-"""Outputs from end to end: a file's against the rounded Keras model's, or another runtime's."""
+"""Outputs from end to end: a file's against the Keras model's, or another runtime's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -14,24 +14,41 @@ from tflite_export.verification.report import OutputAgreement
 from tflite_export.verification.site_tensors import SiteTensors
 
 
+def model_outputs(
+    qat: keras.Model | FrozenModel, inputs: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """What the model computes, one array (samples, …) for each output.
+
+    Args:
+        qat: the QAT model, as a user evaluates it. Of a frozen one, whose trained model is not at
+            hand, what it computes in float arithmetic with every site rounded.
+        inputs: as the float model takes them.
+    """
+    tensors = [keras.ops.convert_to_tensor(x) for x in inputs]
+    if isinstance(qat, FrozenModel):
+        outputs = qat.graph.run(tensors, _rounded(qat))
+    else:
+        outputs = qat(keras.tree.pack_sequence_as(qat.input, tensors), training=False)
+    return [np.asarray(y) for y in keras.tree.flatten(outputs)]
+
+
 def agreement_with_model(
     frozen: FrozenModel,
+    expected: Sequence[np.ndarray],
     tensors: SiteTensors,
     model: ModelT,
-    inputs: Sequence[np.ndarray],
     outputs: Sequence[np.ndarray],
 ) -> tuple[OutputAgreement, ...]:
-    """The rounded Keras model's outputs against those that a runtime computed.
+    """The model's outputs against those that a runtime computed.
 
     Args:
         frozen: the model.
+        expected: its `model_outputs`.
         tensors: of the file.
         model: the file's tree.
-        inputs: as the float model takes them.
         outputs: what the runtime computed, one array (samples, …) for each output.
     """
     graph, rows = model.subgraphs[0], []
-    expected = keras.tree.flatten(_rounded_outputs(frozen, inputs))
     for name, wanted, found, index in zip(
         frozen.output_names, expected, outputs, graph.outputs, strict=True
     ):
@@ -84,8 +101,8 @@ def _agreement(
     )
 
 
-def _rounded_outputs(frozen: FrozenModel, inputs: Sequence[np.ndarray]) -> Any:
-    """What the model computes in float arithmetic with every site rounded.
+def _rounded(frozen: FrozenModel) -> Callable[..., Any]:
+    """What calls the nodes of the frozen graph, with every site rounded.
 
     A fused LSTM too, whose lockstep is with the runtime's own arithmetic: here it shows if that
     computes something else than what was trained.
@@ -99,5 +116,4 @@ def _rounded_outputs(frozen: FrozenModel, inputs: Sequence[np.ndarray]) -> Any:
         site = frozen.sites[node.layer.index]
         return keras.ops.convert_to_tensor(site.reals(site.integers(np.asarray(args[0]))))
 
-    outputs = frozen.graph.run([keras.ops.convert_to_tensor(x) for x in inputs], call)
-    return keras.tree.map_structure(np.asarray, outputs)
+    return call

@@ -13,7 +13,7 @@ from tflite_export import flatbuffer
 from tflite_export.devices import check_file
 from tflite_export.flatbuffer import ModelT, inspect_model
 from tflite_export.runtimes import run
-from tflite_export.verification.end_to_end import agreement_with_model
+from tflite_export.verification.end_to_end import agreement_with_model, model_outputs
 from tflite_export.verification.exactness import exactness
 from tflite_export.verification.layer_profile import (
     GridUse,
@@ -45,7 +45,9 @@ def verify(
     whether the runtimes agree about its outputs. A note in the report says so.
 
     Args:
-        qat: the QAT model, or the frozen one; `None` for a file whose model is not at hand.
+        qat: the QAT model, or the frozen one; `None` for a file whose model is not at hand. The
+            file's outputs are compared with those of the model that is given: only those of the
+            QAT model are what was trained.
         blob: the file that `convert` made of it, or any other.
         data: inputs as the float model takes them: an array of shape `(n, …)`, or a list or
             dict of them for many inputs. Without a model, also inputs of the file's own types,
@@ -70,8 +72,10 @@ def verify(
         notes.append("no lockstep: outputs are compared with those of the first runtime that ran")
     else:
         inputs = _inputs(data, frozen, samples)
+        # Of the model that was trained, so that a fault of freezing shows too.
+        expected = model_outputs(frozen if qat is None else qat, inputs)
         found = [
-            _verify_on(runtime, frozen, model, blob, inputs)
+            _verify_on(runtime, frozen, model, blob, inputs, expected)
             for runtime in tracked(runtimes, "running on each runtime")
         ]
         parts, count = tuple(part for part, _ in found), len(inputs[0])
@@ -141,7 +145,12 @@ def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:
 
 
 def _verify_on(
-    runtime: str, frozen: FrozenModel, model: ModelT, blob: bytes, inputs: list[np.ndarray]
+    runtime: str,
+    frozen: FrozenModel,
+    model: ModelT,
+    blob: bytes,
+    inputs: list[np.ndarray],
+    expected: list[np.ndarray],
 ) -> tuple[RuntimeReport, Sequence[GridUse]]:
     tensors = SiteTensors(model, frozen)
     try:
@@ -153,7 +162,7 @@ def _verify_on(
         runtime=runtime,
         sites=found.differences,
         unmatched=found.unmatched,
-        outputs=agreement_with_model(frozen, tensors, model, inputs, result.outputs),
+        outputs=agreement_with_model(frozen, expected, tensors, model, result.outputs),
         arena_bytes=result.arena_bytes,
         exact=exactness(model, result.tensors, runtime),
     )

@@ -17,8 +17,9 @@ class FallingBits(QatCallback):
     `FallingBits((8, 6), epochs=2)` trains two epochs with weights of 8 bits, two with 6, and the
     rest with what the policy asks for. A weight whose own grid is as wide as a stage or wider keeps
     it. Learned steps start anew in each stage, where they lose least. The end of `fit` puts the
-    planned grids back in any case: they are what ships. A saved model of an earlier stage has the
-    wider grid. `keras.callbacks.EarlyStopping(restore_best_weights=True)` may restore the weights
+    planned grids back in any case: they are what ships. A model that was saved in an earlier stage,
+    or whose `fit` was interrupted there, has the wider grid, and `convert` warns of it.
+    `keras.callbacks.EarlyStopping(restore_best_weights=True)` may restore the weights
     of an earlier stage into the planned grids; learned steps start anew there. Such weights were
     never trained on the grids that ship: let it begin with the last stage (`start_from_epoch`).
 

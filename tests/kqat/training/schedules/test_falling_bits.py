@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kqat
-from kqat.base.errors import ModelError
+from kqat.base.errors import ModelError, TrainerWarning
 from tests.kqat.training.schedules.models import EachStep, X, fit, quantized, wrapper
 
 
@@ -114,6 +114,22 @@ def test_an_interrupted_fit_goes_on_as_if_it_had_not_been(
     assert widths(again)[0] == 4
     for own, other in zip(again.get_weights(), whole.get_weights(), strict=True):
         np.testing.assert_array_equal(own, other)
+
+
+def test_what_was_interrupted_in_a_stage_says_that_it_would_ship(tmp_path: Path) -> None:
+    qat = _eager()
+    with pytest.raises(KeyboardInterrupt):
+        _fit_whole(qat, _Stop(1))
+    qat.save(tmp_path / "qat.keras")
+    loaded = keras.models.load_model(tmp_path / "qat.keras")
+    for model in (qat, loaded):
+        with pytest.warns(TrainerWarning, match=r"8 bits, planned with 4, in 'hidden' \(and 1"):
+            frozen = kqat.freeze(model)
+        assert {w.bits for w in frozen.weights if w.name == "head/kernel"} == {8}
+    falls = kqat.FallingBits((8,))
+    loaded.compile("sgd", "mse", run_eagerly=True)
+    fit(loaded, falls, epochs=2, batch_size=64)
+    assert {w.bits for w in kqat.freeze(loaded).weights if w.name == "head/kernel"} == {4}
 
 
 @pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
