@@ -14,9 +14,7 @@ from tflite_export.verification.report import OutputAgreement
 from tflite_export.verification.site_tensors import SiteTensors
 
 
-def model_outputs(
-    qat: keras.Model | FrozenModel, inputs: Sequence[np.ndarray]
-) -> list[np.ndarray]:
+def model_outputs(qat: keras.Model | FrozenModel, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """What the model computes, one array (samples, …) for each output.
 
     Args:
