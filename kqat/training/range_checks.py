@@ -253,7 +253,7 @@ def refused_scales(graph: Graph) -> Iterator[Concern]:
         for source in map(names.source_of, node.inputs):
             if source is None or source in told or facts is None:
                 continue
-            scale, name = float(source[0].scale()), names.of(*source)
+            scale, name = float(source[0].scale_now()), names.of(*source)
             for kernel in facts.ops:
                 least, below = input_scales(kernel, source[0].spec.bits)
                 if least < scale < below:

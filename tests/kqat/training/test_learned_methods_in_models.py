@@ -76,9 +76,12 @@ def test_training_lowers_the_loss_and_the_file_has_what_was_trained(
 ) -> None:
     qat = quantized(CONFIGS[name])
     before = {v.path: v.numpy() for v in qat.trainable_variables}
-    first = qat.evaluate(IMAGES, TARGETS, verbose=0)
+    # Evaluated eagerly, as a trace costs more than a batch; trained as users do.
+    qat.run_eagerly = True
+    first = qat.evaluate(IMAGES, TARGETS, batch_size=64, verbose=0)
+    qat.run_eagerly = False
     qat.fit(IMAGES, TARGETS, batch_size=16, epochs=4, verbose=0)
-    assert qat.evaluate(IMAGES, TARGETS, verbose=0) < first
+    assert qat.evaluate(IMAGES, TARGETS, batch_size=64, verbose=0) < first
     still = [v.path for v in qat.trainable_variables if np.array_equal(before[v.path], v.numpy())]
     assert still == []
     qat.save(tmp_path / "qat.keras")
@@ -163,32 +166,36 @@ def test_without_calibration_the_first_batch_is_the_start() -> None:
     check_numbers(file_of(qat), kqat.freeze(qat))
 
 
-def recurrent() -> keras.Model:
-    x = keras.Input((5, 3))
+def recurrent(steps: int = 5) -> keras.Model:
+    x = keras.Input((steps, 3))
     return keras.Model(x, layers.Dense(4, name="head")(layers.LSTM(4, name="lstm")(x)))
 
 
 @pytest.mark.slow
 def test_estimators_and_schedules_reach_the_inside_of_a_recurrence() -> None:
-    x, y = normal((32, 5, 3)), TARGETS[:32]
-    model = recurrent()
+    # Training unrolls the steps, and tracing them is what costs: all is run eagerly but what moves
+    # inside one fit, as the weight of the penalty does.
+    x, y = normal((32, 2, 3)), TARGETS[:32]
+    model = recurrent(steps=2)
 
-    def losses(config: Any, *callbacks: Any) -> list[float]:
+    def losses(config: Any, *callbacks: Any, eagerly: bool = True) -> list[float]:
         keras.utils.set_random_seed(0)
         qat = kqat.quantize_model(model, config, calibration_data=x)
-        qat.compile(keras.optimizers.SGD(0.5), "mse")
-        fitted = qat.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=list(callbacks))
+        qat.compile(keras.optimizers.SGD(0.5), "mse", run_eagerly=eagerly)
+        fitted = qat.fit(x, y, batch_size=16, epochs=2, verbose=0, callbacks=list(callbacks))
         return list(fitted.history["loss"])
 
-    plain = losses({"*": "w4a8"})
+    exact = losses({"*": "int8"})
     noise = kqat.QuantizeConfig(activation_gradient="noise")
     halved = kqat.QuantizeConfig(weight_gradient=nothing, activation_gradient=nothing)
-    assert losses({"lstm*": noise, "*": "int8"}) != losses({"*": "int8"})
+    assert losses({"lstm*": noise, "*": "int8"}) != exact
     # No gradient passes into the LSTM: what it computes stays.
-    assert losses({"lstm*": halved, "*": "int8"}) != losses({"*": "int8"})
-    assert losses({"*": "w4a8"}, kqat.DampenOscillations(1.0))[1] > plain[1]
+    assert losses({"lstm*": halved, "*": "int8"}) != exact
+    plain = losses({"*": "w4a8"})
     assert losses({"*": "w4a8"}, kqat.QuantizeAfter(100)) != plain
     assert losses({"*": "w4a8"}, kqat.StochasticRounding()) != plain
+    traced = losses({"*": "w4a8"}, kqat.DampenOscillations(1.0), eagerly=False)
+    assert traced[1] > plain[1] + 1e-3  # More than another order of sums.
 
 
 @keras.saving.register_keras_serializable("tests")

@@ -36,11 +36,12 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(64, 8, 8, 4)).astype(np.float32), rng.integers(0, 4, 64)
 
 
-def trained(qat: keras.Model) -> keras.Model:
+def trained(qat: keras.Model, traced: bool = False) -> keras.Model:
+    """Six steps; what tracing a model costs is a multiple of that."""
     x, y = data()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     # Weight decay and momentum move weights that have no gradient.
-    qat.compile(keras.optimizers.AdamW(3e-3, weight_decay=0.01), loss)
+    qat.compile(keras.optimizers.AdamW(3e-3, weight_decay=0.01), loss, run_eagerly=not traced)
     qat.fit(x, y, epochs=3, verbose=0)
     return qat
 
@@ -61,7 +62,8 @@ def test_zeros_stay_zeros_in_the_file(policy: str, tmp_path: Path) -> None:
     before = kernels_of(pruned)
     assert {name: np.mean(k == 0) for name, k in before.items()} == dict.fromkeys(PRUNED, 0.5)
     qat = trained(
-        kqat.quantize_model(pruned, policy, calibration_data=data()[0], preserve="sparsity")
+        kqat.quantize_model(pruned, policy, calibration_data=data()[0], preserve="sparsity"),
+        traced=policy == "int8",
     )
     moved = np.asarray(qat.get_layer("quant_head").layer.kernel)
     assert not np.array_equal(moved, before["head"])
@@ -111,7 +113,7 @@ def test_clusters_are_kept_in_the_file(policy: str | None, clusters: int, tmp_pa
     if policy == "int8":  # The function is the clustered one, but for channels clustered anew.
         want, got = (m.predict(data()[0], verbose=0) for m in (few, qat))
         assert np.mean((want - got) ** 2) < 0.02 * np.mean(want**2)
-    trained(qat).save(tmp_path / "qat.keras")
+    trained(qat, traced=policy == "int8").save(tmp_path / "qat.keras")
     loaded = keras.models.load_model(tmp_path / "qat.keras")
     frozen = kqat.freeze(trained(loaded))
     integers = file_integers(tflite_export.convert(frozen))

@@ -49,7 +49,8 @@ def block() -> tuple[keras.Model, np.ndarray]:
 
 def noise(qat: keras.Model, model: keras.Model, data: np.ndarray) -> float:
     """Mean square of the difference that rounding makes."""
-    return float(np.mean((qat.predict(data, verbose=0) - model.predict(data, verbose=0)) ** 2))
+    rounded, exact = (np.asarray(one(data, training=False)) for one in (qat, model))
+    return float(np.mean((rounded - exact) ** 2))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -58,8 +59,8 @@ def test_the_float_function_stays(algorithm: Any, block: tuple[keras.Model, np.n
     qat = kqat.quantize_model(model, calibration_data=data)
     before = [np.array(w) for w in qat.get_weights()]
     scaled = algorithm(qat, data)
-    expected = model.predict(data, verbose=0)
-    found = kqat.strip(scaled).predict(data, verbose=0)
+    expected = np.asarray(model(data, training=False))
+    found = np.asarray(kqat.strip(scaled)(data, training=False))
     assert np.abs(found - expected).max() < ROUNDINGS * np.abs(expected).max()
     assert any(not np.array_equal(a, b) for a, b in zip(before, scaled.get_weights(), strict=True))
     for a, b in zip(before, qat.get_weights(), strict=True):
@@ -111,7 +112,7 @@ def test_smooth_quant_is_the_papers_formula(block: tuple[keras.Model, np.ndarray
     """Equation 4, in NumPy."""
     model, data = block
     normalized = keras.Model(model.input, model.get_layer("norm").output)
-    x = np.abs(normalized.predict(data, verbose=0)).reshape(-1, 16).max(axis=0)
+    x = np.abs(np.asarray(normalized(data))).reshape(-1, 16).max(axis=0)
     kernel = model.get_layer("wide").kernel.numpy()
     factor = x**0.75 / np.abs(kernel).max(axis=1) ** 0.25
     qat = kqat.quantize_model(model, calibration_data=data)
@@ -186,7 +187,7 @@ def test_awq_is_the_papers_search(block: tuple[keras.Model, np.ndarray]) -> None
     )
     qat = kqat.quantize_model(model, config, calibration_data=data)
     found = kqat.strip(algorithms.awq(qat, data))
-    for name, x in zip(("wide", "narrow"), hidden.predict(data, verbose=0), strict=True):
+    for name, x in zip(("wide", "narrow"), map(np.asarray, hidden(data)), strict=True):
         x = x.reshape(-1, x.shape[-1]).astype(np.float64)
         kernel = model.get_layer(name).kernel.numpy().astype(np.float64)
         errors, scales = [], []
@@ -277,8 +278,8 @@ def test_factors_pass_what_commutes_with_them(
         ("c -> d", False),
     ]
     equal = algorithms.equalize(qat, data, absorb_biases=True)
-    expected = model.predict(data, verbose=0)
-    found = kqat.strip(equal).predict(data, verbose=0)
+    expected = np.asarray(model(data, training=False))
+    found = np.asarray(kqat.strip(equal)(data, training=False))
     assert np.abs(found - expected).max() < ROUNDINGS * np.abs(expected).max()
     assert noise(equal, model, data) < noise(qat, model, data) / 2
 
@@ -309,7 +310,7 @@ def test_what_does_not_commute_is_named(between: Callable[[Any, Any], Any], word
 def test_scaled_model_trains_and_ships(block: tuple[keras.Model, np.ndarray]) -> None:
     model, data = block
     qat = algorithms.smooth_quant(kqat.quantize_model(model, calibration_data=data), data)
-    qat.compile("sgd", "mse")
+    qat.compile("sgd", "mse", run_eagerly=True)  # Two steps: a trace costs more.
     qat.fit(data, data, epochs=1, verbose=0)
     report = tflite_export.verify(
         qat, tflite_export.convert(qat), data, runtimes=["litert_reference"]
