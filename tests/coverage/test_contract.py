@@ -129,7 +129,7 @@ class Trial:
         Then of those that moved in a second step, with frozen ranges; the model has not taken it.
         """
         qat = kqat.quantize_model(self.model, self.case.policy, calibration_data=self.x)
-        return qat, *steps(qat, self.x, eagerly=self.case.name not in FAST)
+        return qat, *steps(qat, self.x)
 
     @property
     def qat(self) -> keras.Model:
@@ -189,12 +189,10 @@ class Snapshots(keras.callbacks.Callback):  # type: ignore[misc]
         self.values.append({v.path: np.array(v) for v in self.model.variables})
 
 
-def steps(qat: keras.Model, x: Any, eagerly: bool) -> tuple[set[str], set[str]]:
+def steps(qat: keras.Model, x: Any) -> tuple[set[str], set[str]]:
     """Trains for a step, and for one with frozen ranges; the paths that moved in each.
 
-    The model is left as the first step made it. Both are one `fit`, as tracing it is what costs:
-    two thirds of it, where it is traced. What wraps layers in training is traced in the fast cases,
-    and the layers themselves wherever a file is made.
+    The model is left as the first step made it. Both are one `fit`, as tracing it is what costs.
     """
     keras.utils.set_random_seed(1)
     rng = np.random.default_rng(1)
@@ -204,7 +202,7 @@ def steps(qat: keras.Model, x: Any, eagerly: bool) -> tuple[set[str], set[str]]:
     losses = keras.tree.map_structure(
         lambda t: "mse" if str(t.dtype).startswith("float") else None, qat.output
     )
-    qat.compile(keras.optimizers.SGD(0.01), losses, run_eagerly=eagerly)
+    qat.compile(keras.optimizers.SGD(0.01), losses)
     nothing_to_train = (
         contextlib.nullcontext()
         if qat.trainable_weights
