@@ -23,7 +23,7 @@ import numpy as np
 
 import kqat
 import tflite_export
-from benchmarks.networks import NETWORKS, Network
+from benchmarks.networks import NETWORKS, SMOKE, Network
 from recipes.converter import float_tflite, post_training_int8
 from recipes.models import vit
 from recipes.timing import (
@@ -77,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     rounds, samples = (2, 2) if options.smoke else (options.rounds, SAMPLES)
     results: dict[str, Any] = {}
-    for name in options.network:
-        measured, sizes = measure(CONVERTED[name], rounds, samples)
+    networks = SMOKE if options.smoke else {name: CONVERTED[name] for name in options.network}
+    for name, network in networks.items():
+        measured, sizes = measure(network, rounds, samples)
         results[name] = {**as_json(measured, RATIOS), "size_bytes": sizes}
         if not options.smoke:
             results[name]["memory_bytes"] = {case: memory(name, case) for case in sizes}
@@ -168,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", nargs="+", choices=CONVERTED, default=list(CONVERTED))
     parser.add_argument("--out", type=Path, help="where to write JSON")
     parser.add_argument("--memory", choices=(FLOAT, KQAT, PTQ, QUANTIZE_AND_KQAT), help="one case")
-    parser.add_argument("--smoke", action="store_true", help="two samples, two rounds")
+    parser.add_argument("--smoke", action="store_true", help="a tiny network, two rounds")
     return parser
 
 

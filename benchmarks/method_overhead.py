@@ -9,6 +9,7 @@ beside the JSON, as Markdown.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import keras
 import tensorflow as tf
 
 import kqat
-from benchmarks.networks import NETWORKS, Network
+from benchmarks.networks import NETWORKS, SMOKE
 from benchmarks.training_step import batches_of, step_of_fit
 from kqat.base import write_file
 from recipes.timing import as_json, print_table, ratio, take_turns, write_json
@@ -71,17 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.smoke:
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(1)
-    rounds, warmup, size = (
-        (1, 1, 2) if options.smoke else (options.rounds, WARMUP_ROUNDS, BATCH_SIZE)
-    )
-    network = Network(NETWORKS["resnet8"].build, NETWORKS["resnet8"].input_shape, size)
+    rounds, warmup = (1, 0) if options.smoke else (options.rounds, WARMUP_ROUNDS)
+    resnet8 = dataclasses.replace(NETWORKS["resnet8"], batch_size=BATCH_SIZE)
+    ((trained, network),) = (SMOKE if options.smoke else {"resnet8": resnet8}).items()
     keras.utils.set_random_seed(0)
     batches = batches_of(network, STEPS)
     model = network.build(keras)
     cases = {FLOAT: step_of_fit(keras, _compiled(model), batches)}
     for name in options.cases:
-        trained, callbacks = _model(name, model, batches)
-        cases[name] = step_of_fit(keras, _compiled(trained), batches, callbacks)
+        qat, callbacks = _model(name, model, batches)
+        cases[name] = step_of_fit(keras, _compiled(qat), batches, callbacks)
     measured = take_turns(cases, rounds, warmup)
     rows = [
         (name, str(ratio(measured, name, FLOAT)), str(ratio(measured, name, FLOAT, "processor")))
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(HEADER, rows)
     if options.out:
         pairs = [(name, FLOAT) for name in options.cases]
-        write_json(options.out, {"rounds": rounds, "resnet8": as_json(measured, pairs)})
+        write_json(options.out, {"rounds": rounds, trained: as_json(measured, pairs)})
         write_file(options.out.with_suffix(".md"), _page(rows, rounds).encode())
 
 
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=10, help="runs of each model")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", type=Path, help="where to write JSON")
-    parser.add_argument("--smoke", action="store_true", help="tiny batches, one round")
+    parser.add_argument("--smoke", action="store_true", help="a tiny network, one round")
     return parser
 
 

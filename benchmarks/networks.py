@@ -1,7 +1,7 @@
 """The networks that are measured, in Keras 3 and, for tfmot, in Keras 2."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,18 @@ class Network:
 
 def resnet8(keras: ModuleType) -> Any:
     """The network of `recipes.models.resnet8`, of whichever Keras."""
+    return _residual(keras, "resnet8", (32, 32, 3), ((16, 1), (32, 2), (64, 2)))
+
+
+def stem(keras: ModuleType) -> Any:
+    """What `resnet8` begins and ends with, without its blocks."""
+    return _residual(keras, "stem", (16, 16, 3), ())
+
+
+def _residual(
+    keras: ModuleType, name: str, shape: tuple[int, int, int], stages: Sequence[tuple[int, int]]
+) -> Any:
+    """A network of residual blocks, each of so many filters and of a stride."""
     layers = keras.layers
 
     def conv(x: Any, filters: int, kernel_size: int = 3, strides: int = 1) -> Any:
@@ -34,9 +46,9 @@ def resnet8(keras: ModuleType) -> Any:
     def relu(x: Any) -> Any:
         return layers.Activation("relu")(x)
 
-    inputs = keras.Input((32, 32, 3))
+    inputs = keras.Input(shape)
     x = relu(layers.BatchNormalization()(conv(inputs, 16)))
-    for filters, strides in ((16, 1), (32, 2), (64, 2)):
+    for filters, strides in stages:
         y = relu(layers.BatchNormalization()(conv(x, filters, strides=strides)))
         y = layers.BatchNormalization()(conv(y, filters))
         if strides > 1:
@@ -44,7 +56,7 @@ def resnet8(keras: ModuleType) -> Any:
         x = relu(layers.Add()([x, y]))
     x = layers.Flatten()(layers.AveragePooling2D(8)(x))
     outputs = layers.Dense(CLASSES, activation="softmax", kernel_initializer="he_normal")(x)
-    return keras.Model(inputs, outputs, name="resnet8")
+    return keras.Model(inputs, outputs, name=name)
 
 
 def mobilenet_v2(keras: ModuleType) -> Any:
@@ -56,3 +68,5 @@ NETWORKS = {
     "resnet8": Network(resnet8, (32, 32, 3), 64),
     "mobilenet_v2": Network(mobilenet_v2, (96, 96, 3), 32),
 }
+# What a benchmark runs only to show that it runs: tracing takes the time there, layer by layer.
+SMOKE = {"stem": Network(stem, (16, 16, 3), 2)}

@@ -32,6 +32,7 @@ import numpy as np
 from keras import layers, ops
 
 import kqat
+from benchmarks.forked_children import forked_children
 from kqat import devices
 from kqat.base import write_file
 from kqat.devices import INT16
@@ -283,10 +284,11 @@ def main(argv: Sequence[str] | None = None) -> list[Cell]:
     options = parser.parse_args(argv)
     operators = [options.only] if options.only else probed_operators()
     cells = []
-    for operator in operators:
-        found = list(probe(operator))
-        cells += found
-        print(f"{operator:<24} {_summary(found)}", flush=True)
+    with forked_children():
+        for operator in operators:
+            found = list(probe(operator))
+            cells += found
+            print(f"{operator:<24} {_summary(found)}", flush=True)
     text = to_json(cells)
     options.out.mkdir(parents=True, exist_ok=True)
     write_file(options.out / "op_probe.json", text.encode())

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import keras
@@ -24,7 +25,7 @@ from ai_edge_litert.interpreter import Interpreter
 import kqat
 import tflite_export
 from benchmarks.keras2 import tf_keras, tfmot_quantize_model
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import NETWORKS, SMOKE
 from recipes import converter, data, running, tfmot_qat
 from recipes.data import Samples
 from recipes.latency import latencies
@@ -58,13 +59,15 @@ seconds    of the processor, for one conversion, calibration included where it
 class Task:
     """A float network, what ranges are found on, and what files are compared on.
 
-    `train` is what QAT and the adaptation see; without, there is neither.
+    `train` is what QAT and the adaptation see, and `build` makes the same network of either Keras;
+    without them, there is neither.
     """
 
     model: keras.Model
     calibration: np.ndarray
     test: Samples
     train: Samples | None = None
+    build: Callable[[ModuleType], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,9 @@ def compare(task: Task, epochs: int, rounds: int) -> dict[str, dict[str, Any]]:
     """What is said of every file made of one network."""
     if task.train is not None:
         _fit(task.model, task.train, epochs)
-    files = _post_training(task) | (_trained(task, task.train, epochs) if task.train else {})
+    files = _post_training(task)
+    if task.train is not None and task.build is not None:
+        files |= _trained(task, task.train, task.build(tf_keras), epochs)
     expected = running.keras_outputs(task.model, task.test[0])
     measured = latencies({name: file.blob for name, file in files.items()}, rounds)
     results = {}
@@ -134,11 +139,10 @@ def _post_training(task: Task) -> dict[str, File]:
     return files
 
 
-def _trained(task: Task, train: Samples, epochs: int) -> dict[str, File]:
-    """QAT by kqat and by tfmot, of ResNet-8: the network that both Keras build alike."""
+def _trained(task: Task, train: Samples, legacy: Any, epochs: int) -> dict[str, File]:
+    """QAT by kqat and by tfmot; `legacy` is the same network in Keras 2."""
     qat = kqat.quantize_model(task.model, calibration_data=task.calibration)
     _fit(qat, train, epochs, freezing(epochs))
-    legacy = NETWORKS["resnet8"].build(tf_keras)
     legacy.set_weights(task.model.get_weights())
     theirs = tfmot_quantize_model(legacy)
     rate = tf_keras.optimizers.schedules.CosineDecay(
@@ -214,7 +218,8 @@ def _cells(name: str, found: dict[str, Any]) -> tuple[str, ...]:
 
 def _ic() -> Task:
     # In a network of Keras 3: the one from the old file takes a list of one, and `fit` warns.
-    model = NETWORKS["resnet8"].build(keras)
+    build = NETWORKS["resnet8"].build
+    model = build(keras)
     model.set_weights(data.pretrained("mlperf_tiny/ic").get_weights())
     train = data.cifar10_jpeg("train", count=TRAIN_IMAGES)
     return Task(
@@ -222,6 +227,7 @@ def _ic() -> Task:
         calibration=train[0][:CALIBRATION_SAMPLES],
         test=data.cifar10_jpeg("test", count=TEST_IMAGES),
         train=train,
+        build=build,
     )
 
 
@@ -236,9 +242,16 @@ def _kws() -> Task:
 
 def _fake() -> Task:
     random = np.random.default_rng(0)
-    x = random.uniform(0, 255, (8, 32, 32, 3)).astype(np.float32)
+    (network,) = SMOKE.values()
+    x = random.uniform(0, 255, (8, *network.input_shape)).astype(np.float32)
     samples = x, random.integers(0, 10, len(x))
-    return Task(model=NETWORKS["resnet8"].build(keras), calibration=x, test=samples, train=samples)
+    return Task(
+        model=network.build(keras),
+        calibration=x,
+        test=samples,
+        train=samples,
+        build=network.build,
+    )
 
 
 TASKS: dict[str, Callable[[], Task]] = {"ic": _ic, "kws": _kws}

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 import kqat
-from benchmarks.networks import CLASSES, NETWORKS, Network
+from benchmarks.networks import CLASSES, NETWORKS, SMOKE, Network
 from recipes.timing import Seconds, as_json, print_table, ratio, spread, take_turns, write_json
 
 PLAIN = "without"
@@ -33,12 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     rounds, steps = (2, 2) if options.smoke else (options.rounds, options.steps)
     rows, results = [], {}
-    for name in options.network:
-        network = NETWORKS[name]
-        batch = 2 if options.smoke else network.batch_size
+    networks = SMOKE if options.smoke else {name: NETWORKS[name] for name in options.network}
+    for name, network in networks.items():
         with tempfile.TemporaryDirectory() as folder:
-            cases = _cases(network, batch, steps, Path(folder))
-            measured = take_turns(cases, rounds, warmup=2)
+            cases = _cases(network, steps, Path(folder))
+            measured = take_turns(cases, rounds, warmup=0 if options.smoke else 2)
         results[name] = as_json(measured, [(case, PLAIN) for case in CASES])
         rows += [
             (
@@ -55,10 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(options.out, {"rounds": rounds, "steps": steps, "networks": results})
 
 
-def _cases(
-    network: Network, batch: int, steps: int, folder: Path
-) -> dict[str, Callable[[], Seconds]]:
-    generator = np.random.default_rng(0)
+def _cases(network: Network, steps: int, folder: Path) -> dict[str, Callable[[], Seconds]]:
+    generator, batch = np.random.default_rng(0), network.batch_size
     x = generator.uniform(-1.0, 1.0, (steps * batch, *network.input_shape)).astype(np.float32)
     y = generator.integers(0, CLASSES, len(x))
     float_model = network.build(keras)
@@ -88,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=50, help="training steps of a run")
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=["resnet8"])
     parser.add_argument("--out", type=Path, help="where to write JSON")
-    parser.add_argument("--smoke", action="store_true", help="tiny batches, two rounds")
+    parser.add_argument("--smoke", action="store_true", help="a tiny network, two rounds")
     return parser
 
 

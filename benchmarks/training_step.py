@@ -9,7 +9,6 @@ Behind the quartiles of a ratio stands the standard error of its median.
 """
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import tensorflow as tf
 
 import kqat
 from benchmarks.keras2 import tf_keras, tfmot_quantize_model
-from benchmarks.networks import CLASSES, NETWORKS, Network
+from benchmarks.networks import CLASSES, NETWORKS, SMOKE, Network
 from recipes.timing import (
     Measured,
     Seconds,
@@ -55,12 +54,10 @@ CASES = tuple(dict.fromkeys(case for pair in RATIOS for case in pair))
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints a table and writes JSON."""
     options = _parser().parse_args(arguments)
-    rounds, warmup_steps = (2, 2) if options.smoke else (options.rounds, WARMUP_STEPS)
+    rounds, warmup_steps = (2, 0) if options.smoke else (options.rounds, WARMUP_STEPS)
     results, rows = {}, []
-    for name in options.network:
-        network = NETWORKS[name]
-        if options.smoke:
-            network = dataclasses.replace(network, batch_size=2)
+    networks = SMOKE if options.smoke else {name: NETWORKS[name] for name in options.network}
+    for name, network in networks.items():
         measured = measure(network, rounds, warmup_steps, options.only)
         results[name] = as_json(measured, _ratios(measured))
         rows += _rows(name, measured)
@@ -167,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--out", type=Path, help="where to write JSON")
-    parser.add_argument("--smoke", action="store_true", help="tiny batches, two rounds")
+    parser.add_argument("--smoke", action="store_true", help="a tiny network, two rounds")
     return parser
 
 

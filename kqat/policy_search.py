@@ -270,11 +270,17 @@ def search(
         ]
         return QuantizePolicy(base.default, (*kept, *rules))
 
+    # The program comes to the same choices again, and a file takes seconds.
+    weighed: dict[tuple[str, ...], float] = {}
+
     def taken(chosen: Mapping[str, str]) -> float:
         if measure == Budget.MAC_BITS:
             return problem.rest + problem.total(chosen)
-        qat = _quantized(model, inputs, policy_of(chosen))
-        return _weigh(qat, Budget(measure), target, compress)
+        key = tuple(chosen[layer] for layer in free)
+        if key not in weighed:
+            qat = _quantized(model, inputs, policy_of(chosen))
+            weighed[key] = _weigh(qat, Budget(measure), target, compress)
+        return weighed[key]
 
     alike = {choice: taken(dict.fromkeys(free, choice)) for choice in problem.choices}
     if measure == Budget.FLASH:

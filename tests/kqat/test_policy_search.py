@@ -13,6 +13,7 @@ from keras import layers
 
 import kqat
 import tflite_export
+from kqat import policy_search
 from kqat.analysis import measured_layers
 from kqat.graph import trace
 from kqat.policy_search import Budget, _Problem
@@ -108,11 +109,21 @@ def test_no_warning_speaks_of_the_samples_that_sizes_are_measured_with(
 
 @pytest.mark.slow
 def test_a_budget_that_nothing_meets_names_the_nearest_that_works(
-    network: tuple[keras.Model, np.ndarray],
+    network: tuple[keras.Model, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = network
+    weighed: list[Any] = []
+    quantized = policy_search._quantized
+
+    def noted(model: keras.Model, inputs: Any, policy: kqat.QuantizePolicy) -> keras.Model:
+        weighed.append(policy.rules)
+        return quantized(model, inputs, policy)
+
+    monkeypatch.setattr(policy_search, "_quantized", noted)
     with pytest.raises(kqat.PolicyError, match="The least that works is") as caught:
         kqat.search(model, x, budget=900, target="litert")
+    # A file for each preset, and none twice.
+    assert len(weighed) == len(set(weighed)) == 2
     least = int(re.search(r"works is ([\d,]+)", str(caught.value))[1].replace(",", ""))
     with warnings.catch_warnings():
         # What the search calibrates for itself, on few samples, is nothing to warn its user of.

@@ -90,6 +90,7 @@ def test_clipped_shares_are_those_of_the_plot(tmp_path: Path) -> None:
     qat = model()
     callback = kqat.TensorBoardQuantization(tmp_path, data=X, oscillations=False)
     qat.optimizer.learning_rate = 0.0
+    qat.run_eagerly = True  # One step, which takes less time than tracing it.
     qat.fit(X * 3.0, Y, batch_size=64, verbose=0, callbacks=[kqat.FreezeObservers(0), callback])
     from kqat.analysis.grid_use import counts_of_values, counts_of_weight, rounded_tensors
     from kqat.graph import trace
