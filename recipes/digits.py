@@ -80,11 +80,11 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _fake_digits() -> tuple[Samples, Samples]:
-    """One batch for training and one for testing."""
+    """Two batches for training, so that their order counts, and one of them for testing."""
     random = np.random.default_rng(0)
-    x = random.random((BATCH_SIZE, 8, 8, 1), np.float32)
-    samples = x, random.integers(0, 10, BATCH_SIZE)
-    return samples, samples
+    x = random.random((2 * BATCH_SIZE, 8, 8, 1), np.float32)
+    y = random.integers(0, 10, 2 * BATCH_SIZE)
+    return (x, y), (x[:BATCH_SIZE], y[:BATCH_SIZE])
 
 
 if __name__ == "__main__":

@@ -115,13 +115,12 @@ def _real(train_images: int) -> _Inputs:
 
 
 def _fake() -> _Inputs:
-    """An untrained network and one batch of noise."""
+    """An untrained network, one batch of noise, and some of it for testing."""
     random = np.random.default_rng(0)
     x = random.integers(0, 256, (BATCH_SIZE, 32, 32, 3)).astype(np.float32)
-    batch = x, random.integers(0, 10, BATCH_SIZE)
-    return _Inputs(
-        model=resnet8(), vendor=None, unlabelled=x, lossless=batch, train=batch, test=batch
-    )
+    y = random.integers(0, 10, BATCH_SIZE)
+    few = x[:8], y[:8]
+    return _Inputs(model=resnet8(), vendor=None, unlabelled=x, lossless=few, train=(x, y), test=few)
 
 
 def _post_training(inputs: _Inputs, out: Path) -> list[Row]:

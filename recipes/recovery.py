@@ -349,6 +349,7 @@ def _fit(
         )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=task.kind == "logits")
     model.compile(keras.optimizers.Adam(schedule), loss)
+    model.optimizer.build(model.trainable_variables)  # A step that makes them is traced twice.
     told = keras.callbacks.LambdaCallback(on_epoch_begin=source.begin)
     model.fit(
         source, epochs=epochs, shuffle=False, verbose=0, callbacks=[told, *recipe, *callbacks]

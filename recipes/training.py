@@ -231,9 +231,13 @@ class Epochs(keras.utils.PyDataset):
 
 def _compile(model: keras.Model, steps: int, learning_rate: float) -> None:
     rate = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+    accuracy = keras.metrics.SparseCategoricalAccuracy("accuracy")
     model.compile(
-        keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"]
+        keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=[accuracy]
     )
+    # TensorFlow traces a step twice that makes variables. So none are left to make: those of a
+    # metric given by its name would be, too.
+    model.optimizer.build(model.trainable_variables)
 
 
 def _augmented(images: np.ndarray, random: np.random.Generator) -> np.ndarray:

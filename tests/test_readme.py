@@ -8,6 +8,7 @@ import keras
 import pytest
 
 import kqat
+from tests import traced_once
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -17,6 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.slow
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(traced_once.OWNER, "compile", traced_once.compile)
     namespace: dict[str, object] = {}
     with warnings.catch_warnings():
         # An unfitted copy of a model in a notebook is no fault of the reader's.

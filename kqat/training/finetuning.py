@@ -83,6 +83,10 @@ class WarmUpCosine(QatCallback):
         """Sets the rate of the next step."""
         if self._steps:
             self._set(self._epoch + (batch + 0.5) / self._steps)
+        # TensorFlow traces a step twice that makes variables, and one trace takes seconds.
+        optimizer = self.optimizer()
+        if not optimizer.built:
+            optimizer.build(self.model.trainable_variables)
 
     def _set(self, epochs: float) -> None:
         optimizer = self.optimizer()

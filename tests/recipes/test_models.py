@@ -88,19 +88,6 @@ def test_digits_cnn_has_what_its_recipe_shows() -> None:
     assert ceilings == {None, 6.0}
 
 
-@pytest.mark.slow
-def test_digits_cnn_learns_the_digits() -> None:
-    (x_train, y_train), (x_test, y_test) = data.digits()
-    model = digits_cnn()
-    rate = keras.optimizers.schedules.CosineDecay(3e-3, 15 * len(x_train) // 32)
-    model.compile(
-        keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"]
-    )
-    model.fit(x_train, y_train, epochs=15, batch_size=32, verbose=0)
-    # Three seeds gave 0.989 to 0.993.
-    assert model.evaluate(x_test, y_test, verbose=0)[1] >= 0.98
-
-
 def _form(layer: keras.layers.Layer) -> dict[str, object]:
     """What decides a layer's output beside its weights."""
     config = layer.get_config()

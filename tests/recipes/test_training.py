@@ -73,6 +73,26 @@ def test_augmentation_mirrors_and_shifts(samples: Samples) -> None:
     assert len({picture.tobytes() for picture in x}) > 30
 
 
+class _Counted(keras.layers.Layer):
+    """Hands its input on, and counts how often it is called."""
+
+    calls = 0
+
+    def call(self, x: Any) -> Any:
+        self.calls += 1
+        return x
+
+
+def test_a_step_is_traced_once(samples: Samples) -> None:
+    counted = _Counted()
+    shape, head = keras.Input((6, 6, 1)), keras.layers.Dense(3, activation="softmax")
+    model = keras.Sequential([shape, keras.layers.Flatten(), counted, head])
+    before = counted.calls
+    images, labels = samples
+    training.fit(model, (training.scaled(images), labels), 2, 0.01, batch_size=20)
+    assert counted.calls == before + 1
+
+
 class _Stop(keras.callbacks.Callback):
     """Breaks off in the middle of an epoch, as a kill does."""
 

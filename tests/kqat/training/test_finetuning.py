@@ -21,9 +21,17 @@ def test_the_rate_rises_and_falls_over_all_steps() -> None:
     seen = EachStep(rate)
     qat = kqat.quantize_model(network(), calibration_data=X)
     options = {"batch_size": 16, "verbose": 0}
+    traced = []
+
+    def loss(y: Any, z: Any) -> Any:
+        traced.append(z)
+        return keras.losses.mean_squared_error(y, z)
+
     history = kqat.finetune(
-        qat, (X, Y), 5, loss="mse", learning_rate=0.01, callbacks=[seen], **options
+        qat, (X, Y), 5, loss=loss, learning_rate=0.01, callbacks=[seen], **options
     )
+    # A step that makes the optimizer's variables would be traced a second time.
+    assert len(traced) == 1
     share = (np.arange(20) + 0.5) / 20
     falling = 0.01 * (0.5 + 0.5 * np.cos(np.pi * (share - 0.1) / 0.9))
     expected = np.where(share < 0.1, 0.01 * share / 0.1, falling)
