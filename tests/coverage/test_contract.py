@@ -129,7 +129,7 @@ class Trial:
         Then of those that moved in a second step, with frozen ranges; the model has not taken it.
         """
         qat = kqat.quantize_model(self.model, self.case.policy, calibration_data=self.x)
-        return qat, *steps(qat, self.x)
+        return qat, *steps(qat, self.x, builds=self.case.name not in FAST)
 
     @property
     def qat(self) -> keras.Model:
@@ -189,10 +189,12 @@ class Snapshots(keras.callbacks.Callback):  # type: ignore[misc]
         self.values.append({v.path: np.array(v) for v in self.model.variables})
 
 
-def steps(qat: keras.Model, x: Any) -> tuple[set[str], set[str]]:
+def steps(qat: keras.Model, x: Any, builds: bool) -> tuple[set[str], set[str]]:
     """Trains for a step, and for one with frozen ranges; the paths that moved in each.
 
     The model is left as the first step made it. Both are one `fit`, as tracing it is what costs.
+    TensorFlow traces a step twice that makes the optimizer's variables, as it does for users; with
+    `builds` they are made before.
     """
     keras.utils.set_random_seed(1)
     rng = np.random.default_rng(1)
@@ -203,6 +205,8 @@ def steps(qat: keras.Model, x: Any) -> tuple[set[str], set[str]]:
         lambda t: "mse" if str(t.dtype).startswith("float") else None, qat.output
     )
     qat.compile(keras.optimizers.SGD(0.01), losses)
+    if builds:
+        qat.optimizer.build(qat.trainable_variables)
     nothing_to_train = (
         contextlib.nullcontext()
         if qat.trainable_weights
