@@ -1,4 +1,4 @@
-"""What wins back the accuracy that few bits lose? Ten methods on six widths of weights.
+"""What wins back the accuracy that few bits lose? Eleven methods on six widths of weights.
 
     python -m recipes.recovery --network resnet20 --out out/recovery_resnet20
     python -m recipes.recovery --network mobilenetv2 --out out/recovery_mobilenetv2
@@ -88,6 +88,8 @@ average       QAT, weights as in minmax, activations by a moving average
 LSQ           QAT, learned steps (ternary: TTQ), activations by moving average
 LSQ+, PACT    LSQ, with activations by LSQ+ or PACT (binary: XNOR weights)
 distillation  the float network as teacher, of LSQ (binary: XNOR) or of average
+dampening     weights are drawn to the middle of their steps while they train;
+              statistics of BatchNormalization are estimated again behind it
 tfmot         its 8-bit QAT in Keras 2, with the same weights, batches and rates
 falling       LSQ; a quarter of the steps with 8 bits, one with 6 (or both parts
               with 8), the rest with the column's
@@ -254,12 +256,18 @@ def _distilled_average(run: _Run) -> keras.Model:
     return _taught(run, _plain_step(run.width, "max_abs"))
 
 
-def _taught(run: _Run, step: str) -> keras.Model:
+def _dampened(run: _Run) -> keras.Model:
+    qat = _taught(run, _plain_step(run.width, "max_abs"), kqat.DampenOscillations())
+    kqat.reestimate_batchnorm(qat, run.task.calibration(run.seed))
+    return qat
+
+
+def _taught(run: _Run, step: str, *callbacks: keras.callbacks.Callback) -> keras.Model:
     qat = run.quantized(_config(run.width, step))
     teacher = keras.models.clone_model(run.task.model)
     teacher.set_weights(run.task.model.get_weights())
     distiller = kqat.Distiller(qat, teacher, kind=run.task.kind)
-    _fit(distiller, run.task, run.seed, run.options)
+    _fit(distiller, run.task, run.seed, run.options, callbacks=callbacks)
     return qat
 
 
@@ -308,6 +316,7 @@ METHODS: dict[str, tuple[str, Callable[[_Run], keras.Model | bytes]]] = {
     "pact": ("QAT, PACT", _pact),
     "distillation": ("QAT, distillation", _distillation),
     "distilled_average": ("QAT, average, distillation", _distilled_average),
+    "dampened": ("QAT, average, distillation, dampening", _dampened),
     "falling": ("QAT, falling bits", _falling),
     "tfmot": ("QAT, tfmot", _tfmot),
 }
