@@ -150,6 +150,29 @@ class Padding(layers.Layer):
         return {**super().get_config(), "kind": self.kind.value, "widths": self.widths}
 
 
+@keras.saving.register_keras_serializable("kqat")
+class ZeroPadding(layers.Layer):
+    """Zeros around values along any axis behind the batch, the channels among them.
+
+    Keras's layers of that name pad the axes between batch and channels alone.
+
+    Args:
+        widths: two numbers for each axis behind the batch: of zeros before and behind.
+    """
+
+    def __init__(self, widths: Sequence[Sequence[int]], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.widths = [[int(n) for n in pair] for pair in widths]
+
+    def call(self, x: Any) -> Any:
+        """The padded tensor."""
+        return ops.pad(x, [[0, 0], *self.widths])
+
+    def get_config(self) -> dict[str, Any]:
+        """The config of every layer, with `widths`."""
+        return {**super().get_config(), "widths": self.widths}
+
+
 class ReduceKind(TextEnum):
     """The function of `keras.ops` that a `Reduce` computes."""
 
