@@ -123,6 +123,8 @@ class Rounding(enum.Enum):
     ONCE = enum.auto()  # XNNPACK: times a float32, halves to even
     TWICE = enum.auto()  # reference and micro kernels on int32 sums: halves away from zero
     TWICE_UP = enum.auto()  # matrix products of LiteRT's optimized kernels: the last halves go up
+    # LiteRT's optimized DEPTHWISE_CONV_2D: eight channels at a time as TWICE_UP, the rest as TWICE.
+    TWICE_BY_EIGHT = enum.auto()
     WIDE = enum.auto()  # int64 sums: times 15 bits, halves up
     DOUBLE = enum.auto()  # LiteRT's reference FULLY_CONNECTED: times a float64, halves away
 
@@ -165,6 +167,11 @@ class Requantize:
         if self.rounding is Rounding.DOUBLE:
             value = xp.cast(sums, "float64") * real
             return xp.cast(xp.sign(value) * xp.floor(xp.abs(value) + 0.5), "int64")
+        if self.rounding is Rounding.TWICE_BY_EIGHT:
+            channels, factor = sums.shape[-1], fixed_point(real)
+            in_eights = np.arange(channels) < channels - channels % 8
+            up, away = (f(xp, sums, factor) for f in (twice_rounded_up, twice_rounded))
+            return xp.where(in_eights, up, away)
         rescale = {
             Rounding.TWICE: twice_rounded,
             Rounding.TWICE_UP: twice_rounded_up,

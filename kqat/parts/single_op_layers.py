@@ -13,6 +13,20 @@ from kqat.grids import HIDDEN, LOWEST, Bounds, Clamp
 from kqat.parts.elementwise import Elementwise
 
 
+def added(x: Any, y: Any) -> Any:
+    """`x + y` of a tensor and a tensor, variable or constant, as NumPy broadcasts them.
+
+    Keras's `add` takes a second operand of which one axis alone is not 1 for a bias of the
+    channels, if the first has as many channels, or rows. So it takes one sample of a column, and
+    a column of as many samples as there are channels, and adds them along another axis, without a
+    word. Of indexes it makes an operator that TFLite does not convert.
+    """
+    if isinstance(y, list | tuple):
+        y = ops.convert_to_tensor(y)
+    dtype = keras.backend.result_type(x.dtype, getattr(y, "dtype", type(y)))
+    return ops.cast(x, dtype) + ops.cast(y, dtype)
+
+
 @keras.saving.register_keras_serializable("kqat")
 class Slice(layers.Layer):
     """`x[:, begin:end:step, …]` with one triple per axis behind the batch.
@@ -148,6 +162,29 @@ class Padding(layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """The config of every layer, with `kind` and `widths`."""
         return {**super().get_config(), "kind": self.kind.value, "widths": self.widths}
+
+
+@keras.saving.register_keras_serializable("kqat")
+class ZeroPadding(layers.Layer):
+    """Zeros around values along any axis behind the batch, the channels among them.
+
+    Keras's layers of that name pad the axes between batch and channels alone.
+
+    Args:
+        widths: two numbers for each axis behind the batch: of zeros before and behind.
+    """
+
+    def __init__(self, widths: Sequence[Sequence[int]], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.widths = [[int(n) for n in pair] for pair in widths]
+
+    def call(self, x: Any) -> Any:
+        """The padded tensor."""
+        return ops.pad(x, [[0, 0], *self.widths])
+
+    def get_config(self) -> dict[str, Any]:
+        """The config of every layer, with `widths`."""
+        return {**super().get_config(), "widths": self.widths}
 
 
 class ReduceKind(TextEnum):
@@ -353,12 +390,11 @@ class IndexOperation(layers.Layer):
         tensors = x if isinstance(x, list | tuple) else [x]
         if self.kind is IndexKind.CONCATENATE:
             return ops.concatenate(tensors, **self.options)
-        if self.kind is IndexKind.ADD and len({t.dtype for t in tensors}) < len(tensors):
-            # Keras takes an index of one sample for a bias, whose sum TFLite does not convert.
-            return tensors[0] + tensors[1]
         if self.kind is IndexKind.DIVIDE:
             return _towards_zero(tensors[0], self.options["x2"])
         options = dict(self.options)
+        if self.kind is IndexKind.ADD:
+            return added(*tensors, *options.values())
         first = [options.pop("x1")] if "x1" in options else []
         result = getattr(ops, self.kind)(*first, *tensors, **options)
         return (
@@ -538,19 +574,11 @@ class WithConstant(layers.Layer):
         """The sum, difference or product, or the square of the difference."""
         if self.kind is ConstantKind.HIDE:
             return _shown(self.value, x)
-        # The value first: Keras has ways of its own to add a vector that comes second. One sample
-        # may be such a vector; what it returns then has no more axes than the first.
-        value, missing = self.value, len(x.shape) - len(self.shape)
-        if missing > 0 and sum(size != 1 for size in x.shape) < 2:
-            value = ops.reshape(value, (*(1,) * missing, *self.shape))
-        commutes = self.kind is not ConstantKind.SUBTRACT
-        several = sum(size != 1 for size in self.shape) > 1
-        if commutes and several and all(size == 1 for size in x.shape[1:]):
-            # One number for each sample is a vector as well: as many as the value has rows.
-            value, x = x, value
+        if self.kind is ConstantKind.ADD:
+            return added(x, self.value)
         if self.kind is ConstantKind.SQUARED_DIFFERENCE:
-            return ops.square(ops.subtract(value, x))
-        return getattr(ops, self.kind)(value, x)
+            return ops.square(ops.subtract(self.value, x))
+        return getattr(ops, self.kind)(self.value, x)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The shape after broadcasting."""

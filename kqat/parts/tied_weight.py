@@ -8,6 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import TextEnum
+from kqat.parts.single_op_layers import added
 
 
 class WeightUse(TextEnum):
@@ -81,7 +82,7 @@ class TiedWeight(layers.Layer):
         if use == WeightUse.ROWS:
             return ops.take(self.kernel, ops.cast(x, "int32"), axis=0)
         if use == WeightUse.SUM:
-            return ops.add(self.kernel, x)
+            return added(x, self.kernel)
         if use == WeightUse.FACTOR:
             return ops.multiply(self.kernel, x)
         kernel = self.kernel if use == WeightUse.PRODUCT else ops.transpose(self.kernel)

@@ -45,6 +45,7 @@ from kqat.parts import (
     Slice,
     Take,
     WithConstant,
+    ZeroPadding,
 )
 from kqat.planning.chosen_functions import join_choices
 from kqat.planning.mask_biases import (
@@ -65,7 +66,7 @@ from kqat.rewrites import FAR_BELOW, zeros_around
 # key less than float32 can tell from zero, beside scores that spread by less than 80.
 LEAST_ADDED = -100.0
 # Layers that put zeros around numbers.
-_PADDING = (layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D)
+_PADDING = (layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D, ZeroPadding)
 # Layers that hand numbers on as they are.
 _MOVING = (
     layers.Reshape, layers.Permute, layers.Flatten, layers.Identity, layers.RepeatVector,

@@ -1,7 +1,8 @@
 """The square of a difference is one layer, as it is one kernel: SQUARED_DIFFERENCE.
 
-The distance of two embeddings and a variance begin so, and the distance from a constant. The kernel
-squares a difference that it never rounds, where SUB rounds one to 8 bits for MUL to read.
+The distance of two embeddings and a variance begin so, and the distance from a constant, also from
+one that is trained. The kernel squares a difference that it never rounds, where SUB rounds one to 8
+bits for MUL to read.
 """
 
 import dataclasses
@@ -75,11 +76,16 @@ def _is_difference(node: Node) -> bool:
 
 
 def _constant(node: Node) -> np.ndarray | None:
-    """What a node takes off its one input, if it does nothing else and is not trained."""
+    """What a node takes off its one input, if it does nothing else."""
     layer: Any = node.layer
     if type(layer) is layers.Rescaling:
         shifts = np.size(layer.scale) == np.size(layer.offset) == 1 and layer.scale == 1.0
         return np.reshape(-np.float32(layer.offset), ()) if shifts else None
+    if type(layer) is WithConstant and layer.trainable:
+        # A center, as of a radial basis function or of a codebook, of which the sum has the
+        # negative. A penalty on what the user's model adds may weigh its negative otherwise.
+        is_sum = layer.kind is ConstantKind.ADD and layer.value_regularizer is None
+        return -np.asarray(layer.value, np.float32) if is_sum else None
     added = addend(node)
     return None if added is None else -added
 
@@ -90,4 +96,6 @@ def _square(name: str, difference: Node, given: Any) -> Any:
     if constant is None:
         return SquaredDifference(name=name)(given)
     kind, shape = ConstantKind.SQUARED_DIFFERENCE, list(constant.shape)
-    return Part(WithConstant(kind, shape, name=name, trainable=False), [constant])(given)
+    # A Rescaling says of itself that it is trainable, too.
+    trained = type(difference.layer) is WithConstant and difference.layer.trainable
+    return Part(WithConstant(kind, shape, name=name, trainable=trained), [constant])(given)

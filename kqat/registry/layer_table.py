@@ -51,6 +51,7 @@ from kqat.parts import (
     Unstack,
     WeightUse,
     WithConstant,
+    ZeroPadding,
 )
 from kqat.registry import fused_lstms, rule
 from kqat.registry.layer_facts import LayerFacts
@@ -303,6 +304,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.ZeroPadding1D: _same("PAD", **_POOL),
     layers.ZeroPadding2D: _same("PAD", **_POOL),
     layers.ZeroPadding3D: _same("PAD", **_POOL),
+    ZeroPadding: _same("PAD"),
     layers.Cropping1D: _same("STRIDED_SLICE", **_POOL),
     layers.Cropping2D: _same("STRIDED_SLICE", **_POOL),
     layers.Cropping3D: _same("RESHAPE", "STRIDED_SLICE", decompose=basic.crop_3d, **_POOL),

@@ -8,7 +8,14 @@ from keras import layers as L
 from keras import ops
 
 from kqat.parts.elementwise import Elementwise
-from kqat.parts.single_op_layers import DepthToSpace, IndexOperation, Select, SpaceToDepth, Take
+from kqat.parts.single_op_layers import (
+    DepthToSpace,
+    IndexOperation,
+    Select,
+    SpaceToDepth,
+    Take,
+    ZeroPadding,
+)
 from tests.coverage.cases import Case, functional
 
 STEPS, IMAGE, VOLUME = (5, 8), (8, 8, 4), (4, 6, 6, 2)
@@ -44,7 +51,7 @@ def _augmented(x: Any) -> Any:
 
 
 def _primitives(x: Any) -> list[Any]:
-    deep = SpaceToDepth(2)(x)
+    deep = ZeroPadding([[0, 0], [0, 0], [0, 4]])(SpaceToDepth(2)(x))
     bent = Elementwise.of(lambda t: t * ops.tanh(t))(Take([3, 0, 3], 1)(deep))
     positive = IndexOperation("greater", {"x2": 0.0})(deep)
     return [DepthToSpace(2)(Select()([positive, deep, deep])), bent]
@@ -269,6 +276,7 @@ CASES: tuple[Case, ...] = (
         DEPTH_TO_SPACE=1,
         GATHER=2,
         GREATER=1,
+        PAD=1,
         SELECT_V2=1,
         SPACE_TO_DEPTH=1,
     ),

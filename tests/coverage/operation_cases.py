@@ -165,7 +165,7 @@ CASES: tuple[Case, ...] = (
         GATHER=7,
         MUL=8,
         PAD=1,
-        RESHAPE=6,
+        RESHAPE=4,
         STRIDED_SLICE=6,
         TRANSPOSE=1,
     ),

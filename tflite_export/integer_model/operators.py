@@ -231,7 +231,11 @@ def _rounding(step: Step, runtime: str, weights: Tensor, given: Tensor) -> sums.
             # Without a bias, LiteRT's optimized kernel adds up in int32; else it is the reference.
             return rounding.TWICE_UP if step.inputs[2:3] in ((), (None,)) else rounding.DOUBLE
         return rounding.WIDE
-    if kind == "optimized" and (dense or step.name == "CONV_2D"):
+    if kind == "optimized" and step.name == "DEPTHWISE_CONV_2D":
+        return rounding.TWICE_BY_EIGHT
+    # Of convolutions in groups LiteRT's optimized kernel lets the reference compute.
+    whole = step.name == "CONV_2D" and weights.shape[-1] == given.shape[-1]
+    if kind == "optimized" and (dense or whole):
         return rounding.TWICE_UP
     return rounding.TWICE
 

@@ -21,6 +21,7 @@ from kqat.parts import (
     PaddingKind,
     SpaceToDepth,
     Take,
+    ZeroPadding,
     joined,
     sliced,
     stacked,
@@ -341,16 +342,11 @@ TRIED_AXES = 6  # the most with which `benchmarks/rank_probe.py` tried MIRROR_PA
 def zeros_around(x: Any, widths: list[tuple[int, int]], name: str) -> Any:
     """Zeros before and behind, one pair of numbers for each axis; the batch's are 0."""
     spatial = widths[1:-1]
-    if len(widths) > 4 and (widths[-1] != (0, 0) or len(widths) > 5):
-        return _zeros_axis_by_axis(x, widths[1:], name)
-    if widths[-1] != (0, 0) or not 1 <= len(spatial) <= 3:
-        # Only spatial axes can be padded: one more axis makes the last one spatial.
-        shape = tuple(x.shape[1:])
-        spatial = widths[1:]
-        x = layers.Reshape((*shape, 1), name=f"{name}_grown")(x)
-        padded = _zeros_around(spatial, f"{name}_padded")(x)
-        return layers.Reshape(padded.shape[1:-1], name=name)(padded)
-    return _zeros_around(spatial, name)(x)
+    if widths[-1] == (0, 0) and 1 <= len(spatial) <= 3:
+        return _zeros_around(spatial, name)(x)
+    if len(widths) <= min(MOST_AXES["PAD"]):
+        return ZeroPadding(widths[1:], name=name)(x)
+    return _zeros_axis_by_axis(x, widths[1:], name)
 
 
 def _zeros_axis_by_axis(x: Any, width: list[tuple[int, int]], name: str) -> Any:

@@ -70,6 +70,23 @@ def test_elu_of_tiny_values_is_the_kernels() -> None:
         assert part.exact.is_exact, part.runtime
 
 
+def test_packed_convolutions_round_as_the_optimized_kernels() -> None:
+    """XNNPACK leaves them to LiteRT: of 13 channels eight are rounded together, of groups none."""
+    image = keras.Input((6, 6, 16), name="x")
+    outputs = [
+        keras.layers.Conv2D(13, 3)(image),
+        keras.layers.DepthwiseConv2D(3)(image),
+        keras.layers.DepthwiseConv2D(3)(image[..., :13]),
+        keras.layers.Conv2D(8, 3, groups=2)(image),
+    ]
+    keras.utils.set_random_seed(0)
+    data = np.random.default_rng(0).normal(size=(32, 6, 6, 16)).astype(np.float32)
+    qat = kqat.quantize_model(keras.Model(image, outputs), "w4a8", calibration_data=data)
+    blob = tflite_export.convert(qat)
+    (part,) = tflite_export.verify(qat, blob, data, runtimes=["litert"]).runtimes
+    assert str(part.exact).startswith("exact: all"), part.exact
+
+
 def test_every_row_of_the_op_table_has_its_arithmetic() -> None:
     assert set(OP_TABLE) - set(supported()) == set()
 

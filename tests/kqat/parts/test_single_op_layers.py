@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 from keras import ops
 
@@ -16,6 +17,7 @@ from kqat.parts import (
 )
 from kqat.parts.single_op_layers import (
     DepthToSpace,
+    IndexOperation,
     Matmul,
     ReciprocalSquareRoot,
     Reduce,
@@ -85,6 +87,44 @@ def test_a_vector_beside_a_matrix_keeps_its_axes(kind: ConstantKind, samples: in
     expected = layer(keras.Input((1, 4))).shape[1:]
     found = layer(ops.ones((samples, 1, 4))).shape
     assert tuple(found) == (samples, *expected) == (samples, 8, 4)
+
+
+# Keras takes the smaller of these for a bias, along the last axis or the one behind the batch, for
+# one sample or as many as the value has numbers.
+@pytest.mark.parametrize(
+    ("shape", "value"),
+    [((1,), (4,)), ((1,), (1, 4)), ((4, 1), (4, 4)), ((4, 1), (4,)), ((1, 4), (4, 1))],
+)
+@pytest.mark.parametrize("kind", [kind for kind in ConstantKind if kind is not ConstantKind.HIDE])
+def test_a_constant_is_no_bias(
+    kind: ConstantKind, shape: tuple[int, ...], value: tuple[int, ...]
+) -> None:
+    layer = WithConstant(kind, list(value))
+    constant = np.arange(np.prod(value), dtype=np.float32).reshape(value)
+    layer.build((None, *shape))
+    layer.set_weights([constant])
+    as_numpy = {
+        ConstantKind.ADD: lambda x: x + constant,
+        ConstantKind.SUBTRACT: lambda x: constant - x,
+        ConstantKind.MULTIPLY: lambda x: x * constant,
+        ConstantKind.SQUARED_DIFFERENCE: lambda x: (x - constant) ** 2,
+    }[kind]
+    for samples in (1, 2, 4):
+        x = np.arange(samples * np.prod(shape), dtype=np.float32).reshape(samples, *shape)
+        np.testing.assert_array_equal(layer(x), as_numpy(x))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's graph")
+def test_a_sum_of_indexes_is_one_that_tflite_converts() -> None:
+    """The places of several tables in one: Keras makes a BiasAdd of integers."""
+    import tensorflow as tf
+
+    layer = IndexOperation("add", {"x2": [0, 2, 5]})
+    call = tf.function(layer.call).get_concrete_function(tf.TensorSpec((1, 3), tf.int32))
+    assert "BiasAdd" not in {operation.type for operation in call.graph.get_operations()}
+    found = layer(np.int32([[1, 1, 1]]))
+    assert found.dtype == "int32" and np.array_equal(found, [[1, 3, 6]])
+    assert IndexOperation("add", {"x1": 1})(np.array([True, False])).dtype == "int32"
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

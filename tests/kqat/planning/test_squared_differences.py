@@ -47,6 +47,24 @@ def an_output(x: Any) -> Any:
     return [difference, ops.square(difference)]
 
 
+class Centers(L.Layer):
+    """Squared differences from trained points, as of radial basis functions and of codebooks."""
+
+    def __init__(self, call: Callable[[Any, Any], Any], regularizer: Any = None) -> None:
+        super().__init__()
+        self.difference, self.regularizer = call, regularizer
+
+    def build(self, shape: Any) -> None:
+        """Makes five of them."""
+        self.points = self.add_weight(
+            shape=(5, shape[-1]), initializer="random_normal", regularizer=self.regularizer
+        )
+
+    def call(self, x: Any) -> Any:
+        """The largest of each, (batch, steps, 5)."""
+        return ops.max(ops.square(self.difference(x[:, :, None], self.points)), axis=-1)
+
+
 class Energy(L.Layer):
     """A cell that squares how far its input is from its state."""
 
@@ -70,6 +88,10 @@ class Energy(L.Layer):
         (lambda x: (x - 0.5) ** 2, "int8", 1, 0),
         (lambda x: (x - X[0]) ** 2, "int8", 1, 0),
         (lambda x: (x - X[0, 0]) ** 2, "int8", 1, 0),
+        (Centers(lambda x, c: x - c), "int8", 1, 0),
+        (Centers(lambda x, c: c - x), "w4a8", 1, 1),  # The input's negative is a product, or SUB.
+        # A penalty of the user's may weigh the negative otherwise.
+        (Centers(lambda x, c: x + c, "l2"), "int8", 0, 0),
         # A constant that a bias takes in costs nothing.
         (lambda x: (L.Dense(4)(x) - 0.5) ** 2, "int8", 0, 0),
         (lambda x: L.RNN(Energy())(x), "int8", 1, 1),  # Zeros to begin with are a SUB.
@@ -102,13 +124,15 @@ def test_every_runtime_computes_what_was_trained() -> None:
             ops.square(near - a),
             ops.square(x - X[0]),
             ops.square(x - X[0, 0] + 0.5),
+            Centers(lambda x, c: x - c)(x),
         ]
 
     model = model_of(call)
     with pytest.warns(kqat.CalibrationWarning):  # of the last one, whose sums are of a step
         qat = kqat.quantize_model(model, calibration_data=X)
+    assert [tuple(w.shape) for w in qat.trainable_weights].count((5, 4)) == 1  # the centers
     blob = tflite_export.convert(qat)
-    assert operators(flatbuffer.read(blob)).count(SQUARE) == 5
+    assert operators(flatbuffer.read(blob)).count(SQUARE) == 6
     report = tflite_export.verify(qat, blob, X, samples=8)
     for part in report.runtimes:
         assert part.is_right and part.problem is None and part.unmatched == (), part
