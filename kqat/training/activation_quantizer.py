@@ -452,8 +452,9 @@ class ActivationQuantizer(keras.layers.Layer):
         high = min(max(high, np.float32(0.0)), np.float32(arithmetic.LARGEST_BOUND))
         if high - low < arithmetic.SMALLEST_RANGE:
             high = np.float32(arithmetic.UNSEEN_WIDTH)
-        if isinstance(self.clamp, Bounds):
+        if self.clamp is not None:
             low = max(low, np.float32(self.clamp.low))
+        if isinstance(self.clamp, Bounds):
             high = min(high, np.float32(self.clamp.high))
         return low, high
 
@@ -463,10 +464,12 @@ class ActivationQuantizer(keras.layers.Layer):
         return self._symmetric(*self._inside(*arithmetic.widen(low, _largest(site_high))))
 
     def _inside(self, low: Any, high: Any) -> tuple[Any, Any]:
-        """The range where it lies inside the bounds, whatever made it wider than the values."""
-        if not isinstance(self.clamp, Bounds):
+        """The range where it lies inside the clamp, whatever made it wider than the values."""
+        if self.clamp is None:
             return low, high
-        return ops.maximum(low, self.clamp.low), ops.minimum(high, self.clamp.high)
+        # From zero on, or the rounding does not carry out a ReLU: see `_round`.
+        low = ops.maximum(low, self.clamp.low)
+        return low, ops.minimum(high, self.clamp.high) if isinstance(self.clamp, Bounds) else high
 
     def _grid(self, site_low: Any, site_high: Any) -> tuple[Any, Any, Any]:
         """Low and high of the group's range, and the step where the loss moves it."""

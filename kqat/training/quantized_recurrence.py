@@ -89,7 +89,8 @@ class QuantizedRecurrence(Recurrence):
 
         Args:
             inputs: as for `call`.
-            note: called as `note(quantizer, site, value)` for each step.
+            note: called as `note(quantizer, site, value)` for each step, after the clamp that the
+                quantizer carries out.
             noisy: whether Dropout layers drop, as in training.
         """
         masks = self._masks(inputs) if noisy else {}
@@ -369,8 +370,8 @@ class _Noting(_Pass):
         super().__init__(*rest)
 
     def saw(self, seen: list[list[Any]], site: tuple[ActivationQuantizer, int], x: Any) -> None:
-        """Hands it to `note`."""
-        self.note(*site, x)
+        """Hands it to `note`, as its kernel clamps it: a rounding from zero on is the clamp."""
+        self.note(*site, site[0].clamped(x))
 
 
 def _is_given(quantizer: ActivationQuantizer) -> bool:

@@ -167,6 +167,18 @@ def test_a_range_is_that_of_all_steps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_a_clamp_inside_is_carried_out(cell: Any, activation: str) -> None:
+    """By rounding on a range that starts at zero: values before the clamp say nothing of it."""
+    model, x = _model(cell(UNITS, activation=activation)), _data()
+    qat = kqat.quantize_model(model, calibration_data=x)
+    for quantizer in (q for q in all_layers(qat) if getattr(q, "clamp", None) is not None):
+        assert float(np.min(quantizer.site_low)) == 0.0, quantizer.name
+    want, got = np.asarray(model(x)), np.asarray(qat(x))
+    assert np.mean((got - want) ** 2) < 1e-3 * np.mean(want**2)
+
+
 def test_training_moves_a_range_once_per_batch_and_not_when_frozen() -> None:
     qat = kqat.quantize_model(_model(layers.GRU(UNITS)), calibration_data=_data())
     qat.compile("sgd", "mse")
