@@ -26,15 +26,17 @@ hypothesis.settings.load_profile("kqat")
 
 
 @pytest.fixture(autouse=True)
-def _same_start() -> None:
-    """Seeds Python, NumPy and Keras, and undoes what an earlier test did to Keras's settings."""
+def _same_start() -> Iterator[None]:
+    """Seeds Python, NumPy and Keras, and undoes what a test does to Keras's settings."""
     # Without freeing memory, which takes longer than most tests.
     keras.utils.clear_session(free_memory=False)
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(0)
     for generator, state in _generators_of_modules():
         generator.bit_generator.state = state
+    yield
+    # Behind the test: the fixtures of the next module are made before its first test starts.
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
 
 
 @functools.cache
