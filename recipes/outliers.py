@@ -22,7 +22,7 @@ import kqat
 import tflite_export
 from kqat import algorithms
 from recipes import running, transformer
-from recipes.models import text_transformer
+from recipes.models import text_transformer, transformers
 from recipes.running import Table
 from recipes.shipping import CALIBRATION_SAMPLES
 from recipes.training import fit
@@ -138,7 +138,7 @@ def planted(model: keras.Model) -> keras.Model:
     """A copy that computes the same, with `CHANNELS` behind each block's normalizations larger."""
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
-    for block in range(1, 3):
+    for block in range(1, transformers.BLOCKS + 1):
         attention = copy.get_layer(f"block{block}_attention")
         readers = [
             v

@@ -81,7 +81,7 @@ def test_one_step_makes_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 SIZE = (
-    "--smoke", "--no-tfmot", "--policies", "int8", "--train-images", "1024", "--epochs", "2",
+    "--smoke", "--no-tfmot", "--policies", "int8", "--train-images", "512", "--epochs", "2",
     "--prune-epochs", "1", "--qat-epochs", "2",
 )  # fmt: skip
 
