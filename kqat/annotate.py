@@ -14,7 +14,7 @@ import keras
 from kqat.api import PolicyWarning, quantized_and_plan
 from kqat.base import ModelError, PolicyError
 from kqat.config import QuantizeConfig, QuantizePolicy, resolve_config
-from kqat.graph import Node, check_as_many, duplicate, rebuild, trace, unique_name
+from kqat.graph import Node, check_as_many, duplicate, is_keras_2, rebuild, trace, unique_name
 
 # A message lists so many names of layers at most.
 _NAMES = 12
@@ -113,9 +113,16 @@ def quantize_annotate_layer(
         PolicyError: if `layer` is not a layer, or `config` is not a config.
     """
     if not isinstance(layer, keras.layers.Layer) or isinstance(layer, keras.Model):
+        what = type(layer).__name__
+        if is_keras_2(layer):
+            raise PolicyError(
+                f"Expected a layer of Keras 3 to annotate. Received: the Keras 2 (tf_keras) layer "
+                f"{what}. Make it with keras.layers.{what}; kqat.load_model(model) brings a whole "
+                "tf_keras model over."
+            )
         raise PolicyError(
-            f"Expected a Keras layer to annotate. Received: {type(layer).__name__}. Annotate the "
-            "layers of a model one by one, or use kqat.quantize_model."
+            f"Expected a Keras layer to annotate. Received: {what}. Annotate the layers of a model "
+            "one by one, or use kqat.quantize_model."
         )
     config = config if quantize_config is None else quantize_config
     if isinstance(config, type):

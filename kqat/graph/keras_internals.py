@@ -100,16 +100,20 @@ class _Notes:
     asides: list[str] = dataclasses.field(default_factory=list)
 
 
+def is_keras_2(thing: Any) -> bool:
+    """Whether a model or layer is one of tf_keras."""
+    return any(base.__module__.startswith("tf_keras") for base in type(thing).__mro__)
+
+
 def open_model(model: Any) -> Opened:
     if not isinstance(model, keras.Model):
-        legacy = any(base.__module__.startswith("tf_keras") for base in type(model).__mro__)
         raise ModelError(
             f"Expected a keras.Model (Keras 3). Received: {type(model).__module__}."
             f"{type(model).__name__}."
             + (
                 " It is a Keras 2 (tf_keras) model: kqat.load_model(model) makes a Keras 3 model "
-                "of it."
-                if legacy
+                "of it, if tfmot has not wrapped its layers; give it the one before that."
+                if is_keras_2(model)
                 else ""
             )
         )

@@ -176,6 +176,10 @@ def test_a_model_without_wishes_is_refused() -> None:
 NO_WISH = {
     "a model": (lambda: (keras.Sequential([layers.Dense(2)]), "int8"), "layers of a model one by"),
     "no layer": (lambda: ("dense", "int8"), r"Keras layer to annotate. Received: str"),
+    "Keras 2": (
+        lambda: (pytest.importorskip("tf_keras").layers.Dense(2), "int8"),
+        r"Received: the Keras 2 \(tf_keras\) layer Dense. Make it with keras.layers.Dense",
+    ),
     "no config": (lambda: (layers.Dense(2), None), "Do not annotate a layer that stays float"),
     "no preset": (lambda: (layers.Dense(2), "int9"), r"one of the presets.*'int9'"),
     "a number": (lambda: (layers.Dense(2), 8), r"a preset's name.*Received: 8"),
