@@ -15,7 +15,7 @@ from typing import Any
 import keras
 
 from kqat.base import ModelError, RuntimeUnavailableError
-from kqat.graph import FUNCTIONAL_MODULE
+from kqat.graph import FUNCTIONAL_MODULE, is_keras_2
 from kqat.old_operations import arguments, translated
 
 
@@ -74,7 +74,7 @@ def load_model(
             read; the last line says what to do.
     """
     with keras.saving.custom_object_scope({**(custom_objects or {})}):
-        if _is_tf_keras(source):
+        if is_keras_2(source):
             return _from_tf_keras(source)
         path = Path(source)
         if path.is_dir():
@@ -123,10 +123,6 @@ def _check_undamaged(path: Path, kind: str) -> None:
             f"Expected a whole file. Received: '{path}' of {path.stat().st_size:,} bytes, which is "
             f"damaged: {reason}. Copy it again, or save the model again."
         )
-
-
-def _is_tf_keras(source: Any) -> bool:
-    return any(base.__module__.startswith("tf_keras") for base in type(source).__mro__)
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def open_model(model: Any) -> Opened:
             f"{type(model).__name__}."
             + (
                 " It is a Keras 2 (tf_keras) model: kqat.load_model(model) makes a Keras 3 model "
-                "of it, if tfmot has not wrapped its layers; give it the one before that."
+                "of it. Where tfmot has wrapped layers, give it the model from before that."
                 if is_keras_2(model)
                 else ""
             )

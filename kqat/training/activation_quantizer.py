@@ -445,6 +445,8 @@ class ActivationQuantizer(keras.layers.Layer):
     def union_of(self, lows: Sequence[float], highs: Sequence[float]) -> tuple[Any, Any]:
         """As `union`, of numbers: the same float32, without a dozen operators each time."""
         low, high = np.float32(min(lows)), np.float32(max(highs))
+        if isinstance(self.clamp, Clamp):
+            low = max(low, np.float32(self.clamp.low))
         if self.spec.symmetric or not (math.isfinite(low) and math.isfinite(high)):
             usable = arithmetic.widen(*map(ops.convert_to_tensor, (low, high)))
             return self._symmetric(*self._inside(*usable))
@@ -452,24 +454,24 @@ class ActivationQuantizer(keras.layers.Layer):
         high = min(max(high, np.float32(0.0)), np.float32(arithmetic.LARGEST_BOUND))
         if high - low < arithmetic.SMALLEST_RANGE:
             high = np.float32(arithmetic.UNSEEN_WIDTH)
-        if self.clamp is not None:
-            low = max(low, np.float32(self.clamp.low))
         if isinstance(self.clamp, Bounds):
+            low = max(low, np.float32(self.clamp.low))
             high = min(high, np.float32(self.clamp.high))
         return low, high
 
     def union(self, site_low: Any, site_high: Any) -> tuple[Any, Any]:
         """The range that holds those of all sites, as the grid allows it."""
         low = ops.reshape(site_low, ()) if site_low.shape[0] == 1 else ops.min(site_low)
+        if isinstance(self.clamp, Clamp):
+            # From zero on, or the rounding does not carry out a ReLU: see `_round`.
+            low = ops.maximum(low, self.clamp.low)
         return self._symmetric(*self._inside(*arithmetic.widen(low, _largest(site_high))))
 
     def _inside(self, low: Any, high: Any) -> tuple[Any, Any]:
-        """The range where it lies inside the clamp, whatever made it wider than the values."""
-        if self.clamp is None:
+        """The range where it lies inside the bounds, whatever made it wider than the values."""
+        if not isinstance(self.clamp, Bounds):
             return low, high
-        # From zero on, or the rounding does not carry out a ReLU: see `_round`.
-        low = ops.maximum(low, self.clamp.low)
-        return low, ops.minimum(high, self.clamp.high) if isinstance(self.clamp, Bounds) else high
+        return ops.maximum(low, self.clamp.low), ops.minimum(high, self.clamp.high)
 
     def _grid(self, site_low: Any, site_high: Any) -> tuple[Any, Any, Any]:
         """Low and high of the group's range, and the step where the loss moves it."""

@@ -72,8 +72,9 @@ def verify(
         notes.append("no lockstep: outputs are compared with those of the first runtime that ran")
     else:
         inputs = _inputs(data, frozen, samples)
+        assert qat is not None
         # Of the model that was trained, so that a fault of freezing shows too.
-        expected = model_outputs(frozen if qat is None else qat, inputs)
+        expected = model_outputs(qat, inputs)
         found = [
             _verify_on(runtime, frozen, model, blob, inputs, expected)
             for runtime in tracked(runtimes, "running on each runtime")

@@ -179,6 +179,7 @@ def test_sites_share_the_union_of_their_ranges() -> None:
     np.testing.assert_array_equal(layer(first, site=1), rounded(first, -1, 4))
 
 
+@pytest.mark.parametrize("clamp", CLAMPS)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(
     "sites",
@@ -186,15 +187,29 @@ def test_sites_share_the_union_of_their_ranges() -> None:
     ids=str,
 )
 def test_the_union_of_numbers_is_that_of_tensors(
-    sites: tuple[tuple[float, float], ...], symmetric: bool
+    sites: tuple[tuple[float, float], ...], symmetric: bool, clamp: str | None
 ) -> None:
     """Bounds near the largest float32, ranges off zero, and a value that is always zero."""
     spec = QuantSpec(bits=16, symmetric=True) if symmetric else QuantSpec(bits=8)
-    layer = ActivationQuantizer(spec, MovingAverage(), sites=len(sites))
+    layer = ActivationQuantizer(spec, MovingAverage(), sites=len(sites), clamp=clamp)
     lows, highs = np.clip(np.float64(sites), -3.4e38, 3.4e38).astype(np.float32).T
     np.testing.assert_array_equal(
         np.float32(layer.union_of(lows, highs)), np.float32(layer.union(lows, highs))
     )
+
+
+@pytest.mark.parametrize("clamp", ["relu", "relu6"])
+@pytest.mark.parametrize("high", [2.0, 0.0])
+def test_a_range_below_zero_does_not_undo_the_clamp(clamp: str, high: float) -> None:
+    """Calibration of a recurrence once left such ranges, and saved models have them."""
+    layer, x = quantizer(clamp=clamp), normal(50, scale=0.2)
+    layer(x)
+    layer.start({0: SiteRange(-3.0, high, -3.0, high, (0.0, 0.0), 1)})
+    top = high or arithmetic.UNSEEN_WIDTH
+    assert layer.range() == pytest.approx((0.0, top))
+    for training in (True, False):
+        found = layer(x, training=training, observe=False)
+        np.testing.assert_array_equal(found, rounded(np.maximum(x, 0.0), 0.0, top))
 
 
 @pytest.mark.parametrize("clamp", ["relu", "relu6"])

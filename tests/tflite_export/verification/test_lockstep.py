@@ -90,6 +90,18 @@ def test_a_right_file_is_right_everywhere(net: Net) -> None:
     assert [part.arena_bytes is None for part in report.runtimes] == [True, True, False]
 
 
+def test_outputs_are_compared_with_those_of_the_qat_model(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if freezing had made another function of it, of which the file is right."""
+    keras.utils.set_random_seed(1)
+    other, _ = quantized((8, 8, 3), call)
+    monkeypatch.setattr(verifier, "freeze", lambda qat: net.frozen)
+    (part,) = tflite_export.verify(other, net.blob, net.x, runtimes=[REFERENCE]).runtimes
+    assert part.is_right and part.max_steps <= 1
+    assert part.outputs[0].equal_fraction < 0.5 < verified(net).outputs[0].equal_fraction
+
+
 def test_a_flipped_weight_shows_in_its_layer_alone(net: Net) -> None:
     def flip(model: ModelT) -> None:
         _, data = constants(model, operators(model).index("CONV_2D"))[0]
