@@ -1,4 +1,4 @@
-"""What wins back the accuracy that few bits lose? Eleven methods on six widths of weights.
+"""What wins back the accuracy that few bits lose? Twelve methods on six widths of weights.
 
     python -m recipes.recovery --network resnet20 --out out/recovery_resnet20
     python -m recipes.recovery --network mobilenetv2 --out out/recovery_mobilenetv2
@@ -6,8 +6,9 @@
 All cells of a table start from the same float weights and get the same images and steps. Learning
 rates are those of `kqat.finetune`, by the bits of the weights; float and tfmot get that of 8 bits.
 Ranges and statistics of BatchNormalization move to the end, or until --freeze-at.
-All layers have the width of the column, the first and the last too; activations have 8 bits. Images
-are CIFAR-10 after JPEG: compare these accuracies with each other only.
+All layers have the width of the column, the first and the last too, but for the method `ends`;
+activations have 8 bits. Images are CIFAR-10 after JPEG: compare these accuracies with each other
+only.
 
 resnet20     a pretrained network, adapted to such images in float.
 mobilenetv2  the lab's network, trained in float first.
@@ -90,6 +91,8 @@ LSQ+, PACT    LSQ, with activations by LSQ+ or PACT (binary: XNOR weights)
 distillation  the float network as teacher, of LSQ (binary: XNOR) or of average
 dampening     weights are drawn to the middle of their steps while they train;
               statistics of BatchNormalization are estimated again behind it
+ends          the first and the last layer have weights of 8 bits, as is usual
+              where few bits are published (Esser et al. 2020)
 tfmot         its 8-bit QAT in Keras 2, with the same weights, batches and rates
 falling       LSQ; a quarter of the steps with 8 bits, one with 6 (or both parts
               with 8), the rest with the column's
@@ -249,21 +252,32 @@ def _pact(run: _Run) -> keras.Model:
 
 
 def _distillation(run: _Run) -> keras.Model:
-    return _taught(run, _step_beside(run.width))
+    return _taught(run, _config(run.width, _step_beside(run.width)))
 
 
 def _distilled_average(run: _Run) -> keras.Model:
-    return _taught(run, _plain_step(run.width, "max_abs"))
+    return _taught(run, _config(run.width, _plain_step(run.width, "max_abs")))
 
 
 def _dampened(run: _Run) -> keras.Model:
-    qat = _taught(run, _plain_step(run.width, "max_abs"), kqat.DampenOscillations())
+    config = _config(run.width, _plain_step(run.width, "max_abs"))
+    qat = _taught(run, config, kqat.DampenOscillations())
     kqat.reestimate_batchnorm(qat, run.task.calibration(run.seed))
     return qat
 
 
-def _taught(run: _Run, step: str, *callbacks: keras.callbacks.Callback) -> keras.Model:
-    qat = run.quantized(_config(run.width, step))
+def _ends(run: _Run) -> keras.Model:
+    kernels = [
+        layer.name
+        for layer in run.task.model.layers
+        if any(len(weight.shape) > 1 for weight in layer.trainable_weights)
+    ]
+    config = _config(run.width, _plain_step(run.width, "max_abs"))
+    return _taught(run, {kernels[0]: "int8", kernels[-1]: "int8", "*": config})
+
+
+def _taught(run: _Run, config: Any, *callbacks: keras.callbacks.Callback) -> keras.Model:
+    qat = run.quantized(config)
     teacher = keras.models.clone_model(run.task.model)
     teacher.set_weights(run.task.model.get_weights())
     distiller = kqat.Distiller(qat, teacher, kind=run.task.kind)
@@ -317,6 +331,7 @@ METHODS: dict[str, tuple[str, Callable[[_Run], keras.Model | bytes]]] = {
     "distillation": ("QAT, distillation", _distillation),
     "distilled_average": ("QAT, average, distillation", _distilled_average),
     "dampened": ("QAT, average, distillation, dampening", _dampened),
+    "ends": ("QAT, average, distillation, ends of 8 bits", _ends),
     "falling": ("QAT, falling bits", _falling),
     "tfmot": ("QAT, tfmot", _tfmot),
 }

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
+import kqat
 from recipes import recovery, training
 
 
@@ -63,6 +66,16 @@ def test_a_pass_in_parts_reads_every_image_once() -> None:
         [whole.batch(epoch, index)[1] for epoch in range(4, 8) for index in (0, 1)]
     )
     assert sorted(again) == list(range(16)) and list(again) != list(np.concatenate(labels))
+
+
+def test_ends_of_eight_bits_stand_around_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [keras.layers.Dense(4, name=name) for name in ("first", "middle", "last")]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    monkeypatch.setattr(recovery, "_taught", lambda run, config: kqat.plan(model, config))
+    task = SimpleNamespace(model=model)
+    planned: Any = recovery.METHODS["ends"][1](SimpleNamespace(task=task, width="w3a8"))  # type: ignore[arg-type]
+    bits = {row.name: row.weights["kernel"].bits for row in planned.layers if row.weights}
+    assert bits == {"first": 8, "middle": 3, "last": 8}
 
 
 @pytest.mark.slow
