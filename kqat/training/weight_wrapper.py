@@ -545,8 +545,9 @@ class QuantizeWrapper(keras.layers.Layer):
         if self._is_affine:
             rounded, exact = self._affine_as_shipped(input_scale)[1], affine_numbers(self.layer)[1]
         else:
-            (numbers,), exact = weights.values(), self._exact_bias(branch)
-            rounded = self._as_shipped(input_scale, branch, numbers, trains)[1]
+            (numbers,), normalized = weights.values(), self._normalized(branch)
+            exact = normalized[1]
+            rounded = self._as_shipped(input_scale, branch, numbers, normalized, trains)[1]
         return ops.stop_gradient(rounded - exact)
 
     def _ships_bias(self, statistics: bool = False) -> bool:
@@ -613,11 +614,11 @@ class QuantizeWrapper(keras.layers.Layer):
         (quantizer,) = quantizers
         if self._is_affine:
             return np.asarray(self._affine_as_shipped(_scale_now(quantizer))[1])
+        factor, bias = self._normalized(branch)
         numbers = self._numbers("kernel", branch)
-        kernel, scale, moved = self._kernel_as_shipped(branch, numbers)
-        return np.asarray(
-            self._bias_as_shipped(_scale_now(quantizer) * scale, branch, kernel, moved)
-        )
+        kernel, scale, moved = self._kernel_as_shipped(branch, numbers, factor)
+        step = _scale_now(quantizer) * scale
+        return np.asarray(self._bias_as_shipped(step, bias, kernel, moved))
 
     def _call_as_shipped(
         self, input_scale: Any, branch: int, trains: bool, /, *args: Any, **kwargs: Any
@@ -628,8 +629,8 @@ class QuantizeWrapper(keras.layers.Layer):
             y = ops.cast(args[0], "float32") * factor + offset
             return ops.cast(y, self.layer.compute_dtype)
         (name,) = self.weight_specs
-        numbers = self._numbers(name, branch, trains)
-        kernel, rounded = self._as_shipped(input_scale, branch, numbers, trains)
+        numbers, normalized = self._numbers(name, branch, trains), self._normalized(branch)
+        kernel, rounded = self._as_shipped(input_scale, branch, numbers, normalized, trains)
         values, bias = {id(self._variable(name)): kernel}, getattr(self.layer, "bias", None)
         if bias is not None:
             values[id(bias)] = rounded
@@ -645,27 +646,36 @@ class QuantizeWrapper(keras.layers.Layer):
         return factor, on_bias_grid(offset, step)
 
     def _as_shipped(
-        self, input_scale: Any, branch: int, numbers: tuple[Any, Any], trains: bool = False
+        self,
+        input_scale: Any,
+        branch: int,
+        numbers: tuple[Any, Any],
+        normalized: tuple[Any, Any],
+        trains: bool = False,
     ) -> tuple[Any, Any]:
         """The kernel and the bias that ship, both as reals; `numbers` are the kernel's.
 
         Without what scales and shifts the input, which is done here before the layer is called.
+        `normalized` is what `_normalized` returns. A caller that needs it as well computes it once,
+        as TensorFlow does not see that two reads of a variable are alike.
         """
-        kernel, scale, moved = self._kernel_as_shipped(branch, numbers)
-        bias = self._bias_as_shipped(input_scale * scale, branch, kernel, moved, trains)
+        factor, exact = normalized
+        kernel, scale, moved = self._kernel_as_shipped(branch, numbers, factor)
+        bias = self._bias_as_shipped(input_scale * scale, exact, kernel, moved, trains)
         return kernel, bias if moved is None else bias - moved
 
-    def _kernel_as_shipped(self, branch: int, numbers: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+    def _kernel_as_shipped(
+        self, branch: int, numbers: tuple[Any, Any], factor: Any
+    ) -> tuple[Any, Any, Any]:
         """The kernel and its scale in the file, and the bias that an offset of the input makes.
 
-        The kernel is that of the input as the layer gets it here.
+        The kernel is that of the input as the layer gets it here; `factor` is the normalization's.
         """
         (name,) = self.weight_specs
         kernel, scale = numbers
         if self._quantizers.affines:
             kernel = kernel / self.input_fold(name)
-        if self.normalization is not None:
-            factor = normalization_factor(self.normalizations[branch])
+        if factor is not None:
             fold = ops.reshape(factor, self.channel_shape(name))
             if self.folds_before(name):
                 kernel = ops.where(fold == 0.0, 0.0, kernel)
@@ -676,11 +686,13 @@ class QuantizeWrapper(keras.layers.Layer):
         return kernel, scale, self._moved_by_inputs(kernel)
 
     def _bias_as_shipped(
-        self, step: Any, branch: int, kernel: Any, moved: Any, trains: bool = False
+        self, step: Any, bias: Any, kernel: Any, moved: Any, trains: bool = False
     ) -> Any:
-        """The bias in the file, of a scale `step` in the shape of the kernel's."""
-        bias, shift = self._exact_bias(branch), self._shift(trains)
-        for part in (shift, moved):
+        """The bias in the file, of a scale `step` in the shape of the kernel's.
+
+        `bias` is what it is before it is moved and rounded, from `_normalized`.
+        """
+        for part in (self._shift(trains), moved):
             bias = bias if part is None else bias + part
         return self._rounded_bias(bias, kernel, step)
 
@@ -698,7 +710,9 @@ class QuantizeWrapper(keras.layers.Layer):
         """What an offset of the input adds to the bias in the file, `(outputs,)`, or `None`."""
         if not self._quantizers.affines:
             return None
-        return np.asarray(self._kernel_as_shipped(branch, self._numbers("kernel", branch))[2])
+        factor, _ = self._normalized(branch)
+        numbers = self._numbers("kernel", branch)
+        return np.asarray(self._kernel_as_shipped(branch, numbers, factor)[2])
 
     def _input_numbers(self) -> tuple[Any, Any]:
         """Factor and offset of all that scales and shifts the input, `(channels,)` or `(1,)`."""
@@ -754,12 +768,16 @@ class QuantizeWrapper(keras.layers.Layer):
             found.append(np.asarray(rounded))
         return found
 
-    def _exact_bias(self, branch: int) -> Any:
-        """The bias before it is rounded, with a normalization's moving statistics folded in."""
+    def _normalized(self, branch: int) -> tuple[Any, Any]:
+        """By what a normalization's moving statistics multiply the kernel, and the exact bias.
+
+        That is the bias before it is rounded, with these statistics folded in. Both are float32, of
+        shape `(channels,)`, or `None` where there is no normalization or no bias either.
+        """
         bias: Any = getattr(self.layer, "bias", None)
         if self.normalization is None:
-            return ops.cast(bias.value, "float32")
-        return normalization_numbers(self.normalizations[branch], bias)[1]
+            return None, None if bias is None else ops.cast(bias.value, "float32")
+        return normalization_numbers(self.normalizations[branch], bias)
 
     def _rounded_bias(self, bias: Any, kernel: Any, step: Any) -> Any:
         """`bias` on its grid, of the scale `step` in the shape of the kernel's scale.
