@@ -51,6 +51,7 @@ class Fact(enum.Enum):
     CARRIED_RESHAPES = "no RESHAPE stands before what can compute as well on what it reads"
     PADDING_INSIDE = "no PAD stands before convolutions that can pad so themselves"
     DENSE_PACKED = "4-bit matrices that only CONV_2D reads packed are those of a CONV_2D"
+    NO_EQUALS = "no operator computes again what another one computes of the same tensors"
 
 
 @dataclasses.dataclass

@@ -31,7 +31,7 @@ def drop_flattening(draft: Draft) -> None:
         source = int(operator.inputs[0])
         for reader in readers:
             reader.inputs = [source, *reader.inputs[1:]]
-        _hand_name_on(graph, int(operator.outputs[0]), source, names)
+        hand_name_on(graph, int(operator.outputs[0]), source, names)
     graph.operators = kept[::-1]
 
 
@@ -52,7 +52,7 @@ def keep_axes(draft: Draft) -> None:
         operator.outputs = [kept]
         options: Any = operator.builtinOptions
         options.keepNumDims = True
-        _hand_name_on(graph, flat, kept, names)
+        hand_name_on(graph, flat, kept, names)
         for reader in graph.operators:
             reader.inputs = [kept if int(i) in others else int(i) for i in reader.inputs]
         # By identity, as two operators may be equal in all that they hold.
@@ -83,7 +83,7 @@ def join_reshapes(draft: Draft) -> None:
             shapes = [flatbuffer.tensor_shape(graph.tensors[i]) for i in (source, result)]
             if shapes[0] == shapes[1] and result not in outputs:
                 instead[result] = source
-                _hand_name_on(graph, result, source, names)
+                hand_name_on(graph, result, source, names)
                 continue
             reshapes[result] = operator
         kept.append(operator)
@@ -91,12 +91,12 @@ def join_reshapes(draft: Draft) -> None:
     for operator in reshapes.values():
         source, result = int(operator.inputs[0]), int(operator.outputs[0])
         if result not in read:
-            _hand_name_on(graph, result, source, names)
+            hand_name_on(graph, result, source, names)
     gone = {id(one) for one in reshapes.values() if int(one.outputs[0]) not in read}
     graph.operators = [operator for operator in kept if id(operator) not in gone]
 
 
-def _hand_name_on(graph: SubGraphT, dropped: int, source: int, names: set[str]) -> None:
+def hand_name_on(graph: SubGraphT, dropped: int, source: int, names: set[str]) -> None:
     """Names `source` after the site of the tensor that it stands in for, if it has none."""
     if _name(graph, dropped) in names and _name(graph, source) not in names:
         graph.tensors[source].name = graph.tensors[dropped].name

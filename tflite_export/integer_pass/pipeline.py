@@ -14,6 +14,7 @@ from tflite_export.integer_pass.constants import pack_weights, quantize_constant
 from tflite_export.integer_pass.dense_as_conv import convolve_dense
 from tflite_export.integer_pass.draft import Draft, Fact, Pass
 from tflite_export.integer_pass.drop_reshapes import drop_flattening, join_reshapes, keep_axes
+from tflite_export.integer_pass.equal_operators import join_equals
 from tflite_export.integer_pass.fused_lstm import insert_lstms
 from tflite_export.integer_pass.leaky_relu import multiply_slopes
 from tflite_export.integer_pass.operators import check_operators, set_codes
@@ -141,6 +142,12 @@ PASSES: tuple[Pass, ...] = (
         convolve_dense,
         needs={Fact.PACKED, Fact.CODES, Fact.INTEGER_TENSORS, Fact.NAMES, Fact.KEPT_AXES},
         leaves={Fact.DENSE_PACKED},
+    ),
+    # Behind the passes that make operators, and those that look for what only one operator reads.
+    Pass(
+        join_equals,
+        needs={Fact.DENSE_PACKED, Fact.CARRIED_RESHAPES, Fact.PADDING_INSIDE, Fact.TABLES},
+        leaves={Fact.NO_EQUALS},
     ),
 )
 
