@@ -9,7 +9,7 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError, spelled_out
 from kqat.graph import Part, config_of
-from kqat.parts import Matmul, total
+from kqat.parts import Matmul, Slice, total
 from kqat.rewrites.layers.basic import Decomposed, activated
 from kqat.rewrites.operations.weights import computed, emitted
 
@@ -22,8 +22,9 @@ def einsum(
     """`einsum` of two tensors, or of a tensor and a constant or variable.
 
     A letter of both factors that the output lacks is contracted. A letter of one factor only that
-    the output lacks is summed before the product. A constant becomes the kernel of a `Dense`,
-    which gets `options`; by default it is trainable if it was a trainable variable.
+    the output lacks is summed before the product. Of a letter that one factor has more than once
+    the diagonal is taken first. A constant becomes the kernel of a `Dense`, which gets `options`;
+    by default it is trainable if it was a trainable variable.
 
     Raises:
         UnsupportedLayerError: if the equation is not a matrix product for each sample.
@@ -31,6 +32,8 @@ def einsum(
     (first, second), output = spelled_out(subscripts, [len(a.shape), len(b.shape)])
     if not isinstance(a, keras.KerasTensor):
         a, b, first, second = b, a, second, first
+    a, first = _diagonal(a, first, f"{name}_left")
+    b, second = _diagonal(b, second, f"{name}_right")
     a, b, first, second = _without_ones(a, b, first, second, name)
     if not isinstance(b, keras.KerasTensor):
         if options is None and not _is_dense(first, second, output):
@@ -90,12 +93,44 @@ def contraction(subscripts: str, operands: Sequence[Any], name: str) -> Any:
 
 
 def _rearranged(x: Any, letters: str, output: str, name: str) -> Any:
-    """`einsum` of one tensor: sums over axes, and another order of the others."""
-    if len(set(letters)) < len(letters) or output[:1] != letters[0] or set(output) - set(letters):
+    """`einsum` of one tensor: diagonals, sums over axes, and another order of the others."""
+    if output[:1] != letters[0] or set(output) - set(letters):
         raise _no_product(f"{letters}->{output}", name)
+    x, letters = _diagonal(x, letters, name)
     moved = "".join(c for c in letters if c in output) != output
     x, letters = _summed(x, letters, output, f"{name}_unordered" if moved else name)
     return _permuted(x, letters, output, name)
+
+
+def _diagonal(x: Any, letters: str, name: str) -> tuple[Any, str]:
+    """A factor with each of its letters once, and these.
+
+    The diagonal of axes of equal size is every (size + 1)-th of their numbers in a row.
+    """
+    own = "".join(dict.fromkeys(letters))
+    if own == letters:
+        return x, letters
+    if not isinstance(x, keras.KerasTensor):
+        trained = isinstance(x, keras.Variable) and x.trainable
+        return keras.Variable(np.einsum(f"{letters}->{own}", np.asarray(x)), trainable=trained), own
+    if letters.count(letters[0]) > 1:
+        raise _no_product(f"{letters}->{own}", name)
+    for c in own:
+        count = letters.count(c)
+        if count == 1:
+            continue
+        axes = [i for i, one in enumerate(letters) if one == c]
+        size, others = x.shape[axes[0]], [i for i in range(len(letters)) if i not in axes]
+        order, label = [*others[1:], *axes], f"{name}_{c}"
+        if order != [*range(1, len(letters))]:
+            x = layers.Permute(order, name=f"{label}_moved")(x)
+        kept = x.shape[1 : len(others)]
+        x = layers.Reshape((*kept, size**count), name=f"{label}_row")(x)
+        step = sum(size**power for power in range(count))
+        ends, ones = [*kept, size**count], [1] * len(kept)
+        x = Slice([0] * len(ends), ends, [*ones, step], name=f"{label}_diagonal")(x)
+        letters = "".join(letters[i] for i in others) + c
+    return x, letters
 
 
 def _by_element(left: tuple[Any, str], right: tuple[Any, str], output: str, name: str) -> Any:

@@ -196,6 +196,12 @@ EQUATIONS: dict[str, Callable[[Any, Any], Any]] = {
     ),
     "of three, behind dots": lambda x, y: ops.einsum("...c,...c,c->...", x, y, MATRIX[:, 0]),
     "implicit": lambda x, y: ops.einsum("aij,jk", x[:, 0], MATRIX),
+    "a diagonal": lambda x, y: ops.einsum("bijj->bji", x[:, :, :3]),
+    "a trace": lambda x, y: ops.einsum("bjij->bi", x[:, :3]),
+    "diagonals": lambda x, y: ops.einsum("bijj,bjkj->bik", x[:, :, :3], y[:, :3]),
+    "the diagonal of three axes": lambda x, y: ops.einsum("bjjj->bj", x[:, :3, :3]),
+    "the trace of a constant": lambda x, y: ops.einsum("bijc,dd->bijc", x, MATRIX[:, :3]),
+    "the diagonal of a constant": lambda x, y: ops.einsum("bijc,cc->bij", x, MATRIX[:, :3]),
 }
 
 
@@ -270,7 +276,7 @@ def test_slices_are_numpys(key: Any, shape: tuple[int, ...]) -> None:
         (lambda x, y: ops.softmax(x, axis=0), "leave the batch axis alone"),
         (lambda x, y: x + ops.max(y, axis=(1, 2)), "equal rank"),
         (lambda x, y: x * np.ones((8, 4, 6, 3), np.float32), "without the batch axis"),
-        (lambda x, y: ops.einsum("bijj->bij", x[:, :, :3]), "a matrix product for each sample"),
+        (lambda x, y: ops.einsum("bijj->ij", x[:, :, :3]), "a matrix product for each sample"),
         (lambda x, y: ops.einsum("bijc,...c,c->bij", x, y, MATRIX[0]), "a matrix product"),
         (lambda x, y: ops.image.rgb_to_hsv(x), "a hue that jumps from 1 to 0"),
         (lambda x, y: ops.cast(x, "int32"), "A quantity is no index"),
