@@ -254,21 +254,29 @@ def test_rows_of_the_zoo_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         differing={"litert": 0, "tflite_micro": 3},
     )  # fmt: skip
     bad = zoo.Outcome(outcome="refused: x|y", converter_problem="ConverterError: no such operator")
+    loses = dataclasses.replace(good, operators=10, sqnr_db=28.0, converter_sqnr_db=29.0)
+    draws = ((28.0, 29.0), (28.2, 29.0), (27.9, 29.1), (27.9, 28.9)), ((28.0, 30.0), (28.0, 28.0))
     rows = {
         "ViT_1_D": {**dataclasses.asdict(good), "commit": "abc1234"},
         "BERT": dataclasses.asdict(bad),
+        "ViT": dataclasses.asdict(dataclasses.replace(loses, drawn_db=draws[0])),
+        "VGG": dataclasses.asdict(dataclasses.replace(loses, drawn_db=draws[1])),
     }
     for name, row in rows.items():
         (tmp_path / "rows" / f"{name}.json").write_text(json.dumps(row))
     results = zoo.main(["--no-run", "--out", str(tmp_path)])
-    assert list(results["models"]) == ["BERT", "ViT, 1-D"]
+    assert list(results["models"]) == ["VGG", "ViT", "BERT", "ViT, 1-D"]
     page = (tmp_path / "zoo.md").read_text()
-    assert "# 1 of 2 architectures of 2 collections ship as integers" in page
+    assert "# 3 of 4 architectures of 3 collections ship as integers" in page
     assert "| ViT, 1-D | k3im | integer | 12 / 10 | 90 / 100 | 29.0 / 29.4 |" in page
     assert "more than 1 step: 1. BERT" in page and "operators: 1. ViT, 1-D" in page
-    assert "on any runtime: 1. ViT, 1-D" in page
-    assert "file: 0." in page and "converter's: 0." in page
-    assert "- not recorded: BERT" in page and "- abc1234: ViT, 1-D" in page
+    assert "on any runtime: 3. VGG, ViT, ViT, 1-D" in page
+    assert "file: 0." in page
+    # A mean that is below the bound by less than the draws tell is no loss yet, nor a row within.
+    assert "28.0 / 29.0 (27.9–28.2 / 28.9–29.1; -1.0 ± 0.1)" in page
+    assert "28.0 / 29.0 (28.0–28.0 / 28.0–30.0; -1.0 ± 1.0)" in page
+    assert "converter's: 1. ViT" in page and "standard errors: 1. VGG" in page
+    assert "- not recorded: VGG, ViT, BERT" in page and "- abc1234: ViT, 1-D" in page
     assert "- BERT: ConverterError: no such operator" in page
 
 
