@@ -3,13 +3,16 @@
 import copy
 from typing import Any
 
+import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from kqat.grids import Site
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, new_operator
 from tflite_export.integer_pass.draft import Draft
-from tflite_export.kernels import OP_TABLE
-from tflite_export.lowering import Labels
+from tflite_export.integer_pass.drop_reshapes import hand_name_on
+from tflite_export.kernels import ACTIVATION_DTYPES, OP_TABLE
+from tflite_export.lowering import Labels, same_grid
 
 
 def fuse_clamps(draft: Draft) -> None:
@@ -86,3 +89,34 @@ def drop_vast_clamps(draft: Draft) -> None:
             scale = float(draft.sites[int(operator.outputs[0])].scale)
             if 6.0 / scale >= 2.0**31:
                 options.fusedActivationFunction = kinds.RELU
+
+
+def drop_idle_clamps(draft: Draft) -> None:
+    """Drops RELUs that hand every integer of their input's grid on, as one behind another one does.
+
+    Such a grid begins at zero, and is the output's: the kernel multiplies by one and clamps to what
+    is there. A RELU6 ships as RELU where a grid ends at 6.
+    """
+    graph, sites = draft.graph, draft.sites
+    names = {site.name for named in draft.labels.named.values() for site in named}
+    outputs = set(map(int, graph.outputs))
+    instead: dict[int, int] = {}
+    kept: list[OperatorT] = []
+    for operator in graph.operators:
+        operator.inputs = [instead.get(int(t), int(t)) for t in operator.inputs]
+        result = int(operator.outputs[0]) if len(operator.outputs) else -1
+        idle = draft.op_name(operator) == "RELU" and result not in outputs
+        own = sites.get(result) if idle else None
+        source = sites.get(int(operator.inputs[0])) if own is not None else None
+        if own is None or source is None or not _begins_at_zero(source, own):
+            kept.append(operator)
+            continue
+        instead[result] = int(operator.inputs[0])
+        hand_name_on(graph, result, instead[result], names)
+    graph.operators = kept
+
+
+def _begins_at_zero(source: Site, own: Site) -> bool:
+    """Whether two sites have one grid, whose smallest integer is zero."""
+    lowest = np.iinfo(ACTIVATION_DTYPES[source.bits]).min
+    return same_grid(source, own) and source.zero_point == lowest

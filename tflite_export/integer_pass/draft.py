@@ -45,6 +45,7 @@ class Fact(enum.Enum):
     LSTMS = "UNIDIRECTIONAL_SEQUENCE_LSTM has its 24 inputs"
     INTEGER_TENSORS = "tensors with a site have its type, scale and zero point"
     NAMES = "tensors bear the names of their sites"
+    CLAMPS_AT_WORK = "no RELU hands on every integer of its input's grid"
     NO_FLATTENING = "no RESHAPE only flattens for FULLY_CONNECTED, which does that itself"
     KEPT_AXES = "no RESHAPE only gives FULLY_CONNECTED's rows the input's axes back"
     JOINED_RESHAPES = "no RESHAPE reads what another one writes"

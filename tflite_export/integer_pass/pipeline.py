@@ -8,7 +8,12 @@ from kqat.devices import RUNTIMES
 from kqat.freezing import FrozenModel
 from tflite_export.flatbuffer import ModelT
 from tflite_export.integer_pass.carry_reshapes import carry_reshapes
-from tflite_export.integer_pass.clamps import drop_vast_clamps, fuse_clamps, split_clamps
+from tflite_export.integer_pass.clamps import (
+    drop_idle_clamps,
+    drop_vast_clamps,
+    fuse_clamps,
+    split_clamps,
+)
 from tflite_export.integer_pass.comparisons import compare_integers
 from tflite_export.integer_pass.constants import pack_weights, quantize_constants
 from tflite_export.integer_pass.dense_as_conv import convolve_dense
@@ -122,6 +127,11 @@ PASSES: tuple[Pass, ...] = (
         ends={Fact.FLOAT_TENSORS},
     ),
     Pass(name_tensors, needs={Fact.LABELS}, leaves={Fact.NAMES}),
+    Pass(
+        drop_idle_clamps,
+        needs={Fact.NAMES, Fact.CODES, Fact.INTEGER_TENSORS},
+        leaves={Fact.CLAMPS_AT_WORK},
+    ),
     Pass(drop_flattening, needs={Fact.NAMES}, leaves={Fact.NO_FLATTENING}),
     Pass(keep_axes, needs={Fact.NO_FLATTENING}, leaves={Fact.KEPT_AXES}),
     # Behind the two that look for a RESHAPE beside FULLY_CONNECTED.
@@ -146,7 +156,13 @@ PASSES: tuple[Pass, ...] = (
     # Behind the passes that make operators, and those that look for what only one operator reads.
     Pass(
         join_equals,
-        needs={Fact.DENSE_PACKED, Fact.CARRIED_RESHAPES, Fact.PADDING_INSIDE, Fact.TABLES},
+        needs={
+            Fact.DENSE_PACKED,
+            Fact.CARRIED_RESHAPES,
+            Fact.PADDING_INSIDE,
+            Fact.TABLES,
+            Fact.CLAMPS_AT_WORK,
+        },
         leaves={Fact.NO_EQUALS},
     ),
 )

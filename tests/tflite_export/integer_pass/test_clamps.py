@@ -77,15 +77,19 @@ def test_a_range_beyond_six_is_refused(top: float) -> None:
 
 
 def test_a_clamp_that_a_pool_was_given_is_taken_out() -> None:
-    """The converter fuses a ReLU into a pooling, whose kernel cannot change the scale."""
+    """The converter fuses a ReLU into a pooling, whose kernel cannot change the scale.
+
+    A second one behind it hands on what it reads, and is gone.
+    """
 
     def call(x: Any) -> Any:
-        return L.ReLU(name="clamp")(L.AveragePooling2D(2, name="pool")(x))
+        y = L.ReLU(name="clamp")(L.AveragePooling2D(2, name="pool")(x))
+        return L.MaxPooling2D(1, name="last")(L.ReLU(name="again")(y))
 
     qat, x = quantized((8, 8, 3), call)
     blob = tflite_export.convert(qat)
     model = flatbuffer.read(blob)
-    assert operators(model) == ["AVERAGE_POOL_2D", "RELU"]
+    assert operators(model) == ["AVERAGE_POOL_2D", "RELU", "MAX_POOL_2D"]
     pool = model.subgraphs[0].operators[0]
     assert pool.builtinOptions.fusedActivationFunction == KINDS.NONE
     report = tflite_export.verify(qat, blob, x, runtimes=["litert_reference"])

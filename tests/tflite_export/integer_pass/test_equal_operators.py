@@ -24,6 +24,7 @@ def repeated(x: Any) -> Any:
     return L.Concatenate()([*ways, L.Rescaling(0.5)(L.Activation("tanh")(x))])
 
 
+@pytest.mark.slow
 def test_a_repetition_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     qat, x = quantized((4, 6), repeated)
     without, whole = same_without(join_equals, qat, x[:8], 1, monkeypatch)
