@@ -153,11 +153,9 @@ def _case(name: str, build: Callable[[], keras.Model], **counts: int) -> Case:
 
 
 CASES: tuple[Case, ...] = (
-    _case("functions_of_numbers_1", _functions(_NAMES[:20]), ADD=20, CAST=20, GATHER=20),
-    _case("functions_of_numbers_2", _functions(_NAMES[20:40]), ADD=20, CAST=20, GATHER=20),
-    _case(
-        "functions_of_numbers_3", _functions(_NAMES[40:]), ADD=16, CAST=16, GATHER=16, QUANTIZE=2
-    ),
+    _case("functions_of_numbers_1", _functions(_NAMES[:20]), ADD=1, CAST=1, GATHER=20),
+    _case("functions_of_numbers_2", _functions(_NAMES[20:40]), ADD=1, CAST=1, GATHER=20),
+    _case("functions_of_numbers_3", _functions(_NAMES[40:]), ADD=1, CAST=1, GATHER=16, QUANTIZE=2),
     _case(
         "moves_2",
         MOVES,
