@@ -199,7 +199,7 @@ def _moves() -> keras.Model:
 
 
 _FUNCTION_OPS = {
-    "ADD": 6, "CAST": 6, "GATHER": 6, "HARD_SWISH": 1, "LOGISTIC": 2, "LOG_SOFTMAX": 1, "MUL": 3,
+    "ADD": 1, "CAST": 1, "GATHER": 6, "HARD_SWISH": 1, "LOGISTIC": 2, "LOG_SOFTMAX": 1, "MUL": 3,
     "PRELU": 1, "QUANTIZE": 1, "RELU": 2, "SOFTMAX": 1, "TANH": 1,
 }  # fmt: skip
 _ARITHMETIC_OPS = {
