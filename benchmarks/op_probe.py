@@ -231,6 +231,7 @@ MODELS: dict[str, Build] = {
     "GATHER": _one(IMAGE, lambda x: ops.take(x, np.array([3, 0, 2]), axis=1)),
     "REDUCE_MIN": _one(IMAGE, lambda x: ops.min(x, axis=(1, 2))),
     "REDUCE_PROD": _one((4, 8), lambda x: ops.prod(x, axis=1)),
+    "TOPK_V2": _one(ROWS, lambda x: ops.top_k(x, 3)[0]),
     "ARG_MAX": _one(ROWS, lambda x: ops.argmax(x, axis=-1)),
     "ARG_MIN": _one(ROWS, lambda x: ops.argmin(x, axis=-1)),
     "DIV": _one(ROWS, lambda x: ops.argmax(x, axis=-1) // 3),

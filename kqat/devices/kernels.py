@@ -27,6 +27,7 @@ KERNELS: dict[str, frozenset[str]] = {
     "GELU": LITERT,
     "EXP": LITERT,
     "REDUCE_PROD": LITERT,
+    "TOPK_V2": LITERT,
 }
 
 
@@ -120,6 +121,7 @@ INT16: dict[str, Int16Kernel] = {
     "SELECT_V2": Int16Kernel(1),
     "GATHER": Int16Kernel(4, LITERT),
     "REDUCE_MIN": Int16Kernel(3, LITERT),
+    "TOPK_V2": Int16Kernel(3, LITERT),
     "QUANTIZE": Int16Kernel(2),
     "DEQUANTIZE": Int16Kernel(3),
 }

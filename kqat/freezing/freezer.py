@@ -272,7 +272,9 @@ class _GraphFreezer:
             return [Value(tensor) for tensor in tensors]
         self._check_same(node, grids)
         return [
-            Value(tensor) if ref in self.rounded else self.parts.mark(node.name, tensor, grids[0])
+            Value(tensor)
+            if ref in self.rounded or ref.holds_indexes
+            else self.parts.mark(node.name, tensor, grids[0])
             for ref, tensor in zip(node.outputs, tensors, strict=True)
         ]
 

@@ -16,7 +16,7 @@ import numpy as np
 from keras import ops
 
 from kqat.base import ModelError, spelled_out
-from kqat.graph.values import made_of
+from kqat.graph.values import broadcast_sum, made_of
 
 # Letters of an equation that no user's has: the batch, and the two parts beside it on its axis.
 BATCH, OUTER, INNER = "αβγ"
@@ -295,6 +295,12 @@ def _broadcast(mover: BatchFirst, call: Any) -> Made:
     return [(call.operation(*args, **call.arguments.kwargs), place)]
 
 
+def _added(mover: BatchFirst, call: Any) -> Made:
+    """A sum, of which axes that moved must not make a bias."""
+    values, place = mover.aligned(call, mover.flat(call))
+    return [(broadcast_sum(*values), place)]
+
+
 def _matmul(mover: BatchFirst, call: Any) -> Made:
     a, b = mover.flat(call)
     if id(b) not in mover.known:
@@ -536,12 +542,13 @@ _RULES: dict[str, Callable[[BatchFirst, Any], Made]] = {
     ),
     **dict.fromkeys(
         (
-            "Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum", "Where",
+            "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum", "Where",
             "Power", "Equal", "NotEqual", "Greater", "GreaterEqual", "Less", "LessEqual",
             "LogicalAnd", "LogicalOr",
         ),
         _broadcast,
     ),
+    "Add": _added,
     "Matmul": _matmul,
     "Einsum": _einsum,
     "Transpose": _transposed,

@@ -1184,7 +1184,8 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
     """Values of all tensors that no input reaches, by identity.
 
     A variable's own tensor stands for the variable; what is computed from variables is a new
-    variable, trainable as they are.
+    variable, trainable as they are: one, however often the same is computed, as in each step of a
+    loop.
     """
     live = set(given)
     found: dict[int, Any] = dict(variables)
@@ -1192,6 +1193,7 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
     wanted: dict[int, Any] = {}
     values: dict[int, np.ndarray] = {}
     constants: list[Any] = []  # the tensors of `values`
+    recipes = _Recipes()
     for call in _calls(function):
         tensors = _tensors((call.arguments.args, call.arguments.kwargs))
         if type(call.operation).__name__ in _FILLED:
@@ -1207,6 +1209,7 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             sources = [v for t in tensors for v in computed.get(id(t), [variables.get(id(t))])]
             sources += getattr(call.operation, "variables", [])
             computed.update((id(t), [v for v in sources if v is not None]) for t in call.outputs)
+            recipes.note(call)
     wanted.update((id(t), t) for t in function.outputs if id(t) in computed)
     for key in [key for key in wanted if key in values]:
         del wanted[key]
@@ -1218,13 +1221,43 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
         results = values_between(
             inputs, list(wanted.values()), [_in_full(known[id(t)], t.dtype) for t in inputs]
         )
+        once: dict[int, Any] = {}
         for (key, _), value in zip(wanted.items(), results, strict=True):
+            if (known_before := once.get(recipes.of(key))) is not None:
+                found[key] = known_before
+                continue
             sources = list({id(v): v for v in computed[key]}.values())
             name = "_".join(v.name for v in sources[:1]) or "constant"
             trained = any(v.trainable for v in sources)
             made = keras.Variable(np.asarray(value), trainable=trained, name=name)
-            found[key] = made_of(sources, made)
+            once[recipes.of(key)] = found[key] = made_of(sources, made)
     return {**dict.fromkeys(computed), **found}
+
+
+class _Recipes:
+    """Numbers for what is computed of weights: one number for the same function of the same."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+        self._made: dict[int, int] = {}  # identity of a tensor -> its number
+
+    def of(self, tensor: int) -> int:
+        """The number of a tensor, which is given by its identity."""
+        return self._made.get(tensor, -1 - tensor)
+
+    def note(self, call: Any) -> None:
+        """Notes what a call of an operation makes."""
+        plain = int, float, str, bool, type(None)
+        options = {k: v for k, v in vars(call.operation).items() if k[0] != "_" and k != "name"}
+        given = keras.tree.flatten((call.arguments.args, call.arguments.kwargs))
+        parts = [self.of(id(v)) if isinstance(v, keras.KerasTensor) else v for v in given]
+        known = all(isinstance(v, plain) for v in (*keras.tree.flatten(options), *parts))
+        is_layer = isinstance(call.operation, keras.layers.Layer)
+        kind = type(call.operation) if known and not is_layer else id(call)
+        for place, tensor in enumerate(call.outputs):
+            # A number of Python is another one where its type is.
+            key = kind, place, repr(options), repr(parts)
+            self._made[id(tensor)] = self._numbers.setdefault(key, len(self._numbers))
 
 
 def _in_full(value: Any, dtype: Any) -> Any:

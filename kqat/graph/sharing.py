@@ -26,6 +26,7 @@ class Read:
         whole: whether it reads the numbers of the weight, in whatever order, and all of them.
         is_float: whether the layer that reads it stays float.
         numbers: what it reads, where that is not the whole weight.
+        value: the variable that holds what it reads.
     """
 
     place: tuple[int, ...]
@@ -33,6 +34,7 @@ class Read:
     whole: bool = True
     is_float: bool = False
     numbers: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    value: Any = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,7 @@ class WeightReads:
                     same = value is source or fingerprint(value) == fingerprint(source)
                     whole = same and not changed
                     numbers = None if whole else np.array(value, np.float32)
-                    self._add(source, Read(place, name, whole, is_float, numbers))
+                    self._add(source, Read(place, name, whole, is_float, numbers, value))
             elif isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
                 self._constants.append((name, value))
 
@@ -145,13 +147,30 @@ class WeightReads:
         self._merged.add(id(layer))
 
     def shared(self) -> list[SharedWeight]:
-        """The weights that are read in more than one place."""
-        found = []
+        """The weights that are read in more than one place.
+
+        Where all of them read the same that is computed of a weight, as steps of a loop do, that is
+        the weight: it trains in its place.
+        """
+        found: dict[int, SharedWeight] = {}
         for variable, reads in self._reads.values():
             places = {self._place(read.place): read for read in reads}
             if len(places) > 1:
-                found.append(SharedWeight(variable, tuple(places.values())))
-        return found
+                shared = self._of_one_value(tuple(places.values()))
+                shared = shared or SharedWeight(variable, tuple(places.values()))
+                found[id(shared.variable)] = shared
+        return list(found.values())
+
+    def _of_one_value(self, reads: tuple[Read, ...]) -> SharedWeight | None:
+        """What reads have in common that is computed of a weight, if its numbers tell it apart."""
+        value = reads[0].value
+        if value is None or not all(read.value is value and not read.whole for read in reads):
+            return None
+        known = {fingerprint(variable) for variable, _ in self._reads.values()}
+        if not varies(value) or fingerprint(value) in known:
+            return None
+        whole = (dataclasses.replace(read, whole=True, numbers=None) for read in reads)
+        return SharedWeight(value, tuple(whole))
 
     def copied(self) -> tuple[Any, str] | None:
         """A trained weight whose numbers stand as a constant elsewhere, and in which layer."""
@@ -168,7 +187,9 @@ class WeightReads:
         one are not where any two of its numbers are equal.
         """
         sizes = {int(np.prod(shared.variable.shape)) for shared in found}
-        every = [v for v, _ in self._reads.values() if int(np.prod(v.shape)) in sizes]
+        read = {id(v): v for v, _ in self._reads.values()}
+        read |= {id(shared.variable): shared.variable for shared in found}
+        every = [v for v in read.values() if int(np.prod(v.shape)) in sizes]
         counts = Counter(map(fingerprint, every))
         return all(
             varies(shared.variable)

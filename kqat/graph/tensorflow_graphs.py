@@ -11,6 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from kqat.graph.values import broadcast_sum
+
 
 class UnknownOperationError(NotImplementedError):
     """TensorFlow computes a function with an operation that is not in the table."""
@@ -362,7 +364,7 @@ _TABLE: dict[str, Row] = {
     **{
         kind: _of_two(function)
         for kind, function in {
-            "Add": ops.add, "AddV2": ops.add, "Sub": ops.subtract, "Mul": ops.multiply,
+            "Add": broadcast_sum, "AddV2": broadcast_sum, "Sub": ops.subtract, "Mul": ops.multiply,
             "RealDiv": ops.divide, "Div": ops.divide, "Maximum": ops.maximum,
             "Minimum": ops.minimum, "Pow": ops.power, "FloorMod": ops.mod,
             "FloorDiv": ops.floor_divide, "Atan2": ops.arctan2, "Greater": ops.greater,

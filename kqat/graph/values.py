@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 
 def is_tensor(value: Any) -> bool:
@@ -15,6 +16,16 @@ def is_tensor(value: Any) -> bool:
 def holds_indexes(x: Any) -> bool:
     """Whether a tensor holds indexes or truth values, which have no scale; not quantities."""
     return not keras.backend.is_float_dtype(x.dtype)
+
+
+def broadcast_sum(x: Any, y: Any) -> Any:
+    """`x + y` of a tensor and a tensor, weight or constant, as NumPy broadcasts them.
+
+    Keras's `add` takes a second operand of which one axis alone is not 1 for a bias of the channels
+    if the first has as many channels, or rows. A first operand that lacks the batch it takes for
+    none.
+    """
+    return ops.add(*sorted((x, y), key=is_tensor))
 
 
 def is_half(dtype: Any) -> bool:

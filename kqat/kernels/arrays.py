@@ -26,6 +26,10 @@ class Arrays:
         """`x` as `dtype`."""
         raise NotImplementedError
 
+    def order(self, x: Any) -> Any:
+        """The indexes that sort `x` along its last axis; of equal numbers the first comes first."""
+        return self._module.argsort(x, axis=-1)
+
     def conv(
         self, x: Any, kernel: Any, strides: Sequence[int], dilations: Sequence[int], depthwise: bool
     ) -> Any | None:
@@ -40,6 +44,9 @@ class Arrays:
 class _Numpy(Arrays):
     def cast(self, x: Any, dtype: str) -> Any:
         return np.asarray(x).astype(dtype)
+
+    def order(self, x: Any) -> Any:
+        return np.argsort(x, axis=-1, kind="stable")
 
 
 class _Keras(Arrays):

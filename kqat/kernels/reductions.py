@@ -1,4 +1,4 @@
-"""Over axes and windows: MEAN, SUM, REDUCE_PROD, pooling."""
+"""Over axes and windows: MEAN, SUM, REDUCE_PROD, TOPK_V2, pooling."""
 
 import math
 from collections.abc import Sequence
@@ -59,6 +59,13 @@ def product(xp: Arrays, x: Any, axes: Sequence[int], given: Grid, result: Grid) 
     for index in range(1, count):
         total = of_wide_sum(xp, total * x[..., index], factor)
     return onto(xp, of_wide_sum(xp, total, factor), result)
+
+
+def top_k(xp: Arrays, x: Any, k: int) -> list[Any]:
+    """TOPK_V2: the largest of the last axis and their indexes, of equal ones the first first."""
+    falling = -1 - xp.cast(x, "int32")  # The least integer has no negative.
+    indexes = xp.cast(xp.order(falling)[..., :k], "int32")
+    return [xp.take_along_axis(x, indexes, axis=-1), indexes]
 
 
 def windows(x: Any, size: tuple[int, int], window: Window) -> list[Any]:

@@ -301,6 +301,34 @@ class Take(layers.Layer):
 
 
 @keras.saving.register_keras_serializable("kqat")
+class TopK(layers.Layer):
+    """The `k` largest numbers along the last axis, the largest first, and where they stand.
+
+    Input shape `(batch, …, n)`; returns two tensors of shape `(batch, …, k)`: the numbers, and
+    their indexes in int32. Of equal numbers the first comes first.
+    """
+
+    def __init__(self, k: int, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.k = int(k)
+
+    def call(self, x: Any) -> list[Any]:
+        """Numbers and indexes."""
+        return list(ops.top_k(x, self.k))
+
+    def compute_output_spec(self, x: Any) -> list[Any]:
+        """Numbers of the input's type, and indexes."""
+        shape = (*x.shape[:-1], self.k)
+        return [keras.KerasTensor(shape, dtype=dtype) for dtype in (x.dtype, "int32")]
+
+    def get_config(self) -> dict[str, Any]:
+        """The config of every layer, with `k`."""
+        config = super().get_config()
+        config.pop("autocast", None)
+        return {**config, "k": self.k}
+
+
+@keras.saving.register_keras_serializable("kqat")
 class ConstantRows(layers.Embedding):
     """An `Embedding` whose table is a constant of the rewriting, not a weight of the user's.
 

@@ -40,8 +40,8 @@ _LOOPS = "runs a Python function in a loop; unroll the loop, or use a recurrent 
 _LOSS = "is a loss or metric; compute it outside the model"
 _NAN = "treats NaN or infinity, which integers do not have; use the function without it"
 _SORTS = (
-    "sorts, for which TFLite Micro has no kernel; run it after the model (for the largest value "
-    "alone, max and argmax ship)"
+    "sorts, and ships by no rewrite; take what is wanted of keras.ops.sort, argsort or top_k, or "
+    "run it after the model"
 )
 _SOLVES = "solves or factors matrices, for which TFLite has no kernel; do it outside the model"
 _COMPLEX = "computes with complex numbers, for which TFLite has no integer kernel"
@@ -88,7 +88,7 @@ OPERATION_REASONS: dict[str, str] = {
         _NAN,
     ),
     **dict.fromkeys(
-        "argpartition argsort median percentile quantile searchsorted sort top_k unique".split(),
+        "argpartition median percentile quantile searchsorted unique".split(),
         _SORTS,
     ),
     **dict.fromkeys(
@@ -126,7 +126,7 @@ OPERATION_REASONS: dict[str, str] = {
         (
             "cdist cross cumprod diag diagflat diagonal diff "
             "extract_sequences fold heaviside hypot isclose isin kron ldexp nextafter outer "
-            "ptp rearrange select sparsemax trace trapezoid unfold"
+            "ptp rearrange select trace trapezoid unfold"
         ).split(),
         _COMPOSE,
     ),
@@ -135,6 +135,11 @@ OPERATION_REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         "bincount corrcoef correlate digitize histogram".split(), _STATISTIC
+    ),
+    "sparsemax": (
+        "makes numbers whose sum is not one up to Keras 3.15 "
+        "(https://github.com/keras-team/keras/issues/23425); write it with top_k and cumsum: "
+        "relu(x - max((cumsum(top_k(x, n)[0], -1) - 1) / [1, 2, ..., n], -1, keepdims=True))"
     ),
     **dict.fromkeys(
         "hsv_to_rgb rgb_to_hsv".split(),

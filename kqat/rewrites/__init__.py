@@ -30,6 +30,7 @@ from kqat.rewrites.operations.binary import (
 from kqat.rewrites.operations.nn import NETWORKS
 from kqat.rewrites.operations.reductions import REDUCING
 from kqat.rewrites.operations.shapes import REARRANGING, zeros_around
+from kqat.rewrites.operations.sorting import SORTING
 from kqat.rewrites.operations.weights import WANT_BATCH, as_values, computed, is_weight, zero
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "NETWORKS",
     "REARRANGING",
     "REDUCING",
+    "SORTING",
     "WANT_BATCH",
     "Builder",
     "Decomposed",

@@ -31,6 +31,14 @@ def _chosen(x: Any) -> list[Any]:
     return [ops.where(a > 0.5, a, b), ops.where(both, b, a)]
 
 
+def _largest(x: Any) -> list[Any]:
+    """Rows of the best scores, as a detector picks them; and what else sorts."""
+    scores = L.Flatten()(L.Dense(1)(x))
+    values, places = ops.top_k(scores, 2)
+    rows = ops.take_along_axis(L.Dense(6)(x), ops.expand_dims(places, -1), axis=1)
+    return [values, places, rows, ops.sort(scores), ops.argsort(scores)]
+
+
 def _compared(x: Any) -> list[Any]:
     a, b = L.Dense(5)(x), L.Dense(5)(x)
     tests = [ops.less_equal(a, b), ops.logical_or(a > b, b > 1.0), ops.not_equal(a, b)]
@@ -178,6 +186,17 @@ CASES: tuple[Case, ...] = (
         ARG_MIN=1,
         MUL=1,
         RESHAPE=1,
+    ),
+    _values(
+        "largest",
+        (4, 6),
+        _largest,
+        BATCH_MATMUL=1,
+        FULLY_CONNECTED=2,
+        GATHER=4,
+        RESHAPE=1,
+        SUB=1,
+        TOPK_V2=3,
     ),
     _values(
         "where", (6,), _chosen, FULLY_CONNECTED=2, GREATER=1, LESS=2, LOGICAL_AND=1, SELECT_V2=2

@@ -363,6 +363,7 @@ def batch_matmul(step: Step, runtime: str) -> Kernel:
         weights=grids[1],
         result=result.on_grid,
         rounding=_rounding(step, runtime, b, a),
+        float_product=kind_of(step, runtime) != "micro",
     )
 
     def compute(xp: Arrays, x: Values, c: Mapping[str, Any]) -> Values:
@@ -672,6 +673,13 @@ def arg_extreme(step: Step, runtime: str) -> Kernel:
     (axis,) = _axes(step)
     name = "argmax" if step.name == "ARG_MAX" else "argmin"
     return Kernel(lambda xp, x, c: [xp.cast(getattr(xp, name)(x[0], axis=axis), "int32")])
+
+
+@makes("TOPK_V2")
+def top_k(step: Step, runtime: str) -> Kernel:
+    """The largest values of the last axis, and their indexes."""
+    count = step.result.shape[-1]
+    return Kernel(lambda xp, x, c: reductions.top_k(xp, x[0], count))
 
 
 @makes("MAX_POOL_2D", "AVERAGE_POOL_2D")

@@ -26,7 +26,8 @@ def spread_grids(draft: Draft) -> None:
             rule = OP_TABLE.get(draft.op_name(operator))
             if rule is None or rule.scales != "same" or draft.reads_float(operator):
                 continue
-            tensors = [*draft.activations(operator, rule), *map(int, operator.outputs)]
+            written = [t for t in map(int, operator.outputs) if draft.is_quantity(t)]
+            tensors = [*draft.activations(operator, rule), *written]
             known = [sites[t] for t in tensors if t in sites]
             for tensor in tensors:
                 if known and tensor not in sites:

@@ -267,6 +267,8 @@ OP_TABLE: dict[str, OpRule] = {
     "SELECT": OpRule(scales="same", version=1, activations=(1, 2), ships_as="SELECT_V2"),
     "REDUCE_MIN": _same(),
     "REDUCE_PROD": _own(activations=(0,)),
+    # What it writes besides, the indexes, has no scale.
+    "TOPK_V2": _same(),
     "ARG_MAX": _none(2, activations=(0,)),
     "ARG_MIN": _none(2, activations=(0,)),
     "CAST": _none(1, elementwise=True),  # truth values to indexes

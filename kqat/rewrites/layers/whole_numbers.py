@@ -14,7 +14,7 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import holds_indexes, is_tensor, maker_of
-from kqat.parts import IndexKind, IndexOperation, Slice, Take
+from kqat.parts import IndexKind, IndexOperation, Slice, Take, TopK
 from kqat.rewrites.layers.one_hot import rows
 
 # A table of more rows would be larger than the weights of many layers.
@@ -92,6 +92,8 @@ class _Bounds:
             return self.inputs
         if isinstance(maker, IndexOperation) and maker.kind not in _JOINING:
             return self._computed(maker, read)
+        if isinstance(maker, TopK):
+            return self._picked(read[0])
         if isinstance(maker, IndexOperation):
             moves = True
         elif isinstance(maker, layers.Layer):
@@ -105,6 +107,14 @@ class _Bounds:
         if isinstance(maker, IndexOperation) and maker.kind is IndexKind.PAD:
             known.append((maker.options["constant_values"],) * 2)
         return min(low for low, _ in known), max(high for _, high in known)
+
+    def _picked(self, x: Any) -> Bounds | None:
+        """The largest integers along an axis, or their indexes; of quantities only the indexes."""
+        size = x.shape[-1]
+        numbers = self.of(x) if holds_indexes(x) else (0, 0)
+        if numbers is None or size is None:
+            return None
+        return min(numbers[0], 0), max(numbers[1], size - 1)
 
     def _computed(self, maker: IndexOperation, read: list[Any]) -> Bounds | None:
         if maker.kind in _COMPARISONS:

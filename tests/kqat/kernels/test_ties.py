@@ -64,3 +64,26 @@ def _sums(step: Step, feeds: list[np.ndarray]) -> tuple[np.ndarray, np.float32]:
     found = carry_out(dataclasses.replace(step, outputs=(wide,)), values, "litert")
     first = found[wide.index][..., 0]
     return first[first != 0], unit
+
+
+@pytest.mark.parametrize("runtime", ["litert_reference", "litert_builtin", "tflite_micro"])
+def test_a_wide_product_is_scaled_as_the_kernel_scales_it(runtime: str) -> None:
+    """Codes of 16 bits times values that keep their scale, as computed places pick them.
+
+    The product of the two scales, in float32 or in float64, decides the last of the 15 bits.
+    """
+    probed = next(f for f in files("BATCH_MATMUL") if f.precision.activations == "int16")
+    model = flatbuffer.read(probed.blob)
+    tensors = model.subgraphs[0].tensors
+    step = next(s for s in read_program(model).steps if s.name == "BATCH_MATMUL")
+    values = step.given(1).on_grid.scale
+    grids = [(step.given(0), 1 / 32767), (step.given(1), values), (step.result, values)]
+    for tensor, scale in grids:
+        tensors[tensor.index].quantization.scale = np.array([scale], np.float32)
+    draw = np.random.default_rng(0)
+    shapes = [flatbuffer.tensor_shape(tensors[int(i)])[1:] for i in model.subgraphs[0].inputs]
+    feeds = [draw.integers(-(2**15), 2**15, (24, *shape)).astype(np.int16) for shape in shapes]
+    blob = flatbuffer.write(model)
+    computed = run(blob, feeds, runtime=runtime, tensors="all").tensors
+    found = exactness(flatbuffer.read(blob), computed, runtime)
+    assert found.elements and found.is_exact

@@ -427,6 +427,38 @@ def test_the_steps_of_a_time_distributed_layer_train_one_weight() -> None:
         assert np.sum(want**2) > 100 * np.sum((want - got) ** 2)
 
 
+def _decays(x: Any, w: Any) -> Any:
+    """The steps of a state space model: each computes the same of the weight."""
+    state: Any = 0.0
+    for _ in range(3):
+        state = state * ops.exp(ops.sigmoid(x) * -ops.exp(w)) + x
+    return state
+
+
+def _decays_at_once(x: Any, w: Any) -> Any:
+    state, rates = x, -ops.exp(w)
+    for _ in range(3):
+        state = state * ops.exp(ops.sigmoid(x) * rates) + x
+    return state
+
+
+def _unlike(x: Any, w: Any) -> Any:
+    near, far = (ops.exp(ops.clip(w, -end, end)) for end in (5.0, 6.0))
+    return ops.tanh(x * near) + x * far
+
+
+@pytest.mark.parametrize("function", [_decays, _decays_at_once], ids=["in each step", "before"])
+def test_what_steps_of_a_loop_compute_of_a_weight_is_one_weight(
+    function: Callable[..., Any],
+) -> None:
+    model = of_vectors(Parts((WIDTH,), function, "normal"))
+    qat = kqat.quantize_model(model, calibration_data=X)
+    counts = [sum(int(np.size(v)) for v in m.trainable_variables) for m in (model, qat)]
+    assert counts[0] == counts[1]
+    want, got = (np.asarray(m(X)) for m in (model, qat))
+    assert np.sum(want**2) > 100 * np.sum((want - got) ** 2)
+
+
 @pytest.mark.parametrize(
     ("shape", "function", "count"),
     [((), _gated, 2), ((), _softened, 2), ((2,), _fused, 3)],
@@ -476,6 +508,11 @@ def copied() -> keras.Model:
             None,
             "'parts' reads twice.*reads a part",
         ),
+        (  # Equal now, but of other options.
+            lambda: of_vectors(Parts((WIDTH,), _unlike, "normal")),
+            None,
+            "'parts' reads twice.*computed from it",
+        ),
         (
             lambda: borrowed(L.Conv1D(WIDTH, 1, name="conv"), lambda conv: conv.kernel[0]),
             None,
@@ -503,6 +540,7 @@ def copied() -> keras.Model:
     ],
     ids=[
         "parts",
+        "functions",
         "convolution",
         "recurrence",
         "copy",

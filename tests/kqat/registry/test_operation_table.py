@@ -100,6 +100,13 @@ CASES: dict[str, Callable[[Any, Any], Any]] = {
     "Cumsum": lambda x, y: ops.cumsum(x, axis=1),
     "Argmax": lambda x, y: [x * 2.0, ops.argmax(x, axis=2)],
     "Argmin": lambda x, y: [x * 2.0, ops.argmin(x, axis=1, keepdims=True)],
+    "TopK": lambda x, y: [
+        *ops.top_k(x, 2),
+        ops.top_k(ops.where(x > 0.0, 1.0, 0.0), 3)[1],
+        ops.top_k(ops.argmax(x, axis=2), 2)[0],
+    ],
+    "Sort": lambda x, y: [ops.sort(x), ops.sort(x, axis=1)],
+    "Argsort": lambda x, y: [ops.argsort(x, axis=2), ops.argsort(ops.where(x > 0.0, 1.0, 0.0))],
     "Moveaxis": lambda x, y: ops.moveaxis(x, 1, 3),
     "Stack": lambda x, y: ops.stack([x, y], axis=2),
     "Split": lambda x, y: ops.split(x, [1, 4], axis=2),
@@ -270,7 +277,7 @@ def test_slices_are_numpys(key: Any, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x, y: ops.sort(x), "operation 'sort.*' of type Sort"),
+        (lambda x, y: ops.median(x, axis=1), "operation 'median.*' of type Median"),
         (lambda x, y: ops.arctan2(x, y), "No integer kernel computes it of two"),
         (lambda x, y: ops.mean(x), "leave the batch axis alone"),
         (lambda x, y: ops.softmax(x, axis=0), "leave the batch axis alone"),
