@@ -50,7 +50,9 @@ Moved = tuple[Order, Callable[[], Callable[..., Any]]]
 def carry_transpositions(
     graph: Graph, origins: Mapping[str, str], configs: Configs, name: str
 ) -> tuple[Graph, dict[str, str]]:
-    """`graph` and `origins` with transpositions carried along, where that leaves no more of them.
+    """`graph` and `origins` with transpositions carried along, where that leaves fewer of them.
+
+    Or as many, where that lets a layer with weights meet what may be computed inside its kernel.
 
     Args:
         graph: of simple layers.
@@ -63,16 +65,18 @@ def carry_transpositions(
     if not orders:
         return graph, dict(origins)
     before = _Carried(graph, movable, moves=False)
-    best = _Carried(graph, movable)
+    # A mean along the last axis is best where it is, if that costs no transposition.
+    ways = [_Carried(graph, movable, keeps_rows=keeps) for keeps in (True, False)]
+    best = min(ways, key=lambda way: way.cost)
     # What several branches of an input need transposed is transposed once, where it comes in.
     turned: dict[Ref, Order] = {}
     for ref in graph.inputs:
         for order in sorted(order for order in orders if len(order) == len(ref.shape)):
-            tried = _Carried(graph, movable, {**turned, ref: order})
+            tried = _Carried(graph, movable, {**turned, ref: order}, keeps_rows=best.keeps_rows)
             if tried.cost < best.cost:
                 best = tried
         turned = best.turned
-    if (best.cost, not best.moves_any) >= (before.cost, True):
+    if (best.cost, not best.joins) >= (before.cost, True):
         return graph, dict(origins)
     built, parts = best.rebuilt(origins, name)
     return (built, parts) if compute_alike(graph, built) else (graph, dict(origins))
@@ -124,11 +128,13 @@ class _Carried:
         graph: of simple layers.
         movable: names of the layers that may change.
         turned: inputs that are transposed where they come in.
+        keeps_rows: whether what reduces the last axis reads its values in their own order.
         moves: whether transpositions are carried; else the graph is as it is, for its cost.
 
     Attributes:
         cost: how many transpositions are computed, and of how many numbers.
-        moves_any: whether a layer reads other values than before.
+        joins: whether something stands behind a layer with weights that a transposition parted
+            from it before: it may be computed inside its kernel.
     """
 
     def __init__(
@@ -136,9 +142,10 @@ class _Carried:
         graph: Graph,
         movable: set[str],
         turned: Mapping[Ref, Order] | None = None,
+        keeps_rows: bool = False,
         moves: bool = True,
     ) -> None:
-        self.movable, self.turned = movable, dict(turned or {})
+        self.movable, self.turned, self.keeps_rows = movable, dict(turned or {}), keeps_rows
         self.graph = _with_ends(graph)
         self.calls, self.producers = self.graph.calls(), self.graph.producers()
         # What holds the numbers of a value, and the order in which it has them.
@@ -147,7 +154,7 @@ class _Carried:
         self.names: dict[tuple[Ref, Order], str] = {}
         self.inputs: dict[Ref, tuple[Ref, Order]] = {}
         self.steps: dict[Node, _Step] = {}
-        self.cost, self.moves_any = (0, 0), False
+        self.cost, self.joins = (0, 0), False
         for ref in self.graph.inputs:
             self.held[ref] = ref, _plain(len(ref.shape))
             if ref in self.turned:
@@ -178,9 +185,15 @@ class _Carried:
             self.steps[node] = _Step(dict.fromkeys(node.inputs, target), make)
             made = node.outputs[0]
             self.held[made] = Ref(_transposed(made.shape, _opposite(out)), made.dtype), out
-            self.moves_any = True
+            moves_only = isinstance(node.layer, layers.Reshape | layers.Flatten)
+            self.joins |= not moves_only and any(map(self._joins, node.inputs))
         for ref, order in self.steps[node].orders.items():
             self._compute(*self._needed(ref, order))
+
+    def _joins(self, ref: Ref) -> bool:
+        """Whether transpositions part a value from the layer with weights that computes it."""
+        parted, held = self.producers.get(ref), self.producers.get(self.held[ref][0])
+        return parted is not held and held is not None and held.has_weights
 
     def _needed(self, ref: Ref, order: Order) -> tuple[Ref, Order]:
         """What gives the value of which `ref` is the transposition by `order`."""
@@ -244,7 +257,7 @@ class _Carried:
         taken = {*self.graph.input_names, *origins, *self.names.values()}
         taken |= {node.name for node in self.graph.nodes}
         parts = dict(origins)
-        left = dict(self.names)
+        left, inputs = dict(self.names), set(self.graph.inputs)
 
         def value(root: Ref, order: Order, reader: Node) -> Any:
             if (root, order) not in values:
@@ -267,7 +280,7 @@ class _Carried:
         def call(node: Node, *args: Any, **kwargs: Any) -> Any:
             refs = keras.tree.flatten((node.args, node.kwargs))
             for ref, given in zip(refs, keras.tree.flatten((args, kwargs)), strict=True):
-                if isinstance(ref, Ref) and ref in self.own_inputs:
+                if isinstance(ref, Ref) and ref in inputs:
                     values.setdefault((ref, _plain(len(ref.shape))), given)
             if node not in self.steps:  # A transposition that is carried on.
                 return args[0]
@@ -288,11 +301,6 @@ class _Carried:
         built = dataclasses.replace(built, output_names=self.graph.output_names)
         kept = {node.layer.name for node in built.nodes}
         return built, {part: user for part, user in parts.items() if part in kept}
-
-    @property
-    def own_inputs(self) -> frozenset[Ref]:
-        """The inputs of the model."""
-        return frozenset(self.graph.inputs)
 
 
 def _with_ends(graph: Graph) -> Graph:
@@ -325,7 +333,7 @@ _DROPPING = (
 
 def _of_each_number(layer: Any) -> bool:
     """Whether a layer of one input computes each of its numbers by itself."""
-    if isinstance(layer, layers.Dropout | layers.AlphaDropout):
+    if type(layer) in (layers.Dropout, layers.AlphaDropout):
         return layer.noise_shape is None
     if type(layer) in (*_DROPPING, layers.LeakyReLU, layers.ELU, ReciprocalSquareRoot):
         return True
@@ -349,6 +357,17 @@ def _of_rows(carried: _Carried, node: Node, order: Order) -> Moved | None:
     return (order, lambda: node.layer) if order[-1] == len(order) - 1 else None
 
 
+def _spatial_dropout(carried: _Carried, node: Node, order: Order) -> Moved | None:
+    """Of channels that are last: what else is dropped with a number moves with it."""
+    layer = node.layer
+    if getattr(layer, "data_format", "channels_last") != "channels_last":
+        return None
+    alike: list[int | None] = [None, *(1 for _ in order[2:]), None]
+    shape = tuple(alike[axis] for axis in _opposite(order))
+    options = {"seed": layer.seed, "name": layer.name, "dtype": layer.dtype_policy}
+    return order, lambda: layers.Dropout(layer.rate, noise_shape=shape, **options)
+
+
 def _activation(carried: _Carried, node: Node, order: Order) -> Moved | None:
     if not computes_each_number(node.layer):
         return _of_rows(carried, node, order)
@@ -368,6 +387,10 @@ def _without(order: Order, gone: set[int]) -> Order:
 
 def _reduced(carried: _Carried, node: Node, order: Order) -> Moved | None:
     axes = sorted(order[axis % len(order)] for axis in node.layer.axes)
+    last = len(order) - 1
+    rows = [axis % len(order) for axis in node.layer.axes] == [last]
+    if rows and carried.keeps_rows and axes != [last]:
+        return None
     out = order if node.layer.keepdims else _without(order, set(axes))
     return out, lambda: clone(node.layer, axes=axes)
 
@@ -496,6 +519,10 @@ _COMMUTES: dict[type, Callable[[_Carried, Node, Order], Moved | None]] = {
     layers.Reshape: _reshaped,
     layers.Flatten: _reshaped,
     layers.Activation: _activation,
+    **dict.fromkeys(
+        (layers.SpatialDropout1D, layers.SpatialDropout2D, layers.SpatialDropout3D),
+        _spatial_dropout,
+    ),
     **dict.fromkeys(
         (
             layers.Softmax, layers.UnitNormalization, layers.BatchNormalization,

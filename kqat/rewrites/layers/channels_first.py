@@ -7,6 +7,7 @@ transpositions through what commutes with them, until they meet and go.
 """
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -40,16 +41,21 @@ def between_transpositions(layer: Any, name: str) -> Decomposed:
         assert split is not None
         return split
     changes: dict[str, Any] = {"data_format": "channels_last"}
-    last = Part(clone(layer, name, **changes), layer.get_weights())
+
+    @functools.cache  # All calls share the weights.
+    def with_bias() -> Decomposed:
+        return Part(clone(layer, name, **changes), layer.get_weights())
+
+    @functools.cache
+    def with_columns() -> Decomposed:
+        kept = [np.asarray(v) for v in layer.weights if v is not layer.bias]
+        product = Part(clone(layer, name, **changes, use_bias=False), kept)
+        bias = _bias_of_columns(layer, name)
+        return lambda x: bias(product(x))
 
     def call(x: Any) -> Any:
-        made, apart = last, None
-        if getattr(layer, "use_bias", False) and not _adds_to_channels(layer, x):
-            kept = [np.asarray(v) for v in layer.weights if v is not layer.bias]
-            made = Part(clone(layer, name, **changes, use_bias=False), kept)
-            apart = _bias_of_columns(layer, name)
-        y = made(channels_last(x, name))
-        y = y if apart is None else apart(y)
+        adds = not getattr(layer, "use_bias", False) or _adds_to_channels(layer, x)
+        y = (with_bias if adds else with_columns)()(channels_last(x, name))
         # A Flatten in this format makes the channels the last axis too.
         return channels_first(y, name) if len(y.shape) == len(x.shape) else y
 

@@ -104,8 +104,6 @@ def test_one_transposition_is_left_at_the_input(body: Body) -> None:
 @pytest.mark.parametrize(
     ("body", "count"),
     [
-        # The output is read in the user's order.
-        (lambda x: layers.ReLU()(_conv()(x)), 2),
         # A Flatten of this format has the channels last; one of the other format does not.
         (lambda x: layers.Dense(2)(layers.Flatten(**FIRST)(_conv()(x))), 1),
         (lambda x: layers.Dense(2)(layers.Flatten("channels_last")(_conv()(x))), 2),
@@ -127,6 +125,13 @@ def test_transpositions_are_left_where_an_order_is_read(body: Body, count: int) 
         _computes(plan, model)
 
 
+def test_a_kernel_meets_what_it_can_compute_where_as_many_transpositions_are_left() -> None:
+    """The output is read in the user's order; the clamp is fused all the same."""
+    plan = kqat.plan(_model(lambda x: layers.ReLU()(_conv()(x))))
+    assert _kinds(plan) == ["Permute", "Conv2D", "Activation", "Permute"]
+    assert plan.layers[2].into == plan.layers[1].name
+
+
 def test_where_only_axes_of_one_number_move_nothing_is_transposed() -> None:
     """As at the input of EEGNet, of shape (1, channels, samples), and behind pooling of all."""
     body = lambda x: layers.Flatten("channels_last")(layers.MaxPooling2D(6, **FIRST)(_conv()(x)))  # noqa: E731
@@ -134,6 +139,23 @@ def test_where_only_axes_of_one_number_move_nothing_is_transposed() -> None:
     plan = kqat.plan(model)
     assert "Permute" not in _kinds(plan)
     _computes(plan, model)
+
+
+def test_dropouts_drop_what_they_did() -> None:
+    """Whole channels of an image here, and whole steps of a sequence whose channels are first."""
+
+    def body(x: Any) -> Any:
+        x = _conv()(x)
+        steps = layers.SpatialDropout1D(0.5)(layers.Reshape((4, 36))(x))
+        return layers.ReLU()(layers.SpatialDropout2D(0.5, **FIRST)(x)), layers.ReLU()(steps)
+
+    plan = kqat.plan(_model(body))
+    planned = rebuild(plan.graph, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "m")
+    channels, steps = planned(np.ones((16, *IMAGE), np.float32), training=True)
+    shown = np.asarray(channels) != 0
+    assert np.all(shown == shown[:, :, :1, :1]) and 0.2 < shown.mean() < 0.8
+    shown = np.asarray(steps) != 0
+    assert np.all(shown == shown[:, :1]) and 0.2 < shown.mean() < 0.8
 
 
 def test_layers_left_float_are_not_moved() -> None:
