@@ -45,6 +45,11 @@ entries (CAST, ADD, GATHER), exact for any elementwise function. For activations
 is exact on LiteRT, and elsewhere piecewise linear and at most one step off. *Parts*: several
 operators, each followed by a quantizer.
 
+Layers with `data_format="channels_first"`, normalizations over axis 1 and functions of that format
+ship as they are with the channels last, with the same weights. The file transposes a value where
+it comes in and where its own order is read: at an output, in a Flatten of the other format. In
+between all is computed with the channels last. ConvLSTM layers of that format are refused.
+
 Custom layers, `Lambda` and your own functions are traced, and ship as the layers and functions that
 they use. An elementwise function ships as one table.
 """

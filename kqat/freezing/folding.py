@@ -213,7 +213,8 @@ def channelwise(
     kernel = np.broadcast_to(factor, (channels,)).reshape(1, 1, channels, 1)
     weight = _single_steps(layer.name, kernel, True)
     bias = np.broadcast_to(offset if rounded is None else rounded, (channels,)).astype(np.float32)
-    part = Part(layers.DepthwiseConv2D(1, name=layer.name, dtype="float32"), [weight.values, bias])
+    options = {"data_format": "channels_last", "dtype": "float32"}
+    part = Part(layers.DepthwiseConv2D(1, name=layer.name, **options), [weight.values, bias])
     return [weight], _AsImage(part, free_name)
 
 

@@ -898,9 +898,9 @@ def _simplify(
     copies: Copies,
     reads: WeightReads | None,
 ) -> Callable[..., Any]:
-    if type(node.layer) is keras.layers.BatchNormalization:
-        return _of_all_steps(node, origin)
     simpler = None if keep else _simpler(node, origin, fused, copies, reads)
+    if simpler is None and type(node.layer) is keras.layers.BatchNormalization:
+        return _of_all_steps(node, origin)
     masked = refs_in(node.kwargs.get("mask"))
     if (keep and node.masks) or (masked and (keep or not _reads_masks(node.layer, origin))):
         kind, stays = type(node.layer).__name__, ", which stays as it is" if keep else ""

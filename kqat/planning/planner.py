@@ -44,6 +44,7 @@ from kqat.planning.shared_scales import share_scales
 from kqat.planning.squared_differences import join_squares
 from kqat.planning.step_values import with_own_grids
 from kqat.planning.tied_weights import expand_tied, of_one_config
+from kqat.planning.transpositions import carry_transpositions
 from kqat.planning.weight_penalties import keep_penalties
 from kqat.planning.width_changes import match_widths
 from kqat.registry import Output
@@ -74,6 +75,7 @@ def make_plan(
     )
     keep_penalties(graph, simple)
     tied = of_one_config(graph, readers)
+    simple, origins = carry_transpositions(simple, origins, configs, model_name)
     simple, origins = drop_repetitions(simple, origins, configs, model_name)
     simple, origins = scale_sums(simple, origins, configs, model_name)
     simple, origins = hide_added_masks(simple, origins, whole, model_name)

@@ -62,6 +62,7 @@ from kqat.rewrites import (
     attention,
     attention_masks,
     basic,
+    channels_first,
     matrix_products,
     normalization,
     one_hot,
@@ -80,7 +81,6 @@ def _conv(op: str, axes: tuple[int, ...], *extra: str) -> LayerRule:
         takes_normalization=True,
         input_axis=-2,
         decompose=basic.split_activation,
-        refuse=rule.channels_last,
     )
 
 
@@ -152,6 +152,29 @@ TRAINING_ONLY = (
 )  # fmt: skip
 # Layers that scale and shift channels; freezing knows where they keep the two numbers.
 AFFINE = (layers.BatchNormalization, layers.Rescaling, ChannelAffine, layers.Normalization)
+# Layers that Keras has with the channels first or last.
+_OF_EITHER_FORMAT = [
+    getattr(layers, name)
+    for name in (
+        "Conv1D Conv2D Conv3D DepthwiseConv1D DepthwiseConv2D SeparableConv1D SeparableConv2D "
+        "Conv1DTranspose Conv2DTranspose MaxPooling1D MaxPooling2D MaxPooling3D "
+        "AveragePooling1D AveragePooling2D AveragePooling3D "
+        "AdaptiveMaxPooling1D AdaptiveMaxPooling2D AdaptiveMaxPooling3D "
+        "AdaptiveAveragePooling1D AdaptiveAveragePooling2D AdaptiveAveragePooling3D "
+        "ZeroPadding1D ZeroPadding2D ZeroPadding3D Cropping2D Cropping3D UpSampling2D "
+        "UpSampling3D Flatten CenterCrop Resizing SpatialDropout2D SpatialDropout3D"
+    ).split()
+    # Older versions of Keras lack some.
+    if hasattr(layers, name)
+]
+# Layers that work along one axis, any of them.
+_ALONG_ONE_AXIS = [
+    getattr(layers, name)
+    for name in (
+        "BatchNormalization Normalization LayerNormalization RMSNormalization GroupNormalization"
+    ).split()
+    if hasattr(layers, name)
+]
 _RECURRENT_OPS = (
     "FULLY_CONNECTED", "RESHAPE", "UNPACK", "SUB", "ADD", "MUL", "STRIDED_SLICE", "PACK",
     "LOGISTIC", "TANH", "DEPTHWISE_CONV_2D", "SELECT_V2", "CONCATENATION",
@@ -173,7 +196,6 @@ _VANISHES = LayerRule(output=Output.VANISHES)
 _MEAN: dict[str, Any] = {"resolution": rule.resolution_of_mean}
 _SUM: dict[str, Any] = {"resolution": rule.resolution_of_sum}
 _PAIRWISE = {"takes_clamp": True, "decompose": basic.pairwise}
-_POOL = {"refuse": rule.channels_last}
 _GLOBAL_MEAN: dict[str, Any] = {**_MEAN, "decompose": basic.global_mean}
 
 # If the input's scale is larger than this, TFLite Micro's LOGISTIC and TANH saturate too early.
@@ -244,10 +266,12 @@ LAYERS: dict[type, LayerRule] = {
         "DEPTHWISE_CONV_2D", "CONV_2D", "RESHAPE", decompose=basic.separable
     ),
     layers.SeparableConv2D: _own("DEPTHWISE_CONV_2D", "CONV_2D", decompose=basic.separable),
-    layers.BatchNormalization: _affine(rule.last_axis),
-    layers.Normalization: _affine(rule.last_axis),
+    layers.BatchNormalization: _affine(rule.one_axis),
+    layers.Normalization: _affine(rule.one_axis),
     layers.Rescaling: dataclasses.replace(
-        _affine(None, "ADD", "SUB"), resolution=rule.resolution_of_multiple
+        _affine(None, "ADD", "SUB"),
+        resolution=rule.resolution_of_multiple,
+        decompose=channels_first.rescaling,
     ),
     layers.ReLU: _own("RELU", "LEAKY_RELU", "PRELU", decompose=basic.relu),
     layers.LeakyReLU: _own("LEAKY_RELU", "PRELU"),
@@ -259,15 +283,13 @@ LAYERS: dict[type, LayerRule] = {
         decompose_masked=attention_masks.masked_softmax,
         masks=True,
     ),
-    layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", **_POOL),
-    layers.MaxPooling2D: _same("MAX_POOL_2D", **_POOL),
-    layers.MaxPooling3D: _same(
-        "MAX_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d, **_POOL
-    ),
-    layers.AveragePooling1D: _same("AVERAGE_POOL_2D", "RESHAPE", rounds=True, **_POOL),
-    layers.AveragePooling2D: _same("AVERAGE_POOL_2D", rounds=True, **_POOL),
+    layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE"),
+    layers.MaxPooling2D: _same("MAX_POOL_2D"),
+    layers.MaxPooling3D: _same("MAX_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d),
+    layers.AveragePooling1D: _same("AVERAGE_POOL_2D", "RESHAPE", rounds=True),
+    layers.AveragePooling2D: _same("AVERAGE_POOL_2D", rounds=True),
     layers.AveragePooling3D: _same(
-        "AVERAGE_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d, **_POOL
+        "AVERAGE_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d
     ),
     layers.GlobalAveragePooling1D: _own(
         "MEAN", **_GLOBAL_MEAN, **_MASKS, decompose_masked=step_masks.mean_of_shown
@@ -291,24 +313,24 @@ LAYERS: dict[type, LayerRule] = {
     layers.Permute: _same("TRANSPOSE"),
     layers.RepeatVector: _same("RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.repeat_vector),
     **{
-        cls: _same(op, "RESHAPE", "TRANSPOSE", decompose=basic.adaptive_pool, **_POOL)
+        cls: _same(op, "RESHAPE", "TRANSPOSE", decompose=basic.adaptive_pool)
         for kind, op in (("Average", "AVERAGE_POOL_2D"), ("Max", "MAX_POOL_2D"))
         for n in (1, 2, 3)
         if (cls := getattr(layers, f"Adaptive{kind}Pooling{n}D", None))
     },
-    layers.CenterCrop: _same("STRIDED_SLICE", decompose=basic.center_crop, **_POOL),
+    layers.CenterCrop: _same("STRIDED_SLICE", decompose=basic.center_crop),
     layers.RandomCrop: LayerRule(output=Output.VANISHES, decompose=basic.random_crop),
     layers.CategoryEncoding: _composite(
         one_hot.category_encoding, "GATHER", "REDUCE_MAX", "MEAN", "MUL", "RESHAPE"
     ),
     layers.SpectralNormalization: _composite(normalization.spectral),
-    layers.ZeroPadding1D: _same("PAD", **_POOL),
-    layers.ZeroPadding2D: _same("PAD", **_POOL),
-    layers.ZeroPadding3D: _same("PAD", **_POOL),
+    layers.ZeroPadding1D: _same("PAD"),
+    layers.ZeroPadding2D: _same("PAD"),
+    layers.ZeroPadding3D: _same("PAD"),
     ZeroPadding: _same("PAD"),
-    layers.Cropping1D: _same("STRIDED_SLICE", **_POOL),
-    layers.Cropping2D: _same("STRIDED_SLICE", **_POOL),
-    layers.Cropping3D: _same("RESHAPE", "STRIDED_SLICE", decompose=basic.crop_3d, **_POOL),
+    layers.Cropping1D: _same("STRIDED_SLICE"),
+    layers.Cropping2D: _same("STRIDED_SLICE"),
+    layers.Cropping3D: _same("RESHAPE", "STRIDED_SLICE", decompose=basic.crop_3d),
     layers.UpSampling1D: _same("RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.upsample_1d),
     layers.UpSampling2D: _same(
         "RESIZE_NEAREST_NEIGHBOR",
@@ -317,9 +339,7 @@ LAYERS: dict[type, LayerRule] = {
         decompose=basic.upsample_2d,
     ),
     layers.Resizing: _resize("RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR"),
-    layers.UpSampling3D: _same(
-        "RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.upsample_3d, **_POOL
-    ),
+    layers.UpSampling3D: _same("RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.upsample_3d),
     layers.LayerNormalization: _composite(normalization.layer_normalization, *_NORMALIZING),
     **_newer("RMSNormalization", _composite(normalization.rms_normalization, *_NORMALIZING)),
     layers.EinsumDense: _composite(
@@ -358,10 +378,9 @@ LAYERS: dict[type, LayerRule] = {
         "STRIDED_SLICE",
         "CONCATENATION",
         "PAD",
-        refuse=rule.channels_last,
     ),
     layers.Conv1DTranspose: _composite(
-        time_and_depth.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU", **_POOL
+        time_and_depth.conv_1d_transpose, "TRANSPOSE_CONV", "RESHAPE", "RELU"
     ),
     layers.Masking: _composite(
         step_masks.masking,
@@ -592,12 +611,24 @@ def _stock_rule(layer: Any) -> LayerRule | None:
     if type(layer) is layers.Activation:
         activation = basic.activation_name(layer.activation)
         return FUNCTION if activation is None else ACTIVATIONS.get(activation)
-    if (which := (type(layer), _kind(layer))) in KINDS:
-        return KINDS[which]
     if type(layer) is TiedWeight:
         return _of_columns(layer, LAYERS[TiedWeight])
-    stock = LAYERS.get(type(layer))
-    return OPENED if stock is None and is_custom(layer) else stock
+    stock = KINDS.get((type(layer), _kind(layer)), LAYERS.get(type(layer)))
+    if stock is None:
+        return OPENED if is_custom(layer) else None
+    moved = _moved(layer)
+    if moved is None:
+        return stock
+    return dataclasses.replace(stock, ops=(*stock.ops, "TRANSPOSE", "RESHAPE"), decompose=moved)
+
+
+def _moved(layer: Any) -> Callable[[Any, str], Any] | None:
+    """The rewrite of a layer whose channels, or whose axis, are not last, as kernels need it."""
+    if type(layer) in _OF_EITHER_FORMAT and layer.data_format == "channels_first":
+        return channels_first.between_transpositions
+    if type(layer) in _ALONG_ONE_AXIS and channels_first.moved_axis(layer) is not None:
+        return channels_first.along_last_axis
+    return None
 
 
 def supported_layers() -> tuple[str, ...]:

@@ -153,40 +153,36 @@ def resolution_of_multiple(layer: Any, values: int, results: int) -> float:
 def channels_last(layer: Any) -> str | None:
     """Refuses `data_format="channels_first"`."""
     if getattr(layer, "data_format", "channels_last") != "channels_last":
-        return "data_format='channels_first' has no TFLite kernel; build it channels_last"
+        return (
+            "data_format='channels_first' has no integer form for layers of this type; build it "
+            "channels_last between two keras.layers.Permute"
+        )
     return None
 
 
-def _built_rank(layer: Any) -> int:
-    """Number of axes of the input that `layer` was built for; 0 if that is unknown."""
-    return len((layer.get_build_config() or {}).get("input_shape") or ())
-
-
-def last_axis(layer: Any) -> str | None:
-    """Refuses a layer whose `axis` is not the last."""
-    axis = layer.axis
-    axis = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
-    rank = getattr(layer.input_spec, "ndim", None) or _built_rank(layer)
-    if axis not in ((-1,), (rank - 1,), (None,), ()):
-        return f"axis={layer.axis} is not the last; permute the input so that it is"
+def one_axis(layer: Any) -> str | None:
+    """Refuses a layer that works along several axes, or along the batch."""
+    axes = list(layer.axis) if isinstance(layer.axis, list | tuple) else [layer.axis]
+    if len(axes) > 1 or 0 in axes:
+        return f"axis={layer.axis} is not one axis behind the batch; reshape so that it is one"
     return None
 
 
 def not_dilated(layer: Any) -> str | None:
-    """Refuses dilation, and `data_format="channels_first"`."""
+    """Refuses dilation."""
     if any(rate != 1 for rate in layer.dilation_rate):
         return f"dilation_rate={layer.dilation_rate} has no TFLite kernel; use 1"
-    return channels_last(layer)
+    return None
 
 
 def nearest_or_bilinear(layer: Any) -> str | None:
-    """Refuses other interpolations than these two, and `data_format="channels_first"`."""
+    """Refuses other interpolations than these two."""
     if layer.interpolation not in ("nearest", "bilinear"):
         return (
             f"interpolation={layer.interpolation!r} has no TFLite kernel; "
             "use 'nearest' or 'bilinear'"
         )
-    return channels_last(layer)
+    return None
 
 
 def plain_resize(layer: Any) -> str | None:

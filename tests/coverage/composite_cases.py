@@ -263,8 +263,8 @@ CASES: tuple[Case, ...] = (
         AVERAGE_POOL_2D=2,
         MAX_POOL_2D=2,
         MUL=1,
-        RESHAPE=8,
-        TRANSPOSE=4,
+        RESHAPE=6,
+        TRANSPOSE=3,  # of both inputs at once
     ),
     _one("augmentation", IMAGE, _augmented, CONV_2D=2),
     _one(

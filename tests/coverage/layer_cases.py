@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from keras import layers as L
+from keras import ops
 
 from kqat.parts.single_op_layers import (
     ChannelAffine,
@@ -277,6 +278,113 @@ POOL = (
     ),
 )
 
+FIRST: dict[str, Any] = {"data_format": "channels_first"}
+
+
+def _residual(x: Any) -> Any:
+    x = L.Conv2D(5, 3, strides=2, padding="same", use_bias=False, **FIRST)(x)
+    x = L.MaxPooling2D(2, 1, **FIRST)(L.ReLU()(L.BatchNormalization(axis=1)(x)))
+    y = L.Conv2D(5, 3, padding="same", **FIRST)(x)
+    x = L.Activation("relu")(L.Add()([x, L.BatchNormalization(axis=1)(y)]))
+    return L.Dense(2)(L.Flatten(**FIRST)(x))
+
+
+def _hourglass(x: Any) -> Any:
+    y = L.DepthwiseConv2D(3, padding="same", activation="relu", **FIRST)(x)
+    y = L.SeparableConv2D(5, 3, strides=2, padding="same", **FIRST)(y)
+    a = L.Conv2DTranspose(2, 2, strides=2, **FIRST)(y)
+    b = L.UpSampling2D(2, **FIRST)(y)
+    y = L.Concatenate(axis=1)([x, L.LeakyReLU()(a), b])
+    return L.Conv2D(1, 1, activation="sigmoid", **FIRST)(L.ZeroPadding2D(1, **FIRST)(y))
+
+
+def _sequence(x: Any) -> Any:
+    x = L.Conv1D(5, 3, padding="causal", activation="relu", **FIRST)(x)
+    x = L.AveragePooling1D(2, **FIRST)(L.LayerNormalization(axis=1)(x))
+    return L.GlobalMaxPooling1D(**FIRST)(L.DepthwiseConv1D(3, **FIRST)(x))
+
+
+def _groups(x: Any) -> Any:
+    x = L.Conv2D(4, 1, **FIRST)(x)
+    x = L.Conv2D(2, 3, **FIRST)(L.Activation("gelu")(L.GroupNormalization(2, axis=1)(x)))
+    return ops.max_pool(x, 2, **FIRST)
+
+
+# Beside what they are with the channels last, one TRANSPOSE at the input and at the output; a
+# RESHAPE where there is one channel.
+CHANNELS_FIRST = (
+    _one(
+        "first_residual",
+        (3, 8, 8),
+        _residual,
+        TRANSPOSE=1,
+        CONV_2D=2,
+        MAX_POOL_2D=1,
+        ADD=1,
+        FULLY_CONNECTED=1,
+    ),
+    _one(
+        "first_hourglass",
+        (3, 8, 8),
+        _hourglass,
+        TRANSPOSE=1,
+        DEPTHWISE_CONV_2D=2,
+        CONV_2D=2,
+        TRANSPOSE_CONV=1,
+        LEAKY_RELU=1,
+        RESIZE_NEAREST_NEIGHBOR=1,
+        CONCATENATION=1,
+        PAD=1,
+        LOGISTIC=1,
+        RESHAPE=1,
+    ),
+    _one(
+        "first_sequence",
+        (3, 12),
+        _sequence,
+        TRANSPOSE=1,
+        RESHAPE=4,
+        PAD=1,
+        CONV_2D=1,
+        FULLY_CONNECTED=3,
+        SUB=2,
+        MUL=2,
+        CAST=1,
+        ADD=1,
+        GATHER=1,
+        AVERAGE_POOL_2D=1,
+        DEPTHWISE_CONV_2D=2,
+        REDUCE_MAX=1,
+    ),
+    _one(
+        "first_groups",
+        (3, 6, 6),
+        _groups,
+        TRANSPOSE=2,
+        CONV_2D=2,
+        RESHAPE=2,
+        MEAN=2,
+        SUB=1,
+        MUL=2,
+        CAST=2,
+        ADD=2,
+        GATHER=2,
+        DEPTHWISE_CONV_2D=1,
+        MAX_POOL_2D=1,
+    ),
+    _one(
+        "first_volume",
+        (2, 4, 4, 6),
+        lambda x: L.MaxPooling3D(2, **FIRST)(L.Conv3D(3, (1, 2, 3), **FIRST)(x)),
+        TRANSPOSE=4,  # two of the pooling
+        RESHAPE=12,
+        STRIDED_SLICE=4,
+        CONV_2D=4,
+        CONCATENATION=1,
+        MAX_POOL_2D=2,
+    ),
+)
+
 MERGE = (
     _one("add", IMAGE, lambda x: L.Add()([x, _conv(x)]), ADD=1, CONV_2D=1),
     _one(
@@ -420,4 +528,14 @@ COMPOSITE = (
     _one("channel_affine", IMAGE, lambda x: ChannelAffine()(x), DEPTHWISE_CONV_2D=1),
 )
 
-CASES = (*WEIGHTED, *AFFINE, *ACTIVATION, *POOL, *MERGE, *MOVE, *COMPOSITE, *VANISHING)
+CASES = (
+    *WEIGHTED,
+    *AFFINE,
+    *ACTIVATION,
+    *POOL,
+    *CHANNELS_FIRST,
+    *MERGE,
+    *MOVE,
+    *COMPOSITE,
+    *VANISHING,
+)

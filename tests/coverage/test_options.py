@@ -53,15 +53,9 @@ REFUSED: list[tuple[tuple[int, ...], Any, str, str]] = [
     ((4,), lambda x: ops.argmax(x * 1.0), "float32", "leave the batch axis alone"),
     (
         (2, 5, 5, 5),
-        lambda x: layers.Conv3D(2, 3, data_format="channels_first")(x),
+        lambda x: layers.ConvLSTM2D(2, 3, data_format="channels_first")(x),
         "float32",
-        "'conv3d.*channels_first",
-    ),
-    (
-        (5, 6),
-        lambda x: layers.Conv1DTranspose(2, 3, data_format="channels_first")(x),
-        "float32",
-        "'conv1d_transpose.*channels_first",
+        "'conv_lstm2d.*channels_first",
     ),
     (
         (4, 5),

@@ -124,7 +124,6 @@ def test_a_frozen_layer_keeps_its_weights_and_losses_come_out() -> None:
         (IMAGE, lambda x: layers.Conv2DTranspose(3, 3, dilation_rate=2)(x), "dilation_rate"),
         (IMAGE, lambda x: ops.image.resize(x, (12, 12), antialias=True), "plain resizing"),
         (IMAGE, lambda x: ops.mean(x), "leave the batch axis alone"),
-        ((4, 4, 4, 3), lambda x: layers.MaxPooling3D(data_format="channels_first")(x), "channels"),
     ],
 )
 def test_refused_before_training(shape: Any, build: Build, message: str) -> None:

@@ -179,17 +179,13 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"operation 'median' of type Median. Leave it float with policy=\{'median': None\}.*"
         r"It sorts.*keras.ops.sort, argsort or top_k",
     ),
-    "channels first": (
-        layers.MaxPooling2D(2, data_format="channels_first", name="pool"),
-        "layer 'pool' of type MaxPooling2D, which cannot ship: data_format='channels_first'",
-    ),
     "stock layer": (
         lambda x: layers.Discretization([0.5])(x),
         "layer 'discretization' of type Discretization.*It turns quantities into indexes",
     ),
-    "BatchNormalization axis": (
-        layers.BatchNormalization(axis=1, name="norm"),
-        "layer 'norm' of type BatchNormalization.*axis=1 is not the last; permute",
+    "Normalization axes": (
+        layers.Normalization(axis=(1, 3), mean=0.0, variance=1.0, name="norm"),
+        r"layer 'norm' of type Normalization.*axis=\(1, 3\) is not one axis behind the batch",
     ),
     "interpolation": (
         layers.UpSampling2D(2, interpolation="bicubic", name="up"),

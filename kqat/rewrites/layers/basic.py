@@ -188,13 +188,15 @@ def upsample_2d(layer: Any, name: str) -> Decomposed:
 
     def resize(x: Any) -> Any:
         height, width = x.shape[1] * layer.size[0], x.shape[2] * layer.size[1]
-        return layers.Resizing(height, width, interpolation=layer.interpolation, name=name)(x)
+        options = {"interpolation": layer.interpolation, "data_format": "channels_last"}
+        return layers.Resizing(height, width, name=name, **options)(x)
 
     return resize
 
 
 def _nearest(x: Any, rows: int, columns: int, name: str) -> Any:
-    return layers.Resizing(rows, columns, interpolation="nearest", name=name)(x)
+    options = {"interpolation": "nearest", "data_format": "channels_last"}
+    return layers.Resizing(rows, columns, name=name, **options)(x)
 
 
 def repeat_vector(layer: Any, name: str) -> Decomposed:
@@ -244,10 +246,10 @@ def crop_3d(layer: Any, name: str) -> Decomposed:
         depth, height, width, channels = x.shape[1:]
         front, top, left = layer.cropping
         x = layers.Reshape((depth, height, width * channels), name=f"{name}_front")(x)
-        x = layers.Cropping2D((front, top), name=f"{name}_front_crop")(x)
+        x = layers.Cropping2D((front, top), "channels_last", name=f"{name}_front_crop")(x)
         depth, height = x.shape[1:3]
         x = layers.Reshape((depth * height, width, channels), name=f"{name}_side")(x)
-        x = layers.Cropping2D(((0, 0), left), name=f"{name}_side_crop")(x)
+        x = layers.Cropping2D(((0, 0), left), "channels_last", name=f"{name}_side_crop")(x)
         return layers.Reshape((depth, height, x.shape[2], channels), name=name)(x)
 
     return crop
@@ -263,8 +265,9 @@ def pool_3d(layer: Any, name: str) -> Decomposed:
     stride_d, stride_h, stride_w = layer.strides
     average_pool = isinstance(layer, layers.AveragePooling3D)
     pool = layers.AveragePooling2D if average_pool else layers.MaxPooling2D
-    plane = pool((height, width), (stride_h, stride_w), layer.padding, name=f"{name}_plane")
-    line = pool((depth, 1), (stride_d, 1), layer.padding, name=f"{name}_depth")
+    options = {"padding": layer.padding, "data_format": "channels_last"}
+    plane = pool((height, width), (stride_h, stride_w), name=f"{name}_plane", **options)
+    line = pool((depth, 1), (stride_d, 1), name=f"{name}_depth", **options)
 
     def pooled(x: Any) -> Any:
         frames, channels = x.shape[1], x.shape[-1]
@@ -296,7 +299,7 @@ def adaptive_pool(layer: Any, name: str) -> Decomposed:
             )
         window = tuple(given // asked for given, asked in zip(size, wanted, strict=True))
         kind = type(layer).__name__.removeprefix("Adaptive")
-        return getattr(layers, kind)(window, name=name)(x)
+        return getattr(layers, kind)(window, data_format="channels_last", name=name)(x)
 
     return call
 
@@ -329,6 +332,6 @@ def center_crop(layer: Any, name: str) -> Decomposed:
                 "Resize them before this layer."
             )
         edges = [(extra // 2, extra - extra // 2) for extra in spare]
-        return layers.Cropping2D(tuple(edges), name=name)(x)
+        return layers.Cropping2D(tuple(edges), "channels_last", name=name)(x)
 
     return call

@@ -129,9 +129,11 @@ def scaled_sum(
     counts = [each, _index(larger, none, least, f"{name}_least")]
     counts = IndexOperation(IndexKind.CONCATENATE, {"axis": -1}, name=f"{name}_all_counts")(counts)
     if outer:
-        x = layers.ZeroPadding2D(((0, 0), (0, len(least))), name=f"{name}_padded")(x)
+        x = layers.ZeroPadding2D(((0, 0), (0, len(least))), "channels_last", name=f"{name}_padded")(
+            x
+        )
     else:
-        x = layers.ZeroPadding1D((0, len(least)), name=f"{name}_padded")(x)
+        x = layers.ZeroPadding1D((0, len(least)), "channels_last", name=f"{name}_padded")(x)
     flat, chosen = (*outer, width), None
     for first, end in zip(least, [*least[1:], len(factors)], strict=True):
         part = f"{name}_from_{first}"

@@ -118,6 +118,7 @@ def conv_3d(layer: Any, name: str) -> Decomposed:
         kernel_size=config["kernel_size"][1:],
         strides=config["strides"][1:],
         dilation_rate=config["dilation_rate"][1:],
+        data_format="channels_last",
         trainable=layer.trainable,
         name=f"{name}_frame",
         **{key: config[key] for key in kept},
@@ -137,7 +138,9 @@ def conv_3d(layer: Any, name: str) -> Decomposed:
 def _padded(x: Any, depth: int, stride: int, name: str) -> Any:
     total = max((-(-x.shape[1] // stride) - 1) * stride + depth - x.shape[1], 0)
     around = ((total // 2, total - total // 2), (0, 0), (0, 0))
-    return layers.ZeroPadding3D(around, name=f"{name}_padded")(x) if total else x
+    if not total:
+        return x
+    return layers.ZeroPadding3D(around, "channels_last", name=f"{name}_padded")(x)
 
 
 def _frames(rows: Any, which: tuple[int, int], shape: tuple[int, ...], name: str) -> Any:
@@ -164,6 +167,7 @@ def conv_1d_transpose(layer: Any, name: str) -> Decomposed:
         strides=(1, *config["strides"]),
         dilation_rate=(1, *config["dilation_rate"]),
         output_padding=None if output_padding is None else (0, *np.ravel(output_padding).tolist()),
+        data_format="channels_last",
         trainable=layer.trainable,
         name=f"{name}_row",
         **{key: config[key] for key in kept},

@@ -12,6 +12,7 @@ from kqat.graph import Part, is_tensor, option
 from kqat.parts import Take
 from kqat.rewrites.layers import matrix_products
 from kqat.rewrites.layers.attention_masks import Keep, attended, causal, hidden_scores
+from kqat.rewrites.layers.channels_first import operation_in_either_format as _either
 from kqat.rewrites.operations.binary import Row
 from kqat.rewrites.operations.patches import extract_patches
 from kqat.rewrites.operations.reductions import axis_of
@@ -120,11 +121,6 @@ def _grayscale(operation: Any, name: str) -> Callable[..., Any]:
     """ITU-R BT.601 luma, as Keras has it."""
 
     def call(images: Any) -> Any:
-        if operation.data_format == "channels_first":
-            raise UnsupportedLayerError(
-                f"Expected data_format='channels_last' in operation '{name}'. Received: "
-                "channels_first. Permute."
-            )
         kernel = np.array([[0.2989], [0.5870], [0.1140]], np.float32)
         return matrix_products.einsum("...y,yz->...z", images, kernel, name)
 
@@ -198,12 +194,8 @@ def _framed(kind: type, ending: str, sign: int) -> Row:
 
     def row(operation: Any, name: str) -> Callable[..., Any]:
         def call(images: Any) -> Any:
-            if operation.data_format == "channels_first":
-                raise UnsupportedLayerError(
-                    f"Expected data_format='channels_last' in operation '{name}'. Received: "
-                    "channels_first. Permute."
-                )
-            return kind(tuple(_margins(operation, images.shape, ending, sign)), name=name)(images)
+            margins = tuple(_margins(operation, images.shape, ending, sign))
+            return kind(margins, "channels_last", name=name)(images)
 
         return call
 
@@ -307,21 +299,21 @@ NETWORKS: dict[str, Row] = {
     "Softmax": _softmax("softmax"),
     "LogSoftmax": _softmax("log_softmax"),
     "Glu": _glu,
-    "Resize": _resize,
-    "ExtractPatches": extract_patches,
+    "Resize": _either(_resize),
+    "ExtractPatches": _either(extract_patches),
     "FFT2": _fft2,
-    "RGBToGrayscale": _grayscale,
-    "GaussianBlur": _blur,
+    "RGBToGrayscale": _either(_grayscale),
+    "GaussianBlur": _either(_blur),
     "SobelEdges": _sobel,
-    "CropImages": _framed(layers.Cropping2D, "cropping", -1),
-    "PadImages": _framed(layers.ZeroPadding2D, "padding", 1),
-    "MaxPool": _pool("Max"),
-    "AveragePool": _pool("Average"),
-    "AdaptiveMaxPool": _adaptive_pool("Max"),
-    "AdaptiveAveragePool": _adaptive_pool("Average"),
-    "Conv": _conv("Conv"),
-    "DepthwiseConv": _conv("DepthwiseConv"),
-    "ConvTranspose": _conv("ConvTranspose"),
+    "CropImages": _either(_framed(layers.Cropping2D, "cropping", -1)),
+    "PadImages": _either(_framed(layers.ZeroPadding2D, "padding", 1)),
+    "MaxPool": _either(_pool("Max")),
+    "AveragePool": _either(_pool("Average")),
+    "AdaptiveMaxPool": _either(_adaptive_pool("Max")),
+    "AdaptiveAveragePool": _either(_adaptive_pool("Average")),
+    "Conv": _either(_conv("Conv")),
+    "DepthwiseConv": _either(_conv("DepthwiseConv")),
+    "ConvTranspose": _either(_conv("ConvTranspose")),
     "Normalize": _normalize,
     "DotProductAttention": _dot_product_attention,
 }

@@ -20,11 +20,10 @@ def extract_patches(operation: Any, name: str) -> Callable[..., Any]:
     rank = len(size)
 
     def call(images: Any) -> Any:
-        if operation.data_format == "channels_first" or len(images.shape) != rank + 2:
+        if len(images.shape) != rank + 2:
             raise UnsupportedLayerError(
-                f"Expected images of {rank + 2} axes, channels last, in operation '{name}'. "
-                f"Received: shape {tuple(images.shape)}, data_format={operation.data_format!r}. "
-                "Permute or reshape."
+                f"Expected images of {rank + 2} axes in operation '{name}'. Received: shape "
+                f"{tuple(images.shape)}. Reshape."
             )
         strides = _each(operation.strides or size, size)
         rates = _each(operation.dilation_rate, size)
@@ -75,4 +74,4 @@ def _padded(x: Any, reach: Sequence[int], strides: Sequence[int], name: str) -> 
     if not any(map(sum, pads)):
         return x
     kind = layers.ZeroPadding3D if len(pads) == 3 else layers.ZeroPadding2D
-    return kind(tuple(pads), name=name)(x)
+    return kind(tuple(pads), "channels_last", name=name)(x)

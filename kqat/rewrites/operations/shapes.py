@@ -27,6 +27,7 @@ from kqat.parts import (
     stacked,
 )
 from kqat.rewrites.layers import whole_numbers
+from kqat.rewrites.layers.channels_first import operation_in_either_format
 from kqat.rewrites.layers.one_hot import multi_hot, one_hot, rows
 from kqat.rewrites.operations.binary import FAR_BELOW, Row, is_number
 from kqat.rewrites.operations.reductions import axes_of, axis_of
@@ -275,14 +276,9 @@ def _multi_hot(operation: Any, name: str) -> Callable[..., Any]:
 
 def _blocks(kind: type) -> Row:
     def row(operation: Any, name: str) -> Callable[..., Any]:
-        if operation.data_format == "channels_first":
-            raise UnsupportedLayerError(
-                f"Expected data_format='channels_last' in operation '{name}'. Received: "
-                "channels_first. Permute the input."
-            )
         return kind(operation.block_size, name=name)
 
-    return row
+    return operation_in_either_format(row)
 
 
 def _triangle(keep: Callable[..., np.ndarray]) -> Row:

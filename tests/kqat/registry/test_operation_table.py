@@ -289,7 +289,6 @@ def test_slices_are_numpys(key: Any, shape: tuple[int, ...]) -> None:
         (lambda x, y: ops.cast(x, "int32"), "A quantity is no index"),
         (lambda x, y: ops.norm(x, ord=1, axis=1), "the Euclidean norm"),
         (lambda x, y: ops.pad(x, [[1, 0], [1, 1], [0, 0], [0, 0]]), "axes other than the batch"),
-        (lambda x, y: ops.depth_to_space(ops.tile(x, (1, 1, 1, 4)), 2, "channels_first"), "last"),
     ],
 )
 def test_what_has_no_integer_form_is_named(function: Any, message: str) -> None:

@@ -56,8 +56,11 @@ def test_patches_feed_a_transformer_as_keras_io_teaches_it() -> None:
     assert tflite_export.inspect(tflite_export.convert(qat)).float_operators == 0
 
 
-def test_channels_first_is_refused() -> None:
+def test_patches_of_images_with_their_channels_first() -> None:
     x = keras.Input((2, 8, 8))
     model = keras.Model(x, ops.image.extract_patches(x, 2, data_format="channels_first"))
-    with pytest.raises(kqat.UnsupportedLayerError, match="channels last"):
-        kqat.plan(model)
+    assert [layer.kind for layer in kqat.plan(model).layers] == [
+        "Permute",
+        "SpaceToDepth",
+        "Permute",
+    ]
