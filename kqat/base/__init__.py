@@ -23,7 +23,7 @@ from kqat.base.nested_data import flat_data
 from kqat.base.progress import listening, tracked
 from kqat.base.quantities import counted
 from kqat.base.scope_names import is_scope_name, scope_name
-from kqat.base.short_names import shortened
+from kqat.base.short_names import shortened, shortened_apart
 from kqat.base.text_enum import TextEnum
 from kqat.base.variables import array_of
 
@@ -52,6 +52,7 @@ __all__ = [
     "save_model",
     "scope_name",
     "shortened",
+    "shortened_apart",
     "spelled_out",
     "tracked",
     "write_file",

@@ -133,8 +133,20 @@ class PaddingKind(TextEnum):
     SYMMETRIC = "symmetric"
 
 
+class _OfWidths(layers.Layer):
+    """What layers have in common that surround values: two numbers for each axis but the batch."""
+
+    def __init__(self, widths: Sequence[Sequence[int]], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.widths = [[int(n) for n in pair] for pair in widths]
+
+    def get_config(self) -> dict[str, Any]:
+        """The config of every layer, with the arguments of the class."""
+        return {**super().get_config(), "widths": self.widths}
+
+
 @keras.saving.register_keras_serializable("kqat")
-class Padding(layers.Layer):
+class Padding(_OfWidths):
     """Values around others: mirrored ones, or such as lie below all others.
 
     The latter are `arithmetic.LOWEST`: a maximum passes them over, and the file has the lowest
@@ -148,9 +160,8 @@ class Padding(layers.Layer):
     def __init__(
         self, kind: PaddingKind | str, widths: Sequence[Sequence[int]], **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(widths, **kwargs)
         self.kind = PaddingKind(kind)
-        self.widths = [[int(n) for n in pair] for pair in widths]
 
     def call(self, x: Any) -> Any:
         """The padded tensor."""
@@ -161,11 +172,11 @@ class Padding(layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """The config of every layer, with `kind` and `widths`."""
-        return {**super().get_config(), "kind": self.kind.value, "widths": self.widths}
+        return {**super().get_config(), "kind": self.kind.value}
 
 
 @keras.saving.register_keras_serializable("kqat")
-class ZeroPadding(layers.Layer):
+class ZeroPadding(_OfWidths):
     """Zeros around values along any axis behind the batch, the channels among them.
 
     Keras's layers of that name pad the axes between batch and channels alone.
@@ -174,17 +185,9 @@ class ZeroPadding(layers.Layer):
         widths: two numbers for each axis behind the batch: of zeros before and behind.
     """
 
-    def __init__(self, widths: Sequence[Sequence[int]], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.widths = [[int(n) for n in pair] for pair in widths]
-
     def call(self, x: Any) -> Any:
         """The padded tensor."""
         return ops.pad(x, [[0, 0], *self.widths])
-
-    def get_config(self) -> dict[str, Any]:
-        """The config of every layer, with `widths`."""
-        return {**super().get_config(), "widths": self.widths}
 
 
 class ReduceKind(TextEnum):

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from kqat.base import PolicyError
-from kqat.graph import Node, Ref
+from kqat.graph import Node, Ref, unique_name
 from kqat.grids import (
     Bounds,
     Clamp,
@@ -73,13 +73,16 @@ def place_quantizers(planned: PlannedGraph, fusions: Fusions, shared: SharedScal
         PolicyError: if the sources of one group ask for different grids.
     """
     members: dict[Ref, list[Source]] = {}
+    taken: set[str] = set()
     for source in _sources(planned, fusions):
         members.setdefault(shared.root(source.ref), []).append(source)
+        taken.add(source.name)
     again = {
         node.outputs[0]: shared.root(node.outputs[0])
         for node, rule in planned.rules.items()
         if rule and rule.output is Output.SAME and rule.rounds
     }
+    given = {shared.root(ref) for ref in planned.given_states}
     groups: dict[str, Group] = {}
     roundings: dict[Ref, tuple[Rounding, ...]] = {}
     group_of: dict[Ref, str] = {}
@@ -88,7 +91,7 @@ def place_quantizers(planned: PlannedGraph, fusions: Fusions, shared: SharedScal
         alone = len(sources) == 1 and root not in again.values()
         if alone and _is_on_a_grid(planned, sources[0].node):
             continue
-        made, placed = _make_group(planned, sources)
+        made, placed = _make_group(planned, sources, taken, clamps=root not in given)
         groups |= {group.name: group for group in made}
         roundings |= placed
         group_of[root] = made[-1].name
@@ -169,11 +172,13 @@ def _fixed_range(planned: PlannedGraph, node: Node, ref: Ref) -> tuple[float, fl
 
 
 def _make_group(
-    planned: PlannedGraph, sources: list[Source]
+    planned: PlannedGraph, sources: list[Source], taken: set[str], *, clamps: bool
 ) -> tuple[list[Group], dict[Ref, tuple[Rounding, ...]]]:
     """The group of sources that share a scale, and the roundings of each of them.
 
-    The group comes last in the list, behind those that round on a kernel's own scale first.
+    The group comes last in the list, behind those that round on a kernel's own scale first. With
+    `clamps` its quantizer may carry out the clamp that all sources end with; an initial state that
+    is given comes from elsewhere, and is not clamped. `taken` are the labels that groups bear.
     """
     fixed = {source.fixed for source in sources}
     common = fixed.pop() if len(fixed) == 1 else None
@@ -181,8 +186,8 @@ def _make_group(
     spec, method, gradient = _agreed(planned, own or sources)
     if common is not None:
         spec, method = QuantSpec(bits=spec.bits), Fixed(*common)
-    clamps = {source.clamp for source in sources}
-    clamp = clamps.pop() if len(clamps) == 1 and common is None else None
+    ends = {source.clamp for source in sources}
+    clamp = ends.pop() if clamps and len(ends) == 1 and common is None else None
     _check_end(sources, method)
     name = f"{sources[0].name}_quantizer"
     before: list[Group] = []
@@ -192,12 +197,14 @@ def _make_group(
         first = None
         if source.fixed is not None and common is None:
             # The kernel's own scale first, then the group's: an explicit requantization.
-            label, grid = f"{source.name}_kernel", QuantSpec(bits=spec.bits)
+            label = unique_name(f"{source.name}_kernel", taken)
+            grid = QuantSpec(bits=spec.bits)
             first = _group_of_one(label, source, grid, Fixed(*source.fixed), None)
         elif clamp is None and (source.ends_at_6 or isinstance(source.clamp, Bounds)):
             # An operator of its own has to end at 6; the group's grid may go beyond. Only the ends
             # of a grid keep to bounds.
-            first = _group_of_one(f"{source.name}_clamp", source, spec, method, source.clamp)
+            label = unique_name(f"{source.name}_clamp", taken)
+            first = _group_of_one(label, source, spec, method, source.clamp)
         if first is not None:
             before.append(first)
             here = (Rounding(first.name, 0, observe=True), *here)

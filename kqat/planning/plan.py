@@ -4,10 +4,10 @@ import collections
 import dataclasses
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kqat.base import TextEnum, json_text, shortened, write_file
+from kqat.base import TextEnum, json_text, shortened_apart, write_file
 from kqat.devices import TARGETS, Misfit, lost_in_sums, misfit_lines
 from kqat.grids import (
     Bounds,
@@ -218,7 +218,8 @@ class Plan:
     def text(self, width: int = 80) -> str:
         """The plan as a table, in lines of at most `width` characters where names allow it.
 
-        A name that is too long for its column is shortened in the middle. Columns: what becomes of
+        A name that is too long for its column is shortened, so that it still differs from all
+        others of the column. Columns: what becomes of
         the layer; the integers of its weights, `/ch` where each channel has a scale; the scale of
         its output. That is `own`, found from data; a range that is given, or that the kernel
         demands; `as input`; or `shared` with the values that are listed below the table.
@@ -297,10 +298,9 @@ class _Cell:
     def __len__(self) -> int:
         return len(self.words) + len(self.name)
 
-    def text(self, width: int) -> str:
-        """The cell in `width` characters, its name shortened in the middle."""
-        room = max(width - len(self.words), _LEAST_NAME)
-        return (self.words + shortened(self.name, room)).ljust(width)
+    def room(self, width: int) -> int:
+        """How many characters of a column of `width` are left for the name."""
+        return max(width - len(self.words), _LEAST_NAME)
 
 
 # The share of a value from which on a plan tells what its kernel loses.
@@ -326,12 +326,17 @@ def _table(rows: list[tuple[_Cell, ...]], width: int) -> list[str]:
         widest = max(spare, key=widths.__getitem__)
         widths[types if widths[types] > _LEAST_TYPE else widest] -= 1
         over -= 1
-    lines = [
-        "  ".join(cell.text(wide) for cell, wide in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    texts = [_texts(column, wide) for column, wide in zip(columns, widths, strict=True)]
+    lines = ["  ".join(row).rstrip() for row in zip(*texts, strict=True)]
     lines.insert(1, "  ".join("-" * wide for wide in widths))
     return lines
+
+
+def _texts(column: Sequence[_Cell], width: int) -> list[str]:
+    """The cells of a column in `width` characters, their names shortened and told apart."""
+    rooms = {cell.room(width) for cell in column}
+    short = {room: shortened_apart((cell.name for cell in column), room) for room in rooms}
+    return [(c.words + short[c.room(width)][c.name]).ljust(width) for c in column]
 
 
 def _becomes(layer: LayerPlan, above: str) -> _Cell:

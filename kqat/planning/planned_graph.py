@@ -27,6 +27,7 @@ class PlannedGraph:
         input_configs: configs that rules of the policy give to model inputs, by name.
         states: for the graph of one step: each state before and after it, which share a scale.
             `None` for a whole model. The inputs of a step are rounded outside of it.
+        given: how many of the states, the last ones, come from outside before the first step.
         steps: recurrence -> the plan of one of its steps.
     """
 
@@ -36,6 +37,7 @@ class PlannedGraph:
     rules: Mapping[Node, LayerRule | None]
     input_configs: Mapping[str, QuantizeConfig]
     states: tuple[State, ...] | None = None
+    given: int = 0
     steps: Mapping[Node, Plan] = dataclasses.field(default_factory=dict)
 
     def with_steps(self, steps: Mapping[Node, Plan]) -> "PlannedGraph":
@@ -56,6 +58,12 @@ class PlannedGraph:
     def calls(self) -> dict[int, int]:
         """How often each layer is called, by its `id`."""
         return self.graph.calls()
+
+    @functools.cached_property
+    def given_states(self) -> tuple[Ref, ...]:
+        """The states, before a step, that come from outside before the first."""
+        before = [ref for ref, _ in self.states or ()]
+        return tuple(before[len(before) - self.given :])
 
     @functools.cached_property
     def outputs(self) -> frozenset[Ref]:
@@ -134,6 +142,7 @@ def planned_graph(
     configs: Mapping[str, QuantizeConfig | None],
     input_configs: Mapping[str, QuantizeConfig],
     states: tuple[State, ...] | None = None,
+    given: int = 0,
 ) -> PlannedGraph:
     """The graph with what is known of its nodes, but for the steps of recurrences.
 
@@ -141,7 +150,7 @@ def planned_graph(
         graph: of simple layers.
         origins: name of each of its layers -> name of the user's layer.
         configs: of the user's layers, by name.
-        input_configs, states: see `PlannedGraph`.
+        input_configs, states, given: see `PlannedGraph`.
 
     Raises:
         UnsupportedLayerError: if the registry has no row for a layer that is to be quantized.
@@ -158,4 +167,5 @@ def planned_graph(
         },
         input_configs=input_configs,
         states=states,
+        given=given,
     )

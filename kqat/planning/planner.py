@@ -11,7 +11,7 @@ the graph's edges and the rows of the registry, each by a module of its own:
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from kqat.base import ModelError, UnsupportedLayerError
 from kqat.config import QuantizeConfig, QuantizePolicy
@@ -36,6 +36,7 @@ from kqat.planning.layer_configs import (
     weight_grids,
     weight_step,
 )
+from kqat.planning.operand_order import broadcast_first
 from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
 from kqat.planning.rank_limits import fit_ranks
@@ -75,17 +76,7 @@ def make_plan(
     )
     keep_penalties(graph, simple)
     tied = of_one_config(graph, readers)
-    simple, origins = carry_transpositions(simple, origins, configs, model_name)
-    simple, origins = drop_repetitions(simple, origins, configs, model_name)
-    simple, origins = scale_sums(simple, origins, configs, model_name)
-    simple, origins = hide_added_masks(simple, origins, whole, model_name)
-    check_hidden_values(simple, origins)
-    simple, origins = split_hard_sigmoids(simple, origins, configs, model_name)
-    simple = join_biases(simple, origins, configs, model_name)
-    simple = join_squares(simple, origins, configs, model_name)
-    simple = clip_by_grids(simple, origins, configs, model_name)
-    simple = join_functions(simple, origins, configs, model_name)
-    simple, origins = fit_ranks(simple, origins, configs, model_name)
+    simple, origins = _in_kernels(simple, origins, configs, whole, model_name)
     masks = graph.output_masks
     simple, new = match_widths(simple, origins, configs, input_configs)
     origins, configs = {**origins, **{name: name for name in new}}, {**configs, **new}
@@ -102,21 +93,59 @@ def make_plan(
     return dataclasses.replace(plan, tied=tied)
 
 
-def _step_plan(recurrence: Recurrence, origin: str, config: QuantizeConfig) -> Plan:
-    """The plan of one step: its inputs come rounded, and a state keeps its scale."""
+def _in_kernels(
+    graph: Graph,
+    origins: Mapping[str, str],
+    configs: Mapping[str, QuantizeConfig | None],
+    whole: Collection[str],
+    name: str,
+) -> tuple[Graph, dict[str, str]]:
+    """`graph` and `origins` with what neighbouring layers do together as kernels do it.
+
+    Of a model and of the step of a recurrence alike.
+
+    Args:
+        graph: of simple layers.
+        origins: name of each of its layers -> name of the user's layer.
+        configs: of the user's layers, by name.
+        whole: names of user's layers that stay as they are.
+        name: of the model.
+    """
+    graph, origins = carry_transpositions(graph, origins, configs, name)
+    graph, origins = drop_repetitions(graph, origins, configs, name)
+    graph, origins = scale_sums(graph, origins, configs, name)
+    graph, origins = hide_added_masks(graph, origins, whole, name)
+    check_hidden_values(graph, origins)
+    graph, origins = split_hard_sigmoids(graph, origins, configs, name)
+    graph = join_biases(graph, origins, configs, name)
+    graph = join_squares(graph, origins, configs, name)
+    graph = clip_by_grids(graph, origins, configs, name)
+    graph = join_functions(graph, origins, configs, name)
+    graph, origins = fit_ranks(graph, origins, configs, name)
+    return broadcast_first(graph), origins
+
+
+def _step_plan(recurrence: Recurrence, origin: str, config: QuantizeConfig, given: int) -> Plan:
+    """The plan of one step: its inputs come rounded, and a state keeps its scale.
+
+    Args:
+        recurrence: the layer.
+        origin: name of the user's layer.
+        config: of that.
+        given: how many of the states, the last ones, come from outside before the first step.
+    """
     graph, configs = trace(recurrence.step), {origin: config}
-    given = dict.fromkeys((node.name for node in graph.nodes), config)
-    simple, parts, _ = expand_tied(graph, lambda node: False, recurrence.step.name, given)
+    by_node = dict.fromkeys((node.name for node in graph.nodes), config)
+    simple, parts, _ = expand_tied(graph, lambda node: False, recurrence.step.name, by_node)
     origins = dict.fromkeys(parts, origin)
-    simple = join_squares(simple, origins, configs, recurrence.step.name)
-    simple, origins = fit_ranks(simple, origins, configs, recurrence.step.name)
+    simple, origins = _in_kernels(simple, origins, configs, frozenset(), recurrence.step.name)
     before = simple.inputs[recurrence.sequences :]
     states = tuple(zip(before, simple.outputs, strict=True))
     planned = planned_graph(simple, origins, configs, {}, states)
     step = with_own_grids(planned, recurrence.sequences, config.activation.bits)
     states = tuple(zip(before, step.outputs, strict=True))
     origins = {node.layer.name: origin for node in step.nodes}
-    return _decide(step, origins, configs, recurrence.step.name, states=states)
+    return _decide(step, origins, configs, recurrence.step.name, states=states, given=given)
 
 
 def _decide(
@@ -129,6 +158,7 @@ def _decide(
     unused_rules: tuple[str, ...] = (),
     output_names: tuple[str, ...] = (),
     states: tuple[State, ...] | None = None,
+    given: int = 0,
     keeps_clusters: bool = False,
 ) -> Plan:
     """Every decision about a graph of simple layers.
@@ -138,13 +168,13 @@ def _decide(
         origins: name of each of its layers -> name of the user's layer.
         configs: of the user's layers, by name.
         model_name, input_configs, unused_rules, output_names: for the plan.
-        states: of the graph of one step, each before and after it; see `PlannedGraph`.
+        states, given: of the graph of one step; see `PlannedGraph`.
         keeps_clusters: see `make_plan`.
     """
-    planned = planned_graph(graph, origins, configs, input_configs or {}, states)
+    planned = planned_graph(graph, origins, configs, input_configs or {}, states, given)
     _check_quantities(planned)
     steps = {
-        node: _step_plan(node.layer, planned.user_names[node], config)
+        node: _step_plan(node.layer, planned.user_names[node], config, _given(planned, node))
         for node, config in planned.configs.items()
         if config and planned.output_kind(node) is Output.INSIDE
     }
@@ -169,6 +199,12 @@ def _decide(
         steps={node.name: plan for node, plan in steps.items()},
         rules={node.name: rule for node, rule in planned.rules.items() if rule is not None},
     )
+
+
+def _given(planned: PlannedGraph, node: Node) -> int:
+    """How many initial states a recurrence is given, at any of its calls: these share a step."""
+    calls = [other for other in planned.graph.nodes if other.layer is node.layer]
+    return max(len(call.inputs) for call in calls) - int(calls[0].layer.sequences)
 
 
 def _check_quantities(planned: PlannedGraph) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kqat.base import counted, json_text, shortened, write_file, write_files
+from kqat.base import counted, json_text, shortened_apart, write_file, write_files
 from tflite_export.devices import NpuEstimate
 from tflite_export.verification import html_page
 from tflite_export.verification.node_data import node_data
@@ -325,8 +325,10 @@ def _layer_lines(layers: tuple[LayerReport, ...]) -> list[str]:
         return []
     head = f"{'layer':<22} {'bits':>5} {'scale':>9} {'clip':>6} {'grid':>5} {'SQNR':>5}"
     lines = ["", f"{head} {'steps':>5} {'MACs':>7} {'bytes':>7}", "-" * 80]
+    names = {row.name: " ".join(row.name.split()) for row in layers}
+    short = shortened_apart(names.values(), 22)
     for row in layers:
-        name = shortened(" ".join(row.name.split()), 22)
+        name = short[names[row.name]]
         bits = f"{row.weight_bits or '-'}/{row.bits or '-'}"
         scale = "" if row.scale is None else f"{row.scale:.3g}"
         lines.append(

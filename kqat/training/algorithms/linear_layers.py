@@ -217,7 +217,7 @@ def linear_layers(qat: Any, method: str) -> list[QuantizeWrapper]:
     if not found:
         raise ModelError(
             f"Expected a Dense, Conv or DepthwiseConv layer of one or two dimensions for {method}. "
-            f"Received: '{qat.name}', which has none with weights on a grid. Train it as it is."
+            f"Received: '{qat.name}', which has none with weights on a grid. Go on without it."
         )
     return found
 

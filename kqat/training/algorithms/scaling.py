@@ -221,7 +221,7 @@ def rescaled(
     if not chosen:
         raise ModelError(
             f"Expected {wanted} right before layers with weights. Received: '{qat.name}', "
-            f"{_none_of(found, wanted)}. Train it as it is."
+            f"{_none_of(found, wanted)}. Go on without it."
         )
     statistics = _statistics(graph, batches, [pair.value for pair in chosen])
     _scale(chosen, lambda pair: factors(pair, statistics[pair.value]), rounds)

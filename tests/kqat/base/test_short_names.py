@@ -2,7 +2,7 @@
 
 import pytest
 
-from kqat.base import shortened
+from kqat.base import shortened, shortened_apart
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,14 @@ from kqat.base import shortened
 def test_what_does_not_fit_goes_out_of_the_middle(width: int, text: str) -> None:
     assert shortened("global_average_pooling2d", width) == text
     assert len(text) == width
+
+
+def test_names_are_told_apart() -> None:
+    rows = ["block_of_layers_one_projection", "block_of_layers_two_projection", "head"]
+    short = shortened_apart(rows, 18)
+    assert short == {rows[0]: "bloc…one_pr…ection", rows[1]: "bloc…two_pr…ection", "head": "head"}
+    assert all(len(text) <= 18 for text in short.values())
+    # What differs in two places, none of which has room, stays whole.
+    alike = [f"aaaa{x}{'b' * 20}{y}{'c' * 20}" for x in "01" for y in "01"]
+    assert len(set(shortened_apart(alike, 9).values())) == len(alike)
+    assert shortened_apart(["a", "a"], 9) == {"a": "a"}

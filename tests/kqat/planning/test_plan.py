@@ -88,7 +88,7 @@ def test_a_softmax_whose_kernel_sums_too_much_is_said_before_training(
 
 
 @pytest.mark.parametrize("width", [64, 80, 200])
-def test_a_line_fits_and_names_are_shortened_in_the_middle(width: int) -> None:
+def test_a_line_fits_and_names_are_shortened_and_told_apart(width: int) -> None:
     chain = [
         layer
         for i in range(3)
@@ -103,9 +103,10 @@ def test_a_line_fits_and_names_are_shortened_in_the_middle(width: int) -> None:
     assert max(map(len, lines)) <= width
     names = [line.split()[0] for line in lines[3:]]
     for name, layer in zip(names, plan.layers, strict=True):
-        head, cut, tail = name.partition("…")
-        assert cut or name == layer.name
-        assert layer.name.startswith(head) and layer.name.endswith(tail)
+        head, *others = name.split("…")
+        assert others or name == layer.name
+        assert layer.name.startswith(head) and all(part in layer.name for part in others)
+    assert len(set(names)) == len(plan.layers)
     assert (width < 200) == any("…" in name for name in names)
 
 
