@@ -294,3 +294,13 @@ def test_a_given_range_is_that_of_the_layers_own_output() -> None:
         "dense_quantizer": kqat.MovingAverage(),
         "dense_elu_quantizer": kqat.Fixed(-1.0, 3.0),
     }
+
+
+def test_a_rounding_of_a_kernel_is_not_that_of_a_layer_of_its_name() -> None:
+    """A softmax beside others is rounded on its kernel's scale first, then on theirs."""
+    x = keras.Input((6,))
+    soft = keras.layers.Softmax(name="a")(keras.layers.Dense(4, name="a_kernel")(x))
+    plan = kqat.plan(keras.Model(x, keras.layers.Concatenate()([soft, keras.layers.Dense(4)(x)])))
+    first = {ref: placed[0].group for ref, placed in plan.roundings.items()}
+    made = {node.name: first.get(node.outputs[0]) for node in plan.graph.nodes}
+    assert made["a"] != made["a_kernel"]
