@@ -294,7 +294,7 @@ def _hourglass(x: Any) -> Any:
     y = L.SeparableConv2D(5, 3, strides=2, padding="same", **FIRST)(y)
     a = L.Conv2DTranspose(2, 2, strides=2, **FIRST)(y)
     b = L.UpSampling2D(2, **FIRST)(y)
-    y = L.Concatenate(axis=1)([x, L.LeakyReLU()(a), b])
+    y = L.Concatenate(axis=1)([x, a, b])
     return L.Conv2D(1, 1, activation="sigmoid", **FIRST)(L.ZeroPadding2D(1, **FIRST)(y))
 
 
@@ -331,7 +331,6 @@ CHANNELS_FIRST = (
         DEPTHWISE_CONV_2D=2,
         CONV_2D=2,
         TRANSPOSE_CONV=1,
-        LEAKY_RELU=1,
         RESIZE_NEAREST_NEIGHBOR=1,
         CONCATENATION=1,
         PAD=1,
