@@ -208,7 +208,9 @@ def config_of(layer: Any) -> dict[str, Any]:
     finally:
         for part, key, value in kept:
             object.__setattr__(part, key, value)
-    return {**config, **{key: value for key, value in own.items() if key in config}}
+    # MultiHeadAttention keeps `kernel_regularizer` as `_kernel_regularizer`.
+    named = {key if key in config else key.lstrip("_"): value for key, value in own.items()}
+    return {**config, **{key: value for key, value in named.items() if key in config}}
 
 
 _KINDS = (keras.regularizers.Regularizer, keras.constraints.Constraint)

@@ -195,7 +195,7 @@ def _looked_up(function: Any, inputs: Mapping[int, frozenset[int]]) -> frozenset
         if not read:
             continue
         if isinstance(layer, keras.layers.Embedding):
-            found |= read
+            found |= none if _is_reversed(call) else read
         elif not isinstance(layer, keras.layers.Layer):
             argument = _INDEXED_BY.get(type(layer).__name__)
             if argument is not None:
@@ -207,6 +207,11 @@ def _looked_up(function: Any, inputs: Mapping[int, frozenset[int]]) -> frozenset
         elif any(_may_look_up(part) for part in parts_of(layer)):
             found |= _looked_up_inside(call, known)
     return found
+
+
+def _is_reversed(call: Any) -> bool:
+    """Whether a call of a ReversibleEmbedding gives scores of its rows, and looks none up."""
+    return bool(_given(call).get("reverse"))
 
 
 def _may_look_up(layer: Any) -> bool:
@@ -1552,6 +1557,12 @@ def _masks_read(
     return result
 
 
+# A layer that sets its mask in `call`, which no symbolic call runs. Keras 3.10 has it not yet.
+_SETS_MASK_IN_CALL = tuple(
+    kind for name in ("ReversibleEmbedding",) if (kind := getattr(keras.layers, name, None))
+)
+
+
 def _masks_by_layer(call: Any, first: Any, before: Any, mask_of: Callable[[Any], Any]) -> list[Any]:
     """The masks of a call's outputs that the layer's `compute_mask` makes.
 
@@ -1561,6 +1572,8 @@ def _masks_by_layer(call: Any, first: Any, before: Any, mask_of: Callable[[Any],
         before: the masks of that.
         mask_of: gives the mask that a tensor bears.
     """
+    if isinstance(call.operation, _SETS_MASK_IN_CALL) and not _is_reversed(call):
+        return [keras.layers.Embedding.compute_mask(call.operation, first)]
     read = _tensors(list(_given(call).values()))
     if all(mask_of(t) is borne_mask(t) for t in read):
         return [borne_mask(t) for t in call.outputs]
@@ -1875,12 +1888,14 @@ def typed_inputs(opened: Opened) -> list[tuple[Any, str]]:
     for operation in opened.function.operations:
         for call in operation._inbound_nodes:
             for tensor in call.input_tensors:
-                readers.get(id(tensor), []).append(operation)
+                readers.get(id(tensor), []).append(call)
     typed = []
     for tensor in opened.tensors:
         kinds = [
-            "Embedding" if isinstance(o, keras.layers.Embedding) else type(o).__name__
-            for o in readers[id(tensor)]
+            "Embedding"
+            if isinstance(call.operation, keras.layers.Embedding) and not _is_reversed(call)
+            else type(call.operation).__name__
+            for call in readers[id(tensor)]
         ]
         indexes = "Embedding" in kinds and {"Embedding", *_COMPARISONS}.issuperset(kinds)
         given = _IN_32_BITS.get(str(tensor.dtype), str(tensor.dtype))

@@ -35,6 +35,10 @@ LARGEST_BOUND = 2.0**126
 # scores. It may not be much larger: XNNPACK's ADD takes operands whose scale is at most 256 times
 # that of the output.
 HIDDEN = -1024.0
+# LiteRT's own ADD, which runs where XNNPACK takes none, as of scores whose scale is not the 1024th
+# part of the output's, narrows its sum to 16 bits and does not saturate: 255 steps of an operand
+# may be so many times 255 of the output.
+_MOST_OUTPUT_STEPS = 128.0
 # The value of a masked score in a float model; float16 holds it too.
 LOWEST = -30000.0
 # Tolerance for the error of float32 logarithms, so that a power of two stays what it is.
@@ -140,8 +144,12 @@ def shown_bounds(x: Any, spec: QuantSpec) -> tuple[Any, Any]:
 
 
 def hidden_room(spec: QuantSpec, keys: int) -> float:
-    """The room below the scores of `keys` keys; see `shown_bounds`."""
-    return float(np.log(2.0 ** (spec.bits + 1) * keys))
+    """The room below the scores of `keys` keys; see `shown_bounds`.
+
+    It also keeps the output's scale within what ADD can compute from the bias.
+    """
+    weightless = float(np.log(2.0 ** (spec.bits + 1) * keys))
+    return max(weightless, -HIDDEN / _MOST_OUTPUT_STEPS)
 
 
 def nudge(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:

@@ -19,6 +19,10 @@ from kqat.planning.additive_masks import addend
 
 Configs = Mapping[str, QuantizeConfig | None]
 
+# With the batch axis. Of more, the kernel takes two values of one shape only, as it broadcasts no
+# further, and the converter makes SUB and SQUARE of others.
+_MOST_BROADCAST_AXES = 4
+
 
 def join_squares(graph: Graph, origins: Mapping[str, str], configs: Configs, name: str) -> Graph:
     """`graph` in which a difference that is squared, and read by nothing else, is one layer.
@@ -71,8 +75,15 @@ def _is_penalized(node: Node) -> bool:
 
 
 def _is_difference(node: Node) -> bool:
-    two = type(node.layer) is layers.Subtract and len(set(node.inputs)) == 2
-    return two or _constant(node) is not None
+    shape = node.outputs[0].shape
+    if type(node.layer) is layers.Subtract and len(set(node.inputs)) == 2:
+        broadcasts = any(ref.shape[1:] != shape[1:] for ref in node.inputs)
+    else:
+        constant = _constant(node)
+        if constant is None:
+            return False
+        broadcasts = constant.shape[-len(shape[1:]) :] != shape[1:]
+    return not broadcasts or len(shape) <= _MOST_BROADCAST_AXES
 
 
 def _constant(node: Node) -> np.ndarray | None:

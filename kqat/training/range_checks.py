@@ -39,7 +39,8 @@ CLIPPING_OVER_ROUNDING = 10.0
 LARGEST_NOISE = 0.1
 # The same of an output, of 25 dB, where the grid that a kernel demands may be why.
 COARSE_NOISE = 10.0**-2.5
-# Bits that a member of a group with one scale may lose.
+# Bits of eight that a member of a group with one scale may lose; of wider grids more, as the same
+# number is left of them.
 LOST_BITS = 3.0
 # Bits that must be left to a channel of an output.
 LEFT_BITS = 3.0
@@ -373,7 +374,8 @@ def _unlike_members(
         for site, r in ranges.items()
         if r.high - r.low > 0.0
     }
-    if not losses or max(losses.values()) < LOST_BITS:
+    most = LOST_BITS + max(quantizer.spec.bits - 8, 0)
+    if not losses or max(losses.values()) < most:
         return
     site = max(losses, key=lambda one: losses[one])
     lost = losses[site]

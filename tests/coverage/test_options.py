@@ -41,6 +41,14 @@ def test_is_honoured(shape: tuple[int, ...], build: Any, dtype: str) -> None:
     )
 
 
+class Nameless(keras.regularizers.Regularizer):  # type: ignore[misc]
+    """A user's own penalty, of which Keras has no config."""
+
+    def __call__(self, x: Any) -> Any:
+        """The sum of squares."""
+        return ops.sum(ops.square(x))
+
+
 REFUSED: list[tuple[tuple[int, ...], Any, str, str]] = [
     ((4,), lambda x: ops.take(TABLE, x, axis=1), "int32", "axis=1, tensors for both"),
     ((4,), lambda x: ops.take(TABLE, x), "int32", "axis=None, tensors for both"),
@@ -64,6 +72,16 @@ REFUSED: list[tuple[tuple[int, ...], Any, str, str]] = [
         )(x),
         "float32",
         "no bias_regularizer in layer 'permuted'",
+    ),
+    *(
+        (
+            (4, 8),
+            lambda x, given=given: layers.MultiHeadAttention(2, 4, name="mha", **given)(x, x),
+            "float32",
+            f"no {next(iter(given))} in attention layer 'mha'",
+        )
+        # One that no config can name is kept by the layer in a private attribute.
+        for given in ({"kernel_regularizer": Nameless()}, {"bias_regularizer": "l1"})
     ),
 ]
 

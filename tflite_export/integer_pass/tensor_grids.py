@@ -99,16 +99,24 @@ def _is_merged(draft: Draft, name: str, given: Site, own: Site) -> bool:
 def find_float_islands(draft: Draft) -> None:
     """Finds the operators that compute on integers.
 
-    The others are those that a float reaches, those that touch no quantity at all (they compute
-    shapes), and the placeholders of tables.
+    The others are those that a float reaches, or that make one of integers without a scale, as a
+    float Embedding does; those that touch no quantity at all (they compute shapes), and the
+    placeholders of tables.
     """
     floats, graph = draft.labels.floats, draft.graph
     inputs = map(int, graph.inputs)
     floats.update(t for t in inputs if draft.is_quantity(t) and t not in draft.sites)
+    makers = [o for o in graph.operators if draft.op_name(o) not in ("QUANTIZE", "DEQUANTIZE")]
+    for operator in reversed(makers):
+        if any(int(t) in floats for t in operator.outputs):
+            read = [int(t) for t in operator.inputs if int(t) >= 0 and draft.is_quantity(int(t))]
+            floats.update(t for t in read if t not in draft.sites and not draft.is_constant(t))
+    made = {id(o) for o in makers if any(int(t) in floats for t in o.outputs)}
     placeholders = {id(operator) for operator, _ in draft.labels.tables}
     for operator in graph.operators:
         # QUANTIZE is where a float becomes an integer.
-        if draft.op_name(operator) != "QUANTIZE" and draft.reads_float(operator):
+        reached = draft.op_name(operator) != "QUANTIZE" and draft.reads_float(operator)
+        if reached or id(operator) in made:
             floats.update(int(t) for t in operator.outputs)
             continue
         computes = any(draft.is_quantity(int(t)) for t in [*operator.inputs, *operator.outputs])

@@ -62,10 +62,11 @@ def _join_biases(model: ModelT, labels: Labels) -> None:
     """Adds a constant that is added behind an operator with a bias to that bias, in place."""
     graph = model.subgraphs[0]
     producers = {int(o): op for op in graph.operators for o in op.outputs}
+    marked = _marked(model, labels)
     kept: list[OperatorT] = []
     replaced: list[OperatorT] = []
     for operator in graph.operators:
-        chain = _biased(model, operator, labels, producers)
+        chain = _biased(model, operator, labels, marked, producers)
         if chain is None:
             kept.append(operator)
             continue
@@ -84,8 +85,27 @@ def _join_biases(model: ModelT, labels: Labels) -> None:
     graph.operators.reverse()
 
 
+def _marked(model: ModelT, labels: Labels) -> set[int]:
+    """Tensors that hold the numbers of a site: its own, and those that only RESHAPEs part from it.
+
+    The converter moves a RESHAPE before a marker, as between two layers that compute on images.
+    """
+    graph = model.subgraphs[0]
+    marked = set(labels.sites)
+    for operator in reversed(graph.operators):
+        source = int(operator.inputs[0]) if len(operator.inputs) else -1
+        reshapes = flatbuffer.op_name(model, operator) == "RESHAPE"
+        if reshapes and int(operator.outputs[0]) in marked and source not in labels.floats:
+            marked.add(source)
+    return marked
+
+
 def _biased(
-    model: ModelT, operator: OperatorT, labels: Labels, producers: dict[int, OperatorT]
+    model: ModelT,
+    operator: OperatorT,
+    labels: Labels,
+    marked: set[int],
+    producers: dict[int, OperatorT],
 ) -> tuple[list[OperatorT], np.ndarray] | None:
     """The operator with a bias and the RESHAPEs before an ADD, and what that adds to each channel.
 
@@ -93,7 +113,7 @@ def _biased(
     """
     graph = model.subgraphs[0]
     output = int(operator.outputs[0])
-    if flatbuffer.op_name(model, operator) != "ADD" or output not in labels.sites:
+    if flatbuffer.op_name(model, operator) != "ADD" or output not in marked:
         return None
     shape = flatbuffer.tensor_shape(graph.tensors[output])
     for source, other in (map(int, operator.inputs), map(int, reversed(operator.inputs))):

@@ -123,8 +123,11 @@ def _with_markers(frozen: FrozenModel, computed: frozenset[int]) -> Callable[...
                 lstms.index(id(layer)),
                 name=frozen.unused_name(f"{layer.name}_stand_in"),
             )
-        elif isinstance(layer, _TRANSLATED) or _is_dilated(layer) or reads_rows(layer, kwargs):
-            kwargs.pop("use", None)
+        elif not kwargs.get("reverse") and (
+            isinstance(layer, _TRANSLATED) or _is_dilated(layer) or reads_rows(layer, kwargs)
+        ):
+            for option in ("use", "reverse"):  # Backwards, a float ReversibleEmbedding is itself.
+                kwargs.pop(option, None)
             if id(layer) not in plain:  # Calls of one layer stay those of one layer.
                 plain[id(layer)] = _Plain(layer, name=frozen.unused_name(f"{layer.name}_plain"))
             layer = plain[id(layer)]

@@ -252,10 +252,12 @@ def _projection(
 ) -> Decomposed:
     kernel, bias = arrays[f"{part}/kernel"] * scale, arrays.get(f"{part}/bias")
     bias = None if bias is None else (bias * scale).astype(np.float32)
-    if scale != 1.0 and options["kernel_regularizer"]:
+    scaled = ["kernel"] if bias is None else ["kernel", "bias"]
+    penalized = [one for one in scaled if options[f"{one}_regularizer"]]
+    if scale != 1.0 and penalized:
         raise UnsupportedLayerError(
-            f"Expected no kernel_regularizer in attention layer '{name}': kqat multiplies its "
-            "query kernel by 1/sqrt(key_dim). Remove the regularizer."
+            f"Expected no {penalized[0]}_regularizer in attention layer '{name}': kqat multiplies "
+            f"its query {penalized[0]} by 1/sqrt(key_dim). Remove the regularizer."
         )
     return matrix_products.dense(kernel.astype(np.float32), bias, 1, f"{name}_{part}", options)
 

@@ -347,3 +347,23 @@ def test_the_file_of_a_masked_block_is_right() -> None:
     qat = kqat.quantize_model(model, calibration_data=_words())
     report = tflite_export.verify(qat, tflite_export.convert(qat), _words())
     assert all(r.is_right and r.exact and r.exact.is_exact for r in report.runtimes), report
+
+
+def test_a_mask_that_a_call_sets_is_read() -> None:
+    """ReversibleEmbedding has no `compute_mask`: no symbolic call shows its mask."""
+    ids = keras.Input((STEPS,), dtype="int32")
+    table = layers.ReversibleEmbedding(WORDS, WIDTH, mask_zero=True)
+    model = keras.Model(ids, layers.GlobalAveragePooling1D()(table(ids)))
+    words = np.array([[1, 2, 0, 0, 0], [3, 0, 4, 5, 0]], np.int32)
+    parts, _ = expand(trace(model), lambda node: False, "parts")
+    run = rebuild(parts, lambda node, *args, **kwargs: node.layer(*args, **kwargs), "parts")
+    np.testing.assert_allclose(run(words), model(words), rtol=1e-6, atol=1e-6)
+
+
+def test_scores_of_rows_read_quantities() -> None:
+    """Called backwards alone, a ReversibleEmbedding looks nothing up."""
+    table = layers.ReversibleEmbedding(WORDS, WIDTH)
+    table.build((None, STEPS))
+    x = keras.Input((STEPS, WIDTH))
+    graph = trace(keras.Model(x, table(x, reverse=True)))
+    assert graph.inputs[0].dtype == "float32"

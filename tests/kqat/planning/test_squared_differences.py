@@ -47,6 +47,16 @@ def an_output(x: Any) -> Any:
     return [difference, ops.square(difference)]
 
 
+def five_axes(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The square of a difference from `call` of a value of as many, with the batch."""
+
+    def squared(x: Any) -> Any:
+        y = ops.reshape(x, (-1, 2, 3, 2, 2))
+        return ops.square(y - call(y))
+
+    return squared
+
+
 class Centers(L.Layer):
     """Squared differences from trained points, as of radial basis functions and of codebooks."""
 
@@ -95,6 +105,10 @@ class Energy(L.Layer):
         # A constant that a bias takes in costs nothing.
         (lambda x: (L.Dense(4)(x) - 0.5) ** 2, "int8", 0, 0),
         (lambda x: L.RNN(Energy())(x), "int8", 1, 1),  # Zeros to begin with are a SUB.
+        # The kernel broadcasts over four axes; the converter makes no SQUARED_DIFFERENCE of more.
+        (five_axes(lambda y: ops.flip(y, 1)), "int8", 1, 0),
+        (five_axes(lambda y: X[0].reshape(1, 2, 3, 2, 2)), "int8", 1, 0),
+        (five_axes(lambda y: ops.mean(y, axis=3, keepdims=True)), "int8", 0, 1),
         # What a penalty is of is a value of its own.
         (lambda x: L.Rescaling(1.0, 2.0, activity_regularizer="l2")(x) ** 2, "int8", 0, 1),
         (lambda x: L.Subtract(activity_regularizer="l2")(halves(x)) ** 2, "int8", 0, 1),

@@ -120,6 +120,8 @@ def test_all_hidden_scores_weigh_less_than_half_a_step_of_softmax() -> None:
     # The shown score is the least one; all others are hidden, at the end of the grid.
     assert 64 * np.exp(float(low) + 3.0) < 0.5 / 256
     assert arithmetic.shown_bounds(np.full(4, arithmetic.HIDDEN), spec)[1] == 0.0
+    # LiteRT's own ADD, for scores far finer than that, wraps at 16 bits: here of a single key.
+    assert 255 * -arithmetic.HIDDEN / arithmetic.hidden_room(spec, 1) < 2**15
 
 
 @pytest.mark.slow

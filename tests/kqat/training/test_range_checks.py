@@ -138,6 +138,8 @@ def test_members_of_unlike_size(nested: bool) -> None:
     assert "of its 8 bits" in text
     assert "separate outputs" in text
     assert "unlike" not in said(joined(4.0), X)
+    # The way out that it names is one: seven of 16 bits are left.
+    assert said(model, X, "int16x8") == ""
 
 
 @pytest.mark.parametrize("behind", [(), (layers.Reshape((-1, 6)),), (layers.ReLU(),)])

@@ -16,6 +16,16 @@ def one_filter(x: Any) -> Any:
     return L.Conv1D(4, 1)(L.Conv1D(1, 3, padding="causal", activation="relu")(x))
 
 
+def one_filter_on_images(x: Any) -> Any:
+    """The same, and a RESHAPE stands between the ADD and its marker."""
+    return L.Conv1DTranspose(4, 1, strides=2)(L.Conv1D(1, 3, activation="relu")(x))
+
+
+def one_filter_in_rows(x: Any) -> Any:
+    """So it does before a Dense, whose input has rows."""
+    return L.Dense(3)(L.Conv1D(1, 1)(x))
+
+
 def one_channel(x: Any) -> Any:
     """A MUL by the kernel, and an ADD of the bias."""
     return L.Add()([x, L.Dense(4, activation="relu")(x)])
@@ -36,6 +46,14 @@ def two_numbers(x: Any) -> Any:
     ("shape", "call", "policy", "ops"),
     [
         ((6, 3), one_filter, "int8", {"CONV_2D": 2, "PAD": 1}),
+        ((6, 3), one_filter_on_images, "int8", {"CONV_2D": 1, "TRANSPOSE_CONV": 1}),
+        pytest.param(
+            (6, 3),
+            one_filter_in_rows,
+            "int8",
+            {"CONV_2D": 1, "FULLY_CONNECTED": 1},
+            marks=pytest.mark.slow,
+        ),
         ((6, 1), one_channel, "int8", {"FULLY_CONNECTED": 1, "ADD": 1}),
         ((4, 4, 3), two_offsets, "int8", {"DEPTHWISE_CONV_2D": 2, "CONCATENATION": 1}),
         pytest.param(
