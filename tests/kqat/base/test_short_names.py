@@ -20,9 +20,9 @@ def test_what_does_not_fit_goes_out_of_the_middle(width: int, text: str) -> None
 
 
 def test_names_are_told_apart() -> None:
-    rows = ["block_of_layers_one_projection", "block_of_layers_two_projection", "head"]
+    rows = ["unit_of_layers_one_projection", "unit_of_layers_two_projection", "head"]
     short = shortened_apart(rows, 18)
-    assert short == {rows[0]: "bloc…one_pr…ection", rows[1]: "bloc…two_pr…ection", "head": "head"}
+    assert short == {rows[0]: "unit…one_pr…ection", rows[1]: "unit…two_pr…ection", "head": "head"}
     assert all(len(text) <= 18 for text in short.values())
     # What differs in two places, none of which has room, stays whole.
     alike = [f"aaaa{x}{'b' * 20}{y}{'c' * 20}" for x in "01" for y in "01"]
