@@ -19,7 +19,7 @@ import numpy as np
 from keras import layers
 
 from kqat.base import UnsupportedLayerError
-from kqat.graph import Node, Part, called_as_run, duplicate, is_tensor, trace
+from kqat.graph import Node, Part, called_as_run, duplicate, give_readers, is_tensor, trace
 from kqat.parts import Hold, Recurrence, Slice
 from kqat.rewrites.layers.basic import Decomposed, activation_layer
 from kqat.rewrites.layers.step_masks import truth_of_steps
@@ -392,6 +392,8 @@ class StepBuilder:
             first = after[0] if output is None else output
             earlier = keras.Input(first.shape[1:], name=self.part_name("output_before"))
             before, shown = [earlier, *before], [self._shown(first, earlier, inputs), *shown]
+        # A cell may leave one of its states alone, and nothing reads an output that no mask holds.
+        give_readers([*inputs, *before])
         return keras.Model([*inputs, *before], shown, name=self.part_name("step"))
 
     def _shown(self, output: Any, before: Any, inputs: list[Any]) -> Any:

@@ -161,7 +161,7 @@ def conv_1d_transpose(layer: Any, name: str) -> Decomposed:
     config = config_of(layer)
     matrix_products.options(layer, name)
     kept = ("use_bias", "kernel_regularizer", "bias_regularizer", "padding", "filters")
-    output_padding = config["output_padding"]
+    output_padding = config.get("output_padding")  # Keras 3.10 has none.
     conv = layers.Conv2DTranspose(
         kernel_size=(1, *config["kernel_size"]),
         strides=(1, *config["strides"]),

@@ -112,8 +112,8 @@ def repeated_for_windows(own: Any, x: Any) -> Any:
 def tiled_for_windows(own: Any, x: Any) -> Any:
     """All samples again for each of the windows outside of the batch."""
     y = ops.transpose(ops.reshape(x, (-1, 3, 2, 8)), (1, 0, 2, 3))
-    y = ops.reshape(y, (-1, 2, 8)) * ops.tile(x[:, :2], (3, 1, 1)) + own.bias
-    y = ops.tile(ops.tile(y, (2, 1, 2)), (2, 1))[..., :8]
+    y = ops.reshape(y, (-1, 2, 8)) * ops.tile(x[:, :2], [3, 1, 1]) + own.bias
+    y = ops.tile(ops.tile(y, [2, 1, 2]), [2, 1])[..., :8]
     return ops.transpose(ops.reshape(y, (6, -1, 4, 8)), (1, 0, 2, 3))
 
 

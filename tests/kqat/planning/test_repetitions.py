@@ -9,7 +9,7 @@ import pytest
 from keras import layers, ops
 
 import kqat
-from kqat.graph import rebuild, trace
+from kqat.graph import give_readers, rebuild, trace
 from kqat.parts import Hold
 from kqat.planning.expansion import expand
 from kqat.planning.repetitions import drop_repetitions
@@ -59,7 +59,9 @@ SPELLINGS = (repeated, tiled, ones, joined, truths, vector)
 
 def _model(call: Call) -> keras.Model:
     x, ids = keras.Input((STEPS, WIDTH)), keras.Input((STEPS,), dtype="int32")
-    return keras.Model([x, ids], call(x, ops.not_equal(ids, 0)))
+    made = call(x, ops.not_equal(ids, 0))
+    give_readers([x, ids])  # Of calls that read the mask alone.
+    return keras.Model([x, ids], made)
 
 
 def _data() -> list[np.ndarray]:

@@ -94,7 +94,7 @@ class Energy(L.Layer):
         (lambda x: ops.square(x - L.GlobalAveragePooling1D(keepdims=True)(x)), "int8", 1, 0),
         (lambda x: ops.var(x, axis=1), "int8", 1, 0),
         (lambda x: ops.std(x, axis=-1), "int8", 1, 0),
-        (lambda x: ops.moments(x, axes=1)[1], "int8", 1, 0),
+        (lambda x: ops.moments(x, axes=[1])[1], "int8", 1, 0),
         (lambda x: (x - 0.5) ** 2, "int8", 1, 0),
         (lambda x: (x - X[0]) ** 2, "int8", 1, 0),
         (lambda x: (x - X[0, 0]) ** 2, "int8", 1, 0),
