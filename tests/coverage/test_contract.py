@@ -24,7 +24,7 @@ from kqat.parts.elementwise import LearnedPower
 from kqat.parts.learned import Learned
 from kqat.parts.markers import Requantize, StopGradient
 from kqat.parts.recurrence import Recurrence
-from kqat.parts.single_op_layers import ConstantRows, Hide, Hold
+from kqat.parts.single_op_layers import ConstantRows, Hide, Hold, TopK
 from kqat.parts.tied_weight import TiedWeight
 from kqat.registry.layer_table import ACTIVATIONS, AUGMENTING, LAYERS, rule_for
 from kqat.registry.operation_table import OPERATIONS
@@ -420,10 +420,12 @@ def test_every_row_has_a_case() -> None:
     # Learned where a weight is a value: the case "class_token". One-hot codes are ConstantRows. A
     # weight that is read in two ways is a TiedWeight: the case "table_read_both_ways". An exponent
     # that is trained makes a LearnedPower: the case "generalized_mean".
-    # The operation `stop_gradient`, which has a case, ships as a StopGradient.
+    # The operation `stop_gradient`, which has a case, ships as a StopGradient, and what sorts as a
+    # TopK: the case "largest".
     # Masks of recurrent layers are tried in `tests/kqat/rewrites/test_masked_recurrence.py`.
     tried = {*(type(layer) for layer in nodes), *AUGMENTING, Requantize, ByteInput, Hide, Learned}
-    tried |= {ConstantRows, Hold, LearnedPower, StopGradient, TiedWeight, keras.layers.Masking}
+    tried |= {ConstantRows, Hold, LearnedPower, StopGradient, TiedWeight, TopK}
+    tried |= {keras.layers.Masking}
     assert set(LAYERS) - tried == set()
     kinds = [
         keras.activations.serialize(layer.activation)

@@ -94,7 +94,7 @@ def test_masks_over_many_axes_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("layer", "calls", "message"),
     [
-        (layers.LayerNormalization(axis=1), 1, "over the last axis in layer 'layer_normalization"),
+        (layers.LayerNormalization(axis=[1, 2]), 1, "over the last axis in layer 'layer_normal"),
         (layers.EinsumDense("abc,bcd->abd", (6, 5)), 1, "matrix product for each sample in"),
     ],
 )
