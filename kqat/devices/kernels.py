@@ -141,6 +141,17 @@ MOST_AXES: dict[str, tuple[int, int]] = {
     "BATCH_MATMUL": (5, 5),  # the converter makes none of more
 }
 
+COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
+# Operator -> the most axes, with the batch axis, over which its kernels broadcast. For more the
+# converter makes other operators, which repeat a value first (BROADCAST_TO).
+MOST_BROADCAST_AXES: dict[str, int] = {
+    **dict.fromkeys(COMPARISONS, 4),
+    "SQUARED_DIFFERENCE": 4,
+    "MAXIMUM": 5,
+    "MINIMUM": 5,
+    "SELECT_V2": 5,
+}
+
 
 def most_axes(op: str, runtime: str) -> float:
     """The most axes, with the batch axis, that the operator's int8 kernel takes."""
@@ -183,7 +194,6 @@ def lost_in_sums(op: str, bits: int, summed: int) -> float:
     return excess / (1.0 + excess)
 
 
-COMPARISONS = ("EQUAL", "NOT_EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL")
 # These operators compute on booleans and indexes, so they run whatever the activations' width.
 # Comparisons of 16 bits are of int32, behind a CAST.
 INDEX_OPS = frozenset({"CAST", "LOGICAL_AND", "LOGICAL_OR", "LOGICAL_NOT", *COMPARISONS})

@@ -1,8 +1,9 @@
 """Values of more axes than a kernel takes: reshaped around it, where that computes the same.
 
 A slice or a transposition moves runs of neighbouring axes as if they were one; a normalization over
-the last axis, or a slope for each channel, does not see how the others are arranged. RESHAPE costs
-nothing but its operator.
+the last axis, or a slope for each channel, does not see how the others are arranged, and what
+broadcasts does not see how those are arranged along which the same values are repeated. RESHAPE
+costs nothing but its operator.
 """
 
 import dataclasses
@@ -15,9 +16,9 @@ import numpy as np
 from keras import layers
 
 from kqat.config import QuantizeConfig
-from kqat.devices import RUNTIMES, most_axes
+from kqat.devices import MOST_BROADCAST_AXES, RUNTIMES, most_axes
 from kqat.graph import Graph, Node, Part, clone, rebuild, trace, unique_name
-from kqat.parts import Matmul, Select, Slice
+from kqat.parts import IndexOperation, Matmul, Select, Slice, Take
 
 Configs = Mapping[str, QuantizeConfig | None]
 Shape = tuple[int, ...]
@@ -43,7 +44,7 @@ def fit_ranks(
     new: dict[str, str] = {}
     for node in graph.nodes:
         origin = origins[node.layer.name]
-        if configs[origin] is None or not _exceeds(node):
+        if configs[origin] is None:
             continue
 
         def named(part: str, node: Node = node, origin: str = origin) -> str:
@@ -51,7 +52,9 @@ def fit_ranks(
             new[own] = origin
             return own
 
-        made = _FITTED[type(node.layer)][1](node, named)
+        made = _FITTED[type(node.layer)][1](node, named) if _exceeds(node) else None
+        if made is None and _broadcasts_too_far(node):
+            made = _broadcast(node, named)
         if made is not None:
             chosen[node] = made
     if not chosen:
@@ -69,6 +72,19 @@ def _exceeds(node: Node) -> bool:
         return False
     axes = max(len(ref.shape) for ref in (*node.inputs, *node.outputs))
     return axes > min(most_axes(_FITTED[type(node.layer)][0], runtime) for runtime in RUNTIMES)
+
+
+def _most_broadcast(layer: Any) -> float:
+    """The most axes, with that of the batch, over which the layer's kernel broadcasts."""
+    kind = type(layer)
+    op = layer.kind.name if kind is IndexOperation else _BROADCASTING.get(kind, "")
+    return MOST_BROADCAST_AXES.get(op, math.inf)
+
+
+def _broadcasts_too_far(node: Node) -> bool:
+    shapes = {tuple(ref.shape[1:]) for ref in node.inputs}
+    alike = len(shapes) < 2 or len({len(shape) for shape in shapes}) > 1
+    return not alike and len(node.outputs[0].shape) > _most_broadcast(node.layer)
 
 
 def _reshaped(x: Any, shape: Sequence[int], name: str) -> Any:
@@ -132,25 +148,42 @@ def _permute(node: Node, named: Callable[[str], str]) -> Callable[..., Any]:
     return call
 
 
-def _prelu(node: Node, named: Callable[[str], str]) -> Callable[..., Any] | None:
-    """Neighbouring axes that share a slope as one, and so those that share none."""
+def _prelu(node: Node, named: Callable[[str], str]) -> Callable[..., Any]:
+    """Neighbouring axes that share a slope as one, and so those that share none.
+
+    Where there are too many of these, all that share a slope are brought before the others.
+    """
     layer = node.layer
     alpha = np.asarray(layer.alpha)
     shape: Shape = tuple(int(size or 1) for size in node.inputs[0].shape[1:])
     shares = [size == 1 for size in alpha.shape]
     runs = [list(run) for _, run in itertools.groupby(range(len(shape)), lambda axis: shares[axis])]
-    if len(runs) >= min(most_axes("PRELU", runtime) for runtime in RUNTIMES):
-        return None
     merged = [math.prod(shape[axis] for axis in run) for run in runs]
-    shared = [index + 1 for index, run in enumerate(runs) if shares[run[0]]]
-    slopes = alpha.reshape([math.prod(alpha.shape[axis] for axis in run) for run in runs])
-    part = Part(clone(layer, named("part"), shared_axes=shared or None), [slopes])
+    if len(runs) < min(most_axes("PRELU", runtime) for runtime in RUNTIMES):
+        shared = [index + 1 for index, run in enumerate(runs) if shares[run[0]]]
+        slopes = alpha.reshape([math.prod(alpha.shape[axis] for axis in run) for run in runs])
+        part = Part(clone(layer, named("part"), shared_axes=shared or None), [slopes])
 
-    def call(x: Any) -> Any:
-        y = part(_reshaped(x, merged, named("reshaped")))
+        def call(x: Any) -> Any:
+            y = part(_reshaped(x, merged, named("reshaped")))
+            return _reshaped(y, shape, named("whole"))
+
+        return call
+
+    order = sorted(range(len(runs)), key=lambda run: not shares[runs[run][0]])
+    apart = Part(clone(layer, named("part"), shared_axes=[1]), [alpha.reshape(1, -1)])
+
+    def turned(x: Any) -> Any:
+        y = _reshaped(x, merged, named("reshaped"))
+        y = layers.Permute([run + 1 for run in order], name=named("turned"))(y)
+        sizes = list(y.shape[1:])
+        y = apart(_reshaped(y, (-1, alpha.size), named("rows")))
+        y = _reshaped(y, sizes, named("split"))
+        back = [order.index(run) + 1 for run in range(len(runs))]
+        y = layers.Permute(back, name=named("back"))(y)
         return _reshaped(y, shape, named("whole"))
 
-    return call
+    return turned
 
 
 def _unit(node: Node, named: Callable[[str], str]) -> Callable[..., Any]:
@@ -200,6 +233,67 @@ def _select(node: Node, named: Callable[[str], str]) -> Callable[..., Any] | Non
     return call
 
 
+def _broadcast(node: Node, named: Callable[[str], str]) -> Callable[..., Any]:
+    """Neighbouring axes along which the same values are repeated as one.
+
+    Where there are too many of these, values are repeated first: along those that cost least.
+    """
+    sizes = [[int(size or 1) for size in ref.shape[1:]] for ref in node.inputs]
+    whole = [max(each) for each in zip(*sizes, strict=True)]
+    repeated: list[tuple[int, int]] = []
+    while len(runs := _alike(sizes, whole)) >= _most_broadcast(node.layer):
+        broadcast = [run.axes for run in runs if not all(run.holds or ())]
+        least = min(broadcast, key=lambda axes: math.prod(whole[axis] for axis in axes))
+        for index, axis in itertools.product(range(len(sizes)), least):
+            if sizes[index][axis] != whole[axis]:
+                sizes[index][axis] = whole[axis]
+                repeated.append((index, axis))
+
+    def call(inputs: Any) -> Any:
+        values = list(inputs)
+        for index, axis in repeated:
+            shape = [int(size) for size in values[index].shape[1:]]
+            outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+            x = _reshaped(values[index], (outer, 1, inner), named("reshaped"))
+            x = Take([0] * whole[axis], 2, name=named("repeated"))(x)
+            shape[axis] = whole[axis]
+            values[index] = _reshaped(x, shape, named("reshaped"))
+        flat = [
+            _reshaped(x, [math.prod(size[a] for a in run.axes) for run in runs], named("reshaped"))
+            for x, size in zip(values, sizes, strict=True)
+        ]
+        return _reshaped(clone(node.layer, named("part"))(flat), whole, named("whole"))
+
+    return call
+
+
+@dataclasses.dataclass
+class _Run:
+    """Neighbouring axes; `holds` says of each value whether it has all numbers along them."""
+
+    axes: list[int]
+    holds: tuple[bool, ...] | None
+
+
+def _alike(sizes: Sequence[Sequence[int]], whole: Sequence[int]) -> list[_Run]:
+    """The longest runs of axes along which the same values repeat; axes of size 1 join any."""
+    runs: list[_Run] = []
+    for axis, size in enumerate(whole):
+        holds = None if size == 1 else tuple(one[axis] == size for one in sizes)
+        if runs and (None in (holds, runs[-1].holds) or holds == runs[-1].holds):
+            runs[-1].axes.append(axis)
+            runs[-1].holds = runs[-1].holds or holds
+        else:
+            runs.append(_Run([axis], holds))
+    return runs
+
+
+# Layers of several values, and their operators; of `IndexOperation` its kind says which.
+_BROADCASTING: dict[type, str] = {
+    layers.Maximum: "MAXIMUM",
+    layers.Minimum: "MINIMUM",
+    Select: "SELECT_V2",
+}
 _FITTED: dict[type, tuple[str, Callable[[Node, Callable[[str], str]], Any]]] = {
     Slice: ("STRIDED_SLICE", _slice),
     layers.Permute: ("TRANSPOSE", _permute),

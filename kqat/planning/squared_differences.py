@@ -13,15 +13,12 @@ import numpy as np
 from keras import layers
 
 from kqat.config import QuantizeConfig
+from kqat.devices import MOST_BROADCAST_AXES
 from kqat.graph import Graph, Node, Part, Ref, rebuild, trace
 from kqat.parts import ConstantKind, SquaredDifference, WithConstant
 from kqat.planning.additive_masks import addend
 
 Configs = Mapping[str, QuantizeConfig | None]
-
-# With the batch axis. Of more, the kernel takes two values of one shape only, as it broadcasts no
-# further, and the converter makes SUB and SQUARE of others.
-_MOST_BROADCAST_AXES = 4
 
 
 def join_squares(graph: Graph, origins: Mapping[str, str], configs: Configs, name: str) -> Graph:
@@ -83,7 +80,8 @@ def _is_difference(node: Node) -> bool:
         if constant is None:
             return False
         broadcasts = constant.shape[-len(shape[1:]) :] != shape[1:]
-    return not broadcasts or len(shape) <= _MOST_BROADCAST_AXES
+    # Further the converter makes SUB and SQUARE.
+    return not broadcasts or len(shape) <= MOST_BROADCAST_AXES["SQUARED_DIFFERENCE"]
 
 
 def _constant(node: Node) -> np.ndarray | None:

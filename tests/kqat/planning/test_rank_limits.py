@@ -23,9 +23,12 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[Any], Any]]] = {
     "prelu_of_channels": (FIVE, lambda x: slopes(x, [1, 2, 3])),
     "prelu_of_places": (SIX, lambda x: slopes(x, None)),
     "prelu_of_some": (FIVE, lambda x: slopes(x, [3, 4])),
+    "prelu_of_every_other": (FIVE, lambda x: slopes(x, [1, 3])),
     "unit": (SIX, lambda x: L.UnitNormalization()(x)),
     "matmul": (SIX, lambda x: ops.matmul(x, ops.swapaxes(x, -1, -2))),
     "where": (FIVE, lambda x: ops.where(x > 0.1, x, -x)),
+    "compared": (FIVE, lambda x: ops.where(x > x[:, :1, :, :1], x, -x)),
+    "largest": (SIX, lambda x: ops.maximum(x, x[:, :1, :, :1])),
     "pad": (FIVE, lambda x: ops.pad(x, [(0, 0), (1, 0), (0, 0), (0, 2), (1, 1)])),
     "pad_of_six": (SIX, lambda x: ops.pad(x, [*[(0, 0)] * 5, (1, 1)])),
 }
