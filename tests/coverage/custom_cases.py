@@ -247,7 +247,7 @@ CASES: tuple[Case, ...] = (
         lambda x: ops.image.rgb_to_grayscale(x),
         FULLY_CONNECTED=1,
     ),
-    _case("fourier", ROWS, lambda x: Mixing()(x), FULLY_CONNECTED=4, SUB=1, TRANSPOSE=4),
+    _case("fourier", ROWS, lambda x: Mixing()(x), FULLY_CONNECTED=4, SUB=1, TRANSPOSE=3),
     _case(
         "fused_projections",
         ROWS,

@@ -300,7 +300,7 @@ def _hourglass(x: Any) -> Any:
 
 def _sequence(x: Any) -> Any:
     x = L.Conv1D(5, 3, padding="causal", activation="relu", **FIRST)(x)
-    x = L.AveragePooling1D(2, **FIRST)(L.LayerNormalization(axis=1)(x))
+    x = L.AveragePooling1D(2, **FIRST)(L.BatchNormalization(axis=1)(x))
     return L.GlobalMaxPooling1D(**FIRST)(L.DepthwiseConv1D(3, **FIRST)(x))
 
 
@@ -342,15 +342,9 @@ CHANNELS_FIRST = (
         (3, 12),
         _sequence,
         TRANSPOSE=1,
-        RESHAPE=4,
+        RESHAPE=2,
         PAD=1,
         CONV_2D=1,
-        FULLY_CONNECTED=3,
-        SUB=2,
-        MUL=2,
-        CAST=1,
-        ADD=1,
-        GATHER=1,
         AVERAGE_POOL_2D=1,
         DEPTHWISE_CONV_2D=2,
         REDUCE_MAX=1,

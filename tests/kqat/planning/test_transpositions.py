@@ -55,6 +55,7 @@ def _computes(plan: kqat.Plan, model: keras.Model) -> None:
 CARRIED: dict[str, Body] = {
     "activations": lambda x: layers.ReLU(6.0)(layers.ELU()(layers.LeakyReLU()(x))),
     "batch normalization": lambda x: layers.ReLU()(layers.BatchNormalization(axis=1)(x)),
+    "layer normalization": lambda x: layers.LayerNormalization(axis=1)(x),
     "residual": lambda x: layers.Add()([x, _conv()(layers.Activation("gelu")(x))]),
     "dense block": lambda x: layers.Concatenate(axis=1)([x, _conv(2)(x), _conv(3)(x)]),
     "constant of each channel": lambda x: (x - np.ones((4, 1, 1))) * np.arange(24).reshape(4, 6, 1),
