@@ -1,5 +1,6 @@
 """Two values, element by element: ADD, SUB, MUL, PRELU, SQUARED_DIFFERENCE, comparisons."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,12 +58,17 @@ def multiply(
     result: Grid,
     once: bool,
     activation: str = "none",
+    in_double: bool = False,
 ) -> Any:
-    """`a * b`; `once` as XNNPACK rounds it."""
+    """`a * b`; `once` as XNNPACK rounds it.
+
+    Scales are multiplied and divided in float32 (LiteRT's kernels/mul.cc), or `in_double`
+    (TFLite Micro's kernels/mul_common.cc).
+    """
     product = (xp.cast(a, "int32") - given[0].zero_point) * (
         xp.cast(b, "int32") - given[1].zero_point
     )
-    factor = given[0].scale * given[1].scale / result.scale
+    factor = _factor(given, result, in_double)
     if once:
         steps = xp.cast(once_rounded(xp, product, factor), "int32")
     else:
@@ -70,11 +76,28 @@ def multiply(
     return onto(xp, steps, result, activation)
 
 
-def prelu(xp: Arrays, x: Any, slopes: Any, given: tuple[Grid, Grid], result: Grid) -> Any:
-    """PRELU: a factor above zero, another for products with the slope."""
+def _factor(given: Sequence[Grid], result: Grid, in_double: bool) -> Any:
+    """The product of the scales that are read, divided by that of the result."""
+    dtype: Any = np.float64 if in_double else np.float32
+    return np.prod([grid.scale for grid in given], dtype=dtype) / dtype(result.scale)
+
+
+def prelu(
+    xp: Arrays,
+    x: Any,
+    slopes: Any,
+    given: tuple[Grid, Grid],
+    result: Grid,
+    in_double: bool = False,
+) -> Any:
+    """PRELU: a factor above zero, another for products with the slope.
+
+    `in_double` is as for `multiply`: kernels/activations.cc of LiteRT, prelu_common.cc of TFLite
+    Micro.
+    """
     x = xp.cast(x, "int32") - given[0].zero_point
-    above = fixed_point(np.float64(given[0].scale / result.scale))
-    below = fixed_point(np.float64(given[0].scale * given[1].scale / result.scale))
+    above = fixed_point(np.float64(_factor(given[:1], result, in_double)))
+    below = fixed_point(np.float64(_factor(given, result, in_double)))
     tilted = x * (xp.cast(slopes, "int32") - given[1].zero_point)
     steps = xp.where(x >= 0, twice_rounded(xp, x, above), twice_rounded(xp, tilted, below))
     return onto(xp, steps, result)

@@ -410,11 +410,12 @@ def multiply(step: Step, runtime: str) -> Kernel:
     if step.result.grid is None or step.result.dtype == "int32":
         return Kernel(lambda xp, x, c: [math.prod(aligned(xp, x[:2]))], constants)
     grids = step.given(0).on_grid, step.given(1).on_grid
-    once = kind_of(step, runtime) == "xnnpack"
+    kind, grid = kind_of(step, runtime), step.result.on_grid
+    how = {"once": kind == "xnnpack", "in_double": kind == "micro"}
 
     def compute(xp: Arrays, x: Values, c: Mapping[str, Any]) -> Values:
         a, b = aligned(xp, x[:2])
-        return [pointwise.multiply(xp, a, b, grids, step.result.on_grid, once, step.activation)]
+        return [pointwise.multiply(xp, a, b, grids, grid, activation=step.activation, **how)]
 
     return Kernel(compute, constants)
 
@@ -436,10 +437,11 @@ def divide(step: Step, runtime: str) -> Kernel:
 def prelu(step: Step, runtime: str) -> Kernel:
     """PRELU with constant slopes."""
     grids = step.given(0).on_grid, step.given(1).on_grid
+    in_double = kind_of(step, runtime) == "micro"
 
     def compute(xp: Arrays, x: Values, c: Mapping[str, Any]) -> Values:
         a, b = aligned(xp, x[:2])
-        return [pointwise.prelu(xp, a, b, grids, step.result.on_grid)]
+        return [pointwise.prelu(xp, a, b, grids, step.result.on_grid, in_double)]
 
     return Kernel(compute, constants_as_values(step, 1))
 
