@@ -185,7 +185,7 @@ OTHERS = {
     "UNIDIRECTIONAL_SEQUENCE_LSTM": "UnidirectionalSequenceLSTM",
     "ethos-u": "EthosU",
 }
-LITERT_ALONE = {"GELU", "REDUCE_PROD", "SELECT"}
+LITERT_ALONE = {"GELU", "REDUCE_PROD", "SELECT", "TOPK_V2"}
 
 
 def test_the_methods_are_those_of_the_header() -> None:
