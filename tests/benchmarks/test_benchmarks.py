@@ -272,10 +272,11 @@ def test_rows_of_the_zoo_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "more than 1 step: 1. BERT" in page and "operators: 1. ViT, 1-D" in page
     assert "on any runtime: 3. VGG, ViT, ViT, 1-D" in page
     assert "file: 0." in page
-    # A mean that is below the bound by less than the draws tell is no loss yet, nor a row within.
+    # Beyond the bound are both; of the second, draws do not tell by how much.
     assert "28.0 / 29.0 (27.9–28.2 / 28.9–29.1; -1.0 ± 0.1)" in page
     assert "28.0 / 29.0 (28.0–28.0 / 28.0–30.0; -1.0 ± 1.0)" in page
-    assert "converter's: 1. ViT" in page and "standard errors: 1. VGG" in page
+    assert "converter's: 2. VGG, ViT" in page
+    assert "standard errors beyond the bound: 1. VGG" in page
     assert "- not recorded: VGG, ViT, BERT" in page and "- abc1234: ViT, 1-D" in page
     assert "- BERT: ConverterError: no such operator" in page
 
