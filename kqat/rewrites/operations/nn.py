@@ -15,25 +15,11 @@ from kqat.rewrites.layers.attention_masks import Keep, attended, causal, hidden_
 from kqat.rewrites.layers.channels_first import operation_in_either_format as _either
 from kqat.rewrites.operations.binary import Row
 from kqat.rewrites.operations.patches import extract_patches
-from kqat.rewrites.operations.reductions import axis_of
+from kqat.rewrites.operations.reductions import along_last
 
 
 def _softmax(kind: str) -> Row:
-    def row(operation: Any, name: str) -> Callable[..., Any]:
-        def call(x: Any) -> Any:
-            rank = len(x.shape)
-            axis = axis_of(operation.axis, rank, name)
-            if axis == rank - 1:
-                return layers.Activation(kind, name=name)(x)
-            order = [*range(1, rank)]
-            order[axis - 1], order[-1] = order[-1], order[axis - 1]
-            moved = layers.Permute(order, name=f"{name}_moved")(x)
-            values = layers.Activation(kind, name=f"{name}_values")(moved)
-            return layers.Permute(order, name=name)(values)
-
-        return call
-
-    return row
+    return along_last(lambda x, name: layers.Activation(kind, name=name)(x))
 
 
 def _resize(operation: Any, name: str) -> Callable[..., Any]:

@@ -44,6 +44,29 @@ def axis_of(axis: Any, rank: int, name: str) -> int:
     return axes[0]
 
 
+def along_last(of_last: Callable[[Any, str], Any]) -> Row:
+    """A row for a function of one axis, which is moved to the end and back.
+
+    Args:
+        of_last: computes the function along the last axis, in layers under a name.
+    """
+
+    def row(operation: Any, name: str) -> Callable[..., Any]:
+        def call(x: Any) -> Any:
+            rank = len(x.shape)
+            axis = axis_of(operation.axis, rank, name)
+            if axis == rank - 1:
+                return of_last(x, name)
+            order = [*range(1, rank)]
+            order[axis - 1], order[-1] = order[-1], order[axis - 1]
+            moved = layers.Permute(order, name=f"{name}_moved")(x)
+            return layers.Permute(order, name=name)(of_last(moved, f"{name}_values"))
+
+        return call
+
+    return row
+
+
 # Kind and rank of the input -> the Keras layer that reduces all axes between batch and channels.
 _POOLS: dict[tuple[ReduceKind, int], type] = {
     (ReduceKind.MEAN, 3): layers.GlobalAveragePooling1D,

@@ -6,35 +6,14 @@ All are the one operator that picks the largest values, with as many as are want
 from collections.abc import Callable
 from typing import Any
 
-from keras import layers
-
 from kqat.parts import IndexKind, IndexOperation, Take, TopK
 from kqat.rewrites.operations.binary import Row
-from kqat.rewrites.operations.reductions import axis_of
+from kqat.rewrites.operations.reductions import along_last
 
 
 def _top_k(operation: Any, name: str) -> Callable[..., Any]:
     """Sorted in any case: where that was not asked for, any order will do."""
     return lambda x: tuple(TopK(operation.k, name=name)(x))
-
-
-def _along_last(of_last: Callable[[Any, str], Any]) -> Row:
-    """A row for a function of one axis, which is moved to the end and back."""
-
-    def row(operation: Any, name: str) -> Callable[..., Any]:
-        def call(x: Any) -> Any:
-            rank = len(x.shape)
-            axis = axis_of(operation.axis, rank, name)
-            if axis == rank - 1:
-                return of_last(x, name)
-            order = [*range(1, rank)]
-            order[axis - 1], order[-1] = order[-1], order[axis - 1]
-            moved = layers.Permute(order, name=f"{name}_moved")(x)
-            return layers.Permute(order, name=name)(of_last(moved, f"{name}_values"))
-
-        return call
-
-    return row
 
 
 def _reversed(x: Any, name: str) -> Any:
@@ -58,6 +37,6 @@ def _places(x: Any, name: str) -> Any:
 
 SORTING: dict[str, Row] = {
     "TopK": _top_k,
-    "Sort": _along_last(_rising),
-    "Argsort": _along_last(_places),
+    "Sort": along_last(_rising),
+    "Argsort": along_last(_places),
 }
