@@ -10,7 +10,6 @@ from kqat.grids import Site
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT, new_operator
 from tflite_export.integer_pass.draft import Draft
-from tflite_export.integer_pass.drop_reshapes import hand_name_on
 from tflite_export.kernels import ACTIVATION_DTYPES, OP_TABLE
 from tflite_export.lowering import Labels, same_grid
 
@@ -98,7 +97,6 @@ def drop_idle_clamps(draft: Draft) -> None:
     is there. A RELU6 ships as RELU where a grid ends at 6.
     """
     graph, sites = draft.graph, draft.sites
-    names = {site.name for named in draft.labels.named.values() for site in named}
     outputs = set(map(int, graph.outputs))
     instead: dict[int, int] = {}
     kept: list[OperatorT] = []
@@ -112,7 +110,7 @@ def drop_idle_clamps(draft: Draft) -> None:
             kept.append(operator)
             continue
         instead[result] = int(operator.inputs[0])
-        hand_name_on(graph, result, instead[result], names)
+        draft.hand_name_on(result, instead[result])
     graph.operators = kept
 
 

@@ -6,6 +6,7 @@ leaves true, and which hold no longer once it has run.
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Set
 
 from ai_edge_litert import schema_py_generated as schema
@@ -96,6 +97,17 @@ class Draft:
     def tensor_name(self, tensor: int) -> str:
         """The name of a tensor."""
         return flatbuffer.tensor_name(self.graph.tensors[tensor])
+
+    @functools.cached_property
+    def site_names(self) -> frozenset[str]:
+        """The names of all sites that tensors have; of use once the markers are gone."""
+        return frozenset(site.name for sites in self.labels.named.values() for site in sites)
+
+    def hand_name_on(self, dropped: int, source: int) -> None:
+        """Names `source` after the site of the tensor that it stands in for, if it has none."""
+        name = self.tensor_name(dropped)
+        if name in self.site_names and self.tensor_name(source) not in self.site_names:
+            self.graph.tensors[source].name = name.encode()
 
     def rule(self, operator: OperatorT) -> OpRule:
         """The operator's row of the op table.

@@ -7,7 +7,7 @@ not needed, nor is the second where it gives the first axes back.
 from typing import Any
 
 from tflite_export import flatbuffer
-from tflite_export.flatbuffer import ModelT, OperatorT, SubGraphT
+from tflite_export.flatbuffer import ModelT, OperatorT
 from tflite_export.integer_pass.draft import Draft
 
 
@@ -20,7 +20,6 @@ def drop_flattening(draft: Draft) -> None:
     tensor that is read in its place.
     """
     model, graph = draft.model, draft.graph
-    names = {site.name for sites in draft.labels.named.values() for site in sites}
     kept: list[OperatorT] = []
     # From the end, so that of two RESHAPEs in a row both may go.
     for operator in reversed(graph.operators):
@@ -31,7 +30,7 @@ def drop_flattening(draft: Draft) -> None:
         source = int(operator.inputs[0])
         for reader in readers:
             reader.inputs = [source, *reader.inputs[1:]]
-        hand_name_on(graph, int(operator.outputs[0]), source, names)
+        draft.hand_name_on(int(operator.outputs[0]), source)
     graph.operators = kept[::-1]
 
 
@@ -43,7 +42,6 @@ def keep_axes(draft: Draft) -> None:
     numbers fill, its last axis is a row.
     """
     model, graph = draft.model, draft.graph
-    names = {site.name for sites in draft.labels.named.values() for site in sites}
     for operator in list(graph.operators):
         reshapes = _that_give_axes_back(model, operator)
         if not reshapes:
@@ -52,7 +50,7 @@ def keep_axes(draft: Draft) -> None:
         operator.outputs = [kept]
         options: Any = operator.builtinOptions
         options.keepNumDims = True
-        hand_name_on(graph, flat, kept, names)
+        draft.hand_name_on(flat, kept)
         for reader in graph.operators:
             reader.inputs = [kept if int(i) in others else int(i) for i in reader.inputs]
         # By identity, as two operators may be equal in all that they hold.
@@ -68,7 +66,6 @@ def join_reshapes(draft: Draft) -> None:
     tensor was named after is given to the tensor that is read in its place.
     """
     model, graph = draft.model, draft.graph
-    names = {site.name for sites in draft.labels.named.values() for site in sites}
     outputs = set(map(int, graph.outputs))
     reshapes: dict[int, OperatorT] = {}
     kept: list[OperatorT] = []
@@ -83,7 +80,7 @@ def join_reshapes(draft: Draft) -> None:
             shapes = [flatbuffer.tensor_shape(graph.tensors[i]) for i in (source, result)]
             if shapes[0] == shapes[1] and result not in outputs:
                 instead[result] = source
-                hand_name_on(graph, result, source, names)
+                draft.hand_name_on(result, source)
                 continue
             reshapes[result] = operator
         kept.append(operator)
@@ -91,15 +88,9 @@ def join_reshapes(draft: Draft) -> None:
     for operator in reshapes.values():
         source, result = int(operator.inputs[0]), int(operator.outputs[0])
         if result not in read:
-            hand_name_on(graph, result, source, names)
+            draft.hand_name_on(result, source)
     gone = {id(one) for one in reshapes.values() if int(one.outputs[0]) not in read}
     graph.operators = [operator for operator in kept if id(operator) not in gone]
-
-
-def hand_name_on(graph: SubGraphT, dropped: int, source: int, names: set[str]) -> None:
-    """Names `source` after the site of the tensor that it stands in for, if it has none."""
-    if _name(graph, dropped) in names and _name(graph, source) not in names:
-        graph.tensors[source].name = graph.tensors[dropped].name
 
 
 def _that_give_axes_back(model: ModelT, operator: OperatorT) -> list[OperatorT]:
@@ -123,10 +114,6 @@ def _that_give_axes_back(model: ModelT, operator: OperatorT) -> list[OperatorT]:
         for reader, result in zip(readers, given, strict=True)
     )
     return readers if gives_back else []
-
-
-def _name(graph: SubGraphT, tensor: int) -> str:
-    return flatbuffer.tensor_name(graph.tensors[tensor])
 
 
 def _readers(model: ModelT, operator: OperatorT) -> list[OperatorT]:

@@ -9,7 +9,6 @@ from ai_edge_litert import schema_py_generated as schema
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
 from tflite_export.integer_pass.draft import Draft
-from tflite_export.integer_pass.drop_reshapes import hand_name_on
 
 # What such an operator writes may depend on more than on what it reads.
 _NOT_ALONE = (
@@ -28,7 +27,6 @@ def join_equals(draft: Draft) -> None:
     named after is given to the tensor that is read in its place.
     """
     model, graph = draft.model, draft.graph
-    names = {site.name for sites in draft.labels.named.values() for site in sites}
     outputs = set(map(int, graph.outputs))
     constants = {
         index: _content(model, index)
@@ -52,7 +50,7 @@ def join_equals(draft: Draft) -> None:
             continue
         for dropped, left in zip(operator.outputs, before.outputs, strict=True):
             instead[int(dropped)] = int(left)
-            hand_name_on(graph, int(dropped), int(left), names)
+            draft.hand_name_on(int(dropped), int(left))
     graph.operators = kept
 
 
