@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from kqat.graph.tensorflow_graphs import UnknownOperationError, computed, flipped
+from kqat.graph.values import broadcast_sum
 
 _tracing = 0
 # Whether functions of TensorFlow are asked about that others call.
@@ -240,8 +241,9 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "reduce_logsumexp": _reduced(ops.logsumexp),
     **{
         name: _of_two(getattr(ops, name))
-        for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum")
+        for name in ("subtract", "multiply", "divide", "maximum", "minimum")
     },
+    "add": _of_two(broadcast_sum),
     **{
         name: _of_one(function)
         for name, function in {

@@ -19,13 +19,16 @@ def holds_indexes(x: Any) -> bool:
 
 
 def broadcast_sum(x: Any, y: Any) -> Any:
-    """`x + y` of a tensor and a tensor, weight or constant, as NumPy broadcasts them.
+    """`x + y` of tensors, weights or constants, as NumPy broadcasts them, by Keras's `add`.
 
-    Keras's `add` takes a second operand of which one axis alone is not 1 for a bias of the channels
-    if the first has as many channels, or rows. A first operand that lacks the batch it takes for
-    none.
+    That takes its second operand for a bias of the channels (see `kqat.parts.added`) if only one of
+    its axes is not 1. So the one of fewer such axes comes first.
     """
-    return ops.add(*sorted((x, y), key=is_tensor))
+    return ops.add(*sorted((x, y), key=_long_axes))
+
+
+def _long_axes(x: Any) -> int:
+    return sum(size != 1 for size in getattr(x, "shape", ()))
 
 
 def is_half(dtype: Any) -> bool:

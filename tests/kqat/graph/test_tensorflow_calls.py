@@ -10,6 +10,7 @@ from keras import layers, ops
 
 import kqat
 from kqat.base import UnsupportedLayerError
+from kqat.graph.tensorflow_graphs import computed
 from tests.kqat.graph.test_tracing_of_calls import ROWS, Own, _model, _parts
 
 
@@ -29,6 +30,11 @@ def of_a_weight(own: Any, x: Any) -> Any:
     """Functions of each number, beside a weight."""
     y = tf.nn.relu(tf.math.tanh(x) * own.scale) + tf.math.add(own.bias, tf.square(x))
     return tf.pad(tf.expand_dims(tf.reduce_sum(y, axis=1), 1), [[0, 0], [1, 0], [0, 0]])
+
+
+def of_rows(own: Any, x: Any) -> Any:
+    """A row of as many numbers as there are steps, which Keras's `add` takes for their bias."""
+    return tf.add(tf.reduce_sum(x, axis=-1, keepdims=True), np.arange(6, dtype=np.float32))
 
 
 def of_a_table(own: Any, x: Any) -> Any:
@@ -126,8 +132,8 @@ def counts(own: Any, x: Any) -> Any:
 
 
 CALLS = (
-    in_sizes_that_are_tensors, attention, of_a_weight, of_a_table, of_images, of_each_number,
-    of_patches, of_statistics, shapes, counts,
+    in_sizes_that_are_tensors, attention, of_a_weight, of_rows, of_a_table, of_images,
+    of_each_number, of_patches, of_statistics, shapes, counts,
 )  # fmt: skip
 
 
@@ -135,6 +141,13 @@ CALLS = (
 def test_parts_compute_what_tensorflow_computes(call: Any) -> None:
     model = _model(Own(call))
     np.testing.assert_allclose(_parts(model)(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)
+
+
+def test_sums_of_a_graph_are_added_as_they_broadcast() -> None:
+    x, row = keras.Input((6, 1)), np.arange(6, dtype=np.float32)
+    model = keras.Model(x, computed(lambda x: x + row, (x,), {}))
+    column = np.random.default_rng(0).normal(size=(2, 6, 1)).astype(np.float32)
+    np.testing.assert_array_equal(model(column), column + row)
 
 
 def test_what_the_table_lacks_is_named() -> None:
