@@ -90,21 +90,30 @@ def test_a_wide_product_is_scaled_as_the_kernel_scales_it(runtime: str) -> None:
 
 
 @pytest.mark.parametrize("runtime", ["litert_reference", "litert_builtin", "tflite_micro"])
-def test_a_product_is_scaled_as_the_kernel_scales_it(runtime: str) -> None:
-    """TFLite Micro multiplies scales in float64, LiteRT in float32: 24 of all products differ."""
-    probed = next(f for f in files("MUL") if f.precision.activations == "int8")
+@pytest.mark.parametrize(
+    ("operator", "scales"),
+    [
+        ("MUL", (0.015106001868844032, 0.009770261123776436, 0.02048499695956707)),
+        ("PRELU", (0.013376732356846333, 0.010332619771361351, 0.013541823253035545)),
+    ],
+)
+def test_a_product_is_scaled_as_the_kernel_scales_it(
+    operator: str, scales: tuple[float, ...], runtime: str
+) -> None:
+    """TFLite Micro multiplies scales in float64, LiteRT in float32: some products differ."""
+    probed = next(f for f in files(operator) if f.precision.activations == "int8")
     model = flatbuffer.read(probed.blob)
-    tensors = model.subgraphs[0].tensors
-    step = next(s for s in read_program(model).steps if s.name == "MUL")
-    scales = (0.015106001868844032, 0.009770261123776436, 0.02048499695956707)
+    tensors, inputs = model.subgraphs[0].tensors, model.subgraphs[0].inputs
+    step = next(s for s in read_program(model).steps if s.name == operator)
     for tensor, scale in zip((step.given(0), step.given(1), step.result), scales, strict=True):
         given = tensors[tensor.index].quantization
         given.scale, given.zeroPoint = np.array([scale], np.float32), np.array([0])
+    # Every integer, or every pair of two, as far as they fill samples.
     every = np.arange(-128, 128).astype(np.int8)
-    (shape,) = {flatbuffer.tensor_shape(tensors[int(i)])[1:] for i in model.subgraphs[0].inputs}
-    numbers = math.prod(shape)
-    pairs = np.stack([np.repeat(every, 256), np.tile(every, 256)])
-    feeds = list(pairs[:, : 65536 // numbers * numbers].reshape(2, -1, *shape))
+    values = np.stack([np.repeat(every, 256), np.tile(every, 256)])[: len(inputs)]
+    (shape,) = {flatbuffer.tensor_shape(tensors[int(i)])[1:] for i in inputs}
+    whole = values.shape[1] // math.prod(shape) * math.prod(shape)
+    feeds = list(values[:, :whole].reshape(len(inputs), -1, *shape))
     blob = flatbuffer.write(model)
     computed = run(blob, feeds, runtime=runtime, tensors="all").tensors
     found = exactness(flatbuffer.read(blob), computed, runtime)

@@ -12,6 +12,7 @@ from keras import ops
 
 import kqat
 import tflite_export
+from kqat.devices import MOST_BROADCAST_AXES
 
 FIVE, SIX, SEVEN = (2, 3, 2, 4), (2, 3, 2, 2, 4), (2, 1, 3, 2, 2, 4)
 CASES: dict[str, tuple[tuple[int, ...], Callable[[Any], Any]]] = {
@@ -66,3 +67,45 @@ def test_few_axes_and_float_layers_stay_as_they_are() -> None:
     model = keras.Model(x, L.ReLU()(L.PReLU(name="left")(x)))
     kinds = [layer.kind for layer in kqat.plan(model, {"left": None}).layers]
     assert "PReLU" in kinds and "Reshape" not in kinds
+
+
+BROADCAST: dict[str, Callable[[Any, Any], Any]] = {
+    "EQUAL": lambda a, b: ops.cast(ops.equal(a, b), "int32"),
+    "NOT_EQUAL": lambda a, b: ops.cast(ops.not_equal(a, b), "int32"),
+    "GREATER": lambda a, b: ops.cast(a > b, "int32"),
+    "GREATER_EQUAL": lambda a, b: ops.cast(a >= b, "int32"),
+    "LESS": lambda a, b: ops.cast(a < b, "int32"),
+    "LESS_EQUAL": lambda a, b: ops.cast(a <= b, "int32"),
+    "SQUARED_DIFFERENCE": lambda a, b: ops.square(a - b),
+    "MAXIMUM": ops.maximum,
+    "MINIMUM": ops.minimum,
+    "SELECT_V2": lambda a, b: ops.where(b > 0.0, a, -a),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", MOST_BROADCAST_AXES)
+def test_kernels_broadcast_over_as_many_axes_as_the_table_says(op: str) -> None:
+    """Over one more they read values that are repeated, or another kernel computes it."""
+    for axes in (MOST_BROADCAST_AXES[op], MOST_BROADCAST_AXES[op] + 1):
+        shape = (2, 3, 2, 3, 2)[: axes - 1]
+        shapes = shape, tuple(1 if axis % 2 else size for axis, size in enumerate(shape))
+        inputs = [keras.Input(one) for one in shapes]
+        model = keras.Model(inputs, BROADCAST[op](*inputs))
+        draw = np.random.default_rng(0)
+        data = [draw.normal(size=(32, *one)).astype(np.float32) for one in shapes]
+        blob = tflite_export.convert(kqat.quantize_model(model, calibration_data=data))
+        counts = tflite_export.inspect(blob).counts()
+        within = axes == MOST_BROADCAST_AXES[op]
+        assert (op in counts) == (within or op != "SQUARED_DIFFERENCE")
+        assert ("RESHAPE" in counts) == (not within and op != "SQUARED_DIFFERENCE")
+        assert "BROADCAST_TO" not in counts
+
+
+def test_truth_values_that_are_repeated_are_named_where_no_kernel_moves_them() -> None:
+    shape, picked = (2, 3, 2, 3, 4), (2, 1, 2, 1, 4)
+    inputs = [keras.Input(shape), keras.Input(picked)]
+    model = keras.Model(inputs, ops.where(inputs[1] > 0.0, inputs[0], -inputs[0]))
+    (misfit,) = kqat.plan(model, target="tflite_micro").misfits
+    assert misfit.blocking and misfit.operators == ("GATHER",)
+    assert kqat.plan(model, target="litert").misfits == ()

@@ -89,8 +89,9 @@ def test_what_is_not_negative_is_divided_at_once() -> None:
         (lambda x: ops.clip(x, -9, 9) // 4, (-3, 2)),
         (lambda x: ops.pad(ops.clip(x, 0, 3), ((0, 0), (1, 1)), constant_values=7), (0, 7)),
         (lambda x: ops.maximum(x, 0) % 5, (0, 4)),
+        (lambda x: ops.top_k(ops.cast(x, "float32"), 2)[1], (0, SIZE - 1)),
     ],
-    ids=["floor", "pad", "mod"],
+    ids=["floor", "pad", "mod", "top_k"],
 )
 def test_bounds_hold_what_is_computed(call: Callable[[Any], Any], expected: Any) -> None:
     model = _model(call)
