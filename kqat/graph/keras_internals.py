@@ -1198,7 +1198,7 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
     wanted: dict[int, Any] = {}
     values: dict[int, np.ndarray] = {}
     constants: list[Any] = []  # the tensors of `values`
-    recipes = _Recipes()
+    numbers = _ValueNumbers()
     for call in _calls(function):
         tensors = _tensors((call.arguments.args, call.arguments.kwargs))
         if type(call.operation).__name__ in _FILLED:
@@ -1214,7 +1214,7 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             sources = [v for t in tensors for v in computed.get(id(t), [variables.get(id(t))])]
             sources += getattr(call.operation, "variables", [])
             computed.update((id(t), [v for v in sources if v is not None]) for t in call.outputs)
-            recipes.note(call)
+            numbers.note(call)
     wanted.update((id(t), t) for t in function.outputs if id(t) in computed)
     for key in [key for key in wanted if key in values]:
         del wanted[key]
@@ -1228,19 +1228,22 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
         )
         once: dict[int, Any] = {}
         for (key, _), value in zip(wanted.items(), results, strict=True):
-            if (known_before := once.get(recipes.of(key))) is not None:
+            if (known_before := once.get(numbers.of(key))) is not None:
                 found[key] = known_before
                 continue
             sources = list({id(v): v for v in computed[key]}.values())
             name = "_".join(v.name for v in sources[:1]) or "constant"
             trained = any(v.trainable for v in sources)
             made = keras.Variable(np.asarray(value), trainable=trained, name=name)
-            once[recipes.of(key)] = found[key] = made_of(sources, made)
+            once[numbers.of(key)] = found[key] = made_of(sources, made)
     return {**dict.fromkeys(computed), **found}
 
 
-class _Recipes:
-    """Numbers for what is computed of weights: one number for the same function of the same."""
+class _ValueNumbers:
+    """Value numbering of what is computed of weights: the same function of the same has one number.
+
+    An operation of which not all options are plain numbers or texts, and a layer, makes new ones.
+    """
 
     def __init__(self) -> None:
         self._numbers: dict[Any, int] = {}

@@ -35,9 +35,9 @@ LARGEST_BOUND = 2.0**126
 # scores. It may not be much larger: XNNPACK's ADD takes operands whose scale is at most 256 times
 # that of the output.
 HIDDEN = -1024.0
-# LiteRT's own ADD, which runs where XNNPACK takes none, as of scores whose scale is not the 1024th
-# part of the output's, narrows its sum to 16 bits and does not saturate: 255 steps of an operand
-# may be so many times 255 of the output.
+# The most steps of ADD's output that one step of that bias may be. LiteRT's own kernel runs where
+# XNNPACK takes no ADD, as of scores whose scale is below the 1024th part of the output's; from 256
+# steps on, its sum wraps at 16 bits. This is half of that.
 _MOST_OUTPUT_STEPS = 128.0
 # The value of a masked score in a float model; float16 holds it too.
 LOWEST = -30000.0

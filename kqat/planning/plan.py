@@ -219,10 +219,10 @@ class Plan:
         """The plan as a table, in lines of at most `width` characters where names allow it.
 
         A name that is too long for its column is shortened, so that it still differs from all
-        others of the column. Columns: what becomes of
-        the layer; the integers of its weights, `/ch` where each channel has a scale; the scale of
-        its output. That is `own`, found from data; a range that is given, or that the kernel
-        demands; `as input`; or `shared` with the values that are listed below the table.
+        others of the column. Columns: what becomes of the layer; the integers of its weights, `/ch`
+        where each channel has a scale; the scale of its output. That is `own`, found from data; a
+        range that is given, or that the kernel demands; `as input`; or `shared` with the values
+        that are listed below the table.
         """
         return "\n".join([self.table(width), *(_filled(note, width) for note in self.notes())])
 

@@ -76,7 +76,7 @@ def make_plan(
     )
     keep_penalties(graph, simple)
     tied = of_one_config(graph, readers)
-    simple, origins = _in_kernels(simple, origins, configs, whole, model_name)
+    simple, origins = _as_kernels_compute(simple, origins, configs, whole, model_name)
     masks = graph.output_masks
     simple, new = match_widths(simple, origins, configs, input_configs)
     origins, configs = {**origins, **{name: name for name in new}}, {**configs, **new}
@@ -93,7 +93,7 @@ def make_plan(
     return dataclasses.replace(plan, tied=tied)
 
 
-def _in_kernels(
+def _as_kernels_compute(
     graph: Graph,
     origins: Mapping[str, str],
     configs: Mapping[str, QuantizeConfig | None],
@@ -138,7 +138,8 @@ def _step_plan(recurrence: Recurrence, origin: str, config: QuantizeConfig, give
     by_node = dict.fromkeys((node.name for node in graph.nodes), config)
     simple, parts, _ = expand_tied(graph, lambda node: False, recurrence.step.name, by_node)
     origins = dict.fromkeys(parts, origin)
-    simple, origins = _in_kernels(simple, origins, configs, frozenset(), recurrence.step.name)
+    name = recurrence.step.name
+    simple, origins = _as_kernels_compute(simple, origins, configs, frozenset(), name)
     before = simple.inputs[recurrence.sequences :]
     states = tuple(zip(before, simple.outputs, strict=True))
     planned = planned_graph(simple, origins, configs, {}, states)
