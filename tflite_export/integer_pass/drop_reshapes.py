@@ -1,10 +1,13 @@
 """Drops RESHAPEs that change nothing for who reads them.
 
-FULLY_CONNECTED flattens its input and keeps its axes itself. Of two RESHAPEs in a row the first is
-not needed, nor is the second where it gives the first axes back.
+FULLY_CONNECTED flattens its input and keeps its axes itself, as a mean or a sum keeps those that it
+reduces. Of two RESHAPEs in a row the first is not needed, nor is the second where it gives the
+first axes back.
 """
 
 from typing import Any
+
+from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
@@ -35,11 +38,13 @@ def drop_flattening(draft: Draft) -> None:
 
 
 def keep_axes(draft: Draft) -> None:
-    """Removes the RESHAPEs of subgraph 0 that give FULLY_CONNECTED's rows the input's axes back.
+    """Removes the RESHAPEs of subgraph 0 that give an operator's result its input's axes back.
 
-    With `keep_num_dims` the operator does so itself: the same numbers in the same order
-    (schema.fbs, `FullyConnectedOptions`). As the axes are the input's, and the rows as many as its
-    numbers fill, its last axis is a row.
+    The operator does so itself by an option: the same numbers in the same order. FULLY_CONNECTED
+    gives rows, or with `keep_num_dims` rows along the input's other axes (schema.fbs,
+    `FullyConnectedOptions`). As the axes are the input's, and the rows as many as its numbers fill,
+    its last axis is a row. A mean or another reduction drops axes, or with `keep_dims` keeps them
+    with a size of 1 (`ReducerOptions`), as squeeze and excite asks for by a Reshape layer.
     """
     model, graph = draft.model, draft.graph
     for operator in list(graph.operators):
@@ -48,8 +53,7 @@ def keep_axes(draft: Draft) -> None:
             continue
         flat, (kept, *others) = int(operator.outputs[0]), (int(r.outputs[0]) for r in reshapes)
         operator.outputs = [kept]
-        options: Any = operator.builtinOptions
-        options.keepNumDims = True
+        setattr(operator.builtinOptions, _KEEPS[type(operator.builtinOptions)], True)
         draft.hand_name_on(flat, kept)
         for reader in graph.operators:
             reader.inputs = [kept if int(i) in others else int(i) for i in reader.inputs]
@@ -93,13 +97,20 @@ def join_reshapes(draft: Draft) -> None:
     graph.operators = [operator for operator in kept if id(operator) not in gone]
 
 
+# The option by which an operator keeps its input's axes, by the kind of its options.
+_KEEPS: dict[type, str] = {
+    schema.FullyConnectedOptionsT: "keepNumDims",
+    schema.ReducerOptionsT: "keepDims",
+}
+
+
 def _that_give_axes_back(model: ModelT, operator: OperatorT) -> list[OperatorT]:
-    """All readers of a FULLY_CONNECTED's rows if each does no more than that, else none."""
+    """All readers of an operator's result if each does no more than that, else none."""
     graph, options = model.subgraphs[0], operator.builtinOptions
-    if flatbuffer.op_name(model, operator) != "FULLY_CONNECTED" or options.keepNumDims:
+    keeps = _KEEPS.get(type(options))
+    if keeps is None or getattr(options, keeps):
         return []
-    source, weights, value = (int(i) for i in (*operator.inputs[:2], operator.outputs[0]))
-    shape, matrix = (flatbuffer.tensor_shape(graph.tensors[i]) for i in (source, weights))
+    wanted, value = _with_all_axes(model, operator), int(operator.outputs[0])
     outputs = set(map(int, graph.outputs))
     readers = [op for op in graph.operators if value in map(int, op.inputs)]
     if value in outputs:
@@ -107,13 +118,25 @@ def _that_give_axes_back(model: ModelT, operator: OperatorT) -> list[OperatorT]:
     given = [int(reader.outputs[0]) for reader in readers]
     if len(readers) > 1 and outputs & set(given):
         return []  # Each output is a tensor of its own.
-    wanted = (*shape[:-1], matrix[0])
     gives_back = all(
         flatbuffer.op_name(model, reader) == "RESHAPE"
         and tuple(flatbuffer.tensor_shape(graph.tensors[result])) == wanted
         for reader, result in zip(readers, given, strict=True)
     )
     return readers if gives_back else []
+
+
+def _with_all_axes(model: ModelT, operator: OperatorT) -> tuple[int, ...] | None:
+    """The shape of an operator's result with its input's axes; `None` where no file says it."""
+    tensors = [model.subgraphs[0].tensors[int(i)] for i in operator.inputs[:2]]
+    shape = flatbuffer.tensor_shape(tensors[0])
+    if isinstance(operator.builtinOptions, schema.FullyConnectedOptionsT):
+        return (*shape[:-1], flatbuffer.tensor_shape(tensors[1])[0])
+    reduced = flatbuffer.tensor_data(model, tensors[1])
+    if reduced is None:
+        return None
+    gone = {int(axis) % len(shape) for axis in reduced.ravel()}
+    return tuple(1 if axis in gone else size for axis, size in enumerate(shape))
 
 
 def _readers(model: ModelT, operator: OperatorT) -> list[OperatorT]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from keras import layers as L
+from keras import ops
 
 import kqat
 import tflite_export
@@ -202,6 +203,50 @@ def test_rows_keep_their_axes_on_every_runtime(
     products = operators(flatbuffer.read(without)).count("FULLY_CONNECTED")
     reshapes = [operators(flatbuffer.read(blob)).count("RESHAPE") for blob in (whole, without)]
     assert products and reshapes[0] - reshapes[1] == products
+
+
+def excited(x: Any) -> Any:
+    """Squeeze and excite, as in EfficientNet, and means of rows."""
+    x = L.ReLU(name="relu")(x)
+    means = L.Reshape((1, 1, 6))(L.GlobalAveragePooling2D(name="means")(x))
+    rows = ops.expand_dims(ops.mean(x, axis=2), 2)
+    return L.Multiply()([x, L.Conv2D(6, 1, activation="sigmoid")(means)]) + rows
+
+
+@pytest.mark.parametrize(
+    ("policy", "batch_size"), [("int8", 1), pytest.param("int16x8", 2, marks=pytest.mark.slow)]
+)
+def test_reductions_keep_their_axes_on_every_runtime(
+    policy: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if batch_size > 1:
+        needs_tensorflow("2.21", "a batch of more than one with as many RESHAPEs")
+    qat, x = quantized(IMAGE, excited, policy)
+    blobs = same_without(keep_axes, qat, x[:8], batch_size, monkeypatch)
+    found = [operators(flatbuffer.read(blob)).count("RESHAPE") for blob in blobs]
+    assert found == [0, 2]
+
+
+@pytest.mark.parametrize("reason", ["other shape", "other axes", "axes of a tensor"])
+def test_a_reshape_that_gives_a_mean_other_axes_stays(reason: str) -> None:
+    frozen = kqat.freeze(quantized(IMAGE, excited)[0])
+    model = flatbuffer.read(tflite_export.convert(frozen))
+    graph = model.subgraphs[0]
+    mean = next(operator for operator in graph.operators if named(model, operator) == "MEAN")
+    (result,) = mean.outputs
+    flat = tensor(model, (1, 6))
+    mean.outputs, mean.builtinOptions.keepDims = [flat], False
+    reshape = new_operator(model, "RESHAPE", [flat], [result])
+    graph.operators.insert(graph.operators.index(mean) + 1, reshape)
+    if reason == "other shape":
+        graph.tensors[result].shape = np.asarray([1, 1, 6, 1], np.int32)
+    elif reason == "other axes":
+        graph.tensors[int(mean.inputs[0])].shape = np.asarray([1, 6, 4, 4], np.int32)
+    else:
+        mean.inputs = [mean.inputs[0], tensor(model, (2,))]
+    before = operators(model)
+    keep_axes(Draft(model, frozen, frozenset()))
+    assert operators(model) == before
 
 
 @pytest.mark.parametrize("reason", ["other shape", "other reader", "output", "columns"])
