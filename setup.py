@@ -39,7 +39,7 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
 # are large, and no test needs them.
 EXTRAS["zoo"] = [
     "keras-hub>=0.32", "kimm>=0.2.5", "keras-tcn>=3.5.7", "k3im>=0.1.1", "kyolo>=0.1.5",
-    "medicai>=0.0.4",
+    "medicai>=0.0.4", "keras-vision>=0.6.3",
 ]  # fmt: skip
 
 

@@ -239,9 +239,23 @@ def test_what_amplifies_rounding_is_judged_by_several_draws(
     row = zoo.main(["--one", "tiny", "--out", str(tmp_path)])
     assert row["outcome"] == "integer"
     draws = np.array(row["drawn_db"])
-    assert len(draws) in (zoo.DRAWS, zoo.MORE_DRAWS) and len(np.unique(draws)) == draws.size
+    assert len(draws) in (zoo.DRAWS, zoo.MORE_DRAWS, zoo.MOST_DRAWS)
+    assert len(np.unique(draws)) == draws.size
     want = draws.mean(axis=0)
     np.testing.assert_allclose((row["sqnr_db"], row["converter_sqnr_db"]), want)
+
+
+def test_more_draws_are_taken_where_few_do_not_tell() -> None:
+    good, bad, unclear = [(20.0, 20.4)], [(20.0, 21.0), (20.0, 21.1)], [(20.0, 19.0), (20.0, 22.5)]
+    enough = {
+        (name, count): zoo._are_enough((draws * count)[:count])
+        for name, draws in {"good": good, "bad": bad, "unclear": unclear}.items()
+        for count in (zoo.DRAWS - 1, zoo.DRAWS, zoo.MORE_DRAWS, zoo.MORE_DRAWS + 1)
+    }
+    few, more = zoo.DRAWS, zoo.MORE_DRAWS
+    assert {case for case, tells in enough.items() if tells} == {
+        ("good", few), ("good", more), ("bad", more),
+    }  # fmt: skip
 
 
 def test_rows_of_the_zoo_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
