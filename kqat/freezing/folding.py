@@ -9,8 +9,9 @@ import numpy as np
 from keras import layers
 
 from kqat.base import FreezeError, UnsupportedLayerError, array_of
-from kqat.freezing.frozen_weight import EMPTY_SCALE, FrozenWeight
+from kqat.freezing.frozen_weight import FrozenWeight
 from kqat.graph import Part, clone
+from kqat.grids import arithmetic
 from kqat.parts import (
     ChannelAffine,
     ConstantKind,
@@ -21,6 +22,8 @@ from kqat.parts import (
     is_factor,
 )
 from kqat.training import QuantizeWrapper
+
+_EMPTY = np.float32(arithmetic.EMPTY_SCALE)
 
 
 def freeze_layer(
@@ -110,7 +113,7 @@ def _frozen(wrapper: QuantizeWrapper, name: str, branch: int) -> FrozenWeight:
     return FrozenWeight(
         name=f"{wrapper.layer.name}/{name}",
         integers=integers.astype(np.int8),
-        scale=np.where(empty, EMPTY_SCALE, scale),
+        scale=np.where(empty, _EMPTY, scale),
         bits=spec.bits,
         per_channel=spec.axis is not None,
     )
@@ -129,7 +132,7 @@ def _times(
     shared = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
     empty = ~np.any(integers, axis=shared, keepdims=True)
     return dataclasses.replace(
-        weight, integers=integers.astype(np.int8), scale=np.where(empty, EMPTY_SCALE, scale)
+        weight, integers=integers.astype(np.int8), scale=np.where(empty, _EMPTY, scale)
     )
 
 
@@ -268,7 +271,7 @@ def _single_steps(
     return FrozenWeight(
         name=f"{name}/{part}",
         integers=integers,
-        scale=np.where(scale > 0, scale, EMPTY_SCALE),
+        scale=np.where(scale > 0, scale, _EMPTY),
         bits=8,
         per_channel=per_channel,
     )

@@ -6,10 +6,6 @@ import numpy as np
 
 from kqat.grids import Site
 
-# A channel without weights has no scale of its own. Its bias counts in steps of it, so it is fine;
-# the exporter coarsens it to what int32 holds.
-EMPTY_SCALE = np.float32(2.0**-40)
-
 
 @dataclasses.dataclass(frozen=True)
 class FrozenWeight:

@@ -29,6 +29,9 @@ from kqat.grids.spec import QuantSpec
 SMALLEST_RANGE = 2.0**-100
 # The width of a range for which no value but zero was seen: zero is exact on a grid of any width.
 UNSEEN_WIDTH = 1.0
+# Weights that are all zero have no scale of their own. Their bias counts in steps of it, so it is
+# fine; the exporter coarsens it to what int32 holds.
+EMPTY_SCALE = 2.0**-40
 # With bounds of at most this magnitude `high - low` does not overflow.
 LARGEST_BOUND = 2.0**126
 # The bias that an integer attention mask adds to a masked score. It is larger than the spread of
@@ -237,26 +240,26 @@ def _fake_quantize_ops(x: Any, low: Any, high: Any, spec: QuantSpec) -> Any:
     return ops.stop_gradient(steps * scale) + (passed - ops.stop_gradient(passed))
 
 
-def weight_scale(weight: Any, spec: QuantSpec) -> Any:
+def weight_scale(weight: Any, spec: QuantSpec, empty: float = 1.0) -> Any:
     """Scale of the symmetric grid whose largest integer is the largest magnitude of `weight`.
 
     Shape: `weight.shape` with every axis that is not in `spec.axis` reduced to 1. A channel whose
-    scale would be below `SMALLEST_RANGE`, such as one of zeros only, has scale 1. NaN or infinity
-    in the weights gives NaN or infinity as scale. With `spec.power_of_two` the scale is the next
-    power of two.
+    scale would be below `SMALLEST_RANGE`, such as one of zeros only, has the scale `empty`. NaN or
+    infinity in the weights gives NaN or infinity as scale. With `spec.power_of_two` the scale is
+    the next power of two.
     """
     largest = ops.max(ops.abs(weight), axis=shared_axes(weight, spec), keepdims=True)
     # A compiler that sees a constant divisor multiplies by its reciprocal, which rounds
     # differently: training would use other scales than freezing. So the divisor is hidden behind a
     # `where`; NaN stays NaN.
     qmax = ops.where(largest >= 0.0, float(spec.qmax), 0.0)
-    scale = usable_scale(largest / qmax)
+    scale = usable_scale(largest / qmax, empty)
     return next_power_of_two(scale) if spec.power_of_two else scale
 
 
-def usable_scale(scale: Any) -> Any:
-    """`scale`, but 1 where it is below `SMALLEST_RANGE`: such weights are all as good as zero."""
-    return ops.where(scale < SMALLEST_RANGE, ops.ones_like(scale), scale)
+def usable_scale(scale: Any, empty: float = 1.0) -> Any:
+    """`scale`, but `empty` below `SMALLEST_RANGE`: such weights are all as good as zero."""
+    return ops.where(scale < SMALLEST_RANGE, ops.full_like(scale, empty), scale)
 
 
 def mean_magnitude(weight: Any, spec: QuantSpec) -> Any:

@@ -784,9 +784,11 @@ class QuantizeWrapper(keras.layers.Layer):
 
         A channel without weights has no scale of its own, and in the file one that is fine enough.
         """
-        axes = [axis for axis, size in enumerate(step.shape) if size == 1]
-        empty = ops.max(ops.abs(kernel), axis=axes, keepdims=True) == 0.0
-        step = ops.stop_gradient(ops.where(empty, 0.0, step))
+        if not getattr(self.weight_step, "fine_for_zeros", False):
+            axes = [axis for axis, size in enumerate(step.shape) if size == 1]
+            empty = ops.max(ops.abs(kernel), axis=axes, keepdims=True) == 0.0
+            step = ops.where(empty, 0.0, step)
+        step = ops.stop_gradient(step)
         channels = int(np.prod(bias.shape))
         if channels != 1 and int(np.prod(step.shape)) == channels:
             step = ops.reshape(step, bias.shape)

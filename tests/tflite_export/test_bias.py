@@ -157,6 +157,25 @@ def test_the_file_holds_the_bias_that_was_trained() -> None:
     assert np.any(np.asarray(conv.bias) != np.asarray(wrapper.layer.bias))
 
 
+@pytest.mark.parametrize("method", [kqat.MaxAbs(), kqat.LearnedStep(), kqat.Ternary()], ids=repr)
+def test_the_bias_of_a_channel_without_weights_is_not_rounded(method: Any) -> None:
+    """It has no scale of its own: that of one that was never seen would be a coarse grid."""
+    model = keras.Sequential([keras.Input((8, 8, 4)), L.Conv2D(3, 3, bias_initializer=NOISY)])
+    (conv,) = model.layers
+    kernel = np.array(conv.kernel)
+    kernel[..., 1] = 0.0
+    conv.kernel.assign(kernel)
+    spec = kqat.QuantSpec(
+        bits=2 if isinstance(method, kqat.Ternary) else 8,
+        symmetric=True, narrow_range=True, axis="channel",
+    )  # fmt: skip
+    config = kqat.QuantizeConfig(weights=spec, weight_step=method)
+    qat = kqat.quantize_model(model, config, calibration_data=images(8, 8, 4))
+    (wrapper,) = [layer for layer in qat.layers if isinstance(layer, kqat.QuantizeWrapper)]
+    exact = wrapper.bias_on_grid() == np.asarray(conv.bias)
+    np.testing.assert_array_equal(exact, [False, True, False])
+
+
 BATCH_STATISTICS: dict[str, Callable[[], list[Any]]] = {
     "fused kernel": lambda: [L.Conv2D(3, 3, bias_initializer=NOISY), L.BatchNormalization()],
     "per tensor": lambda: [L.Conv2D(3, 3, use_bias=False), L.BatchNormalization()],

@@ -11,7 +11,8 @@ from keras import layers
 from kqat import LayerRule, Output, QuantizeWrapper, QuantSpec, register_layer
 from kqat.base.errors import UnsupportedLayerError
 from kqat.freezing.folding import channelwise, freeze_layer
-from kqat.freezing.frozen_weight import EMPTY_SCALE, FrozenWeight
+from kqat.freezing.frozen_weight import FrozenWeight
+from kqat.grids import arithmetic
 from kqat.registry.layer_table import rule_for
 from tests.kqat import reference
 
@@ -96,10 +97,10 @@ def test_a_fold_is_exact(make: Make, shape: tuple[int, ...], grid: Any) -> None:
         scale = reference.weight_scale(kernel, spec.axis, spec.bits)
         integers = reference.quantize_weight(kernel, scale, spec.bits) * np.sign(along)
         scale = (scale.astype(np.float64) * np.abs(along)).astype(np.float32)
-        scale = np.where(scale == 0, EMPTY_SCALE, scale)
+        scale = np.where(scale == 0, arithmetic.EMPTY_SCALE, scale)
     np.testing.assert_array_equal(weight.integers, integers)
     np.testing.assert_array_equal(weight.scale, scale)
-    assert np.any(weight.scale == EMPTY_SCALE) == (spec.axis is not None and norm_scale)
+    assert np.any(weight.scale == arithmetic.EMPTY_SCALE) == (spec.axis is not None and norm_scale)
     assert (weight.name, weight.bits) == ("layer/kernel", spec.bits)
     assert weight.per_channel == (spec.axis is not None)
     check_invariants(weight)
@@ -151,7 +152,7 @@ def test_a_kernel_of_nothing_is_zeros_on_a_fine_grid(kernel: float, axis: Any) -
     wrapper.layer.kernel.assign(np.full((5, 4), kernel))
     (weight,), _ = freeze_layer(wrapper)
     assert not weight.integers.any()
-    assert np.all(weight.scale == EMPTY_SCALE)
+    assert np.all(weight.scale == arithmetic.EMPTY_SCALE)
     check_invariants(weight)
 
 
