@@ -82,8 +82,10 @@ def sliced(x: Any, key: Any, name: str) -> Any:
     whole = [(0, size, 1) for size in x.shape[1:]]
     sliced_axes = list(zip(begin, end, steps, strict=True)) != whole
     parts: list[tuple[Any, tuple[Any, ...]]] = [(Take, item[::-1]) for item in backwards.items()]
-    if sliced_axes or not parts:
+    if sliced_axes:
         parts.insert(0, (Slice, (begin, end, steps)))
+    elif plain and not parts:
+        return layers.Identity(name=name, dtype=x.dtype)(x)
     for i, (kind, options) in enumerate(parts):
         last = plain and i == len(parts) - 1
         x = kind(*options, name=name if last else f"{name}_slice{f'_{i}' if i else ''}")(x)
