@@ -47,7 +47,16 @@ from kqat.graph.tracer import (
     unique_name,
     with_losses,
 )
-from kqat.graph.values import fingerprint, holds_indexes, is_half, is_tensor, sources_of
+from kqat.graph.values import (
+    added,
+    complement_of,
+    fingerprint,
+    holds_indexes,
+    is_half,
+    is_taken_for_bias,
+    is_tensor,
+    sources_of,
+)
 
 __all__ = [
     "FUNCTIONAL_MODULE",
@@ -60,6 +69,7 @@ __all__ = [
     "SharedWeight",
     "WeightReads",
     "activation_name",
+    "added",
     "attach_masks",
     "average_anew",
     "bearing",
@@ -68,6 +78,7 @@ __all__ = [
     "called_as_run",
     "check_as_many",
     "clone",
+    "complement_of",
     "config_of",
     "copied",
     "depth_to_space",
@@ -85,6 +96,7 @@ __all__ = [
     "is_half",
     "is_keras_2",
     "is_of_users",
+    "is_taken_for_bias",
     "is_tensor",
     "layer_behind",
     "losses_noted",

@@ -33,7 +33,14 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from kqat.base import ModelError
 from kqat.graph.batch_axis import BatchFirst
 from kqat.graph.tensorflow_calls import tensorflow_traced
-from kqat.graph.values import fingerprint, is_half, made_of, varies
+from kqat.graph.values import (
+    broadcast_sum,
+    complements,
+    fingerprint,
+    is_half,
+    made_of,
+    varies,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -622,6 +629,7 @@ def _called(
                 _shapes_told(layer),
                 _keys_of_tensors(),
                 _arrays_give_way(),
+                _sums_broadcast(),
                 _sizes_known(),
                 _asides_noted(layer, inside, notes),
                 tensorflow_traced(),
@@ -1037,6 +1045,20 @@ def _arrays_give_way() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _sums_broadcast() -> Iterator[None]:
+    """Lets `x + y` of symbolic tensors be that of the tensors that a call is written for.
+
+    Keras makes its own `add` of it, which takes some operands for a bias of the channels.
+    """
+    sums = {
+        "__add__": lambda tensor, other: broadcast_sum(tensor, other),
+        "__radd__": lambda tensor, other: broadcast_sum(other, tensor),
+    }
+    with _patched(*((keras.KerasTensor, name, function) for name, function in sums.items())):
+        yield
+
+
 class _AbsentError(AttributeError, TypeError):
     """What TensorFlow's tensors have and symbolic ones lack.
 
@@ -1198,7 +1220,9 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
     wanted: dict[int, Any] = {}
     values: dict[int, np.ndarray] = {}
     constants: list[Any] = []  # the tensors of `values`
+    inverted: list[tuple[Any, Any, Any]] = []  # one less a tensor, the tensor, and what subtracts
     numbers = _ValueNumbers()
+    once: dict[int, Any] = {}  # number -> the variable that holds the value
     for call in _calls(function):
         tensors = _tensors((call.arguments.args, call.arguments.kwargs))
         if type(call.operation).__name__ in _FILLED:
@@ -1215,6 +1239,8 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             sources += getattr(call.operation, "variables", [])
             computed.update((id(t), [v for v in sources if v is not None]) for t in call.outputs)
             numbers.note(call)
+            if (other := _taken_off_one(call, values)) is not None:
+                inverted.append((call.outputs[0], other, call.operation))
     wanted.update((id(t), t) for t in function.outputs if id(t) in computed)
     for key in [key for key in wanted if key in values]:
         del wanted[key]
@@ -1226,7 +1252,6 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
         results = values_between(
             inputs, list(wanted.values()), [_in_full(known[id(t)], t.dtype) for t in inputs]
         )
-        once: dict[int, Any] = {}
         for (key, _), value in zip(wanted.items(), results, strict=True):
             if (known_before := once.get(numbers.of(key))) is not None:
                 found[key] = known_before
@@ -1236,7 +1261,24 @@ def _weight_values(function: Any, given: set[int], variables: dict[int, Any]) ->
             trained = any(v.trainable for v in sources)
             made = keras.Variable(np.asarray(value), trainable=trained, name=name)
             once[numbers.of(key)] = found[key] = made_of(sources, made)
+    for tensor, other, operation in inverted:
+        known_before = found.get(id(other), once.get(numbers.of(id(other))))
+        if id(tensor) in found and known_before is not None:
+            complements(found[id(tensor)], known_before, operation)
     return {**dict.fromkeys(computed), **found}
+
+
+def _taken_off_one(call: Any, constants: Mapping[int, np.ndarray]) -> Any:
+    """The tensor of which a call computes one less it; `None` where it computes something else."""
+    args = call.arguments.args
+    if type(call.operation).__name__ != "Subtract" or len(args) != 2:
+        return None
+    one, other = args
+    one = constants.get(id(one), one)
+    if isinstance(one, keras.KerasTensor) or not isinstance(other, keras.KerasTensor):
+        return None
+    alike = tuple(call.outputs[0].shape) == tuple(other.shape)
+    return other if alike and bool(np.all(np.asarray(one) == 1)) else None
 
 
 class _ValueNumbers:

@@ -63,10 +63,16 @@ class SharedWeight:
         return _are_distinct(every) and _are_distinct(read) and bool(np.all(np.isin(read, every)))
 
     @property
-    def is_of_numbers(self) -> bool:
-        """Whether each read is one number, and some are computed from the weight or part of it."""
-        sizes = {self._numbers(read).size for read in self.reads}
-        return sizes == {1} and not all(read.whole for read in self.reads)
+    def is_of_vectors(self) -> bool:
+        """Whether each read is a vector, and some are computed from the weight, number by number.
+
+        The reads may also be one number each, which may be picked out of the weight.
+        """
+        read = [self._numbers(read) for read in self.reads]
+        if all(read.whole for read in self.reads) or any(_long_axes(v.shape) > 1 for v in read):
+            return False
+        sizes = {v.size for v in read}
+        return sizes == {1} or sizes == {int(np.prod(self.variable.shape))}
 
     def _numbers(self, read: Read) -> np.ndarray:
         whole = read.numbers is None
@@ -235,6 +241,10 @@ def holders(graph: Graph, weight: Any) -> Iterator[tuple[Any, Any]]:
         for variable in _trained(layer):
             if int(np.prod(variable.shape)) == wanted[0] and fingerprint(variable) == wanted:
                 yield layer, variable
+
+
+def _long_axes(shape: Sequence[int]) -> int:
+    return sum(size != 1 for size in shape)
 
 
 def _are_distinct(weight: Any) -> bool:

@@ -19,16 +19,53 @@ def holds_indexes(x: Any) -> bool:
 
 
 def broadcast_sum(x: Any, y: Any) -> Any:
-    """`x + y` of tensors, weights or constants, as NumPy broadcasts them, by Keras's `add`.
+    """`x + y` of tensors, weights or constants, some of them symbolic, as NumPy broadcasts them."""
+    if is_taken_for_bias(x, y):
+        return Add()(x, y)
+    return ops.add(x, y)
 
-    That takes its second operand for a bias of the channels (see `kqat.parts.added`) if only one of
-    its axes is not 1. So the one of fewer such axes comes first.
+
+def is_taken_for_bias(x: Any, y: Any) -> bool:
+    """Whether Keras's `add` may take `y` for a bias, and add it along another axis than NumPy.
+
+    It may where one axis alone of `y` is not 1 (see `added`). It is right about the last axis.
     """
-    return ops.add(*sorted((x, y), key=_long_axes))
+    first, second = (tuple(getattr(value, "shape", ())) for value in (x, y))
+    if len(first) < 2 or sum(size != 1 for size in second) != 1:
+        return False
+    return second[-1] == 1 or second[-1] != first[-1]
 
 
-def _long_axes(x: Any) -> int:
-    return sum(size != 1 for size in getattr(x, "shape", ()))
+def added(x: Any, y: Any) -> Any:
+    """`x + y` of a tensor and a tensor, variable or constant, as NumPy broadcasts them.
+
+    Keras's `add` takes a second operand of which one axis alone is not 1 for a bias of the
+    channels, if the first has as many channels, or rows. So it takes one sample of a column, and
+    a column of as many samples as there are channels, and adds them along another axis, without a
+    word. Of indexes it makes an operator that TFLite does not convert.
+    """
+    if isinstance(y, list | tuple):
+        y = ops.convert_to_tensor(y)
+    dtype = keras.backend.result_type(x.dtype, getattr(y, "dtype", type(y)))
+    return ops.cast(x, dtype) + ops.cast(y, dtype)
+
+
+@keras.saving.register_keras_serializable("kqat")
+class Add(keras.Operation):
+    """`x + y` as NumPy broadcasts them, which Keras's operation of that name may not: see `added`.
+
+    The table of operations finds it by the same name.
+    """
+
+    def call(self, x1: Any, x2: Any) -> Any:
+        """The sum."""
+        return added(ops.convert_to_tensor(x1), ops.convert_to_tensor(x2))
+
+    def compute_output_spec(self, x1: Any, x2: Any) -> Any:
+        """The shape and type of Keras's own sum, which tells them right."""
+        one, two = (keras.KerasTensor(x.shape, dtype=x.dtype) for x in (x1, x2))
+        made = ops.add(one, two)
+        return keras.KerasTensor(made.shape, dtype=made.dtype)
 
 
 def is_half(dtype: Any) -> bool:
@@ -59,3 +96,14 @@ def made_of(sources: Iterable[Any], variable: Any) -> Any:
 def sources_of(variable: Any) -> list[Any]:
     """The user's variables of which the value of one was computed: for one of his, itself."""
     return list(getattr(variable, "kqat_sources", [variable]))
+
+
+def complements(variable: Any, other: Any, operation: Any) -> None:
+    """Notes that a variable was computed as one less `other`, by an operation that subtracts."""
+    variable.kqat_complement = other, operation
+
+
+def complement_of(variable: Any) -> tuple[Any, Any] | None:
+    """The weight of which a variable is one less it, and the operation that subtracts."""
+    found: tuple[Any, Any] | None = getattr(variable, "kqat_complement", None)
+    return found

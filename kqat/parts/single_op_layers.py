@@ -8,23 +8,9 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import TextEnum, UnsupportedLayerError
-from kqat.graph import activation_name, depth_to_space, space_to_depth
+from kqat.graph import activation_name, added, depth_to_space, space_to_depth
 from kqat.grids import HIDDEN, LOWEST, Bounds, Clamp
 from kqat.parts.elementwise import Elementwise
-
-
-def added(x: Any, y: Any) -> Any:
-    """`x + y` of a tensor and a tensor, variable or constant, as NumPy broadcasts them.
-
-    Keras's `add` takes a second operand of which one axis alone is not 1 for a bias of the
-    channels, if the first has as many channels, or rows. So it takes one sample of a column, and
-    a column of as many samples as there are channels, and adds them along another axis, without a
-    word. Of indexes it makes an operator that TFLite does not convert.
-    """
-    if isinstance(y, list | tuple):
-        y = ops.convert_to_tensor(y)
-    dtype = keras.backend.result_type(x.dtype, getattr(y, "dtype", type(y)))
-    return ops.cast(x, dtype) + ops.cast(y, dtype)
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -96,8 +82,10 @@ def sliced(x: Any, key: Any, name: str) -> Any:
     whole = [(0, size, 1) for size in x.shape[1:]]
     sliced_axes = list(zip(begin, end, steps, strict=True)) != whole
     parts: list[tuple[Any, tuple[Any, ...]]] = [(Take, item[::-1]) for item in backwards.items()]
-    if sliced_axes or not parts:
+    if sliced_axes:
         parts.insert(0, (Slice, (begin, end, steps)))
+    elif plain and not parts:
+        return layers.Identity(name=name, dtype=x.dtype)(x)
     for i, (kind, options) in enumerate(parts):
         last = plain and i == len(parts) - 1
         x = kind(*options, name=name if last else f"{name}_slice{f'_{i}' if i else ''}")(x)

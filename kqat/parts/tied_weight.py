@@ -8,7 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import TextEnum
-from kqat.parts.single_op_layers import added
+from kqat.graph import added
 
 
 class WeightUse(TextEnum):

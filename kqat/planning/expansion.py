@@ -31,6 +31,7 @@ from kqat.graph import (
     holds_indexes,
     is_half,
     is_of_users,
+    is_taken_for_bias,
     is_tensor,
     maker_of,
     operations_between,
@@ -56,6 +57,7 @@ from kqat.parts import (
     TensorFlowFunction,
     is_elementwise,
 )
+from kqat.planning.blends import blended
 from kqat.registry import as_layers, is_custom, rule_for
 from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight, whole_numbers
 
@@ -104,6 +106,7 @@ def expand(
         UnsupportedLayerError: if the registry has no row for a layer.
     """
     kept = {node.name for node in graph.nodes if keep(node)}
+    graph = blended(graph, frozenset(kept))
     if reads is not None:
         reads.note_model(graph, lambda node: None if _opens(node, kept) else node.name in kept)
     expanded, origins = _expand_once(graph, kept, name, {}, fused, reads)
@@ -230,7 +233,7 @@ def _tried(
         found = [by_tensor.get(id(y), y) for y in found]
         both = zip(keras.tree.flatten(expected), found, strict=True)
         if not all(_alike(a, b) or (_hides(a) and _alike(_raised(a), _raised(b))) for a, b in both):
-            raise _other_values(operation, name, origin or name)
+            raise _other_values(operation, args, name, origin or name)
         return outputs
 
     return call
@@ -319,12 +322,22 @@ _WHY_OTHER = (
 )
 
 
-def _other_values(operation: Any, name: str, origin: str) -> UnsupportedLayerError:
+def _other_values(
+    operation: Any, args: Sequence[Any], name: str, origin: str
+) -> UnsupportedLayerError:
     if isinstance(operation, keras.layers.Layer) and rule_for(operation, name).opens:
         return UnsupportedLayerError(
             f"Expected layer '{name}' of type {type(operation).__name__} to compute what its call "
             f"was seen to do. Received: other values on random inputs, {_WHY_OTHER}. Use "
             f"keras.ops.where, or leave it float with policy={{'{origin}': None}}."
+        )
+    if type(operation).__name__ == "Add" and is_taken_for_bias(*args):
+        shapes = " and ".join(str(tuple(x.shape)) for x in args)
+        return UnsupportedLayerError(
+            f"Expected '{name}' of type Add to add as its operands broadcast. Received: shapes "
+            f"{shapes}, of which Keras takes the second for a bias of the channels and adds it "
+            "along another axis. Let the operand that is broadcast stand first: keras.ops.add(y, "
+            "x)."
         )
     return UnsupportedLayerError(
         f"Expected '{name}' of type {type(operation).__name__} to compute what its integer "
@@ -438,7 +451,7 @@ def _opened_function(
     try:
         symbols = {ref: _symbolic(ref) for ref in node.inputs}  # One, however often it is read.
         args, kwargs = fill((node.args, node.kwargs), symbols.__getitem__)
-        graph = trace_call(layer, args, kwargs, name, is_custom)
+        graph = blended(trace_call(layer, args, kwargs, name, is_custom))
     except ModelError as error:
         if elementwise:
             return None
@@ -471,7 +484,7 @@ def _opened_layer(
             if table is not None:
                 return table(*args)
         try:
-            graph = trace_call(layer, args, kwargs, name, is_custom)
+            graph = blended(trace_call(layer, args, kwargs, name, is_custom))
         except ModelError as error:
             raise UnsupportedLayerError(
                 f"{error} Or leave layer '{origin}' of type {type(layer).__name__} float with "

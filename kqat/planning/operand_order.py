@@ -1,6 +1,6 @@
 """The operand that is broadcast comes first in a sum, where Keras does not take it for a bias.
 
-`kqat.parts.added` says what Keras makes of the other order; an `Add` is Keras's own layer.
+`kqat.graph.added` says what Keras makes of the other order; an `Add` is Keras's own layer.
 """
 
 import dataclasses

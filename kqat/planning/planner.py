@@ -41,6 +41,7 @@ from kqat.planning.plan import LayerPlan, Plan, Role
 from kqat.planning.planned_graph import PlannedGraph, State, planned_graph
 from kqat.planning.rank_limits import fit_ranks
 from kqat.planning.repetitions import drop_repetitions
+from kqat.planning.row_sums import join_row_sums
 from kqat.planning.shared_scales import share_scales
 from kqat.planning.squared_differences import join_squares
 from kqat.planning.step_values import with_own_grids
@@ -121,6 +122,7 @@ def _as_kernels_compute(
     graph = join_squares(graph, origins, configs, name)
     graph = clip_by_grids(graph, origins, configs, name)
     graph = join_functions(graph, origins, configs, name)
+    graph = join_row_sums(graph, origins, configs, name)
     graph, origins = fit_ranks(graph, origins, configs, name)
     return broadcast_first(graph), origins
 

@@ -105,20 +105,20 @@ def expand_tied(
 def _to_tie(found: Sequence[SharedWeight], name: str) -> list[int]:
     """The places of the weights of which copies would not train as they do.
 
-    Single numbers that are picked out of a weight, or computed from it, become weights themselves,
-    as what is computed from a weight and read once does; a warning says so.
+    Single numbers that are picked out of a weight, and vectors that are computed from one, become
+    weights themselves, as what is computed from a weight and read once does; a warning says so.
     """
     wanted = []
     for place, shared in enumerate(found):
         if shared.is_divided:
             continue
-        if not shared.is_of_numbers:
+        if not shared.is_of_vectors:
             wanted.append(place)
             continue
         warnings.warn(
-            f"'{shared.variable.path}' of model '{name}' is read as {len(shared.reads)} numbers "
+            f"'{shared.variable.path}' of model '{name}' is read as {len(shared.reads)} weights "
             f"that '{shared.reads[0].name}' computes from it or picks out of it. The QAT model "
-            "trains each of these numbers by itself.",
+            "trains each of these weights by itself.",
             TrainerWarning,
             stacklevel=2,
         )

@@ -64,16 +64,19 @@ def test_parts_without_a_number_in_common_divide_a_weight() -> None:
     assert not SharedWeight(keras.Variable(KERNEL), (whole, _read(KERNEL[0]))).is_divided
 
 
-def test_numbers_are_computed_or_picked_out() -> None:
-    def of_numbers(variable: Any, *reads: Read) -> bool:
-        return SharedWeight(keras.Variable(variable), reads).is_of_numbers
+def test_vectors_are_computed_and_numbers_picked_out() -> None:
+    def of_vectors(variable: Any, *reads: Read) -> bool:
+        return SharedWeight(keras.Variable(variable), reads).is_of_vectors
 
     whole = Read((0,), "reader")
-    assert of_numbers(KERNEL, _read([3.0]), _read(0.5))
-    assert of_numbers(0.5, whole, _read(0.25))
-    assert not of_numbers(0.5, whole, Read((1,), "other"))  # One number, which can be tied.
-    assert not of_numbers(KERNEL, _read([3.0]), _read([3.0, 4.0]))
-    assert not of_numbers(KERNEL, whole, _read([3.0]))
+    assert of_vectors(KERNEL, _read([3.0]), _read(0.5))
+    assert of_vectors(0.5, whole, _read(0.25))
+    assert not of_vectors(0.5, whole, Read((1,), "other"))  # One number, which can be tied.
+    assert not of_vectors(KERNEL, _read([3.0]), _read([3.0, 4.0]))
+    assert not of_vectors(KERNEL, whole, _read([3.0]))
+    assert of_vectors(KERNEL[0], whole, _read(1 - KERNEL[:1]))
+    assert not of_vectors(KERNEL[0], whole, _read(KERNEL[0, :2]))
+    assert not of_vectors(KERNEL, whole, _read(1 - KERNEL))
 
 
 def test_holders_are_found_by_numbers_in_any_order() -> None:

@@ -351,9 +351,10 @@ def _overlapping(x: Any, w: Any) -> Any:
     return ops.tanh(x + w[:1]) + ops.sum(w, axis=0)
 
 
-def _gated(x: Any, w: Any) -> Any:
-    gate = ops.sigmoid(w)
-    return gate * x + (1.0 - gate) * ops.tanh(x)
+def _unlike(x: Any, w: Any) -> Any:
+    """Equal now, but of other options."""
+    near, far = (ops.exp(ops.clip(w, -end, end)) for end in (5.0, 6.0))
+    return ops.tanh(x * near) + x * far
 
 
 def _fused(x: Any, w: Any) -> Any:
@@ -442,9 +443,8 @@ def _decays_at_once(x: Any, w: Any) -> Any:
     return state
 
 
-def _unlike(x: Any, w: Any) -> Any:
-    near, far = (ops.exp(ops.clip(w, -end, end)) for end in (5.0, 6.0))
-    return ops.tanh(x * near) + x * far
+def _squares(x: Any, w: Any) -> Any:
+    return ops.tanh(ops.matmul(x, ops.square(w))) + ops.matmul(x, w)
 
 
 @pytest.mark.parametrize("function", [_decays, _decays_at_once], ids=["in each step", "before"])
@@ -460,21 +460,21 @@ def test_what_steps_of_a_loop_compute_of_a_weight_is_one_weight(
 
 
 @pytest.mark.parametrize(
-    ("shape", "function", "count"),
-    [((), _gated, 2), ((), _softened, 2), ((2,), _fused, 3)],
-    ids=["gate", "inverse", "pyramid"],
+    ("shape", "function", "count", "numbers"),
+    [((), _softened, 2, 2), ((2,), _fused, 3, 3), ((WIDTH,), _unlike, 2, 2 * WIDTH)],
+    ids=["inverse", "pyramid", "vectors"],
 )
-def test_numbers_of_a_weight_train_by_themselves_and_that_is_said(
-    shape: Any, function: Callable[..., Any], count: int
+def test_weights_computed_of_a_weight_train_by_themselves_and_that_is_said(
+    shape: Any, function: Callable[..., Any], count: int, numbers: int
 ) -> None:
     model = of_vectors(Parts(shape, function, "ones"))
-    said = rf"(?s)parts/w' of model .*read as {count} numbers that 'parts' computes.*by itself"
+    said = rf"(?s)parts/w' of model .*read as {count} weights that 'parts' computes.*by itself"
     with pytest.warns(kqat.TrainerWarning, match=said):
         qat = kqat.quantize_model(model, calibration_data=X)
     want, got = (np.asarray(m(X)) for m in (model, qat))
     assert np.sum(want**2) > 100 * np.sum((want - got) ** 2)
     sizes = [sum(int(np.size(v)) for v in m.trainable_variables) for m in (model, qat)]
-    assert sizes[1] == sizes[0] - int(np.prod(shape)) + count
+    assert sizes[1] == sizes[0] - int(np.prod(shape)) + numbers
 
 
 class Borrowed(L.Layer):
@@ -508,8 +508,8 @@ def copied() -> keras.Model:
             None,
             "'parts' reads twice.*reads a part",
         ),
-        (  # Equal now, but of other options.
-            lambda: of_vectors(Parts((WIDTH,), _unlike, "normal")),
+        (  # Of a matrix; vectors are weights of their own.
+            lambda: of_vectors(Parts((WIDTH, WIDTH), _squares, "normal")),
             None,
             "'parts' reads twice.*computed from it",
         ),

@@ -10,6 +10,8 @@ from keras import layers, ops
 
 import kqat
 import tflite_export
+from kqat.graph import operations_between
+from kqat.parts.single_op_layers import sliced
 from tests.kqat.graph.test_tracing_of_calls import _parts
 from tests.newer_keras import needs_keras
 
@@ -70,6 +72,19 @@ def test_a_stack_is_reshaped_once() -> None:
     qat = kqat.quantize_model(_model(CALLS["stacked before the last"]), calibration_data=IMAGES)
     found = [op.name for op in tflite_export.inspect(tflite_export.convert(qat)).operators]
     assert found.count("CONCATENATION") == 1 and found.count("RESHAPE") == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32", "bool"])
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [((..., None), layers.Reshape), ((slice(None), slice(0, 4)), layers.Identity)],
+)
+def test_what_takes_all_of_a_value_is_no_slice(key: Any, kind: type, dtype: str) -> None:
+    x = keras.Input((4, 3), dtype=dtype)
+    y = sliced(x, key, "y")
+    assert [type(layer) for layer in operations_between([x], y)] == [kind]
+    values = np.arange(24).reshape(2, 4, 3).astype(dtype)
+    np.testing.assert_array_equal(keras.Model(x, y)(values), values[key])
 
 
 def test_zeros_of_indexes_are_indexes() -> None:
