@@ -2,8 +2,9 @@
 
 Exit codes: 0: done; 1: a check found something wrong with the file or the model (values that differ
 from the model's, a layer that the device cannot run); 2: the command could not do what was asked,
-with one message and no traceback; 130: interrupted by Ctrl-C. A kernel that a runtime lacks, or an
-approximation that a kernel is known for, is a note and changes no exit code.
+with one message and no traceback; 130: interrupted by Ctrl-C; 141: what reads the output, as
+`| head`, has ended. A kernel that a runtime lacks, or an approximation that a kernel is known for,
+is a note and changes no exit code.
 
 Keras and TensorFlow are imported by the commands that need them, when they need them.
 """
@@ -220,6 +221,11 @@ class _Quiet(click.Group):
         except (KeyboardInterrupt, click.Abort):
             tell("Interrupted. No file was left half written.")
             ctx.exit(130)
+        except BrokenPipeError:
+            # What is left to print, at the end of the process too, has no reader.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(141)
         except Exception as error:
             if ctx.params.get("debug"):
                 raise

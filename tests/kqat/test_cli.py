@@ -397,6 +397,17 @@ def test_a_folder_that_may_not_be_written_is_told_before_the_work(
     assert "which is read-only for you" in " ".join(said.output.split())
 
 
+def test_a_reader_that_has_enough_is_no_error(blob: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `kqat inspect FILE | head -1`."""
+
+    def closed(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli.terminal, "say", closed)
+    monkeypatch.setattr(cli, "say", closed)
+    assert run("inspect", blob, code=141).output == ""
+
+
 def test_a_fault_of_ours_is_called_one(blob: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(content: bytes) -> None:
         raise ZeroDivisionError("oh")
