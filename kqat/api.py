@@ -41,7 +41,7 @@ from kqat.training import (
     calibrate_for,
     check_method,
     check_preserved,
-    is_quantized,
+    check_unquantized,
     may_add_losses,
     of_fixed_shape,
     preserved_kinds,
@@ -335,11 +335,7 @@ def _checked_graph(model: Any) -> Graph:
                 "Make the model with other names and hand on the weights, with "
                 "keras.models.clone_model(model, clone_function=…) and set_weights."
             )
-    if is_quantized(model):
-        raise ModelError(
-            f"Expected a float model. Received: '{model.name}', which is quantized already. Train "
-            "it on with fit, or start from the float model."
-        )
+    check_unquantized(model)
     check_computes(graph, model)
     return graph
 

@@ -2,14 +2,16 @@
 
 Exit codes: 0: done; 1: a check found something wrong with the file or the model (values that differ
 from the model's, a layer that the device cannot run); 2: the command could not do what was asked,
-with one message and no traceback; 130: interrupted by Ctrl-C. A kernel that a runtime lacks, or an
-approximation that a kernel is known for, is a note and changes no exit code.
+with one message and no traceback; 130: interrupted by Ctrl-C; 141: what reads the output, as
+`| head`, has ended. A kernel that a runtime lacks, or an approximation that a kernel is known for,
+is a note and changes no exit code.
 
 Keras and TensorFlow are imported by the commands that need them, when they need them.
 """
 
 import contextlib
 import dataclasses
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -95,13 +97,27 @@ class _New(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path, if a file can be written there and is none of the files that are read."""
+        if value == "-" and self.allow_dash:
+            return Path(value)
+        if str(value) in ("", "-"):
+            self.fail(
+                f"Expected the name of a file. Received: {value!r}. What this option writes is "
+                "not printed; a file that is called '-' is ./-.",
+                param,
+                ctx,
+            )
         path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]
-        if self.allow_dash and str(path) == "-":
-            return path
         if not path.parent.is_dir():
             self.fail(
                 f"Expected a name in a folder that exists. Received: '{path}', in '{path.parent}', "
                 "which is none. Make it first.",
+                param,
+                ctx,
+            )
+        if not os.access(path.parent, os.W_OK):
+            self.fail(
+                f"Expected a name in a folder that may be written. Received: '{path}', in "
+                f"'{path.parent}', which is read-only for you. Name another folder.",
                 param,
                 ctx,
             )
@@ -205,6 +221,11 @@ class _Quiet(click.Group):
         except (KeyboardInterrupt, click.Abort):
             tell("Interrupted. No file was left half written.")
             ctx.exit(130)
+        except BrokenPipeError:
+            # What is left to print, at the end of the process too, has no reader.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(141)
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
@@ -359,6 +380,7 @@ def ptq(
     This is post-training quantization: calibrate on --data, then convert. Where it loses too much,
     `kqat quantize` makes the model that is trained.
     """
+    _check_tflite_name(output)
     _check_apart(output, model, data)
     qat = _quantized(model, data, policy, rules, calibration)
     _convert(
@@ -412,6 +434,7 @@ def convert(
     json_path: Path | None,
 ) -> None:
     """Convert QAT, the .keras file of a QAT model, to a full-integer .tflite."""
+    _check_tflite_name(output)
     _check_apart(output, qat)
     _convert(
         _load(qat),
@@ -467,6 +490,9 @@ def verify(
         raise click.UsageError("Expected one .tflite, with or without the .keras file before it.")
     if len(paths) == 2 and data is None:
         raise click.UsageError("Expected --data: inputs on which to compare with the QAT model.")
+    _BLOB.convert(paths[-1], None, click.get_current_context())
+    if len(paths) == 2:
+        _MODEL.convert(paths[0], None, click.get_current_context())
     blob = paths[-1].read_bytes()
     qat = _load(paths[0]) if len(paths) == 2 else None
     if data is None:
@@ -790,6 +816,12 @@ def _defined_in(paths: Sequence[Path]) -> dict[str, Any]:
         sys.path.insert(0, folder)
         try:
             names = runpy.run_path(str(path), run_name=path.stem)
+        except SystemExit as error:
+            raise ModelError(
+                f"Expected Python in '{path}' that only defines layers and functions. Received: a "
+                f"script that ends the process ({error.code!r}), as one that reads its own options "
+                "does. Put what it does below: if __name__ == '__main__'."
+            ) from error
         except Exception as error:
             raise ModelError(
                 f"Expected Python in '{path}' that runs. Received: {type(error).__name__}: {error}"
@@ -832,6 +864,13 @@ def _check_apart(output: Path, *inputs: Path) -> None:
                 f"Expected another name for what is written. Received: -o {output}, the file that "
                 "is read."
             )
+
+
+def _check_tflite_name(path: Path) -> None:
+    if path.suffix in (".keras", ".h5", ".hdf5"):
+        raise click.UsageError(
+            f"Expected the name of a .tflite file. Received: {path}, a name of Keras models."
+        )
 
 
 def _check_keras_name(path: Path) -> None:

@@ -114,8 +114,7 @@ def _check_undamaged(path: Path, kind: str) -> None:
                     f"Expected a .keras or .h5 file. Received: '{path}', an archive without a "
                     "model in it. Save the model with model.save('model.keras')."
                 )
-            broken = archive.testzip()
-            reason = "" if broken is None else f"'{broken}' in it is not what was written"
+            reason = _fault_of(archive)
     except (OSError, zipfile.BadZipFile) as error:
         reason = str(error)
     if reason:
@@ -123,6 +122,24 @@ def _check_undamaged(path: Path, kind: str) -> None:
             f"Expected a whole file. Received: '{path}' of {path.stat().st_size:,} bytes, which is "
             f"damaged: {reason}. Copy it again, or save the model again."
         )
+
+
+def _fault_of(archive: zipfile.ZipFile) -> str:
+    """In which way a Keras archive is not what Keras wrote, or nothing."""
+    broken = archive.testzip()
+    if broken is not None:
+        return f"'{broken}' in it is not what was written"
+    names = archive.namelist()
+    if not any(name.startswith("model.weights.") for name in names):
+        return "it holds no weights"
+    for name in ("config.json", "metadata.json"):
+        try:
+            found = json.loads(archive.read(name))
+        except (KeyError, ValueError):
+            found = None
+        if not isinstance(found, dict):
+            return f"'{name}' in it is no JSON of Keras" if name in names else f"it has no '{name}'"
+    return ""
 
 
 @contextlib.contextmanager

@@ -22,7 +22,14 @@ from kqat.config import QuantizePolicy, resolve_config
 from kqat.devices import Target, stored_bits, target_named
 from kqat.graph import Graph, Node, trace
 from kqat.planning import LayerPlan, Plan, make_plan
-from kqat.training import CalibrationWarning, calibrate_for, of_fixed_shape, some_samples, wrap
+from kqat.training import (
+    CalibrationWarning,
+    calibrate_for,
+    check_unquantized,
+    of_fixed_shape,
+    some_samples,
+    wrap,
+)
 
 # Points of the Pareto table, evenly spread between the cheapest and the first choice.
 POINTS = 8
@@ -232,6 +239,7 @@ def search(
         raise PolicyError(f"Expected a budget above 0. Received: {budget!r}.")
     device = None if target is None else target_named(target)
     inputs = data[0] if isinstance(data, tuple) and data else data
+    check_unquantized(model)
     model = of_fixed_shape(model, None, inputs)
     kept = tuple((keep or {}).items())
     base = QuantizePolicy(default=resolve_config(choices[0]), rules=kept)

@@ -32,6 +32,7 @@ from kqat.training import (
     batches,
     beyond_calibration,
     check_quantized,
+    check_unquantized,
     of_fixed_shape,
     uncorrected,
 )
@@ -262,11 +263,12 @@ def diagnose(
             that the report prints, on the model as it is, without training.
 
     Raises:
-        ModelError: if `qat` is no QAT model, or outputs differ in shape.
+        ModelError: if `qat` is no QAT model or `float_model` is one, or outputs differ in shape.
         CalibrationError: if data do not fit, are fewer than two samples, or `qat` has not seen any.
     """
     graph = trace(qat)
     check_quantized(qat, "to diagnose")
+    check_unquantized(float_model)
     float_model = of_fixed_shape(float_model, None, data)
     reference = trace(float_model)
     _check_alike(graph, reference, qat.name, float_model.name)

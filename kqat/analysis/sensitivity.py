@@ -20,6 +20,7 @@ from kqat.training import (
     calibrate_for,
     call_unrounded,
     call_with,
+    check_unquantized,
     of_fixed_shape,
     rounded_as,
     some_samples,
@@ -143,6 +144,7 @@ def measured_layers(
             "('int8', 'w4a8')."
         )
     inputs, targets = _split(data, asked)
+    check_unquantized(model)
     model = of_fixed_shape(model, None, inputs)
     float_graph = trace(model)
     plan = make_plan(float_graph, QuantizePolicy.of(policy), model.name)

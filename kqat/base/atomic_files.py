@@ -23,6 +23,9 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
 def write_files(files: Mapping[Path, bytes]) -> None:
     """Writes files that belong together; replaces none before all new ones are on the disk.
 
+    Where a name is a link, the file that it leads to is replaced, and the link stays. What is no
+    file but a device or a pipe, as /dev/null, is written to: it is not replaced by a file.
+
     Args:
         files: path -> whole content; the folders must exist.
 
@@ -31,8 +34,12 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     """
     temporaries: dict[Path, Path] = {}
     try:
-        for path, data in files.items():
-            temporaries[path] = _written_beside(path, data)
+        for name, data in files.items():
+            path = name.resolve()
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                path.write_bytes(data)
+            else:
+                temporaries[path] = _written_beside(path, data)
         for path, temporary in temporaries.items():
             temporary.replace(path)
     finally:
@@ -46,6 +53,7 @@ def save_model(model: Any, path: Path) -> None:
     Raises:
         OSError: as `write_file`.
     """
+    path = path.resolve()
     temporary = path.with_name(f".{path.stem}.new.keras")
     try:
         model.save(temporary)

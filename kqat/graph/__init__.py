@@ -4,7 +4,13 @@
 
 from kqat.graph.added_losses import AddedLoss
 from kqat.graph.copies import Part, activation_name, clone, config_of, duplicate, finalize
-from kqat.graph.input_shapes import fits, has_open_sizes, input_shapes, with_input_shapes
+from kqat.graph.input_shapes import (
+    fits,
+    has_open_sizes,
+    input_keys,
+    input_shapes,
+    with_input_shapes,
+)
 from kqat.graph.keras_internals import (
     FUNCTIONAL_MODULE,
     attach_masks,
@@ -16,6 +22,7 @@ from kqat.graph.keras_internals import (
     depth_to_space,
     frozen_function,
     give_readers,
+    input_struct,
     is_keras_2,
     is_of_users,
     layer_behind,
@@ -92,7 +99,9 @@ __all__ = [
     "has_open_sizes",
     "holders",
     "holds_indexes",
+    "input_keys",
     "input_shapes",
+    "input_struct",
     "is_half",
     "is_keras_2",
     "is_of_users",

@@ -20,6 +20,12 @@ def input_shapes(model: keras.Model) -> dict[str, Shape]:
     return {key: tuple(t.shape[1:]) for key, t in _by_name(input_struct(model)).items()}
 
 
+def input_keys(model: keras.Model) -> list[str]:
+    """What data and files call the inputs, in the order in which Keras flattens their structure."""
+    struct = input_struct(model)
+    return list(keys_of(struct, tuple(maker_name(t) for t in keras.tree.flatten(struct))))
+
+
 def has_open_sizes(shapes: Mapping[str, Shape]) -> bool:
     """Whether a size besides the batch is unknown."""
     return any(size is None for shape in shapes.values() for size in shape)

@@ -752,7 +752,9 @@ def keys_of(structure: Any, names: tuple[str, ...]) -> tuple[str, ...]:
     found = dict(paths_of(keras.tree.pack_sequence_as(structure, list(leaves))))
     paths = [found[leaf] for leaf in leaves]
     named = all(isinstance(part, str) for path in paths for part in path)
-    return tuple("_".join(path) for path in paths) if named and all(paths) else names
+    joined = tuple("_".join(map(str, path)) for path in paths)
+    # Two paths may make one name: {"a_b": x, "a": {"b": y}}.
+    return joined if named and all(paths) and len(set(joined)) == len(joined) else names
 
 
 def paths_of(structure: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:

@@ -45,6 +45,15 @@ def check_quantized(model: keras.Model, purpose: str = "") -> None:
         )
 
 
+def check_unquantized(model: keras.Model) -> None:
+    """Raises ModelError where a model is a QAT model already."""
+    if is_quantized(model):
+        raise ModelError(
+            f"Expected a float model. Received: '{model.name}', which is quantized already. Train "
+            "it on with fit, or start from the float model."
+        )
+
+
 def trained_model(model: keras.Model) -> keras.Model:
     """The QAT model that `fit` trains: `model`, or what a trainer around one says that it is.
 

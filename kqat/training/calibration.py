@@ -17,7 +17,9 @@ from kqat.graph import (
     fill,
     fits,
     has_open_sizes,
+    input_keys,
     input_shapes,
+    input_struct,
     trace,
     with_input_shapes,
 )
@@ -50,6 +52,8 @@ BATCH_SIZE = 32
 DEFAULT_METHOD = "auto"
 # With fewer bits of the weights, any network loses as much until it is trained.
 FEWEST_BITS = 4
+# So many samples without an end may be a generator that never ends: ranges need some hundred.
+MANY_SAMPLES = 10_000
 # Of the width of what was seen: sums of another batch size differ by less.
 BEYOND = 1e-4
 
@@ -242,7 +246,7 @@ def _batch_count(data: Any, graph: Graph) -> int | None:
     """How many whole batches the data make; `None` where only reading them can tell."""
     if callable(data) or isinstance(data, keras.utils.PyDataset):
         return None
-    arrays = _as_arrays(data, graph.input_keys)
+    arrays = _as_arrays(data, graph.input_keys, graph.input_struct)
     first = None if arrays is None else arrays[0]
     samples = len(first) if isinstance(first, list) else next(iter(getattr(first, "shape", ())), 0)
     return -(-samples // BATCH_SIZE) or None
@@ -326,20 +330,31 @@ def batches(data: Any, graph: Graph) -> Iterator[list[np.ndarray]]:
         CalibrationError: if data are misshapen, naming the input.
     """
     data = _made(data)
-    arrays = _as_arrays(data, graph.input_keys)
+    arrays = _as_arrays(data, graph.input_keys, graph.input_struct)
     if arrays is None:
         _check_ends(data)
+        endable, samples = _says_its_length(data), 0
         for batch in data:
             inputs = batch[0] if isinstance(batch, tuple) and batch else batch
             # tf.data turns the lists of its elements into tuples.
             inputs = list(inputs) if isinstance(inputs, tuple) else inputs
-            found = _as_arrays(inputs, graph.input_keys)
+            found = _as_arrays(inputs, graph.input_keys, graph.input_struct)
             if found is None:
                 raise CalibrationError(
                     f"Expected batches of arrays for the inputs {list(graph.input_keys)}. "
                     f"Received: a batch of type {type(inputs).__name__}."
                 )
-            yield _checked(found, graph)
+            checked = _checked(found, graph)
+            if not endable and samples < MANY_SAMPLES <= samples + len(checked[0]):
+                warnings.warn(
+                    f"Calibration read {MANY_SAMPLES:,} samples of a {type(data).__name__} that "
+                    "does not say where it ends, and reads on. If it has no end, interrupt it and "
+                    "give some hundred samples: itertools.islice(batches, 20), or data.take(20).",
+                    CalibrationWarning,
+                    stacklevel=2,
+                )
+            samples += len(checked[0])
+            yield checked
         return
     whole = _checked(arrays, graph)
     for start in range(0, len(whole[0]), BATCH_SIZE):
@@ -356,7 +371,7 @@ def of_fixed_shape(model: Any, shapes: Any, data: Any) -> Any:
     if shapes is None and data is not None and isinstance(model, keras.Model) and model.built:
         declared = input_shapes(model)
         if has_open_sizes(declared):
-            shapes = shapes_of(data, list(declared))
+            shapes = shapes_of(data, input_keys(model), input_struct(model))
             for key, shape in (shapes or {}).items():
                 if not fits(shape, declared[key]):
                     raise CalibrationError(
@@ -367,20 +382,23 @@ def of_fixed_shape(model: Any, shapes: Any, data: Any) -> Any:
     return model if shapes is None else with_input_shapes(model, shapes)
 
 
-def shapes_of(data: Any, keys: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
+def shapes_of(
+    data: Any, keys: Sequence[str], structure: Any = None
+) -> dict[str, tuple[int, ...]] | None:
     """The shape of each input's samples in `data`, which is as for `calibrate`.
 
     `None` where only reading can tell, and what is read is gone: in a generator.
     """
     made = _made(data)
-    arrays = _as_arrays(made, keys)
+    arrays = _as_arrays(made, keys, structure)
     if arrays is None:
         batches = iter(made)
         if batches is data:
             return None
         first = next(batches, None)
         inputs = first[0] if isinstance(first, tuple) and first else first
-        arrays = _as_arrays(list(inputs) if isinstance(inputs, tuple) else inputs, keys)
+        inputs = list(inputs) if isinstance(inputs, tuple) else inputs
+        arrays = _as_arrays(inputs, keys, structure)
     if arrays is None:
         return None
     return {key: tuple(np.shape(x)[1:]) for key, x in zip(keys, arrays, strict=True)}
@@ -413,10 +431,15 @@ def _check_ends(data: Any) -> None:
         )
 
 
-def _as_arrays(data: Any, keys: Sequence[str]) -> list[Any] | None:
+def _says_its_length(data: Any) -> bool:
+    cardinality = getattr(data, "cardinality", None)
+    return int(cardinality()) >= 0 if callable(cardinality) else hasattr(data, "__len__")
+
+
+def _as_arrays(data: Any, keys: Sequence[str], structure: Any) -> list[Any] | None:
     """One array-like per model input, or `None` where `data` is an iterable of batches."""
     names = list(keys)
-    data = flat_data(data, len(names))
+    data = flat_data(data, len(names), structure)
     if isinstance(data, Mapping):
         if set(names) != set(data):
             raise CalibrationError(
@@ -427,7 +450,8 @@ def _as_arrays(data: Any, keys: Sequence[str]) -> list[Any] | None:
         if len(data) != len(names):
             raise CalibrationError(
                 f"Expected a list of {len(names)} arrays, one per input {names}. "
-                f"Received: {len(data)}."
+                f"Received: {len(data)}. A list of samples is one array by np.stack(data); batches "
+                "come as an iterator, iter(data)."
             )
         return data
     if hasattr(data, "__array__") and hasattr(data, "shape"):
@@ -475,13 +499,24 @@ def _array(x: Any, shape: tuple[int | None, ...], name: str) -> np.ndarray:
     if array.ndim != len(shape) or array.shape[1:] != shape[1:]:
         raise CalibrationError(
             f"Expected calibration data of shape {('samples', *shape[1:])} for input '{name}'. "
-            f"Received: {array.shape}."
+            f"Received: {array.shape}.{_remedy(array.shape, shape[1:])}"
         )
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
         raise CalibrationError(
             f"Expected real numbers for input '{name}'. Received: dtype {array.dtype}."
         )
     return array
+
+
+def _remedy(found: tuple[int, ...], wanted: tuple[int | None, ...]) -> str:
+    """What makes the shape right that was given, where that is plain."""
+    if found == wanted:
+        return " That is one sample: give x[np.newaxis], or a Dataset's data.batch(32)."
+    if wanted[-1:] == (1,) and found[1:] == wanted[:-1]:
+        return " Give x[..., np.newaxis]."
+    if len(found) == len(wanted) + 2 and found[2:] == wanted:
+        return " Those are batches of batches: give a Dataset's data.unbatch()."
+    return ""
 
 
 def _indexes(array: np.ndarray, name: str, tables: list[Any]) -> np.ndarray:

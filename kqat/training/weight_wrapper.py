@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 
-from kqat.base import array_of
+from kqat.base import ModelError, array_of
 from kqat.graph import activation_name, call_signature, finalize, layer_behind
 from kqat.grids import (
     GradientEstimator,
@@ -827,6 +827,12 @@ class QuantizeWrapper(keras.layers.Layer):
         return {k: v for k, v in kwargs.items() if k not in own}
 
     def _variable(self, name: str) -> keras.Variable:
+        if getattr(self.layer, "lora_enabled", False):
+            raise ModelError(
+                f"Expected one kernel in layer '{self.layer.name}' of a QAT model. Received: LoRA "
+                "adapters beside it, by enable_lora: the file has one kernel, and its integers are "
+                "what is trained. Leave them out; freeze other layers to train fewer weights."
+            )
         return getattr(self.layer, name)
 
     def rounded(self, name: str, branch: int = 0, *, training: bool = False) -> Any:

@@ -149,6 +149,18 @@ def test_what_is_no_model_is_refused(make: Callable[[], Any], message: str) -> N
             kqat.plan(model)
 
 
+def test_what_starts_from_a_float_model_refuses_a_quantized_one() -> None:
+    """`diagnose` found 120 dB of a model against itself; `search` named a rounding of kqat."""
+    qat = quantized()
+    for call in (
+        lambda: kqat.search(qat, ROWS, budget=0.9),
+        lambda: kqat.sensitivity(qat, ROWS),
+        lambda: kqat.diagnose(qat, qat, ROWS),
+    ):
+        with pytest.raises(ModelError, match=r"a float model. Received: 'model', which is quantiz"):
+            call()
+
+
 def test_a_policy_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(
         ModelError,

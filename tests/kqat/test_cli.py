@@ -3,8 +3,10 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "text.keras").write_text("not a model")
     (path / "cut.keras").write_bytes((path / "float.keras").read_bytes()[:-500])
     (path / "bad.json").write_text("{}")
+    (path / "ends.py").write_text("import sys; sys.exit(3)")
+    with zipfile.ZipFile(path / "float.keras") as whole:
+        files = {name: whole.read(name) for name in whole.namelist()}
+    parts = {"no_weights": {"config.json", "metadata.json"}, "cut_config": set(files)}
+    for name, kept in parts.items():
+        with zipfile.ZipFile(path / f"{name}.keras", "w") as archive:
+            for part in sorted(kept):
+                cut = name == "cut_config" and part == "config.json"
+                archive.writestr(part, files[part][:-9] if cut else files[part])
     np.savez(path / "xy.npz", x=data, y=np.zeros(64))
     np.save(path / "objects.npy", np.array([{}], object), allow_pickle=True)
     return path
@@ -337,6 +348,12 @@ def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
         (["ptq", "float.keras", "--data", "xy.npz", "-o", "a.tflite"], "np.savez('inputs.npz', x="),
         (["ptq", "float.keras", "--data", "x.npy", "-o", "no/a.tflite"], "'no', which is none"),
         (["ptq", "float.keras", "--data", "x.npy", "-o", "x.npy"], "the file that is read"),
+        (["ptq", "float.keras", "--data", "x.npy", "-o", "-"], "a file that is called '-' is ./-"),
+        (["ptq", "float.keras", "--data", "x.npy", "-o", ""], "Expected the name of a file"),
+        (["convert", "float.keras", "-o", "a.keras"], "Received: a.keras, a name of Keras models"),
+        (["plan", "float.keras", "--code", "ends.py"], "ends the process (3), as one that"),
+        (["plan", "no_weights.keras"], "which is damaged: it holds no weights. Copy it again"),
+        (["plan", "cut_config.keras"], "which is damaged: 'config.json' in it is no JSON"),
         (["inspect", "float.keras"], "a Keras model. `kqat plan float.keras` shows it"),
         (["to-c", "net.tflite", "folder"], "Expected the directory as -o folder"),
         (["plam", "float.keras"], "No such command 'plam'. Did you mean plan"),
@@ -355,6 +372,7 @@ def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
         (["inspect", "absent.tflite"], "does not exist"),
         (["to-c", "x.npy", "-o", "c"], "Expected a TFLite file"),
         (["verify", "float.keras", "x.npy"], "Expected --data"),
+        (["verify", "float.keras"], "a TFLite file. Received: 'float.keras', a Keras model"),
         (["plan", "net.tflite"], "a TFLite file. `kqat inspect net.tflite` shows"),
         (["convert", "net.tflite", "-o", "a.tflite"], "Expected a Keras model"),
         (["verify", "x.npy", "x.npy", "x.npy"], "Expected one .tflite"),
@@ -369,6 +387,25 @@ def test_errors_are_one_message(
     assert match in " ".join(said.output.split())
     assert narrow(said.output)
     assert not Path("a.tflite").exists() and not Path("q.keras").exists()
+
+
+def test_a_folder_that_may_not_be_written_is_told_before_the_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.os, "access", lambda _, mode: mode != os.W_OK)
+    said = run("ptq", folder / "float.keras", "--data", folder / "x.npy", "-o", "a.tflite", code=2)
+    assert "which is read-only for you" in " ".join(said.output.split())
+
+
+def test_a_reader_that_has_enough_is_no_error(blob: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `kqat inspect FILE | head -1`."""
+
+    def closed(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli.terminal, "say", closed)
+    monkeypatch.setattr(cli, "say", closed)
+    assert run("inspect", blob, code=141).output == ""
 
 
 def test_a_fault_of_ours_is_called_one(blob: Path, monkeypatch: pytest.MonkeyPatch) -> None:

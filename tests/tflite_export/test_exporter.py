@@ -253,6 +253,20 @@ def test_only_qat_models_with_ranges_convert() -> None:
         tflite_export.convert(qat)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_inputs_of_half_precision_ship(dtype: str) -> None:
+    """A site takes float32 alone: conversion ended in a TypeError, after training."""
+    x = keras.Input((6,), name="x", dtype=dtype)
+    qat = kqat.quantize_model(
+        keras.Model(x, L.Dense(3, name="y")(x)),
+        calibration_data=np.random.default_rng(0).integers(-9, 9, (64, 6)),
+    )
+    blob = tflite_export.convert(qat)
+    data = np.random.default_rng(1).integers(-9, 9, (64, 6)).astype(np.float32)
+    found = tflite_export.verify(qat, blob, data, runtimes=["litert_reference"])
+    assert found.runtimes[0].is_right and found.runtimes[0].outputs[0].max_steps <= 1
+
+
 def test_targets_are_checked_before_anything_is_converted(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:

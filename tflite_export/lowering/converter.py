@@ -80,13 +80,16 @@ def _concrete(frozen: FrozenModel, batch_size: int, computed: frozenset[int]) ->
         # A value that is an output twice, or an input too, needs an operator of its own.
         return [tf.identity(t) for t in outputs]
 
+    # A site takes float32 alone, also where the model declares an input of half precision.
+    real = [
+        keras.backend.is_float_dtype(t.dtype) or name in frozen.byte_inputs
+        for t, name in zip(model.inputs, frozen.input_names, strict=True)
+    ]
     signature = [
         tf.TensorSpec(
-            (batch_size, *t.shape[1:]),
-            "float32" if name in frozen.byte_inputs else t.dtype,
-            name=f"input_{i}",
+            (batch_size, *t.shape[1:]), "float32" if is_real else t.dtype, name=f"input_{i}"
         )
-        for i, (t, name) in enumerate(zip(model.inputs, frozen.input_names, strict=True))
+        for i, (t, is_real) in enumerate(zip(model.inputs, real, strict=True))
     ]
     return tf.function(serve, input_signature=signature, autograph=False).get_concrete_function()
 

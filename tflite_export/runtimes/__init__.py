@@ -10,11 +10,12 @@ from tflite_export.runtimes.execution import (
     tflite_micro_arena_bytes,
     wide_softmax,
 )
-from tflite_export.runtimes.feeds import as_type, has_grid, random_inputs, real
+from tflite_export.runtimes.feeds import as_type, check_finite, has_grid, random_inputs, real
 
 __all__ = [
     "RUNTIMES",
     "as_type",
+    "check_finite",
     "execution",
     "feeds",
     "has_grid",

@@ -19,7 +19,8 @@ def as_type(x: np.ndarray, tensor: TensorT) -> np.ndarray:
     Integers, which are indexes (token ids), are returned as they are.
 
     Raises:
-        ExportError: if an integer tensor has no scale, or the tensor holds no numbers.
+        ExportError: if an integer tensor has no scale, the tensor holds no numbers, or `x` has NaN
+            or infinity, which no integer stands for.
     """
     dtype = flatbuffer.tensor_dtype(tensor)
     if dtype.kind == "f":
@@ -33,9 +34,26 @@ def as_type(x: np.ndarray, tensor: TensorT) -> np.ndarray:
             f"Expected an input of numbers. Received: {flatbuffer.tensor_name(tensor)!r} of type "
             f"{dtype}. Use a file that was made of this model."
         )
+    check_finite(x, flatbuffer.tensor_name(tensor))
     limits = np.iinfo(dtype)
     scale, zero = _grid(tensor)
     return np.clip(np.floor(x / scale + 0.5) + zero, limits.min, limits.max).astype(dtype)
+
+
+def check_finite(x: np.ndarray, name: str) -> None:
+    """Checks the values for an input; `name` is for the message.
+
+    Raises:
+        ExportError: if there is NaN or infinity among them.
+    """
+    finite = np.isfinite(x)
+    if not finite.all():
+        sample = int(np.argwhere(~finite)[0][0])
+        raise ExportError(
+            f"Expected finite data for input '{name}'. Received: NaN or infinity in "
+            f"{np.count_nonzero(~finite)} of {x.size} values, first in sample {sample} (counted "
+            "from 0). Clean the data."
+        )
 
 
 def real(x: np.ndarray, tensor: TensorT) -> np.ndarray:

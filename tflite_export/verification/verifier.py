@@ -12,7 +12,7 @@ from kqat.freezing import FrozenModel, freeze
 from tflite_export import flatbuffer
 from tflite_export.devices import check_file
 from tflite_export.flatbuffer import ModelT, inspect_model
-from tflite_export.runtimes import run
+from tflite_export.runtimes import check_finite, run
 from tflite_export.verification.end_to_end import agreement_with_model, model_outputs
 from tflite_export.verification.exactness import exactness
 from tflite_export.verification.layer_profile import (
@@ -132,7 +132,7 @@ def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:
     names = frozen.input_names
     shapes = [tuple(t.shape[1:]) for t in frozen.model.inputs]
     wanted = f"data of shapes {[('samples', *s) for s in shapes]} for the inputs {list(names)}"
-    data = flat_data(data, len(names))
+    data = flat_data(data, len(names), frozen.graph.input_struct)
     if isinstance(data, Mapping):
         if set(data) != set(names):
             raise ExportError(f"Expected {wanted}. Received: data for {list(data)}.")
@@ -140,6 +140,8 @@ def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:
     arrays = [np.asarray(x) for x in (data if isinstance(data, list | tuple) else [data])]
     if [x.shape[1:] for x in arrays] != shapes or not all(len(x) for x in arrays):
         raise ExportError(f"Expected {wanted}. Received: {[x.shape for x in arrays]}.")
+    for array, name in zip(arrays, names, strict=True):
+        check_finite(array[:samples], name)
     dtypes = [keras.backend.standardize_dtype(t.dtype) for t in frozen.model.inputs]
     kinds = [np.float32 if keras.backend.is_float_dtype(d) else d for d in dtypes]
     return [x[:samples].astype(kind) for x, kind in zip(arrays, kinds, strict=True)]

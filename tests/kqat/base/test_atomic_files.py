@@ -26,6 +26,20 @@ def test_an_old_file_is_replaced_and_a_string_is_a_path(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b""
 
 
+def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    """A link became a file of its own, and a device, as /dev/null, a file in its place."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_bytes(OLD)
+    (tmp_path / "link").symlink_to("real/file")
+    write_file(tmp_path / "link", NEW)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "file").read_bytes() == NEW
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_file(tmp_path / "pipe", NEW)
+    assert os.read(reader, len(NEW)) == NEW and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_a_file_is_as_readable_as_any_other(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)

@@ -22,3 +22,11 @@ def test_lists_become_as_many_arrays_as_the_model_has_inputs() -> None:
 def test_one_level_stays_as_it_is() -> None:
     for data in (A, [A, B], {"a": A}, [[1.0, 2.0], [3.0, 4.0]], [A, [B, C]]):
         assert flat_data(data, 2) is data
+
+
+def test_data_of_the_models_structure_go_by_its_keys() -> None:
+    structure = {"b": [1, 2], "a": {"y": 3, "x": 4}}
+    data = {"b": (A, B), "a": {"x": C, "y": A}}
+    assert [id(x) for x in flat_data(data, 4, structure)] == [id(C), id(A), id(A), id(B)]
+    for other in ({**data, "b": [A]}, {"b": [A, B], "c": data["a"]}, {**data, "b": A}):
+        assert isinstance(flat_data(other, 4, structure), dict)

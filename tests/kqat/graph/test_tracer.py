@@ -154,6 +154,13 @@ def test_outputs_have_distinct_names() -> None:
     assert trace(rebuilt).output_names == graph.output_names
 
 
+def test_keys_that_would_join_to_one_name_are_left_to_the_inputs_names() -> None:
+    """Such a model trained, and conversion ended in an error of Python."""
+    p, q = keras.Input((4,), name="a_b"), keras.Input((4,), name="q")
+    graph = trace(keras.Model({"a_b": p, "a": {"b": q}}, layers.Add()([p, q])))
+    assert sorted(graph.input_keys) == ["a_b", "q"]
+
+
 def test_an_input_is_no_output() -> None:
     x = keras.Input((6,), name="x")
     with pytest.raises(ModelError, match=r"model 'model', which hands an input on.*Identity"):

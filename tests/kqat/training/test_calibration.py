@@ -1,5 +1,6 @@
 """Calibration: what data may be, and the ranges that they give."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import tflite_export
 from kqat import ActivationQuantizer, MinMax, QuantizeConfig
 from kqat.graph.tracer import trace
 from kqat.planning.planner import make_plan
+from kqat.training import calibration
 from kqat.training.build import wrap
 from kqat.training.calibration import calibrate
 
@@ -114,6 +116,26 @@ def test_one_input_may_come_as(data: Callable[[], Any], expected: Any) -> None:
     qat = uncalibrated(one_input())
     calibrate(qat, data())
     assert ranges(qat) == expected["one"]
+
+
+def test_lists_inside_of_dicts_are_taken_as_fit_takes_them() -> None:
+    """Such inputs are called by their own names, which the data do not have."""
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    model = keras.Model({"pair": [b], "a": a}, layers.Dense(2)(layers.Concatenate()([a, b])))
+    found = []
+    for data in (
+        {"pair": [B], "a": A},
+        dataset(({"pair": (B,), "a": A}, LABELS)),
+        {"a": A, "b": B},
+    ):
+        qat = uncalibrated(model)
+        calibrate(qat, data)
+        found.append(ranges(qat))
+    assert found[0] == found[1] == found[2]
+    with pytest.raises(
+        kqat.CalibrationError, match=r"for the inputs \['a', 'b'\]. Received: \['pa"
+    ):
+        calibrate(qat, {"pair": [B], "two": A})
 
 
 @pytest.mark.parametrize("data", TWO_INPUTS.values(), ids=TWO_INPUTS)
@@ -260,6 +282,11 @@ BROKEN: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another shape in the second batch": (
         lambda: iter([9 * A[:32], A[:32, :3]]), kqat.CalibrationError, "of shape .* for input 'a'",
     ),
+    "samples without a batch": (
+        lambda: tf.data.Dataset.from_tensor_slices(A), kqat.CalibrationError, r"data.batch\(32\)",
+    ),
+    "a batch of batches": (lambda: A[None], kqat.CalibrationError, r"data.unbatch\(\)"),
+    "a list of samples": (lambda: [*A], kqat.CalibrationError, r"np.stack\(data\); batches come"),
     "beyond float32": (lambda: A.astype(np.float64) * 1e300, kqat.CalibrationError, "infinity"),
     "values that overflow inside": (
         lambda: A * np.float32(1e36), kqat.CalibrationError, "values where '.*' rounds. Received",
@@ -278,6 +305,16 @@ def test_where_data_fail_no_range_has_changed(
     with pytest.raises(error, match=message):
         calibrate(qat, data())
     assert ranges(qat) == before
+
+
+def test_a_generator_that_may_never_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted by the user, who reads why: ranges stay as they were."""
+    monkeypatch.setattr(calibration, "MANY_SAMPLES", 64)
+    qat = uncalibrated(one_input())
+    with pytest.raises(kqat.CalibrationWarning, match=r"64 samples of a generator .*islice"):
+        calibrate(qat, (A[:32] for _ in itertools.count()))
+    calibrate(qat, tuple(batches(A)))
+    calibrate(qat, dataset(A))
 
 
 def test_values_beyond_float16_are_refused_where_the_input_is_float16() -> None:

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+from kqat.base.errors import ModelError
 from kqat.grids.spec import QuantSpec
 from kqat.grids.weight_steps.learned_step import LearnedStep
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -143,6 +144,15 @@ def test_frozen_weights_are_rounded_for_the_call_only() -> None:
     wrapped.layer.offset.assign(np.zeros(4))
     np.testing.assert_array_equal(wrapped(x), x * on_grid(gain, FOUR_BITS))
     np.testing.assert_array_equal(wrapped.layer.gain, gain)
+
+
+def test_adapters_beside_the_kernel_are_refused_by_name() -> None:
+    """The file has one kernel: training ended in an AttributeError, and inference left them out."""
+    wrapped, x = QuantizeWrapper(layers.Dense(3, name="head"), {"kernel": FOUR_BITS}), normal(5, 4)
+    wrapped(x)
+    wrapped.layer.enable_lora(2)
+    with pytest.raises(ModelError, match=r"kernel in layer 'head' of .* LoRA adapters"):
+        wrapped(x)
 
 
 def test_without_grids_the_layer_is_called_as_it_is() -> None:

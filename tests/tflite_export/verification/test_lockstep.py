@@ -240,6 +240,18 @@ def test_data_that_do_not_fit_are_refused(net: Net, data: Any) -> None:
         tflite_export.verify(net.frozen, net.blob, data)
 
 
+def test_data_that_are_not_finite_are_refused_by_name(net: Net) -> None:
+    """An integer stands for none of them: the report ended in an error of Python."""
+    data = np.zeros((4, 8, 8, 3))
+    data[2, 0, 0, 0] = np.nan
+    for frozen in (net.frozen, None):
+        with pytest.raises(
+            ExportError, match=r"'x'. Received: NaN or infinity in 1 of .* sample 2"
+        ):
+            tflite_export.verify(frozen, net.blob, data, runtimes=[REFERENCE])
+    tflite_export.verify(net.frozen, net.blob, data, runtimes=[REFERENCE], samples=2)
+
+
 def test_lists_and_dicts_serve_models_of_many_inputs() -> None:
     b, a = keras.Input((3,), name="b"), keras.Input((2,), name="a")
     model = keras.Model([b, a], L.Dense(2, name="dense")(L.Concatenate(name="both")([b, a])))
