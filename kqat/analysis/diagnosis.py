@@ -235,7 +235,8 @@ class Diagnosis:
         for remedy in self.remedies:
             yield from _filled(f"- {remedy.name} {remedy.verdict()}", "  ")
             if remedy.helps and files is not None and remedy.command:
-                yield from _command_lines([files.get(word, word) for word in remedy.command])
+                for one in _commands(remedy.command):
+                    yield from _command_lines([files.get(word, word) for word in one])
             elif remedy.helps:
                 if files is not None:
                     yield "in Python, with the loaded files as model, qat and data:"
@@ -482,6 +483,17 @@ def _quoted(names: Sequence[str]) -> str:
 
 def _percent(share: float) -> str:
     return "<0.01 %" if 0.0 < share < 1e-4 else f"{100 * share:.2g} %"
+
+
+def _commands(words: Sequence[str]) -> list[list[str]]:
+    """The commands that `&&` joins."""
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word == "&&":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found
 
 
 def _command_lines(words: Sequence[str]) -> list[str]:
