@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.analysis.causes import Finding, causes_of_values, causes_of_weights, input_scales
+from kqat.analysis.causes import Cause, Finding, causes_of_values, causes_of_weights, input_scales
 from kqat.analysis.grid_use import (
     OUTPUT,
     VALUES,
@@ -19,7 +19,7 @@ from kqat.analysis.grid_use import (
     role_of,
     rounded_tensors,
 )
-from kqat.analysis.remedies import Remedy, advice_against, key_of, tried
+from kqat.analysis.remedies import HELPS_DB, Remedy, advice_against, key_of, tried
 from kqat.analysis.replay import Replay, as_array, as_built, decibels, noise
 from kqat.base import CalibrationError, ModelError, json_text, write_file
 from kqat.graph import Graph, Node, Ref, trace
@@ -46,6 +46,8 @@ WEIGHTS, WHOLE = "weights", "recurrence"
 _WIDTH = 80
 # The worst roundings that the text lists.
 _LISTED = 10
+# Of less noise than this, all of it taken away gains less than what counts as help.
+LEAST_SHARE = 1.0 - 10.0 ** (-HELPS_DB / 10.0)
 # Two numbers that lie closer are alike, in dB.
 _ALIKE_DB = 1.0
 
@@ -219,6 +221,12 @@ class Diagnosis:
         for remedy in self.remedies:
             if finding.advice and remedy.code == finding.advice:
                 return f"Helps: {remedy.name} ({remedy.own_db:+.1f} dB), see below."
+        share = share_of(finding.cause, self.layers, self.findings)
+        if share is not None and share < LEAST_SHARE:
+            return (
+                f"That is {_percent(share)} of the noise, so that no help against it would show "
+                "yet: mend what costs more, then diagnose again."
+            )
         aimed = [r for r in self.remedies if key_of(finding) in r.against]
         if not aimed:
             return "There is nothing to try for it."
@@ -296,10 +304,12 @@ def diagnose(
         found = tried(
             float_model, qat, tuning, replay, findings, total=total, fitted=bool(notes)
         )  # fmt: skip
-        findings = [
-            dataclasses.replace(finding, advice=advice_against(finding, found))
-            for finding in findings
-        ]
+        for index, finding in enumerate(findings):
+            share = share_of(finding.cause, rows, findings)
+            # What helps then, helps against something else.
+            if share is None or share >= LEAST_SHARE:
+                advice = advice_against(finding, found)
+                findings[index] = dataclasses.replace(finding, advice=advice)
     unrounded = [as_array(replay.exact[ref]) for ref in graph.outputs]
     moved = [noise(y, found) for y, found in zip(wanted, unrounded, strict=True)]
     return Diagnosis(
@@ -470,6 +480,20 @@ def _name_of(ref: Ref, names: ValueNames) -> str:
     if isinstance(maker.layer, ActivationQuantizer):
         return names.of(maker.layer, maker.kwargs.get("site", 0))
     return names.output_name(maker)
+
+
+def share_of(
+    cause: Cause, layers: Sequence[LayerLoss], findings: Sequence[Finding]
+) -> float | None:
+    """The share of the noise that all roundings with a cause have, 0..1.
+
+    `None` where it is not known, as of an output behind the place where noises are taken.
+    """
+    named = {(f.layer, f.of_weights) for f in findings if f.cause is cause}
+    rows = [row for row in layers if (row.name, row.what == WEIGHTS) in named]
+    if not rows or any(map(_is_behind, rows)):
+        return None
+    return sum(row.share for row in rows)
 
 
 def _is_behind(row: LayerLoss) -> bool:

@@ -1,5 +1,6 @@
 """Three planted faults, each of which a diagnosis names, with what helps."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -13,7 +14,7 @@ import pytest
 from keras import layers
 
 import kqat
-from kqat.analysis import Cause, Diagnosis
+from kqat.analysis import Cause, Diagnosis, Finding, LayerLoss
 from kqat.analysis.grid_use import rounded_tensors
 from kqat.analysis.remedies import Remedy, _from_model, _on_qat, _Policies, key_of
 from kqat.config import QuantizePolicy
@@ -316,6 +317,24 @@ def test_the_output_has_a_row_and_the_numbers_are_explained() -> None:
     assert found.sum_db == pytest.approx(-10.0 * np.log10(sum(alone)))
     assert f"{found.sum_db:.1f} dB  if the roundings below" in text
     assert found.trained_db > 100.0
+
+
+def test_what_hides_behind_a_larger_fault_is_said_to_hide() -> None:
+    """All that a small noise could gain is less than half a decibel: no gain is for its sake."""
+    finding = Finding(Cause.OUTLIER_CHANNEL, "a", "found", 9.0, of_weights=False)
+    both = Remedy("gptq", "code", (), 40.0, 9.0, None, 9.0, True, "", (key_of(finding),))
+
+    def verdict(share: float, what: str = "values", advice: str = "") -> str:
+        rows = (LayerLoss("a", what, 8, 30.0, 30.0, share, 0.0),)
+        one = dataclasses.replace(finding, advice=advice)
+        found = Diagnosis("n", 4, 9.0, 9.0, 9.0, 90.0, (), None, rows, (one,), (both,), ())
+        return found.verdict_on(one)
+
+    assert "10 % of the noise" in verdict(0.1) and "diagnose again" in verdict(0.1)
+    assert verdict(0.2).startswith("Nothing that was tried")
+    assert verdict(0.2, advice="code").startswith("Helps: gptq (+9.0 dB)")
+    # An output behind the place where noises are taken has no share.
+    assert verdict(0.0, "output").startswith("Nothing that was tried")
 
 
 def test_on_the_command_line_what_helps_is_a_command() -> None:
