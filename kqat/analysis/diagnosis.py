@@ -224,8 +224,8 @@ class Diagnosis:
         share = share_of(finding.cause, self.layers, self.findings)
         if share is not None and share < LEAST_SHARE:
             return (
-                f"That is {_percent(share)} of the noise, so that no help against it would show "
-                "yet: mend what costs more, then diagnose again."
+                f"That is {_percent(share)} of the noise, so that what helps against it hardly "
+                "shows: mend what costs more, then diagnose again."
             )
         aimed = [r for r in self.remedies if key_of(finding) in r.against]
         if not aimed:
@@ -304,12 +304,7 @@ def diagnose(
         found = tried(
             float_model, qat, tuning, replay, findings, total=total, fitted=bool(notes)
         )  # fmt: skip
-        for index, finding in enumerate(findings):
-            share = share_of(finding.cause, rows, findings)
-            # What helps then, helps against something else.
-            if share is None or share >= LEAST_SHARE:
-                advice = advice_against(finding, found)
-                findings[index] = dataclasses.replace(finding, advice=advice)
+        findings = _advised(findings, rows, found)
     unrounded = [as_array(replay.exact[ref]) for ref in graph.outputs]
     moved = [noise(y, found) for y, found in zip(wanted, unrounded, strict=True)]
     return Diagnosis(
@@ -480,6 +475,24 @@ def _name_of(ref: Ref, names: ValueNames) -> str:
     if isinstance(maker.layer, ActivationQuantizer):
         return names.of(maker.layer, maker.kwargs.get("site", 0))
     return names.output_name(maker)
+
+
+def _advised(
+    findings: Sequence[Finding], rows: Sequence[LayerLoss], remedies: Sequence[Remedy]
+) -> list[Finding]:
+    """The findings, each with what helps most against it."""
+    shares = {f.cause: share_of(f.cause, rows, findings) for f in findings}
+    small = {
+        key_of(f)
+        for f in findings
+        if (share := shares[f.cause]) is not None and share < LEAST_SHARE
+    }
+    # What is for larger causes too gains what it gains by these.
+    apart = [remedy for remedy in remedies if small.issuperset(remedy.against)]
+    return [
+        dataclasses.replace(f, advice=advice_against(f, apart if key_of(f) in small else remedies))
+        for f in findings
+    ]
 
 
 def share_of(

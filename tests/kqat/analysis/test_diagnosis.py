@@ -15,6 +15,7 @@ from keras import layers
 
 import kqat
 from kqat.analysis import Cause, Diagnosis, Finding, LayerLoss
+from kqat.analysis.diagnosis import _advised
 from kqat.analysis.grid_use import rounded_tensors
 from kqat.analysis.remedies import Remedy, _from_model, _on_qat, _Policies, key_of
 from kqat.config import QuantizePolicy
@@ -333,6 +334,14 @@ def test_what_hides_behind_a_larger_fault_is_said_to_hide() -> None:
     assert "10 % of the noise" in verdict(0.1) and "diagnose again" in verdict(0.1)
     assert verdict(0.2).startswith("Nothing that was tried")
     assert verdict(0.2, advice="code").startswith("Helps: gptq (+9.0 dB)")
+    # What is for the larger one too gains by that; what is for the small one alone, as where it
+    # calibrates again before, gains for its sake.
+    larger = dataclasses.replace(finding, cause=Cause.SHARED_SCALE, layer="b")
+    rows = [LayerLoss(*row, 0.0) for row in (("a", "values", 8, 30.0, 30.0, 0.1),
+                                             ("b", "values", 8, 3.0, 3.0, 0.9))]  # fmt: skip
+    for_two = dataclasses.replace(both, against=(key_of(finding), key_of(larger)))
+    for remedy, wanted in ((for_two, ["", "code"]), (both, ["code", ""])):
+        assert [f.advice for f in _advised([finding, larger], rows, [remedy])] == wanted
     # An output behind the place where noises are taken has no share.
     assert verdict(0.0, "output").startswith("Nothing that was tried")
 

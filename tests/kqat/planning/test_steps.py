@@ -95,6 +95,8 @@ def test_an_initial_state_is_not_clamped() -> None:
         assert group.clamp is clamp
 
 
+# Measured: 31.0, 19.1 and 30.2 dB; the rest is room for weights that other versions draw, which a
+# recurrence amplifies from step to step. A mask leaves little of a state of four units.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "given", "decibels"),
