@@ -6,7 +6,6 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
-HOME = "https://github.com/kqat/kqat"
 
 EXTRAS = {
     # What reads tfmot's configs and Keras 2's SavedModels, and what benchmarks compare with.
@@ -44,15 +43,14 @@ EXTRAS["zoo"] = [
 
 
 def long_description() -> str:
-    """The README with links that hold on PyPI: of this version's files at the project's home."""
+    """The README for PyPI, which has no files beside it: without pictures, links as plain text.
+
+    The project has no address on the web yet. When it has one, give it to `setup` as `url` and let
+    these links lead there.
+    """
     text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-    raw = "https://raw.githubusercontent.com" + HOME.removeprefix("https://github.com")
-    text = re.sub(r"(!\[[^\]]*\]\()(?!https?:|#)", rf"\g<1>{raw}/v{VERSION}/", text)
-    return re.sub(
-        r"(?<!!)(\[(?:[^\[\]]|!?\[[^\]]*\]\([^)]*\))*\]\()(?!https?:|#)",
-        rf"\g<1>{HOME}/blob/v{VERSION}/",
-        text,
-    )
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
 
 
 setup(
@@ -63,13 +61,6 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    url=HOME,
-    project_urls={
-        "Documentation": f"{HOME}/tree/v{VERSION}/docs",
-        "Changelog": f"{HOME}/blob/v{VERSION}/CHANGELOG.md",
-        "Source": HOME,
-        "Issues": f"{HOME}/issues",
-    },
     keywords=["keras", "quantization", "qat", "tflite", "litert", "tinyml", "microcontroller"],
     python_requires=">=3.10",
     packages=find_packages(include=["kqat*", "tflite_export*"]),

@@ -7,6 +7,7 @@ the marked layers and leaves the others float.
 import glob
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -85,12 +86,16 @@ def _check_scheme(scheme: Any) -> None:
     per_tensor = getattr(scheme, "__dict__", {}).get("_disable_per_axis", False)
     if scheme is None or (kind == "Default8BitQuantizeScheme" and not per_tensor):
         return
-    asked = f"{kind}(disable_per_axis=True)" if per_tensor else repr(scheme)
+    is_scheme = callable(getattr(scheme, "get_quantize_registry", None))
+    asked = f"{kind}()" if is_scheme else repr(scheme)
+    asked = f"{kind}(disable_per_axis=True)" if per_tensor else asked
     raise PolicyError(
         "Expected scheme=None or tfmot's Default8BitQuantizeScheme(), which is what annotated "
-        f"layers get. Received: {asked}. Say in quantize_annotate_layer(layer, config=…) what a "
-        "layer is to have, a preset such as 'w4a8' or a kqat.QuantizeConfig: weights per tensor "
-        "are QuantizeConfig(weights=QuantSpec(symmetric=True, narrow_range=True))."
+        f"layers get. Received: {asked}. For a scheme that keeps zeros or clusters give "
+        "preserve='sparsity' or 'clusters', or both. What a layer is to have says "
+        "quantize_annotate_layer(layer, config=…): a preset such as 'w4a8' or a "
+        "kqat.QuantizeConfig; weights per tensor are QuantizeConfig(weights=QuantSpec("
+        "symmetric=True, narrow_range=True))."
     )
 
 
@@ -138,7 +143,11 @@ def quantize_annotate_layer(
 
 
 def quantize_apply(
-    model: keras.Model, scheme: Any = None, *, calibration_data: Any = None
+    model: keras.Model,
+    scheme: Any = None,
+    *,
+    calibration_data: Any = None,
+    preserve: str | Sequence[str] | None = None,
 ) -> keras.Model:
     """A QAT copy of `model` in which the annotated layers are quantized and the rest is float.
 
@@ -147,6 +156,8 @@ def quantize_apply(
         scheme: `None`, or tfmot's `Default8BitQuantizeScheme`, which asks for what annotated layers
             get by default: 8 bits, weights per channel.
         calibration_data: as for `kqat.quantize_model`.
+        preserve: as for `kqat.quantize_model`, in place of tfmot's schemes that keep zeros or
+            clusters.
 
     Raises:
         PolicyError: if `scheme` is anything else.
@@ -189,7 +200,7 @@ def quantize_apply(
         model, plain, "Use kqat.quantize_model on the model without annotations, with a policy."
     )
     policy = QuantizePolicy(default=None, rules=tuple(rules))
-    qat, plan = quantized_and_plan(plain, policy, calibration_data)
+    qat, plan = quantized_and_plan(plain, policy, calibration_data, preserve=preserve)
     left = plan.float_layers()
     if left:
         more = f" and {len(left) - _NAMES} more" if len(left) > _NAMES else ""

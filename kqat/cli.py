@@ -132,17 +132,12 @@ _BLOB = _Found(TFLITE)
 _NEW = _New()
 
 
-def _target(required: bool = False) -> Any:
-    return click.option(
-        "--target",
-        type=click.Choice(sorted(TARGETS)),
-        required=required,
-        metavar="DEVICE",
-        help=f"The device that will run the file: {', '.join(sorted(TARGETS))}.",
-    )
-
-
-_TARGET = _target()
+_TARGET = click.option(
+    "--target",
+    type=click.Choice(sorted(TARGETS)),
+    metavar="DEVICE",
+    help=f"The device that will run the file: {', '.join(sorted(TARGETS))}.",
+)
 _POLICY = click.option(
     "--policy",
     default="int8",
@@ -313,17 +308,31 @@ def plan(
         sys.exit(1)
 
 
-@main.command(short_help="Replace activations that a device does not run fast.")
+@main.command(short_help="Fit a float model to a device, or part what joins unlike values.")
 @click.argument("model", type=_MODEL)
-@_target(required=True)
+@_TARGET
+@click.option(
+    "--data",
+    type=_Data(),
+    help="Typical inputs, .npy or .npz, by which joins of values of unlike size are found: their "
+    "members become outputs of their own, or are scaled alike.",
+)
 @_output("The adapted .keras file.")
 @_CODE
 @_JSON
-def adapt(model: Path, target: str, output: Path, json_path: Path | None) -> None:
-    """Replace activations of MODEL that a device does not run fast, keeping the weights."""
+def adapt(
+    model: Path, target: str | None, data: Path | None, output: Path, json_path: Path | None
+) -> None:
+    """Fit MODEL to a device, or part what joins values of unlike size, keeping the weights.
+
+    With --target, activations that the device does not run fast are replaced by similar ones: train
+    the model on. With --data it computes the same.
+    """
     _check_keras_name(output)
-    _check_apart(output, model)
-    _save_keras(kqat.adapt(_load(model), target), output, json_path)
+    _check_apart(output, model, *([data] if data else []))
+    loaded = _load(model)
+    given = None if data is None else _data_for(loaded, data)
+    _save_keras(kqat.adapt(loaded, target, calibration_data=given), output, json_path)
 
 
 @main.command(short_help="Make and calibrate a QAT model, to train or convert.")

@@ -62,6 +62,7 @@ _IN_SHELL = (
     (r"kqat\.quantize_model(\([^)]*\))? or kqat\.plan\b", "`kqat plan`"),
     (r"kqat\.quantize_model\(…, preserve='sparsity'\) or 'clusters'", r"\g<0> in Python"),
     (r"kqat\.quantize_model\b(\((?!…)[^)]*\))?", "`kqat quantize`"),
+    (r"kqat\.adapt\(model, calibration_data=…\)", "`kqat adapt --data …`"),
     (r"kqat\.(plan|adapt|calibrate|diagnose|search)\b(\([^)]*\))?", r"`kqat \1`"),
     (r"tflite_export\.(convert|verify|inspect)\b(\([^)]*\))?", r"`kqat \1`"),
     (r"tflite_export\.to_c\b(\([^)]*\))?", "`kqat to-c`"),

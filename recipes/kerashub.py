@@ -1,6 +1,6 @@
 """KerasHub's own BERT and ViT, trained and shipped as they are: int8 and 4-bit weights.
 
-    pip install 'kqat[zoo]'
+    pip install '.[zoo]'
     python -m recipes.kerashub --network bert --out out/kerashub_bert
     python -m recipes.kerashub --network vit --out out/kerashub_vit
 
@@ -103,7 +103,7 @@ def _models() -> Any:
         return importlib.import_module("keras_hub").models
     except ImportError as error:
         raise SystemExit(
-            f"Expected KerasHub. Received: {error}. Use `pip install 'kqat[zoo]'`."
+            f"Expected KerasHub. Received: {error}. Use `pip install '.[zoo]'`."
         ) from error
 
 

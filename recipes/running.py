@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import os
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +87,7 @@ def start(options: argparse.Namespace) -> None:
     if getattr(options, "data", None) is not None:
         os.environ["KQAT_DATA"] = str(options.data)
     options.out.mkdir(parents=True, exist_ok=True)
+    commit_at_start()
 
 
 def predict(
@@ -280,11 +283,30 @@ def save_results(
         "options": settings(options),
         "kqat": kqat.__version__,
         "date": datetime.date.today().isoformat(),
+        "commit": commit_at_start(),
         "machine": machine(),
         **results,
     }
     write_file(options.out / "results.json", json.dumps(whole, indent=1).encode())
     return whole
+
+
+@functools.cache
+def commit_at_start() -> str | None:
+    """The commit of this checkout, with a `+` if files differ from it; `None` outside of git.
+
+    As it is when this is first called: a recipe runs for hours, on what it has imported.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The README's Python runs as it stands, and its words are true."""
 
 import re
+import runpy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import keras
 import pytest
@@ -39,6 +41,18 @@ def test_named_layers_are_supported() -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_no_link_on_pypi_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no files beside the text, and the project has no address that links could have."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    text = given["long_description"]
+    assert "](" not in text and "![" not in text
+    assert "| a trained Keras model | Quick start, Calibration data |" in text
+    assert text.count("```") == README.count("```")
+    assert not {"url", "download_url", "project_urls"} & set(given)
 
 
 def test_the_table_of_results_is_that_of_the_kept_results() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.analysis.causes import Finding, causes_of_values, causes_of_weights, input_scales
+from kqat.analysis.causes import Cause, Finding, causes_of_values, causes_of_weights, input_scales
 from kqat.analysis.grid_use import (
     OUTPUT,
     VALUES,
@@ -19,7 +19,7 @@ from kqat.analysis.grid_use import (
     role_of,
     rounded_tensors,
 )
-from kqat.analysis.remedies import Remedy, advice_against, key_of, tried
+from kqat.analysis.remedies import HELPS_DB, Remedy, advice_against, key_of, tried
 from kqat.analysis.replay import Replay, as_array, as_built, decibels, noise
 from kqat.base import CalibrationError, ModelError, json_text, write_file
 from kqat.graph import Graph, Node, Ref, trace
@@ -47,6 +47,8 @@ WEIGHTS, WHOLE = "weights", "recurrence"
 _WIDTH = 80
 # The worst roundings that the text lists.
 _LISTED = 10
+# Of less noise than this, all of it taken away gains less than what counts as help.
+LEAST_SHARE = 1.0 - 10.0 ** (-HELPS_DB / 10.0)
 # Two numbers that lie closer are alike, in dB.
 _ALIKE_DB = 1.0
 
@@ -220,6 +222,12 @@ class Diagnosis:
         for remedy in self.remedies:
             if finding.advice and remedy.code == finding.advice:
                 return f"Helps: {remedy.name} ({remedy.own_db:+.1f} dB), see below."
+        share = share_of(finding.cause, self.layers, self.findings)
+        if share is not None and share < LEAST_SHARE:
+            return (
+                f"That is {_percent(share)} of the noise, so that what helps against it hardly "
+                "shows: mend what costs more, then diagnose again."
+            )
         aimed = [r for r in self.remedies if key_of(finding) in r.against]
         if not aimed:
             return "There is nothing to try for it."
@@ -236,7 +244,8 @@ class Diagnosis:
         for remedy in self.remedies:
             yield from _filled(f"- {remedy.name} {remedy.verdict()}", "  ")
             if remedy.helps and files is not None and remedy.command:
-                yield from _command_lines([files.get(word, word) for word in remedy.command])
+                for one in _commands(remedy.command):
+                    yield from _command_lines([files.get(word, word) for word in one])
             elif remedy.helps:
                 if files is not None:
                     yield "in Python, with the loaded files as model, qat and data:"
@@ -297,10 +306,7 @@ def diagnose(
         found = tried(
             float_model, qat, tuning, replay, findings, total=total, fitted=bool(notes)
         )  # fmt: skip
-        findings = [
-            dataclasses.replace(finding, advice=advice_against(finding, found))
-            for finding in findings
-        ]
+        findings = _advised(findings, rows, found)
     unrounded = [as_array(replay.exact[ref]) for ref in graph.outputs]
     moved = [noise(y, found) for y, found in zip(wanted, unrounded, strict=True)]
     return Diagnosis(
@@ -473,6 +479,38 @@ def _name_of(ref: Ref, names: ValueNames) -> str:
     return names.output_name(maker)
 
 
+def _advised(
+    findings: Sequence[Finding], rows: Sequence[LayerLoss], remedies: Sequence[Remedy]
+) -> list[Finding]:
+    """The findings, each with what helps most against it."""
+    shares = {f.cause: share_of(f.cause, rows, findings) for f in findings}
+    small = {
+        key_of(f)
+        for f in findings
+        if (share := shares[f.cause]) is not None and share < LEAST_SHARE
+    }
+    # What is for larger causes too gains what it gains by these.
+    apart = [remedy for remedy in remedies if small.issuperset(remedy.against)]
+    return [
+        dataclasses.replace(f, advice=advice_against(f, apart if key_of(f) in small else remedies))
+        for f in findings
+    ]
+
+
+def share_of(
+    cause: Cause, layers: Sequence[LayerLoss], findings: Sequence[Finding]
+) -> float | None:
+    """The share of the noise that all roundings with a cause have, 0..1.
+
+    `None` where it is not known, as of an output behind the place where noises are taken.
+    """
+    named = {(f.layer, f.of_weights) for f in findings if f.cause is cause}
+    rows = [row for row in layers if (row.name, row.what == WEIGHTS) in named]
+    if not rows or any(map(_is_behind, rows)):
+        return None
+    return sum(row.share for row in rows)
+
+
 def _is_behind(row: LayerLoss) -> bool:
     """Whether a row is of the grid of an output behind the place where noises are taken."""
     return row.share == 0.0 and row.what in (OUTPUT, VALUES)
@@ -484,6 +522,17 @@ def _quoted(names: Sequence[str]) -> str:
 
 def _percent(share: float) -> str:
     return "<0.01 %" if 0.0 < share < 1e-4 else f"{100 * share:.2g} %"
+
+
+def _commands(words: Sequence[str]) -> list[list[str]]:
+    """The commands that `&&` joins."""
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word == "&&":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found
 
 
 def _command_lines(words: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import glob
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kqat.analysis.causes import Cause, Finding
+from kqat.analysis.causes import LOST_BITS, Cause, Finding
 from kqat.analysis.policies import (
     Users,
     call_text,
@@ -24,12 +25,13 @@ from kqat.analysis.replay import Replay, decibels, noise
 from kqat.base import KqatError
 from kqat.config import PRESETS, QuantizeConfig, QuantizePolicy
 from kqat.freezing import strip
-from kqat.graph import Graph, Node, Ref, trace
+from kqat.graph import Graph, Node, Ref, check_as_many, trace
 from kqat.grids import INT8_WEIGHTS, INT16_ACTIVATION, MaxAbs, MinMax, MovingAverage, QuantSpec
 from kqat.planning import make_plan
 from kqat.training import (
     DEFAULT_METHOD,
     ActivationQuantizer,
+    OutputPart,
     QuantizedRecurrence,
     QuantizeWrapper,
     ValueNames,
@@ -39,7 +41,9 @@ from kqat.training import (
     blocks_text,
     calibrate,
     calibrate_for,
+    output_parts,
     preserved_kinds,
+    with_unlike_members_apart,
     wrap,
 )
 
@@ -75,8 +79,9 @@ class Remedy:
         code: the same in Python, as it was run: `model`, `qat` and `data` are what `diagnose` was
             given; what comes out is `mended`, or `qat` itself where `kqat.calibrate` changes it.
         command: the same as words of a shell, where a command of kqat does it, with `MODEL`, `QAT`
-            and `DATA` for their files; empty otherwise.
-        sqnr_db: of the outputs with it; `None` where it does not apply.
+            and `DATA` for their files, and `&&` between two commands; empty otherwise.
+        sqnr_db: of the outputs with it; `None` where it does not apply. Of a remedy that makes
+            several outputs of one, the mean over all outputs, and so are the gains.
         gain_db: over the QAT model as it is.
         data_db: what calibrating again on the same data, by the default method, gains alone;
             `None` for what does not calibrate.
@@ -133,7 +138,10 @@ def _keys(findings: Iterable[Finding]) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Trial:
-    """What is to be tried: its code, and what that does to data."""
+    """What is to be tried: its code, and what that does to data.
+
+    `parts` has, where it may make other outputs, what each of them was of those before.
+    """
 
     name: str
     code: str
@@ -142,6 +150,7 @@ class _Trial:
     recalibrates: bool
     against: tuple[str, ...] = ()
     note: str = ""
+    parts: Callable[[Any], tuple[OutputPart, ...]] | None = None
 
 
 def tried(
@@ -165,32 +174,33 @@ def tried(
         total: its noise.
         fitted: whether the QAT model seems to be calibrated on what `replay` measures.
     """
-    before = decibels(total)
-    tensors = [replay.exact[ref] for ref in replay.graph.inputs]
     with _quiet():
-        again = decibels(_noise_against(replay, _calibrated(qat, tuning, DEFAULT_METHOD), tensors))
-    found = [_by_data(again, before, findings)]
+        again = _calibrated(qat, tuning, DEFAULT_METHOD)
+    measure = _Measure(replay, again, decibels(total))
+    found = [_by_data(measure, findings)]
     for trial in _trials(model, qat, replay.graph, findings):
         what, against = (trial.name, trial.code, trial.command), trial.against
         try:
             with _quiet():
                 made = trial.run(tuning)
+                at = measure if trial.parts is None else measure.at(trial.parts(tuning))
         except KqatError as error:
             found.append(Remedy(*what, None, 0.0, None, 0.0, False, str(error), against))
             continue
-        after = decibels(_noise_against(replay, made, tensors))
-        gain = after - before
-        data_db = again - before if trial.recalibrates else None
+        after = at.of(made)
+        gain = after - at.before
+        data_db = at.again - at.before if trial.recalibrates else None
         counts = gain if data_db is None else gain - data_db
         if not fitted:
             counts = min(counts, gain)
         helps = counts >= HELPS_DB
-        found.append(Remedy(*what, after, gain, data_db, counts, helps, trial.note, against))
+        note = "; ".join(filter(None, (trial.note, at.note())))
+        found.append(Remedy(*what, after, gain, data_db, counts, helps, note, against))
     return sorted(found, key=lambda r: (r.sqnr_db is None, not r.helps, -r.gain_db))
 
 
-def _by_data(again: float, before: float, findings: Sequence[Finding]) -> Remedy:
-    gain = again - before
+def _by_data(measure: "_Measure", findings: Sequence[Finding]) -> Remedy:
+    gain = measure.again - measure.before
     helps = gain >= HELPS_DB
     note = ""
     if helps:
@@ -205,7 +215,7 @@ def _by_data(again: float, before: float, findings: Sequence[Finding]) -> Remedy
         )
     keys = _keys(f for f in findings if f.cause in (Cause.CLIPPING, Cause.STARVED_GRID))
     what = ("calibrate again", AGAIN, _on_qat())
-    return Remedy(*what, again, gain, gain, gain, helps, note, keys)
+    return Remedy(*what, measure.again, gain, gain, gain, helps, note, keys)
 
 
 def _on_qat(*options: str) -> tuple[str, ...]:
@@ -284,18 +294,68 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _noise_against(replay: Replay, found: keras.Model, tensors: Sequence[Any]) -> float:
-    """The noise of another QAT model against the exact values of `replay`.
+class _Measure:
+    """How good another QAT model is, in dB, against the exact values of a `Replay`.
 
-    Every remedy leaves the float function as it is, and the ends with it.
+    Every remedy leaves the float function as it is. What is compared are the ends, or, where a
+    remedy parts outputs, these parts: beside the large part of an output nobody would see that a
+    small one is better.
+
+    Attributes:
+        before: of the model as it is.
+        again: of the model calibrated again.
     """
-    other = Replay(trace(found), tensors)
-    values = other.values(other.all_rounded())
-    if [ref.shape for ref in replay.ends] != [ref.shape for ref in other.ends]:
-        return other.noise_of(values)
-    pairs = zip(replay.ends, other.ends, strict=True)
-    noises = [noise(replay.exact[ours], values[theirs]) for ours, theirs in pairs]
-    return sum(noises) / len(noises)
+
+    def __init__(
+        self,
+        replay: Replay,
+        calibrated: keras.Model,
+        before: float | None = None,
+        parts: Sequence[OutputPart] = (),
+    ) -> None:
+        self.replay, self.calibrated = replay, calibrated
+        self.parts = [part for part in parts if not replay.graph.outputs[part.output].holds_indexes]
+        self.exact = replay.outputs(replay.exact) if parts else []
+        if before is None:
+            rounded = replay.outputs(replay.values(replay.all_rounded()))
+            before = self._of_parts([part.of(rounded) for part in self.parts])
+        self.before, self.again = before, self.of(calibrated)
+
+    def at(self, parts: Sequence[OutputPart]) -> "_Measure":
+        """The same, at outputs that are parts of those of the model, if there are such."""
+        if all(part.stop is None for part in parts):
+            return self
+        return _Measure(self.replay, self.calibrated, None, parts)
+
+    def of(self, found: keras.Model) -> float:
+        """That of a model."""
+        other = Replay(trace(found), [self.replay.exact[ref] for ref in self.replay.graph.inputs])
+        values = other.values(other.all_rounded())
+        if self.parts:
+            outputs = other.outputs(values)
+            if len(outputs) == len(self.replay.graph.outputs):
+                return self._of_parts([part.of(outputs) for part in self.parts])
+            floats = zip(other.graph.outputs, outputs, strict=True)
+            return self._of_parts([y for ref, y in floats if not ref.holds_indexes])
+        if [ref.shape for ref in self.replay.ends] != [ref.shape for ref in other.ends]:
+            return decibels(other.noise_of(values))
+        pairs = zip(self.replay.ends, other.ends, strict=True)
+        noises = [noise(self.replay.exact[ours], values[theirs]) for ours, theirs in pairs]
+        return decibels(sum(noises) / len(noises))
+
+    def note(self) -> str:
+        """What is to be known of the numbers."""
+        if not self.parts:
+            return ""
+        return (
+            f"it makes {len(self.parts)} outputs, and its numbers are the mean of these: the model "
+            f"as it is has {self.before:.1f} dB there"
+        )
+
+    def _of_parts(self, found: Sequence[np.ndarray]) -> float:
+        pairs = zip(self.parts, found, strict=True)
+        noises = [noise(part.of(self.exact), y) for part, y in pairs]
+        return decibels(sum(noises) / len(noises))
 
 
 class _Policies:
@@ -344,6 +404,9 @@ class _Policies:
         clipped = [f for f in findings if f.cause is Cause.CLIPPING]
         if clipped:
             yield from self._trial("a range over all values", clipped, self._over_all)
+        joined = [f for f in findings if f.cause is Cause.SHARED_SCALE and self._joins(f)]
+        if joined:
+            yield self._apart(joined, findings)
         coarse = [f for f in findings if f.cause in _OF_VALUES and not f.of_weights]
         seen: list[Mapping[str, QuantizeConfig]] = []
         for some in (coarse, *([one] for one in coarse[:_ALONE])):
@@ -392,9 +455,65 @@ class _Policies:
             _keys(findings),
         )
 
-    def _quantized(self, policy: QuantizePolicy, data: Any) -> keras.Model:
-        """What `kqat.quantize_model` makes."""
-        plan = make_plan(self.float_graph, policy, self.model.name)
+    def _apart(self, joined: Sequence[Finding], findings: Sequence[Finding]) -> _Trial:
+        """What joins values of unlike size, taken apart or scaled alike by `kqat.adapt`."""
+        assert self.policy is not None
+        # Where members are scaled alike, the kernels that read them have no small rows any more.
+        readers = self.graph.consumers()
+        joins = [join for f in joined for join in self._joins(f)]
+        behind = {
+            part for j in joins for node in self._readers_of(j, readers) for part in _parts(node)
+        }
+        rows = [f for f in findings if f.cause is Cause.UNLIKE_ROWS and f.layer in behind]
+        # The joins that become outputs are no layers any more, and rules for them decide nothing.
+        gone = {user for f in joined for user in self._users(self._meetings(f))}
+        escaped = {glob.escape(user) for user in gone}
+        rules = tuple((key, config) for key, config in self.policy.rules if key not in escaped)
+        policy = QuantizePolicy(self.policy.default, rules)
+        arguments = [["adapted"], policy_lines(policy), ["calibration_data=data"]]
+        if self.kept:
+            arguments.append([f"preserve={self.kept}"])
+        command = _from_model(policy) if self.model_is_given and not self.kept else ()
+        if command:
+            adapted = ("kqat", "adapt", "MODEL", "--data", "DATA", "-o", "adapted.keras")
+            words = ("adapted.keras" if word == "MODEL" else word for word in command)
+            command = (*adapted, "&&", *words)
+        return _Trial(
+            "adapt",
+            call_text("adapted", "kqat.adapt", [[self.word], ["calibration_data=data"]])
+            + "\n"
+            + call_text("mended", "kqat.quantize_model", arguments),
+            command,
+            functools.partial(self._adapted, policy),
+            True,
+            _keys([*joined, *rows]),
+            parts=functools.partial(output_parts, self.float_graph),
+        )
+
+    def _adapted(self, policy: QuantizePolicy, data: Any) -> keras.Model:
+        """What `kqat.quantize_model` makes of what `kqat.adapt` makes."""
+        with warnings.catch_warnings(record=True) as met:
+            warnings.simplefilter("always")
+            model = with_unlike_members_apart(self.float_graph, data, self.model.name)
+        check_as_many(self.model, model, "Go on without it.")
+        graph = trace(model)
+        if [len(graph.outputs), len(graph.nodes)] == [
+            len(self.float_graph.outputs),
+            len(self.float_graph.nodes),
+        ]:
+            told = " ".join(str(one.message) for one in met)
+            raise KqatError(
+                told
+                or "Expected a Concatenate of which one member reaches more than "
+                f"{2**LOST_BITS:.0f} times as far as another. Received: none, on these data."
+            )
+        return self._quantized(policy, data, graph)
+
+    def _quantized(
+        self, policy: QuantizePolicy, data: Any, graph: Graph | None = None
+    ) -> keras.Model:
+        """What `kqat.quantize_model` makes, of the float model or of another graph."""
+        plan = make_plan(graph or self.float_graph, policy, self.model.name)
         made = wrap(plan, preserved_kinds(self.kept or None))
         calibrate_for(made, data, DEFAULT_METHOD, stacklevel=2)
         return made
@@ -425,8 +544,7 @@ class _Policies:
         """16 bits for what has one scale for many; the members keep theirs."""
         if finding.cause is not Cause.SHARED_SCALE:
             return {}
-        quantizers = [node.layer for node in self._nodes(finding.layer)]
-        return self._at_16(user for q in quantizers for user in self._users([self._meeting(q)]))
+        return self._at_16(self._users(self._meetings(finding)))
 
     def _around_16(self, finding: Finding) -> dict[str, Any]:
         """16 bits for the layers that make and that read a value: it is one of both."""
@@ -480,6 +598,27 @@ class _Policies:
             if isinstance(node.layer, ActivationQuantizer)
             and self.names.of(node.layer, node.kwargs.get("site", 0)) == label
         ]
+
+    def _meetings(self, finding: Finding) -> list[str]:
+        """The values in which what shares a scale with a value first meets."""
+        return [self._meeting(node.layer) for node in self._nodes(finding.layer)]
+
+    def _joins(self, finding: Finding) -> list[Node]:
+        """What joins a value with others of its scale; none where one is chosen of them."""
+        return [
+            meeting
+            for node in self._nodes(finding.layer)
+            for meeting in self.names.meetings_of(node.layer)
+            if isinstance(meeting.layer, keras.layers.Concatenate)
+        ]
+
+    def _readers_of(self, node: Node, readers: Mapping[Ref, Sequence[Node]]) -> Iterator[Node]:
+        """The nodes that read what a node makes, rounded or not."""
+        for reader in (reader for ref in node.outputs for reader in readers[ref]):
+            if isinstance(reader.layer, ActivationQuantizer):
+                yield from self._readers_of(reader, readers)
+            else:
+                yield reader
 
     def _meeting(self, quantizer: ActivationQuantizer) -> str:
         if quantizer.sites == 1:

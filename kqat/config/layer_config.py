@@ -378,16 +378,17 @@ def resolve_config(value: ConfigLike) -> Any:
         return PRESETS[value]
     if value is None or isinstance(value, QuantizeConfig) or is_foreign_config(value):
         return value
-    advice = ""
+    advice, received = "", repr(value)
     if callable(getattr(value, "get_quantize_registry", None)):
         # A scheme of tfmot, as its quantize_apply takes.
+        received = f"{type(value).__name__}()"
         advice = (
             " Say 'int8' or 'w4a8' in place of a scheme of tfmot, and preserve='sparsity' or "
             "'clusters' for one that keeps zeros or clusters."
         )
     raise PolicyError(
         f"Expected None, a preset's name, a QuantizeConfig or a tfmot QuantizeConfig. "
-        f"Received: {value!r}.{advice}"
+        f"Received: {received}.{advice}"
     )
 
 

@@ -52,7 +52,7 @@ from kqat.training.schedules.oscillations import (
     integers_of,
 )
 from kqat.training.schedules.stochastic_rounding import StochasticRounding
-from kqat.training.unlike_joins import with_unlike_members_apart
+from kqat.training.unlike_joins import OutputPart, output_parts, with_unlike_members_apart
 from kqat.training.unrounded import call_unrounded, call_with, rounded_as
 from kqat.training.weight_wrapper import QuantizeWrapper, rounded_once, uncorrected
 
@@ -68,6 +68,7 @@ __all__ = [
     "FreezeObservers",
     "FreezeOscillations",
     "Oscillations",
+    "OutputPart",
     "Preserve",
     "Pruning",
     "QatCallback",
@@ -102,6 +103,7 @@ __all__ = [
     "judged_values",
     "may_add_losses",
     "of_fixed_shape",
+    "output_parts",
     "preserved_kinds",
     "prune",
     "reestimate_batchnorm",

@@ -236,7 +236,7 @@ def unlike_channels(
         lost = math.log2(widest / widths[worst])
         text = (
             f"'{name}' has one scale for channels of unlike size: channel {worst} spans "
-            f"{widths[worst]:.4g} of {widest:.4g} and loses {lost:.1f} of its {bits} bits"
+            f"{widths[worst]:.4g} of {widest:.4g} and loses {_lost_of(lost, bits)}"
         )
         yield Concern("channels", name, lost, text, bits == 16)
 
@@ -385,10 +385,14 @@ def _unlike_members(
     kind = "unlike" if is_parted or not meetings else "chosen"
     text = (
         f"'{meeting}' has one scale for values of unlike size: '{names.of(quantizer, site)}' spans "
-        f"{ranges[site].high - ranges[site].low:.4g} of {whole:.4g} and loses {lost:.1f} of its "
-        f"{quantizer.spec.bits} bits"
+        f"{ranges[site].high - ranges[site].low:.4g} of {whole:.4g} and loses "
+        f"{_lost_of(lost, quantizer.spec.bits)}"
     )
     yield Concern(kind, meeting, lost, text, quantizer.spec.bits == 16)
+
+
+def _lost_of(lost: float, bits: int) -> str:
+    return f"{lost:.1f} of its {bits} bits" if lost < bits else f"all of its {bits} bits"
 
 
 def _drowned(graph: Graph, found: Found, names: "ValueNames") -> Iterator[Concern]:
@@ -414,7 +418,7 @@ def _drowned(graph: Graph, found: Found, names: "ValueNames") -> Iterator[Concer
                 lost = math.log2(whole / width)
                 text = (
                     f"'{name}' adds values of unlike size: '{addend}' spans {width:.4g} of "
-                    f"{whole:.4g} and loses {lost:.1f} of its {bits} bits"
+                    f"{whole:.4g} and loses {_lost_of(lost, bits)}"
                 )
                 yield Concern("drowned", name, lost, text, bits == 16)
 

@@ -96,6 +96,51 @@ def with_unlike_members_apart(
 
 
 @dataclasses.dataclass(frozen=True)
+class OutputPart:
+    """What an output of a model without unlike joins was of an output of the model before.
+
+    Attributes:
+        output: which output, counted from 0.
+        axis: along which it was joined.
+        start, stop: where, along that axis; all of it by default.
+    """
+
+    output: int
+    axis: int = -1
+    start: int = 0
+    stop: int | None = None
+
+    def of(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """This part of the outputs of the model before."""
+        whole = outputs[self.output]
+        place = [slice(None)] * whole.ndim
+        place[self.axis] = slice(self.start, self.stop)
+        return whole[tuple(place)]
+
+
+def output_parts(graph: Graph, data: Any) -> tuple[OutputPart, ...]:
+    """For each output that `with_unlike_members_apart` makes, what it was before.
+
+    Args:
+        graph: of the float model.
+        data: as for `with_unlike_members_apart`.
+    """
+    split: dict[Ref, list[OutputPart]] = {}
+    for join, found in _parts_of_joins(graph, _widths(graph, data)).items():
+        if not _is_parted(graph, join, found):
+            continue
+        ref, axis = join.outputs[0], join.layer.axis
+        ends = np.cumsum([_joined(run, axis)[axis] or 0 for run in found.runs]).tolist()
+        places = zip([0, *ends[:-1]], ends, strict=True)
+        split[ref] = [OutputPart(graph.outputs.index(ref), axis, *place) for place in places]
+    leaves = keras.tree.flatten(_spliced(graph.output_struct, split))
+    return tuple(
+        leaf if isinstance(leaf, OutputPart) else OutputPart(graph.outputs.index(leaf))
+        for leaf in leaves
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class _Join:
     """The members of a join, in runs of alike ones, and the factor for each member."""
 
@@ -149,16 +194,23 @@ def _parts_of_joins(graph: Graph, widths: Mapping[Ref, float]) -> dict[Node, _Jo
     return found
 
 
+def _is_parted(graph: Graph, join: Node, found: _Join) -> bool:
+    """Whether a join is an output and nothing else, so that outputs can stand in its place."""
+    ref, makers = join.outputs[0], {*graph.producers()}
+    ends = not graph.consumers()[ref] and graph.outputs.count(ref) == 1
+    return ends and set(found.runs[0]) <= makers
+
+
 def _outputs_apart(graph: Graph, parts: Mapping[Node, _Join]) -> tuple[Graph, dict[Node, _Join]]:
     """`graph` with outputs in place of the joins that end it, and the other joins."""
-    readers, producers = graph.consumers(), graph.producers()
+    producers = graph.producers()
     taken = {*graph.input_names, *graph.output_names, *(node.name for node in graph.nodes)}
     nodes, split = list(graph.nodes), dict[Ref, list[Ref]]()
     names: dict[Ref, list[str]] = {}
     axes = {join.outputs[0]: join.layer.axis for join in parts}
     for join, found in parts.items():
         ref = join.outputs[0]
-        if readers[ref] or graph.outputs.count(ref) != 1 or not set(found.runs[0]) <= {*producers}:
+        if not _is_parted(graph, join, found):
             continue
         split[ref], names[ref] = [], []
         at = nodes.index(join)
@@ -186,7 +238,7 @@ def _outputs_apart(graph: Graph, parts: Mapping[Node, _Join]) -> tuple[Graph, di
     return Graph(
         nodes=tuple(nodes),
         input_struct=graph.input_struct,
-        output_struct=_spliced(graph.output_struct, split, names),
+        output_struct=_spliced(graph.output_struct, split),
         input_names=graph.input_names,
         output_names=tuple(output_names),
         output_masks=tuple(output_masks),
@@ -231,7 +283,7 @@ def _joined(run: Sequence[Ref], axis: int) -> tuple[int | None, ...]:
     return tuple(shape)
 
 
-def _spliced(structure: Any, split: Mapping[Ref, list[Ref]], names: Mapping[Ref, list[str]]) -> Any:
+def _spliced(structure: Any, split: Mapping[Ref, Sequence[Any]]) -> Any:
     """An output structure in which several stand where one stood."""
     if isinstance(structure, Ref):
         return list(split[structure]) if structure in split else structure
@@ -240,14 +292,13 @@ def _spliced(structure: Any, split: Mapping[Ref, list[Ref]], names: Mapping[Ref,
         found: dict[str, Any] = {}
         for key, value in structure.items():
             if isinstance(value, Ref) and value in split:
-                parts = zip(split[value], range(len(split[value])), strict=True)
-                found |= {f"{key}_{index}": part for part, index in parts}
+                found |= {f"{key}_{index}": part for index, part in enumerate(split[value])}
             else:
-                found[key] = _spliced(value, split, names)
+                found[key] = _spliced(value, split)
         return found
     flat: list[Any] = []
     for value in structure:
-        new = _spliced(value, split, names)
+        new = _spliced(value, split)
         flat += new if isinstance(value, Ref) and value in split else [new]
     return flat
 

@@ -213,6 +213,26 @@ class Default8BitQuantizeScheme:
         vars(self)["_disable_per_axis"] = disable_per_axis
 
 
+class Default8BitPrunePreserveQuantizeScheme:
+    """Stands for tfmot's class of that name."""
+
+    def get_quantize_registry(self) -> None:
+        """By this a scheme is known."""
+
+
+def test_zeros_of_annotated_layers_are_kept() -> None:
+    marked = annotated()
+    dense = next(x.layer for x in marked.layers if isinstance(x, QuantizeAnnotate))
+    dense.kernel.assign(
+        np.where(np.arange(np.size(dense.kernel)) % 2, dense.kernel.numpy().ravel(), 0.0).reshape(
+            dense.kernel.shape
+        )
+    )
+    qat = quantize_apply(marked, preserve="sparsity", calibration_data=IMAGES)
+    kept = [one for one in qat.layers if isinstance(one, QuantizeWrapper) and one.preserve]
+    assert any(preserve.sparsity for one in kept for preserve in one.preserve.values())
+
+
 def test_the_default_scheme_of_tfmot_is_taken() -> None:
     qat = quantize_apply(annotated(), Default8BitQuantizeScheme(), calibration_data=IMAGES)
     assert any(isinstance(layer, QuantizeWrapper) for layer in qat.layers)
@@ -224,6 +244,10 @@ def test_the_default_scheme_of_tfmot_is_taken() -> None:
         (Default8BitQuantizeScheme(True), r"Received: .*\(disable_per_axis=True\)"),
         ("int8", "Received: 'int8'"),
         ({"bits": 4}, "Received: {'bits': 4}"),
+        (
+            Default8BitPrunePreserveQuantizeScheme(),
+            r"Received: Default8BitPrunePreserveQuantizeScheme\(\)\. .* preserve='sparsity'",
+        ),
     ],
 )
 def test_other_schemes_are_refused(scheme: Any, message: str) -> None:

@@ -94,6 +94,11 @@ def test_a_model_is_adapted(folder: Path) -> None:
     run("adapt", folder / "float.keras", "--target", "edge_tpu", "-o", folder / "adapted.keras")
     said = run("plan", folder / "adapted.keras", "--target", "edge_tpu")
     assert "target edge_tpu: every layer fits" in said.stdout
+    run("adapt", folder / "float.keras", "--data", folder / "x.npy", "-o", folder / "parted.keras")
+    loaded = [keras.models.load_model(folder / f"{name}.keras") for name in ("float", "parted")]
+    assert len(loaded[1].layers) == len(loaded[0].layers)  # it joins nothing
+    neither = run("adapt", folder / "float.keras", "-o", folder / "no.keras", code=2)
+    assert "a target, --data, or both" in " ".join(neither.stderr.split())
     assert not list(folder.glob(".*"))
 
 

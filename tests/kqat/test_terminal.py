@@ -52,6 +52,7 @@ def test_libraries_are_quiet_and_messages_are_not() -> None:
             "the argument weights= of tflite_export.convert decides",
             "the option --weights of `kqat convert` decides",
         ),
+        ("kqat.adapt(model, calibration_data=…) makes", "`kqat adapt --data …` makes"),
         ("unless kqat.calibrate(qat, data) helps", "unless `kqat calibrate` helps"),
         (
             "Give classes and functions of its own as custom_objects, or load it",

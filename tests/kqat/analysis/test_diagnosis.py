@@ -1,5 +1,6 @@
 """Three planted faults, each of which a diagnosis names, with what helps."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -13,9 +14,10 @@ import pytest
 from keras import layers
 
 import kqat
-from kqat.analysis import Cause, Diagnosis
+from kqat.analysis import Cause, Diagnosis, Finding, LayerLoss
+from kqat.analysis.diagnosis import _advised
 from kqat.analysis.grid_use import rounded_tensors
-from kqat.analysis.remedies import Remedy, _from_model, _on_qat
+from kqat.analysis.remedies import Remedy, _from_model, _on_qat, _Policies, key_of
 from kqat.config import QuantizePolicy
 from kqat.graph import trace
 from tests.kqat.planning.test_tied_weights import KINDS, data_of
@@ -119,6 +121,27 @@ def sqnr(want: np.ndarray, got: Any) -> float:
     return float(10 * np.log10(np.mean(np.float64(want) ** 2) / np.mean(difference**2)))
 
 
+def of_outputs(want: Any, got: Any) -> float:
+    """That of several outputs: of the mean of their noises."""
+    noises = [10 ** (-sqnr(a, b) / 10) for a, b in zip(want, got, strict=True)]
+    return float(-10 * np.log10(np.mean(noises)))
+
+
+def scaled() -> tuple[keras.Model, keras.Model, np.ndarray]:
+    """Large and small values that a Dense reads of one join."""
+    x = keras.Input((16,), name="x")
+    large = layers.Rescaling(300.0, name="large")(layers.Dense(8, name="before")(x))
+    small = layers.Dense(8, activation="tanh", name="small")(x)
+    both = layers.Concatenate(name="both")([large, small])
+    model = keras.Model(x, layers.Dense(4, name="head")(both), name="scaled")
+    head = model.get_layer("head")
+    head.kernel.assign(head.kernel.numpy() / np.r_[np.full(8, 300.0), np.ones(8)][:, None])
+    x = data(16)
+    with pytest.warns(kqat.CalibrationWarning, match="unlike"):
+        qat = kqat.quantize_model(model, {"both": "int8"}, calibration_data=x)
+    return model, qat, x
+
+
 def mixed() -> tuple[keras.Model, keras.Model, np.ndarray]:
     """A residual block with an outlier channel, of more than one preset, trained on."""
     x = keras.Input((8, 8, 3), name="image")
@@ -164,6 +187,18 @@ def test_every_advice_is_what_was_measured(make: Any) -> None:
     for remedy in ran:
         code = remedy["code"]
         mended = applied(code, model, qat, x[1::2])
+        if remedy["name"] == "adapt":
+            # Its outputs, each by itself, and those of the model as it is at the same places.
+            parts = [(unrounded, qat.predict(x[::2], verbose=0)), (unrounded,)]
+            both = [[np.split(y, [4], axis=-1) for y in some] for some in parts]
+            boxes_and_scores = [np.asarray(y) for y in mended(x[::2], training=False)]
+            before_there = of_outputs(*both[0])
+            after = of_outputs(both[1][0], boxes_and_scores)
+            assert after - before_there == pytest.approx(remedy["gain_db"], abs=0.1)
+            assert f"has {before_there:.1f} dB there" in remedy["note"] and remedy["own_db"] > 20.0
+            assert after == pytest.approx(remedy["sqnr_db"], abs=0.1)
+            assert f"\n{code}\n" in f"{printed}\n"
+            continue
         if not found.measured_at:
             # Called: `predict` would trace each of these models, which takes longer than all else.
             after = sqnr(unrounded, mended(x[::2], training=False))
@@ -183,6 +218,28 @@ def test_every_advice_is_what_was_measured(make: Any) -> None:
     for finding in found.findings:
         helping = [remedy["code"] for remedy in ran if remedy["helps"]]
         assert not finding.advice or finding.advice in helping
+
+
+@pytest.mark.slow
+def test_members_that_share_a_scale_inside_are_scaled_alike() -> None:
+    keras.utils.set_random_seed(0)
+    model, qat, x = scaled()
+    found = kqat.diagnose(model, qat, x, remedies=False)
+    causes = {key_of(f): f for f in found.findings}
+    shared = "shared scale: small_tanh"
+    trials = _Policies(model, qat, trace(qat)).trials([causes[shared], *found.findings])
+    trial = next(t for t in trials if t.name == "adapt")
+    # The small rows of the kernel that reads them have the same cause.
+    assert set(trial.against) == {shared, "unlike rows: head"}
+    mended = applied(trial.code, model, qat, x)
+    want, one = kqat.strip(qat)(x).numpy(), trial.run(x)(x)
+    np.testing.assert_array_equal(mended(x), one)
+    # 29 dB instead of 2: the kernel's rows and the small values have their bits again.
+    assert sqnr(want, one) > sqnr(want, qat(x)) + 20.0
+    assert "&&" in trial.command and trial.command.count("--data") == 2
+    # What is alike already stays as it is, and the text says so.
+    with pytest.raises(kqat.KqatError, match=r"times as far as another\. Received: none"):
+        trial.run(np.zeros_like(x))
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +320,32 @@ def test_the_output_has_a_row_and_the_numbers_are_explained() -> None:
     assert found.trained_db > 100.0
 
 
+def test_what_hides_behind_a_larger_fault_is_said_to_hide() -> None:
+    """All that a small noise could gain is less than half a decibel: no gain is for its sake."""
+    finding = Finding(Cause.OUTLIER_CHANNEL, "a", "found", 9.0, of_weights=False)
+    both = Remedy("gptq", "code", (), 40.0, 9.0, None, 9.0, True, "", (key_of(finding),))
+
+    def verdict(share: float, what: str = "values", advice: str = "") -> str:
+        rows = (LayerLoss("a", what, 8, 30.0, 30.0, share, 0.0),)
+        one = dataclasses.replace(finding, advice=advice)
+        found = Diagnosis("n", 4, 9.0, 9.0, 9.0, 90.0, (), None, rows, (one,), (both,), ())
+        return found.verdict_on(one)
+
+    assert "10 % of the noise" in verdict(0.1) and "diagnose again" in verdict(0.1)
+    assert verdict(0.2).startswith("Nothing that was tried")
+    assert verdict(0.2, advice="code").startswith("Helps: gptq (+9.0 dB)")
+    # What is for the larger one too gains by that; what is for the small one alone, as where it
+    # calibrates again before, gains for its sake.
+    larger = dataclasses.replace(finding, cause=Cause.SHARED_SCALE, layer="b")
+    rows = [LayerLoss(*row, 0.0) for row in (("a", "values", 8, 30.0, 30.0, 0.1),
+                                             ("b", "values", 8, 3.0, 3.0, 0.9))]  # fmt: skip
+    for_two = dataclasses.replace(both, against=(key_of(finding), key_of(larger)))
+    for remedy, wanted in ((for_two, ["", "code"]), (both, ["code", ""])):
+        assert [f.advice for f in _advised([finding, larger], rows, [remedy])] == wanted
+    # An output behind the place where noises are taken has no share.
+    assert verdict(0.0, "output").startswith("Nothing that was tried")
+
+
 def test_on_the_command_line_what_helps_is_a_command() -> None:
     def remedy(name: str, code: str, command: tuple[str, ...]) -> Remedy:
         return Remedy(name, code, command, 40.0, 9.0, None, 9.0, True, "", ())
@@ -274,6 +357,7 @@ def test_on_the_command_line_what_helps_is_a_command() -> None:
     tried = (
         remedy("gptq", "mended = kqat.algorithms.gptq(qat, data)", _on_qat("--algorithm", "gptq")),
         remedy("16 bits", "mended = kqat.quantize_model(…)", _from_model(policy)),
+        remedy("adapt", "adapted = …", ("kqat", "adapt", "MODEL", "&&", *_from_model(policy)[:3])),
         remedy("a range over all values", "mended = kqat.quantize_model(own)", _from_model(own)),
     )
     found = Diagnosis("net", 4, 30.0, 30.0, 30.0, 90.0, (), None, (), (), tried, ())
@@ -285,6 +369,7 @@ def test_on_the_command_line_what_helps_is_a_command() -> None:
         "kqat quantize 'my net.keras' --data x.npy --layer 'a [[]x]=int16x8' --layer b=float "
         f"--layer {'c' * 50}=w4a8 -o mended.keras\n"
     ) in joined
+    assert "kqat adapt 'my net.keras'\nkqat quantize 'my net.keras'\n" in text
     assert max(map(len, text.splitlines())) <= 80
     assert not re.search(r"(-o|--\w+) \\$", text, re.MULTILINE)
     assert text.count("kqat.") == 1 and "in Python, with the loaded files as model" in text

@@ -57,6 +57,7 @@ def test_a_chain_is_one_table(name: str) -> None:
     report = tflite_export.verify(qat, blob, X, samples=8)
     assert all(part.problem is None and part.max_steps <= 1 for part in report.runtimes)
     want, got = (np.asarray(m(X, training=False), np.float64) for m in (model, qat))
+    # Measured: 34.7 to 46.5 dB; the rest is room for weights that other versions draw.
     assert 10 * np.log10(np.mean(want**2) / np.mean((got - want) ** 2)) > 27.0
 
 

@@ -81,6 +81,7 @@ def test_a_grid_ends_where_the_clip_does(kind: str) -> None:
         assert part.problem is None and part.is_right, part
         assert part.exact is None or part.exact.is_exact, part
     want, got = (np.asarray(m(X, training=False), np.float64) for m in (model, qat))
+    # Measured: 35.9 to 40.2 dB; the rest is room for weights that other versions draw.
     assert 10 * np.log10(np.mean(want**2) / np.mean((got - want) ** 2)) > 33.0
     device = kqat.integer_model(qat, runtime="litert")
     np.testing.assert_array_equal(device(X[:4]).shape, got[:4].shape)
@@ -107,6 +108,7 @@ def test_a_grid_of_sixteen_bits_ends_there_at_both_ends_or_above_zero(
         assert part.problem is None and part.is_right, part
         assert part.exact is None or part.exact.is_exact, part
     want, got = (np.asarray(m(X, training=False), np.float64) for m in (model, qat))
+    # Measured: 45.4 dB; the rest is room for weights that other versions draw.
     assert 10 * np.log10(np.mean(want**2) / np.mean((got - want) ** 2)) > 40.0
     shipped = np.asarray(kqat.integer_model(qat, runtime="litert")(X[:8], training=False))
     step = tflite_export.inspect(blob).outputs[0].scale

@@ -132,6 +132,8 @@ def test_every_runtime_computes_what_was_trained(kind: str, policy: str) -> None
     qat = kqat.quantize_model(model, policy, calibration_data=X)
     want, got = (np.asarray(m(X, training=False), np.float64) for m in (model, qat))
     noise = np.mean((got - want) ** 2) / np.mean(want**2)
+    # Measured: 23.3 dB and more of 4 bits, 34.0 of 8, 48.6 of 16; the rest is room for weights that
+    # other versions draw.
     assert -10 * np.log10(noise) > (15.0 if policy == "w4a8" else 33.0)
     # Two steps: a trace costs more. One kind is trained as users do it.
     qat.compile(keras.optimizers.SGD(0.01), "mse", run_eagerly=kind != "chained")

@@ -112,6 +112,7 @@ def test_shared_networks_fold_at_each_call(build: Any, counts: dict[str, int]) -
     assert part.is_right and not part.unmatched
     expected, found = (keras.tree.flatten(m.predict(data, verbose=0)) for m in (model, qat))
     for a, b in zip(expected, found, strict=True):
+        # Measured: 34.6 to 44.6 dB; the rest is room for weights that other versions draw.
         assert 10 * np.log10(np.mean(a**2) / np.mean((a - b) ** 2)) > 25
 
 

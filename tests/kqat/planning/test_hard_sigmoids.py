@@ -43,4 +43,5 @@ def test_a_kernel_carries_it_out(kind: str) -> None:
     report = tflite_export.verify(qat, blob, X, samples=4)
     assert all(part.problem is None and part.max_steps <= 1 for part in report.runtimes)
     want, got = (np.asarray(m(X, training=False), np.float64) for m in (model, qat))
+    # Measured: 38.7 to 49.5 dB; the rest is room for weights that other versions draw.
     assert 10 * np.log10(np.mean(want**2) / np.mean((got - want) ** 2)) > 30.0

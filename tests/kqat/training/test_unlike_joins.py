@@ -11,6 +11,8 @@ from keras import layers as L
 from keras import ops
 
 import kqat
+from kqat.graph import trace
+from kqat.training import output_parts
 
 X = np.random.default_rng(0).uniform(-1, 1, (64, 6, 6, 3)).astype(np.float32)
 
@@ -54,6 +56,10 @@ def test_a_join_that_ends_the_model_becomes_outputs(head: Any, names: list[str])
     model = model_of(head)
     apart = kqat.adapt(model, calibration_data=X)
     found = apart(X)
+    wholes = list(map(np.asarray, keras.tree.flatten(model(X))))
+    parts = output_parts(trace(model), X)
+    for part, value in zip(parts, keras.tree.flatten(found), strict=True):
+        np.testing.assert_allclose(part.of(wholes), value, rtol=1e-6)
     if isinstance(found, dict):
         assert list(found) == names
         found = list(found.values())
@@ -63,6 +69,18 @@ def test_a_join_that_ends_the_model_becomes_outputs(head: Any, names: list[str])
     values = np.concatenate(found[1:] if names[0] == "more" else found, axis=-1)
     np.testing.assert_allclose(values, joined[-1], rtol=1e-6)
     assert "unlike size" not in calibration_says(apart)
+
+
+def test_parts_of_outputs_keep_their_place_where_keys_are_sorted_otherwise() -> None:
+    model = model_of(
+        lambda m: {"y": L.Concatenate(name="both")(m[:2]), "y1": L.ReLU(name="y1")(m[1])}
+    )
+    apart = kqat.adapt(model, calibration_data=X)(X)
+    assert sorted(apart) == ["y1", "y_0", "y_1"]
+    wholes = list(map(np.asarray, keras.tree.flatten(model(X))))
+    parts = output_parts(trace(model), X)
+    for part, value in zip(parts, keras.tree.flatten(apart), strict=True):
+        np.testing.assert_allclose(part.of(wholes), value, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def test_every_runtime_computes_what_was_trained(kind: str, policy: str) -> None
     # What is rounded is what is added: the sum is off by half a step of its own, and of its input.
     model = kqat.strip(qat)
     want, got = (np.asarray(m(x, training=False), np.float64) for m in (model, qat))
+    # Measured: 40 dB and more; the rest is room for weights that other versions draw.
     assert 10 * np.log10(np.mean(want**2) / np.mean((got - want) ** 2)) > 30.0
 
 
