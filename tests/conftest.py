@@ -1,6 +1,7 @@
 """What every test starts from: a quiet TensorFlow, the same seed, float32, and the shared data."""
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ def _same_start() -> Iterator[None]:
     # Behind the test: the fixtures of the next module are made before its first test starts.
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
+
+
+def pytest_collection_finish() -> None:
+    """What stays until the end is not looked through each time that Python collects garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @functools.cache

@@ -44,6 +44,7 @@ from kqat.grids.ranges.mse import MSE
 from kqat.grids.ranges.percentile import Percentile
 from kqat.grids.site import Site
 from kqat.grids.spec import INT8_ACTIVATION, INT8_WEIGHTS, INT16_ACTIVATION, QuantSpec
+from kqat.grids.traced_once import traced_once
 from kqat.grids.trained_threshold import TrainedThreshold
 from kqat.grids.weight_steps.binary import Binary
 from kqat.grids.weight_steps.learned_method import LearnedMethod
@@ -115,4 +116,5 @@ __all__ = [
     "range_method_to_dict",
     "step_method_from_dict",
     "step_method_to_dict",
+    "traced_once",
 ]

@@ -35,6 +35,7 @@ from kqat.grids import (
     gradient_to_dict,
     range_method_from_dict,
     range_method_to_dict,
+    traced_once,
 )
 from kqat.registry import Resolution
 from kqat.training.controls import Controls
@@ -111,6 +112,80 @@ class _LastRange:
 def _largest(sites: Any) -> Any:
     """The largest of one number per call site; of one site without a reduction."""
     return ops.reshape(sites, ()) if sites.shape[0] == 1 else ops.max(sites)
+
+
+@functools.cache
+def _union(spec: QuantSpec, clamp: Clamp | Bounds | None) -> Callable[[Any, Any], Any]:
+    """What finds the range that holds those of all sites, as the grid allows it."""
+
+    def union(site_low: Any, site_high: Any) -> tuple[Any, Any]:
+        low = ops.reshape(site_low, ()) if site_low.shape[0] == 1 else ops.min(site_low)
+        if isinstance(clamp, Clamp):
+            # From zero on, or the rounding does not carry out a ReLU: see `_round`.
+            low = ops.maximum(low, clamp.low)
+        usable = arithmetic.widen(low, _largest(site_high))
+        return _symmetric(*_inside(*usable, clamp), spec)
+
+    return traced_once(union)
+
+
+def _inside(low: Any, high: Any, clamp: Clamp | Bounds | None) -> tuple[Any, Any]:
+    """The range where it lies inside the bounds, whatever made it wider than the values."""
+    if not isinstance(clamp, Bounds):
+        return low, high
+    return ops.maximum(low, clamp.low), ops.minimum(high, clamp.high)
+
+
+def _symmetric(low: Any, high: Any, spec: QuantSpec) -> tuple[Any, Any]:
+    return arithmetic.symmetrize(low, high, spec) if spec.symmetric else (low, high)
+
+
+@functools.cache
+def _moved_range(
+    method: MinMax | LastValue | MovingAverage, sites: int, site: int, given: tuple[str, ...]
+) -> Callable[..., tuple[Any, Any, Any, Any]]:
+    """What moves the range of a call site by a batch.
+
+    Args:
+        method: how.
+        sites: number of call sites.
+        site: the one that shows the batch.
+        given: what the result takes, in that order: `least` and `most` of the batch; `anchor`,
+            `low`, `high`, `count` and `extremes` of the layer; `thaws`, a truth value, where a
+            callback may freeze the range; `width`, where it has a least one.
+
+    Returns:
+        A function of these tensors that gives low, high, count and extremes of all sites; `None`
+        for extremes that a method leaves alone.
+    """
+
+    def moved(*tensors: Any) -> tuple[Any, Any, Any, Any]:
+        by_name = dict(zip(given, tensors, strict=True))
+        low, high, count, old = (by_name[name] for name in ("low", "high", "count", "extremes"))
+        batch = ops.stack([-by_name["least"], by_name["most"]])
+        # One exploding batch must not poison the range for good.
+        here = ops.all(ops.isfinite(batch))
+        if "thaws" in by_name:
+            here = ops.logical_and(by_name["thaws"], here)
+        # Of all sites, then only this one is kept: a slice would be an operation of its own.
+        if sites > 1:
+            here = ops.logical_and(ops.arange(sites) == site, here)
+        extremes = None
+        batch = ops.expand_dims(batch, -1)
+        if isinstance(method, MinMax | LastValue):
+            shown = Anchor.without_noise(by_name["anchor"], batch)
+            new_low, new_high = method.update(low, high, count, 0.0 - shown[0], shown[1])
+        else:
+            extremes, bounds = Anchor.moved(method, by_name["anchor"], old, count, batch)
+            extremes = ops.where(here, extremes, old)
+            new_low, new_high = ops.unstack(bounds, axis=0)
+            new_low = 0.0 - new_low
+        if "width" in by_name:
+            new_low, new_high = arithmetic.no_narrower(new_low, new_high, by_name["width"])
+        low, high = ops.where(here, new_low, low), ops.where(here, new_high, high)
+        return low, high, ops.where(here, count + 1.0, count), extremes
+
+    return traced_once(moved)
 
 
 @keras.saving.register_keras_serializable("kqat")
@@ -312,7 +387,7 @@ class ActivationQuantizer(keras.layers.Layer):
     def fixed_range(self) -> tuple[Any, Any]:
         """The range that a `Fixed` method gives, or the least symmetric one around it."""
         assert isinstance(self.range_method, Fixed)
-        return self._symmetric(self.range_method.low, self.range_method.high)
+        return _symmetric(self.range_method.low, self.range_method.high, self.spec)
 
     def range(self) -> tuple[float, float]:
         """The group's range `(low, high)` as the file will carry it.
@@ -449,7 +524,7 @@ class ActivationQuantizer(keras.layers.Layer):
             low = max(low, np.float32(self.clamp.low))
         if self.spec.symmetric or not (math.isfinite(low) and math.isfinite(high)):
             usable = arithmetic.widen(*map(ops.convert_to_tensor, (low, high)))
-            return self._symmetric(*self._inside(*usable))
+            return _symmetric(*_inside(*usable, self.clamp), self.spec)
         low = max(min(low, np.float32(0.0)), np.float32(-arithmetic.LARGEST_BOUND))
         high = min(max(high, np.float32(0.0)), np.float32(arithmetic.LARGEST_BOUND))
         if high - low < arithmetic.SMALLEST_RANGE:
@@ -461,17 +536,8 @@ class ActivationQuantizer(keras.layers.Layer):
 
     def union(self, site_low: Any, site_high: Any) -> tuple[Any, Any]:
         """The range that holds those of all sites, as the grid allows it."""
-        low = ops.reshape(site_low, ()) if site_low.shape[0] == 1 else ops.min(site_low)
-        if isinstance(self.clamp, Clamp):
-            # From zero on, or the rounding does not carry out a ReLU: see `_round`.
-            low = ops.maximum(low, self.clamp.low)
-        return self._symmetric(*self._inside(*arithmetic.widen(low, _largest(site_high))))
-
-    def _inside(self, low: Any, high: Any) -> tuple[Any, Any]:
-        """The range where it lies inside the bounds, whatever made it wider than the values."""
-        if not isinstance(self.clamp, Bounds):
-            return low, high
-        return ops.maximum(low, self.clamp.low), ops.minimum(high, self.clamp.high)
+        low, high = _union(self.spec, self.clamp)(site_low, site_high)
+        return low, high
 
     def _grid(self, site_low: Any, site_high: Any) -> tuple[Any, Any, Any]:
         """Low and high of the group's range, and the step where the loss moves it."""
@@ -501,9 +567,6 @@ class ActivationQuantizer(keras.layers.Layer):
         """What was moved when the range was frozen."""
         kept, moved = self.kept.value, ops.stop_gradient(self.moved.value)
         return ops.where(kept < _KEPT_BELOW, kept, moved)
-
-    def _symmetric(self, low: Any, high: Any) -> tuple[Any, Any]:
-        return arithmetic.symmetrize(low, high, self.spec) if self.spec.symmetric else (low, high)
 
     def rounded(
         self, x: Any, lows: Sequence[float], highs: Sequence[float], *, halves_away: bool = False
@@ -586,34 +649,20 @@ class ActivationQuantizer(keras.layers.Layer):
             arithmetic.shown_bounds(x, spec) if hides else arithmetic.bounds(x, self.clamp)
         )
         assert not isinstance(method, Fixed), "a fixed range is never observed"
-        batch = ops.stack([-least, most])
-        # One exploding batch must not poison the range for good.
-        here = ops.all(ops.isfinite(batch))
-        thaws = self.controls.thaws()
-        if thaws is not None:
-            here = ops.logical_and(thaws, here)
-        # Of all sites, then only this one is kept: a slice would be an operation of its own.
-        if self.sites > 1:
-            here = ops.logical_and(ops.arange(self.sites) == site, here)
-        if isinstance(method, MinMax | LastValue):
-            shown = Anchor.without_noise(self.anchor.value, ops.expand_dims(batch, -1))
-            new_low, new_high = method.update(low, high, count, 0.0 - shown[0], shown[1])
-        else:
-            follows = method if isinstance(method, MovingAverage) else FOLLOWING
-            old = self.extremes.value
-            extremes, bounds = Anchor.moved(
-                follows, self.anchor.value, old, count, ops.expand_dims(batch, -1)
-            )
-            self.extremes.assign(ops.where(here, extremes, old))
-            new_low, new_high = ops.unstack(bounds, axis=0)
-            new_low = 0.0 - new_low
-        least_width = self.least_width(site)
-        if least_width is not None:
-            new_low, new_high = arithmetic.no_narrower(new_low, new_high, least_width)
-        low, high = ops.where(here, new_low, low), ops.where(here, new_high, high)
+        given = {"least": least, "most": most, "anchor": self.anchor.value}
+        given |= {"low": low, "high": high, "count": count, "extremes": self.extremes.value}
+        if (thaws := self.controls.thaws()) is not None:
+            given["thaws"] = thaws
+        if (width := self.least_width(site)) is not None:
+            given["width"] = width
+        follows = method if isinstance(method, MinMax | LastValue | MovingAverage) else FOLLOWING
+        moved = _moved_range(follows, self.sites, site, tuple(given))
+        low, high, count, extremes = moved(*given.values())
+        if extremes is not None:
+            self.extremes.assign(extremes)
         self.site_low.assign(low)
         self.site_high.assign(high)
-        self.count.assign(ops.where(here, count + 1.0, count))
+        self.count.assign(count)
         return low, high
 
     def _first(self, x: Any, site: int) -> tuple[Any, Any]:

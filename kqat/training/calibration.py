@@ -593,7 +593,10 @@ def _check_computed(graph: Graph, tensors: list[Any], before: int) -> None:
     if not tables:
         return
     known = dict(zip(graph.inputs, tensors, strict=True))
+    needed = set(graph.computing([node.inputs[0] for node in tables]))
     for node in steps:
+        if node not in needed:  # Masks, which may be most of what is computed of whole numbers.
+            continue
         args, kwargs = fill((node.args, node.kwargs), known.__getitem__)
         known.update(
             zip(node.outputs, keras.tree.flatten(node.layer(*args, **kwargs)), strict=True)

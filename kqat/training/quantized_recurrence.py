@@ -390,7 +390,7 @@ def _bounds(quantizer: ActivationQuantizer, seen: Sequence[Extremes] = ()) -> Ex
     if not seen:
         return quantizer.union(quantizer.site_low.value, quantizer.site_high.value)
     lows, highs = (ops.stack([quantizer.clamped(x) for x in xs]) for xs in zip(*seen, strict=True))
-    return quantizer.union(lows, highs)
+    return quantizer.union(*map(ops.stop_gradient, (lows, highs)))
 
 
 def _extremes(values: Sequence[Any]) -> Extremes:

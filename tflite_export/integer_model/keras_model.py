@@ -1,5 +1,6 @@
 """A file as a Keras model of integer arithmetic: one layer per operator."""
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -70,40 +71,26 @@ def integer_model(
             )
             for tensor, kind in zip(program.inputs, kinds, strict=True)
         ]
-        values: dict[int, Any] = {
-            tensor.index: Entry(
-                tensor, rounds=kind == "float", name=_free_name(f"entry_{i}", taken)
-            )(entry)
-            for i, (tensor, kind, entry) in enumerate(
-                zip(program.inputs, kinds, entries, strict=True)
-            )
-        }
+        values: dict[int, Value] = {}
+        for i, (tensor, kind, entry) in enumerate(zip(program.inputs, kinds, entries, strict=True)):
+            layer = Entry(tensor, rounds=kind == "float", name=_free_name(f"entry_{i}", taken))
+            given = Value(entry, np.zeros((1, *entry.shape[1:]), entry.dtype))
+            (values[tensor.index],) = layer.of(given)
     for number, step in enumerate(program.steps):
         with fitting(step.name):
             name = _free_name(f"{step.name.lower()}_{number}", taken)
             found = _called(step, name, values, runtime)
             values |= {t.index: y for t, y in zip(step.outputs, found, strict=True)}
     with fitting("the file's outputs"):
-        exits = [
-            Exit(tensor, real=outputs == "float", name=name)(values[tensor.index])
-            for tensor, name in zip(program.outputs, names, strict=True)
-        ]
-    model = keras.Model(
+        exits = []
+        for tensor, name in zip(program.outputs, names, strict=True):
+            (one,) = Exit(tensor, real=outputs == "float", name=name).of(values[tensor.index])
+            exits.append(one.symbol)
+    return keras.Model(
         entries[0] if len(entries) == 1 else entries,
         exits[0] if len(exits) == 1 else exits,
         name="integer_model",
     )
-    _check_runs(model)
-    return model
-
-
-def _check_runs(model: keras.Model) -> None:
-    """Raises where one sample does not come out as one: symbolic tensors may have any number."""
-    sample = [np.zeros((1, *entry.shape[1:]), entry.dtype) for entry in model.inputs]
-    with fitting("the file's operators"):
-        for y in keras.tree.flatten(model(sample if len(sample) > 1 else sample[0])):
-            if y.shape[0] != 1:
-                raise ValueError(f"{y.shape[0]} samples where the file has one")
 
 
 def _check_arguments(runtime: str, inputs: Sequence[str], outputs: str) -> None:
@@ -147,7 +134,9 @@ def _free_name(name: str, taken: Collection[str | None]) -> str:
     return name
 
 
-def _called(step: Step, name: str, values: Mapping[int, Any], runtime: str) -> Sequence[Any]:
+def _called(
+    step: Step, name: str, values: Mapping[int, "Value"], runtime: str
+) -> tuple["Value", ...]:
     layer = IntegerOperator(step, kernel_of(step, runtime), name=name)
     given = [
         values[tensor.index]
@@ -164,11 +153,52 @@ def _called(step: Step, name: str, values: Mapping[int, Any], runtime: str) -> S
         for position, tensor in enumerate(step.inputs)
         if tensor is not None and tensor.index in values
     )
-    found = layer(given)
-    return found if isinstance(found, list | tuple) else [found]
+    return layer.of(given)
 
 
-class IntegerOperator(keras.layers.Layer):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """A value of the model while it is made: a symbolic tensor, and what it is for one sample."""
+
+    symbol: Any
+    sample: Any
+
+
+class FileLayer(keras.layers.Layer):
+    """A layer that is tried with one sample before its call is part of a model.
+
+    The sample says what a symbolic run would, which has TensorFlow trace every operator: that takes
+    many times as long as one sample. And a damaged file shows what symbolic tensors hide, as they
+    may have any number of samples.
+    """
+
+    def of(self, given: Value | Sequence[Value]) -> tuple[Value, ...]:
+        """Its outputs.
+
+        Raises:
+            ValueError: where one sample does not come out as one.
+        """
+        if isinstance(given, Value):
+            sample, symbol = given.sample, given.symbol
+        else:
+            sample, symbol = [one.sample for one in given], [one.symbol for one in given]
+        samples = keras.tree.flatten(self.call(sample))
+        for y in samples:
+            if y.shape[0] != 1:
+                raise ValueError(f"{y.shape[0]} samples where the file has one")
+        self.specs = [
+            keras.KerasTensor((None, *y.shape[1:]), keras.backend.standardize_dtype(y.dtype))
+            for y in samples
+        ]
+        return tuple(map(Value, keras.tree.flatten(self(symbol)), samples))
+
+    def compute_output_spec(self, values: Any) -> Any:
+        """The sample's shapes and dtypes, for any number of samples."""
+        specs = [keras.KerasTensor(spec.shape, spec.dtype) for spec in self.specs]
+        return specs if len(specs) > 1 else specs[0]
+
+
+class IntegerOperator(FileLayer):
     """One operator: integers in, integers out, all with the file's own shape behind the samples.
 
     Args:
@@ -214,7 +244,7 @@ def _shaped(y: Any, tensor: Tensor) -> Any:
     return ops.reshape(y, (-1, *tensor.shape))
 
 
-class Entry(keras.layers.Layer):
+class Entry(FileLayer):
     """From a model's input to the file's: floats rounded onto its grid, an axis for its batch."""
 
     def __init__(self, tensor: Tensor, rounds: bool, name: str) -> None:
@@ -240,7 +270,7 @@ class Entry(keras.layers.Layer):
         return ops.reshape(x, (-1, *self.tensor.shape))
 
 
-class Exit(keras.layers.Layer):
+class Exit(FileLayer):
     """From the file's output to a model's: real values, or integers; without the file's batch."""
 
     def __init__(self, tensor: Tensor, real: bool, name: str) -> None:

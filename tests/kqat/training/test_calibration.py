@@ -1,5 +1,6 @@
 """Calibration: what data may be, and the ranges that they give."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -553,3 +554,24 @@ def test_columns_are_looked_up_in_tables_of_their_own() -> None:
     kqat.quantize_model(model, calibration_data=data)
     with pytest.raises(kqat.CalibrationError, match=r"from 0 to 3 for 'users', .* Received: 4"):
         kqat.quantize_model(model, calibration_data=data[:, ::-1])
+
+
+def test_only_what_leads_to_a_table_is_computed_to_check_its_rows() -> None:
+    """A mask of whole numbers does not: for 200 steps it was a tenth of calibration."""
+    ids = keras.Input((4,), dtype="int32")
+    rows = layers.Embedding(8, 3)(ops.add(ids, 1))
+    shown = ops.cast(ops.not_equal(ids, 0), "float32")
+    graph = trace(keras.Model(ids, rows * ops.expand_dims(shown, -1)))
+
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("it was computed")
+
+    nodes = [
+        dataclasses.replace(n, layer=computed) if n.outputs[0].dtype == "bool" else n
+        for n in graph.nodes
+    ]
+    assert [n.layer for n in nodes].count(computed) == 1
+    graph = dataclasses.replace(graph, nodes=tuple(nodes))
+    calibration.as_tensors([np.full((2, 4), 6, np.int32)], graph)
+    with pytest.raises(kqat.CalibrationError, match=r"8 rows\. Received: 8, computed"):
+        calibration.as_tensors([np.full((2, 4), 7, np.int32)], graph)
