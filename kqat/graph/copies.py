@@ -168,7 +168,8 @@ def _made_anew(layer: Any, changes: dict[str, Any]) -> keras.layers.Layer:
         # It computes nothing, and takes whatever arguments it is given.
         own = {"name": layer.name, "dtype": layer.dtype_policy.name, **changes}
         return layers.Identity(**own)
-    config = {**config_of(layer), **changes}
+    own_objects = _own_objects_of_parts(layer)
+    config = {**_config_without(layer, own_objects), **changes}
     if type(layer) is layers.Lambda:
         own = {
             "arguments": layer.arguments,
@@ -184,7 +185,7 @@ def _made_anew(layer: Any, changes: dict[str, Any]) -> keras.layers.Layer:
     # A layer that makes its parts when it is built hands its own objects on to them.
     alike = [type(part) for part in parts] == [type(part) for part in copies]
     for part, its_copy in zip(parts, copies, strict=True) if alike else [(layer, copy)]:
-        for key, value in _own_objects(part).items():
+        for key, value in own_objects[id(part)].items():
             given = part is layer and key.lstrip("_") in changes
             if not given and hasattr(its_copy, key):
                 setattr(its_copy, key, value)
@@ -197,8 +198,18 @@ def config_of(layer: Any) -> dict[str, Any]:
     Regularizers, constraints and activations of the user's own stand in it themselves. His
     initializers are replaced by zeros, as weights are copied anyway.
     """
-    own = _own_objects(layer)
-    kept = [(part, key, vars(part)[key]) for part in parts_of(layer) for key in _own_objects(part)]
+    return _config_without(layer, _own_objects_of_parts(layer))
+
+
+def _own_objects_of_parts(layer: Any) -> dict[int, dict[str, Any]]:
+    """`_own_objects` of a layer and of all layers inside it, by their identity."""
+    return {id(part): _own_objects(part) for part in parts_of(layer)}
+
+
+def _config_without(layer: Any, own_objects: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """As `config_of`, for a caller who found the objects of the user's own already."""
+    own = own_objects[id(layer)]
+    kept = [(p, key, vars(p)[key]) for p in parts_of(layer) for key in own_objects[id(p)]]
     try:
         for part, key, _ in kept:
             stand_in = keras.activations.linear if key.endswith("activation") else None

@@ -122,7 +122,7 @@ def expand(
                 "and tell us, for kqat should have known."
             )
         still = {n.name for n in expanded.nodes if origins[n.layer.name] in kept}
-        further, parts = _expand_once(expanded, still, name, origins, fused, reads)
+        further, parts = _expand_once(expanded, still, name, origins, fused, reads, again=True)
         layer_names = {node.name: node.layer.name for node in expanded.nodes}
         origins = {part: origins[layer_names[node]] for part, node in parts.items()}
         expanded = further
@@ -735,8 +735,13 @@ def _expand_once(
     users: dict[str, str],
     fused: Collection[str],
     reads: WeightReads | None,
+    again: bool = False,
 ) -> tuple[Graph, dict[str, str]]:
-    """One round; `users` maps names of layers to those of the user's layers that they are of."""
+    """One round; `users` maps names of layers to those of the user's layers that they are of.
+
+    With `again` the layers of `graph` are copies that a round before made: what is simple among
+    them stays, as another copy of it would cost as much as the first.
+    """
     copies: Copies = {}
     origins: dict[str, str] = {}
     taken = {*graph.input_names, *(node.name for node in graph.nodes)}
@@ -769,7 +774,7 @@ def _expand_once(
             origins.setdefault(operation.name, node.name)
         if isinstance(node.layer, Learned) and id(node.layer) in copies:
             part: Any = copies[id(node.layer)]
-            learned[id(outputs)] = part.layer, args[0]
+            learned[id(outputs)] = part.layer if isinstance(part, Part) else part, args[0]
         return outputs
 
     def made(node: Node, user: str, args: Any, kwargs: Any) -> Any:
@@ -788,7 +793,7 @@ def _expand_once(
         # Calls of one layer share its weights; a layer without any is made anew for each call.
         key = id(node.layer) if getattr(node.layer, "weights", ()) else id(node)
         if key not in copies:
-            copies[key] = _simplify(node, user, node.name in kept, fused, copies, reads)
+            copies[key] = _simplify(node, user, node.name in kept, fused, copies, reads, again)
         return copies[key](*args, **kwargs)
 
     return trace(rebuild(graph, call, name, given=seen.append)), origins
@@ -910,11 +915,14 @@ def _simplify(
     fused: Collection[str],
     copies: Copies,
     reads: WeightReads | None,
+    again: bool,
 ) -> Callable[..., Any]:
     simpler = None if keep else _simpler(node, origin, fused, copies, reads)
+    masked = refs_in(node.kwargs.get("mask"))
+    if simpler is None and again and not masked and _stands_as_copied(node):
+        return node.layer
     if simpler is None and type(node.layer) is keras.layers.BatchNormalization:
         return _of_all_steps(node, origin)
-    masked = refs_in(node.kwargs.get("mask"))
     if (keep and node.masks) or (masked and (keep or not _reads_masks(node.layer, origin))):
         kind, stays = type(node.layer).__name__, ", which stays as it is" if keep else ""
         raise ModelError(
@@ -929,3 +937,9 @@ def _simplify(
     # Who reads its mask reads it as a tensor of the graph.
     options = {"mask_zero": False} if getattr(node.layer, "mask_zero", False) else {}
     return duplicate(node.layer, node.name, **options)
+
+
+def _stands_as_copied(node: Node) -> bool:
+    """Whether a copy of a copied layer would be the same: by name, and making no mask."""
+    is_named = getattr(node.layer, "name", None) == node.name
+    return is_named and not node.masks and not getattr(node.layer, "mask_zero", False)

@@ -5,11 +5,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import layers, ops
 
 from kqat.base import CalibrationError
-from kqat.graph import Graph, Node
+from kqat.graph import Graph, Node, Ref
 from kqat.grids import (
     LOWEST,
     CalibrationMethod,
@@ -203,7 +204,8 @@ class Observer:
         self.cut: dict[tuple[ActivationQuantizer, int], Cut] = {}
         self.noise = [node.layer for node in graph.nodes if isinstance(node.layer, NOISE)]
         recurrences = [n.layer for n in graph.nodes if isinstance(n.layer, QuantizedRecurrence)]
-        self.is_noisy = bool(self.noise) or any(r.parts.dropouts for r in recurrences)
+        self._behind_noise = _behind_noise(graph)
+        self.is_noisy = bool(self._behind_noise.nodes)
         self._covered = set(_ends(graph))
         for recurrence in recurrences:
             self._covered |= {id(quantizer) for quantizer in recurrence.state_quantizers()}
@@ -218,18 +220,33 @@ class Observer:
             CalibrationError: if a value is not finite.
         """
         self._real, self._size = real, int(tensors[0].shape[0])
-        self.graph.run(tensors, self._call)
-        if self.is_noisy and self.batches < NOISY_BATCHES:
+        again = self.is_noisy and self.batches < NOISY_BATCHES
+        read = self._run_keeping(tensors, self._behind_noise.inputs if again else ())
+        if again:
             kept = [(v, ops.copy(v.value)) for layer in self.noise for v in layer.variables]
             self._noisy = True
             try:
-                self.graph.run(tensors, self._call)
+                self._behind_noise.run(read, self._call)
             finally:
                 self._noisy = False
                 for variable, value in kept:
                     variable.assign(value)
         self.batches += 1
         self.samples += real
+
+    def _run_keeping(self, tensors: Sequence[Any], refs: Sequence[Ref]) -> list[Any]:
+        """Observes one batch without noise; returns these values of it."""
+        wanted = set(refs)
+        found = dict(zip(self.graph.inputs, tensors, strict=True))
+
+        def call(node: Node, *args: Any, **kwargs: Any) -> Any:
+            value = self._call(node, *args, **kwargs)
+            if not wanted.isdisjoint(node.outputs):
+                found.update(zip(node.outputs, keras.tree.flatten(value), strict=True))
+            return value
+
+        self.graph.run(tensors, call)
+        return [found[ref] for ref in refs]
 
     def ranges(self, default: CalibrationMethod) -> dict[ActivationQuantizer, dict[int, SiteRange]]:
         """The range of each call site, by quantizer; `default` as for `method_of`."""
@@ -292,21 +309,51 @@ class Observer:
 
     def _note_given(self, quantizer: ActivationQuantizer, site: int, x: Any) -> None:
         """Keeps what a given range cuts by more than a step, and what rounding costs."""
+        if self._noisy:
+            return
         values = np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))
         low, high = (float(bound) for bound in quantizer.fixed_range())
         step = (high - low) / (quantizer.spec.qmax - quantizer.spec.qmin)
         beyond = (values < low - CUT_STEPS * step) | (values > high + CUT_STEPS * step)
         count, cut = int(np.count_nonzero(beyond)), self.cut.setdefault((quantizer, site), Cut())
         cut.total += values.size
-        if not self._noisy:
-            exact = np.float64(values)
-            nearest = np.rint(np.clip(exact, low, high) / step) * step
-            cut.power += float(np.sum(exact**2))
-            cut.lost += float(np.sum((nearest - exact) ** 2))
-        if count and not self._noisy:
+        exact = np.float64(values)
+        nearest = np.rint(np.clip(exact, low, high) / step) * step
+        cut.power += float(np.sum(exact**2))
+        cut.lost += float(np.sum((nearest - exact) ** 2))
+        if count:
             cut.beyond += count
             cut.low = min(cut.low, float(values.min()))
             cut.high = max(cut.high, float(values.max()))
+
+
+def _behind_noise(graph: Graph) -> Graph:
+    """What computes the values that noise changes, of those that it does not.
+
+    A record compares all calls at its call site with and without noise, so they are in it together.
+    """
+    changed: set[Ref] = set()
+    sites: set[tuple[int, int]] = set()
+    for node in graph.nodes:
+        layer = node.layer
+        makes = isinstance(layer, NOISE)
+        makes |= isinstance(layer, QuantizedRecurrence) and bool(layer.parts.dropouts)
+        if makes or not changed.isdisjoint(_read_by(node)):
+            changed.update(node.outputs)
+            sites.add(_site_of(node))
+    nodes = [node for node in graph.nodes if _site_of(node) in sites]
+    made = {ref for node in nodes for ref in node.outputs}
+    given = dict.fromkeys(ref for node in nodes for ref in _read_by(node) if ref not in made)
+    return Graph(tuple(nodes), list(given), [], (), ())
+
+
+def _site_of(node: Node) -> tuple[int, int]:
+    return id(node.layer), node.kwargs.get("site", 0)
+
+
+def _read_by(node: Node) -> tuple[Ref, ...]:
+    """The values that a node reads, and the masks that they bear."""
+    return (*node.inputs, *(ref for pair in node.masks for ref in pair))
 
 
 def _scale(quantizer: ActivationQuantizer, found: Mapping[int, SiteRange] | None) -> float:

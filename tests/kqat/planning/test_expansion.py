@@ -1,5 +1,6 @@
 """What layers hand on besides values: constants without a batch, and models built in training."""
 
+from collections import Counter
 from typing import Any
 
 import keras
@@ -8,6 +9,9 @@ import pytest
 from keras import layers, ops
 
 import kqat
+from kqat.graph import copies
+from kqat.graph.tracer import trace
+from kqat.planning.expansion import expand
 from tests.kqat.graph.test_tracing_of_calls import ROWS, _parts
 
 
@@ -195,3 +199,29 @@ class Logarithm(layers.Layer):
 def test_what_is_infinite_may_be_far_below() -> None:
     x = keras.Input((4,), name="x")
     kqat.plan(keras.Model(x, layers.Dense(2)(Logarithm(name="logarithm")(x))))
+
+
+def test_a_layer_is_copied_once_however_many_rounds_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Copying is most of what a plan costs, and a part that is composite takes a further round."""
+    copied: Counter[str] = Counter()
+    whole = copies.clone
+
+    def counted(layer: Any, *args: Any, **changes: Any) -> Any:
+        copied[layer.name] += 1
+        return whole(layer, *args, **changes)
+
+    monkeypatch.setattr(copies, "clone", counted)
+    x = keras.Input((6, 8), name="x")
+    shared = layers.Dense(8, name="shared")
+    y = layers.BatchNormalization(name="norm")(shared(shared(x)))
+    y = layers.Add(name="sum")([x, layers.Dense(8, activation="silu", name="composite")(y)])
+    model = keras.Model(x, y)
+    simple, origins = expand(trace(model), lambda node: False, "model")
+    assert set(origins.values()) >= {"shared", "norm", "sum", "composite"}
+    assert [copied[name] for name in ("shared", "norm", "sum")] == [1, 1, 1]
+    own = {id(v) for v in model.variables}
+    assert not any(
+        id(v) in own for node in simple.nodes for v in getattr(node.layer, "variables", ())
+    )

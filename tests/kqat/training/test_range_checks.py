@@ -122,9 +122,12 @@ def test_clipping_tells_share_and_how_far() -> None:
 
 
 def test_a_given_range_that_cuts_is_told() -> None:
-    model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(4, 3, name="conv")])
-    text = said(model, X, {"conv": QuantizeConfig(activation_range=Fixed(-0.1, 0.1))})
+    config = {"conv": QuantizeConfig(activation_range=Fixed(-0.1, 0.1))}
+    conv, image = layers.Conv2D(4, 3, name="conv"), keras.Input((8, 8, 3))
+    text = said(keras.Sequential([image, conv], name="cut"), X, config)
     assert "'conv' is clipped to [-0.1, 0.1], which is given" in text
+    # The share is that of inference.
+    assert said(keras.Sequential([image, layers.Dropout(0.5), conv], name="cut"), X, config) == text
 
 
 @pytest.mark.parametrize("nested", [False, True])
