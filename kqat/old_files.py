@@ -76,6 +76,11 @@ def load_model(
     with keras.saving.custom_object_scope({**(custom_objects or {})}):
         if is_keras_2(source):
             return _from_tf_keras(source)
+        if not isinstance(source, str | os.PathLike):
+            raise ModelError(
+                f"Expected the path of a .keras or .h5 file, or a tf_keras model. Received: "
+                f"{type(source).__name__}."
+            )
         path = Path(source)
         if path.is_dir():
             return _load_folder(path)

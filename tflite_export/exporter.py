@@ -53,11 +53,11 @@ def convert(
     Args:
         qat: a model from `kqat.quantize_model`, calibrated or trained; it is left alone.
         inference_input_type: `"int8"`, `"uint8"`, `"int16"` or `"float32"`, for all inputs, or a
-            mapping from input names. `None` is what the plan makes of the input: int8, int16 where
-            its width is 16 bits, float32 where the layers that read it stay float. Inputs that hold
-            indexes, such as token ids, are `"int32"` in any case. A `keras.Input` of dtype uint8
-            takes its bytes, `"uint8"` by default; as `"int8"` they are 128 less, which saves an
-            operator.
+            mapping from input names; `tf.int8` and `numpy.int8` serve as well. `None` is what the
+            plan makes of the input: int8, int16 where its width is 16 bits, float32 where the
+            layers that read it stay float. Inputs that hold indexes, such as token ids, are
+            `"int32"` in any case. A `keras.Input` of dtype uint8 takes its bytes, `"uint8"` by
+            default; as `"int8"` they are 128 less, which saves an operator.
         inference_output_type: the same for outputs.
         target: a name from `tflite_export.TARGETS`; something on the device must run the int8
             operators (those that the plan leaves float are not checked). A `kqat.TargetWarning`
@@ -304,9 +304,12 @@ def _types(
     names = list(tensors)
     indexes = {name for name in names if not keras.backend.is_float_dtype(tensors[name].dtype)}
     indexes -= takes_bytes
-    if asked is None or isinstance(asked, str):
+    if isinstance(asked, Mapping):
+        asked = {name: _type_name(one) for name, one in asked.items()}
+    else:
         # Indexes stay as they are: they have no scale.
-        asked = {name: "int32" if name in indexes else asked for name in names}
+        one = _type_name(asked)
+        asked = {name: "int32" if name in indexes else one for name in names}
     if set(asked) != set(names):
         raise ExportError(
             f"Expected {argument} for {list(names)}. Received: {sorted(asked)}. Name each of them."
@@ -318,7 +321,7 @@ def _types(
                 f"Received: {argument}={asked[name]!r} for '{name}'. Give one type for all others, "
                 "or a mapping from names to types."
             )
-        if asked[name] not in (*IO_TYPES, "int32", None):
+        if asked[name] is not None and asked[name] not in [*IO_TYPES, "int32"]:
             raise ExportError(
                 f"Expected {argument} to be one of {sorted(IO_TYPES)} or None. "
                 f"Received: {asked[name]!r} for '{name}'."
@@ -330,6 +333,13 @@ def _types(
                 "types, or make it a float input."
             )
     return [asked[name] or ("uint8" if name in takes_bytes else None) for name in names]
+
+
+def _type_name(asked: Any) -> Any:
+    """A type's name; scripts for TensorFlow's converter give `tf.int8`, or NumPy's."""
+    if asked is None or isinstance(asked, str):
+        return asked
+    return getattr(asked, "name", None) or getattr(asked, "__name__", asked)
 
 
 class _Interface:

@@ -271,7 +271,7 @@ class QuantizePolicy:
     rules: tuple[tuple[RuleKey, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        rules = tuple((_key(key), resolve_config(value)) for key, value in self.rules)
+        rules = tuple((_key(key), resolve_config(value)) for key, value in _pairs(self.rules))
         object.__setattr__(self, "default", resolve_config(self.default))
         object.__setattr__(self, "rules", rules)
 
@@ -432,6 +432,18 @@ def _config_to_dict(key: object, value: Any) -> dict[str, Any] | None:
 
 def _config_from(value: dict[str, Any] | None) -> QuantizeConfig | None:
     return None if value is None else QuantizeConfig.from_dict(value)
+
+
+def _pairs(rules: Any) -> list[tuple[Any, Any]]:
+    """Rules, of which a mapping serves as well."""
+    found = list(rules.items() if isinstance(rules, Mapping) else rules)
+    for rule in found:
+        if not isinstance(rule, tuple | list) or len(rule) != 2:
+            raise PolicyError(
+                "Expected rules as pairs of a key (a name pattern or a layer class) and a config. "
+                f"Received: {rule!r}. Write rules=[('stem*', None)]."
+            )
+    return found
 
 
 def _key(key: Any) -> RuleKey:

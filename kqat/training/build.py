@@ -46,8 +46,8 @@ def check_quantized(model: keras.Model, purpose: str = "") -> None:
 
 
 def check_unquantized(model: keras.Model) -> None:
-    """Raises ModelError where a model is a QAT model already."""
-    if is_quantized(model):
+    """Raises ModelError where a model is a QAT model already; `trace` refuses what is no model."""
+    if isinstance(model, keras.Model) and is_quantized(model):
         raise ModelError(
             f"Expected a float model. Received: '{model.name}', which is quantized already. Train "
             "it on with fit, or start from the float model."

@@ -159,6 +159,11 @@ def test_what_starts_from_a_float_model_refuses_a_quantized_one() -> None:
     ):
         with pytest.raises(ModelError, match=r"a float model. Received: 'model', which is quantiz"):
             call()
+    for nothing in (lambda: kqat.search("model", ROWS, budget=0.9), lambda: kqat.load_model(3)):
+        with pytest.raises(ModelError, match=r"Received: (builtins.str|int)\."):
+            nothing()
+    with pytest.raises(kqat.PolicyError, match=r"a budget above 0. Received: '1k'"):
+        kqat.search(one_input(), ROWS, budget="1k")
 
 
 def test_a_policy_that_leaves_nothing_is_refused() -> None:

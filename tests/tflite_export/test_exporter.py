@@ -104,7 +104,8 @@ def test_inputs_and_outputs_have_the_types_asked_for(
 
 
 def test_one_type_serves_all(net: Net) -> None:
-    blob = tflite_export.convert(net.frozen, inference_input_type="uint8")
+    """By name, or as scripts for TensorFlow's converter have it, which ended in a TypeError."""
+    blob = tflite_export.convert(net.frozen, inference_input_type=tf.uint8)
     assert [t.type for t in ends(blob)[0]] == [schema.TensorType.UINT8] * 2
     assert [t.type for t in ends(blob)[1]] == [schema.TensorType.INT8] * 3
     for inner, outer in zip(ends(net.plain)[0], ends(blob)[0], strict=True):
@@ -218,6 +219,8 @@ def test_files_are_saved_as_they_are(net: Net, tmp_path: Path) -> None:
         ({"inference_input_type": "int4"}, r"inference_input_type to be one of.*'int4' for 'zeta'"),
         ({"inference_output_type": {"age": "int8"}}, r"for \['year', 'class', 'age'\].*\['age'\]"),
         ({"inference_input_type": dict.fromkeys("ab", "int8")}, r"for \['zeta', 'alpha'\]"),
+        ({"inference_input_type": tf.string}, r"to be one of.*'string' for 'zeta'"),
+        ({"inference_output_type": ["int8"]}, r"to be one of.*\['int8'\] for 'year'"),
         ({"batch_size": 0}, r"at least 1\. Received: 0"),
         ({"batch_size": True}, r"at least 1\. Received: True"),
     ],

@@ -8,6 +8,7 @@ Schema: https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,11 @@ def read(blob: bytes) -> ModelT:
         ExportError: if the bytes are no whole TFLite file, an index in it points nowhere, or
             weights lie outside the flatbuffer.
     """
+    if isinstance(blob, str | os.PathLike) or blob is None:
+        raise ExportError(
+            f"Expected the bytes of a .tflite. Received: {blob!r}. Read the file: "
+            "pathlib.Path(path).read_bytes()."
+        )
     blob = bytes(blob)
     if blob[4:8] != _IDENTIFIER:
         raise ExportError(

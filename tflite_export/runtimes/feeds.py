@@ -44,8 +44,10 @@ def check_finite(x: np.ndarray, name: str) -> None:
     """Checks the values for an input; `name` is for the message.
 
     Raises:
-        ExportError: if there is NaN or infinity among them.
+        ExportError: if there is NaN or infinity among them, or what is no number.
     """
+    if x.dtype.kind not in "biuf" and x.dtype.name != "bfloat16":
+        raise ExportError(f"Expected numbers for input '{name}'. Received: dtype {x.dtype}.")
     finite = np.isfinite(x)
     if not finite.all():
         sample = int(np.argwhere(~finite)[0][0])

@@ -59,10 +59,17 @@ def verify(
             for an Ethos-U the report has what Vela says.
 
     Raises:
-        ExportError: if the file cannot be read, or `data` does not fit the model's inputs.
+        ExportError: if the file cannot be read, `data` does not fit the model's inputs, or there
+            is no sample or no runtime to compare on.
     """
-    frozen = qat if isinstance(qat, FrozenModel) or qat is None else freeze(qat)
     model = flatbuffer.read(blob)
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ExportError(f"Expected samples to be a whole number above 0. Received: {samples!r}.")
+    if not runtimes:
+        raise ExportError(
+            f"Expected a runtime to compare on, of {list(DEFAULT_RUNTIMES)}. Received: none."
+        )
+    frozen = qat if isinstance(qat, FrozenModel) or qat is None else freeze(qat)
     inspection = inspect_model(model, len(blob))
     notes = [] if frozen is None else _differences_of_ends(frozen, model)
     layers: tuple[LayerReport, ...] = ()
@@ -139,7 +146,11 @@ def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:
         data = [data[name] for name in names]
     arrays = [np.asarray(x) for x in (data if isinstance(data, list | tuple) else [data])]
     if [x.shape[1:] for x in arrays] != shapes or not all(len(x) for x in arrays):
-        raise ExportError(f"Expected {wanted}. Received: {[x.shape for x in arrays]}.")
+        remedy = " Give arrays; of batches, np.concatenate([*batches])."
+        is_array = all(x.ndim for x in arrays)
+        raise ExportError(
+            f"Expected {wanted}. Received: {[x.shape for x in arrays]}.{'' if is_array else remedy}"
+        )
     for array, name in zip(arrays, names, strict=True):
         check_finite(array[:samples], name)
     dtypes = [keras.backend.standardize_dtype(t.dtype) for t in frozen.model.inputs]

@@ -124,6 +124,14 @@ def test_configs_that_cannot_be_carried_out_are_refused(
         QuantizeConfig(**fields)
 
 
+def test_rules_are_pairs_or_a_mapping() -> None:
+    """A mapping ended in an error of Python."""
+    assert QuantizePolicy(rules={"a": None}).rules == (("a", None),)
+    for rules in ([("a",)], ["ab"], [("a", None, 8)]):
+        with pytest.raises(PolicyError, match="Expected rules as pairs"):
+            QuantizePolicy(rules=rules)
+
+
 def test_the_refusal_is_an_error_of_this_project_and_a_value_error() -> None:
     assert issubclass(PolicyError, KqatError)
     assert issubclass(PolicyError, ValueError)

@@ -214,6 +214,13 @@ def test_a_runtime_that_is_absent_is_reported(net: Net, monkeypatch: pytest.Monk
 
 
 def test_names_of_runtimes_are_checked(net: Net) -> None:
+    for options, match in (
+        ({"runtimes": []}, "a runtime to compare on"),
+        ({"samples": 2.5}, "whole number above 0. Received: 2.5"),
+        ({"samples": 0}, "whole number above 0. Received: 0"),
+    ):
+        with pytest.raises(ExportError, match=match):
+            tflite_export.verify(net.frozen, net.blob, net.x, **options)
     with pytest.raises(ExportError, match=r"a runtime in .*Received: runtime='tflite'"):
         tflite_export.verify(net.frozen, net.blob, net.x, runtimes=["tflite"])
 
@@ -221,6 +228,8 @@ def test_names_of_runtimes_are_checked(net: Net) -> None:
 def test_bytes_that_are_no_file_are_refused(net: Net) -> None:
     with pytest.raises(ExportError, match="Expected a TFLite"):
         tflite_export.verify(net.frozen, b"no file", net.x)
+    with pytest.raises(ExportError, match="Expected the bytes of a"):
+        tflite_export.verify(net.frozen, "a.tflite", net.x)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +241,9 @@ def test_bytes_that_are_no_file_are_refused(net: Net) -> None:
         [np.zeros((4, 8, 8, 3))] * 2,
         {"y": np.zeros((4, 8, 8, 3))},
         [],
+        iter([np.zeros((4, 8, 8, 3))]),
     ],
-    ids=["rank", "none", "one sample", "two inputs", "other name", "no input"],
+    ids=["rank", "none", "one sample", "two inputs", "other name", "no input", "generator"],
 )
 def test_data_that_do_not_fit_are_refused(net: Net, data: Any) -> None:
     with pytest.raises(ExportError, match=r"shapes \[\('samples', 8, 8, 3\)\].*\['x'\]"):
@@ -250,6 +260,8 @@ def test_data_that_are_not_finite_are_refused_by_name(net: Net) -> None:
         ):
             tflite_export.verify(frozen, net.blob, data, runtimes=[REFERENCE])
     tflite_export.verify(net.frozen, net.blob, data, runtimes=[REFERENCE], samples=2)
+    with pytest.raises(ExportError, match=r"Expected numbers for input 'x'. Received: dtype <U"):
+        tflite_export.verify(net.frozen, net.blob, data.astype(str))
 
 
 def test_lists_and_dicts_serve_models_of_many_inputs() -> None:
