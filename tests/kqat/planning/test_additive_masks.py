@@ -170,8 +170,8 @@ def _in_between(how: How) -> How:
     return masked
 
 
-# Measured: 27.3 to 38.0 dB in the first three tests that ask for it. With a grid as wide as the mask
-# nothing is left of the scores; the rest is room for weights that other versions draw.
+# Measured: 27.3 to 38.0 dB in the first three tests that ask for it. With a grid as wide as the
+# mask nothing is left of the scores; the rest is room for weights that other versions draw.
 LEAST_DB = 25
 
 
