@@ -231,17 +231,23 @@ def _outputs_apart(graph: Graph, parts: Mapping[Node, _Join]) -> tuple[Graph, di
     rest = {join: found for join, found in parts.items() if join.outputs[0] not in split}
     if not split:
         return graph, rest
-    output_names, output_masks = [], []
-    for ref, name, mask in zip(graph.outputs, graph.output_names, graph.output_masks, strict=True):
-        output_names += names.get(ref, [name])
-        output_masks += [mask] * len(names.get(ref, [name]))
+    structure = _spliced(graph.output_struct, split)
+    # Keras lists the outputs of a dict by their keys, of which there are others now.
+    given = [*zip(graph.outputs, graph.output_names, graph.output_masks, strict=True)]
+    of_part = {
+        part: (name, mask)
+        for ref, _, mask in given
+        for part, name in zip(split.get(ref, ()), names.get(ref, ()), strict=True)
+    }
+    others = iter([(name, mask) for ref, name, mask in given if ref not in split])
+    ends = [of_part.get(ref) or next(others) for ref in keras.tree.flatten(structure)]
     return Graph(
         nodes=tuple(nodes),
         input_struct=graph.input_struct,
-        output_struct=_spliced(graph.output_struct, split),
+        output_struct=structure,
         input_names=graph.input_names,
-        output_names=tuple(output_names),
-        output_masks=tuple(output_masks),
+        output_names=tuple(name for name, _ in ends),
+        output_masks=tuple(mask for _, mask in ends),
         losses=tuple(_of_members(one, split, axes) for one in graph.losses),
     ), rest
 

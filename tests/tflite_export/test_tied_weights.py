@@ -19,6 +19,8 @@ from tflite_export.flatbuffer.tree import ModelT
 ROWS, WIDTH, STEPS = 40, 16, 6
 IDS = np.random.default_rng(0).integers(0, ROWS, (64, STEPS)).astype(np.int32)
 X = np.random.default_rng(1).normal(size=(64, WIDTH)).astype(np.float32)
+# Measured: 35.2 to 48.5 dB; the rest is room for weights that other versions draw.
+LEAST_DB = 25.0
 
 
 class Head(L.Layer):
@@ -156,7 +158,7 @@ def test_a_table_read_both_ways_is_one_tensor(language_model: Trained) -> None:
     (wrapper,) = (q for q in qat.layers if hasattr(getattr(q, "layer", None), "biases"))
     integers = np.rint(np.array(wrapper.on_grid("kernel")) / np.array(wrapper.scale("kernel")))
     np.testing.assert_array_equal(table, integers)
-    assert ratio > 25.0
+    assert ratio > LEAST_DB
 
 
 def test_biases_train_on_their_grids(language_model: Trained) -> None:
@@ -199,7 +201,7 @@ def test_mixed_precision_ships(build: Callable[[], Any], precision: str) -> None
     keras.config.set_dtype_policy(precision)
     qat, blob, data, ratio = trained(build, "int8")
     check_right(qat, blob, data)
-    assert ratio > 20.0
+    assert ratio > LEAST_DB
 
 
 @pytest.mark.slow
@@ -207,7 +209,7 @@ def test_mixed_precision_ships(build: Callable[[], Any], precision: str) -> None
 def test_other_uses_ship(build: Callable[[], Any]) -> None:
     qat, blob, data, ratio = trained(build, "int8")
     check_right(qat, blob, data)
-    assert ratio > 25.0
+    assert ratio > LEAST_DB
     if build is joined:  # Rows are on the table's grid, and on that of what they are joined with.
         assert read_by(flatbuffer.read(blob), "QUANTIZE", 0)
 

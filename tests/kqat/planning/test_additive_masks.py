@@ -170,6 +170,11 @@ def _in_between(how: How) -> How:
     return masked
 
 
+# Measured: 27.3 to 38.0 dB in the first three tests that ask for it. With a grid as wide as the
+# mask nothing is left of the scores; the rest is room for weights that other versions draw.
+LEAST_DB = 25
+
+
 def _noise_db(model: keras.Model, qat: keras.Model, data: Any) -> float:
     expected, found = np.asarray(model(data)), np.asarray(qat(data))
     noise = np.mean(np.square(expected - found))
@@ -185,7 +190,7 @@ def test_scores_keep_their_grid(case: str) -> None:
     make, how = CASES[case]
     model, data = make(how)
     qat = kqat.quantize_model(model, calibration_data=data)
-    assert _noise_db(model, qat, data) > 25
+    assert _noise_db(model, qat, data) > LEAST_DB
 
 
 def test_a_number_that_fills_a_tensor_hides_as_well() -> None:
@@ -197,7 +202,7 @@ def test_a_number_that_fills_a_tensor_hides_as_well() -> None:
     generator = np.random.default_rng(0)
     linked = np.maximum(generator.random((64, 6, 6)) < 0.4, np.eye(6)).astype(np.float32)
     data = [generator.normal(size=(64, 6, 8)).astype(np.float32), linked]
-    assert _noise_db(model, kqat.quantize_model(model, calibration_data=data), data) > 25
+    assert _noise_db(model, kqat.quantize_model(model, calibration_data=data), data) > LEAST_DB
 
 
 @pytest.mark.parametrize(
@@ -208,7 +213,7 @@ def test_masks_pass_what_stands_before_the_softmax(case: str) -> None:
     keras.utils.set_random_seed(0)
     model, data = _padding(_in_between(BETWEEN[case]))
     qat = kqat.quantize_model(model, calibration_data=data)
-    assert _noise_db(model, qat, data) > 25
+    assert _noise_db(model, qat, data) > LEAST_DB
     if case in _SHIPPED:
         report = tflite_export.verify(qat, tflite_export.convert(qat), data, samples=8)
         assert all(part.is_right and not part.unmatched for part in report.runtimes)
@@ -241,7 +246,7 @@ def test_masks_of_a_part_of_the_scores(case: str) -> None:
     qat = kqat.quantize_model(model, calibration_data=data)
     expected, found = np.asarray(model(data)), np.asarray(qat(data))
     powers = (np.mean(np.square(y), axis=(1, 2)) for y in (expected, expected - found))
-    assert np.median(10 * np.log10(np.divide(*powers))) > 25
+    assert np.median(10 * np.log10(np.divide(*powers))) > LEAST_DB
     report = tflite_export.verify(qat, tflite_export.convert(qat), data, samples=8)
     assert all(part.is_right and not part.unmatched for part in report.runtimes)
 
@@ -283,7 +288,7 @@ def test_hidden_units_before_a_function_need_no_softmax() -> None:
     added = x + (1 - _EARLIER[:, 3:4]) * -1e9
     model = keras.Model(x, layers.Dense(2)(ops.relu(added)))
     qat = kqat.quantize_model(model, calibration_data=_ROWS)
-    assert _noise_db(model, qat, _ROWS) > 25
+    assert _noise_db(model, qat, _ROWS) > LEAST_DB
 
 
 @pytest.mark.parametrize(
@@ -307,7 +312,7 @@ def test_masks_made_in_parts(how: How) -> None:
     keras.utils.set_random_seed(0)
     model, data = _padding(how)
     qat = kqat.quantize_model(model, calibration_data=data)
-    assert _noise_db(model, qat, data) > 25
+    assert _noise_db(model, qat, data) > LEAST_DB
 
 
 def test_a_mask_that_grows_on_its_way_hides_all_the_same() -> None:
@@ -325,7 +330,7 @@ def test_other_functions_that_vanish_far_below(function: Any) -> None:
     x = keras.Input((6, 6))
     model = keras.Model(x, ops.matmul(function(x / 2.0 + (1 - _EARLIER) * -1e9), x))
     data = _random.normal(size=(128, 6, 6)).astype(np.float32)
-    assert _noise_db(model, kqat.quantize_model(model, calibration_data=data), data) > 25
+    assert _noise_db(model, kqat.quantize_model(model, calibration_data=data), data) > LEAST_DB
 
 
 @pytest.mark.parametrize(
@@ -400,4 +405,4 @@ def test_far_numbers_that_a_maximum_passes_over_ship(call: Any) -> None:
     x = keras.Input((6, 8))
     model = keras.Model(x, call(x))
     qat = kqat.quantize_model(model, calibration_data=_ROWS)
-    assert _noise_db(model, qat, _ROWS) > 25
+    assert _noise_db(model, qat, _ROWS) > LEAST_DB

@@ -72,14 +72,17 @@ def test_a_join_that_ends_the_model_becomes_outputs(head: Any, names: list[str])
 
 
 def test_parts_of_outputs_keep_their_place_where_keys_are_sorted_otherwise() -> None:
+    """`y1` is before `y_0`, and was given the name of another output."""
     model = model_of(
         lambda m: {"y": L.Concatenate(name="both")(m[:2]), "y1": L.ReLU(name="y1")(m[1])}
     )
-    apart = kqat.adapt(model, calibration_data=X)(X)
-    assert sorted(apart) == ["y1", "y_0", "y_1"]
+    apart = kqat.adapt(model, calibration_data=X)
+    found = apart(X)
+    assert sorted(found) == ["y1", "y_0", "y_1"]
+    assert list(apart.output_names) == ["y1", "boxes", "scores"]
     wholes = list(map(np.asarray, keras.tree.flatten(model(X))))
     parts = output_parts(trace(model), X)
-    for part, value in zip(parts, keras.tree.flatten(apart), strict=True):
+    for part, value in zip(parts, keras.tree.flatten(found), strict=True):
         np.testing.assert_allclose(part.of(wholes), value, rtol=1e-6)
 
 
