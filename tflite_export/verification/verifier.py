@@ -1,6 +1,7 @@
 """File against model: what `verify` runs, compares and tells."""
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def verify(
             is no sample or no runtime to compare on.
     """
     model = flatbuffer.read(blob)
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+    if isinstance(samples, bool) or not isinstance(samples, numbers.Integral) or samples < 1:
         raise ExportError(f"Expected samples to be a whole number above 0. Received: {samples!r}.")
     if not runtimes:
         raise ExportError(
