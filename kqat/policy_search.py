@@ -183,6 +183,10 @@ class SearchedPolicy(QuantizePolicy):
         figure.savefig(path)
 
 
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) > 0.0
+
+
 def _counted(choices: Mapping[str, str]) -> dict[str, int]:
     """Preset -> how many layers have it."""
     values = list(choices.values())
@@ -236,7 +240,7 @@ def search(
         raise PolicyError(
             f"Expected measure to be one of {[str(m) for m in Budget]}. Received: {measure!r}."
         )
-    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not budget > 0:
+    if not _is_amount(budget):
         raise PolicyError(f"Expected a budget above 0. Received: {budget!r}.")
     device = None if target is None else target_named(target)
     inputs = data[0] if isinstance(data, tuple) and data else data

@@ -14,6 +14,7 @@ from keras import layers
 
 from kqat.config import QuantizeConfig
 from kqat.graph import Graph, Node, Part, rebuild, trace
+from kqat.grids import Fixed
 from kqat.parts import ChannelAffine, ConstantKind, Reduce, ReduceKind, WithConstant
 from kqat.planning.layer_configs import row_for
 
@@ -89,6 +90,8 @@ class _Search:
         weights = getattr(config, "weights", None)
         if config is None or config.activation.bits != 8 or getattr(weights, "bits", 0) != 8:
             return None
+        if isinstance(config.activation_range, Fixed):
+            return None  # It is of values that would be no more.
         nodes, factor = [node], 1.0
         if (scale := _number(node)) is not None:
             before = self._before(node, config)
@@ -98,7 +101,7 @@ class _Search:
         mean = nodes[0]
         if not _is_row_mean(mean) or not self._is_plain(node):
             return None
-        size = mean.inputs[0].shape[-1]
+        size = int(mean.inputs[0].shape[-1] or 1)
         numbers = np.full(size, factor / size)
         while (before := self._before(nodes[0], config)) is not None:
             factors = _factors(before, size)

@@ -7,11 +7,13 @@ first axes back.
 
 from typing import Any
 
+import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export import flatbuffer
 from tflite_export.flatbuffer import ModelT, OperatorT
 from tflite_export.integer_pass.draft import Draft
+from tflite_export.kernels import OP_TABLE
 
 
 def drop_flattening(draft: Draft) -> None:
@@ -60,6 +62,7 @@ def keep_axes(draft: Draft) -> None:
         # By identity, as two operators may be equal in all that they hold.
         gone = {id(reshape) for reshape in reshapes}
         graph.operators = [other for other in graph.operators if id(other) not in gone]
+    _keep_axes_between(draft)
 
 
 def join_reshapes(draft: Draft) -> None:
@@ -158,3 +161,96 @@ def _flattens(model: ModelT, operator: OperatorT, value: int) -> bool:
         and not options.keepNumDims
         and value not in map(int, operator.inputs[1:])
     )
+
+
+def _keep_axes_between(draft: Draft) -> None:
+    """As `keep_axes`, where functions of each number stand between two FULLY_CONNECTED or more."""
+    outputs = set(map(int, draft.graph.outputs))
+    for first in list(draft.graph.operators):
+        rows = _Rows(draft, first, outputs)
+        if rows.reach() and rows.reshapes:
+            rows.give_axes_back()
+
+
+class _Rows:
+    """The values of rows that begin with a FULLY_CONNECTED's and that operators make of these.
+
+    Attributes:
+        values: tensors of shape `(rows, n)`.
+        products: the FULLY_CONNECTED among the operators.
+        reshapes: those that give the rows the axes back that the first operator's input has.
+    """
+
+    def __init__(self, draft: Draft, first: OperatorT, outputs: set[int]):
+        self.draft, self.first, self.outputs = draft, first, outputs
+        self.axes: tuple[int, ...] = ()
+        self.values: set[int] = set()
+        self.products: list[OperatorT] = []
+        self.reshapes: list[OperatorT] = []
+
+    def reach(self) -> bool:
+        """Finds them; whether all that reads them can take them with the axes."""
+        if not self._multiplies(self.first):
+            return False
+        shape = self._shape(int(self.first.inputs[0]))
+        if len(shape) < 3 or self._shape(int(self.first.inputs[1]))[1] != shape[-1]:
+            return False
+        self.axes = shape[:-1]
+        self.products, self.values = [self.first], {int(self.first.outputs[0])}
+        readers = [op for op in self.draft.graph.operators if op is not self.first]
+        for operator in readers:  # In the order in which they run.
+            read = self.values & set(map(int, operator.inputs))
+            if not read:
+                continue
+            result = int(operator.outputs[0])
+            if self._multiplies(operator) and int(operator.inputs[0]) in self.values:
+                self.products.append(operator)
+            elif self.draft.op_name(operator) == "RESHAPE":
+                size = self._shape(int(operator.inputs[0]))[-1]
+                if self._shape(result) != (*self.axes, size) or result in self.outputs:
+                    return False
+                self.reshapes.append(operator)
+                continue
+            elif not self._is_of_each_number(operator):
+                return False
+            self.values.add(result)
+        return not self.values & self.outputs
+
+    def give_axes_back(self) -> None:
+        """Leaves out the RESHAPEs: the values have the axes from the first operator on."""
+        graph = self.draft.graph
+        for operator in self.products:
+            options: Any = operator.builtinOptions
+            options.keepNumDims = True
+        for value in self.values:
+            size = self._shape(value)[-1]
+            graph.tensors[value].shape = np.asarray((*self.axes, size), np.int32)
+            graph.tensors[value].shapeSignature = None
+        instead = {int(op.outputs[0]): int(op.inputs[0]) for op in self.reshapes}
+        for dropped, source in instead.items():
+            self.draft.hand_name_on(dropped, source)
+        gone = {id(op) for op in self.reshapes}
+        graph.operators = [op for op in graph.operators if id(op) not in gone]
+        for operator in graph.operators:
+            operator.inputs = [instead.get(int(i), int(i)) for i in operator.inputs]
+
+    def _multiplies(self, operator: OperatorT) -> bool:
+        options: Any = operator.builtinOptions
+        is_dense = self.draft.op_name(operator) == "FULLY_CONNECTED" and not options.keepNumDims
+        return is_dense and len(self._shape(int(operator.outputs[0]))) == 2
+
+    def _is_of_each_number(self, operator: OperatorT) -> bool:
+        """Whether an operator computes number by number, of such rows and single numbers alone."""
+        name, inputs = self.draft.op_name(operator), [int(t) for t in operator.inputs]
+        if name == "GATHER":
+            return len(self._shape(inputs[0])) == 1 and inputs[1] in self.values
+        if name not in OP_TABLE or not OP_TABLE[name].elementwise or len(operator.outputs) != 1:
+            return False
+        others = [t for t in inputs if t not in self.values]
+        shapes = {self._shape(t) for t in (*inputs, int(operator.outputs[0])) if t in self.values}
+        result = self._shape(int(operator.outputs[0]))
+        numbers = all(int(np.prod(self._shape(t))) == 1 for t in others)
+        return numbers and shapes <= {result}
+
+    def _shape(self, tensor: int) -> tuple[int, ...]:
+        return flatbuffer.tensor_shape(self.draft.graph.tensors[tensor])

@@ -64,7 +64,7 @@ def verify(
             is no sample or no runtime to compare on.
     """
     model = flatbuffer.read(blob)
-    if isinstance(samples, bool) or not isinstance(samples, numbers.Integral) or samples < 1:
+    if not _is_count(samples):
         raise ExportError(f"Expected samples to be a whole number above 0. Received: {samples!r}.")
     if not runtimes:
         raise ExportError(
@@ -134,6 +134,10 @@ def _differences_of_ends(frozen: FrozenModel, model: ModelT) -> list[str]:
             for name in names
         ]
     return notes
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:

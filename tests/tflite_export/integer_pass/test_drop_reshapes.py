@@ -95,6 +95,22 @@ def same_without(
     return without, whole
 
 
+@pytest.mark.parametrize(("last", "dropped"), [(6, 2), (None, 2)], ids=["products", "softmax"])
+def test_rows_keep_their_axes_behind_functions_of_each_number(
+    last: int | None, dropped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As between the layers of an expert, which are joined with those of others."""
+
+    def call(x: Any) -> Any:
+        parts = [L.Dense(6, activation=function)(x) for function in ("gelu", "softplus")]
+        return L.Concatenate()([L.Dense(last)(y) if last else L.Softmax()(y) for y in parts])
+
+    qat, x = quantized((16, 6), call, "int8")
+    blobs = same_without(keep_axes, qat, x[:8], 1, monkeypatch)
+    counts = [operators(flatbuffer.read(blob)).count("RESHAPE") for blob in blobs]
+    assert counts[1] - counts[0] == dropped
+
+
 def before_dense(blob: bytes) -> set[str]:
     """The operators that compute what FULLY_CONNECTED reads."""
     model = flatbuffer.read(blob)
