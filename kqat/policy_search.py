@@ -184,7 +184,8 @@ class SearchedPolicy(QuantizePolicy):
 
 
 def _is_amount(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) > 0.0
+    # A truth value is a number of Python's, too.
+    return type(value) is not bool and isinstance(value, numbers.Real) and float(value) > 0
 
 
 def _counted(choices: Mapping[str, str]) -> dict[str, int]:

@@ -137,7 +137,8 @@ def _differences_of_ends(frozen: FrozenModel, model: ModelT) -> list[str]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
+    # A truth value is a number of Python's, too.
+    return type(value) is not bool and isinstance(value, numbers.Integral) and int(value) > 0
 
 
 def _inputs(data: Any, frozen: FrozenModel, samples: int) -> list[np.ndarray]:
