@@ -7,7 +7,6 @@ which is imported when it is called.
 import dataclasses
 import glob
 import math
-import numbers
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -236,7 +235,11 @@ def search(
         raise PolicyError(
             f"Expected measure to be one of {[str(m) for m in Budget]}. Received: {measure!r}."
         )
-    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not budget > 0:
+    if (
+        isinstance(budget, bool)
+        or not isinstance(budget, int | float | np.number)
+        or not budget > 0
+    ):
         raise PolicyError(f"Expected a budget above 0. Received: {budget!r}.")
     device = None if target is None else target_named(target)
     inputs = data[0] if isinstance(data, tuple) and data else data
