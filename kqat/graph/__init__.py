@@ -54,6 +54,7 @@ from kqat.graph.tracer import (
     unique_name,
     with_losses,
 )
+from kqat.graph.trial_runs import run_here
 from kqat.graph.values import (
     added,
     complement_of,
@@ -116,6 +117,7 @@ __all__ = [
     "parts_of",
     "rebuild",
     "refs_in",
+    "run_here",
     "sources_of",
     "space_to_depth",
     "takes_masks_off",

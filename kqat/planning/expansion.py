@@ -38,6 +38,7 @@ from kqat.graph import (
     parts_of,
     rebuild,
     refs_in,
+    run_here,
     takes_masks_off,
     trace,
     trace_call,
@@ -293,7 +294,8 @@ def check_computes(graph: Graph, model: keras.Model) -> None:
 
     values = {ref: _trial_values(ref, seed) for seed, ref in enumerate(graph.inputs)}
     with keras.StatelessScope():  # A state stays as it was.
-        expected = model(fill(graph.input_struct, values.__getitem__), training=False)
+        given = fill(graph.input_struct, values.__getitem__)
+        expected = run_here(model, given, training=False)
         found = graph.run(list(values.values()), call)
     pairs = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
     if not all(_alike(a, b) for a, b in pairs):
@@ -378,13 +380,13 @@ def _trial(operation: Any, args: Any, kwargs: Any) -> Any:
     """
     operation = _inferring(_for_trial(operation))
     try:
-        return operation(*args, **kwargs)
+        return run_here(operation, *args, **kwargs)
     except Exception:  # Whatever Keras or a user's own class raises of shapes that do not fit.
         whole = keras.tree.map_structure(_for_two_samples, (args, kwargs))
         if not any(map(is_weight, keras.tree.flatten((args, kwargs)))):
             raise
     args, kwargs = whole
-    return operation(*args, **kwargs)
+    return run_here(operation, *args, **kwargs)
 
 
 def _for_two_samples(value: Any) -> Any:
