@@ -370,7 +370,7 @@ def _inferring(operation: Any) -> Callable[..., Any]:
     Models inside it may keep the `training` of the call that built them.
     """
     inference = {"training": False} if isinstance(operation, keras.layers.Layer) else {}
-    return lambda *args, **kwargs: operation(*args, **{**kwargs, **inference})
+    return lambda *args, **kwargs: run_here(operation, *args, **{**kwargs, **inference})
 
 
 def _trial(operation: Any, args: Any, kwargs: Any) -> Any:
@@ -380,13 +380,13 @@ def _trial(operation: Any, args: Any, kwargs: Any) -> Any:
     """
     operation = _inferring(_for_trial(operation))
     try:
-        return run_here(operation, *args, **kwargs)
+        return operation(*args, **kwargs)
     except Exception:  # Whatever Keras or a user's own class raises of shapes that do not fit.
         whole = keras.tree.map_structure(_for_two_samples, (args, kwargs))
         if not any(map(is_weight, keras.tree.flatten((args, kwargs)))):
             raise
     args, kwargs = whole
-    return run_here(operation, *args, **kwargs)
+    return operation(*args, **kwargs)
 
 
 def _for_two_samples(value: Any) -> Any:
