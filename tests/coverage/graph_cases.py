@@ -224,7 +224,6 @@ CASES = (
         CONV_2D=1,
         MEAN=1,
         FULLY_CONNECTED=2,
-        RESHAPE=1,
         LOGISTIC=1,
         MUL=1,
     ),

@@ -34,7 +34,8 @@ def as_type(x: np.ndarray, tensor: TensorT) -> np.ndarray:
             f"Expected an input of numbers. Received: {flatbuffer.tensor_name(tensor)!r} of type "
             f"{dtype}. Use a file that was made of this model."
         )
-    check_finite(x, flatbuffer.tensor_name(tensor))
+    # Infinity is where the grid ends, as on a device.
+    check_finite(np.where(np.isinf(x), 0.0, x), flatbuffer.tensor_name(tensor))
     limits = np.iinfo(dtype)
     scale, zero = _grid(tensor)
     return np.clip(np.floor(x / scale + 0.5) + zero, limits.min, limits.max).astype(dtype)

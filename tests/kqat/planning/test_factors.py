@@ -147,13 +147,18 @@ def test_every_runtime_computes_what_was_trained(kind: str, policy: str) -> None
     for part in report.runtimes:
         assert part.problem is None and part.is_right and part.unmatched == (), part
         assert part.exact is None or part.exact.is_exact, part
-    # What ships is what was trained, bias and all: of 8 bits each value. LiteRT rounds sums of
-    # 4-bit weights twice, and to 16 bits by multipliers of 16 bits, whether a model has factors or
-    # not: there each of two kernels in a row may be a step off.
+    # What ships is what was trained, bias and all: of 8 bits each value, but for a tie of float32
+    # sums, whose order depends on the processor: on one without AVX-512, 0.499995 of a step of
+    # "transposed" is rounded up, 1 value of 2,048. LiteRT rounds sums of 4-bit weights twice, and
+    # to 16 bits by multipliers of 16 bits, whether a model has factors or not: there each of two
+    # kernels in a row may be a step off.
     device = kqat.integer_model(qat, runtime="litert")
     trained, shipped = (np.asarray(m(X[:8], training=False), np.float64) for m in (qat, device))
     steps = np.abs(trained - shipped) / tflite_export.inspect(blob).outputs[0].scale
-    assert steps.max() < (0.01 if policy == "int8" else 2.01)
+    if policy == "int8":
+        assert steps.max() < 1.01 and np.count_nonzero(steps > 0.01) <= 1
+    else:
+        assert steps.max() < 2.01
 
 
 def behind(x: Any) -> Any:
