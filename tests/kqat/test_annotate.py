@@ -56,6 +56,7 @@ def test_layers_are_annotated_by_cloning_as_in_tfmot() -> None:
     np.testing.assert_array_equal(qat(IMAGES), whole(IMAGES))
 
 
+@pytest.mark.slow
 def test_an_annotated_layer_reads_and_hands_on_a_mask() -> None:
     """Padded steps are left out, as they are without annotations."""
     tokens = np.random.default_rng(0).integers(1, 9, (16, 5))

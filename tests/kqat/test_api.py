@@ -77,6 +77,7 @@ def test_the_model_is_what_the_plan_says() -> None:
             assert wrapped[f"quant_{entry.name}"].weight_specs == entry.weights
 
 
+@pytest.mark.slow
 def test_the_users_model_is_left_alone() -> None:
     model = float_model()
     before = model.to_json(), model.get_weights(), model(X).numpy()
@@ -180,6 +181,7 @@ def test_a_weights_file_brings_everything_back(trained: keras.Model, tmp_path: P
     assert ranges(other) == ranges(trained)
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     """Optimizer state, ranges and statistics included."""
     keras.utils.set_random_seed(0)

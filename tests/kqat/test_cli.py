@@ -308,6 +308,7 @@ def test_a_file_is_inspected(blob: Path) -> None:
     assert "cmsis_nn: not on CMSIS-NN, but on the CPU: 1 CAST, 1 GATHER" in said.stdout
 
 
+@pytest.mark.slow
 def test_a_file_becomes_c(folder: Path, blob: Path) -> None:
     said = run("to-c", blob, "-o", folder / "c", "--samples", 1)
     assert "net_main.cc" in said.stdout and "arena" in said.stdout

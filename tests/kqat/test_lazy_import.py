@@ -63,7 +63,7 @@ def test_quick_commands_load_no_framework(folder: Path, arguments: list[str], co
     "program",
     [
         "import kqat; import keras",
-        "import keras; import kqat",
+        pytest.param("import keras; import kqat", marks=pytest.mark.slow),
         pytest.param("import kqat, tflite_export; import keras", marks=pytest.mark.slow),
         pytest.param("import tflite_export; import keras", marks=pytest.mark.slow),
         # Modules of kqat that import Keras themselves, from the lowest on.
@@ -84,6 +84,7 @@ def test_saved_models_load_whoever_is_imported_first(folder: Path, program: str)
     assert "sequential" in python("-c", f"{program}; {load}").stdout
 
 
+@pytest.mark.slow
 def test_names_are_imported_when_they_are_used() -> None:
     program = (
         "import sys, kqat, tflite_export; from kqat import TARGETS, KqatError\n"
@@ -98,6 +99,7 @@ def test_names_are_imported_when_they_are_used() -> None:
     assert python("-c", program).stdout == expected
 
 
+@pytest.mark.slow
 def test_nothing_imports_tfmot_or_tf_keras() -> None:
     program = (
         "import sys, kqat, tflite_export\n"

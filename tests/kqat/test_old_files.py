@@ -190,6 +190,7 @@ def test_what_a_built_model_needs_no_more_never_stops_it(kind: str, tmp_path: Pa
     assert isinstance(kept.layers[-1].kernel_regularizer, Decay)
 
 
+@pytest.mark.slow
 def test_the_shared_models_load(shared: Path) -> None:
     paths = [path for path in (shared / "models").rglob("*") if path.suffix in (".h5", ".keras")]
     assert paths

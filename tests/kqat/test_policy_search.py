@@ -97,6 +97,7 @@ def check_table(found: kqat.SearchedPolicy, largest: int, folder: Path) -> None:
         found.plot(folder / "pareto.txt")
 
 
+@pytest.mark.slow
 def test_no_warning_speaks_of_the_samples_that_sizes_are_measured_with(
     network: tuple[keras.Model, np.ndarray],
 ) -> None:

@@ -233,6 +233,7 @@ def test_pretrained_classifiers_get_the_images_they_were_trained_on(name: str, r
     assert abs(int((scores.argmax(-1) == y).sum()) - right) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared")
 def test_pretrained_keyword_spotting_hears_what_its_vendor_does() -> None:
     x, y = data.kws01()

@@ -140,6 +140,7 @@ def test_what_was_broken_off_goes_on_as_if_it_had_not_been(
     assert len(losses[0]) == 4
 
 
+@pytest.mark.slow
 def test_a_file_that_was_being_written_counts_for_nothing(samples: Samples, tmp_path: Path) -> None:
     whole = _trained(_model(), tmp_path / "whole", samples)
     with pytest.raises(KeyboardInterrupt):

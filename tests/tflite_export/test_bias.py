@@ -115,6 +115,7 @@ def test_a_shared_layer_rounds_its_bias_for_each_of_its_inputs() -> None:
     assert differing(qat, x) < 5e-5
 
 
+@pytest.mark.slow
 def test_a_saved_model_and_a_clone_find_the_grids_again(tmp_path: Path) -> None:
     x = images(8, 8, 4)
     qat = kqat.quantize_model(shared(), calibration_data=x)

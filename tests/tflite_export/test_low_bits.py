@@ -67,6 +67,7 @@ def test_trained_is_shipped_in_lockstep(preset: str, make: Any, target: str | No
     assert report.is_full_integer
 
 
+@pytest.mark.slow
 def test_precisions_mix_by_layer() -> None:
     policy = {"conv": "binary", "depthwise": "ternary", "head": "w3a8"}
     qat, x = trained(cnn(), policy)

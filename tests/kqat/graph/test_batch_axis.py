@@ -141,6 +141,7 @@ def test_parts_compute_the_same_with_the_batch_first(call: Callable[[Any, Any], 
     )
 
 
+@pytest.mark.slow
 def test_windows_outside_of_a_layer_are_moved_too() -> None:
     keras.utils.set_random_seed(0)
     x = keras.Input((6, 8), name="x")

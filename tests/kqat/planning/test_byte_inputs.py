@@ -97,6 +97,7 @@ def operators(blob: bytes) -> list[str]:
     return [operator.name for operator in tflite_export.inspect(blob).operators]
 
 
+@pytest.mark.slow
 def test_bytes_go_in_and_the_rescaling_is_no_operator(tmp_path: Path) -> None:
     model = image_model(lambda x: L.Rescaling(1 / 127.5, -1)(x))
     qat = quantized(model)

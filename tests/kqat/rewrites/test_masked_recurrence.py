@@ -408,6 +408,7 @@ def test_a_normalization_computes_the_same_without_its_mask() -> None:
     kqat.plan(model)
 
 
+@pytest.mark.slow
 def test_what_a_mask_puts_in_place_of_outputs_is_no_guess() -> None:
     """It is zero by construction."""
     model = _of_words(layers.GRU(UNITS, return_sequences=True, zero_output_for_mask=True))

@@ -179,6 +179,7 @@ def test_a_clamp_inside_is_carried_out(cell: Any, activation: str) -> None:
     assert np.mean((got - want) ** 2) < 1e-3 * np.mean(want**2)
 
 
+@pytest.mark.slow
 def test_training_moves_a_range_once_per_batch_and_not_when_frozen() -> None:
     qat = kqat.quantize_model(_model(layers.GRU(UNITS)), calibration_data=_data())
     qat.compile("sgd", "mse")
@@ -271,6 +272,7 @@ def test_weights_are_in_the_file_once() -> None:
     assert sizes[1] - sizes[0] < 1500
 
 
+@pytest.mark.slow
 def test_the_state_of_an_idle_gru_stays() -> None:
     """An update gate that is shut keeps the integers of the state, however many steps there are."""
     steps = 12

@@ -257,6 +257,7 @@ def test_symmetric_activations_are_shipped_with_zero_point_zero() -> None:
     assert report.runtimes[0].max_steps <= 1
 
 
+@pytest.mark.slow
 def test_the_same_object_serves_tfmot_on_tf_keras() -> None:
     config, targets = ModifiedDenseQuantizeConfig(), np.zeros((64, 6))
     with warnings.catch_warnings():

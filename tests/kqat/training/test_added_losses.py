@@ -352,6 +352,7 @@ def test_a_codebook_whose_norms_would_not_follow_its_training_is_refused() -> No
         kqat.plan(model)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_a_gradient_that_is_stopped_stays_stopped(tmp_path: Path) -> None:
     qat = kqat.quantize_model(_chain(Teacher(), layers.Dense(2)), calibration_data=X)

@@ -235,6 +235,7 @@ def test_calibrating_again_replaces_what_was_found() -> None:
     assert ranges(twice) == ranges(once)
 
 
+@pytest.mark.slow
 def test_calibrating_after_training_fits_the_trained_weights() -> None:
     qat = uncalibrated(one_input())
     calibrate(qat, A)

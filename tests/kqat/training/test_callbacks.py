@@ -115,6 +115,7 @@ def test_a_later_start_freezes_at_once() -> None:
     assert ending(recorder.moved(0), *RANGES) == set()
 
 
+@pytest.mark.slow
 def test_callbacks_serve_fit_after_fit() -> None:
     first, second = quantized(), quantized()
     callbacks = FreezeObservers(1), FreezeBatchNorm(1)
@@ -215,6 +216,7 @@ def test_frozen_learned_ranges_stay_though_the_optimizer_has_momentum(tmp_path: 
     assert found == start
 
 
+@pytest.mark.slow
 def test_frozen_learned_ranges_come_back_from_a_backup(tmp_path: Path) -> None:
     """As they were frozen, not as the momentum of the optimizer has moved their numbers since."""
     config = kqat.QuantizeConfig(activation_range="lsq_plus")
@@ -247,6 +249,7 @@ def test_statistics_freeze_under_mixed_precision(policy: str) -> None:
     assert np.any(np.asarray(moving) != np.asarray(frozen))
 
 
+@pytest.mark.slow
 def test_a_step_that_was_traced_before_learns_of_the_flags() -> None:
     qat = quantized(eager=False)
     fit(qat, epochs=1)

@@ -77,6 +77,7 @@ def test_the_rate_is_that_of_most_weights(policy: Any, expected: float) -> None:
     assert callback.rate(0.1) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_learned_from_and_stays_as_it_was() -> None:
     keras.utils.set_random_seed(0)
     chain = [keras.layers.Dense(16, activation="relu"), keras.layers.Dense(4, name="head")]

@@ -158,6 +158,7 @@ def ranges(qat: keras.Model) -> list[tuple[float, float]]:
     return [la.range() for la in qat.layers if isinstance(la, kqat.ActivationQuantizer)]
 
 
+@pytest.mark.slow
 def test_without_calibration_the_first_batch_is_the_start() -> None:
     with pytest.warns(kqat.RangeWarning, match="No calibration data"):
         qat = kqat.quantize_model(network(), CONFIGS["lsq+"])

@@ -202,6 +202,7 @@ def test_channels_and_pairs_are_pruned_together() -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_schedule_is_that_of_the_paper() -> None:
     keras.utils.set_random_seed(0)
     model = network()

@@ -128,6 +128,7 @@ def test_steps_stay_where_training_is_switched_off() -> None:
     np.testing.assert_array_equal(wrapper.steps["kernel"], before)
 
 
+@pytest.mark.slow
 def test_save_and_load_without_custom_objects(tmp_path: Path) -> None:
     qat = trained({"conv": "w2a8", "depthwise": "binary", "head": config("mse", 3)})
     qat.save(tmp_path / "qat.keras")
@@ -169,6 +170,7 @@ def test_plan_says_how_steps_are_found_and_stored() -> None:
     assert "6-bit in int8" in text
 
 
+@pytest.mark.slow
 def test_learned_steps_are_float32_under_mixed_precision() -> None:
     keras.config.set_dtype_policy("mixed_float16")
     qat = kqat.quantize_model(network(), "w2a8", calibration_data=IMAGES)

@@ -241,6 +241,7 @@ def identifier_of_output(source: tflite_export.CSource) -> str:
     return found[0]
 
 
+@pytest.mark.slow
 def test_golden_outputs_are_those_of_the_interpreter(
     net: tuple[bytes, np.ndarray], tmp_path: Path
 ) -> None:
@@ -255,6 +256,7 @@ def test_golden_outputs_are_those_of_the_interpreter(
         tflite_export.to_c(blob, tmp_path, inputs=[x.astype(np.int32)])
 
 
+@pytest.mark.slow
 def test_golden_inputs_may_be_floats(net: tuple[bytes, np.ndarray], tmp_path: Path) -> None:
     """They are rounded to the input's grid, and beyond it clipped."""
     blob, x = net
@@ -283,6 +285,7 @@ def test_the_arena_is_enough_and_hardly_more(source: tflite_export.CSource, net:
     assert f"kArenaSize = {source.arena_bytes};" in source.files[2].read_text()
 
 
+@pytest.mark.slow
 def test_names_that_collide_are_numbered(tmp_path: Path) -> None:
     a, b = keras.Input((3,), name="in-1"), keras.Input((3,), name="in.1")
     model = keras.Model([a, b], L.Add(name="sum")([L.Dense(2)(a), L.Dense(2)(b)]))
@@ -304,6 +307,7 @@ def test_float_literals_are_decimal_and_exact(number: float) -> None:
     assert np.float32(text.removesuffix("f")) == np.float32(number)
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=12), max_size=6))
 def test_identifiers_are_valid_and_distinct(names: list[str]) -> None:
     taken: set[str] = set()
@@ -338,6 +342,7 @@ def test_literals_are_of_the_tensor_s_own_type(value: Any, text: str) -> None:
     assert c_source._literal(value) == text
 
 
+@pytest.mark.slow
 def test_nothing_is_written_where_something_fails(
     net: tuple[bytes, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

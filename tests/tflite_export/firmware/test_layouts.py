@@ -65,6 +65,7 @@ def stand_in(folder: Path, name: str = "net") -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_cmake_builds_a_program_that_checks_itself(blob: bytes, tmp_path: Path) -> None:
     source = tflite_export.to_c(blob, tmp_path / "net", name="net", layout="cmake")
     assert source.files[-1].name == "CMakeLists.txt"
@@ -111,6 +112,7 @@ def test_the_program_runs_on_the_real_library(tmp_path: Path) -> None:
     assert set(ticks) == set(source.operators)
 
 
+@pytest.mark.slow
 def test_zephyr_builds_the_module(blob: bytes, tmp_path: Path) -> None:
     """With Zephyr's own CMake functions as ordinary ones."""
     module = tmp_path / "net"

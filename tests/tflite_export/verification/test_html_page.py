@@ -133,6 +133,7 @@ def test_long_names_lose_their_middle_in_the_table_of_layers() -> None:
     assert "\nglobal_aver…_pooling2d " in text and "\ndense " in text
 
 
+@pytest.mark.slow
 def test_headings_stand_over_their_columns() -> None:
     """The first cell of the second row of headings is over numbers; of the first, over names."""
     text = report().to_html()

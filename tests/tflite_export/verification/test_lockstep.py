@@ -438,6 +438,7 @@ def cancelling(x: Any) -> Any:
     ]
 
 
+@pytest.mark.slow
 def test_sums_whose_values_cancel_are_within_a_step() -> None:
     keras.utils.set_random_seed(0)
     qat, x = quantized((12, 8), cancelling)

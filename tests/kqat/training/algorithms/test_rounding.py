@@ -220,6 +220,7 @@ def test_whatever_integers_are_chosen_are_those_of_the_layer(
     np.testing.assert_allclose(problems[2].gram[0], by_hand, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_scale_per_tensor_rounds_weights_as_folded(setting: Setting) -> None:
     qat = kqat.quantize_model(setting.model, PER_TENSOR, calibration_data=setting.data)
     found = algorithms.gptq(qat, setting.data)
@@ -230,6 +231,7 @@ def test_one_scale_per_tensor_rounds_weights_as_folded(setting: Setting) -> None
     assert np.abs(integers).max() <= 3 + 1e-4
 
 
+@pytest.mark.slow
 def test_corrected_biases_give_each_layer_its_mean(setting: Setting) -> None:
     found = algorithms.correct_biases(setting.qat, setting.data)
     plain = linear_layers.copied(setting.qat)  # Without what calibration corrected.

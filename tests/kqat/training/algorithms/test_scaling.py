@@ -97,6 +97,7 @@ def test_awq_makes_four_bits_round_better(block: tuple[keras.Model, np.ndarray])
     assert noise(algorithms.awq(qat, data), model, data) < noise(qat, model, data) / 2
 
 
+@pytest.mark.slow
 def test_learned_steps_start_anew(block: tuple[keras.Model, np.ndarray]) -> None:
     model, data = block
     scaled = algorithms.smooth_quant(

@@ -12,6 +12,7 @@ from kqat.base.errors import ModelError
 from tests.kqat.training.schedules.models import X, fit, network, quantized, wrapper
 
 
+@pytest.mark.slow
 def test_statistics_are_the_means_over_all_batches() -> None:
     qat = quantized()
     fit(qat)
@@ -84,6 +85,7 @@ def test_noise_in_the_place_of_rounding_does_not_reach_the_statistics() -> None:
     np.testing.assert_array_equal(*found)
 
 
+@pytest.mark.slow
 def test_the_callback_does_it_at_the_end_of_fit() -> None:
     qat = quantized()
     fit(qat, kqat.ReestimateBatchNorm(X))

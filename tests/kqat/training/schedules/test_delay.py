@@ -18,6 +18,7 @@ from tests.kqat.training.schedules.models import (
 )
 
 
+@pytest.mark.slow
 def test_the_first_steps_are_those_of_the_float_model() -> None:
     """The same losses and weights, so neither weights, activations nor biases are rounded."""
     model = network()
@@ -34,6 +35,7 @@ def test_the_first_steps_are_those_of_the_float_model() -> None:
     assert np.isfinite(later)
 
 
+@pytest.mark.slow
 def test_it_rounds_from_the_step_on_without_a_new_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     traces, delay = Traces(monkeypatch), kqat.QuantizeAfter(3)
     flags = EachStep(lambda model: float(wrapper(model).controls.rounds))  # type: ignore[arg-type]

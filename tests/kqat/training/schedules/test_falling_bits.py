@@ -37,12 +37,14 @@ def test_validation_sees_the_width_of_the_stage_and_then_the_planned_one() -> No
     assert history["val_loss"][0] != history["val_loss"][1] == pytest.approx(coarse)
 
 
+@pytest.mark.slow
 def test_a_fit_that_ends_before_puts_the_planned_grids_back() -> None:
     qat = quantized()
     fit(qat, kqat.FallingBits((8,), epochs=5), epochs=1)
     assert widths(qat)[0] == 4 and widths(qat)[1] <= 7
 
 
+@pytest.mark.slow
 def test_wider_weights_keep_their_grid() -> None:
     qat, seen = quantized({"hidden": "w4a8", "*": "int8"}), EachStep(widths)
     fit(qat, kqat.FallingBits((6,)), seen, epochs=1)
@@ -116,6 +118,7 @@ def test_an_interrupted_fit_goes_on_as_if_it_had_not_been(
         np.testing.assert_array_equal(own, other)
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_in_a_stage_says_that_it_would_ship(tmp_path: Path) -> None:
     qat = _eager()
     with pytest.raises(KeyboardInterrupt):
@@ -155,6 +158,7 @@ def test_averages_of_steps_are_of_one_stage() -> None:
     np.testing.assert_allclose(wrapper(qat).scale("kernel"), start, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_of_another_width_start_anew_where_training_begins(tmp_path: Path) -> None:
     """Weights of 8 bits as the beginning of those of 4: steps of zero gradient trained nothing."""
     wide, qat = (

@@ -73,6 +73,7 @@ def test_frozen_weights_keep_their_integers_whatever_the_optimizer_does(axis: An
     assert any(np.any(a != b) for a, b in zip(seen.seen[-9:-1], seen.seen[-8:], strict=True))
 
 
+@pytest.mark.slow
 def test_dampening_is_the_penalty_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     traces, qat = Traces(monkeypatch), quantized(rate=0.0)
     weights = EachStep(lambda m: float(wrapper(m).controls.dampening))  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ def test_a_weight_becomes_one_of_its_neighbours_with_the_weight_as_mean() -> Non
     np.testing.assert_array_equal(one.on_grid("kernel"), one.on_grid("kernel"))
 
 
+@pytest.mark.slow
 def test_it_ends_at_its_epoch_without_a_new_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     traces, qat = Traces(monkeypatch), quantized()
     flags = EachStep(lambda model: float(wrapper(model).controls.random))  # type: ignore[arg-type]
