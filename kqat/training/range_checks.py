@@ -75,7 +75,8 @@ def concerns(graph: Graph, observer: Observer, found: Found) -> list[Concern]:
     names = ValueNames(graph)
     every: list[Concern] = []
     if observer.samples < FEW_SAMPLES:
-        text = f"{observer.samples} samples are few: ranges may miss what others hold"
+        count = "1 sample is" if observer.samples == 1 else f"{observer.samples} samples are"
+        text = f"{count} few: ranges may miss what others hold"
         every.append(Concern("samples", "", 1.0, text))
     for (quantizer, site), record in observer.records.items():
         reached = any(one.high > one.low for one in found[quantizer].values())

@@ -65,6 +65,7 @@ def test_few_samples() -> None:
     text = said(small(), X[:5])
     assert text.startswith("Calibration of 'small': 5 samples are few")
     assert "some hundred" in text
+    assert said(small(), X[:1]).startswith("Calibration of 'small': 1 sample is few")
 
 
 def test_halves_that_disagree() -> None:
