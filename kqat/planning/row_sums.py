@@ -30,15 +30,18 @@ class _RowSum:
     Attributes:
         mean: its node that reduces.
         weights: by which it multiplies the addends.
+        inner: the name of what is computed before an axis is dropped, that of a node of the chain
+            which is there no longer.
     """
 
     mean: Node
     weights: np.ndarray
+    inner: str
 
     def made(self, name: str, x: Any) -> Any:
         """The sum of `x`."""
         keeps = self.mean.layer.keepdims
-        own = name if keeps else str(self.mean.layer.name)
+        own = name if keeps else self.inner
         dense = layers.Dense(1, use_bias=False, trainable=False, name=own)
         y = Part(dense, [self.weights.astype(np.float32)[:, None]])(x)
         return y if keeps else layers.Reshape(tuple(x.shape[1:-1]), name=name)(y)
@@ -111,7 +114,7 @@ class _Search:
             numbers = numbers * factors
         if nodes[0] is mean and (node is mean or not self._is_one_kernel(mean, node)):
             return None  # No constant is before it, and what it multiplies by costs no kernel more.
-        return nodes, _RowSum(mean, numbers)
+        return nodes, _RowSum(mean, numbers, str(nodes[-2].layer.name))
 
     def _config(self, node: Node) -> QuantizeConfig | None:
         return self.configs[self.origins[node.layer.name]]

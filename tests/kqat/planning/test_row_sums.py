@@ -82,3 +82,12 @@ def test_constants_that_others_read_or_of_another_axis_stay_apart() -> None:
 
     kinds = [[layer.kind for layer in kqat.plan(_model(f)).layers] for f in (read_twice, of_steps)]
     assert kinds == [["ChannelAffine", "Dense", "Add"], ["WithConstant", "Dense"]]
+
+
+def test_a_weighed_mean_that_drops_its_axis_has_names_of_its_own() -> None:
+    """It is a Dense and a Reshape, of which one has the mean's name."""
+    model = _model(lambda x: ops.mean(x * PLACES, axis=-1))
+    qat = kqat.quantize_model(model, calibration_data=X)
+    assert len({layer.name for layer in qat.layers}) == len(qat.layers)
+    want, got = np.asarray(model(X)), np.asarray(qat(X))
+    assert np.mean((got - want) ** 2) < 1e-3 * np.mean(want**2)

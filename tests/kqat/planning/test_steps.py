@@ -16,8 +16,8 @@ from kqat.grids import Bounds, Clamp
 from kqat.planning import Plan
 
 STEPS, FEATURES, UNITS = 3, 6, 4
-# They hand integers on as they are; what reads them is compared.
-MOVING = {"PACK", "RESHAPE", "STRIDED_SLICE", "UNPACK"}
+# They hand integers on as they are, or make truth values of them; what reads those is compared.
+MOVING = {"CAST", "GREATER", "PACK", "RESHAPE", "STRIDED_SLICE", "UNPACK"}
 X = np.random.default_rng(0).normal(size=(64, STEPS, FEATURES)).astype(np.float32)
 
 ENDS: dict[str, Callable[[Any, Any], Any]] = {
@@ -109,7 +109,7 @@ def test_a_step_ships_as_it_was_trained(end: str, given: bool, decibels: float) 
     qat = kqat.quantize_model(model, calibration_data=data)
     report = tflite_export.verify(qat, tflite_export.convert(qat), data, samples=32)
     part = report.on("litert_reference")
-    # Each operator of each step has a row, but for those that only move integers.
+    # Each operator of each step has a row, but for those of `MOVING`.
     rows = Counter(site.operator for site in part.sites)
     computing = {op: n for op, n in report.operators.items() if op not in MOVING}
     assert {op: rows[op] for op in computing} == computing
