@@ -1,6 +1,7 @@
 # Needs Python 3.11 and make. Everything is installed into .venv, nothing outside of it.
 #   make demo        train, quantize and verify a network for handwritten digits (a minute)
-#   make test        the fast tests           make test-slow   the others
+#   make test        the fast tests           make test-slow   the others, but for the longest
+#   make test-long   three recipes from end to end, which take minutes each
 #   make lint        style and types          make check       all of these, and line coverage
 #   make docs        the documentation's site, into site/; warnings are errors
 #   make clean       remove what these made
@@ -18,7 +19,7 @@ COVERAGE ?= --cov=kqat --cov=tflite_export --cov-fail-under=90
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test test-slow lint docs check clean
+.PHONY: demo test test-slow test-long lint docs check clean
 
 demo: $(READY)
 	$(PY) -m recipes.digits --out out/digits
@@ -27,7 +28,10 @@ test: $(READY)
 	$(PY) -m pytest -m "not slow" $(PYTEST_FLAGS)
 
 test-slow: $(READY)
-	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
+	$(PY) -m pytest -m "slow and not long" $(PYTEST_FLAGS)
+
+test-long: $(READY)
+	$(PY) -m pytest -m long $(PYTEST_FLAGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -87,6 +87,7 @@ SIZE = (
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_ends_with_the_same_table(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     _start(whole).wait()

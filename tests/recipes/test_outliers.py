@@ -28,6 +28,7 @@ def test_planted_channels_are_larger_and_change_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_both_networks_have_a_row_for_each_method(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def test_ends_of_eight_bits_stand_around_few(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_cells_are_made_once_and_the_run_goes_on(tmp_path: Path) -> None:
     options = ["--smoke", "--out", str(tmp_path), "--seeds", "0"]
     # Each cell that trains takes most of a minute.
