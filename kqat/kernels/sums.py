@@ -139,9 +139,10 @@ class Requantize:
         result: grid of the output.
         rounding: of the kernel.
         activation: fused, or `"none"`.
-        float_product: whether the kernel multiplies the two scales in float32 (LiteRT's
-            BATCH_MATMUL: `GetQuantizedConvolutionMultipler` in kernels/kernel_util.cc), not in
-            float64. Of the 15 bits that a wide sum is multiplied by, it may move the last.
+        in_double: whether the kernel multiplies the two scales in float64, as in `pointwise`.
+            LiteRT's BATCH_MATMUL does so in float32 (`GetQuantizedConvolutionMultipler` in
+            kernels/kernel_util.cc), which may move the last of the 15 bits that a wide sum is
+            multiplied by.
     """
 
     given: Grid
@@ -149,7 +150,7 @@ class Requantize:
     result: Grid
     rounding: Rounding
     activation: str = "none"
-    float_product: bool = False
+    in_double: bool = True
 
     def __call__(self, xp: Arrays, sums: Any, bias: Any | None) -> Any:
         """The output's integers of exact `sums`, whose last axis is the channels'."""
@@ -166,7 +167,7 @@ class Requantize:
             steps = once_rounded(xp, sums, self.given.scale * scales / self.result.scale)
             # A float beyond int32 has no integer; it is clipped anyway.
             return xp.cast(xp.clip(steps, -(2.0**24), 2.0**24), "int32")
-        dtype = np.float32 if self.float_product else np.float64
+        dtype = np.float64 if self.in_double else np.float32
         product = np.asarray(self.given.scale, dtype) * np.asarray(scales, dtype)
         real = np.asarray(product, np.float64) / np.float64(self.result.scale)
         if self.rounding is Rounding.DOUBLE:

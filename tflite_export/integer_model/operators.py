@@ -363,7 +363,7 @@ def batch_matmul(step: Step, runtime: str) -> Kernel:
         weights=grids[1],
         result=result.on_grid,
         rounding=_rounding(step, runtime, b, a),
-        float_product=kind_of(step, runtime) != "micro",
+        in_double=kind_of(step, runtime) == "micro",
     )
 
     def compute(xp: Arrays, x: Values, c: Mapping[str, Any]) -> Values:

@@ -155,6 +155,7 @@ def test_every_runtime_computes_what_was_trained() -> None:
     for want, got in zip(*([*m(X)[:2], *m(X)[3:]] for m in (model, qat)), strict=True):
         wanted = np.asarray(want, np.float64)
         noise = np.mean((wanted - np.asarray(got, np.float64)) ** 2)
+        # Outputs that round to their grids leave 40.6 to 45.3 dB; operands that do take 3 to 8.
         assert 10 * np.log10(np.mean(wanted**2) / noise) > 36.0
 
 

@@ -91,7 +91,9 @@ def test_rows_of_unlike_means_lose_little() -> None:
 def test_rows_of_length_one_over_any_axes(shape: tuple[int, ...], call: Any) -> None:
     """The last axis by its number, as in SimCLR, was refused as not the last."""
     x = np.random.default_rng(0).normal(size=(64, *shape)).astype(np.float32)
-    assert sqnr(call, x) > 28
+    # Inputs and outputs that round to their grids leave 38.8 to 40.9 dB. Squares, their sum and
+    # its root take 0.9 to 2.2 of them, and 5.2 where a row has 72 values.
+    assert sqnr(call, x) > 33
 
 
 def test_normalization_over_samples_is_refused() -> None:
