@@ -206,8 +206,7 @@ class _Rows:
             if self._multiplies(operator) and int(operator.inputs[0]) in self.values:
                 self.products.append(operator)
             elif self.draft.op_name(operator) == "RESHAPE":
-                size = self._shape(int(operator.inputs[0]))[-1]
-                if self._shape(result) != (*self.axes, size) or result in self.outputs:
+                if not self._gives_axes_back(operator):
                     return False
                 self.reshapes.append(operator)
                 continue
@@ -226,13 +225,29 @@ class _Rows:
             size = self._shape(value)[-1]
             graph.tensors[value].shape = np.asarray((*self.axes, size), np.int32)
             graph.tensors[value].shapeSignature = None
-        instead = {int(op.outputs[0]): int(op.inputs[0]) for op in self.reshapes}
-        for dropped, source in instead.items():
-            self.draft.hand_name_on(dropped, source)
+        pairs = [(int(op.inputs[0]), int(op.outputs[0])) for op in self.reshapes]
+        # An output of the model stays the tensor that it is: what made it writes it.
+        instead = {source: result for source, result in pairs if result in self.outputs}
+        instead |= {
+            result: instead.get(source, source)
+            for source, result in pairs
+            if result not in self.outputs
+        }
+        for dropped, kept in instead.items():
+            self.draft.hand_name_on(dropped, kept)
         gone = {id(op) for op in self.reshapes}
         graph.operators = [op for op in graph.operators if id(op) not in gone]
         for operator in graph.operators:
             operator.inputs = [instead.get(int(i), int(i)) for i in operator.inputs]
+            operator.outputs = [instead.get(int(i), int(i)) for i in operator.outputs]
+
+    def _gives_axes_back(self, reshape: OperatorT) -> bool:
+        source, result = int(reshape.inputs[0]), int(reshape.outputs[0])
+        if self._shape(result) != (*self.axes, self._shape(source)[-1]):
+            return False
+        # Each output of the model is a tensor of its own.
+        others = {int(op.outputs[0]) for op in self.reshapes if int(op.inputs[0]) == source}
+        return result not in self.outputs or not others & self.outputs
 
     def _multiplies(self, operator: OperatorT) -> bool:
         options: Any = operator.builtinOptions

@@ -104,8 +104,8 @@ class _Carried:
 
 
 def _identity(site: Site, integers: np.ndarray) -> Hashable:
-    """Equal for equal integers on equal grids."""
-    grid = (site.scale, site.zero_point, site.bits, integers.shape)
+    """Equal for equal integers in the same order on equal grids, whatever the axes."""
+    grid = (site.scale, site.zero_point, site.bits, integers.size)
     return (*grid, sha256(np.ascontiguousarray(integers).tobytes()).digest())
 
 

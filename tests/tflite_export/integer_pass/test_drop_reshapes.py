@@ -111,6 +111,19 @@ def test_rows_keep_their_axes_behind_functions_of_each_number(
     assert counts[1] - counts[0] == dropped
 
 
+def test_rows_that_are_outputs_keep_their_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow's converter makes two operators of two `Dense`; here RESHAPEs stood behind."""
+
+    def call(x: Any) -> Any:
+        hidden = L.Dense(6, name="hidden")(x)
+        return [L.Dense(3, name="first")(hidden), L.Dense(4, activation="relu")(hidden)]
+
+    qat, x = quantized((16, 6), call, "int8")
+    without, _ = same_without(keep_axes, qat, x[:8], 1, monkeypatch)
+    assert operators(flatbuffer.read(without)) == ["FULLY_CONNECTED"] * 3
+    assert all(part.unmatched == () for part in tflite_export.verify(qat, without, x).runtimes)
+
+
 def before_dense(blob: bytes) -> set[str]:
     """The operators that compute what FULLY_CONNECTED reads."""
     model = flatbuffer.read(blob)
@@ -278,7 +291,9 @@ def test_a_reshape_that_gives_other_axes_stays(reason: str) -> None:
     if reason == "other shape":
         graph.tensors[result].shape = np.asarray([1, 2, 8, 5], np.int32)
     elif reason == "other reader":
-        graph.operators.append(new_operator(model, "RELU", [flat], [tensor(model, (16, 5))]))
+        positive = tensor(model, (16, 5))
+        graph.operators.append(new_operator(model, "RELU", [flat], [positive]))
+        graph.outputs = [*graph.outputs, positive]
     elif reason == "output":
         graph.outputs = [*graph.outputs, flat]
     else:

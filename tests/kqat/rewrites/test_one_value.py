@@ -1,0 +1,56 @@
+"""What reduces axes of one value computes nothing: no operator is left of it, and no site."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+from keras import ops
+
+import kqat
+import tflite_export
+from tests.tflite_export.small_models import operators
+from tflite_export import flatbuffer
+
+
+@pytest.mark.parametrize(
+    ("shape", "call"),
+    [
+        ((4, 1, 6), lambda x: ops.sum(x, axis=2)),
+        ((4, 1, 6), lambda x: ops.mean(x, axis=-2, keepdims=True)),
+        ((4, 1, 6), lambda x: ops.max(x, axis=2)),
+        ((4, 1, 6), lambda x: ops.prod(x, axis=2)),
+        ((1, 1, 6), lambda x: ops.mean(x, axis=(1, 2))),
+        ((1, 1, 6), L.GlobalAveragePooling2D(keepdims=True)),
+        ((1, 6), L.GlobalMaxPooling1D()),
+        ((6, 1, 1), L.GlobalAveragePooling2D(data_format="channels_first")),
+    ],
+)
+def test_it_is_the_value(shape: tuple[int, ...], call: Callable[[Any], Any]) -> None:
+    inputs = keras.Input(shape)
+    model = keras.Model(inputs, L.ReLU()(call(inputs)))
+    x = np.random.default_rng(0).normal(size=(32, *shape)).astype(np.float32)
+    assert {op for layer in kqat.plan(model).layers for op in layer.ops} <= {"RESHAPE", "RELU"}
+    qat = kqat.quantize_model(model, calibration_data=x)
+    wanted = np.maximum(np.reshape(x, model(x).shape), 0.0)
+    assert np.array_equal(model(x), wanted)
+    # Half a step of the input and half a step of the output.
+    bound = 0.501 * (np.ptp(x) + np.ptp(wanted)) / 255
+    assert np.max(np.abs(qat.predict(x, verbose=0) - wanted)) <= bound
+
+
+def test_linear_attention_of_one_context_is_compared_whole() -> None:
+    """MobileViT v2: an `einsum` sums the one context of all steps; its mean was not compared."""
+    inputs = keras.Input((4, 4, 6))
+    x = L.Dense(6)(inputs)
+    context = ops.sum(x * ops.softmax(x[..., :1], axis=-2), axis=-2, keepdims=True)
+    y = ops.einsum("...nd,...kd->...nd", ops.relu(x), context)
+    model = keras.Model(inputs, L.Dense(3)(y))
+    data = np.random.default_rng(0).normal(size=(32, 4, 4, 6)).astype(np.float32)
+    qat = kqat.quantize_model(model, calibration_data=data)
+    blob = tflite_export.convert(qat)
+    assert operators(flatbuffer.read(blob)).count("MEAN") == 1
+    for part in tflite_export.verify(qat, blob, data, samples=4).runtimes:
+        assert part.is_right and part.unmatched == ()
