@@ -101,7 +101,9 @@ def _fixed(op: str, **options: Any) -> LayerRule:
 
 
 def _resize(*ops: str) -> LayerRule:
-    return _same(*ops, refuse=rule.plain_resize, rounds=True)
+    return _same(
+        *ops, refuse=rule.plain_resize, rounds=True, decompose=basic.identity_of_equal_shape
+    )
 
 
 def _index(*ops: str) -> LayerRule:
@@ -283,11 +285,13 @@ LAYERS: dict[type, LayerRule] = {
         decompose_masked=attention_masks.masked_softmax,
         masks=True,
     ),
-    layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE"),
-    layers.MaxPooling2D: _same("MAX_POOL_2D"),
+    layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", decompose=basic.identity_of_one),
+    layers.MaxPooling2D: _same("MAX_POOL_2D", decompose=basic.identity_of_one),
     layers.MaxPooling3D: _same("MAX_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d),
-    layers.AveragePooling1D: _same("AVERAGE_POOL_2D", "RESHAPE", rounds=True),
-    layers.AveragePooling2D: _same("AVERAGE_POOL_2D", rounds=True),
+    layers.AveragePooling1D: _same(
+        "AVERAGE_POOL_2D", "RESHAPE", rounds=True, decompose=basic.identity_of_one
+    ),
+    layers.AveragePooling2D: _same("AVERAGE_POOL_2D", rounds=True, decompose=basic.identity_of_one),
     layers.AveragePooling3D: _same(
         "AVERAGE_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d
     ),
@@ -324,12 +328,12 @@ LAYERS: dict[type, LayerRule] = {
         one_hot.category_encoding, "GATHER", "REDUCE_MAX", "MEAN", "MUL", "RESHAPE"
     ),
     layers.SpectralNormalization: _composite(normalization.spectral),
-    layers.ZeroPadding1D: _same("PAD"),
-    layers.ZeroPadding2D: _same("PAD"),
-    layers.ZeroPadding3D: _same("PAD"),
-    ZeroPadding: _same("PAD"),
-    layers.Cropping1D: _same("STRIDED_SLICE"),
-    layers.Cropping2D: _same("STRIDED_SLICE"),
+    **dict.fromkeys(
+        (layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D, ZeroPadding),
+        _same("PAD", decompose=basic.identity_of_equal_shape),
+    ),
+    layers.Cropping1D: _same("STRIDED_SLICE", decompose=basic.identity_of_equal_shape),
+    layers.Cropping2D: _same("STRIDED_SLICE", decompose=basic.identity_of_equal_shape),
     layers.Cropping3D: _same("RESHAPE", "STRIDED_SLICE", decompose=basic.crop_3d),
     layers.UpSampling1D: _same("RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.upsample_1d),
     layers.UpSampling2D: _same(

@@ -1,4 +1,4 @@
-"""What reduces axes of one value computes nothing: no operator is left of it, and no site."""
+"""What reduces one value, or moves none, computes nothing: no operator is left of it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +26,13 @@ from tflite_export import flatbuffer
         ((1, 1, 6), L.GlobalAveragePooling2D(keepdims=True)),
         ((1, 6), L.GlobalMaxPooling1D()),
         ((6, 1, 1), L.GlobalAveragePooling2D(data_format="channels_first")),
+        ((4, 4, 6), L.MaxPooling2D(1)),
+        ((4, 6), L.AveragePooling1D(1, 1, padding="same")),
+        ((4, 4, 6), L.ZeroPadding2D(0)),
+        ((4, 6), L.Cropping1D(0)),
+        ((4, 4, 6), L.UpSampling2D(1)),
+        ((4, 4, 6), L.Resizing(4, 4)),
+        ((4, 4, 6), lambda x: ops.image.resize(x, (4, 4))),
     ],
 )
 def test_it_is_the_value(shape: tuple[int, ...], call: Callable[[Any], Any]) -> None:
@@ -39,6 +46,20 @@ def test_it_is_the_value(shape: tuple[int, ...], call: Callable[[Any], Any]) -> 
     # Half a step of the input and half a step of the output.
     bound = 0.501 * (np.ptp(x) + np.ptp(wanted)) / 255
     assert np.max(np.abs(qat.predict(x, verbose=0) - wanted)) <= bound
+
+
+@pytest.mark.parametrize(
+    ("call", "op"),
+    [
+        (L.MaxPooling2D(1, strides=2), "MAX_POOL_2D"),
+        (L.AveragePooling2D(3, strides=1, padding="same"), "AVERAGE_POOL_2D"),
+        (L.Cropping2D(((1, 0), (0, 1))), "STRIDED_SLICE"),
+    ],
+)
+def test_what_moves_values_stays(call: Callable[[Any], Any], op: str) -> None:
+    inputs = keras.Input((4, 4, 6))
+    plan = kqat.plan(keras.Model(inputs, call(inputs)))
+    assert [found for layer in plan.layers for found in layer.ops] == [op]
 
 
 def test_linear_attention_of_one_context_is_compared_whole() -> None:

@@ -158,7 +158,7 @@ def test_names_make_way_for_the_users() -> None:
     def build(x: Any) -> Any:
         y = conv("conv")(x)
         for name in ("quant_conv", "conv_quantizer", "precision_boundary"):
-            y = layers.MaxPooling2D(1, name=name)(y)
+            y = layers.MaxPooling2D(2, 1, "same", name=name)(y)
         return conv("relu_unrounded")(layers.ReLU(name="relu")(y))
 
     model = on_grid(model_of(build))

@@ -84,7 +84,7 @@ def test_a_clamp_that_a_pool_was_given_is_taken_out() -> None:
 
     def call(x: Any) -> Any:
         y = L.ReLU(name="clamp")(L.AveragePooling2D(2, name="pool")(x))
-        return L.MaxPooling2D(1, name="last")(L.ReLU(name="again")(L.Dropout(0.1)(y)))
+        return L.MaxPooling2D(2, name="last")(L.ReLU(name="again")(L.Dropout(0.1)(y)))
 
     qat, x = quantized((8, 8, 3), call)
     blob = tflite_export.convert(qat)

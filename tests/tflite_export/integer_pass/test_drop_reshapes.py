@@ -30,7 +30,7 @@ IMAGE = (4, 4, 6)
 
 def flattened(x: Any) -> Any:
     """Another last axis: 96 numbers of 4 x 4 x 6."""
-    return L.Dense(5)(L.Flatten(name="flat")(L.MaxPooling2D(1, name="pool")(x)))
+    return L.Dense(5)(L.Flatten(name="flat")(L.MaxPooling2D(2, 1, "same", name="pool")(x)))
 
 
 def pooled(x: Any) -> Any:
