@@ -67,7 +67,7 @@ def test_linear_attention_of_one_context_is_compared_whole() -> None:
     inputs = keras.Input((4, 4, 6))
     x = L.Dense(6)(inputs)
     context = ops.sum(x * ops.softmax(x[..., :1], axis=-2), axis=-2, keepdims=True)
-    y = ops.einsum("...nd,...kd->...nd", ops.relu(x), context)
+    y = ops.einsum("...sd,...td->...sd", ops.relu(x), context)
     model = keras.Model(inputs, L.Dense(3)(y))
     data = np.random.default_rng(0).normal(size=(32, 4, 4, 6)).astype(np.float32)
     qat = kqat.quantize_model(model, calibration_data=data)
