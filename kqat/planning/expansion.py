@@ -184,6 +184,8 @@ def _simpler(
     if rule.decompose_masked and (node.args[1:] or node.kwargs.get("mask") is not None):
         made = rule.decompose_masked(layer, node.name)
         return None if made is None else _tried(layer, made, node.name, origin)
+    if rule.hands_on and rule.hands_on(layer):
+        return keras.layers.Identity(name=node.name, dtype=layer.output.dtype)
     decompose = rule.decompose_fused if rule.decompose_fused and origin in fused else rule.decompose
     made = decompose(layer, node.name) if decompose else None
     return None if made is None else _tried(layer, made, node.name, origin)

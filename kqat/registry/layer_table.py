@@ -101,9 +101,7 @@ def _fixed(op: str, **options: Any) -> LayerRule:
 
 
 def _resize(*ops: str) -> LayerRule:
-    return _same(
-        *ops, refuse=rule.plain_resize, rounds=True, decompose=basic.identity_of_equal_shape
-    )
+    return _same(*ops, refuse=rule.plain_resize, rounds=True, hands_on=rule.keeps_shape)
 
 
 def _index(*ops: str) -> LayerRule:
@@ -285,13 +283,13 @@ LAYERS: dict[type, LayerRule] = {
         decompose_masked=attention_masks.masked_softmax,
         masks=True,
     ),
-    layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", decompose=basic.identity_of_one),
-    layers.MaxPooling2D: _same("MAX_POOL_2D", decompose=basic.identity_of_one),
+    layers.MaxPooling1D: _same("MAX_POOL_2D", "RESHAPE", hands_on=rule.is_of_one_value),
+    layers.MaxPooling2D: _same("MAX_POOL_2D", hands_on=rule.is_of_one_value),
     layers.MaxPooling3D: _same("MAX_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d),
     layers.AveragePooling1D: _same(
-        "AVERAGE_POOL_2D", "RESHAPE", rounds=True, decompose=basic.identity_of_one
+        "AVERAGE_POOL_2D", "RESHAPE", rounds=True, hands_on=rule.is_of_one_value
     ),
-    layers.AveragePooling2D: _same("AVERAGE_POOL_2D", rounds=True, decompose=basic.identity_of_one),
+    layers.AveragePooling2D: _same("AVERAGE_POOL_2D", rounds=True, hands_on=rule.is_of_one_value),
     layers.AveragePooling3D: _same(
         "AVERAGE_POOL_2D", "RESHAPE", "TRANSPOSE", decompose=basic.pool_3d
     ),
@@ -330,10 +328,10 @@ LAYERS: dict[type, LayerRule] = {
     layers.SpectralNormalization: _composite(normalization.spectral),
     **dict.fromkeys(
         (layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D, ZeroPadding),
-        _same("PAD", decompose=basic.identity_of_equal_shape),
+        _same("PAD", hands_on=rule.keeps_shape),
     ),
-    layers.Cropping1D: _same("STRIDED_SLICE", decompose=basic.identity_of_equal_shape),
-    layers.Cropping2D: _same("STRIDED_SLICE", decompose=basic.identity_of_equal_shape),
+    layers.Cropping1D: _same("STRIDED_SLICE", hands_on=rule.keeps_shape),
+    layers.Cropping2D: _same("STRIDED_SLICE", hands_on=rule.keeps_shape),
     layers.Cropping3D: _same("RESHAPE", "STRIDED_SLICE", decompose=basic.crop_3d),
     layers.UpSampling1D: _same("RESHAPE", "RESIZE_NEAREST_NEIGHBOR", decompose=basic.upsample_1d),
     layers.UpSampling2D: _same(

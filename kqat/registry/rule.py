@@ -74,6 +74,8 @@ class LayerRule:
         decompose_fused: the same for a config with `recurrence="fused"`; `None` if the layer has
             no fused form.
         grid: the grid of the output, if the kernel demands another than the config's.
+        hands_on: layer -> whether with these options it returns what it is given, as a pooling of
+            one value does: it is an `Identity` then.
         opens: whether the layer is replaced by the layers and operations that its `call` uses.
         refuse: layer -> why a layer with these options cannot ship and what to do instead, or
             `None` if it can.
@@ -102,6 +104,7 @@ class LayerRule:
     decompose_masked: Callable[[Any, str], Callable[..., Any] | None] | None = None
     decompose_fused: Callable[[Any, str], Callable[..., Any] | None] | None = None
     grid: QuantSpec | None = None
+    hands_on: Callable[[Any], bool] | None = None
     opens: bool = False
     refuse: Callable[[Any], str | None] | None = None
 
@@ -183,6 +186,17 @@ def nearest_or_bilinear(layer: Any) -> str | None:
             "use 'nearest' or 'bilinear'"
         )
     return None
+
+
+def keeps_shape(layer: Any) -> bool:
+    """Whether a resize, a crop or a padding leaves the shape as it is."""
+    x, y = layer.input, layer.output
+    return x.shape[1:] == y.shape[1:] and None not in x.shape[1:] and bool(x.dtype == y.dtype)
+
+
+def is_of_one_value(pool: Any) -> bool:
+    """Whether a pooling is of one value, in steps of one."""
+    return {*pool.pool_size, *pool.strides} == {1}
 
 
 def plain_resize(layer: Any) -> str | None:

@@ -188,19 +188,6 @@ def average(layer: Any, name: str) -> Decomposed:
     return chain
 
 
-def identity_of_equal_shape(layer: Any, name: str) -> Decomposed | None:
-    """A resize, a crop or a padding that leaves the shape as it is computes nothing."""
-    x, y = layer.input, layer.output
-    is_whole = x.shape[1:] == y.shape[1:] and None not in x.shape[1:] and x.dtype == y.dtype
-    return layers.Identity(name=name, dtype=x.dtype) if is_whole else None
-
-
-def identity_of_one(layer: Any, name: str) -> Decomposed | None:
-    """A pooling of one value, in steps of one, computes nothing."""
-    is_whole = {*layer.pool_size, *layer.strides} == {1}
-    return layers.Identity(name=name, dtype=layer.input.dtype) if is_whole else None
-
-
 def upsample_2d(layer: Any, name: str) -> Decomposed:
     """`UpSampling2D` as a resize, which has an integer kernel; Keras would make TILE operators."""
 
