@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -209,10 +209,12 @@ def quantized_and_plan(
     calibration: str | CalibrationMethod | None = None,
     preserve: str | Sequence[str] | None = None,
     input_shapes: Any = None,
+    check: Callable[[Graph, Plan], None] | None = None,
 ) -> tuple[keras.Model, Plan]:
     """The QAT model and its plan, for public functions; warnings name the line that calls these.
 
-    Arguments and errors are those of `quantize_model`.
+    Arguments and errors are those of `quantize_model`, but for `check`: it is called with the float
+    graph and the plan, before any work, and raises where its caller could not use the model.
     """
     if calibration is not None:
         check_method(calibration)
@@ -227,6 +229,8 @@ def quantized_and_plan(
     graph = _checked_graph(model)
     _check_weights(model)
     decided = _plan(graph, policy, model.name, kinds)
+    if check is not None:
+        check(graph, decided)
     for rule in decided.unused_rules:
         warnings.warn(
             f"The policy's rule {rule!r} decides nothing about '{model.name}': earlier rules "
