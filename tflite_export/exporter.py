@@ -179,18 +179,22 @@ def _check_multipliers(model: ModelT) -> None:
         if rule is None or rule.weights is None or rule.bias is None:
             continue
         (source, *_), output = rule.activations or (0,), graph.tensors[int(operator.outputs[0])]
+        weights = graph.tensors[int(operator.inputs[rule.weights])]
         if output.type != schema.TensorType.INT8:
             continue
-        read = (graph.tensors[int(operator.inputs[i])] for i in (source, rule.weights))
+        read = (graph.tensors[int(operator.inputs[source])], weights)
         step = math.prod(float(np.max(tensor.quantization.scale)) for tensor in read)
         scale = float(output.quantization.scale[0])
         if step / scale >= LARGEST_MULTIPLIER:
             raise ExportError(
-                f"Expected less than {LARGEST_MULTIPLIER} steps of the output in one step of "
-                f"'{flatbuffer.tensor_name(output)}', input scale times weight scale. Received: "
-                f"{step:.3g} beside an output scale of {scale:.3g}. Its outputs hardly differ, as "
-                "behind a ReLU that never fires: train the layer again, take it out, or leave it "
-                "float by the policy."
+                f"Expected less than {LARGEST_MULTIPLIER} steps of the output "
+                f"'{flatbuffer.tensor_name(output)}' in one step of what is summed for it, input "
+                f"scale times the scale of the weights '{flatbuffer.tensor_name(weights)}'. "
+                f"Received: {step / scale:.3g}, with weights of steps up to "
+                f"{float(np.max(weights.quantization.scale)):.3g} and an output scale of "
+                f"{scale:.3g}. Where the weights are that large, training diverged: go back to a "
+                "checkpoint. Where the outputs hardly differ, as behind a ReLU that never fires, "
+                "train the layer again, take it out, or leave it float by the policy."
             )
 
 

@@ -31,6 +31,7 @@ from kqat.training import (
     as_tensors,
     batches,
     beyond_calibration,
+    check_finite,
     check_quantized,
     check_unquantized,
     of_fixed_shape,
@@ -277,6 +278,7 @@ def diagnose(
     """
     graph = trace(qat)
     check_quantized(qat, "to diagnose")
+    check_finite(qat, ModelError, purpose="to diagnose")
     check_unquantized(float_model)
     float_model = of_fixed_shape(float_model, None, data)
     reference = trace(float_model)
