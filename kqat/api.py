@@ -22,6 +22,7 @@ from kqat.graph import (
     check_as_many,
     non_finite_variable,
     parts_of,
+    recomputes,
     trace,
     with_input_shapes,
 )
@@ -150,6 +151,7 @@ def adapt(
         graph = _checked_graph(model)
         model = with_unlike_members_apart(graph, calibration_data, model.name)
     check_as_many(given, model, "Give kqat.quantize_model the model itself.")
+    _tell_recomputed(given, stacklevel=2)
     return model
 
 
@@ -224,7 +226,7 @@ def quantized_and_plan(
             "hundred typical inputs, or leave calibration out."
         )
     kinds = preserved_kinds(preserve)
-    kind = type(model)
+    given, kind = model, type(model)
     model = of_fixed_shape(model, input_shapes, calibration_data)
     graph = _checked_graph(model)
     _check_weights(model)
@@ -256,6 +258,7 @@ def quantized_and_plan(
             stacklevel=3,
         )
     tell_asides(graph.asides, "model", model.name, stacklevel=4)
+    _tell_recomputed(given, stacklevel=3)
     if not decided.groups:
         raise ModelError(
             f"Expected a layer to quantize. Received: '{model.name}', which computes nothing, or "
@@ -299,6 +302,27 @@ def _with_right_losses(
         )
         qat = wrap(decided, kinds)
     return qat, decided
+
+
+def _tell_recomputed(model: keras.Model, stacklevel: int) -> None:
+    """Warns of layers that `keras.RematScope` has computed again; copies of them are not.
+
+    Keras finds gradients of a layer's variables then, and none of the rounded weights that a
+    wrapper puts in their place.
+    """
+    inside = [part for part in parts_of(model) if part is not model and recomputes(part)]
+    names = [part.name for part in inside if not isinstance(part, keras.layers.InputLayer)]
+    if names:
+        shown = ", ".join(f"'{name}'" for name in names[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"'{model.name}' has layers under keras.RematScope, {shown}{more}, which compute their "
+            "values again for the gradients. The new model keeps these values in memory: it "
+            "computes the same and takes more of it. Where that is too much, train with smaller "
+            "batches.",
+            TrainerWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _tell_lost(problems: Mapping[str, str], name: str, stacklevel: int = 4) -> None:
