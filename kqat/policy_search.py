@@ -124,7 +124,7 @@ class SearchedPolicy(QuantizePolicy):
         for row in self.rows():
             words = ", ".join(f"{n} {choice}" for choice, n in row.presets.items())
             found = "  <- found" if row.name == "found" else ""
-            lines.append(f"{row.used:>14,.0f} {row.cost:>10.3g}  {words}{found}")
+            lines.append(f"{row.used:>14,.0f} {row.cost + 0.0:>10.3g}  {words}{found}")
         return "\n".join(lines)
 
     def rows(self) -> list[ParetoRow]:
