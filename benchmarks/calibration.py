@@ -26,7 +26,7 @@ import numpy as np
 
 import kqat
 import tflite_export
-from kqat.base import write_file
+from kqat.base import decimal, write_file
 from kqat.grids import CALIBRATION_METHODS
 from kqat.training import DEFAULT_METHOD
 from recipes import converter, data, running
@@ -164,7 +164,8 @@ def as_markdown(results: dict[str, Any]) -> str:
             for cells in results.values()
             for found in cells.values()
         ]
-        lines.append(f"| {name} | {min(gains):+.2f} | {np.mean(gains):+.2f} |")
+        cells = " | ".join(decimal(x, 2, signed=True) for x in (min(gains), np.mean(gains)))
+        lines.append(f"| {name} | {cells} |")
     whole = max(map(len, results.values()))
     partly = [
         f"{name} ({len(cells)} of {whole} cells)"
@@ -193,7 +194,7 @@ def _against_bounds(results: dict[str, Any]) -> list[str]:
         f"Aimed at for the file of `{OWN}`: no cell more than {BELOW} dB below the converter's, "
         f"{MEAN_GAIN:g} dB above it in the mean.",
         f"Found: {len(below)} of {len(gains)} cells below{f': {worst}' if worst else ''}; "
-        f"{mean:+.2f} dB in the mean.",
+        f"{decimal(mean, 2, signed=True)} dB in the mean.",
     ]
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import kqat
 import tflite_export
 from benchmarks.zoo_models import MODELS, TOKENS, VOCABULARY
-from kqat.base import write_file
+from kqat.base import decimal, write_file
 from kqat.freezing import freeze
 from kqat.graph.keras_internals import parts_of
 from recipes import converter, running
@@ -467,7 +467,9 @@ def _cells(name: str, found: dict[str, Any]) -> tuple[str, ...]:
         ours, theirs = zip(*found["drawn_db"], strict=True)
         spread = " / ".join(f"{min(x):.1f}–{max(x):.1f}" for x in (ours, theirs))
         drawn = _difference(found)
-        ratios += f" ({spread}" + (f"; {drawn[0]:+.1f} ± {drawn[1]:.1f})" if drawn else ")")
+        ratios += f" ({spread}" + (
+            f"; {decimal(drawn[0], signed=True)} ± {drawn[1]:.1f})" if drawn else ")"
+        )
     return (
         name,
         found["outcome"][:60],

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -22,6 +22,7 @@ from kqat.graph import (
     check_as_many,
     non_finite_variable,
     parts_of,
+    recomputes,
     trace,
     with_input_shapes,
 )
@@ -150,6 +151,7 @@ def adapt(
         graph = _checked_graph(model)
         model = with_unlike_members_apart(graph, calibration_data, model.name)
     check_as_many(given, model, "Give kqat.quantize_model the model itself.")
+    _tell_recomputed(given, stacklevel=2)
     return model
 
 
@@ -209,10 +211,12 @@ def quantized_and_plan(
     calibration: str | CalibrationMethod | None = None,
     preserve: str | Sequence[str] | None = None,
     input_shapes: Any = None,
+    check: Callable[[Graph, Plan], None] | None = None,
 ) -> tuple[keras.Model, Plan]:
     """The QAT model and its plan, for public functions; warnings name the line that calls these.
 
-    Arguments and errors are those of `quantize_model`.
+    Arguments and errors are those of `quantize_model`, but for `check`: it is called with the float
+    graph and the plan, before any work, and raises where its caller could not use the model.
     """
     if calibration is not None:
         check_method(calibration)
@@ -222,11 +226,13 @@ def quantized_and_plan(
             "hundred typical inputs, or leave calibration out."
         )
     kinds = preserved_kinds(preserve)
-    kind = type(model)
+    given, kind = model, type(model)
     model = of_fixed_shape(model, input_shapes, calibration_data)
     graph = _checked_graph(model)
     _check_weights(model)
     decided = _plan(graph, policy, model.name, kinds)
+    if check is not None:
+        check(graph, decided)
     for rule in decided.unused_rules:
         warnings.warn(
             f"The policy's rule {rule!r} decides nothing about '{model.name}': earlier rules "
@@ -252,6 +258,7 @@ def quantized_and_plan(
             stacklevel=3,
         )
     tell_asides(graph.asides, "model", model.name, stacklevel=4)
+    _tell_recomputed(given, stacklevel=3)
     if not decided.groups:
         raise ModelError(
             f"Expected a layer to quantize. Received: '{model.name}', which computes nothing, or "
@@ -295,6 +302,27 @@ def _with_right_losses(
         )
         qat = wrap(decided, kinds)
     return qat, decided
+
+
+def _tell_recomputed(model: keras.Model, stacklevel: int) -> None:
+    """Warns of layers that `keras.RematScope` has computed again; copies of them are not.
+
+    Keras finds gradients of a layer's variables then, and none of the rounded weights that a
+    wrapper puts in their place.
+    """
+    inside = [part for part in parts_of(model) if part is not model and recomputes(part)]
+    names = [part.name for part in inside if not isinstance(part, keras.layers.InputLayer)]
+    if names:
+        shown = ", ".join(f"'{name}'" for name in names[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"'{model.name}' has layers under keras.RematScope, {shown}{more}, which compute their "
+            "values again for the gradients. The new model keeps these values in memory: it "
+            "computes the same and takes more of it. Where that is too much, train with smaller "
+            "batches.",
+            TrainerWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _tell_lost(problems: Mapping[str, str], name: str, stacklevel: int = 4) -> None:

@@ -391,7 +391,21 @@ def ptq(
     """
     _check_tflite_name(output)
     _check_apart(output, model, data)
-    qat = _quantized(model, data, policy, rules, calibration)
+    from kqat.devices import check_runs, target_named
+    from kqat.planning import end_types, misfits
+    from tflite_export.exporter import check_edge_tpu, check_end
+
+    def check(graph: Any, plan: Any) -> None:
+        """What `convert` would refuse only after calibration."""
+        if target is not None:
+            check_edge_tpu(target, (input_type, output_type), 1)
+            check_runs(misfits(graph, plan, target_named(target)), target)
+        asked = (("input", input_type), ("output", output_type))
+        for (kind, one), types in zip(asked, end_types(plan), strict=True):
+            for name, own in types.items():
+                check_end(kind, name, own, None if own == "int32" else one)
+
+    qat = _quantized(model, data, policy, rules, calibration, check)
     _convert(
         qat,
         output,
@@ -857,12 +871,19 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _quantized(
-    model: Path, data: Path, policy: str, rules: tuple[str, ...], calibration: str | None
+    model: Path,
+    data: Path,
+    policy: str,
+    rules: tuple[str, ...],
+    calibration: str | None,
+    check: Any = None,
 ) -> Any:
+    from kqat.api import quantized_and_plan
+
     chosen, loaded = _policy(policy, rules), _load(model)
     given = _data_for(loaded, data)
     with terminal.progress():
-        return kqat.quantize_model(loaded, chosen, calibration_data=given, calibration=calibration)
+        return quantized_and_plan(loaded, chosen, given, calibration, check=check)[0]
 
 
 def _check_apart(output: Path, *inputs: Path) -> None:

@@ -124,7 +124,7 @@ class SearchedPolicy(QuantizePolicy):
         for row in self.rows():
             words = ", ".join(f"{n} {choice}" for choice, n in row.presets.items())
             found = "  <- found" if row.name == "found" else ""
-            lines.append(f"{row.used:>14,.0f} {row.cost:>10.3g}  {words}{found}")
+            lines.append(f"{row.used:>14,.0f} {row.cost + 0.0:>10.3g}  {words}{found}")
         return "\n".join(lines)
 
     def rows(self) -> list[ParetoRow]:
@@ -244,6 +244,20 @@ def search(
     if not _is_amount(budget):
         raise PolicyError(f"Expected a budget above 0. Received: {budget!r}.")
     device = None if target is None else target_named(target)
+    if compress is not None and measure not in (Budget.FLASH, Budget.ARENA):
+        raise PolicyError(
+            f"Expected no compress for a budget of {measure}, which it does not change. Received: "
+            f"compress={compress!r}."
+        )
+    if measure == Budget.CYCLES and not (target or "").startswith("ethos_u"):
+        raise PolicyError(
+            "Expected an Ethos-U target for a budget of cycles, which Vela estimates. Received: "
+            f"target={target!r}. Use 'ethos_u55', or measure='mac_bits'."
+        )
+    if compress is not None:
+        from tflite_export.exporter import check_compress
+
+        check_compress(compress, target)
     inputs = data[0] if isinstance(data, tuple) and data else data
     check_unquantized(model)
     model = of_fixed_shape(model, None, inputs)
@@ -262,16 +276,6 @@ def search(
         raise PolicyError(
             f"Expected layers for the search to decide about. Received: keep={dict(kept)!r}, which "
             "decides about all of them but recurrent ones, which keep the first choice."
-        )
-    if compress is not None and measure not in (Budget.FLASH, Budget.ARENA):
-        raise PolicyError(
-            f"Expected no compress for a budget of {measure}, which it does not change. Received: "
-            f"compress={compress!r}."
-        )
-    if measure == Budget.CYCLES and not (target or "").startswith("ethos_u"):
-        raise PolicyError(
-            "Expected an Ethos-U target for a budget of cycles, which Vela estimates. Received: "
-            f"target={target!r}. Use 'ethos_u55', or measure='mac_bits'."
         )
     problem = _Problem.of(found, plan, free, Budget(measure), device)
 

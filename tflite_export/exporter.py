@@ -86,7 +86,7 @@ def convert(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ExportError(f"Expected a batch size of at least 1. Received: {batch_size!r}.")
-    _check_compress(compress, target)
+    check_compress(compress, target)
     _check_float_weights(float_weights, target)
     whole_bytes = _whole_bytes(weights, target)
     frozen = qat if isinstance(qat, FrozenModel) else freeze(qat)
@@ -100,7 +100,7 @@ def convert(
     _check_size(frozen)
     if target is not None:
         check_target(frozen, target)
-        _check_edge_tpu(target, (*input_types, *output_types), batch_size)
+        check_edge_tpu(target, (*input_types, *output_types), batch_size)
     blob = assemble(
         frozen,
         input_types,
@@ -179,18 +179,22 @@ def _check_multipliers(model: ModelT) -> None:
         if rule is None or rule.weights is None or rule.bias is None:
             continue
         (source, *_), output = rule.activations or (0,), graph.tensors[int(operator.outputs[0])]
+        weights = graph.tensors[int(operator.inputs[rule.weights])]
         if output.type != schema.TensorType.INT8:
             continue
-        read = (graph.tensors[int(operator.inputs[i])] for i in (source, rule.weights))
+        read = (graph.tensors[int(operator.inputs[source])], weights)
         step = math.prod(float(np.max(tensor.quantization.scale)) for tensor in read)
         scale = float(output.quantization.scale[0])
         if step / scale >= LARGEST_MULTIPLIER:
             raise ExportError(
-                f"Expected less than {LARGEST_MULTIPLIER} steps of the output in one step of "
-                f"'{flatbuffer.tensor_name(output)}', input scale times weight scale. Received: "
-                f"{step:.3g} beside an output scale of {scale:.3g}. Its outputs hardly differ, as "
-                "behind a ReLU that never fires: train the layer again, take it out, or leave it "
-                "float by the policy."
+                f"Expected less than {LARGEST_MULTIPLIER} steps of the output "
+                f"'{flatbuffer.tensor_name(output)}' in one step of what is summed for it, input "
+                f"scale times the scale of the weights '{flatbuffer.tensor_name(weights)}'. "
+                f"Received: {step / scale:.3g}, with weights of steps up to "
+                f"{float(np.max(weights.quantization.scale)):.3g} and an output scale of "
+                f"{scale:.3g}. Where the weights are that large, training diverged: go back to a "
+                "checkpoint. Where the outputs hardly differ, as behind a ReLU that never fires, "
+                "train the layer again, take it out, or leave it float by the policy."
             )
 
 
@@ -232,7 +236,8 @@ def _check_loads(blob: bytes, name: str) -> None:
         ) from error
 
 
-def _check_compress(compress: str | None, target: str | None) -> None:
+def check_compress(compress: str | None, target: str | None) -> None:
+    """Raises where an encoding of weights is none, or no runtime of the target decodes it."""
     if compress not in COMPRESS:
         raise ExportError(
             f"Expected compress to be one of {[name for name in COMPRESS if name]} or None. "
@@ -278,7 +283,8 @@ def _check_float_weights(float_weights: str, target: str | None) -> None:
         )
 
 
-def _check_edge_tpu(target: str, io_types: tuple[str | None, ...], batch_size: int) -> None:
+def check_edge_tpu(target: str, io_types: tuple[str | None, ...], batch_size: int) -> None:
+    """Raises where the Edge TPU takes no such inputs, outputs or batches."""
     # https://coral.ai/docs/edgetpu/models-intro/: quantized ends, a batch of one.
     if target == "edge_tpu" and (batch_size != 1 or {"float32", "int16"} & {*io_types}):
         raise TargetError(
@@ -327,12 +333,46 @@ def _types(
                 f"Received: {asked[name]!r} for '{name}'."
             )
         if name in takes_bytes and asked[name] not in ("uint8", "int8", None):
-            raise ExportError(
-                f"Expected {argument} to be 'uint8' or 'int8' for '{name}', whose keras.Input has "
-                f"dtype uint8. Received: {asked[name]!r}. Give a mapping from input names to "
-                "types, or make it a float input."
-            )
+            raise _no_bytes(name, argument, asked[name])
     return [asked[name] or ("uint8" if name in takes_bytes else None) for name in names]
+
+
+def check_end(kind: str, name: str, own: str, asked: str | None) -> None:
+    """Raises where one operator does not make the type asked for of the one that the plan gives.
+
+    Args:
+        kind: `"input"` or `"output"`.
+        name: of that.
+        own: its type by the plan.
+        asked: `None` is any.
+
+    Raises:
+        ExportError: saying which types it can have.
+    """
+    if asked in (None, own):
+        return
+    if own == "uint8":
+        if asked != "int8":
+            raise _no_bytes(name, f"inference_{kind}_type", asked)
+    elif own == "float32":
+        raise ExportError(
+            f"Expected {kind} '{name}' to be an integer. Received: a float, as the plan leaves "
+            f"the layer there float. Use inference_{kind}_type='float32' (or a mapping)."
+        )
+    elif asked != "float32" and (own, asked) != ("int8", "uint8"):
+        raise ExportError(
+            f"Expected {kind} '{name}' to have the width that the plan gives it, {own}. "
+            f"Received: inference_{kind}_type={asked!r}. Use '{own}' or 'float32', or a "
+            "policy that gives it another width."
+        )
+
+
+def _no_bytes(name: str, argument: str, asked: Any) -> ExportError:
+    return ExportError(
+        f"Expected {argument} to be 'uint8' or 'int8' for '{name}', whose keras.Input has "
+        f"dtype uint8. Received: {asked!r}. Give a mapping from input names to "
+        "types, or make it a float input."
+    )
 
 
 def _type_name(asked: Any) -> Any:
@@ -408,20 +448,8 @@ class _Interface:
             if kind == "input" or index not in self.inputs:
                 tensor.name = name.encode()
             return index
-        if tensor.type == schema.TensorType.FLOAT32:
-            raise ExportError(
-                f"Expected {kind} '{name}' to be an integer. Received: a float, as the plan leaves "
-                f"the layer there float. Use inference_{kind}_type='float32' (or a mapping)."
-            )
-        wide = tensor.type == schema.TensorType.INT16
-        if io_type != "float32" and (wide or io_type != "uint8"):
-            own = "int16" if wide else "int8"
-            raise ExportError(
-                f"Expected {kind} '{name}' to have the width that the plan gives it, {own}. "
-                f"Received: inference_{kind}_type={io_type!r}. Use '{own}' or 'float32', or a "
-                "policy that gives it another width."
-            )
         assert io_type is not None, "every integer fits None"
+        check_end(kind, name, str(flatbuffer.tensor_dtype(tensor)), io_type)
         return self._converted(index, io_type, name, kind)
 
     def _converted(self, index: int, io_type: str, name: str, kind: str) -> int:

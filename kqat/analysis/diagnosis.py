@@ -21,7 +21,7 @@ from kqat.analysis.grid_use import (
 )
 from kqat.analysis.remedies import HELPS_DB, Remedy, advice_against, key_of, tried
 from kqat.analysis.replay import Replay, as_array, as_built, decibels, noise
-from kqat.base import CalibrationError, ModelError, json_text, write_file
+from kqat.base import CalibrationError, ModelError, decimal, json_text, write_file
 from kqat.graph import Graph, Node, Ref, trace
 from kqat.training import (
     ActivationQuantizer,
@@ -31,6 +31,7 @@ from kqat.training import (
     as_tensors,
     batches,
     beyond_calibration,
+    check_finite,
     check_quantized,
     check_unquantized,
     of_fixed_shape,
@@ -129,9 +130,12 @@ class Diagnosis:
         agree = "" if self.agreement is None else f"; same class for {100 * self.agreement:.1f} %"
         there = f", at {_quoted(self.measured_at)}" if self.measured_at else ""
         return [
-            (f"{self.float_db:.1f} dB", f"the outputs, against the float model{agree}"),
-            (f"{self.total_db:.1f} dB", f"against the same weights unrounded{there}"),
-            (f"{self.sum_db:.1f} dB", "if the roundings below, each measured alone, just add up"),
+            (f"{decimal(self.float_db)} dB", f"the outputs, against the float model{agree}"),
+            (f"{decimal(self.total_db)} dB", f"against the same weights unrounded{there}"),
+            (
+                f"{decimal(self.sum_db)} dB",
+                "if the roundings below, each measured alone, just add up",
+            ),
         ]
 
     def explanation(self) -> str:
@@ -145,7 +149,7 @@ class Diagnosis:
             )
         if self.trained_db < self.float_db + 10.0:
             words.append(
-                f"The first also holds what training changed, {self.trained_db:.1f} dB alone."
+                f"The first also holds what training changed, {decimal(self.trained_db)} dB alone."
             )
         gap = self.total_db - self.sum_db
         if abs(gap) < _ALIKE_DB:
@@ -205,8 +209,9 @@ class Diagnosis:
             share = "-" if _is_behind(row) else f"{100 * row.share:.0f} %"
             clip = "-" if row.what in (WEIGHTS, WHOLE) else _percent(row.clipped)
             yield (
-                f"{_cut(row.name, 27):<27} {row.what:<10} {row.bits:>4} {row.isolated_db:>6.1f} dB "
-                f"{row.cumulative_db:>8.1f} dB {share:>6} {clip:>7}"
+                f"{_cut(row.name, 27):<27} {row.what:<10} {row.bits:>4} "
+                f"{decimal(row.isolated_db):>6} dB {decimal(row.cumulative_db):>8} dB "
+                f"{share:>6} {clip:>7}"
             )
 
     def _why(self) -> Iterator[str]:
@@ -221,7 +226,9 @@ class Diagnosis:
         """Whether something that was tried against a cause helps, and how much."""
         for remedy in self.remedies:
             if finding.advice and remedy.code == finding.advice:
-                return f"Helps: {remedy.name} ({remedy.own_db:+.1f} dB), see below."
+                return (
+                    f"Helps: {remedy.name} ({decimal(remedy.own_db, signed=True)} dB), see below."
+                )
         share = share_of(finding.cause, self.layers, self.findings)
         if share is not None and share < LEAST_SHARE:
             return (
@@ -277,6 +284,7 @@ def diagnose(
     """
     graph = trace(qat)
     check_quantized(qat, "to diagnose")
+    check_finite(qat, ModelError, purpose="to diagnose")
     check_unquantized(float_model)
     float_model = of_fixed_shape(float_model, None, data)
     reference = trace(float_model)

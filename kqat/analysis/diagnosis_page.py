@@ -4,6 +4,8 @@ from typing import Any
 
 import jinja2
 
+from kqat.base import decimal
+
 
 def render(diagnosis: Any) -> str:
     """The HTML page of a `Diagnosis`."""
@@ -16,4 +18,4 @@ def render(diagnosis: Any) -> str:
     )
     page = environment.get_template("diagnosis.html.j2")
     most = max((layer.share for layer in diagnosis.layers), default=0.0) or 1.0
-    return page.render(diagnosis=diagnosis, most=most) + "\n"
+    return page.render(diagnosis=diagnosis, most=most, decimal=decimal) + "\n"

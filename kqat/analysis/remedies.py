@@ -22,7 +22,7 @@ from kqat.analysis.policies import (
     with_rules,
 )
 from kqat.analysis.replay import Replay, decibels, noise
-from kqat.base import KqatError
+from kqat.base import KqatError, decimal
 from kqat.config import PRESETS, QuantizeConfig, QuantizePolicy
 from kqat.freezing import strip
 from kqat.graph import Graph, Node, Ref, check_as_many, trace
@@ -108,9 +108,10 @@ class Remedy:
         if self.sqnr_db is None:
             return f"does not apply. {self.note}"
         words = "helps" if self.helps else "does not help"
-        text = f"{words}: {self.sqnr_db:.1f} dB, {self.gain_db:+.1f} over the model as it is"
+        gain = decimal(self.gain_db, signed=True)
+        text = f"{words}: {decimal(self.sqnr_db)} dB, {gain} over the model as it is"
         if self.data_db is not None and self.code != AGAIN:
-            text += f", {self.gain_db - self.data_db:+.1f} over calibrating again"
+            text += f", {decimal(self.gain_db - self.data_db, signed=True)} over calibrating again"
         return text + (f"; {self.note}" if self.note else "")
 
 
@@ -349,7 +350,7 @@ class _Measure:
             return ""
         return (
             f"it makes {len(self.parts)} outputs, and its numbers are the mean of these: the model "
-            f"as it is has {self.before:.1f} dB there"
+            f"as it is has {decimal(self.before)} dB there"
         )
 
     def _of_parts(self, found: Sequence[np.ndarray]) -> float:

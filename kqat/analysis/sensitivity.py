@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from kqat.analysis.replay import Replay, as_array, decibels
-from kqat.base import CalibrationError, PolicyError, TextEnum, tracked
+from kqat.base import CalibrationError, PolicyError, TextEnum, decimal, tracked
 from kqat.config import QuantizeConfig, QuantizePolicy, resolve_config
 from kqat.graph import Graph, Node, fill, trace
 from kqat.grids import QuantSpec, StepMethod
@@ -89,7 +89,8 @@ class Sensitivity:
         for layer in self.layers:
             cells = (self.cost(layer, choice) for choice in self.choices)
             words = (
-                f"{decibels(c):.1f}" if self.measure is Measure.SQNR else f"{c:.3g}" for c in cells
+                decimal(decibels(c)) if self.measure is Measure.SQNR else f"{c + 0.0:.3g}"
+                for c in cells
             )
             lines.append(
                 f"{layer[:32]:<32} {self.weights[layer]:>9,}" + "".join(f" {w:>10}" for w in words)

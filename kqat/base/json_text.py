@@ -25,4 +25,6 @@ def _finite(value: Any) -> Any:
         return [_finite(part) for part in value]
     if isinstance(value, np.ndarray | np.generic):
         return _finite(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if not isinstance(value, float):
+        return value
+    return value + 0.0 if math.isfinite(value) else None  # No -0.0, which readers take for less.

@@ -1,4 +1,4 @@
-"""Numbers in words: `counted`."""
+"""Numbers in words: `counted`, `decimal`."""
 
 
 def counted(number: float) -> str:
@@ -8,3 +8,9 @@ def counted(number: float) -> str:
         if rounded >= size:
             return f"{rounded / size:.3g} {unit}"
     return f"{rounded:.3g}"
+
+
+def decimal(number: float, digits: int = 1, *, signed: bool = False) -> str:
+    """A number with so many digits behind its point; what rounds to zero has no minus."""
+    rounded = round(float(number), digits) + 0.0  # A sum of zeros has no sign.
+    return f"{rounded:{'+' if signed else ''}.{digits}f}"

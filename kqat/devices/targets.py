@@ -260,6 +260,21 @@ def misfit_lines(misfits: Sequence[Misfit]) -> list[str]:
     return lines
 
 
+def check_runs(misfits: Sequence[Misfit], name: str) -> None:
+    """Raises TargetError where nothing on device `name` runs one of the layers."""
+    lacking = [
+        f"layer '{one.layer}' needs {', '.join(one.operators)} ({one.remedy})"
+        for one in misfits
+        if one.blocking
+    ]
+    if lacking:
+        raise TargetError(
+            f"Expected operators for which target '{name}' has integer kernels. Received: "
+            f"{'; '.join(lacking)}. Replace these layers, give them another width in the policy, "
+            "or choose another target."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Replacement:
     """An activation function that may replace a layer's, and the operators that it needs.

@@ -22,7 +22,7 @@ from kqat.freezing.node_facts import find_node_facts
 from kqat.freezing.recurrences import fused, unrolled
 from kqat.freezing.stripper import checked_graph
 from kqat.freezing.unplanned import check_planned
-from kqat.graph import Graph, Node, Ref, duplicate, non_finite_variable, rebuild
+from kqat.graph import Graph, Node, Ref, duplicate, rebuild
 from kqat.grids import Bounds, Clamp, Site, arithmetic
 from kqat.parts import (
     ByteInput,
@@ -40,6 +40,7 @@ from kqat.training import (
     QuantizedRecurrence,
     QuantizeWrapper,
     all_layers,
+    check_finite,
     rounded_once,
     warn_of_drift,
 )
@@ -66,12 +67,7 @@ def freeze(qat: keras.Model) -> FrozenModel:
     # What is trained no more has no losses.
     graph = dataclasses.replace(checked_graph(qat), losses=())
     check_planned(graph, qat.name)
-    path = non_finite_variable(qat)
-    if path is not None:
-        raise FreezeError(
-            f"Expected finite weights and ranges. Received: NaN or infinity in '{path}' of "
-            f"'{qat.name}'. Its training diverged; go back to a checkpoint."
-        )
+    check_finite(qat, FreezeError)
     _check_averages(qat)
     warn_of_drift(qat, stacklevel=2)
     parts = FrozenParts(graph)

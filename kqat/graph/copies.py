@@ -159,6 +159,8 @@ def clone(layer: Any, name: str | None = None, **changes: Any) -> keras.layers.L
             "keras.saving.register_keras_serializable."
         ) from error
     copy.trainable = layer.trainable
+    # A layer's config has neither.
+    copy.autocast, copy.supports_jit = layer.autocast, layer.supports_jit
     return copy
 
 

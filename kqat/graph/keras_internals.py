@@ -578,6 +578,14 @@ def parts_of(layer: Any) -> list[Any]:
     return list({id(part): part for part in layer._flatten_layers()}.values())
 
 
+def recomputes(layer: Any) -> bool:
+    """Whether Keras computes a layer's values again for its gradients, by `keras.RematScope`."""
+    mode = getattr(layer, "_remat_mode", None)
+    if mode is None or not mode.mode:
+        return False
+    return mode.mode != "list_of_layers" or layer.name in (mode.layer_names or ())
+
+
 def _paths(layer: Any, inlined: Callable[[Any], bool]) -> Iterator[tuple[Any, str]]:
     """The layers that stay layers, each with the names of the opened layers around it."""
     for part in layer._layers:

@@ -1,5 +1,6 @@
 """Graph and policy to `Plan`: every decision, before a weight is touched."""
 
+from kqat.planning.end_types import end_types
 from kqat.planning.expansion import check_computes, tell_asides
 from kqat.planning.plan import Group, LayerPlan, Plan, Role, Rounding
 from kqat.planning.planner import make_plan
@@ -13,6 +14,7 @@ __all__ = [
     "Rounding",
     "activation_of",
     "check_computes",
+    "end_types",
     "make_plan",
     "misfits",
     "replacements",

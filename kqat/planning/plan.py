@@ -361,7 +361,7 @@ def output_scale(layer: LayerPlan, groups: Mapping[str, Group], numbers: Mapping
     if group.name in numbers:
         parts.append(f"shared {numbers[group.name]}")
     if isinstance(method, Fixed):
-        parts.append(f"{method.low:.4g} to {method.high:.4g}")
+        parts.append(f"{method.low + 0.0:.4g} to {method.high + 0.0:.4g}")
     parts = parts or ["own"]
     return ", ".join(parts if group.spec.bits == 8 else [*parts, f"int{group.spec.bits}"])
 

@@ -30,6 +30,7 @@ from kqat.training.callbacks import FreezeBatchNorm, FreezeObservers, QatCallbac
 from kqat.training.clustering import cluster
 from kqat.training.distiller import Distiller
 from kqat.training.finetuning import WarmUpCosine, finetune, finetune_callbacks
+from kqat.training.finite_numbers import check_finite
 from kqat.training.loss_check import (
     may_add_losses,
     same_penalties,
@@ -91,6 +92,7 @@ __all__ = [
     "calibrate_for",
     "call_unrounded",
     "call_with",
+    "check_finite",
     "check_method",
     "check_preserved",
     "check_quantized",

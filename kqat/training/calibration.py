@@ -27,6 +27,7 @@ from kqat.grids import CalibrationMethod, Fixed, calibration_method
 from kqat.parts import ConstantRows, IndexOperation, reads_rows
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers, check_quantized
+from kqat.training.finite_numbers import check_finite
 from kqat.training.method_choice import (
     CANDIDATES,
     Choice,
@@ -111,6 +112,7 @@ def calibrate_for(
     check_method(method)
     graph = trace(model)
     check_quantized(model, "to calibrate")
+    check_finite(model, CalibrationError, ranges=False, purpose="to calibrate")
     methods = CANDIDATES if method == DEFAULT_METHOD else (calibration_method(method),)
     corrects = _is_untrained(model)
     with _unchanging_weights(model, corrects):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from keras import layers
 
+from kqat.base import decimal
 from kqat.devices import input_scales
 from kqat.graph import Graph, Node, Ref
 from kqat.grids import Fixed, Histogram
@@ -164,7 +165,7 @@ def lost_output(name: str, noise: float, first: str) -> Concern:
     """
     left, least = (-10.0 * math.log10(power) for power in (noise, LARGEST_NOISE))
     place = f"; '{first}' is the first value below {least:.0f} dB" if first else ""
-    text = f"output '{name}' has an SQNR of {left:.1f} dB{place}"
+    text = f"output '{name}' has an SQNR of {decimal(left)} dB{place}"
     return Concern("lost", name, noise, text)
 
 
@@ -196,7 +197,8 @@ def coarse_kernels(
             size = math.sqrt(cut.power / cut.total)
             text = (
                 f"'{name}' is {size:.2g} (root mean square), on which the grid of 1/{step:.0f} "
-                f"that its kernel demands leaves an SQNR of {-10.0 * math.log10(cut.noise):.1f} dB"
+                "that its kernel demands leaves an SQNR of "
+                f"{decimal(-10.0 * math.log10(cut.noise))} dB"
             )
             yield Concern("coarse", name, cut.noise, text)
 

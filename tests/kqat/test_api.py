@@ -78,6 +78,31 @@ def test_the_model_is_what_the_plan_says() -> None:
 
 
 @pytest.mark.slow
+def test_what_no_config_of_a_layer_says_is_kept_or_told() -> None:
+    """`keras.RematScope`, which copies lose, was lost without a word."""
+    x = keras.Input((4,), name="x")
+    with keras.RematScope("full"):
+        y = layers.Dense(4, name="again")(x)
+    with keras.RematScope("list_of_layers", layer_names=["third"]):
+        y = layers.Dense(4, name="third")(layers.Dense(4, name="once", autocast=False)(y))
+    model = keras.Model(x, layers.Dense(2, name="head")(y), name="model")
+    model.get_layer("once").supports_jit = False
+    data = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    words = "'model' has layers under keras.RematScope, 'again', 'third', which compute"
+    with pytest.warns(kqat.TrainerWarning, match=words) as told:
+        qat = kqat.quantize_model(model, calibration_data=data)
+    once = qat.get_layer("quant_once").layer
+    assert (once.autocast, once.supports_jit) == (False, False)
+    with pytest.warns(kqat.TrainerWarning, match=words) as of_adapt:
+        kqat.adapt(model, "edge_tpu")
+    assert {warning.filename for warning in [*told, *of_adapt]} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kqat.TrainerWarning)
+        kqat.quantize_model(
+            keras.Sequential([keras.Input((4,)), layers.Dense(2)]), calibration_data=data
+        )
+
+
 def test_the_users_model_is_left_alone() -> None:
     model = float_model()
     before = model.to_json(), model.get_weights(), model(X).numpy()

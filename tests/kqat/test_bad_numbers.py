@@ -11,7 +11,7 @@ from keras import layers
 import kqat
 import tflite_export
 from kqat import ActivationQuantizer
-from kqat.base.errors import FreezeError, ModelError
+from kqat.base.errors import CalibrationError, ExportError, FreezeError, ModelError
 from kqat.freezing.freezer import freeze
 from tflite_export import flatbuffer
 from tflite_export.runtimes import execution
@@ -163,7 +163,24 @@ def test_weights_that_diverged_do_not_ship() -> None:
     # The square of such an error is no float32, nor is its gradient.
     for _ in range(3):
         qat.train_on_batch(IMAGES, np.full((16, 6, 6, 4), 1e38))
-    with pytest.raises(FreezeError, match="NaN or infinity in 'quant_conv/conv/kernel' of 'model'"):
+    broken = r"'kernel' of layer 'conv' \(108 of 108 numbers\), .* go back to a checkpoint"
+    with pytest.raises(FreezeError, match=f"'model' with NaN or infinity in {broken}"):
+        tflite_export.convert(qat)
+    with pytest.raises(ModelError, match=f"finite weights and ranges to diagnose.*{broken}"):
+        kqat.diagnose(model_of(conv()), qat, IMAGES)
+    with pytest.raises(CalibrationError, match=f"finite weights to calibrate.*{broken}"):
+        kqat.calibrate(qat, IMAGES)
+    with pytest.raises(ModelError, match=f"finite weights for adaround.*{broken}"):
+        kqat.algorithms.adaround(qat, IMAGES)
+
+
+def test_weights_that_all_but_diverged_are_named() -> None:
+    """They are finite, but their integers are beyond what a kernel multiplies."""
+    qat = kqat.quantize_model(model_of(conv(), layers.ReLU(name="relu")), calibration_data=IMAGES)
+    kernel = qat.get_layer("quant_conv").layer.kernel
+    kernel.assign(np.full(kernel.shape, 1e30))
+    words = "of the output 'relu' .*of the weights 'conv/kernel'.*up to 7.87e[+]27.*diverged"
+    with pytest.raises(ExportError, match=words):
         tflite_export.convert(qat)
 
 

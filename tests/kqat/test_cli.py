@@ -395,6 +395,27 @@ def test_errors_are_one_message(
     assert not Path("a.tflite").exists() and not Path("q.keras").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--policy", "int16x8", "--input-type", "int8"], "width that the plan gives it, int16"),
+        (["--layer", "class=float", "--output-type", "int8"], "Use --output-type='float32'"),
+        (["--target", "edge_tpu", "--input-type", "float32"], "a batch of 1 and int8 or uint8"),
+        (["--target", "tflite_micro", "--policy", "int16x8"], "layer 'peak' needs REDUCE_MAX"),
+    ],
+)
+def test_ptq_refuses_before_it_calibrates_what_convert_would_refuse(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], match: str
+) -> None:
+    monkeypatch.setattr("kqat.api.calibrate_for", lambda *_, **__: pytest.fail("it calibrated"))
+    model, data = folder / "float.keras", folder / "x.npy"
+    if "peak" in match:
+        model, x = folder / "peak.keras", keras.Input((8, 8, 3), name="x")
+        keras.Model(x, L.GlobalMaxPooling2D(name="peak")(L.Conv2D(2, 1)(x))).save(model)
+    said = run("ptq", model, "--data", data, "-o", folder / "a.tflite", *options, code=2)
+    assert match in " ".join(said.output.split())
+
+
 def test_a_folder_that_may_not_be_written_is_told_before_the_work(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,7 @@ def test_recurrent_layers_keep_the_first_choice() -> None:
         ),
         ({"measure": "cycles", "target": "litert"}, "Expected an Ethos-U target for a budget of"),
         ({"measure": "mac_bits", "compress": "lookup"}, "Expected no compress"),
+        ({"compress": "lookup", "target": "litert"}, "with compress='lookup': only TFLite Micro"),
         ({"budget": 0}, "Expected a budget above 0"),
         ({"keep": {"*": "int8"}}, "Expected layers for the search to decide about"),
     ],
@@ -214,7 +215,7 @@ def test_what_cannot_be_searched_is_refused(
     options: dict[str, object], words: str, network: tuple[keras.Model, np.ndarray]
 ) -> None:
     model, x = network
-    with pytest.raises(kqat.PolicyError, match=words):
+    with pytest.raises(kqat.KqatError, match=words):
         kqat.search(model, x, **{"budget": 0.9, **options})  # type: ignore[arg-type]
 
 

@@ -4,8 +4,16 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kqat.base import RuntimeUnavailableError, TargetError
-from kqat.devices import TARGETS, Misfit, Target, TargetWarning, misfit, target_named
+from kqat.base import RuntimeUnavailableError
+from kqat.devices import (
+    TARGETS,
+    Misfit,
+    Target,
+    TargetWarning,
+    check_runs,
+    misfit,
+    target_named,
+)
 from tflite_export import flatbuffer
 from tflite_export.devices import edge_tpu_file
 from tflite_export.devices.vela import ACCELERATORS, NpuEstimate, estimate
@@ -37,17 +45,7 @@ def check_target(frozen: "FrozenModel", name: str) -> None:
     """
     target = target_named(name)
     found = list(_misfits(frozen, target))
-    lacking = [
-        f"layer '{m.layer}' needs {', '.join(m.operators)} ({m.remedy})"
-        for m in found
-        if m.blocking
-    ]
-    if lacking:
-        raise TargetError(
-            f"Expected operators for which target '{name}' has integer kernels. Received: "
-            f"{'; '.join(lacking)}. Replace these layers, give them another width in the policy, "
-            "or choose another target."
-        )
+    check_runs(found, name)
     slow = [str(m) for m in found]
     if slow and not target.notes_only:
         warnings.warn(f"Target '{name}': {'; '.join(slow)}.", TargetWarning, stacklevel=3)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from kqat.base import counted
+from kqat.base import counted, decimal
 
 # The size of a plot in SVG units. The page stretches it to its own width, and writes the words
 # around it, which so have one size on every screen.
@@ -212,7 +212,7 @@ def _plots(layers: Sequence[Any]) -> tuple[Plot, ...]:
         "SQNR, dB",
         names,
         [0.0 if db is None else max(db, 0.0) for db in found],
-        ["exact" if db is None else f"{db:.1f} dB" for db in found],
+        ["exact" if db is None else f"{decimal(db)} dB" for db in found],
         loud=f"below {LOW_SQNR_DB:g} dB",
         stands_out=[db is not None and db < LOW_SQNR_DB for db in found],
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kqat.base import counted, json_text, shortened_apart, write_file, write_files
+from kqat.base import counted, decimal, json_text, shortened_apart, write_file, write_files
 from tflite_export.devices import NpuEstimate
 from tflite_export.verification import html_page
 from tflite_export.verification.node_data import node_data
@@ -341,7 +341,7 @@ def _layer_lines(layers: tuple[LayerReport, ...]) -> list[str]:
 def _use_cells(row: LayerReport) -> str:
     if row.grid_share is None or row.clipped_share is None:
         return " " * 24
-    sqnr = "exact" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+    sqnr = "exact" if row.sqnr_db is None else decimal(row.sqnr_db)
     steps = max(row.max_steps.values(), default=0)
     return f"{100 * row.clipped_share:>5.2f}% {100 * row.grid_share:>4.0f}% {sqnr:>5} {steps:>5}"
 

@@ -18,6 +18,7 @@ from kqat.graph import Graph, Ref, fill, trace
 from kqat.grids import Binary, LearnedStep, LearnedTernary, TrainedThreshold
 from kqat.training import calibration
 from kqat.training.build import check_quantized
+from kqat.training.finite_numbers import check_finite
 from kqat.training.method_choice import mean_of
 from kqat.training.unrounded import call_unrounded
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -213,6 +214,7 @@ def linear_layers(qat: Any, method: str) -> list[QuantizeWrapper]:
     """
     trace(qat)  # raises if `qat` is not a model
     check_quantized(qat, f"for {method}")
+    check_finite(qat, ModelError, ranges=False, purpose=f"for {method}")
     found = [layer for layer in qat.layers if is_linear(layer)]
     if not found:
         raise ModelError(

@@ -19,6 +19,7 @@ from kqat.parts import ChannelAffine, Requantize
 from kqat.training import calibration
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers, check_quantized
+from kqat.training.finite_numbers import check_finite
 from kqat.training.unrounded import call_unrounded
 from kqat.training.weight_wrapper import QuantizeWrapper
 
@@ -212,6 +213,7 @@ def rescaled(
     """
     trace(qat)  # raises if `qat` is not a model
     check_quantized(qat, "to scale")
+    check_finite(qat, ModelError, ranges=False, purpose="to scale")
     copy = keras.models.clone_model(qat)
     copy.set_weights(qat.get_weights())
     graph = trace(copy)
