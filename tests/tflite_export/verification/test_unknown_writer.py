@@ -105,6 +105,34 @@ def test_outputs_without_a_batch_are_compared() -> None:
     assert all(part.outputs[0].equal_fraction == 1 for part in report.runtimes[1:])
 
 
+def test_outputs_that_are_no_numbers_are_compared() -> None:
+    """The logarithm of a negative input: NaN on both sides is no difference, on one side it is."""
+    tree = flatbuffer.read(tflite_export.convert(quantized((4,), L.Dense(4))[0]))
+    tree.subgraphs[0].tensors[tree.subgraphs[0].outputs[0]].quantization = None
+    a, b = np.array([[np.nan, np.inf, 1.0]]), np.array([[np.nan, np.inf, np.nan]])
+    assert unknown_writer.agreement_of_runtimes(tree, [a], [a])[0].max_steps == 0
+    assert unknown_writer.agreement_of_runtimes(tree, [a], [b])[0].max_steps == 2**31 - 1
+
+
+@pytest.mark.parametrize("part", ["scale", "zeroPoint"])
+def test_a_grid_of_a_damaged_file_is_told(
+    net: tuple[keras.Model, np.ndarray], blob: bytes, part: str
+) -> None:
+    """A zero point that is missing ended in an IndexError, a scale of NaN in a ValueError."""
+
+    def damaged(model: ModelT) -> None:
+        graph = model.subgraphs[0]
+        grid = graph.tensors[graph.outputs[0]].quantization
+        setattr(grid, part, [float("nan")] if part == "scale" else [])
+
+    report = tflite_export.verify(
+        net[0], changed(blob, damaged), net[1], samples=1, runtimes=["litert_reference"]
+    )
+    # The runtime refuses the file, or the report names the value that has no lockstep.
+    (found,) = report.runtimes
+    assert found.problem is not None or found.unmatched == ("head",)
+
+
 def test_resources_start_anew_at_every_sample() -> None:
     """LiteRT's child kept them, and TFLite Micro did not."""
     count = tf.Variable(tf.zeros((1, 4)))
