@@ -34,6 +34,29 @@ class QuantizeAnnotate(keras.layers.Wrapper):
         self.config = resolve_config(config)
         self.supports_masking = layer.supports_masking
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output, of one input: a tensor, or whatever holds tensors.
+
+        Raises:
+            PolicyError: if the layer is given anything else, which `call` has no argument for.
+        """
+        # `training` may stand in the second place.
+        more = [
+            f"argument {i}"
+            for i, given in enumerate(args[1:], 2)
+            if not (given is None or isinstance(given, bool))
+        ]
+        more += [f"{key}=" for key in kwargs if key not in ("inputs", "training", "mask")]
+        if more:
+            raise PolicyError(
+                f"Expected one input of the annotated layer '{self.layer.name}' of type "
+                f"{type(self.layer).__name__}, beside training= and mask=. Received: "
+                f"{', '.join(more)} too. Leave the annotations out and name the layers in a policy "
+                f"instead: kqat.quantize_model(model, kqat.QuantizePolicy(default=None, rules="
+                f"{{'{self.layer.name}': ...}})), with the config of each."
+            )
+        return super().__call__(*args, **kwargs)
+
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """The layer's output."""
         return self.layer(inputs, **self._given(training, mask))

@@ -202,6 +202,20 @@ def test_annotations_are_not_passed_over(call: Any) -> None:
         call(keras.Model(x, layers.Dense(2)(y)))
 
 
+def test_a_layer_of_two_arguments_is_refused_by_name() -> None:
+    """Keras took the second tensor for `training`, and ended in an error of Python."""
+    x = keras.Input((5, 4))
+    attention = layers.MultiHeadAttention(2, 2, name="attention")
+    with pytest.raises(PolicyError, match=r"'attention' of type MultiHeadAttention.*argument 2.*"):
+        quantize_annotate_layer(attention)(x, x)
+    with pytest.raises(PolicyError, match=r"'lstm' of type LSTM.*Received: initial_state= too"):
+        quantize_annotate_layer(layers.LSTM(4, name="lstm"))(x, initial_state=[x[:, 0]] * 2)
+    # The remedy that the error names.
+    model = keras.Model(x, layers.MultiHeadAttention(2, 2, name="attention")(x, x))
+    policy = kqat.QuantizePolicy(default=None, rules={"attention": "int8"})
+    assert not kqat.plan(model, policy).float_layers()
+
+
 def test_a_class_of_configs_is_no_config() -> None:
     with pytest.raises(kqat.PolicyError, match=r"the class QuantizeConfig.*QuantizeConfig\(\)"):
         kqat.quantize_annotate_layer(layers.Dense(3), kqat.QuantizeConfig)

@@ -66,7 +66,8 @@ def run_litert(job: Arrays, resolver: str, memory_bytes: str) -> Arrays:
     """Runs LiteRT with a resolver of `OpResolverType`, in an address space of so many bytes.
 
     The space has no limit of its own where `memory_bytes` is -1.
-    The job's feeds are (samples, …). The answer has `output_0`, … of all samples.
+    The job's feeds are (samples, …); `renew` says whether each batch needs a new interpreter. The
+    answer has `output_0`, … of all samples.
     """
     import resource
 
@@ -76,26 +77,40 @@ def run_litert(job: Arrays, resolver: str, memory_bytes: str) -> Arrays:
         resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     feeds, rows = _feeds(job), []
-    interpreter = litert.Interpreter(
-        model_content=job["blob"].tobytes(),
-        num_threads=1,
-        experimental_op_resolver_type=litert.OpResolverType[resolver],
-    )
-    interpreter.allocate_tensors()
+
+    def start() -> litert.Interpreter:
+        interpreter = litert.Interpreter(
+            model_content=job["blob"].tobytes(),
+            num_threads=1,
+            experimental_op_resolver_type=litert.OpResolverType[resolver],
+        )
+        interpreter.allocate_tensors()
+        return interpreter
+
+    interpreter = start()
     details = interpreter.get_input_details()
-    batch = int(details[0]["shape"][0]) if details and len(details[0]["shape"]) else 1
-    for start in range(0, len(feeds[0]) if feeds else 1, max(batch, 1)):
+    batch = max(int(details[0]["shape"][0]) if details and len(details[0]["shape"]) else 1, 1)
+    for first in range(0, len(feeds[0]) if feeds else 1, batch):
+        if first and job["renew"]:
+            interpreter = start()
         interpreter.reset_all_variables()
         for detail, feed in zip(details, feeds, strict=True):
-            value = feed[start : start + max(batch, 1)].reshape(detail["shape"])
+            value = feed[first : first + batch].reshape(detail["shape"])
             interpreter.set_tensor(detail["index"], value)
         interpreter.invoke()
         outputs = interpreter.get_output_details()
         rows.append([interpreter.get_tensor(output["index"]) for output in outputs])
     return {
-        f"output_{i}": np.concatenate([np.atleast_1d(row[i]) for row in rows])
-        for i in range(len(rows[0]))
+        f"output_{i}": _of_all_samples([row[i] for row in rows], batch) for i in range(len(rows[0]))
     }
+
+
+def _of_all_samples(values: list[Any], batch: int) -> Any:
+    """One output of all batches, with one entry per batch where its first axis is not the batch."""
+    if len({value.shape for value in values}) > 1:
+        return np.concatenate(values)
+    stacked = np.stack(values)
+    return stacked.reshape(-1, *stacked.shape[2:]) if stacked.shape[1:2] == (batch,) else stacked
 
 
 def _feeds(job: Arrays) -> list[np.ndarray]:

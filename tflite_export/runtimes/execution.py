@@ -188,7 +188,12 @@ def _batched(model: flatbuffer.ModelT, inputs: Sequence[np.ndarray]) -> tuple[np
     """Checks the inputs and cuts each into batches: (samples, …) → (batches, *tensor shape)."""
     tensors = _inputs(model)
     names = [flatbuffer.tensor_name(tensor) for tensor in tensors]
-    if not names or len(inputs) != len(names):
+    if not names:
+        raise ExportError(
+            "Expected a file that has inputs. Received: one without any, so there is nothing to "
+            "run it on; `kqat inspect` shows what is in it."
+        )
+    if len(inputs) != len(names):
         raise ExportError(
             f"Expected one array per model input, {names}. Received: {len(inputs)} arrays. "
             "Use a sequence, even for one input."
@@ -390,7 +395,8 @@ def _run_litert_child(
 ) -> list[np.ndarray]:
     """As `run_litert_apart`; without a limit of time, and of memory where it is -1."""
     arguments = (_OP_RESOLVERS[runtime].name, str(memory_bytes))
-    request = _request(blob, feeds)
+    renew = _keeps_resources(flatbuffer.read(blob))
+    request = _request(blob, feeds, renew=np.array(renew))
     child = _run_child(
         "litert", *arguments, request=request, timeout_seconds=timeout_seconds, runtime=runtime
     )

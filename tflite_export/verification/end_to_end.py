@@ -60,6 +60,10 @@ def agreement_with_model(
     return tuple(rows)
 
 
+# Steps of a difference that is no number.
+_FAR = 2**31 - 1
+
+
 def agreement_of_runtimes(
     model: ModelT, first: Sequence[np.ndarray], second: Sequence[np.ndarray]
 ) -> tuple[OutputAgreement, ...]:
@@ -79,8 +83,12 @@ def agreement_of_runtimes(
             steps = np.abs(found.astype(np.int64) - expected.astype(np.int64))
         else:
             a, b = (np.asarray(x, np.float64) for x in (expected, found))
-            spread = float(np.ptp(a)) / 255 or 1.0
-            steps = np.abs(np.rint((b - a) / spread))
+            # Logarithms of random inputs are no numbers: equal on both, they differ by nothing.
+            finite = a[np.isfinite(a)]
+            spread = float(np.ptp(finite)) / 255 if finite.size else 1.0
+            same = (a == b) | (np.isnan(a) & np.isnan(b))
+            with np.errstate(invalid="ignore"):
+                steps = np.where(same, 0.0, np.abs(np.rint((b - a) / (spread or 1.0))))
         rows.append(_agreement(flatbuffer.tensor_name(tensor), steps, *values))
     return tuple(rows)
 
@@ -89,6 +97,8 @@ def _agreement(
     name: str, steps: np.ndarray, expected: np.ndarray, found: np.ndarray
 ) -> OutputAgreement:
     """What is told of one output; classes are compared where each sample is a vector of them."""
+    # What is a number on one side only is as far off as can be told.
+    steps = np.where(np.isfinite(steps), steps.astype(np.float64), _FAR)
     has_classes = found.ndim == 2 and found.shape[1] > 1
     top1 = float(np.mean(found.argmax(-1) == expected.argmax(-1))) if has_classes else None
     return OutputAgreement(

@@ -79,6 +79,8 @@ class SiteTensors:
         grid = found.quantization
         if flatbuffer.tensor_dtype(found) != ACTIVATION_DTYPES[site.bits] or grid is None:
             return False
+        if any(part is None or len(part) == 0 for part in (grid.scale, grid.zeroPoint)):
+            return False  # a damaged file
         return (grid.scale[0], grid.zeroPoint[0]) == (site.scale, site.zero_point)
 
     def operator(self, tensor: int) -> str:

@@ -386,7 +386,7 @@ def test_the_child_s_program_needs_nothing_of_this_package(image: bytes, tmp_pat
     """It is a file that this Python runs by its path, from anywhere, with the package installed
     or not.
     """
-    request = execution._request(image, [_pixels(3)])
+    request = execution._request(image, [_pixels(3)], renew=np.array(False))
     program = [child_programs.__file__, "litert", "BUILTIN_REF", str(8 << 30)]
     child = subprocess.run(
         [sys.executable, *program],

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from kqat.base.errors import ExportError, KqatError, ModelError
 from tests.tflite_export.small_models import quantized
 from tflite_export import exporter, flatbuffer
 from tflite_export.flatbuffer.tree import ModelT
-from tflite_export.runtimes import feeds
+from tflite_export.runtimes import execution, feeds
 from tflite_export.verification import unknown_writer
 
 LITERT = ("litert_reference", "litert")
@@ -92,6 +93,67 @@ def test_an_endless_file_is_given_up(blob: bytes, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(unknown_writer, "TIMEOUT_SECONDS", 0.01)
     report = tflite_export.verify(None, blob, runtimes=LITERT, samples=1)
     assert all("it may never end" in str(part.problem) for part in report.runtimes)
+
+
+def test_outputs_without_a_batch_are_compared() -> None:
+    """LiteRT's samples were joined along their first axis, TFLite Micro's were not."""
+    whole = tf.function(lambda x: tf.reduce_max(x, axis=0) * 2.0)
+    spec = whole.get_concrete_function(tf.TensorSpec((1, 4), tf.float32))
+    blob = tf.lite.TFLiteConverter.from_concrete_functions([spec], whole).convert()
+    report = tflite_export.verify(None, blob, samples=3)
+    assert [part.problem for part in report.runtimes] == [None] * 3
+    assert all(part.outputs[0].equal_fraction == 1 for part in report.runtimes[1:])
+
+
+def test_outputs_that_are_no_numbers_are_compared() -> None:
+    """The logarithm of a negative input: NaN on both sides is no difference, on one side it is."""
+    tree = flatbuffer.read(tflite_export.convert(quantized((4,), L.Dense(4))[0]))
+    tree.subgraphs[0].tensors[tree.subgraphs[0].outputs[0]].quantization = None
+    a, b = np.array([[np.nan, np.inf, 1.0]]), np.array([[np.nan, np.inf, np.nan]])
+    assert unknown_writer.agreement_of_runtimes(tree, [a], [a])[0].max_steps == 0
+    assert unknown_writer.agreement_of_runtimes(tree, [a], [b])[0].max_steps == 2**31 - 1
+
+
+@pytest.mark.parametrize("part", ["scale", "zeroPoint"])
+def test_a_grid_of_a_damaged_file_is_told(
+    net: tuple[keras.Model, np.ndarray], blob: bytes, part: str
+) -> None:
+    """A zero point that is missing ended in an IndexError, a scale of NaN in a ValueError."""
+
+    def damaged(model: ModelT) -> None:
+        graph = model.subgraphs[0]
+        grid = graph.tensors[graph.outputs[0]].quantization
+        setattr(grid, part, [float("nan")] if part == "scale" else [])
+
+    report = tflite_export.verify(
+        net[0], changed(blob, damaged), net[1], samples=1, runtimes=["litert_reference"]
+    )
+    # The runtime refuses the file, or the report names the value that has no lockstep.
+    (found,) = report.runtimes
+    assert found.problem is not None or found.unmatched == ("head",)
+
+
+def test_resources_start_anew_at_every_sample() -> None:
+    """LiteRT's child kept them, and TFLite Micro did not."""
+    count = tf.Variable(tf.zeros((1, 4)))
+    module = tf.Module()
+    module.count = count
+    module.step = tf.function(lambda x: count.assign_add(x) + 0.0)
+    spec = module.step.get_concrete_function(tf.TensorSpec((1, 4), tf.float32))
+    blob = tf.lite.TFLiteConverter.from_concrete_functions([spec], module).convert()
+    x = np.ones((3, 4), np.float32)
+    found = execution.run_litert_apart(
+        blob, [x], runtime="litert_reference", timeout_seconds=60, memory_bytes=8 << 30
+    )
+    np.testing.assert_array_equal(
+        found[0], execution.run(blob, [x], runtime="litert_reference").outputs[0]
+    )
+
+
+def test_a_file_without_inputs_is_refused(blob: bytes) -> None:
+    alone = changed(blob, lambda model: setattr(model.subgraphs[0], "inputs", []))
+    with pytest.raises(ExportError, match="a file that has inputs"):
+        tflite_export.verify(None, alone, samples=1)
 
 
 def test_memory_is_bounded(blob: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
