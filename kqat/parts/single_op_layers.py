@@ -235,27 +235,11 @@ class Remainder(Reduce):
     """
 
 
-def reduced(kind: ReduceKind, x: Any, axes: list[int], keepdims: bool, name: str) -> Any:
-    """What a `Reduce` makes of floats; over axes of size 1 it computes nothing."""
-    if not is_one_value(x, axes):
-        return Reduce(kind, axes, keepdims, name=name)(x)
-    if keepdims:
-        return layers.Identity(name=name, dtype=x.dtype)(x)
-    shape = [size for axis, size in enumerate(x.shape) if axis not in axes]
-    return layers.Reshape(shape[1:], name=name)(x)
-
-
-def is_one_value(x: Any, axes: Sequence[int]) -> bool:
-    """Whether a float tensor has one value along `axes`, which a sum or a mean hands on."""
-    is_float = keras.backend.is_float_dtype(x.dtype)
-    return is_float and all(x.shape[axis] == 1 for axis in axes)
-
-
 def total(x: Any, axes: list[int], keepdims: bool, name: str) -> Any:
     """The sum over axes, as a multiple of the mean: LiteRT's reference SUM does not rescale."""
-    if is_one_value(x, axes):
-        return reduced(ReduceKind.MEAN, x, axes, keepdims, name)
     count = float(np.prod([x.shape[axis] for axis in axes]))
+    if count == 1.0:
+        return Reduce(ReduceKind.MEAN, axes, keepdims, name=name)(x)
     mean = Reduce(ReduceKind.MEAN, axes, keepdims, name=f"{name}_mean")(x)
     return layers.Rescaling(count, name=name)(mean)
 

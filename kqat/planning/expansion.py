@@ -59,7 +59,7 @@ from kqat.parts import (
     is_elementwise,
 )
 from kqat.planning.blends import blended
-from kqat.registry import as_layers, is_custom, rule_for
+from kqat.registry import LayerRule, as_layers, is_custom, rule_for
 from kqat.rewrites import FAR_BELOW, WANT_BATCH, as_values, computed, is_weight, whole_numbers
 
 # Copies of layers by the identity of the layer, for all of its calls.
@@ -184,11 +184,27 @@ def _simpler(
     if rule.decompose_masked and (node.args[1:] or node.kwargs.get("mask") is not None):
         made = rule.decompose_masked(layer, node.name)
         return None if made is None else _tried(layer, made, node.name, origin)
-    if rule.hands_on and rule.hands_on(layer):
-        return keras.layers.Identity(name=node.name, dtype=layer.output.dtype)
+    if (same := _handed_on(node, rule)) is not None:
+        return same
     decompose = rule.decompose_fused if rule.decompose_fused and origin in fused else rule.decompose
     made = decompose(layer, node.name) if decompose else None
     return None if made is None else _tried(layer, made, node.name, origin)
+
+
+def _handed_on(node: Node, rule: LayerRule) -> keras.layers.Layer | None:
+    """What stands for a layer that returns the numbers that it is given; `None` for others."""
+    if rule.hands_on is None:
+        return None
+    (given,), (made,) = node.inputs, node.outputs
+    before, behind = (tuple(n for n in ref.shape[1:] if n is not None) for ref in (given, made))
+    is_known = None not in (*given.shape[1:], *made.shape[1:])
+    if not is_known or given.holds_indexes or given.dtype != made.dtype:
+        return None
+    if not rule.hands_on(node.layer, before, behind):
+        return None
+    if before == behind:
+        return keras.layers.Identity(name=node.name, dtype=made.dtype)
+    return keras.layers.Reshape(behind, name=node.name)
 
 
 def _without_training(options: Mapping[str, Any]) -> dict[str, Any]:

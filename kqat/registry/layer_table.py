@@ -196,7 +196,9 @@ _VANISHES = LayerRule(output=Output.VANISHES)
 _MEAN: dict[str, Any] = {"resolution": rule.resolution_of_mean}
 _SUM: dict[str, Any] = {"resolution": rule.resolution_of_sum}
 _PAIRWISE = {"takes_clamp": True, "decompose": basic.pairwise}
-_GLOBAL_MEAN: dict[str, Any] = {**_MEAN, "decompose": basic.global_mean}
+_GLOBAL_MEAN: dict[str, Any] = {
+    **_MEAN, "decompose": basic.global_mean, "hands_on": rule.keeps_count
+}  # fmt: skip
 
 # If the input's scale is larger than this, TFLite Micro's LOGISTIC and TANH saturate too early.
 _MICRO_LARGEST_SCALE = 4.0
@@ -300,7 +302,7 @@ LAYERS: dict[type, LayerRule] = {
     layers.GlobalAveragePooling3D: _own("MEAN", **_GLOBAL_MEAN),
     **dict.fromkeys(
         (layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D),
-        _same("REDUCE_MAX", decompose=basic.global_max),
+        _same("REDUCE_MAX", decompose=basic.global_max, hands_on=rule.keeps_count),
     ),
     layers.Add: _own("ADD", **_SUM, **_PAIRWISE),
     Hide: _own("ADD", hides=True),
@@ -455,13 +457,15 @@ KINDS: dict[tuple[type, str], LayerRule] = {
     (Padding, PaddingKind.LOWEST): _same("PADV2"),
     (Padding, PaddingKind.REFLECT): _same("MIRROR_PAD"),
     (Padding, PaddingKind.SYMMETRIC): _same("MIRROR_PAD"),
-    (Reduce, ReduceKind.MEAN): _own("MEAN", "FULLY_CONNECTED", **_MEAN),
+    (Reduce, ReduceKind.MEAN): _own("MEAN", "FULLY_CONNECTED", **_MEAN, hands_on=rule.keeps_count),
     (Remainder, ReduceKind.MEAN): _own(
         "MEAN", "FULLY_CONNECTED", resolution=rule.resolution_of_remainder
     ),
-    (Reduce, ReduceKind.MAX): _same("REDUCE_MAX"),
-    (Reduce, ReduceKind.MIN): _same("REDUCE_MIN"),
-    (Reduce, ReduceKind.PROD): _own("REDUCE_PROD", refuse=rule.few_factors),
+    (Reduce, ReduceKind.MAX): _same("REDUCE_MAX", hands_on=rule.keeps_count),
+    (Reduce, ReduceKind.MIN): _same("REDUCE_MIN", hands_on=rule.keeps_count),
+    (Reduce, ReduceKind.PROD): _own(
+        "REDUCE_PROD", refuse=rule.few_factors, hands_on=rule.keeps_count
+    ),
     (IndexOperation, IndexKind.ARGMAX): _index("ARG_MAX"),
     (IndexOperation, IndexKind.ARGMIN): _index("ARG_MIN"),
     (IndexOperation, IndexKind.ADD): _index("ADD"),

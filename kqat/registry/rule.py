@@ -17,6 +17,7 @@ MOST_FACTORS = 4
 # Of a step of an addend. What its own rounding leaves has 20 times the power of a rounding to that.
 _SHARE_OF_A_STEP = 1.0 / 16.0
 Resolution = float | tuple[float, int]
+Shape = tuple[int, ...]
 
 
 class Output(TextEnum):
@@ -74,8 +75,9 @@ class LayerRule:
         decompose_fused: the same for a config with `recurrence="fused"`; `None` if the layer has
             no fused form.
         grid: the grid of the output, if the kernel demands another than the config's.
-        hands_on: layer -> whether with these options it returns what it is given, as a pooling of
-            one value does: it is an `Identity` then.
+        hands_on: layer, and the shapes of its input and its output without the batch -> whether it
+            returns the numbers that it is given, as a pooling of one value does: it is an
+            `Identity` then, or a `Reshape`. One layer may be called with several shapes.
         opens: whether the layer is replaced by the layers and operations that its `call` uses.
         refuse: layer -> why a layer with these options cannot ship and what to do instead, or
             `None` if it can.
@@ -104,7 +106,7 @@ class LayerRule:
     decompose_masked: Callable[[Any, str], Callable[..., Any] | None] | None = None
     decompose_fused: Callable[[Any, str], Callable[..., Any] | None] | None = None
     grid: QuantSpec | None = None
-    hands_on: Callable[[Any], bool] | None = None
+    hands_on: Callable[[Any, Shape, Shape], bool] | None = None
     opens: bool = False
     refuse: Callable[[Any], str | None] | None = None
 
@@ -188,15 +190,19 @@ def nearest_or_bilinear(layer: Any) -> str | None:
     return None
 
 
-def keeps_shape(layer: Any) -> bool:
+def keeps_shape(layer: Any, given: Shape, made: Shape) -> bool:
     """Whether a resize, a crop or a padding leaves the shape as it is."""
-    x, y = layer.input, layer.output
-    return x.shape[1:] == y.shape[1:] and None not in x.shape[1:] and bool(x.dtype == y.dtype)
+    return given == made
 
 
-def is_of_one_value(pool: Any) -> bool:
+def is_of_one_value(pool: Any, given: Shape, made: Shape) -> bool:
     """Whether a pooling is of one value, in steps of one."""
     return {*pool.pool_size, *pool.strides} == {1}
+
+
+def keeps_count(layer: Any, given: Shape, made: Shape) -> bool:
+    """Whether a reduction makes as many values as it is given, each of one."""
+    return math.prod(given) == math.prod(made)
 
 
 def plain_resize(layer: Any) -> str | None:

@@ -14,7 +14,7 @@ from keras import layers
 
 from kqat.base import UnsupportedLayerError
 from kqat.graph import Part, activation_name, clone, config_of, duplicate
-from kqat.parts import Clip, Elementwise, ReduceKind, is_one_value, reduced
+from kqat.parts import Clip, Elementwise, Reduce, ReduceKind
 
 Decomposed = Callable[..., Any]
 
@@ -132,26 +132,21 @@ def silu(layer: Any, name: str) -> Decomposed:
 
 
 def global_mean(layer: Any, name: str) -> Decomposed | None:
-    """`GlobalAveragePooling` with the channels first, or of one value: see `_global_pool`."""
+    """`GlobalAveragePooling` with the channels first: the mean over the axes behind them."""
     return _global_pool(layer, ReduceKind.MEAN, name)
 
 
 def global_max(layer: Any, name: str) -> Decomposed | None:
-    """`GlobalMaxPooling` with the channels first, or of one value: see `_global_pool`."""
+    """`GlobalMaxPooling` with the channels first: the maximum over the axes behind them."""
     return _global_pool(layer, ReduceKind.MAX, name)
 
 
 def _global_pool(layer: Any, kind: ReduceKind, name: str) -> Decomposed | None:
-    """The reduction over all axes but the batch and the channels, where no pooling layer does it.
-
-    Of one value it computes nothing, which is its only form with the channels last.
-    """
-    rank, is_last = len(layer.input.shape), layer.data_format == "channels_last"
-    axes = list(range(1, rank - 1) if is_last else range(2, rank))
     # MEAN and REDUCE_MAX take any axes, so nothing need be transposed.
-    if is_last and not is_one_value(layer.input, axes):
+    if layer.data_format == "channels_last":
         return None
-    return lambda x: reduced(kind, x, axes, layer.keepdims, name)
+    axes = list(range(2, len(layer.input.shape)))
+    return Reduce(kind, axes, layer.keepdims, name=name)
 
 
 def pairwise(layer: Any, name: str) -> Decomposed | None:

@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers, ops
 
 from kqat.base import UnsupportedLayerError
-from kqat.parts import IndexKind, IndexOperation, Reduce, ReduceKind, is_one_value, reduced, total
+from kqat.parts import IndexKind, IndexOperation, Reduce, ReduceKind, total
 from kqat.rewrites.layers import matrix_products, whole_numbers
 from kqat.rewrites.layers.one_hot import truth
 from kqat.rewrites.operations.binary import Row
@@ -92,10 +92,9 @@ def reduction(kind: ReduceKind | None) -> Row:
             _check_plain(operation, ("initial", "dtype"), name)
             if kind is None:
                 return total(x, axes, keepdims, name)
-            pooling = _POOLS.get((kind, rank))
-            if pooling and axes == [*range(1, rank - 1)] and not is_one_value(x, axes):
-                return pooling(keepdims=keepdims, name=name)(x)
-            return reduced(kind, x, axes, keepdims, name)
+            if (kind, rank) in _POOLS and axes == [*range(1, rank - 1)]:
+                return _POOLS[kind, rank](keepdims=keepdims, name=name)(x)
+            return Reduce(kind, axes, keepdims, name=name)(x)
 
         return call
 

@@ -62,6 +62,22 @@ def test_what_moves_values_stays(call: Callable[[Any], Any], op: str) -> None:
     assert [found for layer in plan.layers for found in layer.ops] == [op]
 
 
+def test_a_layer_of_several_shapes_moves_nothing_in_one_call() -> None:
+    """As one Resizing of a decoder, called on each level, of which one has the size already."""
+    large, small = keras.Input((4, 4, 6), name="large"), keras.Input((2, 2, 6), name="small")
+    one = keras.Input((1, 1, 6), name="one")
+    resize, pool = L.Resizing(4, 4, interpolation="nearest"), L.GlobalAveragePooling2D()
+    levels = L.Concatenate()([resize(large), resize(small), resize(one)])
+    model = keras.Model([large, small, one], [levels, pool(one) + pool(large)])
+    found = [op for layer in kqat.plan(model).layers for op in layer.ops]
+    assert found.count("RESIZE_NEAREST_NEIGHBOR") == 2 and found.count("MEAN") == 1
+    rng = np.random.default_rng(0)
+    data = [rng.normal(size=(32, *x.shape[1:])).astype(np.float32) for x in model.inputs]
+    qat = kqat.quantize_model(model, calibration_data=data)
+    for part in tflite_export.verify(qat, tflite_export.convert(qat), data, samples=4).runtimes:
+        assert part.is_right and part.unmatched == ()
+
+
 def test_linear_attention_of_one_context_is_compared_whole() -> None:
     """MobileViT v2: an `einsum` sums the one context of all steps; its mean was not compared."""
     inputs = keras.Input((4, 4, 6))
