@@ -185,7 +185,7 @@ def _simpler(
         made = rule.decompose_masked(layer, node.name)
         return None if made is None else _tried(layer, made, node.name, origin)
     if (same := _handed_on(node, rule)) is not None:
-        return same
+        return _tried(layer, same, node.name, origin)
     decompose = rule.decompose_fused if rule.decompose_fused and origin in fused else rule.decompose
     made = decompose(layer, node.name) if decompose else None
     return None if made is None else _tried(layer, made, node.name, origin)
@@ -197,8 +197,9 @@ def _handed_on(node: Node, rule: LayerRule) -> keras.layers.Layer | None:
         return None
     (given,), (made,) = node.inputs, node.outputs
     before, behind = (tuple(n for n in ref.shape[1:] if n is not None) for ref in (given, made))
-    is_known = None not in (*given.shape[1:], *made.shape[1:])
-    if not is_known or given.holds_indexes or given.dtype != made.dtype:
+    if len(before) + len(behind) < len(given.shape[1:]) + len(made.shape[1:]):
+        return None  # Sizes that are not known may differ.
+    if given.holds_indexes or given.dtype != made.dtype:
         return None
     if not rule.hands_on(node.layer, before, behind):
         return None
