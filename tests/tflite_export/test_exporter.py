@@ -323,5 +323,7 @@ def test_a_multiplier_that_no_kernel_has_is_refused_by_name() -> None:
     faint.site_high.assign([1e-6])
     with pytest.warns(kqat.CalibrationWarning, match="'faint' spanned"):
         frozen = kqat.freeze(qat)
-    with pytest.raises(ExportError, match=r"less than 256 steps .* of 'faint'.*leave it float"):
+    with pytest.raises(
+        ExportError, match=r"less than 256 steps of the output 'faint'.*leave it float"
+    ):
         tflite_export.convert(frozen)
