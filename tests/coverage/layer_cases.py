@@ -480,7 +480,7 @@ def _vanishing(shape: tuple[int, ...], make: Callable[[], Any]) -> Case:
         return L.Dense(3)(make()(L.Dense(x.shape[-1], "relu")(x)))
 
     name = type(make()).__name__
-    return _one(name, shape, call, FULLY_CONNECTED=2, RESHAPE=1)
+    return _one(name, shape, call, FULLY_CONNECTED=2)
 
 
 VANISHING = tuple(_vanishing(shape, make) for shape, make in _TRAINING_ONLY)
