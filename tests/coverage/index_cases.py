@@ -114,7 +114,7 @@ CASES: tuple[Case, ...] = (
         policy="w4a8",
     ),
     _tokens("reversible_embedding", lambda x: L.ReversibleEmbedding(INDEXES, 4)(x), GATHER=1),
-    _tokens("table_read_both_ways", _read_both_ways, FULLY_CONNECTED=2, GATHER=1, RESHAPE=1),
+    _tokens("table_read_both_ways", _read_both_ways, FULLY_CONNECTED=2, GATHER=1),
     _tokens(
         "positions",
         _positions,
