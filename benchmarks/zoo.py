@@ -457,15 +457,15 @@ BOUNDS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 
 def _cells(name: str, found: dict[str, Any]) -> tuple[str, ...]:
-    def pair(key: str, form: str) -> str:
+    def pair(key: str, shown: Callable[[Any], str]) -> str:
         both = (found[key], found[f"converter_{key.removeprefix('size_')}"])
-        return " / ".join("-" if x is None else format(x, form) for x in both)
+        return " / ".join("-" if x is None else shown(x) for x in both)
 
     seconds = [found["quantize_seconds"], found["convert_seconds"]]
-    ratios = pair("sqnr_db", ".1f")
+    ratios = pair("sqnr_db", decimal)
     if found.get("drawn_db"):
         ours, theirs = zip(*found["drawn_db"], strict=True)
-        spread = " / ".join(f"{min(x):.1f}–{max(x):.1f}" for x in (ours, theirs))
+        spread = " / ".join(f"{decimal(min(x))}–{decimal(max(x))}" for x in (ours, theirs))
         drawn = _difference(found)
         ratios += f" ({spread}" + (
             f"; {decimal(drawn[0], signed=True)} ± {drawn[1]:.1f})" if drawn else ")"
@@ -473,8 +473,8 @@ def _cells(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     return (
         name,
         found["outcome"][:60],
-        pair("operators", "d"),
-        pair("size_bytes", ",d"),
+        pair("operators", str),
+        pair("size_bytes", "{:,d}".format),
         ratios,
         " + ".join("-" if s is None else f"{s:.1f}" for s in seconds),
     )

@@ -20,7 +20,7 @@ from kqat.devices import target_named
 from kqat.graph import (
     Graph,
     check_as_many,
-    non_finite_variable,
+    non_finite_variables,
     parts_of,
     recomputes,
     trace,
@@ -391,9 +391,9 @@ def _check_whole_weights(layer: Any, node: str) -> None:
 
 
 def _check_weights(model: keras.Model) -> None:
-    path = non_finite_variable(model)
-    if path is not None:
+    broken = next(non_finite_variables(model), None)
+    if broken is not None:
         raise ModelError(
-            f"Expected finite weights. Received: NaN or infinity in '{path}' of "
+            f"Expected finite weights. Received: NaN or infinity in '{broken[0].path}' of "
             f"'{model.name}'. The float model is broken; train it again."
         )

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 
 from kqat.analysis import Sensitivity, figure_class, measured_layers
-from kqat.base import KqatError, PolicyError, TextEnum
+from kqat.base import KqatError, PolicyError, TextEnum, significant
 from kqat.config import QuantizePolicy, resolve_config
 from kqat.devices import Target, stored_bits, target_named
 from kqat.graph import Graph, Node, trace
@@ -124,7 +124,7 @@ class SearchedPolicy(QuantizePolicy):
         for row in self.rows():
             words = ", ".join(f"{n} {choice}" for choice, n in row.presets.items())
             found = "  <- found" if row.name == "found" else ""
-            lines.append(f"{row.used:>14,.0f} {row.cost + 0.0:>10.3g}  {words}{found}")
+            lines.append(f"{row.used:>14,.0f} {significant(row.cost, 3):>10}  {words}{found}")
         return "\n".join(lines)
 
     def rows(self) -> list[ParetoRow]:

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from kqat.analysis.replay import Replay, as_array, decibels
-from kqat.base import CalibrationError, PolicyError, TextEnum, decimal, tracked
+from kqat.base import CalibrationError, PolicyError, TextEnum, decimal, significant, tracked
 from kqat.config import QuantizeConfig, QuantizePolicy, resolve_config
 from kqat.graph import Graph, Node, fill, trace
 from kqat.grids import QuantSpec, StepMethod
@@ -89,7 +89,7 @@ class Sensitivity:
         for layer in self.layers:
             cells = (self.cost(layer, choice) for choice in self.choices)
             words = (
-                decimal(decibels(c)) if self.measure is Measure.SQNR else f"{c + 0.0:.3g}"
+                decimal(decibels(c)) if self.measure is Measure.SQNR else significant(c, 3)
                 for c in cells
             )
             lines.append(

@@ -21,7 +21,7 @@ from kqat.base.keras_registration import register_with_keras
 from kqat.base.lazy_face import lazy_face
 from kqat.base.nested_data import flat_data
 from kqat.base.progress import listening, tracked
-from kqat.base.quantities import counted, decimal
+from kqat.base.quantities import counted, decimal, significant
 from kqat.base.scope_names import is_scope_name, scope_name
 from kqat.base.short_names import shortened, shortened_apart
 from kqat.base.text_enum import TextEnum
@@ -54,6 +54,7 @@ __all__ = [
     "scope_name",
     "shortened",
     "shortened_apart",
+    "significant",
     "spelled_out",
     "tracked",
     "write_file",

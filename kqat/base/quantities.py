@@ -1,4 +1,4 @@
-"""Numbers in words: `counted`, `decimal`."""
+"""Numbers in words: `counted`, `decimal`, `significant`."""
 
 
 def counted(number: float) -> str:
@@ -14,3 +14,8 @@ def decimal(number: float, digits: int = 1, *, signed: bool = False) -> str:
     """A number with so many digits behind its point; what rounds to zero has no minus."""
     rounded = round(float(number), digits) + 0.0  # A sum of zeros has no sign.
     return f"{rounded:{'+' if signed else ''}.{digits}f}"
+
+
+def significant(number: float, digits: int) -> str:
+    """A number with so many significant digits; zero has no minus."""
+    return f"{float(number) + 0.0:.{digits}g}"

@@ -388,13 +388,13 @@ def _deep_recursion() -> Iterator[None]:
             sys.setrecursionlimit(limit)
 
 
-def non_finite_variable(model: keras.Model) -> str | None:
-    """Path of the first weight of `model` that holds NaN or infinity, if there is one."""
+def non_finite_variables(model: keras.Model) -> Iterator[tuple[keras.Variable, int]]:
+    """The weights of `model` that hold NaN or infinity, each with how many of its numbers do."""
     for variable in model.weights:
         if str(variable.dtype).startswith(("float", "bfloat")):
-            if not np.isfinite(np.asarray(array_of(variable), np.float32)).all():
-                return variable.path
-    return None
+            values = np.asarray(array_of(variable), np.float32)
+            if broken := np.count_nonzero(~np.isfinite(values)):
+                yield variable, int(broken)
 
 
 def _check_input(tensor: Any, model_name: str) -> None:

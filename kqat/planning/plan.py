@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kqat.base import TextEnum, json_text, shortened_apart, write_file
+from kqat.base import TextEnum, json_text, shortened_apart, significant, write_file
 from kqat.devices import TARGETS, Misfit, lost_in_sums, misfit_lines
 from kqat.grids import (
     Bounds,
@@ -361,7 +361,7 @@ def output_scale(layer: LayerPlan, groups: Mapping[str, Group], numbers: Mapping
     if group.name in numbers:
         parts.append(f"shared {numbers[group.name]}")
     if isinstance(method, Fixed):
-        parts.append(f"{method.low + 0.0:.4g} to {method.high + 0.0:.4g}")
+        parts.append(f"{significant(method.low, 4)} to {significant(method.high, 4)}")
     parts = parts or ["own"]
     return ", ".join(parts if group.spec.bits == 8 else [*parts, f"int{group.spec.bits}"])
 

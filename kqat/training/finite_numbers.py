@@ -1,10 +1,11 @@
 """`check_finite`: refuses a QAT model whose training diverged, by the layers that show it."""
 
-import keras
-import numpy as np
+import math
 
-from kqat.base import KqatError, array_of
-from kqat.graph import parts_of
+import keras
+
+from kqat.base import KqatError
+from kqat.graph import non_finite_variables, parts_of
 from kqat.training.activation_quantizer import ActivationQuantizer
 from kqat.training.build import all_layers
 from kqat.training.weight_wrapper import QuantizeWrapper
@@ -27,14 +28,10 @@ def check_finite(
             owners |= {id(variable): part for variable in part.weights}
     places: dict[str, None] = {}
     of_ranges = []
-    for variable in qat.weights:
+    for variable, broken in non_finite_variables(qat):
         owner = owners.get(id(variable))
         is_range = isinstance(owner, ActivationQuantizer)
-        if (is_range and not ranges) or not _has_floats(variable):
-            continue
-        values = np.asarray(array_of(variable), np.float32)
-        broken = np.count_nonzero(~np.isfinite(values))
-        if not broken:
+        if is_range and not ranges:
             continue
         of_ranges.append(is_range)
         if isinstance(owner, ActivationQuantizer):
@@ -42,7 +39,9 @@ def check_finite(
             continue
         layer = owner.layer if isinstance(owner, QuantizeWrapper) else owner
         where = f"of layer '{layer.name}'" if layer is not None else f"at '{variable.path}'"
-        places[f"'{variable.name}' {where} ({broken:,} of {values.size:,} numbers)"] = None
+        places[
+            f"'{variable.name}' {where} ({broken:,} of {math.prod(variable.shape):,} numbers)"
+        ] = None
     if not places:
         return
     named = list(places)[:_NAMED]
@@ -58,7 +57,3 @@ def check_finite(
         f"{f' {purpose}' if purpose else ''}. Received: '{qat.name}' with NaN or infinity in "
         f"{', '.join(named)}{more}. {remedy}"
     )
-
-
-def _has_floats(variable: keras.Variable) -> bool:
-    return str(variable.dtype).startswith(("float", "bfloat"))
